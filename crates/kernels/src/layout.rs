@@ -1,0 +1,282 @@
+//! Where the code of input `i` and output `o` lies in a packed weight.
+
+use std::ops::Range;
+
+/// Columns in one tile of words.
+pub const TILE: usize = 64;
+
+/// The number that a code of `bits` bits stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Levels {
+    /// The code itself, `0 ..= 2^bits - 1`.
+    Unsigned,
+    /// The code minus `2^(bits - 1)`: as many negative levels as others.
+    Centered,
+}
+
+/// The shape of a packed weight `[d_in, d_out]` and the place of each code.
+///
+/// Each column is a bit stream of its own along `d_in`, lowest bits first; the last word is padded
+/// with zero codes. Word rows are GPTQ's rows of `qweight`, `[d_in * bits / 32, d_out]`; in memory
+/// they lie in tiles of [`TILE`] columns, `[n_tiles, word_rows, TILE]`, so that a product streams
+/// them. The columns that pad the last tile hold zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    d_in: usize,
+    d_out: usize,
+    bits: usize,
+    group_size: usize,
+    levels: Levels,
+}
+
+impl Layout {
+    /// The layout of a weight `[d_in, d_out]` with `bits`-bit codes in groups of `group_size` inputs.
+    ///
+    /// The last group is shorter when `group_size` does not divide `d_in`.
+    ///
+    /// # Panics
+    /// If a size is zero, `bits` is not 2, 3, 4 or 8, or the bits of a column overflow `usize`.
+    pub fn new(d_in: usize, d_out: usize, bits: usize, group_size: usize, levels: Levels) -> Self {
+        assert!(
+            d_in > 0 && d_out > 0,
+            "a packed weight of {d_in} x {d_out} is empty"
+        );
+        assert!(
+            matches!(bits, 2 | 3 | 4 | 8),
+            "codes have 2, 3, 4 or 8 bits, not {bits}"
+        );
+        assert!(group_size > 0, "a group holds at least one input");
+        assert!(
+            d_in.checked_mul(bits).is_some(),
+            "{d_in} codes of {bits} bits overflow"
+        );
+        Self {
+            d_in,
+            d_out,
+            bits,
+            group_size,
+            levels,
+        }
+    }
+
+    /// Inputs, the rows of the weight.
+    pub fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    /// Outputs, the columns of the weight.
+    pub fn d_out(&self) -> usize {
+        self.d_out
+    }
+
+    /// Bits of a code.
+    pub fn bits(&self) -> usize {
+        self.bits
+    }
+
+    /// Inputs that share a scale.
+    pub fn group_size(&self) -> usize {
+        self.group_size
+    }
+
+    /// Groups along the inputs, the short last one included.
+    pub fn n_groups(&self) -> usize {
+        self.d_in.div_ceil(self.group_size)
+    }
+
+    /// Words in a column.
+    pub fn word_rows(&self) -> usize {
+        (self.d_in * self.bits).div_ceil(32)
+    }
+
+    /// Tiles of [`TILE`] columns.
+    pub fn n_tiles(&self) -> usize {
+        self.d_out.div_ceil(TILE)
+    }
+
+    /// The shape of the words, `[n_tiles, word_rows, TILE]`.
+    pub fn words_shape(&self) -> [usize; 3] {
+        [self.n_tiles(), self.word_rows(), TILE]
+    }
+
+    /// The shape of scales and zeros, `[n_groups, d_out]`.
+    pub fn grid_shape(&self) -> [usize; 2] {
+        [self.n_groups(), self.d_out]
+    }
+
+    /// What is subtracted from a code to get its level.
+    pub fn center(&self) -> f32 {
+        match self.levels {
+            Levels::Unsigned => 0.0,
+            Levels::Centered => (1 << (self.bits - 1)) as f32,
+        }
+    }
+
+    /// The largest code.
+    pub(crate) fn mask(&self) -> u32 {
+        (1 << self.bits) - 1
+    }
+
+    /// The word and the bit at which the code of input `i` begins.
+    pub(crate) fn position(&self, i: usize) -> (usize, u32) {
+        let bit = i * self.bits;
+        (bit / 32, (bit % 32) as u32)
+    }
+
+    /// Whether a code that begins at bit `shift` ends in the next word.
+    pub(crate) fn straddles(&self, shift: u32) -> bool {
+        shift as usize + self.bits > 32
+    }
+
+    /// The columns of the weight that tile `tile` holds.
+    pub(crate) fn columns(&self, tile: usize) -> Range<usize> {
+        tile * TILE..self.d_out.min((tile + 1) * TILE)
+    }
+
+    /// The codes of input `i` in the columns of one tile, `words` being `[word_rows, TILE]`.
+    #[inline(always)]
+    pub(crate) fn codes(&self, words: &[u32], i: usize) -> [u32; TILE] {
+        let (row, shift) = self.position(i);
+        let mut codes = [0; TILE];
+        let low: &[u32; TILE] = words[row * TILE..][..TILE].try_into().unwrap();
+        if self.straddles(shift) {
+            let high: &[u32; TILE] = words[(row + 1) * TILE..][..TILE].try_into().unwrap();
+            for j in 0..TILE {
+                codes[j] = ((low[j] >> shift) | (high[j] << (32 - shift))) & self.mask();
+            }
+        } else {
+            for j in 0..TILE {
+                codes[j] = (low[j] >> shift) & self.mask();
+            }
+        }
+        codes
+    }
+}
+
+/// Packs codes into words.
+///
+/// # Shapes
+/// - `codes`: `[d_in, d_out]`, row by row
+/// - result: [`Layout::words_shape`]
+///
+/// # Panics
+/// If `codes` has another length, or a code does not fit into its bits.
+pub fn pack(codes: &[u8], layout: &Layout) -> Vec<u32> {
+    assert_eq!(
+        codes.len(),
+        layout.d_in * layout.d_out,
+        "one code for each weight"
+    );
+    let [n_tiles, word_rows, _] = layout.words_shape();
+    let mut words = vec![0; n_tiles * word_rows * TILE];
+    for (tile, words) in words.chunks_exact_mut(word_rows * TILE).enumerate() {
+        let columns = layout.columns(tile);
+        for i in 0..layout.d_in {
+            let (row, shift) = layout.position(i);
+            let codes = &codes[i * layout.d_out..][columns.clone()];
+            for (j, &code) in codes.iter().enumerate() {
+                let code = u32::from(code);
+                assert!(
+                    code <= layout.mask(),
+                    "code {code} has more than {} bits",
+                    layout.bits
+                );
+                words[row * TILE + j] |= code << shift;
+                if layout.straddles(shift) {
+                    words[(row + 1) * TILE + j] |= code >> (32 - shift);
+                }
+            }
+        }
+    }
+    words
+}
+
+/// The codes in `words`: the inverse of [`pack`].
+///
+/// # Panics
+/// If `words` has another length than the layout's.
+pub fn unpack(words: &[u32], layout: &Layout) -> Vec<u8> {
+    let [n_tiles, word_rows, _] = layout.words_shape();
+    assert_eq!(
+        words.len(),
+        n_tiles * word_rows * TILE,
+        "the words of the layout"
+    );
+    let mut codes = vec![0; layout.d_in * layout.d_out];
+    for (tile, words) in words.chunks_exact(word_rows * TILE).enumerate() {
+        let columns = layout.columns(tile);
+        for i in 0..layout.d_in {
+            let row = &mut codes[i * layout.d_out..][columns.clone()];
+            for (code, word) in row.iter_mut().zip(layout.codes(words, i)) {
+                *code = word as u8;
+            }
+        }
+    }
+    codes
+}
+
+/// Words in tiles from the row-major `[word_rows, d_out]` of a file.
+///
+/// # Panics
+/// If `columns` has another length.
+pub fn columns_to_tiles(columns: &[u32], layout: &Layout) -> Vec<u32> {
+    let [n_tiles, word_rows, _] = layout.words_shape();
+    assert_eq!(
+        columns.len(),
+        word_rows * layout.d_out,
+        "the words of the layout"
+    );
+    let mut words = vec![0; n_tiles * word_rows * TILE];
+    for (tile, words) in words.chunks_exact_mut(word_rows * TILE).enumerate() {
+        let range = layout.columns(tile);
+        for (row, words) in words.chunks_exact_mut(TILE).enumerate() {
+            words[..range.len()].copy_from_slice(&columns[row * layout.d_out..][range.clone()]);
+        }
+    }
+    words
+}
+
+/// The row-major `[word_rows, d_out]` of a file from words in tiles: the inverse of
+/// [`columns_to_tiles`].
+///
+/// # Panics
+/// If `words` has another length than the layout's.
+pub fn tiles_to_columns(words: &[u32], layout: &Layout) -> Vec<u32> {
+    let [n_tiles, word_rows, _] = layout.words_shape();
+    assert_eq!(
+        words.len(),
+        n_tiles * word_rows * TILE,
+        "the words of the layout"
+    );
+    let mut columns = vec![0; word_rows * layout.d_out];
+    for (tile, words) in words.chunks_exact(word_rows * TILE).enumerate() {
+        let range = layout.columns(tile);
+        for (row, words) in words.chunks_exact(TILE).enumerate() {
+            columns[row * layout.d_out..][range.clone()].copy_from_slice(&words[..range.len()]);
+        }
+    }
+    columns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Words of methods.md §1.6, which GPTQ's packer writes.
+    #[test]
+    fn words_are_gptqs() {
+        let four = Layout::new(8, 1, 4, 8, Levels::Unsigned);
+        let codes: Vec<u8> = (0..8).collect();
+        assert_eq!(tiles_to_columns(&pack(&codes, &four), &four), [0x7654_3210]);
+        let three = Layout::new(32, 1, 3, 32, Levels::Unsigned);
+        let codes: Vec<u8> = (0..32).map(|i| i % 8).collect();
+        let words = [0x88FA_C688, 0xC688_FAC6, 0xFAC6_88FA];
+        assert_eq!(tiles_to_columns(&pack(&codes, &three), &three), words);
+    }
+
+    #[test]
+    #[should_panic(expected = "more than 2 bits")]
+    fn a_code_out_of_range_is_refused() {
+        pack(&[4], &Layout::new(1, 1, 2, 1, Levels::Unsigned));
+    }
+}

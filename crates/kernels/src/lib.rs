@@ -1,0 +1,48 @@
+//! Differentiable products with packed low-bit weights, for every burn backend.
+//!
+//! A packed weight is a tensor of integer codes in `u32` words beside one scale, and at will one
+//! zero-point, for each group of inputs and each output:
+//!
+//! ```text
+//! w[i, o] = scales[g, o] * (level(code[i, o]) - zeros[g, o]),   g = i / group_size
+//! ```
+//!
+//! | item | what it is |
+//! |---|---|
+//! | [`Layout`] | the shape of a packed weight, and where each code lies in the words |
+//! | [`Levels`] | what number a code stands for |
+//! | [`quant_matmul`] | `y = x · w`, differentiable in `x`, `scales` and `zeros` |
+//! | [`dequantize`] | the dense `w` |
+//!
+//! The operations run on every backend through default bodies composed from burn's primitive
+//! operations; a native version overrides them where this crate has one (the CPU backend `flex`).
+//! Backward unpacks the weight again: no dense copy of a weight outlives the product that needed it.
+//!
+//! Enable a backend through the feature of its name on this crate or on one that forwards it.
+//! The operations panic on a backend that burn has and this crate was not told of.
+//!
+//! ```
+//! use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+//! use kernels::{Layout, Levels, pack, quant_matmul};
+//!
+//! let device = Device::flex();
+//! let layout = Layout::new(4, 1, 4, 2, Levels::Unsigned);
+//! let words = TensorData::new(pack(&[1, 2, 3, 4], &layout), layout.words_shape());
+//! let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+//! let scales = Tensor::<2>::from_data([[1.0], [10.0]], &device);
+//! let zeros = Tensor::<2>::from_data([[0.0], [3.0]], &device);
+//! let x = Tensor::<2>::ones([1, 4], &device);
+//! let y = quant_matmul(x, words, scales, Some(zeros), layout);
+//! assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0 + 2.0 + 0.0 + 10.0]);
+//! ```
+
+#![allow(
+    unsafe_code,
+    reason = "the one crate of raw pointers and instruction sets"
+)]
+
+mod layout;
+mod quant_matmul;
+
+pub use layout::{Layout, Levels, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
+pub use quant_matmul::{dequantize, quant_matmul};

@@ -1,0 +1,91 @@
+//! The backward pass, once for every backend: it keeps the packed weight and unpacks it again.
+
+use burn::backend::{
+    Autodiff,
+    autodiff::{
+        NodeId,
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, NodeGuard, Ops, OpsKind},
+    },
+    tensor::FloatTensor,
+};
+
+use super::{Packed, QuantOps, Zeros};
+
+#[derive(Debug)]
+struct QuantMatmul;
+
+/// Parents: `x`, the scales and, where there are any, the zeros.
+impl<B: QuantOps, const N: usize> Backward<B, N> for QuantMatmul {
+    /// `x`, if the gradient of the grid is asked for, and the weight.
+    type State = (Option<FloatTensor<B>>, Packed<B>);
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (x, w) = ops.state;
+        let id = |parent: usize| -> Option<NodeId> { Some(ops.parents.get(parent)?.as_ref()?.id) };
+
+        if let Some(x) = x {
+            let (dscales, dzeros) = B::quant_matmul_dgrid(dy.clone(), x, w.clone());
+            if let Some(id) = id(1) {
+                grads.register::<B>(id, dscales);
+            }
+            if let Some(id) = id(2) {
+                grads.register::<B>(id, dzeros);
+            }
+        }
+        if let Some(id) = id(0) {
+            grads.register::<B>(id, B::quant_matmul_dx(dy, w));
+        }
+    }
+}
+
+impl<B: QuantOps, C: CheckpointStrategy> QuantOps for Autodiff<B, C> {
+    fn quant_matmul(x: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
+        let (x_node, scales_node) = (x.node(), w.scales.node());
+        let scales_tracked = w.scales.is_tracked();
+        let (words, scales, layout) = (w.words, w.scales.into_primitive(), w.layout);
+        let packed = |zeros| Packed {
+            words,
+            scales,
+            zeros,
+            layout,
+        };
+        let x = x.into_primitive();
+        match w.zeros {
+            Zeros::Each(zeros) => {
+                let (zeros_node, tracked) = (zeros.node(), zeros.is_tracked());
+                let w = packed(Zeros::Each(zeros.into_primitive()));
+                record::<B, C, 3>(
+                    [x_node, scales_node, zeros_node],
+                    scales_tracked || tracked,
+                    x,
+                    w,
+                )
+            }
+            Zeros::Absent => {
+                let w = packed(Zeros::Absent);
+                record::<B, C, 2>([x_node, scales_node], scales_tracked, x, w)
+            }
+        }
+    }
+}
+
+fn record<B: QuantOps, C: CheckpointStrategy, const N: usize>(
+    parents: [NodeGuard; N],
+    grid_tracked: bool,
+    x: FloatTensor<B>,
+    w: Packed<B>,
+) -> FloatTensor<Autodiff<B, C>> {
+    match Backward::<B, N>::prepare::<C>(QuantMatmul, parents)
+        .compute_bound()
+        .stateful()
+    {
+        OpsKind::Tracked(prep) => {
+            let state = (grid_tracked.then(|| x.clone()), w.clone());
+            prep.finish(state, B::quant_matmul(x, w))
+        }
+        OpsKind::UnTracked(prep) => prep.finish(B::quant_matmul(x, w)),
+    }
+}

@@ -1,0 +1,359 @@
+//! The CPU: panels of the weight are unpacked into the cache and multiplied there.
+//!
+//! A task owns some columns (or, for `dx`, some inputs) of the result and adds up its panels in a
+//! fixed order, so that the bits of the result do not depend on the number of threads.
+
+use burn::backend::{
+    DType, Flex, TensorMetadata,
+    flex::{FlexTensor, Layout as Strides},
+    ops::FloatTensorOps,
+    tensor::FloatTensor,
+};
+use burn::tensor::{Bytes, Shape};
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::{Packed, QuantOps, Zeros, composed, simd};
+use crate::{Layout, TILE};
+
+/// Inputs in a panel of one tile: 64 KiB of f32.
+const PANEL_ROWS: usize = 256;
+/// Tiles in a panel of `dx`.
+const PANEL_TILES: usize = 4;
+
+/// A packed weight in host memory.
+pub(super) struct Host<'a> {
+    pub(super) words: &'a [u32],
+    pub(super) scales: &'a [f32],
+    pub(super) zeros: Option<&'a [f32]>,
+    pub(super) layout: Layout,
+}
+
+impl Host<'_> {
+    /// The words of one tile, `[word_rows, TILE]`.
+    #[inline(always)]
+    pub(super) fn tile(&self, tile: usize) -> &[u32] {
+        let n = self.layout.word_rows() * TILE;
+        &self.words[tile * n..][..n]
+    }
+
+    /// The scales and zeros of group `g` in one tile; zero in the columns that pad it.
+    #[inline(always)]
+    pub(super) fn grid(&self, tile: usize, g: usize) -> ([f32; TILE], [f32; TILE]) {
+        let columns = self.layout.columns(tile);
+        let row = |values: &[f32]| {
+            let mut padded = [0.0; TILE];
+            let values = &values[g * self.layout.d_out()..][columns.clone()];
+            padded[..values.len()].copy_from_slice(values);
+            padded
+        };
+        (row(self.scales), self.zeros.map_or([0.0; TILE], row))
+    }
+}
+
+impl Packed<Flex> {
+    fn contiguous(self) -> Self {
+        Self {
+            words: contiguous(self.words),
+            scales: contiguous(self.scales),
+            zeros: match self.zeros {
+                Zeros::Each(zeros) => Zeros::Each(contiguous(zeros)),
+                Zeros::Absent => Zeros::Absent,
+            },
+            layout: self.layout,
+        }
+    }
+
+    /// The contiguous weight's memory. None unless all floats, `others` too, are `F32`.
+    fn host(&self, others: &[&FlexTensor]) -> Option<Host<'_>> {
+        if others.iter().any(|t| t.dtype() != DType::F32) {
+            return None;
+        }
+        Some(Host {
+            words: self.words.as_slice()?,
+            scales: self.scales.as_slice()?,
+            zeros: match &self.zeros {
+                Zeros::Each(zeros) => Some(zeros.as_slice()?),
+                Zeros::Absent => None,
+            },
+            layout: self.layout,
+        })
+    }
+}
+
+fn contiguous(t: FlexTensor) -> FlexTensor {
+    match t.layout().contiguous_offsets() {
+        Some(_) => t,
+        None => t.to_contiguous(),
+    }
+}
+
+fn tensor(values: Vec<f32>, shape: [usize; 2]) -> FlexTensor {
+    let layout = Strides::contiguous(Shape::new(shape));
+    FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
+}
+
+impl QuantOps for Flex {
+    fn quant_unpack(w: Packed<Self>) -> FloatTensor<Self> {
+        let w = w.contiguous();
+        match w.host(&[]) {
+            Some(host) => tensor(dense(&host), [w.layout.d_in(), w.layout.d_out()]),
+            None => composed::unpack(w),
+        }
+    }
+
+    fn quant_matmul(x: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
+        let (x, w) = (contiguous(x), w.contiguous());
+        match w.host(&[&x]) {
+            Some(host) => {
+                let rows = x.shape()[0];
+                tensor(product(floats(&x), rows, &host), [rows, w.layout.d_out()])
+            }
+            None => Self::float_matmul(x, Self::quant_unpack(w)),
+        }
+    }
+
+    fn quant_matmul_dx(dy: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
+        let (dy, w) = (contiguous(dy), w.contiguous());
+        match w.host(&[&dy]) {
+            Some(host) => {
+                let rows = dy.shape()[0];
+                tensor(
+                    product_dx(floats(&dy), rows, &host),
+                    [rows, w.layout.d_in()],
+                )
+            }
+            None => Self::float_matmul(dy, Self::float_transpose(Self::quant_unpack(w))),
+        }
+    }
+
+    fn quant_matmul_dgrid(
+        dy: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        w: Packed<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (dy, x, w) = (contiguous(dy), contiguous(x), w.contiguous());
+        match w.host(&[&x, &dy]) {
+            Some(host) => {
+                let rows = x.shape()[0];
+                let (dscales, dzeros) = product_dgrid(floats(&dy), floats(&x), rows, &host);
+                let shape = w.layout.grid_shape();
+                (tensor(dscales, shape), tensor(dzeros, shape))
+            }
+            None => composed::dgrid(dy, x, w),
+        }
+    }
+}
+
+/// The values of a tensor that is known to be contiguous and `F32`.
+fn floats(t: &FlexTensor) -> &[f32] {
+    t.as_slice().expect("a contiguous f32 tensor")
+}
+
+/// `w`, `[d_in, d_out]`.
+fn dense(w: &Host) -> Vec<f32> {
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    let mut out = vec![0.0; d_in * d_out];
+    out.par_chunks_mut(TILE * d_out)
+        .enumerate()
+        .for_each(|(block, out)| {
+            let inputs = block * TILE..d_in.min((block + 1) * TILE);
+            let mut panel = [0.0; TILE * TILE];
+            for tile in 0..w.layout.n_tiles() {
+                simd::unpack_panel(w, tile, inputs.clone(), &mut panel, TILE);
+                let columns = w.layout.columns(tile);
+                for (out, panel) in out.chunks_exact_mut(d_out).zip(panel.chunks_exact(TILE)) {
+                    out[columns.clone()].copy_from_slice(&panel[..columns.len()]);
+                }
+            }
+        });
+    out
+}
+
+/// `x · w`, `[rows, d_out]`.
+fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    assert_eq!(x.len(), rows * d_in);
+    let mut y = vec![0.0; rows * d_out];
+    let shared = Shared(y.as_mut_ptr());
+    (0..w.layout.n_tiles()).into_par_iter().for_each_init(
+        || vec![0.0; PANEL_ROWS * TILE],
+        |panel, tile| {
+            let columns = w.layout.columns(tile);
+            for start in (0..d_in).step_by(PANEL_ROWS) {
+                let inputs = start..d_in.min(start + PANEL_ROWS);
+                simd::unpack_panel(w, tile, inputs.clone(), panel, TILE);
+                // SAFETY: `x` is `[rows, d_in]` and `y` is `[rows, d_out]`, checked above; `inputs`
+                // and `columns` lie within them, and the panel is `[inputs, TILE]`. No other task
+                // writes these columns of `y`.
+                unsafe {
+                    multiply_add(
+                        [rows, inputs.len(), columns.len()],
+                        Matrix::new(x.as_ptr().add(start), d_in, 1),
+                        Matrix::new(panel.as_ptr(), TILE, 1),
+                        shared.offset(columns.start),
+                        d_out,
+                        start > 0,
+                    );
+                }
+            }
+        },
+    );
+    y
+}
+
+/// `dy · wᵀ`, `[rows, d_in]`.
+fn product_dx(dy: &[f32], rows: usize, w: &Host) -> Vec<f32> {
+    const STRIDE: usize = PANEL_TILES * TILE;
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    assert_eq!(dy.len(), rows * d_out);
+    let mut dx = vec![0.0; rows * d_in];
+    let shared = Shared(dx.as_mut_ptr());
+    (0..d_in.div_ceil(TILE)).into_par_iter().for_each_init(
+        || vec![0.0; TILE * STRIDE],
+        |panel, block| {
+            let inputs = block * TILE..d_in.min((block + 1) * TILE);
+            for first in (0..w.layout.n_tiles()).step_by(PANEL_TILES) {
+                let tiles = first..w.layout.n_tiles().min(first + PANEL_TILES);
+                for (k, tile) in tiles.clone().enumerate() {
+                    simd::unpack_panel(w, tile, inputs.clone(), &mut panel[k * TILE..], STRIDE);
+                }
+                let columns = first * TILE..d_out.min(tiles.end * TILE);
+                // SAFETY: `dy` is `[rows, d_out]` and `dx` is `[rows, d_in]`, checked above;
+                // `columns` and `inputs` lie within them, and the panel is `[inputs, columns]` with
+                // rows of `STRIDE`, read transposed. No other task writes these columns of `dx`.
+                unsafe {
+                    multiply_add(
+                        [rows, columns.len(), inputs.len()],
+                        Matrix::new(dy.as_ptr().add(columns.start), d_out, 1),
+                        Matrix::new(panel.as_ptr(), 1, STRIDE),
+                        shared.offset(inputs.start),
+                        d_in,
+                        first > 0,
+                    );
+                }
+            }
+        },
+    );
+    dx
+}
+
+/// The gradients of scales and zeros, `[n_groups, d_out]` each.
+fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec<f32>) {
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    assert_eq!(x.len(), rows * d_in);
+    assert_eq!(dy.len(), rows * d_out);
+    let tiles: Vec<_> = (0..w.layout.n_tiles())
+        .into_par_iter()
+        .map_init(
+            || vec![0.0; PANEL_ROWS * TILE],
+            |p, tile| {
+                let columns = w.layout.columns(tile);
+                let mut sums = vec![simd::GroupSums::default(); w.layout.n_groups()];
+                for start in (0..d_in).step_by(PANEL_ROWS) {
+                    let inputs = start..d_in.min(start + PANEL_ROWS);
+                    // SAFETY: `x` is `[rows, d_in]` and `dy` is `[rows, d_out]`, checked above, and
+                    // `inputs` and `columns` lie within them; `p` holds `[inputs, TILE]`, and is
+                    // this task's own.
+                    unsafe {
+                        multiply_add(
+                            [inputs.len(), rows, columns.len()],
+                            Matrix::new(x.as_ptr().add(start), 1, d_in),
+                            Matrix::new(dy.as_ptr().add(columns.start), d_out, 1),
+                            p.as_mut_ptr(),
+                            TILE,
+                            false,
+                        );
+                    }
+                    simd::add_to_groups(w, tile, inputs, p, &mut sums);
+                }
+                sums
+            },
+        )
+        .collect();
+
+    let n = w.layout.n_groups() * d_out;
+    let (mut dscales, mut dzeros) = (Vec::with_capacity(n), Vec::with_capacity(n));
+    for g in 0..w.layout.n_groups() {
+        for (tile, sums) in tiles.iter().enumerate() {
+            let width = w.layout.columns(tile).len();
+            dscales.extend_from_slice(&sums[g].of_levels[..width]);
+            dzeros.extend_from_slice(&sums[g].of_products[..width]);
+        }
+    }
+    for (dz, s) in dzeros.iter_mut().zip(w.scales) {
+        *dz *= -s;
+    }
+    (dscales, dzeros)
+}
+
+/// A result whose parts are written by several tasks.
+struct Shared(*mut f32);
+
+// SAFETY: the tasks write disjoint parts, as the comments where they do so say.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// # Safety
+    /// `n` lies within the result.
+    unsafe fn offset(&self, n: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(n) }
+    }
+}
+
+/// A strided matrix that is read.
+struct Matrix {
+    data: *const f32,
+    row_stride: isize,
+    column_stride: isize,
+}
+
+impl Matrix {
+    fn new(data: *const f32, row_stride: usize, column_stride: usize) -> Self {
+        Self {
+            data,
+            row_stride: row_stride as isize,
+            column_stride: column_stride as isize,
+        }
+    }
+}
+
+/// `c = a · b`, or `c += a · b` if `add`, with `a [m, k]`, `b [k, n]` and `c [m, n]` in rows of
+/// `c_stride`; on the calling thread.
+///
+/// # Safety
+/// The three lie within their allocations, and nobody else writes `c`.
+unsafe fn multiply_add(
+    [m, k, n]: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    c: *mut f32,
+    c_stride: usize,
+    add: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c,
+            1,
+            c_stride as isize,
+            add,
+            a.data,
+            a.column_stride,
+            a.row_stride,
+            b.data,
+            b.column_stride,
+            b.row_stride,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            Parallelism::None,
+        );
+    }
+}

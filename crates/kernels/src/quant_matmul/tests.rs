@@ -1,0 +1,322 @@
+//! Every native operation against the composed one and against sums in f64.
+
+use burn::backend::Flex;
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
+use proptest::prelude::*;
+
+use super::{Packed, QuantOps, Zeros, composed, quant_matmul};
+use crate::{Layout, Levels, columns_to_tiles, pack, tiles_to_columns, unpack};
+
+/// A weight with its inputs and the gradient of its outputs, in host memory.
+#[derive(Clone, Debug)]
+struct Case {
+    layout: Layout,
+    rows: usize,
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+    zeros: Option<Vec<f32>>,
+    x: Vec<f32>,
+    dy: Vec<f32>,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let sizes = (1..9usize, 1..300usize, 1..200usize, 1..320usize);
+    let grid = (
+        prop::sample::select(vec![2, 3, 4, 8]),
+        any::<bool>(),
+        any::<bool>(),
+    );
+    (sizes, grid, any::<u64>()).prop_map(
+        |((rows, d_in, d_out, group), (bits, zeros, centered), seed)| {
+            let levels = if centered {
+                Levels::Centered
+            } else {
+                Levels::Unsigned
+            };
+            let layout = Layout::new(d_in, d_out, bits, group, levels);
+            let mut state = seed | 1;
+            let mut uniform = move || {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1 << 24) as f32
+            };
+            let n_grid = layout.n_groups() * d_out;
+            let mut floats = |n: usize, low: f32, high: f32| -> Vec<f32> {
+                (0..n).map(|_| low + (high - low) * uniform()).collect()
+            };
+            let scales = floats(n_grid, 0.01, 0.1);
+            let zeros = zeros.then(|| floats(n_grid, 0.0, ((1 << bits) - 1) as f32));
+            let x = floats(rows * d_in, -1.0, 1.0);
+            let dy = floats(rows * d_out, -1.0, 1.0);
+            let codes = floats(d_in * d_out, 0.0, (1 << bits) as f32);
+            let codes = codes.iter().map(|&c| c as u8).collect();
+            Case {
+                layout,
+                rows,
+                codes,
+                scales,
+                zeros,
+                x,
+                dy,
+            }
+        },
+    )
+}
+
+impl Case {
+    fn offset(&self, i: usize, o: usize) -> f32 {
+        let at = i / self.layout.group_size() * self.layout.d_out() + o;
+        let zero = self.zeros.as_ref().map_or(0.0, |zeros| zeros[at]);
+        f32::from(self.codes[i * self.layout.d_out() + o]) - self.layout.center() - zero
+    }
+
+    fn weight(&self, i: usize, o: usize) -> f32 {
+        self.offset(i, o) * self.scales[i / self.layout.group_size() * self.layout.d_out() + o]
+    }
+
+    fn words(&self) -> Tensor<3, Int> {
+        let words = TensorData::new(pack(&self.codes, &self.layout), self.layout.words_shape());
+        Tensor::from_data(words, (&Device::flex(), DType::U32))
+    }
+
+    fn floats(&self, values: &[f32], shape: [usize; 2]) -> Tensor<2> {
+        Tensor::from_data(TensorData::new(values.to_vec(), shape), &Device::flex())
+    }
+
+    fn x(&self) -> Tensor<2> {
+        self.floats(&self.x, [self.rows, self.layout.d_in()])
+    }
+
+    fn dy(&self) -> Tensor<2> {
+        self.floats(&self.dy, [self.rows, self.layout.d_out()])
+    }
+
+    fn scales(&self) -> Tensor<2> {
+        self.floats(&self.scales, self.layout.grid_shape())
+    }
+
+    fn zeros(&self) -> Option<Tensor<2>> {
+        let zeros = self.zeros.as_ref()?;
+        Some(self.floats(zeros, self.layout.grid_shape()))
+    }
+
+    fn packed(&self) -> Packed<Flex> {
+        Packed {
+            words: self.words().try_into_primitive::<Flex>().unwrap(),
+            scales: primitive(self.scales()),
+            zeros: match self.zeros() {
+                Some(zeros) => Zeros::Each(primitive(zeros)),
+                None => Zeros::Absent,
+            },
+            layout: self.layout,
+        }
+    }
+
+    /// `Σ a b` in f64 for each pair of the ranges, with the sum of the magnitudes.
+    fn sums(
+        &self,
+        n: usize,
+        m: usize,
+        k: usize,
+        f: impl Fn(usize, usize, usize) -> f64,
+    ) -> Vec<[f64; 2]> {
+        let sum = |r: usize, c: usize| {
+            (0..k).fold([0.0, 0.0], |[s, a], k| {
+                let product = f(r, c, k);
+                [s + product, a + product.abs()]
+            })
+        };
+        (0..n)
+            .flat_map(|r| (0..m).map(move |c| (r, c)))
+            .map(|(r, c)| sum(r, c))
+            .collect()
+    }
+}
+
+fn primitive(t: Tensor<2>) -> burn::backend::flex::FlexTensor {
+    t.try_into_primitive::<Flex>().unwrap()
+}
+
+fn values(t: burn::backend::flex::FlexTensor) -> Vec<f32> {
+    Tensor::<2>::from_primitive::<Flex>(t)
+        .into_data()
+        .try_to_vec()
+        .unwrap()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Within 1e-5 of the sums' magnitudes: f32 arithmetic, and no wrong term.
+#[track_caller]
+fn assert_near(found: &[f32], expected: &[[f64; 2]]) {
+    assert_eq!(found.len(), expected.len());
+    for (at, (&found, [sum, magnitude])) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(found) - sum).abs();
+        assert!(error <= 1e-5 * magnitude, "{found} for {sum} at {at}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn pack_and_tiles_are_invertible(case in cases()) {
+        let words = pack(&case.codes, &case.layout);
+        prop_assert_eq!(unpack(&words, &case.layout), case.codes);
+        let columns = tiles_to_columns(&words, &case.layout);
+        prop_assert_eq!(columns_to_tiles(&columns, &case.layout), words);
+    }
+
+    #[test]
+    fn unpacked_weights_are_the_formula_bit_for_bit(case in cases()) {
+        let (d_in, d_out) = (case.layout.d_in(), case.layout.d_out());
+        let expected: Vec<f32> =
+            (0..d_in * d_out).map(|at| case.weight(at / d_out, at % d_out)).collect();
+        prop_assert_eq!(bits(&values(Flex::quant_unpack(case.packed()))), bits(&expected));
+        prop_assert_eq!(bits(&values(composed::unpack(case.packed()))), bits(&expected));
+    }
+
+    #[test]
+    fn products_and_gradients_are_the_sums(case in cases()) {
+        let (rows, d_in, d_out) = (case.rows, case.layout.d_in(), case.layout.d_out());
+        let x = |r: usize, i: usize| f64::from(case.x[r * d_in + i]);
+        let dy = |r: usize, o: usize| f64::from(case.dy[r * d_out + o]);
+        let w = |i, o| f64::from(case.weight(i, o));
+
+        let y = Flex::quant_matmul(primitive(case.x()), case.packed());
+        assert_near(&values(y), &case.sums(rows, d_out, d_in, |r, o, i| x(r, i) * w(i, o)));
+        let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
+        assert_near(&values(dx), &case.sums(rows, d_in, d_out, |r, i, o| dy(r, o) * w(i, o)));
+
+        let (n_groups, size) = (case.layout.n_groups(), case.layout.group_size());
+        let group = |g: usize| g * size..d_in.min((g + 1) * size);
+        let p = |i: usize, o: usize, r: usize| x(r, i) * dy(r, o);
+        let over_group = |f: &dyn Fn(usize, usize, usize) -> f64| {
+            case.sums(n_groups, d_out, size * rows, |g, o, k| {
+                let i = g * size + k / rows;
+                if group(g).contains(&i) { f(i, o, k % rows) } else { 0.0 }
+            })
+        };
+        let dscales = over_group(&|i, o, r| p(i, o, r) * f64::from(case.offset(i, o)));
+        let dzeros = over_group(&|i, o, r| {
+            -f64::from(case.scales[i / size * d_out + o]) * p(i, o, r)
+        });
+        let native = Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+        let reference = composed::dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+        for (ds, dz) in [native, reference] {
+            assert_near(&values(ds), &dscales);
+            assert_near(&values(dz), &dzeros);
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit(case in cases()) {
+        let run = || {
+            let y = Flex::quant_matmul(primitive(case.x()), case.packed());
+            let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
+            let (ds, dz) =
+                Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+            [y, dx, ds, dz].map(|t| bits(&values(t)))
+        };
+        let on = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(run)
+        };
+        let one = on(1);
+        prop_assert_eq!(&on(2), &one);
+        prop_assert_eq!(&on(5), &one);
+    }
+
+    /// Through `Tensor` and autodiff, with the packed weight outside of the graph and `x` a view.
+    #[test]
+    fn backward_gives_the_gradients_of_each_parent(case in cases()) {
+        let x = case.x().transpose().autodiff().require_grad();
+        let scales = case.scales().autodiff().require_grad();
+        let zeros = case.zeros().map(|z| z.autodiff().require_grad());
+        let y = quant_matmul(x.clone().transpose(), case.words(), scales.clone(), zeros.clone(), case.layout);
+        let grads = (y * case.dy().autodiff()).sum().backward();
+
+        let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
+        let found = x.grad(&grads).unwrap().transpose().into_data().try_to_vec::<f32>().unwrap();
+        prop_assert_eq!(bits(&found), bits(&values(dx)));
+        let (ds, dz) =
+            Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+        let found = scales.grad(&grads).unwrap().into_data().try_to_vec::<f32>().unwrap();
+        prop_assert_eq!(bits(&found), bits(&values(ds)));
+        if let Some(zeros) = zeros {
+            let found = zeros.grad(&grads).unwrap().into_data().try_to_vec::<f32>().unwrap();
+            prop_assert_eq!(bits(&found), bits(&values(dz)));
+        }
+    }
+}
+
+/// `y` is linear in the scales and in the zeros, so a difference quotient is exact but for rounding.
+#[test]
+fn gradients_agree_with_differences() {
+    let device = Device::flex();
+    device.seed(7);
+    let layout = Layout::new(40, 6, 3, 16, Levels::Unsigned);
+    let codes: Vec<u8> = (0..240).map(|i| (i * 5 % 8) as u8).collect();
+    let words = TensorData::new(pack(&codes, &layout), layout.words_shape());
+    let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+    let random = |shape| Tensor::<2>::random(shape, Distribution::Uniform(0.5, 1.5), &device);
+    let (x, scales, zeros, dy) = (
+        random([5, 40]),
+        random([3, 6]),
+        random([3, 6]),
+        random([5, 6]),
+    );
+    let loss = |x: &Tensor<2>, scales: &Tensor<2>, zeros: &Tensor<2>| {
+        let y = quant_matmul(
+            x.clone(),
+            words.clone(),
+            scales.clone(),
+            Some(zeros.clone()),
+            layout,
+        );
+        (y * dy.clone()).sum()
+    };
+    let leaf = |t: &Tensor<2>| t.clone().autodiff().require_grad();
+    let (tx, ts, tz) = (leaf(&x), leaf(&scales), leaf(&zeros));
+    let y = quant_matmul(
+        tx.clone(),
+        words.clone(),
+        ts.clone(),
+        Some(tz.clone()),
+        layout,
+    );
+    let grads = (y * leaf(&dy)).sum().backward();
+
+    let h = 0.5;
+    let bump = |at: [usize; 2], shape: [usize; 2]| {
+        let mut values = vec![0.0; shape[0] * shape[1]];
+        values[at[0] * shape[1] + at[1]] = h;
+        Tensor::<2>::from_data(TensorData::new(values, shape), &device)
+    };
+    let slope = |high: Tensor<1>, low: Tensor<1>| (high - low).into_scalar::<f32>() / (2.0 * h);
+    let at = |t: Tensor<2>, [i, j]: [usize; 2]| t.slice([i..i + 1, j..j + 1]).into_scalar::<f32>();
+    for (p, q) in [([0, 0], [0, 0]), ([4, 39], [2, 5]), ([2, 20], [1, 3])] {
+        let d = bump(p, [5, 40]);
+        let dx = slope(
+            loss(&(x.clone() + d.clone()), &scales, &zeros),
+            loss(&(x.clone() - d), &scales, &zeros),
+        );
+        let d = bump(q, [3, 6]);
+        let ds = slope(
+            loss(&x, &(scales.clone() + d.clone()), &zeros),
+            loss(&x, &(scales.clone() - d.clone()), &zeros),
+        );
+        let dz = slope(
+            loss(&x, &scales, &(zeros.clone() + d.clone())),
+            loss(&x, &scales, &(zeros.clone() - d)),
+        );
+        for (found, expected) in [
+            (at(tx.grad(&grads).unwrap(), p), dx),
+            (at(ts.grad(&grads).unwrap(), q), ds),
+            (at(tz.grad(&grads).unwrap(), q), dz),
+        ] {
+            approx::assert_relative_eq!(found, expected, max_relative = 1e-3, epsilon = 1e-3);
+        }
+    }
+}

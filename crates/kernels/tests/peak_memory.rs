@@ -1,0 +1,88 @@
+//! A training step over packed weights keeps no dense weight alive.
+
+#![allow(unsafe_code, reason = "an allocator is unsafe to write")]
+
+use std::alloc::{GlobalAlloc, Layout as Block, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
+use kernels::{Layout, Levels, pack, quant_matmul};
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, block: Block) -> *mut u8 {
+        let live = LIVE.fetch_add(block.size(), Relaxed) + block.size();
+        PEAK.fetch_max(live, Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(block) }
+    }
+
+    unsafe fn dealloc(&self, data: *mut u8, block: Block) {
+        LIVE.fetch_sub(block.size(), Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(data, block) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const WIDTH: usize = 512;
+const LAYERS: usize = 8;
+const ROWS: usize = 64;
+
+#[test]
+fn one_step_stays_below_half_of_the_dense_weights() {
+    let device = Device::flex().autodiff();
+    let layout = Layout::new(WIDTH, WIDTH, 4, 64, Levels::Unsigned);
+    let codes: Vec<u8> = (0..WIDTH * WIDTH).map(|i| (i * i % 251 % 16) as u8).collect();
+    let words = TensorData::new(pack(&codes, &layout), layout.words_shape());
+    drop(codes);
+    let grid = |value: f32| Tensor::<2>::full(layout.grid_shape(), value, &device);
+    let weights: Vec<_> = (0..LAYERS)
+        .map(|_| {
+            let words = Tensor::<3, Int>::from_data(words.clone(), (&device, DType::U32));
+            (words, grid(0.01).require_grad(), grid(7.5))
+        })
+        .collect();
+    let x = Tensor::<2>::random([ROWS, WIDTH], Distribution::Uniform(-1.0, 1.0), &device);
+
+    let step = || {
+        let mut y = x.clone();
+        for (words, scales, zeros) in &weights {
+            y = quant_matmul(
+                y,
+                words.clone(),
+                scales.clone(),
+                Some(zeros.clone()),
+                layout,
+            );
+        }
+        let grads = y.sum().backward();
+        for (_, scales, _) in &weights {
+            let sum = scales
+                .grad(&grads)
+                .unwrap()
+                .abs()
+                .sum()
+                .into_scalar::<f32>();
+            assert!(sum.is_finite() && sum > 0.0);
+        }
+    };
+    step(); // The thread pool and its buffers come to stay.
+
+    let packed = LIVE.load(Relaxed);
+    PEAK.store(packed, Relaxed);
+    step();
+    let above = PEAK.load(Relaxed) - packed;
+    let dense = LAYERS * WIDTH * WIDTH * size_of::<f32>();
+    assert!(
+        above < dense / 2,
+        "{above} bytes above the packed model, {dense} bytes of dense weights"
+    );
+}
