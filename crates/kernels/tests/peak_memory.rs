@@ -40,7 +40,9 @@ const ROWS: usize = 64;
 fn one_step_stays_below_half_of_the_dense_weights() {
     let device = Device::flex().autodiff();
     let layout = Layout::new(WIDTH, WIDTH, 4, 64, Levels::Unsigned);
-    let codes: Vec<u8> = (0..WIDTH * WIDTH).map(|i| (i * i % 251 % 16) as u8).collect();
+    let codes: Vec<u8> = (0..WIDTH * WIDTH)
+        .map(|i| (i * i % 251 % 16) as u8)
+        .collect();
     let words = TensorData::new(pack(&codes, &layout), layout.words_shape());
     drop(codes);
     let grid = |value: f32| Tensor::<2>::full(layout.grid_shape(), value, &device);

@@ -1,0 +1,58 @@
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The distance of a quantized weight from the dense one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Distortion {
+    /// `‖W - Ŵ‖ / ‖W‖`, in Frobenius norms; zero for an exact copy of nothing.
+    pub relative: f64,
+    /// Mean squared error.
+    pub mse: f64,
+    /// The largest error of an element.
+    pub max_abs: f64,
+}
+
+impl Distortion {
+    /// The distortion of `found` against `expected`, element by element.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn between(expected: &[f32], found: &[f32]) -> Self {
+        assert_eq!(expected.len(), found.len(), "weights of one size");
+        let (mut error, mut power, mut max_abs) = (0.0, 0.0, 0.0f64);
+        for (&expected, &found) in expected.iter().zip(found) {
+            let difference = f64::from(expected) - f64::from(found);
+            error += difference * difference;
+            power += f64::from(expected) * f64::from(expected);
+            max_abs = max_abs.max(difference.abs());
+        }
+        Self {
+            relative: if error == 0.0 {
+                0.0
+            } else {
+                (error / power).sqrt()
+            },
+            mse: error / expected.len().max(1) as f64,
+            max_abs,
+        }
+    }
+
+    /// The signal-to-quantization-noise ratio in decibels; infinite for an exact copy.
+    pub fn sqnr_db(&self) -> f64 {
+        -20.0 * self.relative.log10()
+    }
+}
+
+impl fmt::Display for Distortion {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self {
+            relative, max_abs, ..
+        } = self;
+        let sqnr = self.sqnr_db();
+        write!(
+            f,
+            "relative error {relative:.4} ({sqnr:.1} dB), largest {max_abs:.2e}"
+        )
+    }
+}
