@@ -1,1 +1,75 @@
-//! stub
+//! Adapters on quantized models that merge without leaving the low-bit grid.
+//!
+//! A model joins by building its projections from [`Linear`] and saying where they are
+//! ([`Linears`], two methods). Everything else works through that:
+//!
+//! | verb | what it does |
+//! |---|---|
+//! | [`attach`] | gives each targeted layer a fresh adapter of a [`Method`], which changes no output |
+//! | [`fit`] | trains what is not frozen, that is the adapters |
+//! | [`activate`] | puts a task's [`Adapters`] in, and gives back those that were there |
+//! | [`merge`] | folds the adapters into the weights, which stay packed, and returns a [`Certificate`] |
+//!
+//! ```
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use peft::{Linear, Linears, Peqa, Weight};
+//! use quant_core::Rtn;
+//!
+//! #[derive(burn::module::Module, Debug)]
+//! struct Mlp {
+//!     up: Linear,
+//!     down: Linear,
+//! }
+//!
+//! impl Linears for Mlp {
+//!     fn linears(&self) -> Vec<(String, &Linear)> {
+//!         vec![("up".into(), &self.up), ("down".into(), &self.down)]
+//!     }
+//!
+//!     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+//!         vec![("up".into(), &mut self.up), ("down".into(), &mut self.down)]
+//!     }
+//! }
+//!
+//! let device = Device::flex();
+//! let weight = |dims: [usize; 2]| Tensor::random(dims, Distribution::Normal(0.0, 0.1), &device);
+//! let mut mlp = Mlp {
+//!     up: Linear::new(Weight::frozen(weight([8, 32])), None),
+//!     down: Linear::new(Weight::frozen(weight([32, 8])), None),
+//! };
+//! for (path, linear) in mlp.linears_mut() {
+//!     linear.quantize(&path, &Rtn::new().with_bits(4))?;
+//! }
+//! let attached = peft::attach(&mut mlp, &Peqa::new())?;
+//! assert_eq!(attached.n_trainable, 32 + 8); // A scale for each output.
+//! let certificate = peft::merge(&mut mlp)?;
+//! certificate.verify(&mlp)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod adapter;
+mod adapters;
+mod attach;
+mod causal_lm;
+mod error;
+pub mod files;
+mod fingerprint;
+mod fit;
+mod linear;
+mod linears;
+mod merge;
+mod targets;
+
+pub use adapter::{Adapter, Method, Peqa, PeqaAdapter};
+pub use adapters::Adapters;
+pub use attach::{Attached, activate, attach};
+pub use causal_lm::{Batch, CausalLm, token_nll};
+pub use error::{Error, Result};
+pub use fingerprint::Fingerprint;
+pub use fit::{FitConfig, Schedule, Step, fit};
+pub use linear::{Linear, Weight};
+pub use linears::Linears;
+pub use merge::{Certificate, Exactness, MergedLayer, merge};
+pub use targets::Targets;

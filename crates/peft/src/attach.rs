@@ -1,0 +1,70 @@
+use burn::module::Module;
+
+use crate::{Adapters, Error, Fingerprint, Linears, Method, Result};
+
+/// What [`attach`] did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The adapted layers.
+    pub paths: Vec<String>,
+    /// Trainable parameters of all adapters.
+    pub n_trainable: usize,
+}
+
+/// Gives each layer that `method` targets a fresh adapter, which changes no output.
+///
+/// # Errors
+/// [`Error::NoTarget`] if a target matches no layer, [`Error::AlreadyAdapted`] if one has an
+/// adapter, or what the method has against a weight. Then the model is as it was.
+pub fn attach<M: Linears>(model: &mut M, method: &impl Method) -> Result<Attached> {
+    let paths = method.targets().paths(model)?;
+    let mut adapters = Vec::with_capacity(paths.len());
+    for (path, linear) in model.linears() {
+        if !paths.contains(&path) {
+            adapters.push(None);
+            continue;
+        }
+        if linear.adapter.is_some() {
+            return Err(Error::AlreadyAdapted { path });
+        }
+        adapters.push(Some(method.init(&path, &linear.weight)?));
+    }
+    let n_trainable = adapters.iter().flatten().map(Module::num_params).sum();
+    for ((_, linear), adapter) in model.linears_mut().into_iter().zip(adapters) {
+        if adapter.is_some() {
+            linear.adapter = adapter;
+        }
+    }
+    Ok(Attached { paths, n_trainable })
+}
+
+/// Puts `adapters` in the place of all that the model has, and returns those.
+///
+/// # Errors
+/// [`Error::OtherBase`] unless the adapters were made for this base, [`Error::UnknownLayer`] or
+/// [`Error::Shape`] if one does not fit. Then the model is as it was.
+pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapters> {
+    let found = Fingerprint::of(model);
+    if found != adapters.base {
+        let expected = adapters.base.clone();
+        return Err(Error::OtherBase { expected, found });
+    }
+    for (path, adapter) in &adapters.layers {
+        let linears = model.linears();
+        let Some((_, linear)) = linears.iter().find(|(other, _)| other == path) else {
+            return Err(Error::UnknownLayer { path: path.clone() });
+        };
+        adapter.check(path, &linear.weight)?;
+    }
+    let mut before = Adapters {
+        base: found,
+        layers: Default::default(),
+    };
+    for (path, linear) in model.linears_mut() {
+        let adapter = adapters.layers.get(&path).cloned();
+        if let Some(adapter) = std::mem::replace(&mut linear.adapter, adapter) {
+            before.layers.insert(path, adapter);
+        }
+    }
+    Ok(before)
+}

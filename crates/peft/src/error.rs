@@ -1,0 +1,157 @@
+use std::path::PathBuf;
+
+use crate::Fingerprint;
+
+/// What can be wrong with an adapter, a layer, a file or a training run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A layer's weight could not be quantized or unpacked.
+    #[error("layer `{path}`")]
+    Quant {
+        /// The layer.
+        path: String,
+        /// What was wrong.
+        source: quant_core::Error,
+    },
+    /// No layer has a name that ends in one of the targets.
+    #[error(
+        "targets {targets:?} match none of the model's {n_linears} linear layers; their last names are {names:?}"
+    )]
+    NoTarget {
+        /// The names looked for.
+        targets: Vec<String>,
+        /// How many layers there are.
+        n_linears: usize,
+        /// The last parts of their paths.
+        names: Vec<String>,
+    },
+    /// A layer that holds an adapter already.
+    #[error("layer `{path}` has an adapter already; merge it or activate others in its place")]
+    AlreadyAdapted {
+        /// The layer.
+        path: String,
+    },
+    /// A layer whose weight is packed already.
+    #[error("layer `{path}` is quantized already")]
+    AlreadyQuantized {
+        /// The layer.
+        path: String,
+    },
+    /// A method that trains the grid, on a weight that has none.
+    #[error(
+        "{method} needs a quantized weight, but layer `{path}` is dense; quantize the model first"
+    )]
+    NeedsQuantized {
+        /// The method.
+        method: &'static str,
+        /// The layer.
+        path: String,
+    },
+    /// No layer has an adapter.
+    #[error("the model has no adapters; attach or activate some first")]
+    NoAdapters,
+    /// An adapter of other dimensions than its layer's.
+    #[error("the adapter of layer `{path}` is {found:?}, its weight asks for {expected:?}")]
+    Shape {
+        /// The layer.
+        path: String,
+        /// What the weight asks for.
+        expected: Vec<usize>,
+        /// What the adapter has.
+        found: Vec<usize>,
+    },
+    /// An adapter for a layer that the model does not have.
+    #[error("the adapters are for a layer `{path}`, which the model does not have")]
+    UnknownLayer {
+        /// The layer.
+        path: String,
+    },
+    /// Adapters, or a certificate, of another base.
+    #[error(
+        "made for the base {expected}, but this model's is {found}; load the model that it was made with"
+    )]
+    OtherBase {
+        /// The base it was made for.
+        expected: Fingerprint,
+        /// The base of the model at hand.
+        found: Fingerprint,
+    },
+    /// A file that could not be read or written.
+    #[error("`{path}`")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file that is not what it should be.
+    #[error("`{path}`: {problem}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// A tensor that a file does not have.
+    #[error("`{path}` has no tensor `{tensor}`")]
+    MissingTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor that is not what it should be.
+    #[error("tensor `{tensor}` in `{path}`: {problem}")]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A directory to be written that holds something else.
+    #[error("`{path}` exists and is not an empty directory; choose another name or remove it")]
+    OutputExists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A setting out of its range.
+    #[error("{setting} is {value}; it must be {expected}")]
+    Setting {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        value: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// Nothing to train on.
+    #[error("there are no batches to train on")]
+    NoBatches,
+    /// No parameter of the model is trainable.
+    #[error("all parameters are frozen; attach adapters first")]
+    NothingToTrain,
+    /// Training met NaN or infinity. The model is as it was before.
+    #[error("{what} is not finite at step {step}; lower the learning rate, or look at the data")]
+    NonFinite {
+        /// The loss, or the gradient of a parameter.
+        what: String,
+        /// The step, counted from 1.
+        step: usize,
+    },
+    /// A sequence that is too short to predict a token from another.
+    #[error(
+        "a batch of {batch} sequences of {seq} tokens has nothing to predict; it takes at least 1 of 2"
+    )]
+    EmptyBatch {
+        /// Sequences.
+        batch: usize,
+        /// Tokens in each.
+        seq: usize,
+    },
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,357 @@
+//! Tensor files and directories, read with care and written whole or not at all.
+
+use std::borrow::Cow;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, View};
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{Error, Result};
+
+/// Headers above this are not read: the limit of the safetensors format.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// A safetensors file, read tensor by tensor. Its sizes are checked against the file when opened.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    file: File,
+    metadata: Metadata,
+    data_start: u64,
+}
+
+impl TensorFile {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read; [`Error::File`] if it is truncated, too long, or no
+    /// safetensors file at all.
+    pub fn open(path: &Path) -> Result<Self> {
+        let refuse = |problem: String| Error::File {
+            path: path.into(),
+            problem,
+        };
+        let mut file = File::open(path).map_err(|source| io(path, source))?;
+        let info = file.metadata().map_err(|source| io(path, source))?;
+        if !info.is_file() {
+            return Err(refuse("is not a regular file".into()));
+        }
+        let n_bytes = info.len();
+        let mut start = [0; 8];
+        if n_bytes < 8 {
+            return Err(refuse(format!(
+                "{n_bytes} bytes are no safetensors file; fetch it again"
+            )));
+        }
+        file.read_exact(&mut start)
+            .map_err(|source| io(path, source))?;
+        if &start == b"version " {
+            let problem = "is a Git-LFS pointer, not the weights; run `git lfs pull`";
+            return Err(refuse(problem.into()));
+        }
+        let n_header = u64::from_le_bytes(start);
+        if n_header > MAX_HEADER.min(n_bytes - 8) {
+            return Err(refuse(format!(
+                "claims a header of {n_header} bytes in a file of {n_bytes}: truncated, or no safetensors file"
+            )));
+        }
+        let mut header = vec![0; n_header as usize];
+        file.read_exact(&mut header)
+            .map_err(|source| io(path, source))?;
+        let metadata: Metadata = serde_json::from_slice(&header)
+            .map_err(|error| refuse(format!("its header is no safetensors header: {error}")))?;
+        let data_start = 8 + n_header;
+        let claimed = data_start.checked_add(metadata.data_len() as u64);
+        if claimed != Some(n_bytes) {
+            let claimed = claimed.map_or("more".into(), |n| n.to_string());
+            return Err(refuse(format!(
+                "its header describes {claimed} bytes, the file has {n_bytes}: truncated or damaged; fetch it again"
+            )));
+        }
+        Ok(Self {
+            path: path.into(),
+            file,
+            metadata,
+            data_start,
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of the tensors, in order.
+    pub fn names(&self) -> Vec<String> {
+        let mut names = self.metadata.offset_keys();
+        names.sort();
+        names
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
+    }
+
+    /// The values and the shape of a tensor of `f32`, `f16` or `bf16`, row by row.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions, or
+    /// if a value is not finite.
+    pub fn floats<const D: usize>(&mut self, name: &str) -> Result<(Vec<f32>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        let values: Vec<f32> = match dtype {
+            Dtype::F32 => read_each(&bytes, f32::from_le_bytes),
+            Dtype::F16 => read_each(&bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            Dtype::BF16 => read_each(&bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            _ => return Err(self.refuse(name, format!("is {dtype:?}, not F32, F16 or BF16"))),
+        };
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let count = values.iter().filter(|value| !value.is_finite()).count();
+            let value = values[at];
+            let problem = format!("element {at} is {value}; non-finite elements in all: {count}");
+            return Err(self.refuse(name, problem));
+        }
+        Ok((values, shape))
+    }
+
+    /// The values and the shape of a tensor of 32-bit integers, row by row.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions.
+    pub fn words<const D: usize>(&mut self, name: &str) -> Result<(Vec<u32>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        match dtype {
+            Dtype::U32 | Dtype::I32 => Ok((read_each(&bytes, u32::from_le_bytes), shape)),
+            _ => Err(self.refuse(name, format!("is {dtype:?}, not I32 or U32"))),
+        }
+    }
+
+    fn read<const D: usize>(&mut self, name: &str) -> Result<(Dtype, [usize; D], Vec<u8>)> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(Error::MissingTensor {
+                path: self.path.clone(),
+                tensor: name.into(),
+            });
+        };
+        let (dtype, (start, end)) = (info.dtype, info.data_offsets);
+        let Ok(shape) = <[usize; D]>::try_from(info.shape.as_slice()) else {
+            let problem = format!("has the shape {:?}, not {D} dimensions", info.shape);
+            return Err(self.refuse(name, problem));
+        };
+        // Checked against the file's length when it was opened.
+        let mut bytes = vec![0; end - start];
+        self.file
+            .seek(SeekFrom::Start(self.data_start + start as u64))
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(|source| io(&self.path, source))?;
+        Ok((dtype, shape, bytes))
+    }
+
+    /// An error about one tensor of this file.
+    pub fn refuse(&self, tensor: &str, problem: String) -> Error {
+        Error::Tensor {
+            path: self.path.clone(),
+            tensor: tensor.into(),
+            problem,
+        }
+    }
+}
+
+fn read_each<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
+    let (chunks, _) = bytes.as_chunks::<N>();
+    chunks.iter().map(|&chunk| read(chunk)).collect()
+}
+
+/// A tensor to be written, whose values are made when their turn comes.
+pub struct LazyTensor<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Box<dyn Fn() -> Vec<u8> + 'a>,
+}
+
+impl<'a> LazyTensor<'a> {
+    /// Floats in the shortest of `bf16`, `f16` and `f32` that holds every one of them exactly.
+    pub fn floats<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
+        let dtype = shortest(&values());
+        Self {
+            dtype,
+            shape: shape.into(),
+            bytes: Box::new(move || {
+                let values = values();
+                let values = values.iter();
+                match dtype {
+                    Dtype::BF16 => values
+                        .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
+                        .collect(),
+                    Dtype::F16 => values
+                        .flat_map(|&v| f16::from_f32(v).to_le_bytes())
+                        .collect(),
+                    _ => values.flat_map(|v| v.to_le_bytes()).collect(),
+                }
+            }),
+        }
+    }
+
+    /// Words of 32 bits, as `I32`, the type of GPTQ's `qweight`.
+    pub fn words<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<u32> + 'a) -> Self {
+        Self {
+            dtype: Dtype::I32,
+            shape: shape.into(),
+            bytes: Box::new(move || {
+                values()
+                    .iter()
+                    .flat_map(|word| word.to_le_bytes())
+                    .collect()
+            }),
+        }
+    }
+}
+
+fn shortest(values: &[f32]) -> Dtype {
+    let same = |a: f32, b: f32| a.to_bits() == b.to_bits();
+    if values.iter().all(|&v| same(bf16::from_f32(v).to_f32(), v)) {
+        Dtype::BF16
+    } else if values.iter().all(|&v| same(f16::from_f32(v).to_f32(), v)) {
+        Dtype::F16
+    } else {
+        Dtype::F32
+    }
+}
+
+impl View for LazyTensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        (self.bytes)().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// Writes a safetensors file, one tensor in memory at a time.
+///
+/// # Errors
+/// [`Error::File`] if it cannot be written.
+pub fn write_tensors<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, LazyTensor<'a>)>,
+) -> Result<()> {
+    // transformers asks for this entry.
+    let metadata = [("format".to_string(), "pt".to_string())].into();
+    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| Error::File {
+        path: path.into(),
+        problem: error.to_string(),
+    })
+}
+
+/// Writes a JSON file.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| Error::File {
+        path: path.into(),
+        problem: error.to_string(),
+    })?;
+    text.push('\n');
+    fs::write(path, text).map_err(|source| io(path, source))
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is not JSON of the expected form.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = fs::read(path).map_err(|source| io(path, source))?;
+    serde_json::from_slice(&bytes).map_err(|error| Error::File {
+        path: path.into(),
+        problem: error.to_string(),
+    })
+}
+
+/// Makes a directory whose files `write` writes: whole under its name, or not at all.
+///
+/// The files are written into a hidden directory beside it and flushed to the disk; then that
+/// directory is given its name. A process that is killed before leaves `.NAME.PID.tmp` behind,
+/// which nothing reads.
+///
+/// # Errors
+/// [`Error::OutputExists`] if `dir` is there and is not an empty directory, [`Error::Io`] if it
+/// cannot be written, or what `write` returns.
+pub fn write_directory(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    check_output(dir)?;
+    let dir = std::path::absolute(dir).map_err(|source| io(dir, source))?;
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Err(Error::OutputExists { path: dir });
+    };
+    fs::create_dir_all(parent).map_err(|source| io(parent, source))?;
+    let name = format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id());
+    let staging = parent.join(name);
+    fs::create_dir(&staging).map_err(|source| io(&staging, source))?;
+
+    let written = write(&staging)
+        .and_then(|()| sync(&staging))
+        .and_then(|()| fs::rename(&staging, &dir).map_err(|source| io(&dir, source)));
+    if written.is_err() {
+        // What failed is already the error; the leftover is hidden and harmless.
+        let _ = fs::remove_dir_all(&staging);
+        return written;
+    }
+    sync_directory(parent)
+}
+
+/// Checks that `dir` can be written by [`write_directory`]: that it is not there, or empty.
+///
+/// # Errors
+/// [`Error::OutputExists`], or [`Error::Io`] if it cannot be looked at.
+pub fn check_output(dir: &Path) -> Result<()> {
+    let exists = || Error::OutputExists { path: dir.into() };
+    match fs::read_dir(dir) {
+        Ok(mut entries) => entries.next().map_or(Ok(()), |_| Err(exists())),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Err(exists()),
+        Err(source) => Err(io(dir, source)),
+    }
+}
+
+/// Flushes the files of a directory, and the directory.
+fn sync(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(|source| io(dir, source))? {
+        let path = entry.map_err(|source| io(dir, source))?.path();
+        let file = File::options().append(true).open(&path);
+        file.and_then(|mut file| {
+            file.flush()?;
+            file.sync_all()
+        })
+        .map_err(|source| io(&path, source))?;
+    }
+    sync_directory(dir)
+}
+
+/// Flushes the entries of a directory, where the system can.
+fn sync_directory(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        let dir_file = File::open(dir).map_err(|source| io(dir, source))?;
+        dir_file.sync_all().map_err(|source| io(dir, source))?;
+    }
+    Ok(())
+}
+
+fn io(path: &Path, source: std::io::Error) -> Error {
+    Error::Io {
+        path: path.into(),
+        source,
+    }
+}

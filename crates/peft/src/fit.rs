@@ -1,0 +1,337 @@
+use burn::config::Config;
+use burn::module::{ModuleVisitor, Param};
+use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
+use burn::tensor::Tensor;
+use rand::seq::SliceRandom;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use crate::{Batch, CausalLm, Error, Result, token_nll};
+
+/// How the learning rate goes on after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// As it is.
+    Constant,
+    /// In a line to zero at the last step.
+    Linear,
+    /// In half a cosine to zero at the last step.
+    Cosine,
+}
+
+/// How [`fit`] trains.
+#[derive(Config, Debug)]
+pub struct FitConfig {
+    /// The learning rate of AdamW, reached at the end of the warm-up.
+    #[config(default = 1e-3)]
+    pub learning_rate: f64,
+    /// Passes over the batches; not used if `steps` is given.
+    #[config(default = 1)]
+    pub epochs: usize,
+    /// Optimizer steps. The batches are gone through again as often as it takes.
+    #[config(default = "None")]
+    pub steps: Option<usize>,
+    /// Batches whose gradients make one step, each token weighing the same.
+    #[config(default = 1)]
+    pub accumulation: usize,
+    /// Steps in which the learning rate rises in a line.
+    #[config(default = 0)]
+    pub warmup_steps: usize,
+    /// What the learning rate does after the warm-up.
+    #[config(default = "Schedule::Cosine")]
+    pub schedule: Schedule,
+    /// Decoupled weight decay of AdamW.
+    #[config(default = 0.0)]
+    pub weight_decay: f64,
+    /// The decay of AdamW's mean of gradients.
+    #[config(default = 0.9)]
+    pub beta_1: f64,
+    /// The decay of AdamW's mean of squared gradients.
+    #[config(default = 0.999)]
+    pub beta_2: f64,
+    /// What AdamW adds to the denominator.
+    #[config(default = 1e-8)]
+    pub epsilon: f64,
+    /// Gradients are scaled down to this norm, taken over all parameters together.
+    #[config(default = "Some(1.0)")]
+    pub max_grad_norm: Option<f64>,
+    /// The seed of the order of the batches.
+    #[config(default = 0)]
+    pub seed: u64,
+}
+
+impl FitConfig {
+    fn check(&self) -> Result<()> {
+        let refuse = |setting, value: String, expected| {
+            Err(Error::Setting {
+                setting,
+                value,
+                expected,
+            })
+        };
+        let positive = |value: f64| value.is_finite() && value > 0.0;
+        let fraction = |value: f64| (0.0..1.0).contains(&value);
+        let (number, count) = ("a positive number", "at least 1");
+        if !positive(self.learning_rate) {
+            return refuse("learning_rate", self.learning_rate.to_string(), number);
+        }
+        if self.steps.unwrap_or(self.epochs) == 0 {
+            let setting = if self.steps.is_some() {
+                "steps"
+            } else {
+                "epochs"
+            };
+            return refuse(setting, "0".into(), count);
+        }
+        if self.accumulation == 0 {
+            return refuse("accumulation", "0".into(), count);
+        }
+        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
+            return refuse("weight_decay", self.weight_decay.to_string(), "0 or more");
+        }
+        for (setting, value) in [("beta_1", self.beta_1), ("beta_2", self.beta_2)] {
+            if !fraction(value) {
+                return refuse(setting, value.to_string(), "in 0 .. 1");
+            }
+        }
+        if !positive(self.epsilon) {
+            return refuse("epsilon", self.epsilon.to_string(), number);
+        }
+        match self.max_grad_norm {
+            Some(norm) if !positive(norm) => refuse("max_grad_norm", norm.to_string(), number),
+            _ => Ok(()),
+        }
+    }
+
+    /// The learning rate of step `index` of `n_steps`, counted from 0.
+    fn learning_rate_at(&self, index: usize, n_steps: usize) -> f64 {
+        if index < self.warmup_steps {
+            return self.learning_rate * (index + 1) as f64 / self.warmup_steps as f64;
+        }
+        let after = (n_steps - self.warmup_steps.min(n_steps)).max(1);
+        let progress = (index - self.warmup_steps) as f64 / after as f64;
+        let factor = match self.schedule {
+            Schedule::Constant => 1.0,
+            Schedule::Linear => 1.0 - progress,
+            Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        };
+        self.learning_rate * factor
+    }
+}
+
+/// One optimizer step of [`fit`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Counted from 1.
+    pub index: usize,
+    /// Steps in all.
+    pub n_steps: usize,
+    /// The mean loss over the step's tokens before it, in nats.
+    pub loss: f64,
+    /// The norm of all gradients before clipping.
+    pub grad_norm: f64,
+    /// The learning rate.
+    pub learning_rate: f64,
+    /// Tokens predicted.
+    pub n_targets: usize,
+}
+
+/// Trains the parameters that are not frozen, by AdamW on the next-token loss.
+///
+/// A step's gradient is that of the mean loss over the tokens of its batches, however they are
+/// split. The order of the batches is drawn anew for each pass.
+///
+/// # Errors
+/// [`Error::Setting`], [`Error::NoBatches`] or [`Error::NothingToTrain`] before the first step;
+/// [`Error::NonFinite`] if the loss or a gradient is NaN or infinite. On an error the model is as
+/// it was before.
+pub fn fit<M: CausalLm>(
+    model: &mut M,
+    batches: &[Batch],
+    config: &FitConfig,
+    mut on_step: impl FnMut(&Step),
+) -> Result<()> {
+    config.check()?;
+    if batches.is_empty() {
+        return Err(Error::NoBatches);
+    }
+    let mut tuned = model.clone().train();
+    let mut trainable = Trainable::default();
+    tuned.visit(&mut trainable);
+    if trainable.n == 0 {
+        return Err(Error::NothingToTrain);
+    }
+    let per_epoch = batches.len().div_ceil(config.accumulation);
+    let n_steps = config
+        .steps
+        .unwrap_or(config.epochs.saturating_mul(per_epoch));
+
+    let mut optimizer = AdamWConfig::new()
+        .with_weight_decay(config.weight_decay as f32)
+        .with_beta_1(config.beta_1 as f32)
+        .with_beta_2(config.beta_2 as f32)
+        .with_epsilon(config.epsilon as f32)
+        .init();
+    let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
+    let mut order: Vec<usize> = (0..batches.len()).collect();
+    for index in 0..n_steps {
+        if index % per_epoch == 0 {
+            order.shuffle(&mut rng);
+        }
+        let first = index % per_epoch * config.accumulation;
+        let chosen = &order[first..order.len().min(first + config.accumulation)];
+        let n_targets: usize = chosen.iter().map(|&at| batches[at].n_targets()).sum();
+
+        let mut accumulated = GradientsAccumulator::new();
+        let mut loss = 0.0;
+        for &at in chosen {
+            let nll = token_nll(&tuned, &batches[at]).sum() / n_targets as f32;
+            loss += f64::from(nll.clone().inner().into_scalar::<f32>());
+            if !loss.is_finite() {
+                return Err(Error::NonFinite {
+                    what: "the loss".into(),
+                    step: index + 1,
+                });
+            }
+            let gradients = GradientsParams::from_grads(nll.backward(), &tuned);
+            accumulated.accumulate(&tuned, gradients);
+        }
+        let mut gradients = accumulated.grads();
+        let grad_norm = norm(&tuned, &gradients, index + 1)?;
+        if let Some(max) = config.max_grad_norm.filter(|&max| grad_norm > max) {
+            let factor = max / grad_norm;
+            tuned.visit(&mut Scale {
+                gradients: &mut gradients,
+                factor,
+            });
+        }
+        let learning_rate = config.learning_rate_at(index, n_steps);
+        tuned = optimizer.step(learning_rate, tuned, gradients);
+        on_step(&Step {
+            index: index + 1,
+            n_steps,
+            loss,
+            grad_norm,
+            learning_rate,
+            n_targets,
+        });
+    }
+    *model = tuned.valid();
+    Ok(())
+}
+
+/// Counts the parameters that are not frozen.
+#[derive(Default)]
+struct Trainable {
+    n: usize,
+}
+
+impl ModuleVisitor for Trainable {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.n += usize::from(param.is_require_grad());
+    }
+}
+
+/// The norm of all gradients together.
+fn norm<M: CausalLm>(model: &M, gradients: &GradientsParams, step: usize) -> Result<f64> {
+    let mut norms = Norms {
+        gradients,
+        path: Vec::new(),
+        squares: 0.0,
+        non_finite: None,
+    };
+    model.visit(&mut norms);
+    match norms.non_finite {
+        Some(path) => Err(Error::NonFinite {
+            what: format!("the gradient of `{path}`"),
+            step,
+        }),
+        None => Ok(norms.squares.sqrt()),
+    }
+}
+
+struct Norms<'a> {
+    gradients: &'a GradientsParams,
+    path: Vec<String>,
+    squares: f64,
+    non_finite: Option<String>,
+}
+
+impl ModuleVisitor for Norms<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.gradients.get::<D>(param.id) {
+            let squares = f64::from(gradient.square().sum().into_scalar::<f32>());
+            if !squares.is_finite() && self.non_finite.is_none() {
+                self.non_finite = Some(self.path.join("."));
+            }
+            self.squares += squares;
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
+/// Multiplies all gradients.
+struct Scale<'a> {
+    gradients: &'a mut GradientsParams,
+    factor: f64,
+}
+
+impl ModuleVisitor for Scale<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.gradients.remove::<D>(param.id) {
+            self.gradients.register(param.id, gradient * self.factor);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_learning_rate_follows_its_schedule() {
+        let config = FitConfig::new()
+            .with_learning_rate(1.0)
+            .with_warmup_steps(2);
+        let rates = |schedule| {
+            let config = config.clone().with_schedule(schedule);
+            (0..6)
+                .map(|index| config.learning_rate_at(index, 6))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(rates(Schedule::Constant), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(rates(Schedule::Linear), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]);
+        let cosine = rates(Schedule::Cosine);
+        let expected = [0.5, 1.0, 1.0, 0.853553390593, 0.5, 0.146446609407];
+        for (found, expected) in cosine.iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-9, "{cosine:?}");
+        }
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        let good = FitConfig::new();
+        assert!(good.check().is_ok());
+        for bad in [
+            good.clone().with_learning_rate(0.0),
+            good.clone().with_learning_rate(f64::NAN),
+            good.clone().with_epochs(0),
+            good.clone().with_steps(Some(0)),
+            good.clone().with_accumulation(0),
+            good.clone().with_weight_decay(-1.0),
+            good.clone().with_beta_2(1.0),
+            good.clone().with_epsilon(0.0),
+            good.clone().with_max_grad_norm(Some(0.0)),
+        ] {
+            assert!(matches!(bad.check(), Err(Error::Setting { .. })), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,137 @@
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use quant_core::{Distortion, Format, QuantTensor, Quantizer};
+
+use crate::{Adapter, Error, Result};
+
+/// The weight of a [`Linear`], `[d_in, d_out]`.
+#[derive(Module, Debug)]
+pub enum Weight {
+    /// Floats.
+    Dense(Param<Tensor<2>>),
+    /// Packed codes, always frozen.
+    Quant(QuantTensor),
+}
+
+impl Weight {
+    /// A dense weight that does not train.
+    pub fn frozen(weight: Tensor<2>) -> Self {
+        Self::Dense(Param::from_tensor(weight).set_require_grad(false))
+    }
+
+    /// `[d_in, d_out]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Weight::Dense(weight) => weight.val().dims(),
+            Weight::Quant(weight) => weight.dims(),
+        }
+    }
+
+    /// The format of a packed weight.
+    pub fn format(&self) -> Option<Format> {
+        match self {
+            Weight::Dense(_) => None,
+            Weight::Quant(weight) => Some(weight.format()),
+        }
+    }
+
+    /// Bytes in memory, of a packed weight without padding.
+    pub fn n_bytes(&self) -> usize {
+        match self {
+            Weight::Dense(weight) => {
+                let weight = weight.val();
+                weight.shape().num_elements() * weight.dtype().size()
+            }
+            Weight::Quant(weight) => weight.n_bytes(),
+        }
+    }
+
+    fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Weight::Dense(weight) => {
+                let mut dims = x.dims();
+                let d_in = dims[D - 1];
+                let rows = dims[..D - 1].iter().product::<usize>();
+                let y = x.reshape([rows, d_in]).matmul(weight.val());
+                dims[D - 1] = y.dims()[1];
+                y.reshape(dims)
+            }
+            Weight::Quant(weight) => weight.matmul(x),
+        }
+    }
+}
+
+/// The layer every model is built from: `y = x · W + b`, with at most one adapter.
+///
+/// The adapter sees the weight and the input; the bias is added last.
+#[derive(Module, Debug)]
+pub struct Linear {
+    pub(crate) weight: Weight,
+    bias: Option<Param<Tensor<1>>>,
+    pub(crate) adapter: Option<Adapter>,
+}
+
+impl Linear {
+    /// A layer without an adapter. `bias` is `[d_out]`.
+    pub fn new(weight: Weight, bias: Option<Param<Tensor<1>>>) -> Self {
+        Self {
+            weight,
+            bias,
+            adapter: None,
+        }
+    }
+
+    /// # Shapes
+    /// - `x`: `[.., d_in]`
+    /// - result: `[.., d_out]`
+    ///
+    /// # Panics
+    /// If `x` has other inputs.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let y = match &self.adapter {
+            Some(adapter) => adapter.forward(&self.weight, x),
+            None => self.weight.matmul(x),
+        };
+        match &self.bias {
+            Some(bias) => y + bias.val().unsqueeze(),
+            None => y,
+        }
+    }
+
+    /// The weight without the adapter.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias, `[d_out]`.
+    pub fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val())
+    }
+
+    /// The adapter.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
+    }
+
+    /// Packs the dense weight, and says what that cost. Errors name the layer by `path`.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyQuantized`], [`Error::AlreadyAdapted`], or what the quantizer has against
+    /// the weight.
+    pub fn quantize(&mut self, path: &str, quantizer: &impl Quantizer) -> Result<Distortion> {
+        let path = path.to_string();
+        if self.adapter.is_some() {
+            return Err(Error::AlreadyAdapted { path });
+        }
+        let Weight::Dense(weight) = &self.weight else {
+            return Err(Error::AlreadyQuantized { path });
+        };
+        let weight = weight.val();
+        let packed = quantizer
+            .quantize(weight.clone())
+            .map_err(|source| Error::Quant { path, source })?;
+        let distortion = packed.distortion(weight);
+        self.weight = Weight::Quant(packed);
+        Ok(distortion)
+    }
+}
