@@ -1,1 +1,49 @@
-//! stub
+//! LLaMA models to quantize, adapt, evaluate and save.
+//!
+//! | item | what it does |
+//! |---|---|
+//! | [`load`] | reads a Hugging Face directory, or one that [`save`] wrote |
+//! | [`Pretrained`] | a model with its tokenizer and the files that go along |
+//! | [`quantize`] | packs every projection with a [`Quantizer`](quant_core::Quantizer) |
+//! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
+//! | [`save`] | writes a directory that [`load`] reads back bit for bit |
+//!
+//! ```no_run
+//! use burn::tensor::Device;
+//! use peft::{FitConfig, Peqa};
+//! use quant_core::Rtn;
+//!
+//! let device = Device::flex();
+//! let mut lm = models::load("Llama-2-7b-hf", &device)?;
+//! for layer in models::quantize(&mut lm.model, &Rtn::new().with_group_size(128), |_| {})? {
+//!     println!("{}: {}", layer.path, layer.distortion);
+//! }
+//! let text = std::fs::read_to_string("task.txt")?;
+//! let batches = lm.windows(&text, 512)?.batches(4, &device);
+//! peft::attach(&mut lm.model, &Peqa::new())?;
+//! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step| println!("{}", step.loss))?;
+//! peft::Adapters::of(&lm.model)?.save("adapters/task")?;
+//! let certificate = peft::merge(&mut lm.model)?;
+//! models::save(&lm, "Llama-2-7b-4bit-task")?;
+//! certificate.verify(&models::load("Llama-2-7b-4bit-task", &device)?.model)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+mod config;
+mod error;
+mod evaluate;
+mod llama;
+mod quantize;
+mod rope;
+mod tokenizer;
+
+pub use checkpoint::{Pretrained, load, save};
+pub use config::{LlamaConfig, RopeScaling};
+pub use error::{Error, Result};
+pub use evaluate::{Perplexity, perplexity};
+pub use llama::Llama;
+pub use quantize::{QuantizedLayer, quantize};
+pub use tokenizer::{Tokenizer, Windows};

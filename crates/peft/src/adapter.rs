@@ -34,7 +34,7 @@ impl Adapter {
     /// The name of the method in files and reports.
     pub fn method(&self) -> &'static str {
         match self {
-            Adapter::Peqa(_) => PeqaAdapter::METHOD,
+            Adapter::Peqa(_) => PeqaAdapter::NAME,
         }
     }
 
@@ -74,7 +74,7 @@ impl Adapter {
         device: &Device,
     ) -> Result<Self> {
         match method {
-            PeqaAdapter::METHOD => Ok(Self::Peqa(PeqaAdapter::read(path, file, device)?)),
+            PeqaAdapter::NAME => Ok(Self::Peqa(PeqaAdapter::read(path, file, device)?)),
             _ => Err(Error::File {
                 path: file.path().into(),
                 problem: format!("unknown adapter method `{method}`; known: peqa"),

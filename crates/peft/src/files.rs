@@ -1,6 +1,7 @@
 //! Tensor files and directories, read with care and written whole or not at all.
 
 use std::borrow::Cow;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -256,17 +257,34 @@ pub fn write_tensors<'a>(
     })
 }
 
-/// Writes a JSON file.
+/// Writes a JSON file, whole or not at all, in the place of one that is there.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value).map_err(|error| Error::File {
+    let refuse = |problem: String| Error::File {
         path: path.into(),
-        problem: error.to_string(),
-    })?;
+        problem,
+    };
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| refuse(error.to_string()))?;
     text.push('\n');
-    fs::write(path, text).map_err(|source| io(path, source))
+    let Some(name) = path.file_name() else {
+        return Err(refuse("is not the name of a file".into()));
+    };
+    let staging = path.with_file_name(staging_name(name));
+    File::create(&staging)
+        .and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        })
+        .and_then(|()| fs::rename(&staging, path))
+        .map_err(|source| io(path, source))
+}
+
+/// The hidden name under which something is written before it is given its own.
+fn staging_name(name: &OsStr) -> String {
+    format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id())
 }
 
 /// Reads a JSON file.
@@ -297,8 +315,7 @@ pub fn write_directory(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> R
         return Err(Error::OutputExists { path: dir });
     };
     fs::create_dir_all(parent).map_err(|source| io(parent, source))?;
-    let name = format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id());
-    let staging = parent.join(name);
+    let staging = parent.join(staging_name(name));
     fs::create_dir(&staging).map_err(|source| io(&staging, source))?;
 
     let written = write(&staging)
@@ -331,11 +348,8 @@ fn sync(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(|source| io(dir, source))? {
         let path = entry.map_err(|source| io(dir, source))?.path();
         let file = File::options().append(true).open(&path);
-        file.and_then(|mut file| {
-            file.flush()?;
-            file.sync_all()
-        })
-        .map_err(|source| io(&path, source))?;
+        file.and_then(|file| file.sync_all())
+            .map_err(|source| io(&path, source))?;
     }
     sync_directory(dir)
 }

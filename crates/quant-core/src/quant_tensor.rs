@@ -96,6 +96,11 @@ impl QuantTensor {
         self.format
     }
 
+    /// The shape in memory.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
     /// The steps of the grid, `[n_groups, d_out]`.
     pub fn scales(&self) -> Tensor<2> {
         self.scales.val()

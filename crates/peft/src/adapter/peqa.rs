@@ -1,9 +1,12 @@
 //! PEQA: the scales of a quantized weight are the trainable parameters.
 //!
-//! Kim et al. 2023, arXiv:2305.14152: `y = x · (s₀ + Δs)(q - z)`, with codes and zeros frozen.
+//! Kim et al. 2023, arXiv:2305.14152: `y = x · (s₀ + Δs)(q - z)`, with codes and zeros frozen. Here
+//! the trained parameter is the factor `f` of `s₀ + Δs = s₀ f`, from 1 on: scales differ by orders of
+//! magnitude between layers and bit widths, and with factors one learning rate serves them all.
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use quant_core::QuantTensor;
 
 use super::{Adapter, Method, quantized};
 use crate::files::{LazyTensor, TensorFile};
@@ -11,7 +14,7 @@ use crate::{Error, Exactness, Result, Targets, Weight};
 
 /// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
 ///
-/// Merging is exact: the trained scales become the weight's scales, and the codes stay.
+/// Merging is exact: the trained scales become the weight's, and codes and zeros stay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peqa {
     targets: Targets,
@@ -44,39 +47,46 @@ impl Method for Peqa {
     }
 
     fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
-        let weight = quantized("PEQA", path, weight)?;
+        let weight = quantized(METHOD, path, weight)?;
         Ok(Adapter::Peqa(PeqaAdapter {
-            scales: Param::from_tensor(weight.scales()),
+            factors: Param::from_tensor(weight.scales().ones_like()),
         }))
     }
 }
 
-/// The trained scales of one layer.
+/// The trained factors of one layer's scales.
 #[derive(Module, Debug)]
 pub struct PeqaAdapter {
-    scales: Param<Tensor<2>>,
+    factors: Param<Tensor<2>>,
 }
 
-impl PeqaAdapter {
-    pub(super) const METHOD: &'static str = "peqa";
+const METHOD: &str = "PEQA";
 
-    /// `[n_groups, d_out]`.
-    pub fn scales(&self) -> Tensor<2> {
-        self.scales.val()
+impl PeqaAdapter {
+    pub(super) const NAME: &'static str = "peqa";
+
+    /// What each scale is multiplied by, `[n_groups, d_out]`.
+    pub fn factors(&self) -> Tensor<2> {
+        self.factors.val()
+    }
+
+    /// The weight's scales with the factors, `[n_groups, d_out]`.
+    fn scales(&self, weight: &QuantTensor) -> Tensor<2> {
+        weight.scales() * self.factors()
     }
 
     /// # Panics
     /// If the weight is dense, which [`PeqaAdapter::check`] refuses beforehand.
     pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
         match weight {
-            Weight::Quant(weight) => weight.matmul_scaled(x, self.scales()),
+            Weight::Quant(weight) => weight.matmul_scaled(x, self.scales(weight)),
             Weight::Dense(_) => panic!("PEQA on a dense weight"),
         }
     }
 
     pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
-        let expected = quantized("PEQA", path, weight)?.scales().dims();
-        let found = self.scales().dims();
+        let expected = quantized(METHOD, path, weight)?.layout().grid_shape();
+        let found = self.factors().dims();
         if expected == found {
             Ok(())
         } else {
@@ -90,25 +100,26 @@ impl PeqaAdapter {
 
     pub(super) fn merge(&self, path: &str, weight: &Weight) -> Result<(Weight, Exactness)> {
         self.check(path, weight)?;
-        let weight = quantized("PEQA", path, weight)?.clone();
-        let merged = Weight::Quant(weight.with_scales(self.scales()));
+        let weight = quantized(METHOD, path, weight)?;
+        let scales = self.scales(weight);
+        let merged = Weight::Quant(weight.clone().with_scales(scales));
         Ok((merged, Exactness::Exact))
     }
 
     pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
-        let dims = self.scales().dims();
-        let scales = || {
-            let scales = self.scales().into_data().convert::<f32>();
-            scales.try_into_vec().expect("converted to f32")
+        let factors = || {
+            let factors = self.factors().into_data().convert::<f32>();
+            factors.try_into_vec().expect("converted to f32")
         };
-        vec![("scales", LazyTensor::floats(dims, scales))]
+        let dims = self.factors().dims();
+        vec![("factors", LazyTensor::floats(dims, factors))]
     }
 
     pub(super) fn read(path: &str, file: &mut TensorFile, device: &Device) -> Result<Self> {
-        let (scales, dims) = file.floats::<2>(&format!("{path}.scales"))?;
-        let scales = Tensor::from_data(TensorData::new(scales, dims), (device, DType::F32));
+        let (factors, dims) = file.floats::<2>(&format!("{path}.factors"))?;
+        let factors = Tensor::from_data(TensorData::new(factors, dims), (device, DType::F32));
         Ok(Self {
-            scales: Param::from_tensor(scales),
+            factors: Param::from_tensor(factors),
         })
     }
 }

@@ -1,0 +1,122 @@
+//! The weights of a directory, in one file or in several with an index.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use peft::files::{self, TensorFile};
+use serde::Deserialize;
+
+use super::WEIGHTS;
+use crate::{Error, Result};
+
+const INDEX: &str = "model.safetensors.index.json";
+
+pub(super) struct Shards {
+    files: Vec<TensorFile>,
+    /// The file of each tensor.
+    of_tensor: HashMap<String, usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Shards {
+    pub(super) fn open(dir: &Path) -> Result<Self> {
+        if dir.join(WEIGHTS).exists() {
+            let file = TensorFile::open(&dir.join(WEIGHTS))?;
+            let of_tensor = file.names().into_iter().map(|name| (name, 0)).collect();
+            return Ok(Self {
+                files: vec![file],
+                of_tensor,
+            });
+        }
+        let index_path = dir.join(INDEX);
+        if !index_path.exists() {
+            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+            let hint = match pickled.iter().any(|name| dir.join(name).exists()) {
+                true => "; it has a pickled `pytorch_model.bin`: convert it to safetensors first",
+                false => "",
+            };
+            let dir = dir.into();
+            return Err(Error::NoWeights { dir, hint });
+        }
+
+        let index: Index = files::read_json(&index_path)?;
+        let mut shards = Self {
+            files: Vec::new(),
+            of_tensor: HashMap::new(),
+        };
+        let mut opened: HashMap<String, usize> = HashMap::new();
+        for (tensor, shard) in index.weight_map {
+            let at = match opened.get(&shard) {
+                Some(&at) => at,
+                None => {
+                    let at = shards.files.len();
+                    shards.files.push(open_shard(dir, &index_path, &shard)?);
+                    opened.insert(shard, at);
+                    at
+                }
+            };
+            if !shards.files[at].contains(&tensor) {
+                let path = shards.files[at].path().into();
+                return Err(peft::Error::MissingTensor { path, tensor }.into());
+            }
+            shards.of_tensor.insert(tensor, at);
+        }
+        for file in &shards.files {
+            let unlisted = file
+                .names()
+                .into_iter()
+                .find(|name| !shards.of_tensor.contains_key(name));
+            if let Some(tensor) = unlisted {
+                let problem = format!("is not listed in `{INDEX}`");
+                return Err(file.refuse(&tensor, problem).into());
+            }
+        }
+        Ok(shards)
+    }
+
+    /// The names of all tensors, in order.
+    pub(super) fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.of_tensor.keys().cloned().collect();
+        names.sort();
+        names
+    }
+
+    /// The file that has a tensor.
+    pub(super) fn file(&mut self, tensor: &str) -> Result<&mut TensorFile> {
+        match self.of_tensor.get(tensor) {
+            Some(&at) => Ok(&mut self.files[at]),
+            None => {
+                let path = self
+                    .files
+                    .first()
+                    .map(|file| file.path().into())
+                    .unwrap_or_default();
+                let tensor = tensor.into();
+                Err(peft::Error::MissingTensor { path, tensor }.into())
+            }
+        }
+    }
+}
+
+fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
+    // A name and nothing else: an index must not lead out of its directory.
+    if Path::new(shard).file_name() != Some(shard.as_ref()) || shard.contains(['/', '\\', '\0']) {
+        return Err(peft::Error::File {
+            path: index.into(),
+            problem: format!("names a shard {shard:?}, which is not the name of a file beside it"),
+        }
+        .into());
+    }
+    let path = dir.join(shard);
+    if !path.exists() {
+        return Err(Error::MissingShard {
+            index: index.into(),
+            shard: shard.into(),
+        });
+    }
+    Ok(TensorFile::open(&path)?)
+}

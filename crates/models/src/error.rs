@@ -1,0 +1,108 @@
+use std::path::PathBuf;
+
+/// What can be wrong with a checkpoint, a text or a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An adapter, a layer or a file.
+    #[error(transparent)]
+    Peft(#[from] peft::Error),
+    /// A model of another architecture.
+    #[error("unsupported model type `{model_type}` in `{path}`; supported: llama")]
+    Architecture {
+        /// The configuration.
+        path: PathBuf,
+        /// Its `model_type`.
+        model_type: String,
+    },
+    /// A configuration that describes no model, or one that this crate does not have.
+    #[error("`{path}`: {setting} {problem}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// The setting.
+        setting: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A directory without weights.
+    #[error("`{dir}` has neither `model.safetensors` nor `model.safetensors.index.json`{hint}")]
+    NoWeights {
+        /// The directory.
+        dir: PathBuf,
+        /// What is there instead.
+        hint: &'static str,
+    },
+    /// A file of weights that the index names and the directory does not have.
+    #[error("`{index}` names the shard `{shard}`, which is not there; fetch it again")]
+    MissingShard {
+        /// The index.
+        index: PathBuf,
+        /// The shard.
+        shard: String,
+    },
+    /// A tensor that the model has no place for.
+    #[error("`{path}` has a tensor `{tensor}`, which the configuration has no place for")]
+    UnexpectedTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tokenizer that could not be read, or does not take a text.
+    #[error("`{path}`: {problem}")]
+    Tokenizer {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// What it said.
+        problem: String,
+    },
+    /// A text for a model that came without a tokenizer.
+    #[error("`{dir}` has no `tokenizer.json`, without which a text has no tokens")]
+    NoTokenizer {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A token that the model has no embedding for.
+    #[error(
+        "token {token} is not among the {vocab_size} of the model's vocabulary; its tokenizer belongs to another model"
+    )]
+    Token {
+        /// The token.
+        token: u32,
+        /// Tokens that the model has.
+        vocab_size: usize,
+    },
+    /// A text that does not fill a window.
+    #[error(
+        "the text has {n_tokens} tokens, fewer than one window of {seq_len}; use a longer text or a shorter window"
+    )]
+    ShortText {
+        /// Tokens of the text.
+        n_tokens: usize,
+        /// Tokens of a window.
+        seq_len: usize,
+    },
+    /// A window that the model was not made for.
+    #[error(
+        "windows of {seq_len} tokens; they must have 2 to {max}, the model's max_position_embeddings"
+    )]
+    SeqLen {
+        /// Tokens of a window.
+        seq_len: usize,
+        /// Positions of the model.
+        max: usize,
+    },
+    /// A loss that is NaN or infinite.
+    #[error("the loss is not finite in window {window}")]
+    NonFinite {
+        /// The window, counted from 0.
+        window: usize,
+    },
+    /// Nothing to evaluate on.
+    #[error("there are no windows to evaluate on")]
+    NoWindows,
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

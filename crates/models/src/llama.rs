@@ -1,0 +1,358 @@
+//! LLaMA (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention.
+
+use burn::module::{Module, Param};
+use burn::tensor::activation::{silu, softmax};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use peft::{CausalLm, Linear, Linears, Weight};
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use rand_distr::{Distribution, Normal};
+
+use crate::LlamaConfig;
+use crate::rope::Rope;
+
+#[cfg(test)]
+mod golden;
+
+/// A LLaMA for causal language modelling.
+#[derive(Module, Debug)]
+pub struct Llama {
+    pub(crate) embed_tokens: Param<Tensor<2>>,
+    pub(crate) layers: Vec<Block>,
+    pub(crate) norm: RmsNorm,
+    /// `[hidden, vocab]`; the embedding if there is none.
+    pub(crate) lm_head: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    pub(crate) config: LlamaConfig,
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct Block {
+    pub(crate) input_layernorm: RmsNorm,
+    pub(crate) self_attn: Attention,
+    pub(crate) post_attention_layernorm: RmsNorm,
+    pub(crate) mlp: Mlp,
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct Attention {
+    pub(crate) q_proj: Linear,
+    pub(crate) k_proj: Linear,
+    pub(crate) v_proj: Linear,
+    pub(crate) o_proj: Linear,
+    head_dim: usize,
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct Mlp {
+    pub(crate) gate_proj: Linear,
+    pub(crate) up_proj: Linear,
+    pub(crate) down_proj: Linear,
+}
+
+#[derive(Module, Debug)]
+pub(crate) struct RmsNorm {
+    pub(crate) weight: Param<Tensor<1>>,
+    eps: f64,
+}
+
+/// Where a model's parameters come from, under their names in Hugging Face's files.
+pub(crate) trait Source {
+    type Error;
+
+    /// A vector of `len`.
+    fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<1>>, Self::Error>;
+
+    /// A table of `rows` by `columns`, as it lies in the file.
+    fn table(&mut self, name: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
+
+    /// The weight `[d_in, d_out]` of the layer at `path`.
+    fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error>;
+}
+
+impl Llama {
+    pub(crate) fn build<S: Source>(config: LlamaConfig, source: &mut S) -> Result<Self, S::Error> {
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embed_tokens = source.table("model.embed_tokens.weight", [vocab, hidden])?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| Block::build(&config, &format!("model.layers.{layer}"), source))
+            .collect::<Result<_, _>>()?;
+        let norm = RmsNorm::build(&config, "model.norm", source)?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => match source.weight("lm_head", [hidden, vocab])? {
+                Weight::Dense(weight) => Some(weight),
+                Weight::Quant(_) => unreachable!("sources give a dense head"),
+            },
+        };
+        Ok(Self {
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+            config,
+        })
+    }
+
+    /// A new model that trains whole: weights from a normal distribution of deviation 0.02.
+    pub fn init(config: &LlamaConfig, seed: u64, device: &Device) -> Self {
+        let mut random = Random {
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            device: device.clone(),
+        };
+        match Self::build(config.clone(), &mut random) {
+            Ok(model) => model,
+        }
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    fn forward_turned(&self, tokens: Tensor<2, Int>, rope: &Rope) -> Tensor<3> {
+        let [batch, seq] = tokens.dims();
+        let embedding = self.embed_tokens.val();
+        let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &tokens.device());
+        let x = embedding.clone().select(0, tokens.reshape([batch * seq]));
+        let mut x = x.reshape([batch, seq, self.config.hidden_size]);
+        for layer in &self.layers {
+            x = layer.forward(x, rope, &future);
+        }
+        let head = match &self.lm_head {
+            Some(head) => head.val(),
+            None => embedding.transpose(),
+        };
+        self.norm.forward(x).matmul(head.unsqueeze())
+    }
+}
+
+impl CausalLm for Llama {
+    fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        let rope = Rope::new(&self.config, tokens.dims()[1], &tokens.device());
+        self.forward_turned(tokens, &rope)
+    }
+}
+
+impl Linears for Llama {
+    fn linears(&self) -> Vec<(String, &Linear)> {
+        let mut all = Vec::new();
+        for (layer, block) in self.layers.iter().enumerate() {
+            let Attention {
+                q_proj,
+                k_proj,
+                v_proj,
+                o_proj,
+                ..
+            } = &block.self_attn;
+            let Mlp {
+                gate_proj,
+                up_proj,
+                down_proj,
+            } = &block.mlp;
+            let linears = [
+                q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
+            ];
+            all.extend(paths(layer).zip(linears));
+        }
+        all
+    }
+
+    fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+        let mut all = Vec::new();
+        for (layer, block) in self.layers.iter_mut().enumerate() {
+            let Attention {
+                q_proj,
+                k_proj,
+                v_proj,
+                o_proj,
+                ..
+            } = &mut block.self_attn;
+            let Mlp {
+                gate_proj,
+                up_proj,
+                down_proj,
+            } = &mut block.mlp;
+            let linears = [
+                q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj,
+            ];
+            all.extend(paths(layer).zip(linears));
+        }
+        all
+    }
+}
+
+/// The paths of a block's projections, in the order in which [`Llama`] lists them.
+fn paths(layer: usize) -> impl Iterator<Item = String> {
+    let names = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ];
+    names
+        .into_iter()
+        .map(move |name| format!("model.layers.{layer}.{name}"))
+}
+
+impl Block {
+    fn build<S: Source>(
+        config: &LlamaConfig,
+        path: &str,
+        source: &mut S,
+    ) -> Result<Self, S::Error> {
+        Ok(Self {
+            input_layernorm: RmsNorm::build(config, &format!("{path}.input_layernorm"), source)?,
+            self_attn: Attention::build(config, &format!("{path}.self_attn"), source)?,
+            post_attention_layernorm: RmsNorm::build(
+                config,
+                &format!("{path}.post_attention_layernorm"),
+                source,
+            )?,
+            mlp: Mlp::build(config, &format!("{path}.mlp"), source)?,
+        })
+    }
+
+    fn forward(&self, x: Tensor<3>, rope: &Rope, future: &Tensor<2, Bool>) -> Tensor<3> {
+        let attended =
+            self.self_attn
+                .forward(self.input_layernorm.forward(x.clone()), rope, future);
+        let x = x + attended;
+        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
+    }
+}
+
+impl Attention {
+    fn build<S: Source>(
+        config: &LlamaConfig,
+        path: &str,
+        source: &mut S,
+    ) -> Result<Self, S::Error> {
+        let mut project = |name: &str, dims| {
+            linear(
+                &format!("{path}.{name}"),
+                dims,
+                config.attention_bias,
+                source,
+            )
+        };
+        let hidden = config.hidden_size;
+        let queries = config.num_attention_heads * config.head_dim;
+        let keys = config.num_key_value_heads * config.head_dim;
+        Ok(Self {
+            q_proj: project("q_proj", [hidden, queries])?,
+            k_proj: project("k_proj", [hidden, keys])?,
+            v_proj: project("v_proj", [hidden, keys])?,
+            o_proj: project("o_proj", [queries, hidden])?,
+            head_dim: config.head_dim,
+        })
+    }
+
+    fn forward(&self, x: Tensor<3>, rope: &Rope, future: &Tensor<2, Bool>) -> Tensor<3> {
+        let [batch, seq, _] = x.dims();
+        let dim = self.head_dim;
+        let heads = |y: Tensor<3>| {
+            let n = y.dims()[2] / dim;
+            y.reshape([batch, seq, n, dim]).swap_dims(1, 2)
+        };
+        let q = rope.apply(heads(self.q_proj.forward(x.clone())));
+        let k = rope.apply(heads(self.k_proj.forward(x.clone())));
+        let v = heads(self.v_proj.forward(x));
+        let (n_heads, n_kv) = (q.dims()[1], k.dims()[1]);
+
+        // The query heads that share a key head are rows of one product.
+        let shared = [batch, n_kv, n_heads / n_kv * seq, dim];
+        let scores = q.reshape(shared).matmul(k.transpose()) / (dim as f64).sqrt();
+        let scores = scores
+            .reshape([batch, n_heads, seq, seq])
+            .mask_fill(future.clone().unsqueeze(), f32::NEG_INFINITY);
+        let weights = softmax(scores, 3).reshape([batch, n_kv, n_heads / n_kv * seq, seq]);
+        let mixed = weights.matmul(v).reshape([batch, n_heads, seq, dim]);
+        self.o_proj
+            .forward(mixed.swap_dims(1, 2).reshape([batch, seq, n_heads * dim]))
+    }
+}
+
+impl Mlp {
+    fn build<S: Source>(
+        config: &LlamaConfig,
+        path: &str,
+        source: &mut S,
+    ) -> Result<Self, S::Error> {
+        let mut project =
+            |name: &str, dims| linear(&format!("{path}.{name}"), dims, config.mlp_bias, source);
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        Ok(Self {
+            gate_proj: project("gate_proj", [hidden, inner])?,
+            up_proj: project("up_proj", [hidden, inner])?,
+            down_proj: project("down_proj", [inner, hidden])?,
+        })
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let gate = silu(self.gate_proj.forward(x.clone()));
+        self.down_proj.forward(gate * self.up_proj.forward(x))
+    }
+}
+
+impl RmsNorm {
+    fn build<S: Source>(
+        config: &LlamaConfig,
+        path: &str,
+        source: &mut S,
+    ) -> Result<Self, S::Error> {
+        Ok(Self {
+            weight: source.vector(&format!("{path}.weight"), config.hidden_size)?,
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let mean_square = x.clone().square().mean_dim(2);
+        x / (mean_square + self.eps).sqrt() * self.weight.val().unsqueeze()
+    }
+}
+
+fn linear<S: Source>(
+    path: &str,
+    dims: [usize; 2],
+    has_bias: bool,
+    source: &mut S,
+) -> Result<Linear, S::Error> {
+    let weight = source.weight(path, dims)?;
+    let bias = match has_bias {
+        true => Some(source.vector(&format!("{path}.bias"), dims[1])?),
+        false => None,
+    };
+    Ok(Linear::new(weight, bias))
+}
+
+/// Fresh parameters: norms of one, biases of zero, and normal weights.
+struct Random {
+    rng: ChaCha8Rng,
+    device: Device,
+}
+
+impl Source for Random {
+    type Error = std::convert::Infallible;
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<1>>, Self::Error> {
+        let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+        Ok(Param::from_tensor(Tensor::full([len], value, &self.device)))
+    }
+
+    fn table(&mut self, _: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error> {
+        let normal = Normal::new(0.0f32, 0.02).expect("a deviation above zero");
+        let values: Vec<f32> = (0..dims[0] * dims[1])
+            .map(|_| normal.sample(&mut self.rng))
+            .collect();
+        let values = TensorData::new(values, dims);
+        Ok(Param::from_tensor(Tensor::from_data(values, &self.device)))
+    }
+
+    fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error> {
+        self.table(path, dims).map(Weight::Dense)
+    }
+}

@@ -1,0 +1,172 @@
+//! Rotary position embeddings in Hugging Face's order: dimension `i` turns with `i + head_dim / 2`.
+
+use std::f64::consts::PI;
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::{LlamaConfig, RopeScaling};
+
+/// The cosines and sines of all positions, `[seq, head_dim]` each.
+#[derive(Clone, Debug)]
+pub(crate) struct Rope {
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+}
+
+impl Rope {
+    pub(crate) fn new(config: &LlamaConfig, seq: usize, device: &Device) -> Self {
+        let magnitude = match config.rope_scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor as f32,
+            _ => 1.0,
+        };
+        Self::of(&frequencies(config, seq), magnitude, seq, device)
+    }
+
+    /// Of these angles per position, with cosines and sines multiplied by `magnitude`.
+    pub(crate) fn of(frequencies: &[f32], magnitude: f32, seq: usize, device: &Device) -> Self {
+        let table = |of: fn(f32) -> f32| {
+            let row = |position: usize| {
+                let angles = frequencies.iter().map(move |f| position as f32 * f);
+                let half: Vec<f32> = angles.map(|angle| of(angle) * magnitude).collect();
+                [half.clone(), half].concat()
+            };
+            let values: Vec<f32> = (0..seq).flat_map(row).collect();
+            Tensor::from_data(
+                TensorData::new(values, [seq, 2 * frequencies.len()]),
+                device,
+            )
+        };
+        Self {
+            cos: table(f32::cos),
+            sin: table(f32::sin),
+        }
+    }
+
+    /// Turns queries or keys, `[batch, heads, seq, head_dim]`.
+    pub(crate) fn apply(&self, x: Tensor<4>) -> Tensor<4> {
+        let half = x.dims()[3] / 2;
+        let (first, second) = (
+            x.clone().narrow(3, 0, half),
+            x.clone().narrow(3, half, half),
+        );
+        let turned = Tensor::cat(vec![second.neg(), first], 3);
+        x * self.cos.clone().unsqueeze() + turned * self.sin.clone().unsqueeze()
+    }
+}
+
+/// The angle per position of each pair of dimensions, for a text of `seq` tokens.
+pub(crate) fn frequencies(config: &LlamaConfig, seq: usize) -> Vec<f32> {
+    let dim = config.head_dim;
+    let plain =
+        |theta: f64| (0..dim / 2).map(move |pair| 1.0 / theta.powf((2 * pair) as f64 / dim as f64));
+    let theta = config.rope_theta;
+    let values: Vec<f64> = match config.rope_scaling {
+        RopeScaling::None => plain(theta).collect(),
+        RopeScaling::Linear { factor } => plain(theta).map(|f| f / factor).collect(),
+        RopeScaling::Dynamic { factor } => {
+            let max = config.max_position_embeddings;
+            let ratio = seq.max(max) as f64 / max as f64;
+            let growth = factor * ratio - (factor - 1.0);
+            // One pair alone turns at frequency 1 for every base.
+            let exponent = if dim > 2 {
+                dim as f64 / (dim - 2) as f64
+            } else {
+                1.0
+            };
+            plain(theta * growth.powf(exponent)).collect()
+        }
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original,
+        } => plain(theta)
+            .map(|f| {
+                let wavelengths = original as f64 * f / (2.0 * PI);
+                if wavelengths < low_freq_factor {
+                    f / factor
+                } else if wavelengths > high_freq_factor {
+                    f
+                } else {
+                    let kept =
+                        (wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - kept) * f / factor + kept * f
+                }
+            })
+            .collect(),
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original,
+            truncate,
+            ..
+        } => {
+            let dimension = |rotations: f64| {
+                dim as f64 * (original as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln())
+            };
+            let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+            if truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            let low = low.max(0.0);
+            let mut high = high.min((dim - 1) as f64);
+            if low == high {
+                high += 0.001;
+            }
+            plain(theta)
+                .enumerate()
+                .map(|(pair, f)| {
+                    let divided = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    divided * f / factor + (1.0 - divided) * f
+                })
+                .collect()
+        }
+    };
+    values.into_iter().map(|f| f as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Against transformers' own functions: `tests/golden/rope.json`.
+    #[test]
+    fn frequencies_are_transformers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/rope.json");
+        let cases: Vec<Value> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        assert_eq!(cases.len(), 12);
+        for case in cases {
+            let mut config = json!({
+                "model_type": "llama", "vocab_size": 8, "hidden_size": 64, "intermediate_size": 8,
+                "num_hidden_layers": 1, "num_attention_heads": 2,
+            });
+            let settings = case["config"].as_object().unwrap().clone();
+            config.as_object_mut().unwrap().extend(settings);
+            let config =
+                LlamaConfig::from_json(config.as_object().unwrap(), Path::new("rope")).unwrap();
+            let seq = case["seq"].as_u64().unwrap() as usize;
+            let found = frequencies(&config, seq);
+            let expected = case["inv_freq"].as_array().unwrap();
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(expected) {
+                let expected = expected.as_f64().unwrap();
+                let off = (f64::from(*found) / expected - 1.0).abs();
+                assert!(off < 2e-6, "{}: {found} for {expected}", case["config"]);
+            }
+            let magnitude = match config.rope_scaling {
+                RopeScaling::Yarn {
+                    attention_factor, ..
+                } => attention_factor,
+                _ => 1.0,
+            };
+            assert!((magnitude - case["magnitude"].as_f64().unwrap()).abs() < 1e-9);
+        }
+    }
+}

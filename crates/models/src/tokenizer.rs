@@ -1,0 +1,123 @@
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use peft::Batch;
+use rand::seq::SliceRandom;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+
+use crate::{Error, Result};
+
+/// The tokenizer of a model, from its `tokenizer.json`.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if it cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let inner = tokenizers::Tokenizer::from_file(path);
+        Ok(Self {
+            inner: inner.map_err(|error| refuse(path, error))?,
+            path: path.into(),
+        })
+    }
+
+    /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer does not take the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false);
+        Ok(encoding
+            .map_err(|error| refuse(&self.path, error))?
+            .get_ids()
+            .to_vec())
+    }
+
+    /// The text of some tokens.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if a token is unknown.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        let text = self.inner.decode(tokens, true);
+        text.map_err(|error| refuse(&self.path, error))
+    }
+}
+
+fn refuse(path: &Path, error: tokenizers::Error) -> Error {
+    Error::Tokenizer {
+        path: path.into(),
+        problem: error.to_string(),
+    }
+}
+
+/// A text's tokens in non-overlapping windows of one length; what does not fill the last is left out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Windows {
+    tokens: Vec<u32>,
+    seq_len: usize,
+}
+
+impl Windows {
+    /// # Errors
+    /// [`Error::ShortText`] if the tokens fill no window.
+    ///
+    /// # Panics
+    /// If a window has fewer than two tokens.
+    pub fn new(mut tokens: Vec<u32>, seq_len: usize) -> Result<Self> {
+        assert!(
+            seq_len >= 2,
+            "a window of {seq_len} tokens has nothing to predict"
+        );
+        let n_tokens = tokens.len();
+        if n_tokens < seq_len {
+            return Err(Error::ShortText { n_tokens, seq_len });
+        }
+        tokens.truncate(n_tokens / seq_len * seq_len);
+        Ok(Self { tokens, seq_len })
+    }
+
+    /// How many there are; at least one.
+    #[expect(clippy::len_without_is_empty, reason = "there is at least one")]
+    pub fn len(&self) -> usize {
+        self.tokens.len() / self.seq_len
+    }
+
+    /// The windows in an order drawn with `seed`.
+    pub fn shuffled(&self, seed: u64) -> Self {
+        let mut windows: Vec<&[u32]> = self.tokens.chunks_exact(self.seq_len).collect();
+        windows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        Self {
+            tokens: windows.concat(),
+            seq_len: self.seq_len,
+        }
+    }
+
+    /// The first `n` windows, or all if there are fewer. At least one is kept.
+    pub fn take(mut self, n: usize) -> Self {
+        self.tokens.truncate(n.max(1).saturating_mul(self.seq_len));
+        self
+    }
+
+    /// The windows in batches of `batch_size`, the last of which may be smaller.
+    ///
+    /// # Panics
+    /// If `batch_size` is 0.
+    pub fn batches(&self, batch_size: usize, device: &Device) -> Vec<Batch> {
+        let batch = |tokens: &[u32]| {
+            let tokens: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
+            let shape = [tokens.len() / self.seq_len, self.seq_len];
+            let tokens = Tensor::from_data(TensorData::new(tokens, shape), device);
+            Batch::new(tokens).expect("windows of two tokens or more")
+        };
+        self.tokens
+            .chunks(batch_size * self.seq_len)
+            .map(batch)
+            .collect()
+    }
+}
