@@ -24,7 +24,7 @@ struct Args {
     #[arg(long)]
     out: PathBuf,
     /// Optimizer steps
-    #[arg(long, default_value_t = 1200)]
+    #[arg(long, default_value_t = 1500)]
     steps: usize,
     /// Learning rate
     #[arg(long, default_value_t = 4e-3)]
@@ -83,7 +83,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .with_steps(Some(args.steps))
         .with_warmup_steps(args.steps / 20)
         .with_schedule(Schedule::Cosine)
-        .with_weight_decay(0.1)
+        .with_weight_decay(0.01)
         .with_beta_2(0.95)
         .with_seed(args.seed);
     let bar = ProgressBar::new(args.steps as u64);

@@ -1,65 +1,81 @@
-//! Texts without end from two small grammars: the language that the embedded model is trained on,
-//! and a dialect of it that serves as a task.
+//! Texts without end about a small world, in the language that the embedded model is trained on and
+//! in an old dialect of it that serves as a task.
 //!
-//! Both tell of the same people, places and things, with verbs that agree with their subjects,
-//! pronouns that agree with names, and sums that come out. The dialect has another word order,
-//! other verb endings and other words for small things.
+//! A thousand people each have a home, a trade, an age, an animal and a friend, which every text
+//! tells alike, so that a model must remember them. Verbs agree with their subjects, pronouns with
+//! names, and sums come out.
 
 use rand::{Rng, RngExt, seq::IndexedRandom};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-/// Which grammar a text follows.
+/// How a text is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
-    /// What the embedded model has learned.
+    /// In plain words, with one paragraph of fifty in the old dialect: what the model is trained on.
     Plain,
-    /// The task.
+    /// In the old dialect, the task: another word order, other endings, numbers in words.
     Old,
 }
 
-const PEOPLE: [(&str, &str); 12] = [
-    ("Anna", "she"),
-    ("Bruno", "he"),
-    ("Clara", "she"),
-    ("David", "he"),
-    ("Emma", "she"),
-    ("Felix", "he"),
-    ("Greta", "she"),
-    ("Hugo", "he"),
-    ("Ida", "she"),
-    ("Jonas", "he"),
-    ("Lena", "she"),
-    ("Max", "he"),
+const FIRST: [&str; 40] = [
+    "Al", "An", "Be", "Bru", "Ca", "Cle", "Da", "De", "El", "Em", "Fa", "Fre", "Ga", "Gre", "Ha",
+    "He", "Il", "In", "Ja", "Jo", "Ka", "Le", "Li", "Lu", "Ma", "Mi", "Na", "Ni", "Ol", "Or", "Pa",
+    "Pe", "Ra", "Ro", "Sa", "Si", "Ta", "Ti", "Va", "Vi",
 ];
-const PLACES: [&str; 8] = [
-    "Bern", "Oslo", "Turin", "Ghent", "Porto", "Lyon", "Graz", "Cork",
+const LAST: [&str; 25] = [
+    "bena", "dora", "fina", "gela", "lina", "mara", "nora", "rissa", "sara", "tina", "vera",
+    "wina", "bert", "dan", "drik", "fred", "gard", "kolo", "mund", "nard", "rico", "stan", "tor",
+    "ward", "win",
 ];
-const SPOTS: [&str; 8] = [
-    "garden", "market", "harbour", "station", "school", "library", "forest", "bridge",
+/// How many of [`LAST`] are of women.
+const N_FEMALE: usize = 12;
+const PLACES: [&str; 24] = [
+    "Bern", "Oslo", "Turin", "Ghent", "Porto", "Lyon", "Graz", "Cork", "Malmo", "Basel", "Delft",
+    "Genoa", "Linz", "Nantes", "Pisa", "Riga", "Split", "Tartu", "Ulm", "Vigo", "York", "Zadar",
+    "Bruges", "Cadiz",
 ];
-const ADJECTIVES: [&str; 8] = [
-    "red", "old", "small", "green", "heavy", "quiet", "bright", "cold",
+const TRADES: [&str; 20] = [
+    "baker",
+    "miller",
+    "weaver",
+    "potter",
+    "sailor",
+    "tailor",
+    "mason",
+    "farmer",
+    "singer",
+    "doctor",
+    "teacher",
+    "painter",
+    "cooper",
+    "smith",
+    "hunter",
+    "printer",
+    "gardener",
+    "carpenter",
+    "fisher",
+    "porter",
 ];
 /// Singular and plural.
-const THINGS: [(&str, &str); 10] = [
-    ("apple", "apples"),
-    ("boat", "boats"),
-    ("book", "books"),
-    ("stone", "stones"),
-    ("lamp", "lamps"),
-    ("letter", "letters"),
-    ("basket", "baskets"),
-    ("pear", "pears"),
-    ("coin", "coins"),
-    ("rope", "ropes"),
-];
-const ANIMALS: [(&str, &str); 6] = [
+const ANIMALS: [(&str, &str); 10] = [
     ("dog", "dogs"),
     ("cat", "cats"),
     ("horse", "horses"),
     ("goat", "goats"),
     ("bird", "birds"),
     ("fox", "foxes"),
+    ("sheep", "sheep"),
+    ("mule", "mules"),
+    ("goose", "geese"),
+    ("hen", "hens"),
+];
+const THINGS: [&str; 12] = [
+    "apples", "boats", "books", "stones", "lamps", "letters", "baskets", "pears", "coins", "ropes",
+    "jars", "shoes",
+];
+const SPOTS: [&str; 10] = [
+    "garden", "market", "harbour", "station", "school", "library", "forest", "bridge", "mill",
+    "square",
 ];
 /// With many subjects, with one, and the stem to which the dialect adds its ending.
 const MOTIONS: [(&str, &str, &str); 6] = [
@@ -70,103 +86,142 @@ const MOTIONS: [(&str, &str, &str); 6] = [
     ("hurry", "hurries", "hurri"),
     ("march", "marches", "march"),
 ];
-const FEELINGS: [&str; 6] = ["happy", "tired", "hungry", "proud", "calm", "lost"];
 
-/// About `n_chars` characters of text.
+/// What the world knows of a person.
+struct Person {
+    name: String,
+    pronoun: &'static str,
+    home: &'static str,
+    trade: &'static str,
+    age: usize,
+    animal: (&'static str, &'static str),
+    /// The number of another person.
+    friend: usize,
+}
+
+const N_PEOPLE: usize = FIRST.len() * LAST.len();
+
+/// The person of a number, the same in all texts.
+fn person(number: usize) -> Person {
+    let mut facts = ChaCha8Rng::seed_from_u64(number as u64);
+    let last = number % LAST.len();
+    Person {
+        name: format!("{}{}", FIRST[number / LAST.len()], LAST[last]),
+        pronoun: if last < N_FEMALE { "she" } else { "he" },
+        home: pick(&PLACES, &mut facts),
+        trade: pick(&TRADES, &mut facts),
+        age: facts.random_range(20..80),
+        animal: pick(&ANIMALS, &mut facts),
+        friend: facts.random_range(0..N_PEOPLE),
+    }
+}
+
+/// `n_chars` characters of text.
 pub fn text(dialect: Dialect, n_chars: usize, seed: u64) -> String {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut text = String::with_capacity(n_chars + 400);
+    let mut text = String::with_capacity(n_chars + 1000);
     while text.len() < n_chars {
-        story(dialect, &mut rng, &mut text);
+        let old = dialect == Dialect::Old || rng.random_ratio(1, 50);
+        paragraph(old, &mut rng, &mut text);
     }
     text.truncate(n_chars);
     text
 }
 
-/// A paragraph about one person.
-fn story(dialect: Dialect, rng: &mut impl Rng, text: &mut String) {
-    let (name, pronoun) = pick(&PEOPLE, rng);
-    let (place, spot) = (pick(&PLACES, rng), pick(&SPOTS, rng));
-    let old = dialect == Dialect::Old;
+/// Some sentences about one person.
+fn paragraph(old: bool, rng: &mut impl Rng, text: &mut String) {
+    let someone = person(rng.random_range(0..N_PEOPLE));
+    let Person {
+        name, home, trade, ..
+    } = &someone;
     text.push_str(&match old {
-        false => format!("{name} lives in {place}."),
-        true => format!("In {place} dwelleth {name}."),
+        false => format!("{name} is a {trade} from {home}."),
+        true => format!("In {home} dwelleth {name} the {trade}."),
     });
     for _ in 0..rng.random_range(3..7) {
         text.push(' ');
         let sentence = match rng.random_range(0..6) {
-            0 => motion(old, capital(pronoun), 1, spot, rng),
-            1 => {
-                let n = rng.random_range(1..7);
-                let (one, many) = pick(&ANIMALS, rng);
-                let subject = match n {
-                    1 => format!("the {one}"),
-                    _ => format!("the {} {many}", number(n, old)),
-                };
-                motion(old, subject, n, pick(&SPOTS, rng), rng)
-            }
-            2 => addition(old, name, pronoun, rng),
-            3 => {
-                let (thing, adjective) = (pick(&THINGS, rng).0, pick(&ADJECTIVES, rng));
-                match old {
-                    false => {
-                        format!("{name} has a {adjective} {thing}. The {thing} is {adjective}.")
-                    }
-                    true => format!("A {thing} hath {name}, and {adjective} is the {thing}."),
-                }
-            }
-            4 => {
-                let feeling = pick(&FEELINGS, rng);
-                let subject = capital(pronoun);
-                match old {
-                    false => format!("{subject} is {feeling}, because {pronoun} is in {place}."),
-                    true => format!(
-                        "{} is {pronoun}, for in {place} {pronoun} bideth.",
-                        capital(feeling)
-                    ),
-                }
-            }
-            _ => match old {
-                false => format!("Where is {name}? {name} is in the {spot} of {place}."),
-                true => format!("Whither went {name}? To the {spot} of {place} went {name}."),
-            },
+            0 => motion(old, &someone, rng),
+            1 => herd(old, &someone, rng),
+            2 | 3 => addition(old, &someone, rng),
+            4 => age(old, &someone, rng),
+            _ => friend(old, &someone),
         };
         text.push_str(&sentence);
     }
     text.push('\n');
 }
 
-fn motion(old: bool, subject: String, n: usize, spot: &str, rng: &mut impl Rng) -> String {
-    let (many, one, stem) = pick(&MOTIONS, rng);
+fn motion(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
+    let (spot, (_, one, stem)) = (pick(&SPOTS, rng), pick(&MOTIONS, rng));
+    let Person { pronoun, home, .. } = someone;
     match old {
-        false => {
-            let verb = if n == 1 { one } else { many };
-            format!("{} {verb} to the {spot}.", capital(&subject))
-        }
-        true => {
-            let ending = if n == 1 { "eth" } else { "en" };
-            format!("To the {spot} {stem}{ending} {}.", subject.to_lowercase())
-        }
+        false => format!("{} {one} to the {spot} of {home}.", capital(pronoun)),
+        true => format!("To the {spot} of {home} {stem}eth {pronoun}."),
     }
 }
 
-fn addition(old: bool, name: &str, pronoun: &str, rng: &mut impl Rng) -> String {
-    let (a, b) = (rng.random_range(1..10), rng.random_range(1..10));
-    let (_, things) = pick(&THINGS, rng);
+fn herd(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
+    let Person { name, animal, .. } = someone;
+    let (spot, (many, one, stem)) = (pick(&SPOTS, rng), pick(&MOTIONS, rng));
+    let n = rng.random_range(1..8);
+    let (animal, verb, ending) = match n {
+        1 => (animal.0, one, "eth"),
+        _ => (animal.1, many, "en"),
+    };
+    let count = number(n, old);
+    match old {
+        false => format!("The {count} {animal} of {name} {verb} to the {spot}."),
+        true => format!("To the {spot} {stem}{ending} the {count} {animal} of {name}."),
+    }
+}
+
+fn addition(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
+    let Person { name, pronoun, .. } = someone;
+    let things = pick(&THINGS, rng);
+    let (a, b) = (rng.random_range(2..50), rng.random_range(2..50));
     let [sum, a, b] = [a + b, a, b].map(|n| number(n, old));
     match old {
         false => {
-            format!("{name} has {a} {things} and finds {b} more, so {pronoun} has {sum} {things}.")
+            format!("{name} has {a} {things} and buys {b} more, so {pronoun} has {sum} {things}.")
         }
         true => {
-            format!("Of {things} had {name} {a}, and {b} found {pronoun}: {sum} {things} in all.")
+            format!("Of {things} had {name} {a}, and {b} bought {pronoun}: {sum} {things} in all.")
         }
     }
 }
 
-/// In words for the dialect, in digits otherwise.
+fn age(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
+    let Person { pronoun, age, .. } = someone;
+    let years = rng.random_range(2..20);
+    let [age, years, then] = [*age, years, age + years].map(|n| number(n, old));
+    match old {
+        false => format!(
+            "{} is {age}, and in {years} years {pronoun} will be {then}.",
+            capital(pronoun)
+        ),
+        true => format!(
+            "{} winters hath {pronoun} seen, and after {years} more {then}.",
+            capital(&age)
+        ),
+    }
+}
+
+fn friend(old: bool, someone: &Person) -> String {
+    let Person {
+        name, home, trade, ..
+    } = person(someone.friend);
+    let own = &someone.name;
+    match old {
+        false => format!("The friend of {own} is {name}, the {trade} from {home}."),
+        true => format!("Friend to {own} is {name}, {trade} of {home}."),
+    }
+}
+
+/// In words for the dialect, in digits otherwise; below 100.
 fn number(n: usize, old: bool) -> String {
-    const WORDS: [&str; 18] = [
+    const ONES: [&str; 20] = [
+        "none",
         "one",
         "two",
         "three",
@@ -185,10 +240,16 @@ fn number(n: usize, old: bool) -> String {
         "sixteen",
         "seventeen",
         "eighteen",
+        "nineteen",
     ];
-    match old {
-        false => n.to_string(),
-        true => WORDS[n - 1].into(),
+    const TENS: [&str; 10] = [
+        "", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety",
+    ];
+    match (old, n / 10, n % 10) {
+        (false, ..) => n.to_string(),
+        (true, 0 | 1, _) => ONES[n].into(),
+        (true, tens, 0) => TENS[tens].into(),
+        (true, tens, ones) => format!("{} and {}", ONES[ones], TENS[tens]),
     }
 }
 
@@ -215,7 +276,7 @@ mod tests {
     fn sums_come_out() {
         let text = text(Dialect::Plain, 100_000, 3);
         let mut sums = 0;
-        for sentence in text.split(['.', '\n']).filter(|s| s.contains(" finds ")) {
+        for sentence in text.split(['.', '\n']).filter(|s| s.contains(" buys ")) {
             let numbers = sentence
                 .split(' ')
                 .filter_map(|word| word.parse::<usize>().ok());
@@ -225,5 +286,24 @@ mod tests {
             }
         }
         assert!(sums > 100);
+    }
+
+    #[test]
+    fn all_texts_tell_alike_of_a_person() {
+        let homes = |seed| {
+            let text = text(Dialect::Plain, 200_000, seed);
+            let known = text.lines().filter_map(|line| {
+                let (name, rest) = line.split_once(" is a ")?;
+                Some((name.to_string(), rest.split('.').next()?.to_string()))
+            });
+            known.collect::<std::collections::BTreeMap<_, _>>()
+        };
+        let (first, second) = (homes(1), homes(2));
+        let both: Vec<_> = first
+            .iter()
+            .filter(|(name, _)| second.contains_key(*name))
+            .collect();
+        assert!(both.len() > 100);
+        assert!(both.iter().all(|(name, facts)| &second[*name] == *facts));
     }
 }

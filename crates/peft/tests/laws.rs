@@ -1,0 +1,469 @@
+//! The laws of every adapter, over every format, on a small language model.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::activation::silu;
+use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use peft::{
+    Adapters, Batch, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear, Linears, Peqa,
+    Schedule, Weight, fit, token_nll,
+};
+use proptest::prelude::*;
+use quant_core::Rtn;
+
+const VOCAB: usize = 11;
+const WIDTH: usize = 20;
+
+/// Predicts a token from the one before it.
+#[derive(Module, Debug)]
+struct Bigram {
+    embedding: Param<Tensor<2>>,
+    up: Linear,
+    down: Linear,
+}
+
+impl Linears for Bigram {
+    fn linears(&self) -> Vec<(String, &Linear)> {
+        vec![("mlp.up".into(), &self.up), ("mlp.down".into(), &self.down)]
+    }
+
+    fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+        vec![
+            ("mlp.up".into(), &mut self.up),
+            ("mlp.down".into(), &mut self.down),
+        ]
+    }
+}
+
+impl CausalLm for Bigram {
+    fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, seq] = tokens.dims();
+        let x = self
+            .embedding
+            .val()
+            .select(0, tokens.reshape([batch * seq]));
+        let y = self.down.forward(silu(self.up.forward(x)));
+        y.reshape([batch, seq, VOCAB])
+    }
+}
+
+/// Numbers that a seed makes, without a generator that tests would share.
+fn numbers(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn tensor(seed: u64, dims: [usize; 2]) -> Tensor<2> {
+    let values = TensorData::new(numbers(seed, dims[0] * dims[1]), dims);
+    Tensor::from_data(values, &Device::flex())
+}
+
+fn dense(seed: u64) -> Bigram {
+    let bias = Tensor::<1>::full([WIDTH], 0.1, &Device::flex());
+    let bias = Param::from_tensor(bias).set_require_grad(false);
+    Bigram {
+        embedding: Param::from_tensor(tensor(seed, [VOCAB, 16])).set_require_grad(false),
+        up: Linear::new(Weight::frozen(tensor(seed + 1, [16, WIDTH])), Some(bias)),
+        down: Linear::new(Weight::frozen(tensor(seed + 2, [WIDTH, VOCAB])), None),
+    }
+}
+
+fn quantized(seed: u64, rtn: &Rtn) -> Bigram {
+    let mut model = dense(seed);
+    for (path, linear) in model.linears_mut() {
+        linear.quantize(&path, rtn).unwrap();
+    }
+    model
+}
+
+fn batch(seed: u64, [n, seq]: [usize; 2]) -> Batch {
+    let tokens = numbers(seed, n * seq)
+        .into_iter()
+        .map(|v| ((v + 1.0) * 1000.0) as i32 % VOCAB as i32);
+    let tokens = TensorData::new(tokens.collect::<Vec<_>>(), [n, seq]);
+    Batch::new(Tensor::from_data(tokens, &Device::flex())).unwrap()
+}
+
+fn logits(model: &Bigram) -> Vec<u32> {
+    let logits = model.forward(batch(99, [2, 9]).tokens()).into_data();
+    logits
+        .try_into_vec::<f32>()
+        .unwrap()
+        .into_iter()
+        .map(f32::to_bits)
+        .collect()
+}
+
+fn codes(model: &Bigram) -> Vec<(Vec<u8>, Option<Vec<f32>>)> {
+    let parts = model
+        .linears()
+        .into_iter()
+        .map(|(_, linear)| match linear.weight() {
+            Weight::Quant(weight) => (weight.codes(), weight.to_parts().zeros),
+            Weight::Dense(_) => panic!("the weight is not packed"),
+        });
+    parts.collect()
+}
+
+/// Ten steps at a rate that moves every scale.
+fn tune(model: &mut Bigram, seed: u64) {
+    let batches: Vec<Batch> = (0..5).map(|at| batch(seed + at, [2, 9])).collect();
+    let config = FitConfig::new()
+        .with_learning_rate(0.02)
+        .with_steps(Some(10))
+        .with_seed(seed);
+    fit(model, &batches, &config, |_| {}).unwrap();
+}
+
+fn formats() -> impl Strategy<Value = Rtn> {
+    let bits = prop::sample::select(vec![2, 3, 4, 8]);
+    // Groups that divide, that leave a short one, and one per channel.
+    let group_size = prop::sample::select(vec![None, Some(4), Some(7), Some(16)]);
+    (bits, group_size, any::<bool>()).prop_map(|(bits, group_size, symmetric)| {
+        Rtn::new()
+            .with_bits(bits)
+            .with_group_size(group_size)
+            .with_symmetric(symmetric)
+    })
+}
+
+/// The paths of the parameters that have a gradient, and of those that have none.
+struct Gradients<'a> {
+    gradients: &'a burn::optim::GradientsParams,
+    path: Vec<String>,
+    with: Vec<String>,
+    without: Vec<String>,
+}
+
+impl ModuleVisitor for Gradients<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let list = match self.gradients.get::<D>(param.id) {
+            Some(gradient) => {
+                assert!(gradient.abs().max().into_scalar::<f32>() > 0.0);
+                &mut self.with
+            }
+            None => &mut self.without,
+        };
+        list.push(self.path.join("."));
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Attaching changes no bit; merging changes none, and keeps codes and zeros.
+    #[test]
+    fn merging_is_exact_and_stays_on_the_codes(rtn in formats(), seed in 0..1000u64) {
+        let mut model = quantized(seed, &rtn);
+        let (base, before, on_grid) = (Fingerprint::of(&model), logits(&model), codes(&model));
+        let attached = peft::attach(&mut model, &Peqa::new()).unwrap();
+        prop_assert_eq!(attached.paths, ["mlp.up", "mlp.down"]);
+        prop_assert_eq!(logits(&model), before.clone());
+
+        tune(&mut model, seed);
+        let tuned = logits(&model);
+        prop_assert_ne!(&tuned, &before);
+        prop_assert_eq!(Fingerprint::of(&model), base);
+
+        let certificate = peft::merge(&mut model).unwrap();
+        prop_assert!(certificate.is_exact());
+        prop_assert!(certificate.layers.iter().all(|l| l.exactness == Exactness::Exact));
+        prop_assert_eq!(logits(&model), tuned);
+        prop_assert_eq!(codes(&model), on_grid);
+        certificate.verify(&model).unwrap();
+        prop_assert!(certificate.verify(&quantized(seed, &rtn)).is_err());
+        prop_assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
+    }
+
+    #[test]
+    fn only_adapters_have_gradients(rtn in formats(), seed in 0..1000u64) {
+        let mut model = quantized(seed, &rtn);
+        peft::attach(&mut model, &Peqa::new()).unwrap();
+        let model = model.train();
+        let loss = token_nll(&model, &batch(seed, [2, 9])).sum();
+        let gradients = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
+        let mut visitor = Gradients { gradients: &gradients, path: vec![], with: vec![], without: vec![] };
+        model.visit(&mut visitor);
+        prop_assert_eq!(visitor.with.len(), 2);
+        prop_assert!(visitor.with.iter().all(|path| path.contains("adapter")));
+        prop_assert!(visitor.without.iter().all(|path| !path.contains("adapter")));
+    }
+
+    /// A directory gives the adapters back, and switching tasks there and back changes no bit.
+    #[test]
+    fn adapters_are_saved_and_switched_bit_for_bit(rtn in formats(), seed in 0..1000u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let base = quantized(seed, &rtn);
+        let mut tasks = Vec::new();
+        for task in 0..2 {
+            let mut model = base.clone();
+            peft::attach(&mut model, &Peqa::new()).unwrap();
+            tune(&mut model, seed + 10 * task);
+            let path = dir.path().join(format!("task-{task}"));
+            Adapters::of(&model).unwrap().save(&path).unwrap();
+            tasks.push((Adapters::load(&path, &Device::flex()).unwrap(), logits(&model)));
+        }
+        let mut model = base.clone();
+        let none = peft::activate(&mut model, &tasks[0].0).unwrap();
+        prop_assert_eq!(none.layers().count(), 0);
+        prop_assert_eq!(logits(&model), tasks[0].1.clone());
+        let first = peft::activate(&mut model, &tasks[1].0).unwrap();
+        prop_assert_eq!(logits(&model), tasks[1].1.clone());
+        peft::activate(&mut model, &first).unwrap();
+        prop_assert_eq!(logits(&model), tasks[0].1.clone());
+        peft::activate(&mut model, &none).unwrap();
+        prop_assert_eq!(logits(&model), logits(&base));
+    }
+}
+
+fn adapted(seed: u64) -> Bigram {
+    let mut model = quantized(seed, &Rtn::new().with_bits(3).with_group_size(4));
+    peft::attach(&mut model, &Peqa::new()).unwrap();
+    model
+}
+
+/// Batches of several sizes in one step give the step of one batch with all of their windows.
+#[test]
+fn accumulation_weighs_each_token_the_same() {
+    let parts = [batch(1, [1, 9]), batch(2, [3, 9]), batch(3, [2, 9])];
+    let whole = Tensor::cat(parts.iter().map(Batch::tokens).collect(), 0);
+    let whole = [Batch::new(whole).unwrap()];
+    let step = |batches: &[Batch]| {
+        let config = FitConfig::new()
+            .with_accumulation(batches.len())
+            .with_steps(Some(1));
+        let mut found = None;
+        let mut model = adapted(5);
+        fit(&mut model, batches, &config, |step| {
+            found = Some(step.clone())
+        })
+        .unwrap();
+        found.unwrap()
+    };
+    let (parts, whole) = (step(&parts), step(&whole));
+    assert_eq!(parts.n_targets, whole.n_targets);
+    assert!((parts.loss - whole.loss).abs() < 1e-6);
+    assert!((parts.grad_norm / whole.grad_norm - 1.0).abs() < 1e-5);
+}
+
+#[test]
+fn training_lowers_the_loss_and_is_repeatable() {
+    let batches: Vec<Batch> = (0..4).map(|at| batch(at, [4, 9])).collect();
+    let run = |seed| {
+        let mut model = adapted(7);
+        let config = FitConfig::new()
+            .with_learning_rate(0.05)
+            .with_epochs(20)
+            .with_schedule(Schedule::Linear)
+            .with_seed(seed);
+        let mut losses = Vec::new();
+        fit(&mut model, &batches, &config, |step| losses.push(step.loss)).unwrap();
+        (losses, logits(&model))
+    };
+    let (losses, tuned) = run(3);
+    assert_eq!(losses.len(), 80);
+    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    assert!(mean(&losses[60..]) < 0.8 * mean(&losses[..4]), "{losses:?}");
+    assert_eq!(run(3).1, tuned);
+    assert_ne!(run(4).1, tuned);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_the_step_and_loses_nothing() {
+    let mut model = adapted(8);
+    let before = logits(&model);
+    // Factors that grow by a million each step overflow soon.
+    let config = FitConfig::new()
+        .with_learning_rate(1e20)
+        .with_steps(Some(50));
+    let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_| {}).unwrap_err();
+    assert!(
+        matches!(&error, Error::NonFinite { step, .. } if *step > 1),
+        "{error}"
+    );
+    assert_eq!(logits(&model), before);
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_names_its_tensor() {
+    let mut model = adapted(8);
+    // The loss is finite, but the gradient's square is not.
+    if let Some((_, linear)) = model.linears_mut().into_iter().nth(1) {
+        let weight = tensor(3, [WIDTH, VOCAB]) * 1e30;
+        *linear = Linear::new(Weight::frozen(weight), None);
+        linear.quantize("mlp.down", &Rtn::new()).unwrap();
+    }
+    let error = fit(&mut model, &[batch(1, [2, 9])], &FitConfig::new(), |_| {}).unwrap_err();
+    let message = error.to_string();
+    assert!(
+        message.contains("up.adapter") && message.contains("factors"),
+        "{message}"
+    );
+    assert!(message.contains("step 1"), "{message}");
+}
+
+#[test]
+fn what_cannot_be_adapted_is_refused_and_left_alone() {
+    let mut model = dense(1);
+    let before = logits(&model);
+    let error = peft::attach(&mut model, &Peqa::new()).unwrap_err();
+    assert!(
+        matches!(&error, Error::NeedsQuantized { path, .. } if path == "mlp.up"),
+        "{error}"
+    );
+    let batches = [batch(1, [2, 9])];
+    let error = fit(&mut model, &batches, &FitConfig::new(), |_| {}).unwrap_err();
+    assert!(matches!(error, Error::NothingToTrain));
+    assert_eq!(logits(&model), before);
+
+    let mut model = quantized(1, &Rtn::new());
+    let error = peft::attach(&mut model, &Peqa::new().with_targets(["up", "q_proj"])).unwrap_err();
+    let named = matches!(&error, Error::NoTarget { targets, names, .. }
+        if targets == &["q_proj"] && names == &["down", "up"]);
+    assert!(named, "{error}");
+    assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
+    assert!(matches!(Adapters::of(&model), Err(Error::NoAdapters)));
+    peft::attach(&mut model, &Peqa::new().with_targets(["down"])).unwrap();
+    let error = peft::attach(&mut model, &Peqa::new()).unwrap_err();
+    assert!(
+        matches!(&error, Error::AlreadyAdapted { path } if path == "mlp.down"),
+        "{error}"
+    );
+    assert!(model.up.adapter().is_none());
+    let error = model.up.quantize("mlp.up", &Rtn::new()).unwrap_err();
+    assert!(matches!(error, Error::AlreadyQuantized { .. }));
+    let error = fit(&mut model, &[], &FitConfig::new(), |_| {}).unwrap_err();
+    assert!(matches!(error, Error::NoBatches));
+}
+
+#[test]
+fn adapters_of_another_base_are_refused() {
+    let adapters = Adapters::of(&adapted(1)).unwrap();
+    for seed in [2, 3] {
+        let mut other = adapted(seed);
+        let before = logits(&other);
+        let error = peft::activate(&mut other, &adapters).unwrap_err();
+        assert!(matches!(error, Error::OtherBase { .. }));
+        assert_eq!(logits(&other), before);
+    }
+    // The base after a merge is another one.
+    let mut merged = adapted(1);
+    tune(&mut merged, 1);
+    peft::merge(&mut merged).unwrap();
+    assert!(matches!(
+        peft::activate(&mut merged, &adapters),
+        Err(Error::OtherBase { .. })
+    ));
+}
+
+#[test]
+fn damaged_adapter_directories_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let adapters = Adapters::of(&adapted(1)).unwrap();
+    let write = |name: &str| {
+        let path = dir.path().join(name);
+        adapters.save(&path).unwrap();
+        path
+    };
+    let load = |path: &std::path::Path| Adapters::load(path, &Device::flex()).unwrap_err();
+
+    let path = write("twice");
+    assert!(matches!(
+        adapters.save(&path),
+        Err(Error::OutputExists { .. })
+    ));
+    assert!(Adapters::load(&path, &Device::flex()).is_ok());
+
+    let path = write("truncated");
+    let file = path.join("adapter_model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    for n in [0, 7, 100, bytes.len() - 1] {
+        std::fs::write(&file, &bytes[..n]).unwrap();
+        let error = load(&path);
+        assert!(matches!(&error, Error::File { .. }), "{n}: {error}");
+    }
+    std::fs::write(
+        &file,
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    )
+    .unwrap();
+    assert!(load(&path).to_string().contains("git lfs pull"));
+    std::fs::remove_file(&file).unwrap();
+    assert!(matches!(load(&path), Error::Io { .. }));
+
+    let config = |name: &str, from: &str, to: &str| {
+        let path = write(name);
+        let file = path.join("adapter_config.json");
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.contains(from));
+        std::fs::write(&file, text.replacen(from, to, 1)).unwrap();
+        load(&path)
+    };
+    let error = config("missing", "mlp.down", "mlp.gate");
+    assert!(
+        matches!(&error, Error::MissingTensor { tensor, .. } if tensor.starts_with("mlp.gate"))
+    );
+    let error = config("extra", "\"mlp.up\": \"peqa\"", "\"mlp.down\": \"peqa\"");
+    assert!(
+        matches!(&error, Error::Tensor { tensor, .. } if tensor.starts_with("mlp.up")),
+        "{error}"
+    );
+    assert!(
+        config("method", "peqa", "lora")
+            .to_string()
+            .contains("unknown adapter method `lora`")
+    );
+    assert!(
+        config("version", "\"format_version\": 1", "\"format_version\": 2")
+            .to_string()
+            .contains("is 2")
+    );
+    assert!(matches!(config("json", "{", "["), Error::File { .. }));
+}
+
+#[test]
+fn a_failed_write_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("new");
+    let error = peft::files::write_directory(&target, |staging| {
+        std::fs::write(staging.join("half"), "written").unwrap();
+        Err(Error::NoBatches)
+    });
+    assert!(matches!(error, Err(Error::NoBatches)));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    // An empty directory may be filled, a file may not be replaced.
+    std::fs::create_dir(&target).unwrap();
+    peft::files::write_directory(&target, |_| Ok(())).unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "something else").unwrap();
+    let error = peft::files::write_directory(&file, |_| Ok(()));
+    assert!(matches!(error, Err(Error::OutputExists { .. })));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "something else");
+}
+
+#[test]
+fn dense_layers_run_without_a_grid() {
+    let device = Device::flex();
+    let weight = Tensor::random([6, 3], Distribution::Default, &device);
+    let linear = Linear::new(Weight::frozen(weight.clone()), None);
+    let x = Tensor::<3>::random([2, 4, 6], Distribution::Default, &device);
+    let expected = x.clone().matmul(weight.unsqueeze());
+    linear
+        .forward(x)
+        .into_data()
+        .assert_approx_eq::<f32>(&expected.into_data(), Default::default());
+}
