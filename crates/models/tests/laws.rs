@@ -1,0 +1,581 @@
+//! The laws of a language model and of its directories, and the inputs that are refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use models::{Error, Llama, LlamaConfig, Pretrained, RopeScaling, Windows, load, perplexity, save};
+use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Weight};
+use proptest::prelude::*;
+use quant_core::Rtn;
+use tempfile::TempDir;
+
+fn config(n_kv: usize, bias: bool, tied: bool) -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: 16,
+        hidden_size: 24,
+        intermediate_size: 20,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: n_kv,
+        head_dim: 8,
+        max_position_embeddings: 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        attention_bias: bias,
+        mlp_bias: bias,
+        tie_word_embeddings: tied,
+    }
+}
+
+/// A directory with a tokenizer of 16 words, and a model with its weights widened so that every
+/// part of it shows in the logits.
+fn pretrained(config: &LlamaConfig, seed: u64) -> (TempDir, Pretrained) {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = dir.path().join("tokenizer.json");
+    write_tokenizer(&tokenizer, 16);
+    let model = Llama::init(config, seed, &Device::flex());
+    let lm = Pretrained::new(model, &tokenizer).unwrap();
+    (dir, lm)
+}
+
+fn write_tokenizer(path: &Path, n_words: usize) {
+    let words: Vec<String> = (0..n_words).map(|id| format!("\"w{id}\":{id}")).collect();
+    let json = format!(
+        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
+        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
+        words.join(",")
+    );
+    fs::write(path, json).unwrap();
+}
+
+fn tokens(ids: &[i32], n: usize) -> Tensor<2, Int> {
+    Tensor::from_data(
+        TensorData::new(ids.to_vec(), [n, ids.len() / n]),
+        &Device::flex(),
+    )
+}
+
+fn logits(model: &Llama, ids: &[i32], n: usize) -> Vec<f32> {
+    model
+        .forward(tokens(ids, n))
+        .into_data()
+        .try_into_vec()
+        .unwrap()
+}
+
+fn bits(values: Vec<f32>) -> Vec<u32> {
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+fn configs() -> impl Strategy<Value = LlamaConfig> {
+    (
+        prop::sample::select(vec![1, 2, 4]),
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(|(n_kv, bias, tied)| config(n_kv, bias, tied))
+}
+
+const PROBE: [i32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Another token changes no logit before it, and some after it.
+    #[test]
+    fn no_token_sees_the_future(config in configs(), at in 0..12usize, seed in 0..100u64) {
+        let model = Llama::init(&config, seed, &Device::flex());
+        let mut other = PROBE;
+        other[at] = 15 - other[at];
+        let (first, second) = (logits(&model, &PROBE, 1), logits(&model, &other, 1));
+        let width = config.vocab_size;
+        for (position, (first, second)) in first.chunks(width).zip(second.chunks(width)).enumerate() {
+            let largest = first.iter().zip(second).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let as_it_should = if position < at { largest < 1e-6 } else { largest > 0.0 };
+            prop_assert!(as_it_should, "position {position} changed by {largest}");
+        }
+    }
+
+    /// A sequence has the same logits beside another one.
+    #[test]
+    fn sequences_of_a_batch_are_independent(config in configs(), seed in 0..100u64) {
+        let model = Llama::init(&config, seed, &Device::flex());
+        let reversed: Vec<i32> = PROBE.iter().rev().copied().collect();
+        let alone = [logits(&model, &PROBE, 1), logits(&model, &reversed, 1)].concat();
+        let together = logits(&model, &[PROBE.to_vec(), reversed].concat(), 2);
+        for (a, b) in alone.iter().zip(&together) {
+            prop_assert!((a - b).abs() < 1e-5);
+        }
+    }
+
+    /// A directory gives the model back, bit for bit, dense or in any format.
+    #[test]
+    fn a_saved_model_is_the_model(
+        config in configs(),
+        bits_of in prop::option::of(prop::sample::select(vec![2, 3, 4, 8])),
+        group_size in prop::sample::select(vec![None, Some(8), Some(7)]),
+        symmetric in any::<bool>(),
+    ) {
+        let (dir, mut lm) = pretrained(&config, 5);
+        if let Some(n) = bits_of {
+            let rtn = Rtn::new().with_bits(n).with_group_size(group_size).with_symmetric(symmetric);
+            models::quantize(&mut lm.model, &rtn, |_| {}).unwrap();
+        }
+        let out = dir.path().join("saved");
+        save(&lm, &out).unwrap();
+        let again = load(&out, &Device::flex()).unwrap();
+        prop_assert_eq!(bits(logits(&again.model, &PROBE, 2)), bits(logits(&lm.model, &PROBE, 2)));
+        prop_assert_eq!(peft::Fingerprint::of(&again.model), peft::Fingerprint::of(&lm.model));
+        let twice = dir.path().join("twice");
+        save(&again, &twice).unwrap();
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            prop_assert_eq!(fs::read(out.join(name)).unwrap(), fs::read(twice.join(name)).unwrap());
+        }
+    }
+}
+
+fn text() -> String {
+    (0..400).map(|i| format!("w{} ", i * i % 13)).collect()
+}
+
+/// The whole path, and the number of threads has no part in it.
+#[test]
+fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
+    let run = || {
+        let device = Device::flex();
+        let (dir, mut lm) = pretrained(&config(2, true, false), 1);
+        let batches = lm
+            .windows(&text(), 20)
+            .unwrap()
+            .shuffled(3)
+            .batches(4, &device);
+        assert_eq!(
+            batches.iter().map(|b| b.tokens().dims()[0]).sum::<usize>(),
+            20
+        );
+        let rtn = Rtn::new().with_bits(3).with_group_size(8);
+        let layers = models::quantize(&mut lm.model, &rtn, |_| {}).unwrap();
+        assert_eq!(layers.len(), 14);
+        assert_eq!(layers[0].path, "model.layers.0.self_attn.q_proj");
+        let before = perplexity(&lm.model, &batches).unwrap();
+        peft::attach(&mut lm.model, &Peqa::new()).unwrap();
+        let fit = FitConfig::new().with_learning_rate(0.02).with_epochs(4);
+        peft::fit(&mut lm.model, &batches, &fit, |_| {}).unwrap();
+        let tuned = perplexity(&lm.model, &batches).unwrap();
+        assert!(tuned.nll < before.nll, "{tuned:?} after {before:?}");
+        assert!(matches!(
+            save(&lm, dir.path().join("unmerged")),
+            Err(Error::Peft(peft::Error::AlreadyAdapted { .. }))
+        ));
+        let tuned = bits(logits(&lm.model, &PROBE, 2));
+        let certificate = peft::merge(&mut lm.model).unwrap();
+        save(&lm, dir.path().join("out")).unwrap();
+        let again = load(dir.path().join("out"), &device).unwrap();
+        certificate.verify(&again.model).unwrap();
+        assert_eq!(bits(logits(&again.model, &PROBE, 2)), tuned);
+        tuned
+    };
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(run)
+    };
+    let one = on(1);
+    assert_eq!(on(2), one);
+    assert_eq!(on(5), one);
+}
+
+#[test]
+fn perplexity_is_the_mean_over_windows_of_the_mean_over_targets() {
+    let (_dir, lm) = pretrained(&config(2, false, true), 1);
+    let batch = |ids: &[i32]| Batch::new(tokens(ids, 1)).unwrap();
+    let nll = |ids: &[i32]| {
+        let all = logits(&lm.model, ids, 1);
+        let each = ids[1..]
+            .iter()
+            .zip(all.chunks(16))
+            .map(|(&target, logits)| {
+                let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+                sum.ln() - f64::from(logits[target as usize])
+            });
+        each.sum::<f64>() / (ids.len() - 1) as f64
+    };
+    let (first, second) = (&PROBE[..6], &PROBE[6..]);
+    let found = perplexity(&lm.model, &[batch(first), batch(second)]).unwrap();
+    let expected = (nll(first) + nll(second)) / 2.0;
+    assert!(
+        (found.nll - expected).abs() < 1e-5,
+        "{found:?}, not {expected}"
+    );
+    assert_eq!((found.n_windows, found.seq_len), (2, 6));
+    assert!(matches!(perplexity(&lm.model, &[]), Err(Error::NoWindows)));
+}
+
+#[test]
+fn windows_do_not_overlap_and_leave_out_the_rest() {
+    let windows = Windows::new((0..11).collect(), 3).unwrap();
+    assert_eq!(windows.len(), 3);
+    let batches = windows.batches(2, &Device::flex());
+    let ids = |batch: &Batch| {
+        batch
+            .tokens()
+            .into_data()
+            .convert::<i32>()
+            .try_into_vec::<i32>()
+            .unwrap()
+    };
+    assert_eq!(ids(&batches[0]), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(ids(&batches[1]), [6, 7, 8]);
+    assert_eq!(windows.clone().take(2).len(), 2);
+    let mut shuffled: Vec<i32> = windows
+        .shuffled(1)
+        .batches(3, &Device::flex())
+        .iter()
+        .flat_map(ids)
+        .collect();
+    assert!(shuffled.chunks(3).all(|window| window[0] + 2 == window[2]));
+    shuffled.sort_unstable();
+    assert_eq!(shuffled, (0..9).collect::<Vec<_>>());
+}
+
+#[test]
+fn texts_that_do_not_fit_are_refused() {
+    let (dir, lm) = pretrained(&config(2, false, true), 1);
+    let short = lm.windows("w1 w2 w3", 8).unwrap_err();
+    assert!(matches!(
+        short,
+        Error::ShortText {
+            n_tokens: 3,
+            seq_len: 8
+        }
+    ));
+    for seq_len in [0, 1, 33] {
+        let error = lm.windows(&text(), seq_len).unwrap_err();
+        assert!(matches!(error, Error::SeqLen { max: 32, .. }), "{error}");
+    }
+    // A tokenizer with more words than the model has rows.
+    let tokenizer = dir.path().join("larger.json");
+    write_tokenizer(&tokenizer, 20);
+    let larger = Pretrained::new(lm.model, &tokenizer).unwrap();
+    assert!(larger.windows(&text(), 8).is_ok());
+    let error = larger.windows("w1 w17 w1 w1", 2).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Token {
+            token: 17,
+            vocab_size: 16
+        }
+    ));
+}
+
+/// A saved quantized model of which one file is changed.
+struct Damage {
+    dir: TempDir,
+    path: PathBuf,
+}
+
+impl Damage {
+    fn new() -> Self {
+        let (dir, mut lm) = pretrained(&config(2, false, false), 1);
+        models::quantize(&mut lm.model, &Rtn::new().with_group_size(8), |_| {}).unwrap();
+        let path = dir.path().join("model");
+        save(&lm, &path).unwrap();
+        Self { dir, path }
+    }
+
+    fn error(&self) -> Error {
+        load(&self.path, &Device::flex()).unwrap_err()
+    }
+
+    /// The message after a replacement in `config.json`.
+    fn config(from: &str, to: &str) -> String {
+        let damage = Self::new();
+        let path = damage.path.join("config.json");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{from} in {text}");
+        fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        damage.error().to_string()
+    }
+
+    /// The message after a change to the header of the weights.
+    fn header(from: &str, to: &str) -> String {
+        let damage = Self::new();
+        let path = damage.path.join("model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let n = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header = String::from_utf8(bytes[8..8 + n].to_vec()).unwrap();
+        assert!(header.contains(from), "{from} in {header}");
+        let header = header.trim_end().replacen(from, to, 1);
+        let mut changed = (header.len() as u64).to_le_bytes().to_vec();
+        changed.extend_from_slice(header.as_bytes());
+        changed.extend_from_slice(&bytes[8 + n..]);
+        fs::write(&path, changed).unwrap();
+        damage.error().to_string()
+    }
+}
+
+#[track_caller]
+fn assert_says(message: String, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "no {part:?} in: {message}");
+    }
+}
+
+#[test]
+fn configurations_that_make_no_model_are_refused() {
+    let says = |from: &str, to: &str, parts: &[&str]| {
+        let message = Damage::config(from, to);
+        assert_says(message, &[&["config.json"], parts].concat());
+    };
+    says(
+        "\"model_type\": \"llama\"",
+        "\"model_type\": \"mamba\"",
+        &["`mamba`", "supported: llama"],
+    );
+    says(
+        "\"num_attention_heads\": 4",
+        "\"num_attention_heads\": 0",
+        &["num_attention_heads is 0"],
+    );
+    says(
+        "\"num_key_value_heads\": 2",
+        "\"num_key_value_heads\": 3",
+        &["is 3", "4 heads"],
+    );
+    says("\"head_dim\": 8", "\"head_dim\": 7", &["head_dim is 7"]);
+    says(
+        "\"num_hidden_layers\": 2",
+        "\"num_hidden_layers\": 0",
+        &["num_hidden_layers is 0"],
+    );
+    says(
+        "\"vocab_size\": 16",
+        "\"vocab_size\": 99999999999",
+        &["vocab_size is 99999999999"],
+    );
+    says(
+        "\"vocab_size\": 16",
+        "\"vocab_size\": -1",
+        &["cannot be read"],
+    );
+    says(
+        "\"rms_norm_eps\": ",
+        "\"rms_norm_eps\": -",
+        &["rms_norm_eps"],
+    );
+    says(
+        "\"rope_theta\": 10000.0",
+        "\"rope_theta\": -3",
+        &["rope_theta is -3"],
+    );
+    says(
+        "\"rope_scaling\": null",
+        "\"rope_scaling\": {\"type\": \"su\", \"factor\": 2}",
+        &["type `su`"],
+    );
+    says(
+        "\"rope_scaling\": null",
+        "\"rope_scaling\": {\"type\": \"linear\"}",
+        &["no factor"],
+    );
+    says(
+        "\"hidden_act\": \"silu\"",
+        "\"hidden_act\": \"gelu\"",
+        &["`gelu`"],
+    );
+    says(
+        "\"quant_method\": \"quant-core\"",
+        "\"quant_method\": \"awq\"",
+        &["`awq`"],
+    );
+    says("\"bits\": 4", "\"bits\": 5", &["not 5"]);
+    says("\"group_size\": 8", "\"group_size\": 0", &["group size 0"]);
+    says("{", "{{", &["line 1"]);
+}
+
+#[test]
+fn weights_that_do_not_fit_are_refused() {
+    let message = Damage::config("\"hidden_size\": 24", "\"hidden_size\": 32");
+    assert_says(
+        message,
+        &["model.embed_tokens.weight", "[16, 24]", "[16, 32]"],
+    );
+    let message = Damage::config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3");
+    assert_says(
+        message,
+        &["no tensor `model.layers.2.input_layernorm.weight`"],
+    );
+    let message = Damage::config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+    assert_says(message, &["model.layers.1.", "no place"]);
+    let message = Damage::config("\"group_size\": 8", "\"group_size\": 25");
+    assert_says(message, &["layer `model.layers.0.mlp.down_proj`"]);
+    let message = Damage::header("model.norm.weight", "model.norm.other");
+    assert_says(message, &["no tensor `model.norm.weight`"]);
+    let message = Damage::header("[24]", "[12]");
+    assert_says(message, &["model.safetensors", "header"]);
+    let message = Damage::header("\"I32\"", "\"U8\"");
+    assert_says(message, &["header"]);
+    let message = Damage::header("BF16", "XF16");
+    assert_says(message, &["header"]);
+}
+
+#[test]
+fn damaged_files_are_refused_at_every_length() {
+    let damage = Damage::new();
+    let path = damage.path.join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    for n in [0, 1, 7, 8, 9, 100, 1000, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&path, &bytes[..n]).unwrap();
+        let error = damage.error();
+        assert!(
+            matches!(error, Error::Peft(peft::Error::File { .. })),
+            "{n}: {error}"
+        );
+    }
+    fs::write(&path, [&bytes[..], &[0]].concat()).unwrap();
+    assert_says(
+        damage.error().to_string(),
+        &["model.safetensors", "describes"],
+    );
+    fs::write(&path, [&u64::MAX.to_le_bytes(), &bytes[8..]].concat()).unwrap();
+    assert_says(damage.error().to_string(), &["claims a header"]);
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert!(matches!(
+        damage.error(),
+        Error::Peft(peft::Error::File { .. } | peft::Error::Io { .. })
+    ));
+    fs::remove_dir(&path).unwrap();
+    assert!(matches!(damage.error(), Error::NoWeights { .. }));
+    fs::write(damage.path.join("pytorch_model.bin"), "x").unwrap();
+    assert_says(damage.error().to_string(), &["convert it"]);
+    fs::write(damage.path.join("tokenizer.json"), "{}").unwrap();
+    assert!(matches!(damage.error(), Error::Tokenizer { .. }));
+    fs::remove_file(damage.path.join("config.json")).unwrap();
+    assert!(matches!(
+        damage.error(),
+        Error::Peft(peft::Error::Io { .. })
+    ));
+}
+
+/// A dense golden directory cut into two shards.
+fn sharded(change: impl Fn(&mut String)) -> (TempDir, Result<Pretrained, Error>) {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama_bf16");
+    fs::copy(golden.join("config.json"), dir.path().join("config.json")).unwrap();
+    fs::copy(
+        golden.join("model.safetensors"),
+        dir.path().join("one.safetensors"),
+    )
+    .unwrap();
+    let file = peft::files::TensorFile::open(&golden.join("model.safetensors")).unwrap();
+    let map: Vec<String> = file
+        .names()
+        .iter()
+        .map(|name| format!("\"{name}\": \"one.safetensors\""))
+        .collect();
+    let mut index = format!("{{\"weight_map\": {{{}}}}}", map.join(", "));
+    change(&mut index);
+    fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+    let loaded = load(dir.path(), &Device::flex());
+    (dir, loaded)
+}
+
+#[test]
+fn indices_are_followed_and_not_trusted() {
+    let (_dir, loaded) = sharded(|_| ());
+    let lm = loaded.unwrap();
+    assert!(
+        lm.windows("x", 8)
+            .unwrap_err()
+            .to_string()
+            .contains("tokenizer.json")
+    );
+
+    let refused = |from: &'static str, to: &'static str| {
+        let (_dir, loaded) = sharded(|index| *index = index.replacen(from, to, 1));
+        loaded.unwrap_err()
+    };
+    let error = refused("one.safetensors", "two.safetensors");
+    assert!(matches!(&error, Error::MissingShard { shard, .. } if shard == "two.safetensors"));
+    for to in [
+        "../one.safetensors",
+        "/one.safetensors",
+        "a/one.safetensors",
+        "..",
+        "",
+    ] {
+        assert_says(
+            refused("one.safetensors", to).to_string(),
+            &["index.json", "not the name"],
+        );
+    }
+    let error = refused("model.norm.weight", "model.norm.bias");
+    assert_says(error.to_string(), &["no tensor `model.norm.bias`"]);
+    assert_says(refused("{", "[").to_string(), &["index.json"]);
+}
+
+#[test]
+fn a_value_that_is_not_finite_is_named() {
+    let damage = Damage::new();
+    let path = damage.path.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let n = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + n]).unwrap();
+    let offsets = &header["model.layers.1.mlp.up_proj.scales"]["data_offsets"];
+    let at = 8 + n + offsets[0].as_u64().unwrap() as usize;
+    bytes[at + 4..at + 8].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    assert_says(
+        damage.error().to_string(),
+        &["model.layers.1.mlp.up_proj.scales", "element 1 is NaN"],
+    );
+}
+
+#[test]
+fn what_is_there_is_not_overwritten() {
+    let damage = Damage::new();
+    let lm = load(&damage.path, &Device::flex()).unwrap();
+    let before = fs::read(damage.path.join("model.safetensors")).unwrap();
+    let error = save(&lm, &damage.path).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Peft(peft::Error::OutputExists { .. })
+    ));
+    assert_eq!(
+        fs::read(damage.path.join("model.safetensors")).unwrap(),
+        before
+    );
+    let other = damage.dir.path().join("notes");
+    fs::create_dir(&other).unwrap();
+    fs::write(other.join("notes.txt"), "mine").unwrap();
+    assert!(save(&lm, &other).is_err());
+    assert_eq!(fs::read_dir(&other).unwrap().count(), 1);
+}
+
+#[test]
+fn quantizing_refuses_before_it_changes_anything() {
+    let (_dir, mut lm) = pretrained(&config(2, false, false), 1);
+    // The MLP's inner width is 20, the others are 24 and 32.
+    let error =
+        models::quantize(&mut lm.model, &Rtn::new().with_group_size(24), |_| {}).unwrap_err();
+    let Error::Peft(peft::Error::Quant { path, source }) = error else {
+        panic!("{error}");
+    };
+    assert_eq!(path, "model.layers.0.mlp.down_proj");
+    assert_says(source.to_string(), &["group size 24", "20 inputs"]);
+    let dense = |(_, linear): (String, &peft::Linear)| matches!(linear.weight(), Weight::Dense(_));
+    assert!(lm.model.linears().into_iter().all(dense));
+    let rtn = Rtn::new();
+    models::quantize(&mut lm.model, &rtn, |_| {}).unwrap();
+    let error = models::quantize(&mut lm.model, &rtn, |_| {}).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Peft(peft::Error::AlreadyQuantized { .. })
+    ));
+}
