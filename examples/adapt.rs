@@ -4,6 +4,8 @@
 //! `cargo run --release --example adapt` does so with the model that the project ships;
 //! `-- --help` lists what it does with yours.
 
+#![expect(clippy::print_stdout, reason = "a program says what it did")]
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -82,8 +84,8 @@ struct Args {
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     out: Option<PathBuf>,
     /// Where to compute
-    #[arg(long, value_name = "NAME", default_value = devices()[0].0,
-          value_parser = clap::builder::PossibleValuesParser::new(devices().into_iter().map(|(name, _)| name)))]
+    #[arg(long, value_name = "NAME", default_value = devices()[0].name,
+          value_parser = clap::builder::PossibleValuesParser::new(devices().into_iter().map(|device| device.name)))]
     device: String,
 }
 
@@ -210,11 +212,10 @@ fn run(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         peft::files::check_output(out)?;
     }
-    let (_, device) = devices()
+    let named = devices()
         .into_iter()
-        .find(|(name, _)| *name == args.device)
-        .expect("checked by the parser");
-    let device = device();
+        .find(|device| device.name == args.device);
+    let device = (named.expect("checked by the parser").open)();
 
     // Dropped, and so removed, at the end.
     let scratch = tempfile::tempdir()?;

@@ -3,6 +3,8 @@
 //!
 //! `cargo run --release --example pretrain -- --out examples/data/llama`
 
+#![expect(clippy::print_stdout, reason = "a program says what it did")]
+
 use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
@@ -43,8 +45,7 @@ const SEQ_LEN: usize = 128;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     peft::files::check_output(&args.out)?;
-    let (_, device) = devices()[0];
-    let device = device();
+    let device = (devices()[0].open)();
 
     let n_tokens = args.steps * args.batch * SEQ_LEN;
     // A token is about three characters; the text must not come again before the end.

@@ -176,16 +176,16 @@ impl LlamaConfig {
         }
         let (heads, hidden) = (raw.num_attention_heads, raw.hidden_size);
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             let problem = format!("is {kv_heads}, which does not divide the {heads} heads");
             return Err(refuse("num_key_value_heads", problem));
         }
-        if raw.head_dim.is_none() && hidden % heads != 0 {
+        if raw.head_dim.is_none() && !hidden.is_multiple_of(heads) {
             let problem = format!("is {heads}, which does not divide the hidden size {hidden}");
             return Err(refuse("num_attention_heads", problem));
         }
         let head_dim = raw.head_dim.unwrap_or(hidden / heads);
-        if head_dim % 2 != 0 {
+        if !head_dim.is_multiple_of(2) {
             return Err(refuse(
                 "head_dim",
                 format!("is {head_dim}; rotary embeddings turn pairs"),

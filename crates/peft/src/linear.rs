@@ -6,6 +6,10 @@ use crate::{Adapter, Error, Result};
 
 /// The weight of a [`Linear`], `[d_in, d_out]`.
 #[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a layer has one; its tensors are what is large"
+)]
 pub enum Weight {
     /// Floats.
     Dense(Param<Tensor<2>>),

@@ -36,7 +36,7 @@ fn directories() -> Vec<PathBuf> {
     if shared.exists() {
         all.extend(SHARED.iter().map(|name| shared.join(name)));
     } else {
-        println!("skipped: no shared golden files beside the project");
+        eprintln!("skipped: no shared golden files beside the project");
     }
     all
 }
