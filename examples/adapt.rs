@@ -293,8 +293,8 @@ fn texts(args: &Args, lm: &Pretrained, device: &Device) -> Result<Texts> {
         ),
         _ => (
             corpus::text(Dialect::Old, 400_000, 10),
-            corpus::text(Dialect::Old, 40_000, 11),
-            Some(corpus::text(Dialect::Plain, 40_000, 12)),
+            corpus::text(Dialect::Old, 25_000, 11),
+            Some(corpus::text(Dialect::Plain, 25_000, 12)),
         ),
     };
     let windows = |text: &str, option: &str| -> Result<Windows> {

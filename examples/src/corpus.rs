@@ -1,7 +1,7 @@
 //! Texts without end about a small world, in the language that the embedded model is trained on and
 //! in an old dialect of it that serves as a task.
 //!
-//! A thousand people each have a home, a trade, an age, an animal and a friend, which every text
+//! Some hundred people each have a home, a trade, an age, an animal and a friend, which every text
 //! tells alike, so that a model must remember them. Verbs agree with their subjects, pronouns with
 //! names, and sums come out.
 
@@ -11,7 +11,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 /// How a text is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
-    /// In plain words, with one paragraph of fifty in the old dialect: what the model is trained on.
+    /// In plain words, with one paragraph of three hundred in the old dialect: what the model is trained on.
     Plain,
     /// In the old dialect, the task: another word order, other endings, numbers in words.
     Old,
@@ -22,13 +22,9 @@ const FIRST: [&str; 40] = [
     "He", "Il", "In", "Ja", "Jo", "Ka", "Le", "Li", "Lu", "Ma", "Mi", "Na", "Ni", "Ol", "Or", "Pa",
     "Pe", "Ra", "Ro", "Sa", "Si", "Ta", "Ti", "Va", "Vi",
 ];
-const LAST: [&str; 25] = [
-    "bena", "dora", "fina", "gela", "lina", "mara", "nora", "rissa", "sara", "tina", "vera",
-    "wina", "bert", "dan", "drik", "fred", "gard", "kolo", "mund", "nard", "rico", "stan", "tor",
-    "ward", "win",
-];
+const LAST: [&str; 6] = ["bena", "lina", "rissa", "dan", "fred", "rico"];
 /// How many of [`LAST`] are of women.
-const N_FEMALE: usize = 12;
+const N_FEMALE: usize = 3;
 const PLACES: [&str; 24] = [
     "Bern", "Oslo", "Turin", "Ghent", "Porto", "Lyon", "Graz", "Cork", "Malmo", "Basel", "Delft",
     "Genoa", "Linz", "Nantes", "Pisa", "Riga", "Split", "Tartu", "Ulm", "Vigo", "York", "Zadar",
@@ -121,7 +117,7 @@ pub fn text(dialect: Dialect, n_chars: usize, seed: u64) -> String {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut text = String::with_capacity(n_chars + 1000);
     while text.len() < n_chars {
-        let old = dialect == Dialect::Old || rng.random_ratio(1, 50);
+        let old = dialect == Dialect::Old || rng.random_ratio(1, 300);
         paragraph(old, &mut rng, &mut text);
     }
     text.truncate(n_chars);
@@ -179,7 +175,7 @@ fn herd(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
 fn addition(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
     let Person { name, pronoun, .. } = someone;
     let things = pick(&THINGS, rng);
-    let (a, b) = (rng.random_range(2..50), rng.random_range(2..50));
+    let (a, b) = (rng.random_range(2..30), rng.random_range(2..30));
     let [sum, a, b] = [a + b, a, b].map(|n| number(n, old));
     match old {
         false => {
