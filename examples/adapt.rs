@@ -34,7 +34,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
     after_help = "\
 Example:
   adapt --model Llama-2-7b-hf --train task.txt --eval held-out.txt --bits 4 --group-size 128 \\
-        --seq-len 512 --batch 4 --steps 300 --lr 1e-4 --out Llama-2-7b-4bit-task"
+        --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-task"
 )]
 struct Args {
     /// Hugging Face directory of a LLaMA [default: the embedded model]
@@ -194,11 +194,14 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    // What cannot work is said before anything is read.
-    let quantizers: Vec<Rtn> = args
-        .bits
-        .iter()
-        .map(|&bits| {
+    // Settings that cannot work are refused before anything is read.
+    fit_config(args).check()?;
+    let mut bits = args.bits.clone();
+    bits.sort_unstable_by(|a, b| b.cmp(a));
+    bits.dedup();
+    let quantizers: Vec<Rtn> = bits
+        .into_iter()
+        .map(|bits| {
             let rtn = Rtn::new().with_bits(bits).with_symmetric(args.symmetric);
             rtn.with_group_size(args.group_size.0)
         })
@@ -255,15 +258,16 @@ fn run(args: &Args) -> Result<()> {
         Some(out) => out.clone(),
         None => scratch.path().join("out"),
     };
-    for quantizer in &quantizers {
-        let run = tune(args, quantizer, &source, &texts, &out, &device)?;
-        report.runs.push(run);
-    }
     let json = match &args.out {
         Some(out) => out.join("report.json"),
         None => PathBuf::from("adapt-report.json"),
     };
-    peft::files::write_json(&json, &report)?;
+    for quantizer in &quantizers {
+        let run = tune(args, quantizer, &source, &texts, &out, &device)?;
+        report.runs.push(run);
+        // What is done is reported even if the next run fails.
+        peft::files::write_json(&json, &report)?;
+    }
 
     println!("\n{}", table(&report));
     for run in &report.runs {
@@ -348,12 +352,7 @@ fn tune(
         }),
     };
     let attached = peft::attach(&mut lm.model, &method)?;
-    let fit = FitConfig::new()
-        .with_learning_rate(args.lr)
-        .with_steps(Some(args.steps))
-        .with_warmup_steps(args.steps / 20)
-        .with_seed(args.seed);
-    peft::fit(&mut lm.model, &texts.train, &fit, |step| {
+    peft::fit(&mut lm.model, &texts.train, &fit_config(args), |step| {
         bar.set_message(format!("loss {:.3}", step.loss));
         bar.set_position(step.index as u64);
     })?;
@@ -404,6 +403,14 @@ fn tune(
         run.tuned.task
     );
     Ok(run)
+}
+
+fn fit_config(args: &Args) -> FitConfig {
+    FitConfig::new()
+        .with_learning_rate(args.lr)
+        .with_steps(Some(args.steps))
+        .with_warmup_steps(args.steps / 20)
+        .with_seed(args.seed)
 }
 
 /// The bits of the logits of the first batches.

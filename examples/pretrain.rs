@@ -1,7 +1,8 @@
 //! Makes the model that the project ships: a tokenizer and a LLaMA of 1.1 million parameters, trained
 //! from scratch on the plain language of `examples::corpus`.
 //!
-//! `cargo run --release --example pretrain -- --out examples/data/llama`
+//! `cargo run --release --example pretrain -- --out target/llama` makes the files of
+//! `examples/data/llama` again.
 
 #![expect(clippy::print_stdout, reason = "a program says what it did")]
 

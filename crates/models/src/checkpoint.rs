@@ -64,6 +64,9 @@ impl Pretrained {
     ///
     /// # Errors
     /// If the tokenizer cannot be read.
+    ///
+    /// # Panics
+    /// If the model has a rope scaling: see [`LlamaConfig::to_json`].
     pub fn new(model: Llama, tokenizer: &Path) -> Result<Self> {
         let bytes = read(tokenizer)?;
         Ok(Self {
@@ -83,10 +86,7 @@ impl Pretrained {
     /// one that the model lacks.
     pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
         let config = self.model.config();
-        let max = match config.rope_scaling {
-            crate::RopeScaling::Dynamic { .. } => usize::MAX,
-            _ => config.max_position_embeddings,
-        };
+        let max = config.max_seq_len();
         if !(2..=max).contains(&seq_len) {
             return Err(Error::SeqLen { seq_len, max });
         }
@@ -135,6 +135,18 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         device: device.clone(),
     };
     let model = Llama::build(shape, &mut checkpoint)?;
+    let linears: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
+    if let Some(path) = checkpoint
+        .quantization
+        .keys()
+        .find(|path| !linears.contains(path))
+    {
+        return Err(Error::Config {
+            path: config_path,
+            setting: "quantization_config".into(),
+            problem: format!("lists `{path}`, which is no projection of the model"),
+        });
+    }
     checkpoint.check_leftovers(&model)?;
     Ok(Pretrained {
         model,
@@ -244,12 +256,12 @@ fn linear_tensors<'a>(path: &str, linear: &'a Linear) -> Vec<(String, LazyTensor
         Weight::Quant(weight) => {
             let (layout, grid) = (weight.layout(), weight.layout().grid_shape());
             let words = [layout.word_rows(), layout.d_out()];
-            let words = LazyTensor::words(words, || weight.to_parts().columns);
-            let scales = LazyTensor::floats(grid, || weight.to_parts().scales);
+            let words = LazyTensor::words(words, || weight.columns());
+            let scales = LazyTensor::floats(grid, || values(weight.scales()));
             let mut all = vec![(name("qweight"), words), (name("scales"), scales)];
-            if weight.zeros().is_some() {
-                let zeros = move || weight.to_parts().zeros.unwrap_or_default();
-                all.push((name("zeros"), LazyTensor::floats(grid, zeros)));
+            if let Some(zeros) = weight.zeros() {
+                let zeros = LazyTensor::floats(grid, move || values(zeros.clone()));
+                all.push((name("zeros"), zeros));
             }
             all
         }
@@ -361,12 +373,14 @@ impl Source for Checkpoint {
         Ok(self.frozen(values, dims))
     }
 
-    fn weight(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Weight> {
+    fn dense(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let values = self.floats(&format!("{path}.weight"), [d_out, d_in])?;
+        Ok(self.frozen(transpose(&values, [d_out, d_in]), dims))
+    }
+
+    fn weight(&mut self, path: &str, dims @ [_, d_out]: [usize; 2]) -> Result<Weight> {
         let Some(&format) = self.quantization.get(path) else {
-            let name = format!("{path}.weight");
-            let values = self.floats(&name, [d_out, d_in])?;
-            let values = transpose(&values, [d_out, d_in]);
-            return Ok(Weight::Dense(self.frozen(values, dims)));
+            return self.dense(path, dims).map(Weight::Dense);
         };
         let quant = |source| peft::Error::Quant {
             path: path.into(),

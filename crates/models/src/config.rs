@@ -117,8 +117,9 @@ fn default_eps() -> f64 {
 
 #[derive(Deserialize)]
 struct RawRope {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// The older name of `rope_type`; some files have both.
+    r#type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -235,6 +236,18 @@ impl LlamaConfig {
         })
     }
 
+    /// The longest text that the model was made for, in tokens.
+    pub fn max_seq_len(&self) -> usize {
+        let max = self.max_position_embeddings;
+        match self.rope_scaling {
+            RopeScaling::None | RopeScaling::Llama3 { .. } => max,
+            // Files differ in whether `max` is the length before or after.
+            RopeScaling::Linear { factor }
+            | RopeScaling::Dynamic { factor }
+            | RopeScaling::Yarn { factor, .. } => max.max((max as f64 * factor) as usize),
+        }
+    }
+
     /// A `config.json` of this shape, for a model without a rope scaling.
     ///
     /// # Panics
@@ -291,7 +304,12 @@ impl RawRope {
             return Err("has original_max_position_embeddings 0".into());
         }
         let factor = || need("factor", self.factor);
-        match self.rope_type.as_deref().unwrap_or("default") {
+        match self
+            .rope_type
+            .as_deref()
+            .or(self.r#type.as_deref())
+            .unwrap_or("default")
+        {
             "default" => Ok(RopeScaling::None),
             "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
             "dynamic" => Ok(RopeScaling::Dynamic { factor: factor()? }),

@@ -85,7 +85,7 @@ pub enum Error {
     },
     /// A window that the model was not made for.
     #[error(
-        "windows of {seq_len} tokens; they must have 2 to {max}, the model's max_position_embeddings"
+        "windows of {seq_len} tokens; they must have 2 to {max}, the positions that it was made for"
     )]
     SeqLen {
         /// Tokens of a window.
@@ -98,6 +98,14 @@ pub enum Error {
     NonFinite {
         /// The window, counted from 0.
         window: usize,
+    },
+    /// Windows of different lengths, whose perplexities do not compare.
+    #[error("windows of {expected} and of {found} tokens; a perplexity takes one length")]
+    MixedWindows {
+        /// Tokens of the first window.
+        expected: usize,
+        /// Tokens of another.
+        found: usize,
     },
     /// Nothing to evaluate on.
     #[error("there are no windows to evaluate on")]

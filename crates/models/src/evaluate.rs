@@ -25,14 +25,21 @@ impl Perplexity {
 /// The perplexity of a model over windows of one length, in the protocol of [`Perplexity`].
 ///
 /// # Errors
-/// [`Error::NoWindows`], or [`Error::NonFinite`] with the first window whose loss is not finite.
+/// [`Error::NoWindows`], [`Error::MixedWindows`], [`peft::Error::Token`] for a token that the model
+/// lacks, or [`Error::NonFinite`] with the first window whose loss is not finite.
 pub fn perplexity<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Perplexity> {
     let seq_len = batches.first().ok_or(Error::NoWindows)?.tokens().dims()[1];
     let (mut sum, mut n_windows) = (0.0, 0);
     for batch in batches {
+        let found = batch.tokens().dims()[1];
+        if found != seq_len {
+            let expected = seq_len;
+            return Err(Error::MixedWindows { expected, found });
+        }
+        batch.check(model.vocab_size())?;
         let nll = token_nll(model, batch).into_data().convert::<f32>();
         let nll = nll.as_slice::<f32>().expect("converted to f32");
-        let n_targets = batch.tokens().dims()[1] - 1;
+        let n_targets = seq_len - 1;
         for window in nll.chunks_exact(n_targets) {
             let mean = window.iter().map(|&nll| f64::from(nll)).sum::<f64>() / n_targets as f64;
             if !mean.is_finite() {

@@ -65,7 +65,10 @@ pub(crate) trait Source {
     /// A table of `rows` by `columns`, as it lies in the file.
     fn table(&mut self, name: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
 
-    /// The weight `[d_in, d_out]` of the layer at `path`.
+    /// The dense weight `[d_in, d_out]` of the layer at `path`.
+    fn dense(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
+
+    /// The weight `[d_in, d_out]` of the layer at `path`, dense or packed.
     fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error>;
 }
 
@@ -79,10 +82,7 @@ impl Llama {
         let norm = RmsNorm::build(&config, "model.norm", source)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => match source.weight("lm_head", [hidden, vocab])? {
-                Weight::Dense(weight) => Some(weight),
-                Weight::Quant(_) => unreachable!("sources give a dense head"),
-            },
+            false => Some(source.dense("lm_head", [hidden, vocab])?),
         };
         Ok(Self {
             embed_tokens,
@@ -94,6 +94,9 @@ impl Llama {
     }
 
     /// A new model that trains whole: weights from a normal distribution of deviation 0.02.
+    ///
+    /// # Panics
+    /// Later, if the heads of `config` do not divide; configurations from files are checked.
     pub fn init(config: &LlamaConfig, seed: u64, device: &Device) -> Self {
         let mut random = Random {
             rng: ChaCha8Rng::seed_from_u64(seed),
@@ -127,6 +130,10 @@ impl Llama {
 }
 
 impl CausalLm for Llama {
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
     fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let rope = Rope::new(&self.config, tokens.dims()[1], &tokens.device());
         self.forward_turned(tokens, &rope)
@@ -352,7 +359,11 @@ impl Source for Random {
         Ok(Param::from_tensor(Tensor::from_data(values, &self.device)))
     }
 
+    fn dense(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error> {
+        self.table(path, dims)
+    }
+
     fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error> {
-        self.table(path, dims).map(Weight::Dense)
+        self.dense(path, dims).map(Weight::Dense)
     }
 }

@@ -18,7 +18,9 @@ pub struct QuantizedLayer {
 
 /// Packs every projection, each as it is reached freeing its dense weight.
 ///
-/// Whether the format fits every layer is checked before the first one is changed.
+/// Whether every layer is dense, without an adapter and of a size that the format fits is checked
+/// before the first one is changed. Values that the quantizer refuses are met when their layer is
+/// reached; the layers before it are packed by then.
 ///
 /// # Errors
 /// [`peft::Error::Quant`] with the layer that the quantizer refuses, or an error for a layer that is
@@ -30,6 +32,7 @@ pub fn quantize<M: Linears>(
 ) -> Result<Vec<QuantizedLayer>> {
     let mut layers = Vec::new();
     for (path, linear) in model.linears() {
+        linear.check_plain(&path)?;
         let layout = quantizer
             .format()
             .and_then(|format| format.layout(linear.weight().dims()));

@@ -21,8 +21,14 @@ impl Tokenizer {
     /// [`Error::Tokenizer`] if it cannot be read.
     pub fn open(path: &Path) -> Result<Self> {
         let inner = tokenizers::Tokenizer::from_file(path);
+        let mut inner = inner.map_err(|error| refuse(path, error))?;
+        // Files may ask for texts to be cut or filled up to one length; a text here is all of it.
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|error| refuse(path, error))?;
         Ok(Self {
-            inner: inner.map_err(|error| refuse(path, error))?,
+            inner,
             path: path.into(),
         })
     }
@@ -116,7 +122,7 @@ impl Windows {
             Batch::new(tokens).expect("windows of two tokens or more")
         };
         self.tokens
-            .chunks(batch_size * self.seq_len)
+            .chunks(batch_size.saturating_mul(self.seq_len))
             .map(batch)
             .collect()
     }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use models::{Error, Llama, LlamaConfig, Pretrained, RopeScaling, Windows, load, perplexity, save};
 use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Weight};
@@ -29,15 +30,27 @@ fn config(n_kv: usize, bias: bool, tied: bool) -> LlamaConfig {
     }
 }
 
-/// A directory with a tokenizer of 16 words, and a model with its weights widened so that every
-/// part of it shows in the logits.
+/// A directory with a tokenizer of 16 words, and a model no parameter of which is a round number.
 fn pretrained(config: &LlamaConfig, seed: u64) -> (TempDir, Pretrained) {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = dir.path().join("tokenizer.json");
     write_tokenizer(&tokenizer, 16);
-    let model = Llama::init(config, seed, &Device::flex());
+    let model = Llama::init(config, seed, &Device::flex()).map(&mut Unround);
     let lm = Pretrained::new(model, &tokenizer).unwrap();
     (dir, lm)
+}
+
+/// Moves every element by its own amount.
+struct Unround;
+
+impl ModuleMapper for Unround {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|values| {
+            let shape = values.shape();
+            let at = Tensor::<1, Int>::arange(0..shape.num_elements() as i64, &Device::flex());
+            values + at.float().sin().reshape(shape) * 0.1
+        })
+    }
 }
 
 fn write_tokenizer(path: &Path, n_words: usize) {
@@ -273,6 +286,27 @@ fn texts_that_do_not_fit_are_refused() {
     ));
 }
 
+/// Whatever a tokenizer's file says of cutting and filling up, a text's tokens are all of it.
+#[test]
+fn texts_are_neither_cut_nor_filled_up() {
+    let (dir, lm) = pretrained(&config(2, false, true), 1);
+    let path = dir.path().join("cutting.json");
+    let json = fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+    let json = json
+        .replace(
+            "\"truncation\":null",
+            r#""truncation":{"direction":"Right","max_length":4,"strategy":"LongestFirst","stride":0}"#,
+        )
+        .replace(
+            "\"padding\":null",
+            r#""padding":{"strategy":{"Fixed":900},"direction":"Right","pad_to_multiple_of":null,
+            "pad_id":0,"pad_type_id":0,"pad_token":"w0"}"#,
+        );
+    fs::write(&path, json).unwrap();
+    let cutting = Pretrained::new(lm.model, &path).unwrap();
+    assert_eq!(cutting.windows(&text(), 8).unwrap().len(), 50);
+}
+
 /// A saved quantized model of which one file is changed.
 struct Damage {
     dir: TempDir,
@@ -393,6 +427,13 @@ fn configurations_that_make_no_model_are_refused() {
         "\"quant_method\": \"awq\"",
         &["`awq`"],
     );
+    let both = "\"rope_scaling\": {\"type\": \"linear\", \"rope_type\": \"linear\"}";
+    says("\"rope_scaling\": null", both, &["no factor"]);
+    says(
+        "\"layers\": {",
+        "\"layers\": {\"lm_head\": {\"bits\": 4, \"group_size\": 8, \"grid\": \"affine\"},",
+        &["`lm_head`"],
+    );
     says("\"bits\": 4", "\"bits\": 5", &["not 5"]);
     says("\"group_size\": 8", "\"group_size\": 0", &["group size 0"]);
     says("{", "{{", &["line 1"]);
@@ -411,7 +452,15 @@ fn weights_that_do_not_fit_are_refused() {
         &["no tensor `model.layers.2.input_layernorm.weight`"],
     );
     let message = Damage::config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
-    assert_says(message, &["model.layers.1.", "no place"]);
+    assert_says(message, &["model.layers.1.", "no projection"]);
+    let (dir, lm) = pretrained(&config(2, false, false), 1);
+    let path = dir.path().join("dense");
+    save(&lm, &path).unwrap();
+    let text = fs::read_to_string(path.join("config.json")).unwrap();
+    let text = text.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+    fs::write(path.join("config.json"), text).unwrap();
+    let error = load(&path, &Device::flex()).unwrap_err();
+    assert_says(error.to_string(), &["model.layers.1.", "no place"]);
     let message = Damage::config("\"group_size\": 8", "\"group_size\": 25");
     assert_says(message, &["layer `model.layers.0.mlp.down_proj`"]);
     let message = Damage::header("model.norm.weight", "model.norm.other");

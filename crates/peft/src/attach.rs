@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use burn::module::Module;
 
 use crate::{Adapters, Error, Fingerprint, Linears, Method, Result};
@@ -18,21 +20,21 @@ pub struct Attached {
 /// adapter, or what the method has against a weight. Then the model is as it was.
 pub fn attach<M: Linears>(model: &mut M, method: &impl Method) -> Result<Attached> {
     let paths = method.targets().paths(model)?;
-    let mut adapters = Vec::with_capacity(paths.len());
+    let mut adapters = BTreeMap::new();
     for (path, linear) in model.linears() {
         if !paths.contains(&path) {
-            adapters.push(None);
             continue;
         }
         if linear.adapter.is_some() {
             return Err(Error::AlreadyAdapted { path });
         }
-        adapters.push(Some(method.init(&path, &linear.weight)?));
+        let adapter = method.init(&path, &linear.weight)?;
+        adapters.insert(path, adapter);
     }
-    let n_trainable = adapters.iter().flatten().map(Module::num_params).sum();
-    for ((_, linear), adapter) in model.linears_mut().into_iter().zip(adapters) {
-        if adapter.is_some() {
-            linear.adapter = adapter;
+    let n_trainable = adapters.values().map(Module::num_params).sum();
+    for (path, linear) in model.linears_mut() {
+        if let Some(adapter) = adapters.remove(&path) {
+            linear.adapter = Some(adapter);
         }
     }
     Ok(Attached { paths, n_trainable })

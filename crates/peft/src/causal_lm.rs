@@ -4,6 +4,9 @@ use crate::{Error, Linears, Result};
 
 /// A language model that predicts each token from those before it.
 pub trait CausalLm: Linears {
+    /// Tokens that the model has: it takes `0 .. vocab_size`.
+    fn vocab_size(&self) -> usize;
+
     /// The logits of the token after each of `tokens`.
     ///
     /// # Shapes
@@ -35,6 +38,20 @@ impl Batch {
     /// `[batch, seq]`.
     pub fn tokens(&self) -> Tensor<2, Int> {
         self.tokens.clone()
+    }
+
+    /// Checks that the model has all tokens.
+    ///
+    /// # Errors
+    /// [`Error::Token`] with one that is not below `vocab_size`.
+    pub fn check(&self, vocab_size: usize) -> Result<()> {
+        let least = self.tokens.clone().min().into_scalar::<i64>();
+        let most = self.tokens.clone().max().into_scalar::<i64>();
+        let has = |token: i64| usize::try_from(token).is_ok_and(|token| token < vocab_size);
+        match [least, most].into_iter().find(|&token| !has(token)) {
+            Some(token) => Err(Error::Token { token, vocab_size }),
+            None => Ok(()),
+        }
     }
 
     /// Tokens to be predicted.

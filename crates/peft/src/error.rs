@@ -67,7 +67,15 @@ pub enum Error {
         /// The layer.
         path: String,
     },
-    /// Adapters, or a certificate, of another base.
+    /// A model that is not the merged one of a certificate.
+    #[error("the model is {found}, the certificate is for {expected}: a parameter differs")]
+    NotMerged {
+        /// The merged model.
+        expected: Fingerprint,
+        /// The model at hand.
+        found: Fingerprint,
+    },
+    /// Adapters of another base.
     #[error(
         "made for the base {expected}, but this model's is {found}; load the model that it was made with"
     )]
@@ -140,6 +148,14 @@ pub enum Error {
         what: String,
         /// The step, counted from 1.
         step: usize,
+    },
+    /// A token that the model has no embedding for.
+    #[error("token {token} is not among the {vocab_size} of the model's vocabulary")]
+    Token {
+        /// The token.
+        token: i64,
+        /// Tokens that the model has.
+        vocab_size: usize,
     },
     /// A sequence that is too short to predict a token from another.
     #[error(

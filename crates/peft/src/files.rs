@@ -35,11 +35,12 @@ impl TensorFile {
             path: path.into(),
             problem,
         };
-        let mut file = File::open(path).map_err(|source| io(path, source))?;
-        let info = file.metadata().map_err(|source| io(path, source))?;
+        // Before it is opened: opening a pipe waits for its other end.
+        let info = fs::metadata(path).map_err(|source| io(path, source))?;
         if !info.is_file() {
             return Err(refuse("is not a regular file".into()));
         }
+        let mut file = File::open(path).map_err(|source| io(path, source))?;
         let n_bytes = info.len();
         let mut start = [0; 8];
         if n_bytes < 8 {
@@ -272,19 +273,31 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let Some(name) = path.file_name() else {
         return Err(refuse("is not the name of a file".into()));
     };
-    let staging = path.with_file_name(staging_name(name));
-    File::create(&staging)
+    let staging = path.with_file_name(staging_name(name, 0));
+    let written = File::create(&staging)
         .and_then(|mut file| {
             file.write_all(text.as_bytes())?;
             file.sync_all()
         })
-        .and_then(|()| fs::rename(&staging, path))
-        .map_err(|source| io(path, source))
+        .and_then(|()| fs::rename(&staging, path));
+    if let Err(source) = written {
+        // What failed is already the error; the leftover is hidden and harmless.
+        let _ = fs::remove_file(&staging);
+        return Err(io(path, source));
+    }
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => sync_directory(parent),
+        _ => sync_directory(Path::new(".")),
+    }
 }
 
 /// The hidden name under which something is written before it is given its own.
-fn staging_name(name: &OsStr) -> String {
-    format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id())
+fn staging_name(name: &OsStr, attempt: usize) -> String {
+    format!(
+        ".{}.{}.{attempt}.tmp",
+        name.to_string_lossy(),
+        std::process::id()
+    )
 }
 
 /// Reads a JSON file.
@@ -302,7 +315,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// Makes a directory whose files `write` writes: whole under its name, or not at all.
 ///
 /// The files are written into a hidden directory beside it and flushed to the disk; then that
-/// directory is given its name. A process that is killed before leaves `.NAME.PID.tmp` behind,
+/// directory is given its name. A process that is killed before leaves `.NAME.PID.N.tmp` behind,
 /// which nothing reads.
 ///
 /// # Errors
@@ -315,8 +328,7 @@ pub fn write_directory(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> R
         return Err(Error::OutputExists { path: dir });
     };
     fs::create_dir_all(parent).map_err(|source| io(parent, source))?;
-    let staging = parent.join(staging_name(name));
-    fs::create_dir(&staging).map_err(|source| io(&staging, source))?;
+    let staging = create_staging(parent, name)?;
 
     let written = write(&staging)
         .and_then(|()| sync(&staging))
@@ -327,6 +339,19 @@ pub fn write_directory(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> R
         return written;
     }
     sync_directory(parent)
+}
+
+/// Makes a new directory under a hidden name; a killed process may have left some behind.
+fn create_staging(parent: &Path, name: &OsStr) -> Result<PathBuf> {
+    let mut attempt = 0;
+    loop {
+        let staging = parent.join(staging_name(name, attempt));
+        match fs::create_dir(&staging) {
+            Ok(()) => return Ok(staging),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => attempt += 1,
+            Err(source) => return Err(io(&staging, source)),
+        }
+    }
 }
 
 /// Checks that `dir` can be written by [`write_directory`]: that it is not there, or empty.

@@ -1,60 +1,87 @@
 use std::fmt;
 
-use burn::tensor::Tensor;
+use burn::module::{ModuleVisitor, Param};
+use burn::tensor::{Int, Tensor};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Linears, Weight};
+use crate::Linears;
 
-/// SHA-256 of the paths, formats and numbers of a model's projections, adapters left out.
+/// SHA-256 of a model's parameters with their names and of its layers' formats, adapters left out.
 ///
-/// Two models with one fingerprint have bit-equal projections.
+/// Two models of one architecture with one fingerprint give the same bits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fingerprint(String);
 
 impl Fingerprint {
-    /// The fingerprint of a model, from one pass over its projections.
+    /// The fingerprint of a model, from one pass over its parameters.
     pub fn of(model: &impl Linears) -> Self {
-        let mut hash = Sha256::new();
+        let mut parameters = Parameters {
+            hash: Sha256::new(),
+            path: Vec::new(),
+        };
         for (path, linear) in model.linears() {
+            let format = linear.weight.format().map(|format| format.to_string());
+            let format = format.as_deref().unwrap_or("dense");
             let dims = linear.weight.dims();
-            match &linear.weight {
-                Weight::Dense(weight) => {
-                    hash.update(format!("{path} {dims:?} dense\n"));
-                    update(&mut hash, weight.val());
-                }
-                Weight::Quant(weight) => {
-                    hash.update(format!("{path} {dims:?} {}\n", weight.format()));
-                    let parts = weight.to_parts();
-                    parts
-                        .columns
-                        .iter()
-                        .for_each(|word| hash.update(word.to_le_bytes()));
-                    update(&mut hash, weight.scales());
-                    if let Some(zeros) = weight.zeros() {
-                        update(&mut hash, zeros);
-                    }
-                }
-            }
-            if let Some(bias) = linear.bias() {
-                hash.update("bias\n");
-                update(&mut hash, bias);
-            }
+            parameters
+                .hash
+                .update(format!("{path} {dims:?} {format}\n"));
         }
-        let hex = hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<String>();
+        model.visit(&mut parameters);
+        let digest = parameters.hash.finalize();
+        let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         Self(format!("sha256:{hex}"))
     }
 }
 
-fn update<const D: usize>(hash: &mut Sha256, values: Tensor<D>) {
-    let values = values.into_data().convert::<f32>();
-    for value in values.as_slice::<f32>().expect("converted to f32") {
-        hash.update(value.to_le_bytes());
+/// Feeds a hash with the parameters that belong to no adapter.
+struct Parameters {
+    hash: Sha256,
+    path: Vec<String>,
+}
+
+impl Parameters {
+    /// Whether the parameter at hand counts. Its name is fed first.
+    fn enter(&mut self, dims: &[usize]) -> bool {
+        // The field of `Linear`.
+        if self.path.iter().any(|name| name == "adapter") {
+            return false;
+        }
+        self.hash
+            .update(format!("{} {dims:?}\n", self.path.join(".")));
+        true
+    }
+}
+
+impl ModuleVisitor for Parameters {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let values = param.val();
+        if self.enter(&values.dims()) {
+            let values = values.into_data().convert::<f32>();
+            for value in values.as_slice::<f32>().expect("converted to f32") {
+                self.hash.update(value.to_le_bytes());
+            }
+        }
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        let values = param.val();
+        if self.enter(&values.dims()) {
+            let values = values.into_data().convert::<u32>();
+            for value in values.as_slice::<u32>().expect("converted to u32") {
+                self.hash.update(value.to_le_bytes());
+            }
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
     }
 }
 

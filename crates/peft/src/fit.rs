@@ -14,9 +14,9 @@ use crate::{Batch, CausalLm, Error, Result, token_nll};
 pub enum Schedule {
     /// As it is.
     Constant,
-    /// In a line to zero at the last step.
+    /// In a line, to reach zero after the last step.
     Linear,
-    /// In half a cosine to zero at the last step.
+    /// In half a cosine, to reach zero after the last step.
     Cosine,
 }
 
@@ -62,7 +62,11 @@ pub struct FitConfig {
 }
 
 impl FitConfig {
-    fn check(&self) -> Result<()> {
+    /// Checks the settings, as [`fit`] does before it begins.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] with the first that is out of its range.
+    pub fn check(&self) -> Result<()> {
         let refuse = |setting, value: String, expected| {
             Err(Error::Setting {
                 setting,
@@ -70,8 +74,9 @@ impl FitConfig {
                 expected,
             })
         };
-        let positive = |value: f64| value.is_finite() && value > 0.0;
-        let fraction = |value: f64| (0.0..1.0).contains(&value);
+        // In f32, in which the optimizer computes.
+        let positive = |value: f64| (value as f32).is_finite() && value as f32 > 0.0;
+        let fraction = |value: f64| (0.0..1.0).contains(&(value as f32));
         let (number, count) = ("a positive number", "at least 1");
         if !positive(self.learning_rate) {
             return refuse("learning_rate", self.learning_rate.to_string(), number);
@@ -143,8 +148,8 @@ pub struct Step {
 /// split. The order of the batches is drawn anew for each pass.
 ///
 /// # Errors
-/// [`Error::Setting`], [`Error::NoBatches`] or [`Error::NothingToTrain`] before the first step;
-/// [`Error::NonFinite`] if the loss or a gradient is NaN or infinite. On an error the model is as
+/// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`] or [`Error::NothingToTrain`] before the
+/// first step; [`Error::NonFinite`] if the loss, a gradient or a result is NaN or infinite. On an error the model is as
 /// it was before.
 pub fn fit<M: CausalLm>(
     model: &mut M,
@@ -156,6 +161,9 @@ pub fn fit<M: CausalLm>(
     if batches.is_empty() {
         return Err(Error::NoBatches);
     }
+    batches
+        .iter()
+        .try_for_each(|batch| batch.check(model.vocab_size()))?;
     let mut tuned = model.clone().train();
     let mut trainable = Trainable::default();
     tuned.visit(&mut trainable);
@@ -166,6 +174,13 @@ pub fn fit<M: CausalLm>(
     let n_steps = config
         .steps
         .unwrap_or(config.epochs.saturating_mul(per_epoch));
+    if config.warmup_steps > n_steps {
+        return Err(Error::Setting {
+            setting: "warmup_steps",
+            value: config.warmup_steps.to_string(),
+            expected: "no more than the steps",
+        });
+    }
 
     let mut optimizer = AdamWConfig::new()
         .with_weight_decay(config.weight_decay as f32)
@@ -217,6 +232,14 @@ pub fn fit<M: CausalLm>(
             n_targets,
         });
     }
+    let mut finite = Finite::default();
+    tuned.visit(&mut finite);
+    if let Some(path) = finite.non_finite {
+        return Err(Error::NonFinite {
+            what: format!("`{path}`"),
+            step: n_steps,
+        });
+    }
     *model = tuned.valid();
     Ok(())
 }
@@ -266,6 +289,33 @@ impl ModuleVisitor for Norms<'_> {
                 self.non_finite = Some(self.path.join("."));
             }
             self.squares += squares;
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
+/// Finds a trained parameter that is not finite.
+#[derive(Default)]
+struct Finite {
+    path: Vec<String>,
+    non_finite: Option<String>,
+}
+
+impl ModuleVisitor for Finite {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if param.is_require_grad() && self.non_finite.is_none() {
+            let values = param.val().inner();
+            if values.is_finite().all().into_scalar::<bool>() {
+                return;
+            }
+            self.non_finite = Some(self.path.join("."));
         }
     }
 

@@ -117,23 +117,36 @@ impl Linear {
         self.adapter.as_ref()
     }
 
+    /// Checks that the weight is dense and has no adapter, as [`Linear::quantize`] needs it.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyQuantized`] or [`Error::AlreadyAdapted`].
+    pub fn check_plain(&self, path: &str) -> Result<()> {
+        let path = path.to_string();
+        match (&self.weight, &self.adapter) {
+            (_, Some(_)) => Err(Error::AlreadyAdapted { path }),
+            (Weight::Quant(_), None) => Err(Error::AlreadyQuantized { path }),
+            (Weight::Dense(_), None) => Ok(()),
+        }
+    }
+
     /// Packs the dense weight, and says what that cost. Errors name the layer by `path`.
     ///
     /// # Errors
     /// [`Error::AlreadyQuantized`], [`Error::AlreadyAdapted`], or what the quantizer has against
     /// the weight.
     pub fn quantize(&mut self, path: &str, quantizer: &impl Quantizer) -> Result<Distortion> {
-        let path = path.to_string();
-        if self.adapter.is_some() {
-            return Err(Error::AlreadyAdapted { path });
-        }
+        self.check_plain(path)?;
         let Weight::Dense(weight) = &self.weight else {
-            return Err(Error::AlreadyQuantized { path });
+            unreachable!("a plain layer is dense");
         };
         let weight = weight.val();
         let packed = quantizer
             .quantize(weight.clone())
-            .map_err(|source| Error::Quant { path, source })?;
+            .map_err(|source| Error::Quant {
+                path: path.into(),
+                source,
+            })?;
         let distortion = packed.distortion(weight);
         self.weight = Weight::Quant(packed);
         Ok(distortion)

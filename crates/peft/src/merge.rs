@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fmt;
 
 use quant_core::Format;
@@ -49,14 +50,14 @@ impl Certificate {
     /// loaded again.
     ///
     /// # Errors
-    /// [`Error::OtherBase`] if a code, a scale, a zero or a bias of a projection differs in a bit.
+    /// [`Error::NotMerged`] if a parameter differs in a bit.
     pub fn verify(&self, model: &impl Linears) -> Result<()> {
         let found = Fingerprint::of(model);
         if found == self.merged {
             Ok(())
         } else {
             let expected = self.merged.clone();
-            Err(Error::OtherBase { expected, found })
+            Err(Error::NotMerged { expected, found })
         }
     }
 }
@@ -90,26 +91,25 @@ impl fmt::Display for Certificate {
 /// Then the model is as it was.
 pub fn merge<M: Linears>(model: &mut M) -> Result<Certificate> {
     let mut layers = Vec::new();
-    let mut weights = Vec::new();
+    let mut weights = BTreeMap::new();
     for (path, linear) in model.linears() {
         let Some(adapter) = &linear.adapter else {
-            weights.push(None);
             continue;
         };
         let (weight, exactness) = adapter.merge(&path, &linear.weight)?;
         layers.push(MergedLayer {
-            path,
+            path: path.clone(),
             method: adapter.method().into(),
             format: weight.format(),
             exactness,
         });
-        weights.push(Some(weight));
+        weights.insert(path, weight);
     }
     if layers.is_empty() {
         return Err(Error::NoAdapters);
     }
-    for ((_, linear), weight) in model.linears_mut().into_iter().zip(weights) {
-        if let Some(weight) = weight {
+    for (path, linear) in model.linears_mut() {
+        if let Some(weight) = weights.remove(&path) {
             linear.weight = weight;
             linear.adapter = None;
         }

@@ -4,8 +4,8 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use peft::{
-    Adapters, Batch, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear, Linears, Peqa,
-    Schedule, Weight, fit, token_nll,
+    Adapters, Batch, CausalLm, Error, Fingerprint, FitConfig, Linear, Linears, Peqa, Schedule,
+    Weight, fit, token_nll,
 };
 use proptest::prelude::*;
 use quant_core::Rtn;
@@ -35,6 +35,10 @@ impl Linears for Bigram {
 }
 
 impl CausalLm for Bigram {
+    fn vocab_size(&self) -> usize {
+        VOCAB
+    }
+
     fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [batch, seq] = tokens.dims();
         let x = self
@@ -181,11 +185,15 @@ proptest! {
 
         let certificate = peft::merge(&mut model).unwrap();
         prop_assert!(certificate.is_exact());
-        prop_assert!(certificate.layers.iter().all(|l| l.exactness == Exactness::Exact));
         prop_assert_eq!(logits(&model), tuned);
         prop_assert_eq!(codes(&model), on_grid);
         certificate.verify(&model).unwrap();
-        prop_assert!(certificate.verify(&quantized(seed, &rtn)).is_err());
+        let mut other = model.clone();
+        other.embedding = other.embedding.map(|embedding| embedding + 1e-3);
+        for stranger in [quantized(seed, &rtn), other] {
+            let refused = matches!(certificate.verify(&stranger), Err(Error::NotMerged { .. }));
+            prop_assert!(refused);
+        }
         prop_assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
     }
 
@@ -316,6 +324,40 @@ fn a_gradient_that_is_not_finite_names_its_tensor() {
     assert!(message.contains("step 1"), "{message}");
 }
 
+/// Factors that a last step made infinite are not returned.
+#[test]
+fn a_result_that_is_not_finite_is_refused() {
+    let mut model = adapted(8);
+    let before = logits(&model);
+    let config = FitConfig::new()
+        .with_learning_rate(3e38)
+        .with_schedule(Schedule::Constant);
+    let batches = [batch(1, [2, 9])];
+    for steps in [1, 2] {
+        let config = config.clone().with_steps(Some(steps));
+        let error = fit(&mut model, &batches, &config, |_| {});
+        assert!(steps == 1 || matches!(error, Err(Error::NonFinite { .. })));
+        if error.is_ok() {
+            // The factors are finite; their products with the scales need not be.
+            let merged = peft::merge(&mut model);
+            assert!(merged.is_ok() || matches!(merged, Err(Error::Quant { .. })));
+            model = adapted(8);
+        }
+        assert_eq!(logits(&model), before);
+    }
+}
+
+#[test]
+fn tokens_that_the_model_lacks_are_refused() {
+    let mut model = adapted(1);
+    for bad in [VOCAB as i32, -1] {
+        let tokens = TensorData::new(vec![1, bad, 2], [1, 3]);
+        let batch = Batch::new(Tensor::from_data(tokens, &Device::flex())).unwrap();
+        let error = fit(&mut model, &[batch], &FitConfig::new(), |_| {}).unwrap_err();
+        assert!(matches!(error, Error::Token { token, .. } if token == i64::from(bad)));
+    }
+}
+
 #[test]
 fn what_cannot_be_adapted_is_refused_and_left_alone() {
     let mut model = dense(1);
@@ -348,6 +390,15 @@ fn what_cannot_be_adapted_is_refused_and_left_alone() {
     assert!(matches!(error, Error::AlreadyQuantized { .. }));
     let error = fit(&mut model, &[], &FitConfig::new(), |_| {}).unwrap_err();
     assert!(matches!(error, Error::NoBatches));
+    let config = FitConfig::new().with_steps(Some(3)).with_warmup_steps(4);
+    let error = fit(&mut model, &batches, &config, |_| {}).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Setting {
+            setting: "warmup_steps",
+            ..
+        }
+    ));
 }
 
 #[test]

@@ -80,7 +80,7 @@ impl QuantTensor {
     /// The numbers of this weight, as files hold them.
     pub fn to_parts(&self) -> Parts {
         Parts {
-            columns: kernels::tiles_to_columns(&self.words(), &self.layout),
+            columns: self.columns(),
             scales: floats(self.scales()),
             zeros: self.zeros().map(floats),
         }
@@ -111,6 +111,11 @@ impl QuantTensor {
         self.zeros.as_ref().map(|zeros| zeros.val())
     }
 
+    /// The words, `[word_rows, d_out]` row by row: GPTQ's `qweight`.
+    pub fn columns(&self) -> Vec<u32> {
+        kernels::tiles_to_columns(&self.words(), &self.layout)
+    }
+
     /// The codes, `[d_in, d_out]` row by row.
     pub fn codes(&self) -> Vec<u8> {
         kernels::unpack(&self.words(), &self.layout)
@@ -123,16 +128,20 @@ impl QuantTensor {
 
     /// The same codes and zeros with other scales, `[n_groups, d_out]`, which are frozen.
     ///
+    /// # Errors
+    /// [`Error::NonFinite`] if a scale is NaN or infinite.
+    ///
     /// # Panics
     /// If `scales` has another shape.
-    pub fn with_scales(mut self, scales: Tensor<2>) -> Self {
+    pub fn with_scales(mut self, scales: Tensor<2>) -> Result<Self> {
         assert_eq!(
             scales.dims(),
             self.layout.grid_shape(),
             "the shape of the scales"
         );
+        non_finite("the scales", &floats(scales.clone()), self.layout.d_out())?;
         self.scales = Param::from_tensor(scales).set_require_grad(false);
-        self
+        Ok(self)
     }
 
     /// `x · w`, differentiable in `x`.

@@ -65,13 +65,13 @@ impl Shards {
             }
             shards.of_tensor.insert(tensor, at);
         }
-        for file in &shards.files {
+        for (at, file) in shards.files.iter().enumerate() {
             let unlisted = file
                 .names()
                 .into_iter()
-                .find(|name| !shards.of_tensor.contains_key(name));
+                .find(|name| shards.of_tensor.get(name) != Some(&at));
             if let Some(tensor) = unlisted {
-                let problem = format!("is not listed in `{INDEX}`");
+                let problem = format!("is not listed for this file in `{INDEX}`");
                 return Err(file.refuse(&tensor, problem).into());
             }
         }

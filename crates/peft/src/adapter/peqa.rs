@@ -102,8 +102,12 @@ impl PeqaAdapter {
         self.check(path, weight)?;
         let weight = quantized(METHOD, path, weight)?;
         let scales = self.scales(weight);
-        let merged = Weight::Quant(weight.clone().with_scales(scales));
-        Ok((merged, Exactness::Exact))
+        let merged = weight.clone().with_scales(scales);
+        let merged = merged.map_err(|source| Error::Quant {
+            path: path.into(),
+            source,
+        })?;
+        Ok((Weight::Quant(merged), Exactness::Exact))
     }
 
     pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
