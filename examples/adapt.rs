@@ -65,7 +65,7 @@ struct Args {
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     targets: Vec<String>,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 60)]
     steps: usize,
     /// Learning rate, the highest of a cosine
     #[arg(long, value_name = "X", default_value_t = 2e-3)]
