@@ -324,27 +324,21 @@ fn a_gradient_that_is_not_finite_names_its_tensor() {
     assert!(message.contains("step 1"), "{message}");
 }
 
-/// Factors that a last step made infinite are not returned.
+/// Factors that the last step made infinite are not returned, though loss and gradients were finite.
 #[test]
 fn a_result_that_is_not_finite_is_refused() {
     let mut model = adapted(8);
     let before = logits(&model);
+    // The decay multiplies the factors by 1 - 3e39, which f32 does not hold.
     let config = FitConfig::new()
         .with_learning_rate(3e38)
-        .with_schedule(Schedule::Constant);
-    let batches = [batch(1, [2, 9])];
-    for steps in [1, 2] {
-        let config = config.clone().with_steps(Some(steps));
-        let error = fit(&mut model, &batches, &config, |_| {});
-        assert!(steps == 1 || matches!(error, Err(Error::NonFinite { .. })));
-        if error.is_ok() {
-            // The factors are finite; their products with the scales need not be.
-            let merged = peft::merge(&mut model);
-            assert!(merged.is_ok() || matches!(merged, Err(Error::Quant { .. })));
-            model = adapted(8);
-        }
-        assert_eq!(logits(&model), before);
-    }
+        .with_weight_decay(10.0)
+        .with_schedule(Schedule::Constant)
+        .with_steps(Some(1));
+    let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_| {}).unwrap_err();
+    let named = matches!(&error, Error::NonFinite { what, step: 1 } if what.contains("factors"));
+    assert!(named, "{error}");
+    assert_eq!(logits(&model), before);
 }
 
 #[test]
