@@ -2,16 +2,23 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 /// Columns in one tile of words.
 pub const TILE: usize = 64;
 
+/// Levels of a table; a code of fewer bits uses the first ones.
+pub const TABLE: usize = 16;
+
 /// The number that a code of `bits` bits stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Levels {
     /// The code itself, `0 ..= 2^bits - 1`.
     Unsigned,
     /// The code minus `2^(bits - 1)`: as many negative levels as others.
     Centered,
+    /// An entry of a table, for codes of up to 4 bits.
+    Table([f32; TABLE]),
 }
 
 /// The shape of a packed weight `[d_in, d_out]` and the place of each code.
@@ -20,7 +27,7 @@ pub enum Levels {
 /// with zero codes. Word rows are GPTQ's rows of `qweight`, `[d_in * bits / 32, d_out]`; in memory
 /// they lie in tiles of [`TILE`] columns, `[n_tiles, word_rows, TILE]`, so that a product streams
 /// them. The columns that pad the last tile hold zeros.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Layout {
     d_in: usize,
     d_out: usize,
@@ -35,7 +42,8 @@ impl Layout {
     /// The last group is shorter when `group_size` does not divide `d_in`.
     ///
     /// # Panics
-    /// If a size is zero, `bits` is not 2, 3, 4 or 8, or the bits of a column overflow `usize`.
+    /// If a size is zero, `bits` is not 2, 3, 4 or 8, a table's codes have more than 4 bits, or the
+    /// bits of a column overflow `usize`.
     pub fn new(d_in: usize, d_out: usize, bits: usize, group_size: usize, levels: Levels) -> Self {
         assert!(
             d_in > 0 && d_out > 0,
@@ -44,6 +52,10 @@ impl Layout {
         assert!(
             matches!(bits, 2 | 3 | 4 | 8),
             "codes have 2, 3, 4 or 8 bits, not {bits}"
+        );
+        assert!(
+            bits <= 4 || !matches!(levels, Levels::Table(_)),
+            "a table has {TABLE} levels, codes of {bits} bits do not fit"
         );
         assert!(group_size > 0, "a group holds at least one input");
         assert!(
@@ -104,11 +116,27 @@ impl Layout {
         [self.n_groups(), self.d_out]
     }
 
-    /// What is subtracted from a code to get its level.
-    pub fn center(&self) -> f32 {
+    /// What codes stand for.
+    pub fn levels(&self) -> Levels {
+        self.levels
+    }
+
+    /// The number that a code stands for.
+    ///
+    /// # Panics
+    /// If the code has more bits than a table's.
+    pub fn level(&self, code: u8) -> f32 {
         match self.levels {
-            Levels::Unsigned => 0.0,
+            Levels::Table(table) => table[usize::from(code)],
+            _ => f32::from(code) - self.center(),
+        }
+    }
+
+    /// What is subtracted from a code to get its level, where that is how one gets it.
+    pub(crate) fn center(&self) -> f32 {
+        match self.levels {
             Levels::Centered => (1 << (self.bits - 1)) as f32,
+            _ => 0.0,
         }
     }
 
@@ -167,31 +195,74 @@ pub fn pack(codes: &[u8], layout: &Layout) -> Vec<u32> {
         layout.d_in * layout.d_out,
         "one code for each weight"
     );
+    let (mask, highest) = (layout.mask(), codes.par_iter().max());
+    assert!(
+        highest.is_none_or(|&code| u32::from(code) <= mask),
+        "a code has more than {} bits",
+        layout.bits
+    );
     let [n_tiles, word_rows, _] = layout.words_shape();
     let mut words = vec![0; n_tiles * word_rows * TILE];
-    for (tile, words) in words.chunks_exact_mut(word_rows * TILE).enumerate() {
+    let tiles = words.par_chunks_exact_mut(word_rows * TILE).enumerate();
+    tiles.for_each(|(tile, words)| {
         let columns = layout.columns(tile);
-        for i in 0..layout.d_in {
-            let (row, shift) = layout.position(i);
-            let codes = &codes[i * layout.d_out..][columns.clone()];
-            for (j, &code) in codes.iter().enumerate() {
-                let code = u32::from(code);
-                assert!(
-                    code <= layout.mask(),
-                    "code {code} has more than {} bits",
-                    layout.bits
-                );
-                words[row * TILE + j] |= code << shift;
-                if layout.straddles(shift) {
-                    words[(row + 1) * TILE + j] |= code >> (32 - shift);
-                }
+        let mut writer = Writer::new(words, layout);
+        for row in codes.chunks_exact(layout.d_out) {
+            let mut lanes = [0; TILE];
+            for (lane, &code) in lanes.iter_mut().zip(&row[columns.clone()]) {
+                *lane = u32::from(code);
             }
+            writer.push(&lanes);
         }
-    }
+    });
     words
 }
 
-/// The codes in `words`: the inverse of [`pack`].
+/// Writes the codes of one tile, input by input.
+pub(crate) struct Writer<'a> {
+    words: &'a mut [u32],
+    bits: u32,
+    row: usize,
+    shift: u32,
+}
+
+impl<'a> Writer<'a> {
+    /// Into `words`, `[word_rows, TILE]`, all zero.
+    pub(crate) fn new(words: &'a mut [u32], layout: &Layout) -> Self {
+        Self {
+            words,
+            bits: layout.bits as u32,
+            row: 0,
+            shift: 0,
+        }
+    }
+
+    /// Appends the codes of the next input, each within its bits.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, codes: &[u32; TILE]) {
+        let shift = self.shift;
+        let row = self.lanes(self.row).iter_mut().zip(codes);
+        row.for_each(|(word, code)| *word |= code << shift);
+        self.shift += self.bits;
+        if self.shift >= 32 {
+            self.shift -= 32;
+            self.row += 1;
+            if self.shift > 0 {
+                let taken = self.bits - self.shift;
+                let row = self.lanes(self.row).iter_mut().zip(codes);
+                row.for_each(|(word, code)| *word = code >> taken);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn lanes(&mut self, row: usize) -> &mut [u32; TILE] {
+        let lanes = &mut self.words[row * TILE..][..TILE];
+        lanes.try_into().expect("a row of a tile")
+    }
+}
+
+/// The codes in `words`, row by row: the inverse of [`pack`].
 ///
 /// # Panics
 /// If `words` has another length than the layout's.
@@ -203,15 +274,15 @@ pub fn unpack(words: &[u32], layout: &Layout) -> Vec<u8> {
         "the words of the layout"
     );
     let mut codes = vec![0; layout.d_in * layout.d_out];
-    for (tile, words) in words.chunks_exact(word_rows * TILE).enumerate() {
-        let columns = layout.columns(tile);
-        for i in 0..layout.d_in {
-            let row = &mut codes[i * layout.d_out..][columns.clone()];
+    let rows = codes.par_chunks_exact_mut(layout.d_out).enumerate();
+    rows.for_each(|(i, row)| {
+        for (tile, words) in words.chunks_exact(word_rows * TILE).enumerate() {
+            let row = &mut row[layout.columns(tile)];
             for (code, word) in row.iter_mut().zip(layout.codes(words, i)) {
                 *code = word as u8;
             }
         }
-    }
+    });
     codes
 }
 

@@ -13,6 +13,9 @@
 //! | [`Levels`] | what number a code stands for |
 //! | [`quant_matmul`] | `y = x · w`, differentiable in `x`, `scales` and `zeros` |
 //! | [`dequantize`] | the dense `w` |
+//! | [`encode`] | the codes nearest to a weight on a grid |
+//! | [`group_ranges`], [`clip_search`] | what a grid is made from |
+//! | [`round_with_feedback`] | codes whose errors are fed back into the weights to come: OPTQ's loop |
 //!
 //! The operations run on every backend through default bodies composed from burn's primitive
 //! operations; a native version overrides them where this crate has one (the CPU backend `flex`).
@@ -41,8 +44,14 @@
     reason = "the one crate of raw pointers and instruction sets"
 )]
 
+mod encode;
+mod isa;
 mod layout;
 mod quant_matmul;
 
-pub use layout::{Layout, Levels, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
+pub use encode::{
+    Cost, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
+    round_with_feedback, with_values,
+};
+pub use layout::{Layout, Levels, TABLE, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
 pub use quant_matmul::{dequantize, quant_matmul};

@@ -65,6 +65,71 @@ pub enum Error {
         /// The length given.
         found: usize,
     },
+    /// A grid that has no codes of so many bits.
+    #[error("there is no {grid} grid of {bits} bits; normal floats have 2, 3 or 4, FP4 has 4")]
+    GridBits {
+        /// The bits asked for.
+        bits: usize,
+        /// The grid.
+        grid: crate::Grid,
+    },
+    /// Scales that cannot be quantized so.
+    #[error(
+        "{format} with {double_quant:?}: double quantization is for codebook grids, with codes of 2 to 8 bits in blocks of at least one"
+    )]
+    DoubleQuant {
+        /// The format.
+        format: crate::Format,
+        /// How the scales were to be quantized.
+        double_quant: crate::DoubleQuant,
+    },
+    /// Scales that are floats where the format has codes, or the other way round.
+    #[error("the scales are not those of the format {format}")]
+    Scales {
+        /// The format.
+        format: crate::Format,
+    },
+    /// The code of a scale above the last level.
+    #[error("scale code {code}, but there are {n_levels} levels")]
+    ScaleCode {
+        /// The code.
+        code: u8,
+        /// Levels of a scale.
+        n_levels: usize,
+    },
+    /// An order of inputs that is none.
+    #[error("row {row} takes input {input} of {d_in}, which does not exist or was taken before")]
+    InputOrder {
+        /// The packed row.
+        row: usize,
+        /// The input.
+        input: u32,
+        /// Inputs of the weight.
+        d_in: usize,
+    },
+    /// No statistics of the inputs for a quantizer that needs them.
+    #[error("this quantizer needs the Gram of the layer's inputs; calibrate on some text")]
+    NoGram,
+    /// No drift for a quantizer that makes up for it.
+    #[error("this quantizer needs the drift of the inputs; sum it with `update_with_drift`")]
+    NoDrift,
+    /// Statistics of nothing.
+    #[error("the Gram has seen no token; calibrate on some text")]
+    EmptyGram,
+    /// Statistics of another layer.
+    #[error("a Gram of {found} inputs for a weight of {d_in}")]
+    GramSize {
+        /// Inputs of the weight.
+        d_in: usize,
+        /// Inputs of the Gram.
+        found: usize,
+    },
+    /// A damping or a share outside of 0 to 1.
+    #[error("{value} is no fraction; damping and drift are from 0 to 1")]
+    Fraction {
+        /// The value.
+        value: f64,
+    },
     /// Zeros on a grid that has none, or none on a grid that needs them.
     #[error("a {grid} grid has {} zeros", if *.found { "no" } else { "one for each scale, but there are no" })]
     Zeros {

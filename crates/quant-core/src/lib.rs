@@ -15,7 +15,9 @@
 //! | [`Format`] | bits, group size and [`Grid`]: all that describes a packed weight but its numbers |
 //! | [`QuantTensor`] | a packed weight; its [`matmul`](QuantTensor::matmul) is differentiable |
 //! | [`Quantizer`] | what turns a dense weight into a [`QuantTensor`] |
-//! | [`Rtn`] | the quantizer that rounds to the nearest code |
+//! | [`Rtn`] | rounds to the nearest code of a uniform grid |
+//! | [`NormalFloat`] | rounds to the nearest level of a codebook: NF2, NF3, NF4, FP4 |
+//! | [`Optq`] | rounds input by input and feeds the errors back, led by a [`Gram`] |
 //! | [`Distortion`] | what a quantizer cost |
 //!
 //! ```
@@ -27,8 +29,8 @@
 //! let errors: Vec<f64> = [8, 4, 3, 2]
 //!     .into_iter()
 //!     .map(|bits| {
-//!         let packed = Rtn::new().with_bits(bits).with_group_size(64).quantize(weight.clone())?;
-//!         Ok(packed.distortion(weight.clone()).relative)
+//!         let packed = Rtn::new().with_bits(bits).with_group_size(64).quantize(weight.clone(), None)?;
+//!         Ok(packed.weight.distortion(weight.clone()).relative)
 //!     })
 //!     .collect::<quant_core::Result<_>>()?;
 //! assert!(errors.is_sorted());
@@ -37,18 +39,29 @@
 
 #![forbid(unsafe_code)]
 
+mod codebook;
 mod distortion;
+mod double_quant;
 mod error;
 mod format;
+mod gram;
 mod grid;
+mod linalg;
+mod normal_float;
+mod optq;
 mod quant_tensor;
 mod quantizer;
 mod rtn;
 
 pub use distortion::Distortion;
+pub use double_quant::DoubleScales;
 pub use error::{Error, Result};
-pub use format::{Format, Grid};
+pub use format::{DoubleQuant, Format, Grid, ScaleLevels};
+pub use gram::Gram;
+pub use grid::Range;
 pub use kernels::Layout;
-pub use quant_tensor::{Parts, QuantTensor};
-pub use quantizer::Quantizer;
+pub use normal_float::NormalFloat;
+pub use optq::{Optq, Order};
+pub use quant_tensor::{Parts, QuantTensor, Scales};
+pub use quantizer::{Needs, Note, Quantized, Quantizer};
 pub use rtn::Rtn;

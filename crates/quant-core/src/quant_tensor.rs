@@ -2,39 +2,107 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::Layout;
 
-use crate::{Distortion, Error, Format, Grid, Result};
+use crate::double_quant::{DoubleScales, levels};
+use crate::{Distortion, DoubleQuant, Error, Format, Grid, Result};
 
 /// A packed weight `[d_in, d_out]`: a frozen module, and a differentiable operand.
 ///
-/// `w = scales (q - zeros)` on an affine grid, `w = scales (q - 2^(bits - 1))` on a symmetric one.
+/// `w = scales (q - zeros)` on an affine grid, `w = scales (q - 2^(bits - 1))` on a symmetric one,
+/// `w = scales table[q]` on a codebook.
 #[derive(Module, Debug)]
 pub struct QuantTensor {
     words: Param<Tensor<3, Int>>,
-    scales: Param<Tensor<2>>,
+    scales: ScaleParams,
     zeros: Option<Param<Tensor<2>>>,
+    order: Option<InputOrder>,
     #[module(skip)]
     format: Format,
     #[module(skip)]
     layout: Layout,
 }
 
-/// The numbers of a [`QuantTensor`] as files hold them.
+#[derive(Module, Debug)]
+enum ScaleParams {
+    Float(Param<Tensor<2>>),
+    Double(DoubleParams),
+}
+
+#[derive(Module, Debug)]
+struct DoubleParams {
+    /// Four codes in a word.
+    codes: Param<Tensor<1, Int>>,
+    absmax: Param<Tensor<1>>,
+    offset: Param<Tensor<1>>,
+    #[module(skip)]
+    format: DoubleQuant,
+}
+
+/// The inputs in the order in which their rows are packed.
+#[derive(Module, Debug)]
+struct InputOrder {
+    /// The input of each row.
+    inputs: Param<Tensor<1, Int>>,
+    /// The row of each input.
+    rows: Param<Tensor<1, Int>>,
+}
+
+/// The scales of [`Parts`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scales {
+    /// `[n_groups, d_out]`.
+    Float(Vec<f32>),
+    /// Codes of scales.
+    Double(DoubleScales),
+}
+
+/// The numbers of a [`QuantTensor`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parts {
-    /// Words, `[word_rows, d_out]` row by row: GPTQ's `qweight`.
-    pub columns: Vec<u32>,
-    /// `[n_groups, d_out]`.
-    pub scales: Vec<f32>,
+    /// Words in tiles, [`Layout::words_shape`]; see [`Parts::from_columns`].
+    pub words: Vec<u32>,
+    /// One for each group and output.
+    pub scales: Scales,
     /// `[n_groups, d_out]` in units of a code; `None` on a grid without zeros.
     pub zeros: Option<Vec<f32>>,
+    /// The input of each packed row, where the groups do not take the inputs as they come: GPTQ's
+    /// `desc_act`.
+    pub input_order: Option<Vec<u32>>,
+}
+
+impl Parts {
+    /// With scales that are floats and inputs in their order.
+    pub fn new(words: Vec<u32>, scales: Vec<f32>, zeros: Option<Vec<f32>>) -> Self {
+        Self {
+            words,
+            scales: Scales::Float(scales),
+            zeros,
+            input_order: None,
+        }
+    }
+
+    /// With words as files hold them, `[word_rows, d_out]` row by row: GPTQ's `qweight`.
+    ///
+    /// # Errors
+    /// [`Error::Length`] if there are not as many as the layout has.
+    pub fn from_columns(
+        columns: &[u32],
+        layout: &Layout,
+        scales: Vec<f32>,
+        zeros: Option<Vec<f32>>,
+    ) -> Result<Self> {
+        let n_words = layout.word_rows() * layout.d_out();
+        check_length("words", n_words, columns.len())?;
+        let words = kernels::columns_to_tiles(columns, layout);
+        Ok(Self::new(words, scales, zeros))
+    }
 }
 
 impl QuantTensor {
     /// A packed weight `[d_in, d_out]` from its parts.
     ///
     /// # Errors
-    /// [`Error::Length`] or [`Error::Zeros`] if a part does not fit the format, and
-    /// [`Error::NonFinite`] if a scale or a zero is NaN or infinite.
+    /// [`Error::Length`], [`Error::Zeros`], [`Error::Scales`] or [`Error::InputOrder`] if a part
+    /// does not fit the format, and [`Error::NonFinite`] if a scale or a zero is NaN or infinite.
     pub fn from_parts(
         parts: Parts,
         format: Format,
@@ -43,13 +111,8 @@ impl QuantTensor {
     ) -> Result<Self> {
         let layout = format.layout(dims)?;
         let n_grid = layout.n_groups() * layout.d_out();
-        check_length(
-            "words",
-            layout.word_rows() * layout.d_out(),
-            parts.columns.len(),
-        )?;
-        check_length("scales", n_grid, parts.scales.len())?;
-        non_finite("the scales", &parts.scales, layout.d_out())?;
+        let n_words = layout.words_shape().iter().product();
+        check_length("words", n_words, parts.words.len())?;
         let found = parts.zeros.is_some();
         if found != (format.grid() == Grid::Affine) {
             let grid = format.grid();
@@ -60,29 +123,48 @@ impl QuantTensor {
             non_finite("the zeros", zeros, layout.d_out())?;
         }
 
-        let words = kernels::columns_to_tiles(&parts.columns, &layout);
-        let words = TensorData::new(words, layout.words_shape());
-        let words = Tensor::from_data(words, (device, DType::U32));
         let grid = |values: Vec<f32>| {
             let values = TensorData::new(values, layout.grid_shape());
-            Param::from_tensor(Tensor::from_data(values, (device, DType::F32)))
-                .set_require_grad(false)
+            frozen(Tensor::from_data(values, (device, DType::F32)))
         };
+        let scales = match (parts.scales, format.double_quant()) {
+            (Scales::Float(scales), None) => {
+                check_length("scales", n_grid, scales.len())?;
+                non_finite("the scales", &scales, layout.d_out())?;
+                ScaleParams::Float(grid(scales))
+            }
+            (Scales::Double(scales), Some(double)) => {
+                ScaleParams::Double(DoubleParams::new(scales, double, n_grid, device)?)
+            }
+            (Scales::Float(_), Some(_)) | (Scales::Double(_), None) => {
+                return Err(Error::Scales { format });
+            }
+        };
+        let order = parts
+            .input_order
+            .map(|order| InputOrder::new(order, dims[0], device));
+        let words = TensorData::new(parts.words, layout.words_shape());
+        let words = Tensor::from_data(words, (device, DType::U32));
         Ok(Self {
             words: Param::initialized(ParamId::new(), words),
-            scales: grid(parts.scales),
+            scales,
             zeros: parts.zeros.map(grid),
+            order: order.transpose()?,
             format,
             layout,
         })
     }
 
-    /// The numbers of this weight, as files hold them.
+    /// The numbers of this weight.
     pub fn to_parts(&self) -> Parts {
         Parts {
-            columns: self.columns(),
-            scales: floats(self.scales()),
+            words: self.words(),
+            scales: match &self.scales {
+                ScaleParams::Float(scales) => Scales::Float(floats(scales.val())),
+                ScaleParams::Double(double) => Scales::Double(double.to_host(&self.layout)),
+            },
             zeros: self.zeros().map(floats),
+            input_order: self.input_order(),
         }
     }
 
@@ -91,7 +173,7 @@ impl QuantTensor {
         [self.layout.d_in(), self.layout.d_out()]
     }
 
-    /// Bits, group size and grid.
+    /// Bits, group size, grid and scales.
     pub fn format(&self) -> Format {
         self.format
     }
@@ -101,24 +183,44 @@ impl QuantTensor {
         self.layout
     }
 
-    /// The steps of the grid, `[n_groups, d_out]`.
+    /// The steps of the grid, `[n_groups, d_out]`; computed where they are double-quantized.
     pub fn scales(&self) -> Tensor<2> {
-        self.scales.val()
+        match &self.scales {
+            ScaleParams::Float(scales) => scales.val(),
+            ScaleParams::Double(double) => double.dequantize(self.layout.grid_shape()),
+        }
     }
 
-    /// The zero-points in units of a code, `[n_groups, d_out]`; none on a symmetric grid.
+    /// The zero-points in units of a code, `[n_groups, d_out]`; only on an affine grid.
     pub fn zeros(&self) -> Option<Tensor<2>> {
         self.zeros.as_ref().map(|zeros| zeros.val())
     }
 
-    /// The words, `[word_rows, d_out]` row by row: GPTQ's `qweight`.
+    /// The input of each packed row; none where they come in their order.
+    pub fn input_order(&self) -> Option<Vec<u32>> {
+        let order = self.order.as_ref()?.inputs.val().into_data();
+        let order = order.convert::<u32>().try_into_vec::<u32>();
+        Some(order.expect("converted to u32"))
+    }
+
+    /// The words as files hold them, `[word_rows, d_out]` row by row: GPTQ's `qweight`, rows in the
+    /// order in which they are packed.
     pub fn columns(&self) -> Vec<u32> {
         kernels::tiles_to_columns(&self.words(), &self.layout)
     }
 
-    /// The codes, `[d_in, d_out]` row by row.
+    /// The codes, `[d_in, d_out]` row by row, input by input.
     pub fn codes(&self) -> Vec<u8> {
-        kernels::unpack(&self.words(), &self.layout)
+        let codes = kernels::unpack(&self.words(), &self.layout);
+        let Some(order) = self.input_order() else {
+            return codes;
+        };
+        let d_out = self.layout.d_out();
+        let mut by_input = vec![0; codes.len()];
+        for (row, input) in codes.chunks_exact(d_out).zip(order) {
+            by_input[input as usize * d_out..][..d_out].copy_from_slice(row);
+        }
+        by_input
     }
 
     fn words(&self) -> Vec<u32> {
@@ -126,7 +228,7 @@ impl QuantTensor {
         words.expect("words are u32")
     }
 
-    /// The same codes and zeros with other scales, `[n_groups, d_out]`, which are frozen.
+    /// The same codes and zeros with other scales, `[n_groups, d_out]`, which are frozen floats.
     ///
     /// # Errors
     /// [`Error::NonFinite`] if a scale is NaN or infinite.
@@ -140,7 +242,8 @@ impl QuantTensor {
             "the shape of the scales"
         );
         non_finite("the scales", &floats(scales.clone()), self.layout.d_out())?;
-        self.scales = Param::from_tensor(scales).set_require_grad(false);
+        self.scales = ScaleParams::Float(frozen(scales));
+        self.format = self.format.without_double_quant();
         Ok(self)
     }
 
@@ -161,12 +264,21 @@ impl QuantTensor {
     /// # Panics
     /// If `x` has other inputs, or `scales` another shape.
     pub fn matmul_scaled<const D: usize>(&self, x: Tensor<D>, scales: Tensor<2>) -> Tensor<D> {
+        let x = match &self.order {
+            Some(order) => x.select(D - 1, order.inputs.val()),
+            None => x,
+        };
         kernels::quant_matmul(x, self.words.val(), scales, self.zeros(), self.layout)
     }
 
     /// The dense weight, `[d_in, d_out]`.
     pub fn dequantize(&self) -> Tensor<2> {
-        kernels::dequantize(self.words.val(), self.scales(), self.zeros(), self.layout)
+        let (scales, zeros) = (self.scales(), self.zeros());
+        let weight = kernels::dequantize(self.words.val(), scales, zeros, self.layout);
+        match &self.order {
+            Some(order) => weight.select(0, order.rows.val()),
+            None => weight,
+        }
     }
 
     /// How far this weight is from `weight`.
@@ -174,19 +286,121 @@ impl QuantTensor {
     /// # Panics
     /// If `weight` has another shape.
     pub fn distortion(&self, weight: Tensor<2>) -> Distortion {
-        Distortion::between(&floats(weight), &floats(self.dequantize()))
+        kernels::with_values(weight, |weight| {
+            kernels::with_values(self.dequantize(), |found| {
+                Distortion::between(weight, found)
+            })
+        })
     }
 
-    /// Bytes of the words and of `f32` scales and zeros, without padding.
+    /// Bytes of this weight without padding: see [`Format::n_bytes`]; an order of inputs adds two
+    /// indices for each.
     pub fn n_bytes(&self) -> usize {
-        let n_grid = self.layout.n_groups() * self.layout.d_out();
-        let n_words = self.layout.word_rows() * self.layout.d_out();
-        4 * (n_words + n_grid * (1 + usize::from(self.zeros.is_some())))
+        let order = 8 * self.order.as_ref().map_or(0, |_| self.layout.d_in());
+        let n_bytes = self.format.n_bytes(self.dims());
+        n_bytes.expect("the format has its layout") as usize + order
     }
 }
 
+impl DoubleParams {
+    fn new(scales: DoubleScales, format: DoubleQuant, n: usize, device: &Device) -> Result<Self> {
+        let n_blocks = n.div_ceil(format.block_size);
+        check_length("scale codes", n, scales.codes.len())?;
+        check_length("absmax", n_blocks, scales.absmax.len())?;
+        non_finite("the absmax of the scales", &scales.absmax, 1)?;
+        non_finite("the offset of the scales", &[scales.offset], 1)?;
+        let n_levels = levels(format.levels).len();
+        if let Some(&code) = scales.codes.iter().find(|&&c| usize::from(c) >= n_levels) {
+            return Err(Error::ScaleCode { code, n_levels });
+        }
+        let mut bytes = scales.codes;
+        bytes.resize(n.next_multiple_of(4), 0);
+        let (words, _) = bytes.as_chunks::<4>();
+        let words: Vec<u32> = words.iter().map(|&word| u32::from_le_bytes(word)).collect();
+        let codes = TensorData::new(words, [n.div_ceil(4)]);
+        let floats = |values: Vec<f32>| {
+            let shape = [values.len()];
+            let values = TensorData::new(values, shape);
+            frozen(Tensor::from_data(values, (device, DType::F32)))
+        };
+        Ok(Self {
+            codes: Param::initialized(
+                ParamId::new(),
+                Tensor::from_data(codes, (device, DType::U32)),
+            ),
+            absmax: floats(scales.absmax),
+            offset: floats(vec![scales.offset]),
+            format,
+        })
+    }
+
+    fn to_host(&self, layout: &Layout) -> DoubleScales {
+        let words = self.codes.val().into_data().try_into_vec::<u32>();
+        let words = words.expect("words are u32");
+        let mut codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        codes.truncate(layout.n_groups() * layout.d_out());
+        DoubleScales {
+            codes,
+            absmax: floats(self.absmax.val()),
+            offset: floats(self.offset.val())[0],
+        }
+    }
+
+    fn dequantize(&self, [n_groups, d_out]: [usize; 2]) -> Tensor<2> {
+        let n = n_groups * d_out;
+        let device = self.absmax.val().device();
+        let shifts =
+            Tensor::<1, Int>::from_data(TensorData::from([0u32, 8, 16, 24]), (&device, DType::U32));
+        let n_words = n.div_ceil(4);
+        let words = self.codes.val().reshape([n_words, 1]).expand([n_words, 4]);
+        let codes = words
+            .bitwise_right_shift(shifts.reshape([1, 4]).expand([n_words, 4]))
+            .bitwise_and_scalar(255)
+            .reshape([4 * n_words])
+            .slice([0..n]);
+        let table = levels(self.format.levels);
+        let n_levels = table.len();
+        let table = Tensor::<1>::from_data(TensorData::new(table, [n_levels]), &device);
+        let levels = table.select(0, codes);
+
+        let block = self.format.block_size;
+        let n_blocks = n.div_ceil(block);
+        let absmax = self.absmax.val().reshape([n_blocks, 1]);
+        let absmax = absmax.expand([n_blocks, block.min(n)]);
+        let absmax = absmax.reshape([n_blocks * block.min(n)]).slice([0..n]);
+        let scales = levels * absmax + self.offset.val();
+        scales.reshape([d_out, n_groups]).transpose()
+    }
+}
+
+impl InputOrder {
+    fn new(inputs: Vec<u32>, d_in: usize, device: &Device) -> Result<Self> {
+        check_length("input order", d_in, inputs.len())?;
+        let mut rows = vec![u32::MAX; d_in];
+        for (row, &input) in inputs.iter().enumerate() {
+            match rows.get_mut(input as usize) {
+                Some(place) if *place == u32::MAX => *place = row as u32,
+                _ => return Err(Error::InputOrder { row, input, d_in }),
+            }
+        }
+        let indices = |values: Vec<u32>| {
+            let values = TensorData::new(values, [d_in]);
+            let values = Tensor::from_data(values, (device, DType::U32));
+            Param::initialized(ParamId::new(), values)
+        };
+        Ok(Self {
+            inputs: indices(inputs),
+            rows: indices(rows),
+        })
+    }
+}
+
+fn frozen<const D: usize>(values: Tensor<D>) -> Param<Tensor<D>> {
+    Param::from_tensor(values).set_require_grad(false)
+}
+
 /// The values of a tensor, in `f32`.
-pub(crate) fn floats(t: Tensor<2>) -> Vec<f32> {
+pub(crate) fn floats<const D: usize>(t: Tensor<D>) -> Vec<f32> {
     let values = t.into_data().convert::<f32>().try_into_vec::<f32>();
     values.expect("converted to f32")
 }

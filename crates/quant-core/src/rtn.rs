@@ -1,8 +1,8 @@
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::quant_tensor::{floats, non_finite};
-use crate::{Error, Format, Grid, Parts, QuantTensor, Quantizer, Result, grid};
+use crate::grid::Uniform;
+use crate::{Error, Format, Gram, Needs, Parts, QuantTensor, Quantized, Quantizer, Range, Result};
 
 /// Round to nearest: each group's range is cut into equal steps, each value goes to the next code.
 ///
@@ -11,15 +11,14 @@ use crate::{Error, Format, Grid, Parts, QuantTensor, Quantizer, Result, grid};
 /// use quant_core::{Quantizer, Rtn};
 ///
 /// let weight = Tensor::<2>::from_data([[0.0], [0.3], [1.1], [3.0]], &Device::flex());
-/// let packed = Rtn::new().with_bits(2).quantize(weight)?;
-/// assert_eq!(packed.codes(), [0, 0, 1, 3]);
+/// let quantized = Rtn::new().with_bits(2).quantize(weight, None)?;
+/// assert_eq!(quantized.weight.codes(), [0, 0, 1, 3]);
 /// # Ok::<(), quant_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rtn {
-    bits: usize,
-    group_size: Option<usize>,
-    symmetric: bool,
+    grid: Uniform,
+    per_tensor: bool,
 }
 
 impl Default for Rtn {
@@ -29,98 +28,97 @@ impl Default for Rtn {
 }
 
 impl Rtn {
-    /// 4 bits, affine, one group per channel.
+    /// 4 bits, affine, one group per channel, full ranges.
     pub fn new() -> Self {
         Self {
-            bits: 4,
-            group_size: None,
-            symmetric: false,
+            grid: Uniform::new(),
+            per_tensor: false,
         }
     }
 
     /// Bits of a code: 2, 3, 4 or 8.
     pub fn with_bits(mut self, bits: usize) -> Self {
-        self.bits = bits;
+        self.grid.bits = bits;
         self
     }
 
     /// Inputs that share a scale; `None` for one group per channel.
     pub fn with_group_size(mut self, group_size: impl Into<Option<usize>>) -> Self {
-        self.group_size = group_size.into();
+        self.grid.group_size = group_size.into();
         self
     }
 
     /// Whether the grid is symmetric, without zeros.
     pub fn with_symmetric(mut self, symmetric: bool) -> Self {
-        self.symmetric = symmetric;
+        self.grid.symmetric = symmetric;
+        self
+    }
+
+    /// What part of a range the grid spans.
+    pub fn with_range(mut self, range: Range) -> Self {
+        self.grid.range = range;
+        self
+    }
+
+    /// Whether all groups share one grid, that of the whole weight.
+    pub fn with_per_tensor(mut self, per_tensor: bool) -> Self {
+        self.per_tensor = per_tensor;
+        self
+    }
+
+    /// Whether a symmetric grid is that of OPTQ's reference code bit for bit, which spans half the
+    /// range of a group without negative weights, and so clips the larger half of them.
+    pub fn with_reference_symmetric(mut self, reference: bool) -> Self {
+        self.grid.reference_symmetric = reference;
         self
     }
 }
 
 impl Quantizer for Rtn {
     fn format(&self) -> Result<Format> {
-        let grid = if self.symmetric {
-            Grid::Symmetric
-        } else {
-            Grid::Affine
-        };
-        Format::new(self.bits, self.group_size, grid)
+        self.grid.format()
     }
 
-    fn quantize(&self, weight: Tensor<2>) -> Result<QuantTensor> {
-        let format = self.format()?;
-        let dims @ [d_in, d_out] = weight.dims();
-        let layout = format.layout(dims)?;
-        let device = weight.device();
-        let weight = floats(weight);
-        non_finite("the weight", &weight, d_out)?;
-
-        let (bits, max_code) = (format.bits(), ((1 << format.bits()) - 1) as f32);
-        let center = layout.center();
-        let mut codes = Vec::with_capacity(d_in * d_out);
-        let mut scales = Vec::with_capacity(layout.n_groups() * d_out);
-        let mut zeros = Vec::new();
-        for (group, rows) in weight.chunks(layout.group_size() * d_out).enumerate() {
-            let ranges = ranges(rows, d_out);
-            let mut grids = Vec::with_capacity(d_out);
-            for (column, &(low, high)) in ranges.iter().enumerate() {
-                let grid = match format.grid() {
-                    Grid::Affine => grid::affine(low, high, bits),
-                    Grid::Symmetric => grid::symmetric(low, high, bits).map(|s| (s, center)),
-                };
-                grids.push(grid.ok_or(Error::Span {
-                    group,
-                    column,
-                    low,
-                    high,
-                })?);
-            }
-            for row in rows.chunks_exact(d_out) {
-                let code = |(&w, &(s, z)): (&f32, &(f32, f32))| grid::code(w, s, z, max_code);
-                codes.extend(row.iter().zip(&grids).map(code));
-            }
-            scales.extend(grids.iter().map(|(scale, _)| scale));
-            if format.grid() == Grid::Affine {
-                zeros.extend(grids.iter().map(|(_, zero)| zero));
-            }
+    fn needs(&self) -> Needs {
+        match self.grid.range {
+            Range::ClippedForOutput => Needs::Gram,
+            Range::Full | Range::Clipped => Needs::Nothing,
         }
-        let parts = Parts {
-            columns: kernels::tiles_to_columns(&kernels::pack(&codes, &layout), &layout),
-            scales,
-            zeros: (format.grid() == Grid::Affine).then_some(zeros),
+    }
+
+    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
+        let format = self.format()?;
+        let dims @ [d_in, _] = weight.dims();
+        let layout = format.layout(dims)?;
+        let of_input = match (self.needs(), gram) {
+            (Needs::Nothing, _) => None,
+            (_, Some(gram)) => {
+                gram.check(d_in)?;
+                Some(diagonal(gram))
+            }
+            (_, None) => return Err(Error::NoGram),
         };
-        QuantTensor::from_parts(parts, format, dims, &device)
+        let device = weight.device();
+        let (words, grids) = kernels::with_values(weight, |weight| {
+            let grids = match self.per_tensor {
+                true => self
+                    .grid
+                    .grids_per_tensor(weight, &layout, of_input.as_deref()),
+                false => self.grid.grids(weight, &layout, of_input.as_deref()),
+            }?;
+            let zeros = grids.zeros.as_deref();
+            let words = kernels::encode(weight, &grids.scales, zeros, &layout);
+            Ok((words, grids))
+        })?;
+        let parts = Parts::new(words, grids.scales, grids.zeros);
+        Ok(QuantTensor::from_parts(parts, format, dims, &device)?.into())
     }
 }
 
-/// The smallest and the largest value of each column.
-fn ranges(rows: &[f32], d_out: usize) -> Vec<(f32, f32)> {
-    let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); d_out];
-    for row in rows.chunks_exact(d_out) {
-        for ((low, high), &w) in ranges.iter_mut().zip(row) {
-            *low = low.min(w);
-            *high = high.max(w);
-        }
-    }
-    ranges
+/// The mean square of each input, up to a factor.
+pub(crate) fn diagonal(gram: &Gram) -> Vec<f32> {
+    let d_in = gram.d_in();
+    kernels::with_values(gram.sum(), |sum| {
+        (0..d_in).map(|i| sum[i * d_in + i]).collect()
+    })
 }

@@ -7,7 +7,7 @@ use burn::backend::{
 use burn::tensor::{Shape, Slice, TensorData};
 
 use super::{Packed, Zeros};
-use crate::{Layout, TILE};
+use crate::{Layout, Levels, TILE};
 
 /// See [`super::QuantOps::quant_unpack`].
 pub(super) fn unpack<B: Backend>(w: Packed<B>) -> FloatTensor<B> {
@@ -32,8 +32,21 @@ pub(super) fn dgrid<B: Backend>(
 
 /// `level - zero`, `[d_in, d_out]`, in the dtype of the scales; `group` is that of each input.
 fn offsets<B: Backend>(w: Packed<B>, group: IntTensor<B>) -> FloatTensor<B> {
-    let codes = B::int_into_float(codes::<B>(w.words, &w.layout), w.scales.dtype().into());
-    let levels = B::float_sub_scalar(codes, w.layout.center().into());
+    let (layout, dtype) = (w.layout, w.scales.dtype().into());
+    let codes = codes::<B>(w.words, &layout);
+    let levels = match layout.levels() {
+        Levels::Table(table) => {
+            let device = codes.device();
+            let table = B::float_from_data(TensorData::from(table), &device);
+            let flat = B::int_reshape(codes, Shape::new([layout.d_in() * layout.d_out()]));
+            let levels = B::float_select(B::float_cast(table, dtype), 0, flat);
+            B::float_reshape(levels, Shape::new([layout.d_in(), layout.d_out()]))
+        }
+        Levels::Unsigned | Levels::Centered => {
+            let codes = B::int_into_float(codes, dtype);
+            B::float_sub_scalar(codes, layout.center().into())
+        }
+    };
     match w.zeros {
         Zeros::Each(zeros) => B::float_sub(levels, B::float_select(zeros, 0, group)),
         Zeros::Absent => levels,

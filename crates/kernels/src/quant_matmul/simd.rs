@@ -1,11 +1,10 @@
-//! The inner loops of the CPU, compiled for the instruction sets that matter and chosen at run time.
-//!
-//! All versions do the same roundings in the same order: their results are the same bits.
+//! The inner loops of the CPU's products.
 
 use std::ops::Range;
 
 use super::flex::Host;
-use crate::TILE;
+use crate::isa::{Isa, by_instruction_set};
+use crate::{Layout, Levels, TILE};
 
 /// Sums over the inputs of one group in the columns of a tile.
 #[derive(Clone)]
@@ -25,41 +24,9 @@ impl Default for GroupSums {
     }
 }
 
-/// Defines `$name` as `$body` compiled for AVX-512, for AVX2 and for the target's base.
-macro_rules! by_instruction_set {
-    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
-        $(#[$doc])*
-        pub(super) fn $name($($arg: $ty),*) {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-                fn avx512($($arg: $ty),*) {
-                    $body($($arg),*)
-                }
-                #[target_feature(enable = "avx2")]
-                fn avx2($($arg: $ty),*) {
-                    $body($($arg),*)
-                }
-                if is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                {
-                    // SAFETY: the processor has these instructions.
-                    return unsafe { avx512($($arg),*) };
-                }
-                if is_x86_feature_detected!("avx2") {
-                    // SAFETY: the processor has these instructions.
-                    return unsafe { avx2($($arg),*) };
-                }
-            }
-            $body($($arg),*)
-        }
-    };
-}
-
 by_instruction_set! {
     /// Unpacks `inputs` of one tile into rows of `stride` floats of `panel`.
-    fn unpack_panel(
+    pub(super) fn unpack_panel(
         w: &Host,
         tile: usize,
         inputs: Range<usize>,
@@ -70,7 +37,7 @@ by_instruction_set! {
 
 by_instruction_set! {
     /// Adds the rows of `p`, one for each of `inputs`, to the sums of their groups.
-    fn add_to_groups(
+    pub(super) fn add_to_groups(
         w: &Host,
         tile: usize,
         inputs: Range<usize>,
@@ -80,43 +47,43 @@ by_instruction_set! {
 }
 
 #[inline(always)]
-fn unpack_panel_body(
+fn unpack_panel_body<I: Isa>(
     w: &Host,
     tile: usize,
     inputs: Range<usize>,
     panel: &mut [f32],
     stride: usize,
 ) {
-    let (words, center) = (w.tile(tile), w.layout.center());
+    let words = w.tile(tile);
     for (g, members) in by_group(&inputs, w.layout.group_size()) {
         let (scales, zeros) = w.grid(tile, g);
         for i in members {
-            let codes = w.layout.codes(words, i);
+            let levels = levels::<I>(&w.layout, words, i);
             let row = lanes_mut(panel, (i - inputs.start) * stride);
             for j in 0..TILE {
-                row[j] = (codes[j] as i32 as f32 - center - zeros[j]) * scales[j];
+                row[j] = (levels[j] - zeros[j]) * scales[j];
             }
         }
     }
 }
 
 #[inline(always)]
-fn add_to_groups_body(
+fn add_to_groups_body<I: Isa>(
     w: &Host,
     tile: usize,
     inputs: Range<usize>,
     p: &[f32],
     sums: &mut [GroupSums],
 ) {
-    let (words, center) = (w.tile(tile), w.layout.center());
+    let words = w.tile(tile);
     for (g, members) in by_group(&inputs, w.layout.group_size()) {
         let (_, zeros) = w.grid(tile, g);
         let sums = &mut sums[g];
         for i in members {
-            let codes = w.layout.codes(words, i);
+            let levels = levels::<I>(&w.layout, words, i);
             let p: &[f32; TILE] = p[(i - inputs.start) * TILE..][..TILE].try_into().unwrap();
             for j in 0..TILE {
-                sums.of_levels[j] += p[j] * (codes[j] as i32 as f32 - center - zeros[j]);
+                sums.of_levels[j] += p[j] * (levels[j] - zeros[j]);
                 sums.of_products[j] += p[j];
             }
         }
@@ -126,6 +93,19 @@ fn add_to_groups_body(
 #[inline(always)]
 fn lanes_mut(panel: &mut [f32], at: usize) -> &mut [f32; TILE] {
     (&mut panel[at..][..TILE]).try_into().unwrap()
+}
+
+/// The levels of input `i` in the columns of one tile, `words` being `[word_rows, TILE]`.
+#[inline(always)]
+fn levels<I: Isa>(layout: &Layout, words: &[u32], i: usize) -> [f32; TILE] {
+    let codes = layout.codes(words, i);
+    match layout.levels() {
+        Levels::Table(table) => I::lookup(&table, &codes),
+        Levels::Unsigned | Levels::Centered => {
+            let center = layout.center();
+            codes.map(|code| code as i32 as f32 - center)
+        }
+    }
 }
 
 /// The groups that `inputs` meets, each with those of `inputs` that it holds.

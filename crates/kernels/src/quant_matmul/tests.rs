@@ -7,6 +7,11 @@ use proptest::prelude::*;
 use super::{Packed, QuantOps, Zeros, composed, quant_matmul};
 use crate::{Layout, Levels, columns_to_tiles, pack, tiles_to_columns, unpack};
 
+/// Levels in no order, as those of FP4.
+const TABLE: [f32; 16] = [
+    0.0, 0.01, 0.7, 1.0, 0.3, 0.5, 0.2, 0.25, -0.1, -0.02, -0.6, -1.0, -0.35, -0.55, -0.15, -0.3,
+];
+
 /// A weight with its inputs and the gradient of its outputs, in host memory.
 #[derive(Clone, Debug)]
 struct Case {
@@ -24,14 +29,14 @@ fn cases() -> impl Strategy<Value = Case> {
     let grid = (
         prop::sample::select(vec![2, 3, 4, 8]),
         any::<bool>(),
-        any::<bool>(),
+        0..3u8,
     );
     (sizes, grid, any::<u64>()).prop_map(
-        |((rows, d_in, d_out, group), (bits, zeros, centered), seed)| {
-            let levels = if centered {
-                Levels::Centered
-            } else {
-                Levels::Unsigned
+        |((rows, d_in, d_out, group), (bits, zeros, levels), seed)| {
+            let levels = match levels {
+                0 => Levels::Unsigned,
+                1 if bits <= 4 => Levels::Table(TABLE),
+                _ => Levels::Centered,
             };
             let layout = Layout::new(d_in, d_out, bits, group, levels);
             let mut state = seed | 1;
@@ -68,7 +73,7 @@ impl Case {
     fn offset(&self, i: usize, o: usize) -> f32 {
         let at = i / self.layout.group_size() * self.layout.d_out() + o;
         let zero = self.zeros.as_ref().map_or(0.0, |zeros| zeros[at]);
-        f32::from(self.codes[i * self.layout.d_out() + o]) - self.layout.center() - zero
+        self.layout.level(self.codes[i * self.layout.d_out() + o]) - zero
     }
 
     fn weight(&self, i: usize, o: usize) -> f32 {

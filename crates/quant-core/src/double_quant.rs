@@ -1,0 +1,73 @@
+//! Double quantization: the scales of a weight as codes.
+
+use crate::{DoubleQuant, ScaleLevels, codebook};
+
+/// Double-quantized scales: `s = level(code) · absmax + offset`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DoubleScales {
+    /// `[d_out, n_groups]`, row by row: output by output, as bitsandbytes flattens a weight.
+    pub codes: Vec<u8>,
+    /// One for each block of codes.
+    pub absmax: Vec<f32>,
+    /// What is added to all.
+    pub offset: f32,
+}
+
+impl DoubleScales {
+    /// Quantizes scales, `[n_groups, d_out]`.
+    pub(crate) fn quantize(scales: &[f32], n_groups: usize, format: DoubleQuant) -> Self {
+        let d_out = scales.len() / n_groups;
+        let by_output: Vec<f32> = (0..d_out)
+            .flat_map(|o| (0..n_groups).map(move |g| scales[g * d_out + o]))
+            .collect();
+        let offset = match format.levels {
+            ScaleLevels::Dynamic => {
+                let sum: f64 = by_output.iter().map(|&s| f64::from(s)).sum();
+                (sum / by_output.len() as f64) as f32
+            }
+            ScaleLevels::Unsigned { .. } => by_output.iter().copied().fold(f32::INFINITY, f32::min),
+        };
+        let levels = levels(format.levels);
+        let midpoints: Vec<f32> = levels.windows(2).map(|w| (w[0] + w[1]) / 2.0).collect();
+        let mut codes = Vec::with_capacity(by_output.len());
+        let mut absmax = Vec::new();
+        for block in by_output.chunks(format.block_size) {
+            let largest = block.iter().map(|s| (s - offset).abs()).fold(0.0, f32::max);
+            let largest = largest.max(f32::MIN_POSITIVE);
+            codes.extend(block.iter().map(|s| {
+                let value = (s - offset) / largest;
+                midpoints.partition_point(|&midpoint| midpoint < value) as u8
+            }));
+            absmax.push(largest);
+        }
+        Self {
+            codes,
+            absmax,
+            offset,
+        }
+    }
+
+    /// The scales, `[n_groups, d_out]`.
+    pub(crate) fn dequantize(&self, n_groups: usize, format: DoubleQuant) -> Vec<f32> {
+        let levels = levels(format.levels);
+        let d_out = self.codes.len() / n_groups;
+        let mut scales = vec![0.0; self.codes.len()];
+        for (k, &code) in self.codes.iter().enumerate() {
+            let (o, g) = (k / n_groups, k % n_groups);
+            let absmax = self.absmax[k / format.block_size];
+            scales[g * d_out + o] = levels[usize::from(code)] * absmax + self.offset;
+        }
+        scales
+    }
+}
+
+/// The levels of scale codes, ascending.
+pub(crate) fn levels(levels: ScaleLevels) -> Vec<f32> {
+    match levels {
+        ScaleLevels::Dynamic => codebook::dynamic_map().into(),
+        ScaleLevels::Unsigned { bits } => {
+            let steps = (1 << bits) - 1;
+            (0..=steps).map(|k| k as f32 / steps as f32).collect()
+        }
+    }
+}

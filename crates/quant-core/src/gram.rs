@@ -1,0 +1,122 @@
+use burn::tensor::{Device, Tensor};
+
+use crate::quant_tensor::non_finite;
+use crate::{Error, Result};
+
+/// The running second moment of a layer's inputs, `Σ x xᵀ` over tokens.
+///
+/// It is OPTQ's Hessian but for a factor that cancels. Its scale is that of the sum, not of the mean.
+#[derive(Clone, Debug)]
+pub struct Gram {
+    sum: Tensor<2>,
+    drift: Option<Tensor<2>>,
+    n_tokens: usize,
+}
+
+impl Gram {
+    /// Of no tokens yet, for layers of `d_in` inputs.
+    pub fn new(d_in: usize, device: &Device) -> Self {
+        Self {
+            sum: Tensor::zeros([d_in, d_in], device),
+            drift: None,
+            n_tokens: 0,
+        }
+    }
+
+    /// One that was summed elsewhere, `[d_in, d_in]`, symmetric.
+    ///
+    /// # Errors
+    /// [`Error::GramSize`] if it is not square.
+    pub fn from_sum(sum: Tensor<2>, n_tokens: usize) -> Result<Self> {
+        let [d_in, found] = sum.dims();
+        if d_in != found {
+            return Err(Error::GramSize { d_in, found });
+        }
+        Ok(Self {
+            sum,
+            drift: None,
+            n_tokens,
+        })
+    }
+
+    /// Adds the inputs `x`, `[.., d_in]`.
+    ///
+    /// # Panics
+    /// If `x` has other inputs.
+    pub fn update<const D: usize>(&mut self, x: Tensor<D>) {
+        let x = rows(x, self.d_in());
+        self.n_tokens += x.dims()[0];
+        self.sum = self.sum.clone() + x.clone().transpose().matmul(x);
+    }
+
+    /// Adds the inputs `x` and how far those of the dense model, `dense`, are from them:
+    /// `Σ (dense - x) xᵀ`, for GPTAQ (Li et al. 2025, arXiv:2504.02692).
+    ///
+    /// # Panics
+    /// If either has other inputs, or they have other tokens.
+    pub fn update_with_drift<const D: usize>(&mut self, x: Tensor<D>, dense: Tensor<D>) {
+        let (x_rows, dense) = (rows(x.clone(), self.d_in()), rows(dense, self.d_in()));
+        let drift = (dense - x_rows.clone()).transpose().matmul(x_rows);
+        self.drift = Some(match self.drift.take() {
+            Some(sum) => sum + drift,
+            None => drift,
+        });
+        self.update(x);
+    }
+
+    /// Inputs.
+    pub fn d_in(&self) -> usize {
+        self.sum.dims()[0]
+    }
+
+    /// Tokens so far.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// `Σ x xᵀ`, `[d_in, d_in]`.
+    pub fn sum(&self) -> Tensor<2> {
+        self.sum.clone()
+    }
+
+    /// `Σ (dense - x) xᵀ`, `[d_in, d_in]`, if it was summed.
+    pub fn drift(&self) -> Option<Tensor<2>> {
+        self.drift.clone()
+    }
+
+    /// The energy of a layer's output, `tr(Wᵀ G W) = Σ ‖x W‖²`, for a weight `[d_in, d_out]`; with
+    /// the error of a weight it is that of the output.
+    ///
+    /// # Panics
+    /// If `weight` has other inputs.
+    pub fn energy(&self, weight: Tensor<2>) -> f64 {
+        let product = self.sum.clone().matmul(weight.clone()) * weight;
+        // The sums of columns first: a total in f32 would lose its digits.
+        kernels::with_values(product.sum_dim(0), |columns| {
+            columns.iter().map(|&sum| f64::from(sum)).sum()
+        })
+    }
+
+    /// Checks the size, and that there are only numbers.
+    pub(crate) fn check(&self, d_in: usize) -> Result<()> {
+        let found = self.d_in();
+        if found != d_in {
+            return Err(Error::GramSize { d_in, found });
+        }
+        if self.n_tokens == 0 {
+            return Err(Error::EmptyGram);
+        }
+        kernels::with_values(self.sum(), |sum| non_finite("the Gram", sum, d_in))?;
+        match self.drift() {
+            Some(drift) => {
+                kernels::with_values(drift, |sum| non_finite("the Gram's drift", sum, d_in))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn rows<const D: usize>(x: Tensor<D>, d_in: usize) -> Tensor<2> {
+    let n = x.shape().num_elements() / d_in;
+    x.reshape([n, d_in])
+}

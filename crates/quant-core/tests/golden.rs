@@ -1,0 +1,318 @@
+//! Against what reference implementations wrote: see `golden/README.md`.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use quant_core::{
+    DoubleQuant, DoubleScales, Gram, NormalFloat, Optq, Order, Parts, QuantTensor, Quantized,
+    Quantizer, Scales,
+};
+use safetensors::SafeTensors;
+
+/// A file of tensors.
+struct File(Vec<u8>);
+
+impl File {
+    fn open(path: &Path) -> Self {
+        Self(std::fs::read(path).unwrap())
+    }
+
+    fn bytes<const N: usize>(&self, name: &str) -> (Vec<[u8; N]>, Vec<usize>) {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let tensor = tensors.tensor(name).unwrap_or_else(|_| panic!("{name}"));
+        let (chunks, _) = tensor.data().as_chunks::<N>();
+        (chunks.to_vec(), tensor.shape().to_vec())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        SafeTensors::deserialize(&self.0)
+            .unwrap()
+            .tensor(name)
+            .is_ok()
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        self.bytes(name)
+            .0
+            .into_iter()
+            .map(f32::from_le_bytes)
+            .collect()
+    }
+
+    fn words(&self, name: &str) -> Vec<u32> {
+        self.bytes(name)
+            .0
+            .into_iter()
+            .map(u32::from_le_bytes)
+            .collect()
+    }
+
+    /// A matrix `[out, in]` as `[in, out]`.
+    fn transposed(&self, name: &str) -> Tensor<2> {
+        let (values, shape) = self.bytes(name);
+        let values: Vec<f32> = values.into_iter().map(f32::from_le_bytes).collect();
+        let shape = [shape[0], shape[1]];
+        Tensor::from_data(TensorData::new(values, shape), &Device::flex()).transpose()
+    }
+}
+
+/// The copy in the project and, where it is, the whole file that it is a part of.
+fn files(copy: &str, whole: &str) -> Vec<File> {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let whole = here.join("../../../shared/golden").join(whole);
+    let mut files = vec![File::open(&here.join("tests/golden").join(copy))];
+    match whole.exists() {
+        true => files.push(File::open(&whole)),
+        false => println!("skipped: {} is not there", whole.display()),
+    }
+    files
+}
+
+fn values(t: Tensor<2>) -> Vec<f32> {
+    t.into_data().try_into_vec().unwrap()
+}
+
+/// The reference's settings of each case, with its error `tr((W - Q) H (W - Q)ᵀ)`.
+fn gptq_cases() -> Vec<(&'static str, Optq, f64)> {
+    let optq = Optq::new();
+    let group = optq.with_group_size(32);
+    vec![
+        ("w2_g32_asym", group.with_bits(2), 6.493297048735108),
+        ("w3_g32_asym", group.with_bits(3), 0.9741695892323374),
+        ("w4_g32_asym", group, 0.20714134791375036),
+        ("w8_g32_asym", group.with_bits(8), 0.0006782197798524301),
+        ("w4_g32_sym", group.with_symmetric(true), 0.2840605813195183),
+        (
+            "w4_g128_asym",
+            optq.with_group_size(128),
+            0.3264438212009425,
+        ),
+        ("w4_perchannel", optq, 0.3264438212009425),
+        (
+            "w4_g32_descact",
+            group.with_order(Order::DescendingRegrouped),
+            0.1443395343061765,
+        ),
+        (
+            "w4_g32_descact_static",
+            group.with_order(Order::Descending),
+            0.14627739822873922,
+        ),
+        (
+            "w4_g32_actgroup",
+            group
+                .with_symmetric(true)
+                .with_order(Order::DescendingByGroup),
+            0.25873242634872506,
+        ),
+        ("w4_dead_column", group, 0.20492558180468828),
+        ("w4_zero_point_0", group, 0.18971896259116147),
+    ]
+}
+
+/// GPTQModel 7.7: codes, scales, zeros, groups and the error of the layer's output.
+#[test]
+fn optq_is_the_references() {
+    for file in files("gptq.safetensors", "gptq/layers.safetensors") {
+        for (case, optq, expected_error) in gptq_cases() {
+            let name = |part: &str| format!("{case}.{part}");
+            let own = |part: &str, shared: &str| match file.has(&name(part)) {
+                true => name(part),
+                false => shared.to_string(),
+            };
+            let weight = file.transposed(&own("weight", "weight"));
+            let hessian = file.transposed(&own("hessian", "w4_g32_asym.hessian"));
+            let gram = Gram::from_sum(hessian, 512).unwrap();
+            let Quantized {
+                weight: packed,
+                notes,
+            } = optq.quantize(weight.clone(), Some(&gram)).unwrap();
+            assert_eq!(
+                notes.is_empty(),
+                case != "w4_dead_column",
+                "{case}: {notes:?}"
+            );
+
+            let [d_in, d_out] = packed.dims();
+            let expected = codes(&file.words(&name("qweight")), packed.format().bits(), d_in);
+            let found = packed.codes();
+            // The lowest weight of a symmetric group is a tie between the codes 0 and 1, which a
+            // last bit of the reference's sums decides; what follows in that column is another run.
+            let pairs: Vec<_> = found.iter().zip(&expected).enumerate().collect();
+            let tied = |o: usize| {
+                let column = pairs.iter().filter(|(k, _)| k % d_out == o);
+                let mut codes = column.map(|(_, (a, b))| (**a, **b));
+                packed.zeros().is_none() && codes.any(|pair| pair == (0, 1) || pair == (1, 0))
+            };
+            let n_tied = (0..d_out).filter(|&o| tied(o)).count();
+            assert!(n_tied <= 2, "{case}: {n_tied} columns with ties");
+            let untied = |k: usize| n_tied == 0 || !tied(k % d_out);
+            let rest: Vec<_> = pairs.iter().filter(|(k, _)| untied(*k)).collect();
+            let equal = rest.iter().filter(|(_, (a, b))| a == b).count();
+            let share = equal as f64 / rest.len() as f64;
+            assert!(share >= 0.999, "{case}: {share} of the codes are equal");
+
+            let g_idx = file.words(&name("g_idx"));
+            assert_eq!(groups(&packed), g_idx, "{case}");
+            let grids = [("scale", Some(packed.scales())), ("zero", packed.zeros())];
+            for (part, found) in grids {
+                let Some(found) = found else { continue };
+                let expected = values(file.transposed(&name(part)));
+                for (k, (found, expected)) in values(found).iter().zip(expected).enumerate() {
+                    if !untied(k) {
+                        continue;
+                    }
+                    let off = (found - expected).abs();
+                    assert!(
+                        off <= 2e-5 * expected.abs(),
+                        "{case}: {part} {found}, not {expected}"
+                    );
+                }
+            }
+
+            // The dead input's weight counts: its error is measured with the Hessian as it was.
+            let error = gram.energy(packed.dequantize() - weight);
+            let off = (error / expected_error - 1.0).abs();
+            assert!(off < 1e-3, "{case}: error {error}, not {expected_error}");
+            println!(
+                "{case}: {share:.5} of the codes, {n_tied} ties, error {error:.6} of {expected_error:.6}"
+            );
+            assert_eq!(d_out, 64);
+        }
+    }
+}
+
+/// The codes in GPTQ's words, `[word_rows, 64]`.
+fn codes(words: &[u32], bits: usize, d_in: usize) -> Vec<u8> {
+    let code = |i: usize, o: usize| {
+        let bit = i * bits;
+        let low = u64::from(words[bit / 32 * 64 + o]);
+        let high = words
+            .get((bit / 32 + 1) * 64 + o)
+            .map_or(0, |&word| u64::from(word));
+        ((low | high << 32) >> (bit % 32)) as u8 & ((1u16 << bits) - 1) as u8
+    };
+    (0..d_in)
+        .flat_map(|i| (0..64).map(move |o| code(i, o)))
+        .collect()
+}
+
+/// The group of each input.
+fn groups(packed: &QuantTensor) -> Vec<u32> {
+    let layout = packed.layout();
+    let group = |row: usize| (row / layout.group_size()) as u32;
+    let mut groups: Vec<u32> = (0..layout.d_in()).map(group).collect();
+    if let Some(order) = packed.input_order() {
+        for (row, input) in order.into_iter().enumerate() {
+            groups[input as usize] = group(row);
+        }
+    }
+    groups
+}
+
+/// bitsandbytes 0.50.2: bytes, absmax, double-quantized absmax and weights, all bit for bit.
+#[test]
+fn codebooks_are_bitsandbytes() {
+    let names = [
+        "nf4_b64_dq_normal",
+        "fp4_b64_dq_normal",
+        "nf4_b128_flat_normal",
+        "nf4_b64_flat_outliers",
+        "nf4_b64_flat_zeros",
+        "fp4_b64_flat_normal",
+        "nf4_b128_dq_normal",
+        "nf4_b256_dq_normal",
+        "nf4_b256_flat_normal",
+        "nf4_b64_dq_outliers",
+        "nf4_b64_flat_normal",
+    ];
+    for (file, n) in files("nf4.safetensors", "nf4/blocks.safetensors")
+        .iter()
+        .zip([5, 11])
+    {
+        for case in &names[..n] {
+            let name = |part: &str| format!("{case}.{part}");
+            let mut parts = case.split('_');
+            let method = match parts.next() {
+                Some("nf4") => NormalFloat::new(),
+                _ => NormalFloat::float4(),
+            };
+            let block = parts.next().unwrap()[1..].parse::<usize>().unwrap();
+            let double = parts.next() == Some("dq");
+            let method = method
+                .with_block_size(block)
+                .with_double_quant(double.then(DoubleQuant::dynamic));
+            let weight = file.transposed(&name("weight"));
+            let mut packed = method.quantize(weight, None).unwrap().weight;
+
+            // `[in, out]` as `[out, in]`, two codes in a byte, the first one high.
+            let (codes, [d_in, d_out]) = (packed.codes(), packed.dims());
+            let by_output = |o: usize| (0..d_in).map(move |i| (i, o));
+            let flat: Vec<u8> = (0..d_out)
+                .flat_map(by_output)
+                .map(|(i, o)| codes[i * d_out + o])
+                .collect();
+            let bytes: Vec<[u8; 1]> = flat.chunks(2).map(|c| [c[0] << 4 | c[1]]).collect();
+            assert_eq!(bytes, file.bytes(&name("packed")).0, "{case}: codes");
+
+            match packed.to_parts().scales {
+                Scales::Float(_) => {
+                    let absmax = values(packed.scales().transpose());
+                    assert_eq!(absmax, file.floats(&name("absmax")), "{case}: absmax");
+                }
+                Scales::Double(found) => {
+                    // bitsandbytes' host code finds the level of 1 in some 200 scales by a table that
+                    // is too coarse next to a midpoint, and sums the mean in f32.
+                    let expected = file.bytes::<1>(&name("absmax")).0;
+                    let off: Vec<_> = found.codes.iter().zip(&expected).collect();
+                    let off = off.iter().filter(|(a, [b])| *a != b);
+                    assert!(off.clone().count() <= 1, "{case}: codes of absmax");
+                    assert!(off.clone().all(|(a, [b])| a.abs_diff(*b) == 1), "{case}");
+                    let close = |a: f32, b: f32| (a - b).abs() <= 1e-6 * b.abs();
+                    let absmax = file.floats(&name("nested_absmax"));
+                    assert!(close(found.absmax[0], absmax[0]), "{case}: nested absmax");
+                    let offset = file.floats(&name("offset"))[0];
+                    assert!(close(found.offset, offset), "{case}: offset");
+
+                    let scales = Scales::Double(DoubleScales {
+                        codes: expected.into_iter().flatten().collect(),
+                        absmax,
+                        offset,
+                    });
+                    let parts = Parts {
+                        scales,
+                        ..packed.to_parts()
+                    };
+                    let format = packed.format();
+                    packed = QuantTensor::from_parts(parts, format, [d_in, d_out], &Device::flex())
+                        .unwrap();
+                }
+            }
+            if file.has(&name("dequantized")) {
+                let expected = values(file.transposed(&name("dequantized")));
+                let found = values(packed.dequantize());
+                assert!(found == expected, "{case}: weights");
+            }
+        }
+    }
+}
+
+/// bitsandbytes' `Linear4bit` on the same inputs.
+#[test]
+fn the_dynamic_map_is_bitsandbytes() {
+    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/nf4.safetensors");
+    let file = File::open(&here);
+    // Scales that are the map itself are kept exactly.
+    let map = file.floats("nf4_b64_dq_normal.nested_code");
+    let device = Device::flex();
+    let weight = Tensor::<1>::from_floats(map.as_slice(), &device).reshape([1, 256]);
+    let method = NormalFloat::new().with_block_size(1);
+    let double = method.with_double_quant(DoubleQuant::dynamic());
+    let plain = method.quantize(weight.clone(), None).unwrap().weight;
+    let double = double.quantize(weight, None).unwrap().weight;
+    let off = (plain.scales() - double.scales())
+        .abs()
+        .max()
+        .into_scalar::<f32>();
+    assert!(off < 0.01, "{off}");
+}
