@@ -22,7 +22,10 @@ fn matmul(criterion: &mut Criterion) {
         });
         for bits in [2, 3, 4, 8] {
             let rtn = Rtn::new().with_bits(bits).with_group_size(128);
-            let packed = rtn.quantize(weight.clone()).expect("a finite weight");
+            let packed = rtn
+                .quantize(weight.clone(), None)
+                .expect("a finite weight")
+                .weight;
             group.bench_function(BenchmarkId::new("forward", bits), |b| {
                 b.iter(|| black_box(packed.matmul(x.clone())))
             });
@@ -75,9 +78,12 @@ fn quantize(criterion: &mut Criterion) {
     for bits in [2, 3, 4, 8] {
         let rtn = Rtn::new().with_bits(bits).with_group_size(128);
         group.bench_function(BenchmarkId::new("quantize", bits), |b| {
-            b.iter(|| black_box(rtn.quantize(weight.clone())))
+            b.iter(|| black_box(rtn.quantize(weight.clone(), None)))
         });
-        let packed = rtn.quantize(weight.clone()).expect("a finite weight");
+        let packed = rtn
+            .quantize(weight.clone(), None)
+            .expect("a finite weight")
+            .weight;
         group.bench_function(BenchmarkId::new("dequantize", bits), |b| {
             b.iter(|| black_box(packed.dequantize()))
         });

@@ -392,13 +392,9 @@ impl Source for Checkpoint {
         let scales = self.floats(&format!("{path}.scales"), grid)?;
         let zeros = match format.grid() {
             quant_core::Grid::Affine => Some(self.floats(&format!("{path}.zeros"), grid)?),
-            quant_core::Grid::Symmetric => None,
+            _ => None,
         };
-        let parts = Parts {
-            columns,
-            scales,
-            zeros,
-        };
+        let parts = Parts::from_columns(&columns, &layout, scales, zeros).map_err(quant)?;
         let weight = QuantTensor::from_parts(parts, format, dims, &self.device).map_err(quant)?;
         Ok(Weight::Quant(weight))
     }

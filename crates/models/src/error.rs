@@ -107,6 +107,11 @@ pub enum Error {
         /// Tokens of another.
         found: usize,
     },
+    /// A quantizer that needs to see inputs, and none to see.
+    #[error(
+        "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"
+    )]
+    NoCalibration,
     /// Nothing to evaluate on.
     #[error("there are no windows to evaluate on")]
     NoWindows,

@@ -4,22 +4,24 @@
 //! |---|---|
 //! | [`load`] | reads a Hugging Face directory, or one that [`save`] wrote |
 //! | [`Pretrained`] | a model with its tokenizer and the files that go along |
-//! | [`quantize`] | packs every projection with a [`Quantizer`](quant_core::Quantizer) |
+//! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
+//! | [`sensitivities`] | what each layer would cost in each of several formats |
 //! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
 //! use peft::{FitConfig, Peqa};
-//! use quant_core::Rtn;
+//! use quant_core::Optq;
 //!
 //! let device = Device::flex();
 //! let mut lm = models::load("Llama-2-7b-hf", &device)?;
-//! for layer in models::quantize(&mut lm.model, &Rtn::new().with_group_size(128), |_| {})? {
-//!     println!("{}: {}", layer.path, layer.distortion);
-//! }
 //! let text = std::fs::read_to_string("task.txt")?;
 //! let batches = lm.windows(&text, 512)?.batches(4, &device);
+//! let optq = Optq::new().with_group_size(128);
+//! for layer in models::quantize(&mut lm.model, &optq, &batches[..32], |_| {})? {
+//!     println!("{}: {}", layer.path, layer.cost.distortion);
+//! }
 //! peft::attach(&mut lm.model, &Peqa::new())?;
 //! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step| println!("{}", step.loss))?;
 //! peft::Adapters::of(&lm.model)?.save("adapters/task")?;
@@ -38,6 +40,7 @@ mod evaluate;
 mod llama;
 mod quantize;
 mod rope;
+mod stages;
 mod tokenizer;
 
 pub use checkpoint::{Pretrained, load, save};
@@ -45,5 +48,6 @@ pub use config::{LlamaConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};
 pub use llama::Llama;
-pub use quantize::{QuantizedLayer, quantize};
+pub use quantize::{PerLayer, QuantizedLayer, Recipe, quantize, sensitivities};
+pub use stages::Stages;
 pub use tokenizer::{Tokenizer, Windows};

@@ -1,5 +1,7 @@
 //! LLaMA (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention.
 
+use std::ops::Range;
+
 use burn::module::{Module, Param};
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
@@ -7,8 +9,8 @@ use peft::{CausalLm, Linear, Linears, Weight};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rand_distr::{Distribution, Normal};
 
-use crate::LlamaConfig;
 use crate::rope::Rope;
+use crate::{LlamaConfig, Stages};
 
 #[cfg(test)]
 mod golden;
@@ -112,20 +114,107 @@ impl Llama {
         &self.config
     }
 
-    fn forward_turned(&self, tokens: Tensor<2, Int>, rope: &Rope) -> Tensor<3> {
+    fn start_turned(&self, tokens: Tensor<2, Int>, rope: Rope) -> State {
         let [batch, seq] = tokens.dims();
-        let embedding = self.embed_tokens.val();
         let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &tokens.device());
-        let x = embedding.clone().select(0, tokens.reshape([batch * seq]));
-        let mut x = x.reshape([batch, seq, self.config.hidden_size]);
-        for layer in &self.layers {
-            x = layer.forward(x, rope, &future);
+        let x = self
+            .embed_tokens
+            .val()
+            .select(0, tokens.reshape([batch * seq]));
+        let residual = x.reshape([batch, seq, self.config.hidden_size]);
+        State {
+            input: self.norm_before(0).forward(residual.clone()),
+            residual,
+            rope,
+            future,
+        }
+    }
+
+    /// The norm before block `block`, or before the head.
+    fn norm_before(&self, block: usize) -> &RmsNorm {
+        match self.layers.get(block) {
+            Some(block) => &block.input_layernorm,
+            None => &self.norm,
+        }
+    }
+
+    fn forward_turned(&self, tokens: Tensor<2, Int>, rope: Rope) -> Tensor<3> {
+        let mut state = self.start_turned(tokens, rope);
+        for stage in 0..STAGES.len() * self.layers.len() {
+            state = self.advance(stage, state);
         }
         let head = match &self.lm_head {
             Some(head) => head.val(),
-            None => embedding.transpose(),
+            None => self.embed_tokens.val().transpose(),
         };
-        self.norm.forward(x).matmul(head.unsqueeze())
+        state.input.matmul(head.unsqueeze())
+    }
+}
+
+/// What a batch carries from one stage of a [`Llama`] to the next.
+#[derive(Clone, Debug)]
+pub struct State {
+    residual: Tensor<3>,
+    input: Tensor<3>,
+    rope: Rope,
+    future: Tensor<2, Bool>,
+}
+
+/// The projections of a block that read the same input, as [`Llama`] lists them.
+const STAGES: [Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+
+impl Stages for Llama {
+    type State = State;
+
+    fn stages(&self) -> Vec<Range<usize>> {
+        let n_linears = STAGES[STAGES.len() - 1].end;
+        let of_block = |block: usize| {
+            STAGES.map(|stage| stage.start + n_linears * block..stage.end + n_linears * block)
+        };
+        (0..self.layers.len()).flat_map(of_block).collect()
+    }
+
+    fn start(&self, tokens: Tensor<2, Int>) -> State {
+        let rope = Rope::new(&self.config, tokens.dims()[1], &tokens.device());
+        self.start_turned(tokens, rope)
+    }
+
+    fn input(state: &State) -> Tensor<3> {
+        state.input.clone()
+    }
+
+    fn advance(&self, stage: usize, state: State) -> State {
+        let State {
+            residual,
+            input,
+            rope,
+            future,
+        } = state;
+        let block = stage / STAGES.len();
+        let Block {
+            self_attn,
+            post_attention_layernorm,
+            mlp,
+            ..
+        } = &self.layers[block];
+        let (residual, input) = match stage % STAGES.len() {
+            0 => (residual, self_attn.mix(input, &rope, &future)),
+            1 => {
+                let x = residual + self_attn.o_proj.forward(input);
+                (x.clone(), post_attention_layernorm.forward(x))
+            }
+            2 => (residual, mlp.gate(input)),
+            _ => {
+                let x = residual + mlp.down_proj.forward(input);
+                (x.clone(), self.norm_before(block + 1).forward(x))
+            }
+        };
+        State {
+            residual,
+            input,
+            rope,
+            future,
+        }
     }
 }
 
@@ -136,7 +225,7 @@ impl CausalLm for Llama {
 
     fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let rope = Rope::new(&self.config, tokens.dims()[1], &tokens.device());
-        self.forward_turned(tokens, &rope)
+        self.forward_turned(tokens, rope)
     }
 }
 
@@ -221,14 +310,6 @@ impl Block {
             mlp: Mlp::build(config, &format!("{path}.mlp"), source)?,
         })
     }
-
-    fn forward(&self, x: Tensor<3>, rope: &Rope, future: &Tensor<2, Bool>) -> Tensor<3> {
-        let attended =
-            self.self_attn
-                .forward(self.input_layernorm.forward(x.clone()), rope, future);
-        let x = x + attended;
-        x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
-    }
 }
 
 impl Attention {
@@ -257,7 +338,8 @@ impl Attention {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, rope: &Rope, future: &Tensor<2, Bool>) -> Tensor<3> {
+    /// The values of each head mixed by its attention, the input of the last projection.
+    fn mix(&self, x: Tensor<3>, rope: &Rope, future: &Tensor<2, Bool>) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let dim = self.head_dim;
         let heads = |y: Tensor<3>| {
@@ -277,8 +359,7 @@ impl Attention {
             .mask_fill(future.clone().unsqueeze(), f32::NEG_INFINITY);
         let weights = softmax(scores, 3).reshape([batch, n_kv, n_heads / n_kv * seq, seq]);
         let mixed = weights.matmul(v).reshape([batch, n_heads, seq, dim]);
-        self.o_proj
-            .forward(mixed.swap_dims(1, 2).reshape([batch, seq, n_heads * dim]))
+        mixed.swap_dims(1, 2).reshape([batch, seq, n_heads * dim])
     }
 }
 
@@ -298,9 +379,9 @@ impl Mlp {
         })
     }
 
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = silu(self.gate_proj.forward(x.clone()));
-        self.down_proj.forward(gate * self.up_proj.forward(x))
+    /// The gated values, the input of the last projection.
+    fn gate(&self, x: Tensor<3>) -> Tensor<3> {
+        silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x)
     }
 }
 

@@ -135,7 +135,7 @@ proptest! {
         let (dir, mut lm) = pretrained(&config, 5);
         if let Some(n) = bits_of {
             let rtn = Rtn::new().with_bits(n).with_group_size(group_size).with_symmetric(symmetric);
-            models::quantize(&mut lm.model, &rtn, |_| {}).unwrap();
+            models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
         }
         let out = dir.path().join("saved");
         save(&lm, &out).unwrap();
@@ -170,7 +170,7 @@ fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
             20
         );
         let rtn = Rtn::new().with_bits(3).with_group_size(8);
-        let layers = models::quantize(&mut lm.model, &rtn, |_| {}).unwrap();
+        let layers = models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
         assert_eq!(layers.len(), 14);
         assert_eq!(layers[0].path, "model.layers.0.self_attn.q_proj");
         let before = perplexity(&lm.model, &batches).unwrap();
@@ -316,7 +316,7 @@ struct Damage {
 impl Damage {
     fn new() -> Self {
         let (dir, mut lm) = pretrained(&config(2, false, false), 1);
-        models::quantize(&mut lm.model, &Rtn::new().with_group_size(8), |_| {}).unwrap();
+        models::quantize(&mut lm.model, &Rtn::new().with_group_size(8), &[], |_| {}).unwrap();
         let path = dir.path().join("model");
         save(&lm, &path).unwrap();
         Self { dir, path }
@@ -612,7 +612,7 @@ fn quantizing_refuses_before_it_changes_anything() {
     let (_dir, mut lm) = pretrained(&config(2, false, false), 1);
     // The MLP's inner width is 20, the others are 24 and 32.
     let error =
-        models::quantize(&mut lm.model, &Rtn::new().with_group_size(24), |_| {}).unwrap_err();
+        models::quantize(&mut lm.model, &Rtn::new().with_group_size(24), &[], |_| {}).unwrap_err();
     let Error::Peft(peft::Error::Quant { path, source }) = error else {
         panic!("{error}");
     };
@@ -621,8 +621,8 @@ fn quantizing_refuses_before_it_changes_anything() {
     let dense = |(_, linear): (String, &peft::Linear)| matches!(linear.weight(), Weight::Dense(_));
     assert!(lm.model.linears().into_iter().all(dense));
     let rtn = Rtn::new();
-    models::quantize(&mut lm.model, &rtn, |_| {}).unwrap();
-    let error = models::quantize(&mut lm.model, &rtn, |_| {}).unwrap_err();
+    models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+    let error = models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap_err();
     assert!(matches!(
         error,
         Error::Peft(peft::Error::AlreadyQuantized { .. })

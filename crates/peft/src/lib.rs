@@ -38,7 +38,7 @@
 //!     down: Linear::new(Weight::frozen(weight([32, 8])), None),
 //! };
 //! for (path, linear) in mlp.linears_mut() {
-//!     linear.quantize(&path, &Rtn::new().with_bits(4))?;
+//!     linear.quantize(&path, &Rtn::new().with_bits(4), None)?;
 //! }
 //! let attached = peft::attach(&mut mlp, &Peqa::new())?;
 //! assert_eq!(attached.n_trainable, 32 + 8); // A scale for each output.
@@ -69,7 +69,7 @@ pub use causal_lm::{Batch, CausalLm, token_nll};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fit::{FitConfig, Schedule, Step, fit};
-pub use linear::{Linear, Weight};
+pub use linear::{Cost, Linear, Weight};
 pub use linears::Linears;
 pub use merge::{Certificate, Exactness, MergedLayer, merge};
 pub use targets::Targets;

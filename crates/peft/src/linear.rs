@@ -1,6 +1,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use quant_core::{Distortion, Format, QuantTensor, Quantizer};
+use quant_core::{Distortion, Format, Gram, Note, QuantTensor, Quantized, Quantizer};
 
 use crate::{Adapter, Error, Result};
 
@@ -132,23 +132,58 @@ impl Linear {
 
     /// Packs the dense weight, and says what that cost. Errors name the layer by `path`.
     ///
+    /// `gram` is that of the layer's inputs; without one, quantizers that need it refuse.
+    ///
     /// # Errors
     /// [`Error::AlreadyQuantized`], [`Error::AlreadyAdapted`], or what the quantizer has against
     /// the weight.
-    pub fn quantize(&mut self, path: &str, quantizer: &impl Quantizer) -> Result<Distortion> {
+    pub fn quantize(
+        &mut self,
+        path: &str,
+        quantizer: &dyn Quantizer,
+        gram: Option<&Gram>,
+    ) -> Result<Cost> {
         self.check_plain(path)?;
         let Weight::Dense(weight) = &self.weight else {
             unreachable!("a plain layer is dense");
         };
         let weight = weight.val();
-        let packed = quantizer
-            .quantize(weight.clone())
-            .map_err(|source| Error::Quant {
-                path: path.into(),
-                source,
-            })?;
-        let distortion = packed.distortion(weight);
+        let quantized = quantizer.quantize(weight.clone(), gram);
+        let Quantized {
+            weight: packed,
+            notes,
+        } = quantized.map_err(|source| Error::Quant {
+            path: path.into(),
+            source,
+        })?;
+        let output_error = gram.map(|gram| {
+            let energy = gram.energy(weight.clone());
+            let error = gram.energy(packed.dequantize() - weight.clone());
+            // Rounding can leave a little less than nothing.
+            if energy > 0.0 {
+                (error.max(0.0) / energy).sqrt()
+            } else {
+                0.0
+            }
+        });
+        let cost = Cost {
+            distortion: packed.distortion(weight),
+            output_error,
+            notes,
+        };
         self.weight = Weight::Quant(packed);
-        Ok(distortion)
+        Ok(cost)
     }
+}
+
+/// What it cost to pack a weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cost {
+    /// The distance of the weights.
+    pub distortion: Distortion,
+    /// The relative error of the layer's output over the tokens of the calibration,
+    /// `‖X (W - Ŵ)‖ / ‖X W‖`, if there was one.
+    pub output_error: Option<f64>,
+    /// What the quantizer has to say.
+    pub notes: Vec<Note>,
 }

@@ -81,7 +81,7 @@ fn dense(seed: u64) -> Bigram {
 fn quantized(seed: u64, rtn: &Rtn) -> Bigram {
     let mut model = dense(seed);
     for (path, linear) in model.linears_mut() {
-        linear.quantize(&path, rtn).unwrap();
+        linear.quantize(&path, rtn, None).unwrap();
     }
     model
 }
@@ -313,7 +313,7 @@ fn a_gradient_that_is_not_finite_names_its_tensor() {
     if let Some((_, linear)) = model.linears_mut().into_iter().nth(1) {
         let weight = tensor(3, [WIDTH, VOCAB]) * 1e30;
         *linear = Linear::new(Weight::frozen(weight), None);
-        linear.quantize("mlp.down", &Rtn::new()).unwrap();
+        linear.quantize("mlp.down", &Rtn::new(), None).unwrap();
     }
     let error = fit(&mut model, &[batch(1, [2, 9])], &FitConfig::new(), |_| {}).unwrap_err();
     let message = error.to_string();
@@ -380,7 +380,7 @@ fn what_cannot_be_adapted_is_refused_and_left_alone() {
         "{error}"
     );
     assert!(model.up.adapter().is_none());
-    let error = model.up.quantize("mlp.up", &Rtn::new()).unwrap_err();
+    let error = model.up.quantize("mlp.up", &Rtn::new(), None).unwrap_err();
     assert!(matches!(error, Error::AlreadyQuantized { .. }));
     let error = fit(&mut model, &[], &FitConfig::new(), |_| {}).unwrap_err();
     assert!(matches!(error, Error::NoBatches));

@@ -124,6 +124,9 @@ pub enum Error {
         /// Inputs of the Gram.
         found: usize,
     },
+    /// No allocation of bits.
+    #[error(transparent)]
+    Allocation(#[from] crate::AllocationError),
     /// A damping or a share outside of 0 to 1.
     #[error("{value} is no fraction; damping and drift are from 0 to 1")]
     Fraction {

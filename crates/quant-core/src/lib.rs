@@ -19,6 +19,7 @@
 //! | [`NormalFloat`] | rounds to the nearest level of a codebook: NF2, NF3, NF4, FP4 |
 //! | [`Optq`] | rounds input by input and feeds the errors back, led by a [`Gram`] |
 //! | [`Distortion`] | what a quantizer cost |
+//! | [`allocate`] | chooses a format for each layer under a budget of bytes |
 //!
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
@@ -39,6 +40,7 @@
 
 #![forbid(unsafe_code)]
 
+mod allocate;
 mod codebook;
 mod distortion;
 mod double_quant;
@@ -53,6 +55,7 @@ mod quant_tensor;
 mod quantizer;
 mod rtn;
 
+pub use allocate::{Allocation, AllocationError, Candidate, Uniform, allocate};
 pub use distortion::Distortion;
 pub use double_quant::DoubleScales;
 pub use error::{Error, Result};

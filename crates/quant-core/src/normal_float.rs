@@ -94,7 +94,7 @@ impl Quantizer for NormalFloat {
         let dims = weight.dims();
         let layout = format.layout(dims)?;
         let device = weight.device();
-        let (words, scales) = kernels::with_values(weight, |weight| {
+        let (words, scales) = kernels::with_values(weight, |weight| -> Result<_> {
             let (low, high) = finite_ranges(weight, &layout)?;
             let absmax: Vec<f32> = low.iter().zip(&high).map(|(l, h)| h.max(-l)).collect();
             let (used, scales) = match self.double_quant {

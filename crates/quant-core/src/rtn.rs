@@ -99,7 +99,7 @@ impl Quantizer for Rtn {
             (_, None) => return Err(Error::NoGram),
         };
         let device = weight.device();
-        let (words, grids) = kernels::with_values(weight, |weight| {
+        let (words, grids) = kernels::with_values(weight, |weight| -> Result<_> {
             let grids = match self.per_tensor {
                 true => self
                     .grid

@@ -91,7 +91,7 @@ impl CausalLm for Turned {
     }
 
     fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        self.model.forward_turned(tokens, &self.rope)
+        self.model.forward_turned(tokens, self.rope.clone())
     }
 }
 
@@ -134,7 +134,7 @@ fn logits_loss_and_gradients_are_transformers() {
             }
             let (logits, _) = reference.floats::<3>("logits").unwrap();
             let rope = Rope::of(&used, 1.0, seq, &device);
-            let found = values(model.forward_turned(tokens.clone(), &rope));
+            let found = values(model.forward_turned(tokens.clone(), rope.clone()));
             if !cast {
                 let found = values(model.forward(tokens.clone()));
                 assert!(largest_difference(&found, &logits) <= 1e-4);
