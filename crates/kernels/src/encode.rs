@@ -7,7 +7,8 @@ use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
 
 use crate::isa::{Isa, by_instruction_set};
-use crate::layout::{TABLE, Writer};
+use crate::layout::{TABLE, TASK_TILES, Writer};
+use crate::memory::zeroed;
 use crate::{Layout, Levels, TILE};
 
 /// Columns in a task of [`group_ranges`].
@@ -120,32 +121,39 @@ pub fn encode(weight: &[f32], scales: &[f32], zeros: Option<&[f32]>, layout: &La
     assert_eq!(weight.len(), d_in * d_out, "one weight for each code");
     let grid = Grid::new(scales, zeros, layout);
     let [n_tiles, word_rows, _] = layout.words_shape();
-    let mut words = vec![0; n_tiles * word_rows * TILE];
-    let tiles = words.par_chunks_exact_mut(word_rows * TILE).enumerate();
-    tiles.for_each(|(tile, words)| encode_tile(weight, &grid, tile, words));
+    let mut words = zeroed(n_tiles * word_rows * TILE);
+    let tasks = words
+        .par_chunks_mut(TASK_TILES * word_rows * TILE)
+        .enumerate();
+    tasks.for_each(|(task, words)| encode_tiles(weight, &grid, task * TASK_TILES, words));
     words
 }
 
 by_instruction_set! {
-    /// The words of one tile.
-    fn encode_tile(
+    /// The words of the tiles from `first` on.
+    fn encode_tiles(
         weight: &[f32],
         grid: &Grid,
-        tile: usize,
+        first: usize,
         words: &mut [u32],
-    ) = encode_tile_body
+    ) = encode_tiles_body
 }
 
 #[inline(always)]
-fn encode_tile_body<I: Isa>(weight: &[f32], grid: &Grid, tile: usize, words: &mut [u32]) {
+fn encode_tiles_body<I: Isa>(weight: &[f32], grid: &Grid, first: usize, words: &mut [u32]) {
     let layout = grid.layout;
-    let columns = layout.columns(tile);
-    let mut writer = Writer::new(words, &layout);
+    let mut writers = Writer::each(words, &layout);
     let group = layout.group_size().saturating_mul(layout.d_out());
     for (g, rows) in weight.chunks(group).enumerate() {
-        let lanes = grid.lanes(g, &columns);
+        let lanes = (first..first + writers.len()).map(|tile| {
+            let columns = layout.columns(tile);
+            (grid.lanes(g, &columns), columns)
+        });
+        let lanes: Vec<_> = lanes.collect();
         for row in rows.chunks_exact(layout.d_out()) {
-            writer.push(&lanes.nearest::<I>(&grid.levels, &read(row, &columns)));
+            for (writer, (lanes, columns)) in writers.iter_mut().zip(&lanes) {
+                writer.push(&lanes.nearest::<I>(&grid.levels, &read(row, columns)));
+            }
         }
     }
 }
@@ -577,7 +585,10 @@ fn round_tile_body<I: Isa>(
         let mut codes = lanes.nearest::<I>(&grid.levels, &weights);
         if let Nearest::Uniform { center, max_code } = grid.levels
             && center > 0.0
-            && p + 1 < d_in
+            && influence
+                .factor
+                .get((p + 1) * d_in + p)
+                .is_some_and(|&f| f != 0.0)
         {
             // The lowest weight of a symmetric group lies halfway between its two lowest codes. Which
             // of them it gets must not hang on the last bit of the errors that it has taken: it gets

@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::isa::{Isa, by_instruction_set};
+use crate::memory::zeroed;
+
 /// Columns in one tile of words.
 pub const TILE: usize = 64;
 
@@ -195,27 +198,66 @@ pub fn pack(codes: &[u8], layout: &Layout) -> Vec<u32> {
         layout.d_in * layout.d_out,
         "one code for each weight"
     );
-    let (mask, highest) = (layout.mask(), codes.par_iter().max());
+    let [n_tiles, word_rows, _] = layout.words_shape();
+    let mut words = zeroed(n_tiles * word_rows * TILE);
+    let tasks = words.par_chunks_mut(TASK_TILES * word_rows * TILE);
+    let highest = tasks.enumerate().map(|(task, words)| {
+        let mut highest = 0;
+        pack_tiles(codes, layout, task * TASK_TILES, words, &mut highest);
+        highest
+    });
+    let highest = highest.max().unwrap_or(0);
     assert!(
-        highest.is_none_or(|&code| u32::from(code) <= mask),
-        "a code has more than {} bits",
+        highest <= layout.mask(),
+        "code {highest} has more than {} bits",
         layout.bits
     );
-    let [n_tiles, word_rows, _] = layout.words_shape();
-    let mut words = vec![0; n_tiles * word_rows * TILE];
-    let tiles = words.par_chunks_exact_mut(word_rows * TILE).enumerate();
-    tiles.for_each(|(tile, words)| {
-        let columns = layout.columns(tile);
-        let mut writer = Writer::new(words, layout);
-        for row in codes.chunks_exact(layout.d_out) {
+    words
+}
+
+/// Tiles of a task that reads a row-major matrix: a memory page of floats from each row.
+pub(crate) const TASK_TILES: usize = 16;
+
+by_instruction_set! {
+    /// The words of the tiles from `first` on, and the highest code among them.
+    fn pack_tiles(
+        codes: &[u8],
+        layout: &Layout,
+        first: usize,
+        words: &mut [u32],
+        highest: &mut u32,
+    ) = pack_tiles_body
+}
+
+#[inline(always)]
+fn pack_tiles_body<I: Isa>(
+    codes: &[u8],
+    layout: &Layout,
+    first: usize,
+    words: &mut [u32],
+    highest: &mut u32,
+) {
+    let mut writers = Writer::each(words, layout);
+    let mut union = [0; TILE];
+    for row in codes.chunks_exact(layout.d_out) {
+        for (k, writer) in writers.iter_mut().enumerate() {
+            let row = &row[layout.columns(first + k)];
             let mut lanes = [0; TILE];
-            for (lane, &code) in lanes.iter_mut().zip(&row[columns.clone()]) {
-                *lane = u32::from(code);
+            match <&[u8; TILE]>::try_from(row) {
+                Ok(row) => lanes = row.map(u32::from),
+                Err(_) => {
+                    for (lane, &code) in lanes.iter_mut().zip(row) {
+                        *lane = u32::from(code);
+                    }
+                }
+            }
+            for j in 0..TILE {
+                union[j] = lanes[j].max(union[j]);
             }
             writer.push(&lanes);
         }
-    });
-    words
+    }
+    *highest = union.into_iter().max().unwrap_or(0);
 }
 
 /// Writes the codes of one tile, input by input.
@@ -227,14 +269,16 @@ pub(crate) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// Into `words`, `[word_rows, TILE]`, all zero.
-    pub(crate) fn new(words: &'a mut [u32], layout: &Layout) -> Self {
-        Self {
+    /// One for each tile of `words`, `[word_rows, TILE]` each, all zero.
+    pub(crate) fn each(words: &'a mut [u32], layout: &Layout) -> Vec<Self> {
+        let tiles = words.chunks_exact_mut(layout.word_rows() * TILE);
+        let writer = |words| Self {
             words,
             bits: layout.bits as u32,
             row: 0,
             shift: 0,
-        }
+        };
+        tiles.map(writer).collect()
     }
 
     /// Appends the codes of the next input, each within its bits.
@@ -273,7 +317,7 @@ pub fn unpack(words: &[u32], layout: &Layout) -> Vec<u8> {
         n_tiles * word_rows * TILE,
         "the words of the layout"
     );
-    let mut codes = vec![0; layout.d_in * layout.d_out];
+    let mut codes = zeroed(layout.d_in * layout.d_out);
     let rows = codes.par_chunks_exact_mut(layout.d_out).enumerate();
     rows.for_each(|(i, row)| {
         for (tile, words) in words.chunks_exact(word_rows * TILE).enumerate() {
@@ -297,7 +341,7 @@ pub fn columns_to_tiles(columns: &[u32], layout: &Layout) -> Vec<u32> {
         word_rows * layout.d_out,
         "the words of the layout"
     );
-    let mut words = vec![0; n_tiles * word_rows * TILE];
+    let mut words = zeroed(n_tiles * word_rows * TILE);
     for (tile, words) in words.chunks_exact_mut(word_rows * TILE).enumerate() {
         let range = layout.columns(tile);
         for (row, words) in words.chunks_exact_mut(TILE).enumerate() {
@@ -319,7 +363,7 @@ pub fn tiles_to_columns(words: &[u32], layout: &Layout) -> Vec<u32> {
         n_tiles * word_rows * TILE,
         "the words of the layout"
     );
-    let mut columns = vec![0; word_rows * layout.d_out];
+    let mut columns = zeroed(word_rows * layout.d_out);
     for (tile, words) in words.chunks_exact(word_rows * TILE).enumerate() {
         let range = layout.columns(tile);
         for (row, words) in words.chunks_exact(TILE).enumerate() {

@@ -47,6 +47,7 @@
 mod encode;
 mod isa;
 mod layout;
+mod memory;
 mod quant_matmul;
 
 pub use encode::{

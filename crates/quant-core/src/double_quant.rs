@@ -27,7 +27,7 @@ impl DoubleScales {
             }
             ScaleLevels::Unsigned { .. } => by_output.iter().copied().fold(f32::INFINITY, f32::min),
         };
-        let levels = levels(format.levels);
+        let levels = scale_levels(format.levels);
         let midpoints: Vec<f32> = levels.windows(2).map(|w| (w[0] + w[1]) / 2.0).collect();
         let mut codes = Vec::with_capacity(by_output.len());
         let mut absmax = Vec::new();
@@ -49,7 +49,7 @@ impl DoubleScales {
 
     /// The scales, `[n_groups, d_out]`.
     pub(crate) fn dequantize(&self, n_groups: usize, format: DoubleQuant) -> Vec<f32> {
-        let levels = levels(format.levels);
+        let levels = scale_levels(format.levels);
         let d_out = self.codes.len() / n_groups;
         let mut scales = vec![0.0; self.codes.len()];
         for (k, &code) in self.codes.iter().enumerate() {
@@ -61,8 +61,8 @@ impl DoubleScales {
     }
 }
 
-/// The levels of scale codes, ascending.
-pub(crate) fn levels(levels: ScaleLevels) -> Vec<f32> {
+/// What the codes of double-quantized scales stand for, ascending.
+pub fn scale_levels(levels: ScaleLevels) -> Vec<f32> {
     match levels {
         ScaleLevels::Dynamic => codebook::dynamic_map().into(),
         ScaleLevels::Unsigned { bits } => {

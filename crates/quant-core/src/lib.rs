@@ -57,7 +57,7 @@ mod rtn;
 
 pub use allocate::{Allocation, AllocationError, Candidate, Uniform, allocate};
 pub use distortion::Distortion;
-pub use double_quant::DoubleScales;
+pub use double_quant::{DoubleScales, scale_levels};
 pub use error::{Error, Result};
 pub use format::{DoubleQuant, Format, Grid, ScaleLevels};
 pub use gram::Gram;

@@ -176,14 +176,14 @@ impl Quantizer for Optq {
 }
 
 /// What [`Optq::round`] found.
-pub(crate) struct Rounded {
+struct Rounded {
     /// `[d_in, d_out]`, in the order in which they are packed.
     codes: Vec<u8>,
     grids: Grids,
     input_order: Option<Vec<u32>>,
     notes: Vec<Note>,
     /// `½ Σ error² / diagonal²`, the loss that the reference code prints but for its divisor.
-    pub(crate) loss: f64,
+    loss: f64,
 }
 
 impl Rounded {
@@ -210,7 +210,7 @@ impl Rounded {
 impl Optq {
     /// Rows are worked on in the reverse of the order in which they are rounded, so that the lower
     /// triangular factor of the reversed Hessian is the one needed, without a second factorization.
-    pub(crate) fn round(&self, weight: &[f32], gram: &Gram, layout: &Layout) -> Result<Rounded> {
+    fn round(&self, weight: &[f32], gram: &Gram, layout: &Layout) -> Result<Rounded> {
         let [d_in, d_out] = [layout.d_in(), layout.d_out()];
         let mut notes = Vec::new();
         if gram.n_tokens() < d_in {
@@ -284,19 +284,20 @@ impl Optq {
             rounded: drift.as_ref().map(|_| vec![0.0; d_in * d_out]),
         };
         run.blocks(&mut work, &factor, drift.as_deref())?;
-        let loss = run.losses.iter().sum::<f64>() / 2.0;
-        if !loss.is_finite() {
-            notes.push(Note::RoundedToNearest);
-            return self.round_to_nearest(weight, layout, of_input, notes);
-        }
         let regrouped = self.order == Order::DescendingRegrouped;
-        Ok(Rounded {
+        let rounded = Rounded {
             codes: run.codes,
             grids: run.grids,
             input_order: regrouped.then(|| inputs.iter().rev().map(|&i| i as u32).collect()),
             notes,
-            loss,
-        })
+            loss: run.losses.iter().sum::<f64>() / 2.0,
+        };
+        if !rounded.loss.is_finite() {
+            let mut notes = rounded.notes;
+            notes.push(Note::RoundedToNearest);
+            return self.round_to_nearest(weight, layout, of_input, notes);
+        }
+        Ok(rounded)
     }
 
     fn round_to_nearest(

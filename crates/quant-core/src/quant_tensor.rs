@@ -2,7 +2,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::Layout;
 
-use crate::double_quant::{DoubleScales, levels};
+use crate::double_quant::{DoubleScales, scale_levels};
 use crate::{Distortion, DoubleQuant, Error, Format, Grid, Result};
 
 /// A packed weight `[d_in, d_out]`: a frozen module, and a differentiable operand.
@@ -309,7 +309,7 @@ impl DoubleParams {
         check_length("absmax", n_blocks, scales.absmax.len())?;
         non_finite("the absmax of the scales", &scales.absmax, 1)?;
         non_finite("the offset of the scales", &[scales.offset], 1)?;
-        let n_levels = levels(format.levels).len();
+        let n_levels = scale_levels(format.levels).len();
         if let Some(&code) = scales.codes.iter().find(|&&c| usize::from(c) >= n_levels) {
             return Err(Error::ScaleCode { code, n_levels });
         }
@@ -358,7 +358,7 @@ impl DoubleParams {
             .bitwise_and_scalar(255)
             .reshape([4 * n_words])
             .slice([0..n]);
-        let table = levels(self.format.levels);
+        let table = scale_levels(self.format.levels);
         let n_levels = table.len();
         let table = Tensor::<1>::from_data(TensorData::new(table, [n_levels]), &device);
         let levels = table.select(0, codes);

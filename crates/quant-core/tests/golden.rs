@@ -296,23 +296,3 @@ fn codebooks_are_bitsandbytes() {
         }
     }
 }
-
-/// bitsandbytes' `Linear4bit` on the same inputs.
-#[test]
-fn the_dynamic_map_is_bitsandbytes() {
-    let here = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/nf4.safetensors");
-    let file = File::open(&here);
-    // Scales that are the map itself are kept exactly.
-    let map = file.floats("nf4_b64_dq_normal.nested_code");
-    let device = Device::flex();
-    let weight = Tensor::<1>::from_floats(map.as_slice(), &device).reshape([1, 256]);
-    let method = NormalFloat::new().with_block_size(1);
-    let double = method.with_double_quant(DoubleQuant::dynamic());
-    let plain = method.quantize(weight.clone(), None).unwrap().weight;
-    let double = double.quantize(weight, None).unwrap().weight;
-    let off = (plain.scales() - double.scales())
-        .abs()
-        .max()
-        .into_scalar::<f32>();
-    assert!(off < 0.01, "{off}");
-}

@@ -14,6 +14,7 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::{Packed, QuantOps, Zeros, composed, simd};
+use crate::memory::zeroed;
 use crate::{Layout, TILE};
 
 /// Inputs in a panel of one tile: 64 KiB of f32.
@@ -153,7 +154,7 @@ fn floats(t: &FlexTensor) -> &[f32] {
 /// `w`, `[d_in, d_out]`.
 fn dense(w: &Host) -> Vec<f32> {
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
-    let mut out = vec![0.0; d_in * d_out];
+    let mut out = zeroed(d_in * d_out);
     out.par_chunks_mut(TILE * d_out)
         .enumerate()
         .for_each(|(block, out)| {
@@ -174,7 +175,7 @@ fn dense(w: &Host) -> Vec<f32> {
 fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(x.len(), rows * d_in);
-    let mut y = vec![0.0; rows * d_out];
+    let mut y = zeroed(rows * d_out);
     let shared = Shared(y.as_mut_ptr());
     (0..w.layout.n_tiles()).into_par_iter().for_each_init(
         || vec![0.0; PANEL_ROWS * TILE],
@@ -207,7 +208,7 @@ fn product_dx(dy: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     const STRIDE: usize = PANEL_TILES * TILE;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(dy.len(), rows * d_out);
-    let mut dx = vec![0.0; rows * d_in];
+    let mut dx = zeroed(rows * d_in);
     let shared = Shared(dx.as_mut_ptr());
     (0..d_in.div_ceil(TILE)).into_par_iter().for_each_init(
         || vec![0.0; TILE * STRIDE],

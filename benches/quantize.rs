@@ -1,0 +1,143 @@
+//! Quantizing, packing and unpacking one weight, beside the machine's ceilings of the same run: a
+//! copy of as many bytes as the dense weight has, and a plain f32 product of its size.
+//!
+//! `cargo bench --bench quantize -- --noplot`; a smaller weight with the variable `WIDTH`.
+
+use std::hint::black_box;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use quant_core::{DoubleQuant, Gram, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
+
+fn width() -> usize {
+    std::env::var("WIDTH").map_or(4096, |width| width.parse().expect("WIDTH is a number"))
+}
+
+fn weight(width: usize, device: &Device) -> Tensor<2> {
+    device.seed(0);
+    Tensor::random([width, width], Distribution::Normal(0.0, 0.02), device)
+}
+
+fn ceilings(criterion: &mut Criterion) {
+    let (device, width) = (Device::flex(), width());
+    let mut group = criterion.benchmark_group(format!("ceilings {width}x{width}"));
+    let source = vec![1.0f32; width * width];
+    let mut target = vec![0.0f32; source.len()];
+    group.throughput(Throughput::Bytes((4 * width * width) as u64));
+    group.bench_function("copy, two threads", |b| {
+        let half = source.len() / 2;
+        b.iter(|| {
+            let (a, z) = black_box(&mut target).split_at_mut(half);
+            std::thread::scope(|scope| {
+                scope.spawn(|| a.copy_from_slice(black_box(&source[..half])));
+                z.copy_from_slice(black_box(&source[half..]));
+            });
+        })
+    });
+    let w = weight(width, &device);
+    // An element is one multiplication and addition.
+    group.throughput(Throughput::Elements((width * width * width) as u64));
+    group.bench_function("f32 product", |b| {
+        b.iter(|| black_box(w.clone().matmul(w.clone())))
+    });
+    group.finish();
+}
+
+fn quantize(criterion: &mut Criterion) {
+    let (device, width) = (Device::flex(), width());
+    let weight = weight(width, &device);
+    let mut group = criterion.benchmark_group(format!("quantize {width}x{width}"));
+    group.throughput(Throughput::Bytes((4 * width * width) as u64));
+    let methods: [(&str, Box<dyn Quantizer>); 8] = [
+        (
+            "rtn 2 bits g128",
+            Box::new(Rtn::new().with_bits(2).with_group_size(128)),
+        ),
+        (
+            "rtn 3 bits g128",
+            Box::new(Rtn::new().with_bits(3).with_group_size(128)),
+        ),
+        ("rtn 4 bits g128", Box::new(Rtn::new().with_group_size(128))),
+        (
+            "rtn 8 bits g128",
+            Box::new(Rtn::new().with_bits(8).with_group_size(128)),
+        ),
+        ("rtn 4 bits per channel", Box::new(Rtn::new())),
+        (
+            "clip search 4 bits g128",
+            Box::new(Rtn::new().with_group_size(128).with_range(Range::Clipped)),
+        ),
+        ("nf4 b64", Box::new(NormalFloat::new())),
+        (
+            "nf4 b64 double",
+            Box::new(NormalFloat::new().with_double_quant(DoubleQuant::dynamic())),
+        ),
+    ];
+    for (name, method) in &methods {
+        group.bench_function(format!("{name}: quantize"), |b| {
+            b.iter(|| black_box(method.quantize(weight.clone(), None)))
+        });
+        let packed = method
+            .quantize(weight.clone(), None)
+            .expect("a finite weight")
+            .weight;
+        group.bench_function(format!("{name}: dequantize"), |b| {
+            b.iter(|| black_box(packed.dequantize()))
+        });
+    }
+    group.finish();
+}
+
+fn pack(criterion: &mut Criterion) {
+    let width = width();
+    let mut group = criterion.benchmark_group(format!("codes {width}x{width}"));
+    for bits in [2, 3, 4, 8] {
+        let layout = kernels::Layout::new(width, width, bits, 128, kernels::Levels::Unsigned);
+        let codes: Vec<u8> = (0..width * width)
+            .map(|k| (k * 31 % (1 << bits)) as u8)
+            .collect();
+        let words = kernels::pack(&codes, &layout);
+        group.throughput(Throughput::Bytes(codes.len() as u64));
+        group.bench_function(format!("pack {bits} bits"), |b| {
+            b.iter(|| black_box(kernels::pack(&codes, &layout)))
+        });
+        group.bench_function(format!("unpack {bits} bits"), |b| {
+            b.iter(|| black_box(kernels::unpack(&words, &layout)))
+        });
+    }
+    group.finish();
+}
+
+fn optq(criterion: &mut Criterion) {
+    let (device, width) = (Device::flex(), width());
+    let weight = weight(width, &device);
+    // Correlated inputs, some of them loud.
+    let x = Tensor::<2>::random([2 * width, width], Distribution::Normal(0.0, 1.0), &device);
+    let mix = Tensor::<2>::random([width, width], Distribution::Normal(0.0, 0.02), &device);
+    let x = x.clone() + x.matmul(mix);
+    let mut gram = Gram::new(width, &device);
+    gram.update(x);
+    let mut group = criterion.benchmark_group(format!("optq {width}x{width} 4 bits g128"));
+    group.sample_size(10);
+    group.throughput(Throughput::Bytes((4 * width * width) as u64));
+    let optq = Optq::new().with_group_size(128);
+    let orders = [
+        ("natural", Order::Natural),
+        ("descending, static groups", Order::Descending),
+        ("descending by group", Order::DescendingByGroup),
+    ];
+    for (name, order) in orders {
+        let optq = optq.with_order(order);
+        group.bench_function(name, |b| {
+            b.iter(|| black_box(optq.quantize(weight.clone(), Some(&gram))))
+        });
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().sample_size(20);
+    targets = ceilings, quantize, pack, optq
+}
+criterion_main!(benches);
