@@ -340,8 +340,8 @@ fn tune(
     bar.tick();
 
     let mut lm = models::load(source, device)?;
-    let layers = models::quantize(&mut lm.model, quantizer, |_| {})?;
-    let errors = layers.iter().map(|layer| layer.distortion.relative);
+    let layers = models::quantize(&mut lm.model, quantizer, &[], |_| {})?;
+    let errors = layers.iter().map(|layer| layer.cost.distortion.relative);
     let weight_error = errors.sum::<f64>() / layers.len() as f64;
     let rounded = texts.perplexities(&lm.model)?;
 

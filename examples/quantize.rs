@@ -158,10 +158,7 @@ impl Name {
     }
 
     fn quantizer(self, bits: usize, GroupSize(group_size): GroupSize, args: &Args) -> Method {
-        let (symmetric, double) = (
-            args.symmetric,
-            args.double_quant.then(DoubleQuant::dynamic),
-        );
+        let (symmetric, double) = (args.symmetric, args.double_quant.then(DoubleQuant::dynamic));
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
         let rtn = rtn.with_symmetric(symmetric);
         let nf = NormalFloat::new().with_bits(bits);
@@ -351,7 +348,10 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
         full.n_windows,
         full.seq_len,
         full.value(),
-        calibration.iter().map(|batch| batch.tokens().dims()[0]).sum::<usize>(),
+        calibration
+            .iter()
+            .map(|batch| batch.tokens().dims()[0])
+            .sum::<usize>(),
         clock.elapsed().as_secs_f64(),
     );
     Ok(())

@@ -95,7 +95,7 @@ fn ranges_body<I: Isa>(
             *low = low.min(w);
             *high = high.max(w);
             // Zero, but NaN for NaN and infinities.
-            *not_finite += w - w;
+            *not_finite += w * 0.0;
         }
     }
     for ((low, high), not_finite) in low.iter_mut().zip(high).zip(not_finite) {
@@ -152,7 +152,12 @@ fn encode_tiles_body<I: Isa>(weight: &[f32], grid: &Grid, first: usize, words: &
         let lanes: Vec<_> = lanes.collect();
         for row in rows.chunks_exact(layout.d_out()) {
             for (writer, (lanes, columns)) in writers.iter_mut().zip(&lanes) {
-                writer.push(&lanes.nearest::<I>(&grid.levels, &read(row, columns)));
+                let mut codes = lanes.nearest::<I>(&grid.levels, &read(row, columns));
+                // The columns that pad a tile hold zeros, whatever level is nearest to nothing.
+                if columns.len() < TILE {
+                    codes[columns.len()..].fill(0);
+                }
+                writer.push(&codes);
             }
         }
     }

@@ -1,26 +1,37 @@
-//! Directories of models: Hugging Face's, and the workspace's exact format for packed weights.
+//! Directories of models: Hugging Face's, with layers packed in one of several formats.
 //!
-//! A packed layer is written as `PATH.qweight` (`[word_rows, d_out]`, GPTQ's words), `PATH.scales`
-//! and, on an affine grid, `PATH.zeros`, floats of `[n_groups, d_out]`; `quantization_config` in
-//! `config.json` has the format of each layer. Floats are in the shortest type that holds them
-//! exactly, so that a saved model is the model, bit for bit.
+//! What is not packed is in the shortest type of float that holds it exactly, so that a saved model
+//! is the model, bit for bit. How packed layers lie in files is the matter of one module for each
+//! format, behind [`LayerFormat`].
 
 use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft::files::{self, LazyTensor};
 use peft::{Linear, Linears, Weight};
-use quant_core::{Format, Parts, QuantTensor};
-use serde::{Deserialize, Serialize};
+use quant_core::{DoubleScales, QuantTensor, Scales};
 use serde_json::{Map, Value};
 
 use crate::llama::Source;
 use crate::{Error, Llama, LlamaConfig, Result, Tokenizer, Windows};
 
+mod bitsandbytes;
+mod exact;
+#[cfg(test)]
+mod golden;
+mod gptq;
+mod packing;
+mod plan;
 mod shards;
 
+use bitsandbytes::Bitsandbytes;
+use exact::Exact;
+use gptq::Gptq;
+use packing::transpose;
+pub use plan::{Plan, PlannedLayer, plan};
 use shards::Shards;
 
 const CONFIG: &str = "config.json";
@@ -47,17 +58,130 @@ pub struct Pretrained {
     carried: BTreeMap<&'static str, Vec<u8>>,
 }
 
-/// `quantization_config` in `config.json`.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Quantization {
-    quant_method: String,
-    format_version: u32,
-    layers: BTreeMap<String, Format>,
+/// How packed layers lie in a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CheckpointFormat {
+    /// The workspace's own, which holds every packed layer exactly.
+    QuantCore,
+    /// GPTQ's: uniform grids with whole zero-points and scales in `f16` (Frantar et al. 2023,
+    /// arXiv:2210.17323).
+    Gptq(GptqVersion),
+    /// bitsandbytes': NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314).
+    Bitsandbytes,
 }
 
-const QUANT_METHOD: &str = "quant-core";
-const FORMAT_VERSION: u32 = 1;
+/// How a GPTQ checkpoint has its zero-points.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GptqVersion {
+    /// Minus one, as AutoGPTQ has them: `checkpoint_format` is `gptq`. Does not hold zero-points
+    /// of 0.
+    V1,
+    /// As they are: `checkpoint_format` is `gptq_v2`.
+    V2,
+}
+
+impl fmt::Display for CheckpointFormat {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            CheckpointFormat::QuantCore => "quant-core",
+            CheckpointFormat::Gptq(GptqVersion::V1) => "GPTQ v1",
+            CheckpointFormat::Gptq(GptqVersion::V2) => "GPTQ v2",
+            CheckpointFormat::Bitsandbytes => "bitsandbytes",
+        })
+    }
+}
+
+/// One way in which packed layers lie in files: read from a configuration, or made for a model
+/// whose layers it holds exactly.
+trait LayerFormat {
+    /// The name of the tensor that shows that the layer at `path` is packed, if there is one.
+    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String>;
+
+    /// Checks the layers that the configuration lists against those of the model.
+    fn check_paths(&self, _linears: &[String], _config: &Path) -> Result<()> {
+        Ok(())
+    }
+
+    /// The weight `[d_in, d_out]` of the layer at `path`; `None` if it is dense.
+    fn read(
+        &self,
+        tensors: &mut Tensors,
+        path: &str,
+        dims: [usize; 2],
+        device: &Device,
+    ) -> Result<Option<QuantTensor>>;
+
+    /// The tensors of a packed layer of the model that this was made for.
+    fn tensors<'a>(&self, path: &str, weight: &'a QuantTensor) -> Vec<(String, LazyTensor<'a>)>;
+
+    /// `quantization_config` in `config.json`.
+    fn config(&self) -> Value;
+
+    /// A file beside `config.json` that says the same, where readers look for one.
+    fn config_file(&self) -> Option<&'static str> {
+        None
+    }
+}
+
+/// The projections of a model to be written.
+struct Projections<'a> {
+    packed: Vec<(String, &'a QuantTensor)>,
+    dense: Vec<String>,
+}
+
+/// What a format has against layers, by their paths.
+type Refusals = Vec<(String, String)>;
+
+impl<'a> Projections<'a> {
+    fn of(model: &'a Llama) -> Self {
+        let (mut packed, mut dense) = (Vec::new(), Vec::new());
+        for (path, linear) in model.linears() {
+            match linear.weight() {
+                Weight::Quant(weight) => packed.push((path, weight)),
+                Weight::Dense(_) => dense.push(path),
+            }
+        }
+        Self { packed, dense }
+    }
+}
+
+impl CheckpointFormat {
+    /// The format for the layers of a model, whose `config.json` is `config`.
+    fn for_model(
+        self,
+        model: &Projections,
+        config: &Map<String, Value>,
+    ) -> Result<Box<dyn LayerFormat>, Refusals> {
+        Ok(match self {
+            CheckpointFormat::QuantCore => Box::new(Exact::for_model(model)),
+            CheckpointFormat::Gptq(version) => Box::new(Gptq::for_model(model, version)?),
+            CheckpointFormat::Bitsandbytes => Box::new(Bitsandbytes::for_model(model, config)?),
+        })
+    }
+
+    /// The format of a directory, if it has packed layers.
+    fn open(dir: &Path, json: Option<Value>) -> Result<Option<Box<dyn LayerFormat>>> {
+        let config = dir.join(CONFIG);
+        let Some(json) = json.filter(|json| !json.is_null()) else {
+            return Ok(match dir.join(gptq::CONFIG_FILE).exists() {
+                true => Some(Box::new(Gptq::open(dir, None)?)),
+                false => None,
+            });
+        };
+        let method = json.get("quant_method").and_then(Value::as_str);
+        Ok(Some(match method.unwrap_or_default() {
+            exact::METHOD => Box::new(Exact::open(json, &config)?),
+            gptq::METHOD => Box::new(Gptq::open(dir, Some(json))?),
+            bitsandbytes::METHOD => Box::new(Bitsandbytes::open(&json, &config)?),
+            other => {
+                let supported = [exact::METHOD, gptq::METHOD, bitsandbytes::METHOD].join(", ");
+                let problem = format!("has the method `{other}`; supported: {supported}");
+                return Err(refuse_config(&config, problem));
+            }
+        }))
+    }
+}
 
 impl Pretrained {
     /// A new model with the tokenizer in the file at `tokenizer`.
@@ -105,18 +229,22 @@ impl Pretrained {
 
 /// Reads a directory: `config.json`, `tokenizer.json` and the weights, one tensor at a time.
 ///
-/// Everything is frozen. Weights are `f32` in memory.
+/// Packed layers may be in any [`CheckpointFormat`]; they stay packed. GPTQ's inputs in another
+/// order (`desc_act`) and bitsandbytes' double quantization are kept. A bitsandbytes layer whose
+/// blocks straddle rows has groups of the greatest common divisor of a row and a block.
+///
+/// Everything is frozen. Dense weights are `f32` in memory.
 ///
 /// # Errors
-/// If a file is missing, damaged or not what the configuration asks for.
+/// If a file is missing, damaged or not what the configuration asks for. Of GPTQ's,
+/// [`Error::GptqVersion`] if it does not say how zero-points are stored, [`Error::Disagreement`] if
+/// `config.json` and `quantize_config.json` differ, [`Error::GroupIndex`] and
+/// [`Error::WrappedZeros`].
 pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = files::read_json(&config_path)?;
-    let quantization = match config.remove("quantization_config") {
-        None => BTreeMap::new(),
-        Some(json) => quantization(json, &config_path)?,
-    };
+    let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
     let shape = LlamaConfig::from_json(&config, &config_path)?;
     let tokenizer = match dir.join(TOKENIZER).exists() {
         true => Some(Tokenizer::open(&dir.join(TOKENIZER))?),
@@ -129,23 +257,18 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         }
     }
     let mut checkpoint = Checkpoint {
-        shards: Shards::open(dir)?,
-        taken: HashSet::new(),
-        quantization,
+        tensors: Tensors {
+            shards: Shards::open(dir)?,
+            taken: HashSet::new(),
+        },
+        format,
         device: device.clone(),
     };
     let model = Llama::build(shape, &mut checkpoint)?;
-    let linears: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
-    if let Some(path) = checkpoint
-        .quantization
-        .keys()
-        .find(|path| !linears.contains(path))
-    {
-        return Err(Error::Config {
-            path: config_path,
-            setting: "quantization_config".into(),
-            problem: format!("lists `{path}`, which is no projection of the model"),
-        });
+    if let Some(format) = &checkpoint.format {
+        let linears = model.linears().into_iter();
+        let linears: Vec<String> = linears.map(|(path, _)| path).collect();
+        format.check_paths(&linears, &config_path)?;
     }
     checkpoint.check_leftovers(&model)?;
     Ok(Pretrained {
@@ -157,38 +280,26 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     })
 }
 
-fn quantization(json: Value, path: &Path) -> Result<BTreeMap<String, Format>> {
-    let refuse = |problem: String| Error::Config {
-        path: path.into(),
-        setting: "quantization_config".into(),
-        problem,
-    };
-    let method = json
-        .get("quant_method")
-        .and_then(Value::as_str)
-        .unwrap_or_default();
-    if method != QUANT_METHOD {
-        let problem = format!("has the method `{method}`; supported: {QUANT_METHOD}");
-        return Err(refuse(problem));
-    }
-    let found: Quantization =
-        serde_json::from_value(json).map_err(|error| refuse(format!("cannot be read: {error}")))?;
-    if found.format_version != FORMAT_VERSION {
-        let version = found.format_version;
-        let problem = format!("has the version {version}; this program reads {FORMAT_VERSION}");
-        return Err(refuse(problem));
-    }
-    Ok(found.layers)
-}
-
 /// Writes a new directory that [`load`] reads back bit for bit, whole or not at all.
 ///
-/// Adapters are not written: merge them, or save them with [`peft::Adapters`].
+/// Packed layers are in the workspace's own format; see [`save_as`]. Adapters are not written: merge
+/// them, or save them with [`peft::Adapters`].
 ///
 /// # Errors
 /// [`peft::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
 /// layer has an adapter, [`peft::Error::Io`] if the directory cannot be written.
 pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
+    save_as(lm, dir, CheckpointFormat::QuantCore)
+}
+
+/// [`save`] with the packed layers in a format of other programs.
+///
+/// Nothing is rounded: what is written reads back bit for bit, or is refused.
+///
+/// # Errors
+/// [`Error::CannotHold`] with all layers that the format does not hold exactly; otherwise as
+/// [`save`].
+pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
     let model = &lm.model;
     let linears = model.linears();
     if let Some((path, _)) = linears
@@ -197,27 +308,37 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
     {
         return Err(peft::Error::AlreadyAdapted { path: path.clone() }.into());
     }
-    let formats = linears.iter().filter_map(|(path, linear)| {
-        let format = linear.weight().format()?;
-        Some((path.clone(), format))
-    });
-    let layers: BTreeMap<String, Format> = formats.collect();
+    let projections = Projections::of(model);
     let mut config = lm.config.clone();
-    if !layers.is_empty() {
-        let quantization = Quantization {
-            quant_method: QUANT_METHOD.into(),
-            format_version: FORMAT_VERSION,
-            layers,
-        };
-        let quantization = serde_json::to_value(quantization).expect("strings and numbers");
-        config.insert("quantization_config".into(), quantization);
+    let layers = match format.for_model(&projections, &config) {
+        Ok(layers) => layers,
+        Err(refusals) => {
+            let mut others = [
+                CheckpointFormat::Gptq(GptqVersion::V2),
+                CheckpointFormat::Bitsandbytes,
+            ]
+            .into_iter();
+            let other = others.find(|other| other.for_model(&projections, &config).is_ok());
+            return Err(Error::CannotHold {
+                format,
+                layers: refusals,
+                instead: other.unwrap_or(CheckpointFormat::QuantCore),
+            });
+        }
+    };
+    let quantization = (!projections.packed.is_empty()).then(|| layers.config());
+    if let Some(quantization) = &quantization {
+        config.insert("quantization_config".into(), quantization.clone());
     }
 
     files::write_directory(dir.as_ref(), |dir| {
-        files::write_tensors(&dir.join(WEIGHTS), tensors(model))?;
+        files::write_tensors(&dir.join(WEIGHTS), tensors(model, layers.as_ref()))?;
         for (name, bytes) in &lm.carried {
             let path = dir.join(name);
             std::fs::write(&path, bytes).map_err(|source| peft::Error::Io { path, source })?;
+        }
+        if let Some((name, quantization)) = layers.config_file().zip(quantization) {
+            files::write_json(&dir.join(name), &quantization)?;
         }
         files::write_json(&dir.join(CONFIG), &config)
     })?;
@@ -225,7 +346,7 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
 }
 
 /// The tensors of a model under Hugging Face's names.
-fn tensors(model: &Llama) -> Vec<(String, LazyTensor<'_>)> {
+fn tensors<'a>(model: &'a Llama, layers: &dyn LayerFormat) -> Vec<(String, LazyTensor<'a>)> {
     let mut all = vec![
         (
             "model.embed_tokens.weight".into(),
@@ -244,32 +365,24 @@ fn tensors(model: &Llama) -> Vec<(String, LazyTensor<'_>)> {
         all.push(("lm_head.weight".into(), transposed(head)));
     }
     for (path, linear) in model.linears() {
-        all.extend(linear_tensors(&path, linear));
+        all.extend(linear_tensors(&path, linear, layers));
     }
     all
 }
 
-fn linear_tensors<'a>(path: &str, linear: &'a Linear) -> Vec<(String, LazyTensor<'a>)> {
-    let name = |part: &str| format!("{path}.{part}");
+fn linear_tensors<'a>(
+    path: &str,
+    linear: &'a Linear,
+    layers: &dyn LayerFormat,
+) -> Vec<(String, LazyTensor<'a>)> {
     let mut all = match linear.weight() {
-        Weight::Dense(weight) => vec![(name("weight"), transposed(weight))],
-        Weight::Quant(weight) => {
-            let (layout, grid) = (weight.layout(), weight.layout().grid_shape());
-            let words = [layout.word_rows(), layout.d_out()];
-            let words = LazyTensor::words(words, || weight.columns());
-            let scales = LazyTensor::floats(grid, || values(weight.scales()));
-            let mut all = vec![(name("qweight"), words), (name("scales"), scales)];
-            if let Some(zeros) = weight.zeros() {
-                let zeros = LazyTensor::floats(grid, move || values(zeros.clone()));
-                all.push((name("zeros"), zeros));
-            }
-            all
-        }
+        Weight::Dense(weight) => vec![(format!("{path}.weight"), transposed(weight))],
+        Weight::Quant(weight) => layers.tensors(path, weight),
     };
     if let Some(bias) = linear.bias() {
         let dims = bias.dims();
         let values = move || values(bias.clone());
-        all.push((name("bias"), LazyTensor::floats(dims, values)));
+        all.push((format!("{path}.bias"), LazyTensor::floats(dims, values)));
     }
     all
 }
@@ -291,69 +404,137 @@ fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
     values.expect("converted to f32")
 }
 
-/// The transpose of `rows` by `columns`, block by block.
-fn transpose(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
-    const BLOCK: usize = 32;
-    let mut out = vec![0.0; values.len()];
-    for first_row in (0..rows).step_by(BLOCK) {
-        for first_column in (0..columns).step_by(BLOCK) {
-            for row in first_row..rows.min(first_row + BLOCK) {
-                for column in first_column..columns.min(first_column + BLOCK) {
-                    out[column * rows + row] = values[row * columns + column];
-                }
-            }
+/// The scales of a double-quantized weight.
+fn double_scales(weight: &QuantTensor) -> DoubleScales {
+    match weight.to_parts().scales {
+        Scales::Double(scales) => scales,
+        Scales::Float(_) => unreachable!("the format has a double quantization"),
+    }
+}
+
+fn quant_error(path: &str) -> impl Fn(quant_core::Error) -> Error {
+    move |source| {
+        let path = path.into();
+        peft::Error::Quant { path, source }.into()
+    }
+}
+
+fn refuse_config(path: &Path, problem: String) -> Error {
+    Error::Config {
+        path: path.into(),
+        setting: "quantization_config".into(),
+        problem,
+    }
+}
+
+/// The tensors of a directory, with a note of those that were asked for.
+struct Tensors {
+    shards: Shards,
+    taken: HashSet<String>,
+}
+
+impl Tensors {
+    fn contains(&self, name: &str) -> bool {
+        self.shards.contains(name)
+    }
+
+    /// The values of a tensor of these dimensions.
+    fn floats<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<f32>> {
+        let found = self.shards.file(name)?.floats::<D>(name)?;
+        self.take(name, expected, found)
+    }
+
+    fn words<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u32>> {
+        let found = self.shards.file(name)?.words::<D>(name)?;
+        self.take(name, expected, found)
+    }
+
+    fn bytes<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u8>> {
+        let found = self.shards.file(name)?.bytes::<D>(name)?;
+        self.take(name, expected, found)
+    }
+
+    /// A tensor of bytes that hold a text of any length.
+    fn text(&mut self, name: &str) -> Result<Vec<u8>> {
+        let (text, _) = self.shards.file(name)?.bytes::<1>(name)?;
+        self.taken.insert(name.into());
+        Ok(text)
+    }
+
+    fn take<const D: usize, T>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+        (values, found): (Vec<T>, [usize; D]),
+    ) -> Result<Vec<T>> {
+        if expected != found {
+            let problem =
+                format!("has the shape {found:?}, the configuration asks for {expected:?}");
+            return Err(self.refuse(name, problem));
+        }
+        self.taken.insert(name.into());
+        Ok(values)
+    }
+
+    /// Where a tensor is.
+    fn path(&mut self, name: &str) -> PathBuf {
+        let file = self.shards.file(name);
+        file.map(|file| file.path().into()).unwrap_or_default()
+    }
+
+    fn refuse(&mut self, name: &str, problem: String) -> Error {
+        match self.shards.file(name) {
+            Ok(file) => file.refuse(name, problem).into(),
+            Err(error) => error,
         }
     }
-    out
 }
 
 /// The parameters of a directory, frozen.
 struct Checkpoint {
-    shards: Shards,
-    /// The tensors that the model has asked for.
-    taken: HashSet<String>,
-    quantization: BTreeMap<String, Format>,
+    tensors: Tensors,
+    format: Option<Box<dyn LayerFormat>>,
     device: Device,
 }
 
 impl Checkpoint {
-    /// The values of a tensor of these dimensions.
-    fn floats<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<f32>> {
-        let file = self.shards.file(name)?;
-        let (values, found) = file.floats::<D>(name)?;
-        check_shape(file, name, expected, found)?;
-        self.taken.insert(name.into());
-        Ok(values)
-    }
-
-    fn words<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u32>> {
-        let file = self.shards.file(name)?;
-        let (values, found) = file.words::<D>(name)?;
-        check_shape(file, name, expected, found)?;
-        self.taken.insert(name.into());
-        Ok(values)
-    }
-
     fn frozen<const D: usize>(&self, values: Vec<f32>, dims: [usize; D]) -> Param<Tensor<D>> {
         let values = TensorData::new(values, dims);
         let values = Tensor::from_data(values, (&self.device, DType::F32));
         Param::from_tensor(values).set_require_grad(false)
     }
 
+    fn plain(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let name = format!("{path}.weight");
+        let values = self.tensors.floats(&name, [d_out, d_in])?;
+        Ok(self.frozen(transpose(&values, [d_out, d_in]), dims))
+    }
+
     /// Refuses tensors that the model has not taken, but for those that say nothing new.
     fn check_leftovers(&mut self, model: &Llama) -> Result<()> {
-        for name in self.shards.names() {
-            if self.taken.contains(&name) || name.ends_with(".rotary_emb.inv_freq") {
+        let linears: HashSet<String> = model.linears().into_iter().map(|(path, _)| path).collect();
+        for name in self.tensors.shards.names() {
+            if self.tensors.taken.contains(&name) || name.ends_with(".rotary_emb.inv_freq") {
                 continue;
             }
             if name == "lm_head.weight" {
                 let embedding = model.embed_tokens.val();
-                let head = self.floats(&name, embedding.dims())?;
+                let head = self.tensors.floats(&name, embedding.dims())?;
                 if head == values(embedding) {
                     continue;
                 }
             }
-            let path = self.shards.file(&name)?.path().into();
+            // AutoGPTQ writes a bias of zeros for layers that have none.
+            if name
+                .strip_suffix(".bias")
+                .is_some_and(|path| linears.contains(path))
+            {
+                let (bias, [_]) = self.tensors.shards.file(&name)?.floats(&name)?;
+                if bias.iter().all(|&value| value == 0.0) {
+                    continue;
+                }
+            }
+            let path = self.tensors.path(&name);
             return Err(Error::UnexpectedTensor { path, tensor: name });
         }
         Ok(())
@@ -364,53 +545,37 @@ impl Source for Checkpoint {
     type Error = Error;
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<1>>> {
-        let values = self.floats(name, [len])?;
+        let values = self.tensors.floats(name, [len])?;
         Ok(self.frozen(values, [len]))
     }
 
     fn table(&mut self, name: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
-        let values = self.floats(name, dims)?;
+        let values = self.tensors.floats(name, dims)?;
         Ok(self.frozen(values, dims))
     }
 
-    fn dense(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Param<Tensor<2>>> {
-        let values = self.floats(&format!("{path}.weight"), [d_out, d_in])?;
-        Ok(self.frozen(transpose(&values, [d_out, d_in]), dims))
+    fn dense(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let format = self.format.as_ref();
+        if let Some(tensor) = format.and_then(|format| format.mark(&self.tensors, path)) {
+            return Err(Error::PackedLayer {
+                path: self.tensors.path(&tensor),
+                tensor,
+                layer: path.into(),
+            });
+        }
+        self.plain(path, dims)
     }
 
-    fn weight(&mut self, path: &str, dims @ [_, d_out]: [usize; 2]) -> Result<Weight> {
-        let Some(&format) = self.quantization.get(path) else {
-            return self.dense(path, dims).map(Weight::Dense);
+    fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight> {
+        let packed = match &self.format {
+            Some(format) => format.read(&mut self.tensors, path, dims, &self.device)?,
+            None => None,
         };
-        let quant = |source| peft::Error::Quant {
-            path: path.into(),
-            source,
-        };
-        let layout = format.layout(dims).map_err(quant)?;
-        let columns = self.words(&format!("{path}.qweight"), [layout.word_rows(), d_out])?;
-        let grid = layout.grid_shape();
-        let scales = self.floats(&format!("{path}.scales"), grid)?;
-        let zeros = match format.grid() {
-            quant_core::Grid::Affine => Some(self.floats(&format!("{path}.zeros"), grid)?),
-            _ => None,
-        };
-        let parts = Parts::from_columns(&columns, &layout, scales, zeros).map_err(quant)?;
-        let weight = QuantTensor::from_parts(parts, format, dims, &self.device).map_err(quant)?;
-        Ok(Weight::Quant(weight))
+        match packed {
+            Some(weight) => Ok(Weight::Quant(weight)),
+            None => self.plain(path, dims).map(Weight::Dense),
+        }
     }
-}
-
-fn check_shape<const D: usize>(
-    file: &files::TensorFile,
-    name: &str,
-    expected: [usize; D],
-    found: [usize; D],
-) -> Result<()> {
-    if expected == found {
-        return Ok(());
-    }
-    let problem = format!("has the shape {found:?}, the configuration asks for {expected:?}");
-    Err(file.refuse(name, problem).into())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use crate::CheckpointFormat;
+
 /// What can be wrong with a checkpoint, a text or a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -48,6 +50,77 @@ pub enum Error {
         path: PathBuf,
         /// The tensor.
         tensor: String,
+    },
+    /// A GPTQ checkpoint whose zero-points can be read in two ways.
+    #[error(
+        "`{path}` does not state its checkpoint_format, on which the zero-points depend; add `\"checkpoint_format\": \"gptq\"` (v1, zero-points stored minus one: AutoGPTQ's) or `\"checkpoint_format\": \"gptq_v2\"`"
+    )]
+    GptqVersion {
+        /// The configuration.
+        path: PathBuf,
+    },
+    /// Two configurations of one checkpoint that say different things.
+    #[error(
+        "`{first}` and `{second}` disagree on {setting}: {in_first} and {in_second}; correct the one that is wrong"
+    )]
+    Disagreement {
+        /// One configuration.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+        /// The setting.
+        setting: &'static str,
+        /// Its value in the first.
+        in_first: String,
+        /// Its value in the second.
+        in_second: String,
+    },
+    /// GPTQ's `g_idx` that puts inputs into no groups of the configuration's size.
+    #[error("tensor `{tensor}` in `{path}`: {problem}")]
+    GroupIndex {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Zero-points of 0 that GPTQ v1 stored minus one, which wrapped around.
+    #[error(
+        "tensor `{tensor}` in `{path}`: a zero-point of 0 was stored minus one (group {group}, output {output}), and what it did to those beside it depends on the program that wrote it; write the checkpoint as gptq_v2"
+    )]
+    WrappedZeros {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The group of the first such zero-point.
+        group: usize,
+        /// Its output.
+        output: usize,
+    },
+    /// A packed weight where the model has a dense one.
+    #[error("`{path}` has `{tensor}`: `{layer}` is quantized, but only projections can be")]
+    PackedLayer {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The layer.
+        layer: String,
+    },
+    /// Layers that a format of checkpoints does not hold exactly.
+    #[error(
+        "a {format} checkpoint does not hold these layers exactly, a {instead} checkpoint does:{}",
+        list(layers)
+    )]
+    CannotHold {
+        /// The format.
+        format: CheckpointFormat,
+        /// The layers, each with what is against it.
+        layers: Vec<(String, String)>,
+        /// A format that holds the model.
+        instead: CheckpointFormat,
     },
     /// A tokenizer that could not be read, or does not take a text.
     #[error("`{path}`: {problem}")]
@@ -112,9 +185,22 @@ pub enum Error {
         "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"
     )]
     NoCalibration,
+    /// Layers that cannot be quantized as planned.
+    #[error("the plan does not work for these layers:{}", list(layers))]
+    Plan {
+        /// The layers, each with what is against it.
+        layers: Vec<(String, String)>,
+    },
     /// Nothing to evaluate on.
     #[error("there are no windows to evaluate on")]
     NoWindows,
+}
+
+fn list(layers: &[(String, String)]) -> String {
+    let lines = layers.iter();
+    lines
+        .map(|(path, reason)| format!("\n  `{path}`: {reason}"))
+        .collect()
 }
 
 /// A result with this crate's [`Error`].

@@ -2,12 +2,14 @@
 //!
 //! | item | what it does |
 //! |---|---|
-//! | [`load`] | reads a Hugging Face directory, or one that [`save`] wrote |
+//! | [`load`] | reads a Hugging Face directory, dense or packed by GPTQ or bitsandbytes, or one that [`save`] wrote |
 //! | [`Pretrained`] | a model with its tokenizer and the files that go along |
+//! | [`plan`] | what quantizing a directory will give, before a tensor is read |
 //! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
 //! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
+//! | [`save_as`] | the same for other programs, in a [`CheckpointFormat`] |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -43,7 +45,9 @@ mod rope;
 mod stages;
 mod tokenizer;
 
-pub use checkpoint::{Pretrained, load, save};
+pub use checkpoint::{
+    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Pretrained, load, plan, save, save_as,
+};
 pub use config::{LlamaConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};

@@ -277,6 +277,27 @@ impl Linears for Llama {
     }
 }
 
+impl LlamaConfig {
+    /// The projections of a model of this shape with their `[d_in, d_out]`, in the order in which
+    /// [`Llama`] lists them.
+    pub fn projections(&self) -> Vec<(String, [usize; 2])> {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let queries = self.num_attention_heads * self.head_dim;
+        let keys = self.num_key_value_heads * self.head_dim;
+        let dims = [
+            [hidden, queries],
+            [hidden, keys],
+            [hidden, keys],
+            [queries, hidden],
+            [hidden, inner],
+            [hidden, inner],
+            [inner, hidden],
+        ];
+        let of_block = |layer| paths(layer).zip(dims);
+        (0..self.num_hidden_layers).flat_map(of_block).collect()
+    }
+}
+
 /// The paths of a block's projections, in the order in which [`Llama`] lists them.
 fn paths(layer: usize) -> impl Iterator<Item = String> {
     let names = [

@@ -98,6 +98,11 @@ impl TensorFile {
         self.metadata.info(name).is_some()
     }
 
+    /// The shape of a tensor, from the header.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.metadata.info(name)?.shape)
+    }
+
     /// The values and the shape of a tensor of `f32`, `f16` or `bf16`, row by row.
     ///
     /// # Errors
@@ -129,6 +134,18 @@ impl TensorFile {
         match dtype {
             Dtype::U32 | Dtype::I32 => Ok((read_each(&bytes, u32::from_le_bytes), shape)),
             _ => Err(self.refuse(name, format!("is {dtype:?}, not I32 or U32"))),
+        }
+    }
+
+    /// The values and the shape of a tensor of bytes, row by row.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions.
+    pub fn bytes<const D: usize>(&mut self, name: &str) -> Result<(Vec<u8>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        match dtype {
+            Dtype::U8 => Ok((bytes, shape)),
+            _ => Err(self.refuse(name, format!("is {dtype:?}, not U8"))),
         }
     }
 
@@ -178,7 +195,24 @@ pub struct LazyTensor<'a> {
 impl<'a> LazyTensor<'a> {
     /// Floats in the shortest of `bf16`, `f16` and `f32` that holds every one of them exactly.
     pub fn floats<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
-        let dtype = shortest(&values());
+        Self::floats_as(shortest(&values()), shape, values)
+    }
+
+    /// Floats in `f32`, for files whose readers expect it.
+    pub fn f32<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
+        Self::floats_as(Dtype::F32, shape, values)
+    }
+
+    /// Floats in `f16`, rounded where it does not hold them: see [`is_f16`].
+    pub fn f16<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
+        Self::floats_as(Dtype::F16, shape, values)
+    }
+
+    fn floats_as<const D: usize>(
+        dtype: Dtype,
+        shape: [usize; D],
+        values: impl Fn() -> Vec<f32> + 'a,
+    ) -> Self {
         Self {
             dtype,
             shape: shape.into(),
@@ -198,6 +232,15 @@ impl<'a> LazyTensor<'a> {
         }
     }
 
+    /// Bytes, as `U8`.
+    pub fn bytes<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<u8> + 'a) -> Self {
+        Self {
+            dtype: Dtype::U8,
+            shape: shape.into(),
+            bytes: Box::new(values),
+        }
+    }
+
     /// Words of 32 bits, as `I32`, the type of GPTQ's `qweight`.
     pub fn words<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<u32> + 'a) -> Self {
         Self {
@@ -214,14 +257,19 @@ impl<'a> LazyTensor<'a> {
 }
 
 fn shortest(values: &[f32]) -> Dtype {
-    let same = |a: f32, b: f32| a.to_bits() == b.to_bits();
-    if values.iter().all(|&v| same(bf16::from_f32(v).to_f32(), v)) {
+    let is_bf16 = |v: f32| bf16::from_f32(v).to_f32().to_bits() == v.to_bits();
+    if values.iter().all(|&v| is_bf16(v)) {
         Dtype::BF16
-    } else if values.iter().all(|&v| same(f16::from_f32(v).to_f32(), v)) {
+    } else if values.iter().all(|&v| is_f16(v)) {
         Dtype::F16
     } else {
         Dtype::F32
     }
+}
+
+/// Whether `f16` holds a value exactly.
+pub fn is_f16(value: f32) -> bool {
+    f16::from_f32(value).to_f32().to_bits() == value.to_bits()
 }
 
 impl View for LazyTensor<'_> {

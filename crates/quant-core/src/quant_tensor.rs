@@ -357,7 +357,7 @@ impl DoubleParams {
             .bitwise_right_shift(shifts.reshape([1, 4]).expand([n_words, 4]))
             .bitwise_and_scalar(255)
             .reshape([4 * n_words])
-            .slice([0..n]);
+            .narrow(0, 0, n);
         let table = scale_levels(self.format.levels);
         let n_levels = table.len();
         let table = Tensor::<1>::from_data(TensorData::new(table, [n_levels]), &device);
@@ -367,7 +367,7 @@ impl DoubleParams {
         let n_blocks = n.div_ceil(block);
         let absmax = self.absmax.val().reshape([n_blocks, 1]);
         let absmax = absmax.expand([n_blocks, block.min(n)]);
-        let absmax = absmax.reshape([n_blocks * block.min(n)]).slice([0..n]);
+        let absmax = absmax.reshape([n_blocks * block.min(n)]).narrow(0, 0, n);
         let scales = levels * absmax + self.offset.val();
         scales.reshape([d_out, n_groups]).transpose()
     }

@@ -63,7 +63,7 @@ fn files(copy: &str, whole: &str) -> Vec<File> {
     let mut files = vec![File::open(&here.join("tests/golden").join(copy))];
     match whole.exists() {
         true => files.push(File::open(&whole)),
-        false => println!("skipped: {} is not there", whole.display()),
+        false => eprintln!("skipped: {} is not there", whole.display()),
     }
     files
 }
@@ -174,7 +174,7 @@ fn optq_is_the_references() {
             let error = gram.energy(packed.dequantize() - weight);
             let off = (error / expected_error - 1.0).abs();
             assert!(off < 1e-3, "{case}: error {error}, not {expected_error}");
-            println!(
+            eprintln!(
                 "{case}: {share:.5} of the codes, {n_tied} ties, error {error:.6} of {expected_error:.6}"
             );
             assert_eq!(d_out, 64);

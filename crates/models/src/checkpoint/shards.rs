@@ -85,6 +85,10 @@ impl Shards {
         names
     }
 
+    pub(super) fn contains(&self, tensor: &str) -> bool {
+        self.of_tensor.contains_key(tensor)
+    }
+
     /// The file that has a tensor.
     pub(super) fn file(&mut self, tensor: &str) -> Result<&mut TensorFile> {
         match self.of_tensor.get(tensor) {

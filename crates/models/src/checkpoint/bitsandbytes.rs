@@ -1,0 +1,481 @@
+//! bitsandbytes' checkpoints of 4 bits, NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314).
+//!
+//! A weight is flattened row by row over `[d_out, d_in]` and cut into blocks of `blocksize`, each
+//! with a scale, its `absmax`.
+//!
+//! | tensor | type, shape | |
+//! |---|---|---|
+//! | `PATH.weight` | `U8 [n / 2, 1]`, rounded up | codes, the first of two in the high half |
+//! | `PATH.weight.absmax` | `F32 [n_blocks]` | or `U8`, where they are double-quantized |
+//! | `PATH.weight.quant_map` | `F32 [16]` | the levels |
+//! | `PATH.weight.nested_absmax` | `F32` | one for each `nested_blocksize` codes of scales |
+//! | `PATH.weight.nested_quant_map` | `F32 [256]` | the levels of scales |
+//! | `PATH.weight.quant_state.bitsandbytes__nf4` | `U8` | JSON: shape, sizes of blocks, offset |
+//!
+//! Blocks may straddle rows. Such a layer has groups of the greatest common divisor of a row and a
+//! block: none crosses the end of a row or of a block, so that all of a group is in one block, whose
+//! scale it takes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::Device;
+use peft::files::LazyTensor;
+use quant_core::{
+    DoubleQuant, DoubleScales, Format, Grid, Layout, Parts, QuantTensor, ScaleLevels, Scales,
+    scale_levels,
+};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::packing::{pack, transpose};
+use super::{
+    LayerFormat, Projections, Refusals, Tensors, double_scales, quant_error, refuse_config, values,
+};
+use crate::Result;
+
+pub(super) const METHOD: &str = "bitsandbytes";
+
+const TYPES: [(&str, Grid); 2] = [("nf4", Grid::NormalFloat), ("fp4", Grid::Float4)];
+/// Scales that share an `absmax` of their own: bitsandbytes' kernels know no other number.
+const NESTED_BLOCK: usize = 256;
+const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
+
+pub(super) struct Bitsandbytes {
+    /// Of a model to be written: the block size of each layer.
+    blocks: BTreeMap<String, usize>,
+    quant_type: &'static str,
+    is_double: bool,
+    dtype: String,
+    /// Modules that readers must leave as they are, if there are more than they leave by themselves.
+    dense: Option<Vec<String>>,
+}
+
+/// `quant_state`, without the tensors.
+#[derive(Deserialize)]
+struct State {
+    quant_type: String,
+    blocksize: usize,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_dtype: Option<String>,
+    nested_offset: Option<f64>,
+}
+
+impl Bitsandbytes {
+    pub(super) fn open(json: &Value, config: &Path) -> Result<Self> {
+        let refuse = |problem: &str| Err(refuse_config(config, problem.into()));
+        let is = |setting: &str| {
+            let names = [setting.to_string(), format!("_{setting}")];
+            names.iter().any(|name| json[name] == Value::Bool(true))
+        };
+        if is("load_in_8bit") {
+            return refuse("has load_in_8bit; of bitsandbytes' formats, those of 4 bits are read");
+        }
+        if !is("load_in_4bit") {
+            return refuse(
+                "has no load_in_4bit; of bitsandbytes' formats, those of 4 bits are read",
+            );
+        }
+        match json["bnb_4bit_quant_storage"].as_str() {
+            None | Some("uint8") => {}
+            Some(other) => {
+                let problem = format!("has bnb_4bit_quant_storage `{other}`; supported: uint8");
+                return refuse(&problem);
+            }
+        }
+        // Each layer states the rest.
+        Ok(Self {
+            blocks: BTreeMap::new(),
+            quant_type: TYPES[0].0,
+            is_double: false,
+            dtype: String::new(),
+            dense: None,
+        })
+    }
+
+    pub(super) fn for_model(
+        model: &Projections,
+        config: &Map<String, Value>,
+    ) -> Result<Self, Refusals> {
+        let mut blocks = BTreeMap::new();
+        let mut refusals = Refusals::new();
+        let mut common: Option<(&str, &'static str)> = None;
+        for (path, weight) in &model.packed {
+            let found = type_of(weight).and_then(|quant_type| {
+                let (first, of_first) = *common.get_or_insert((path, quant_type));
+                match quant_type == of_first {
+                    true => block_size(weight),
+                    false => Err(format!(
+                        "is {quant_type}, `{first}` is {of_first}, and there is one type for all"
+                    )),
+                }
+            });
+            match found {
+                Ok(block) => {
+                    blocks.insert(path.clone(), block);
+                }
+                Err(reason) => refusals.push((path.clone(), reason)),
+            }
+        }
+        if !refusals.is_empty() {
+            return Err(refusals);
+        }
+        // What a reader of the file computes in, which the scales and the codes do not depend on.
+        let dtype = config.get("dtype").or(config.get("torch_dtype"));
+        let dtype = dtype.and_then(Value::as_str);
+        let dtype = dtype.filter(|dtype| ["float16", "bfloat16"].contains(dtype));
+        let mut doubles = model.packed.iter().map(|(_, w)| w.format().double_quant());
+        Ok(Self {
+            blocks,
+            quant_type: common.map_or(TYPES[0].0, |(_, quant_type)| quant_type),
+            is_double: doubles.any(|double| double.is_some()),
+            dtype: dtype.unwrap_or("float32").into(),
+            dense: (!model.dense.is_empty()).then(|| {
+                let head = "lm_head".to_string();
+                model.dense.iter().cloned().chain([head]).collect()
+            }),
+        })
+    }
+}
+
+fn type_of(weight: &QuantTensor) -> Result<&'static str, String> {
+    let format = weight.format();
+    let found = TYPES.iter().find(|(_, grid)| *grid == format.grid());
+    match found {
+        Some((name, _)) if format.bits() == 4 => Ok(name),
+        _ => Err(format!(
+            "is {format}, and bitsandbytes' types are NF4 and FP4"
+        )),
+    }
+}
+
+/// The size of the blocks that hold a weight exactly, or why there is none.
+///
+/// A file of blocks of `b` reads back with groups of `gcd(d_in, b)`, so that `b` must give the
+/// weight's group size; and all groups of a block must have one scale. The largest such `b` is the
+/// one that a layer read from a file had: its blocks differ in their scales, or it makes no
+/// difference where they end.
+fn block_size(weight: &QuantTensor) -> Result<usize, String> {
+    let format = weight.format();
+    let [d_in, _] = weight.dims();
+    if weight.input_order().is_some() {
+        return Err("takes its inputs in another order, which blocks cannot".into());
+    }
+    let Some(group_size) = format.group_size() else {
+        return Err("has one group per channel; blocks have 32 to 4096 elements".into());
+    };
+    let fits = |block: &usize| gcd(d_in, *block) == group_size;
+    let Some(double) = format.double_quant() else {
+        let n_groups = weight.layout().n_groups();
+        let d_out = weight.layout().d_out();
+        let scales = transpose(&values(weight.scales()), [n_groups, d_out]);
+        let scales: Vec<u32> = scales.into_iter().map(f32::to_bits).collect();
+        let holds = |block: &usize| is_constant(&scales, block / group_size);
+        let block = BLOCKS.into_iter().rev().filter(fits).find(holds);
+        return block.ok_or_else(|| {
+            format!(
+                "has groups of {group_size} among {d_in} inputs, which are no blocks of 32, 64, .. 4096"
+            )
+        });
+    };
+    if double.levels != ScaleLevels::Dynamic {
+        return Err(format!(
+            "is {format}, and bitsandbytes' scales are of its dynamic map"
+        ));
+    }
+    let block = |double: DoubleQuant| {
+        let repeated = double.block_size.checked_div(NESTED_BLOCK)?;
+        let block = repeated.checked_mul(group_size)?;
+        let holds = double.block_size.is_multiple_of(NESTED_BLOCK)
+            && BLOCKS.contains(&block)
+            && fits(&block)
+            && is_constant(&double_scales(weight).codes, repeated);
+        holds.then_some(block)
+    };
+    block(double).ok_or_else(|| {
+        format!(
+            "is {format}, which is no block of 32, 64, .. 4096 with {NESTED_BLOCK} scales to a block"
+        )
+    })
+}
+
+/// Whether each `n` values are the same one.
+fn is_constant<T: PartialEq>(values: &[T], n: usize) -> bool {
+    let mut blocks = values.chunks(n);
+    blocks.all(|block| block.iter().all(|value| *value == block[0]))
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    match b {
+        0 => a,
+        _ => gcd(b, a % b),
+    }
+}
+
+fn levels(layout: &Layout) -> Vec<f32> {
+    (0..16).map(|code| layout.level(code)).collect()
+}
+
+/// Reads a table, which must be the one that this program computes with.
+fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<()> {
+    let found = tensors.floats(name, [expected.len()])?;
+    let bits = |values: &[f32]| -> Vec<u32> { values.iter().map(|v| v.to_bits()).collect() };
+    if bits(&found) == bits(expected) {
+        return Ok(());
+    }
+    let differ = found.iter().zip(expected);
+    let at = differ
+        .take_while(|(a, b)| a.to_bits() == b.to_bits())
+        .count();
+    let (found, expected) = (found[at], expected[at]);
+    let problem = format!("level {at} is {found}; that of bitsandbytes is {expected}");
+    Err(tensors.refuse(name, problem))
+}
+
+impl LayerFormat for Bitsandbytes {
+    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String> {
+        let names = TYPES.map(|(name, _)| state_name(path, name));
+        names.into_iter().find(|name| tensors.contains(name))
+    }
+
+    fn read(
+        &self,
+        tensors: &mut Tensors,
+        path: &str,
+        dims: [usize; 2],
+        device: &Device,
+    ) -> Result<Option<QuantTensor>> {
+        let Some(state_name) = self.mark(tensors, path) else {
+            return Ok(None);
+        };
+        let quant = quant_error(path);
+        let [d_in, d_out] = dims;
+        let name = |part: &str| format!("{path}.weight{part}");
+        let text = tensors.text(&state_name)?;
+        let state: State = match serde_json::from_slice(&text) {
+            Ok(state) => state,
+            Err(error) => {
+                return Err(tensors.refuse(&state_name, format!("cannot be read: {error}")));
+            }
+        };
+        let problem = |state: &State| {
+            if !state_name.ends_with(&format!("__{}", state.quant_type)) {
+                return Some(format!("has the quant_type `{}`", state.quant_type));
+            }
+            if !BLOCKS.contains(&state.blocksize) {
+                let found = state.blocksize;
+                return Some(format!(
+                    "has the blocksize {found}; it must be 32, 64, .. 4096"
+                ));
+            }
+            if state.shape != [d_out, d_in] {
+                let (found, expected) = (&state.shape, [d_out, d_in]);
+                return Some(format!(
+                    "has the shape {found:?}, the configuration asks for {expected:?}"
+                ));
+            }
+            let nested = state.nested_blocksize.is_some();
+            if nested != state.nested_offset.is_some() {
+                return Some("has one of nested_blocksize and nested_offset alone".into());
+            }
+            let dtype = state.nested_dtype.as_deref();
+            let dtype = dtype.filter(|&dtype| dtype != "float32");
+            dtype.map(|dtype| format!("has the nested_dtype `{dtype}`; supported: float32"))
+        };
+        if let Some(problem) = problem(&state) {
+            return Err(tensors.refuse(&state_name, problem));
+        }
+
+        let mut types = TYPES.into_iter();
+        let grid = types.find(|(name, _)| *name == state.quant_type);
+        let (_, grid) = grid.expect("the name of the tensor was checked");
+        let group_size = gcd(d_in, state.blocksize);
+        let repeated = state.blocksize / group_size;
+        let format = Format::new(4, Some(group_size), grid).map_err(&quant)?;
+        let layout = format.layout(dims).map_err(&quant)?;
+        check_levels(tensors, &name(".quant_map"), &levels(&layout))?;
+
+        let n = d_in * d_out;
+        let bytes = tensors.bytes(&name(""), [n.div_ceil(2), 1])?;
+        let codes = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        let codes: Vec<u8> = codes.take(n).collect();
+        let columns = pack(&transpose(&codes, [d_out, d_in]), d_out, 4);
+
+        let n_blocks = n.div_ceil(state.blocksize);
+        let n_groups = layout.n_groups();
+        // Group `k` of the flattened weight is in block `k / repeated`.
+        let blocks = (0..d_out * n_groups).map(|group| group / repeated);
+        let absmax = name(".absmax");
+        let (format, scales) = match state.nested_blocksize.zip(state.nested_offset) {
+            None => {
+                let absmax = tensors.floats(&absmax, [n_blocks])?;
+                let scales: Vec<f32> = blocks.map(|block| absmax[block]).collect();
+                let scales = transpose(&scales, [d_out, n_groups]);
+                (format, Scales::Float(scales))
+            }
+            Some((nested_block, offset)) => {
+                let Some(block_size) = nested_block.checked_mul(repeated).filter(|&n| n > 0) else {
+                    let problem = format!("has the nested_blocksize {nested_block}");
+                    return Err(tensors.refuse(&state_name, problem));
+                };
+                let double = DoubleQuant {
+                    levels: ScaleLevels::Dynamic,
+                    block_size,
+                };
+                let map = scale_levels(double.levels);
+                check_levels(tensors, &name(".nested_quant_map"), &map)?;
+                let codes = tensors.bytes(&absmax, [n_blocks])?;
+                let n_absmax = n_blocks.div_ceil(nested_block);
+                let scales = DoubleScales {
+                    codes: blocks.map(|block| codes[block]).collect(),
+                    absmax: tensors.floats(&name(".nested_absmax"), [n_absmax])?,
+                    offset: offset as f32,
+                };
+                let format = format.with_double_quant(double).map_err(&quant)?;
+                (format, Scales::Double(scales))
+            }
+        };
+        let words = Parts::from_columns(&columns, &layout, Vec::new(), None).map_err(&quant)?;
+        let parts = Parts { scales, ..words };
+        let weight = QuantTensor::from_parts(parts, format, dims, device);
+        Ok(Some(weight.map_err(quant)?))
+    }
+
+    fn tensors<'a>(&self, path: &str, weight: &'a QuantTensor) -> Vec<(String, LazyTensor<'a>)> {
+        let name = |part: &str| format!("{path}.weight{part}");
+        let block = self.blocks[path];
+        let ([d_in, d_out], layout) = (weight.dims(), weight.layout());
+        let n = d_in * d_out;
+        let n_blocks = n.div_ceil(block);
+        let repeated = block / layout.group_size();
+        let packed = move || {
+            let mut codes = transpose(&weight.codes(), [d_in, d_out]);
+            if !n.is_multiple_of(2) {
+                // bitsandbytes quantizes a zero there.
+                let is_zero = |&code: &u8| layout.level(code) == 0.0;
+                codes.push((0..16).find(is_zero).expect("the types have a zero"));
+            }
+            let (pairs, _) = codes.as_chunks::<2>();
+            pairs
+                .iter()
+                .map(|[first, second]| first << 4 | second)
+                .collect()
+        };
+        let map = levels(&layout);
+        let mut all = vec![
+            (name(""), LazyTensor::bytes([n.div_ceil(2), 1], packed)),
+            (
+                name(".quant_map"),
+                LazyTensor::f32([16], move || map.clone()),
+            ),
+        ];
+        let mut state = format!(
+            r#"{{"quant_type": "{}", "blocksize": {block}, "dtype": "{}", "shape": [{d_out}, {d_in}]"#,
+            self.quant_type, self.dtype
+        );
+        match weight.format().double_quant() {
+            None => {
+                let absmax = move || {
+                    let grid = layout.grid_shape();
+                    let scales = transpose(&values(weight.scales()), grid);
+                    scales.into_iter().step_by(repeated).collect()
+                };
+                all.push((name(".absmax"), LazyTensor::f32([n_blocks], absmax)));
+            }
+            Some(double) => {
+                let codes = move || {
+                    let codes = double_scales(weight).codes.into_iter();
+                    codes.step_by(repeated).collect()
+                };
+                let nested = [n_blocks.div_ceil(NESTED_BLOCK)];
+                let map = scale_levels(double.levels);
+                all.push((name(".absmax"), LazyTensor::bytes([n_blocks], codes)));
+                all.push((
+                    name(".nested_absmax"),
+                    LazyTensor::f32(nested, || double_scales(weight).absmax),
+                ));
+                all.push((
+                    name(".nested_quant_map"),
+                    LazyTensor::f32([map.len()], move || map.clone()),
+                ));
+                let offset = python_float(double_scales(weight).offset.into());
+                state += &format!(
+                    r#", "nested_blocksize": {NESTED_BLOCK}, "nested_dtype": "float32", "nested_offset": {offset}"#
+                );
+            }
+        }
+        state.push('}');
+        let state_name = state_name(path, self.quant_type);
+        let state = LazyTensor::bytes([state.len()], move || state.clone().into_bytes());
+        all.push((state_name, state));
+        all
+    }
+
+    fn config(&self) -> Value {
+        json!({
+            "_load_in_4bit": true,
+            "_load_in_8bit": false,
+            "bnb_4bit_compute_dtype": self.dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.is_double,
+            "llm_int8_enable_fp32_cpu_offload": false,
+            "llm_int8_has_fp16_weight": false,
+            "llm_int8_skip_modules": self.dense,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": true,
+            "load_in_8bit": false,
+            "quant_method": METHOD,
+        })
+    }
+}
+
+fn state_name(path: &str, quant_type: &str) -> String {
+    format!("{path}.weight.quant_state.bitsandbytes__{quant_type}")
+}
+
+/// A finite number as Python's `json` writes it: with the fewest digits that read back the same.
+fn python_float(value: f64) -> String {
+    let scientific = format!("{value:e}");
+    let (digits, exponent) = scientific.split_once('e').expect("asked for an exponent");
+    let exponent: i32 = exponent.parse().expect("a whole number");
+    if (-4..16).contains(&exponent) {
+        let plain = value.to_string();
+        match plain.contains('.') {
+            true => plain,
+            false => plain + ".0",
+        }
+    } else {
+        let sign = if exponent < 0 { '-' } else { '+' };
+        format!("{digits}e{sign}{:02}", exponent.abs())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn floats_are_pythons() {
+        for (value, text) in [
+            (0.20712479948997498, "0.20712479948997498"),
+            (0.0, "0.0"),
+            (-0.0, "-0.0"),
+            (2.0, "2.0"),
+            (1e-4, "0.0001"),
+            (1e-5, "1e-05"),
+            (1.25e-17, "1.25e-17"),
+            (1e16, "1e+16"),
+            (123456789012345.0, "123456789012345.0"),
+            (1.5e300, "1.5e+300"),
+        ] {
+            assert_eq!(python_float(value), text);
+        }
+    }
+
+    #[test]
+    fn divisors_are_the_greatest() {
+        assert_eq!([gcd(160, 64), gcd(64, 4096), gcd(7, 64)], [32, 64, 1]);
+    }
+}

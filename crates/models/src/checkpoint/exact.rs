@@ -1,0 +1,184 @@
+//! The workspace's own format, which holds every packed weight as it is.
+//!
+//! | tensor | shape | |
+//! |---|---|---|
+//! | `PATH.qweight` | `[word_rows, d_out]` | GPTQ's words, rows as they are packed |
+//! | `PATH.scales` | `[n_groups, d_out]` | where they are floats |
+//! | `PATH.scale_codes` | `[d_out, n_groups]` | where they are double-quantized |
+//! | `PATH.scale_absmax` | `[n_blocks]` | one for each block of codes |
+//! | `PATH.scale_offset` | `[1]` | |
+//! | `PATH.zeros` | `[n_groups, d_out]` | on an affine grid |
+//! | `PATH.input_order` | `[d_in]` | the input of each packed row, where the layer has an order |
+//!
+//! `quantization_config` has the format of each layer. Floats are in the shortest type that holds
+//! them exactly.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::Device;
+use peft::files::LazyTensor;
+use quant_core::{DoubleScales, Format, Grid, Parts, QuantTensor, Scales};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{LayerFormat, Projections, Tensors, double_scales, quant_error, refuse_config, values};
+use crate::Result;
+
+pub(super) const METHOD: &str = "quant-core";
+const VERSION: u32 = 1;
+
+/// `quantization_config` in `config.json`.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Exact {
+    quant_method: String,
+    format_version: u32,
+    layers: BTreeMap<String, Layer>,
+}
+
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Layer {
+    #[serde(flatten)]
+    format: Format,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    input_order: bool,
+}
+
+impl Exact {
+    pub(super) fn open(json: Value, config: &Path) -> Result<Self> {
+        let refuse = |problem| Err(refuse_config(config, problem));
+        let found: Self = match serde_json::from_value(json) {
+            Ok(found) => found,
+            Err(error) => return refuse(format!("cannot be read: {error}")),
+        };
+        if found.format_version != VERSION {
+            let version = found.format_version;
+            return refuse(format!(
+                "has the version {version}; this program reads {VERSION}"
+            ));
+        }
+        Ok(found)
+    }
+
+    pub(super) fn for_model(model: &Projections) -> Self {
+        let layers = model.packed.iter().map(|(path, weight)| {
+            let layer = Layer {
+                format: weight.format(),
+                input_order: weight.input_order().is_some(),
+            };
+            (path.clone(), layer)
+        });
+        Self {
+            quant_method: METHOD.into(),
+            format_version: VERSION,
+            layers: layers.collect(),
+        }
+    }
+}
+
+impl LayerFormat for Exact {
+    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String> {
+        Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
+    }
+
+    fn check_paths(&self, linears: &[String], config: &Path) -> Result<()> {
+        match self.layers.keys().find(|path| !linears.contains(path)) {
+            None => Ok(()),
+            Some(path) => {
+                let problem = format!("lists `{path}`, which is no projection of the model");
+                Err(refuse_config(config, problem))
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        tensors: &mut Tensors,
+        path: &str,
+        dims: [usize; 2],
+        device: &Device,
+    ) -> Result<Option<QuantTensor>> {
+        let Some(&Layer {
+            format,
+            input_order,
+        }) = self.layers.get(path)
+        else {
+            return Ok(None);
+        };
+        let quant = quant_error(path);
+        let name = |part: &str| format!("{path}.{part}");
+        let [d_in, d_out] = dims;
+        let layout = format.layout(dims).map_err(&quant)?;
+        let grid @ [n_groups, _] = layout.grid_shape();
+        let columns = tensors.words(&name("qweight"), [layout.word_rows(), d_out])?;
+        let scales = match format.double_quant() {
+            None => Scales::Float(tensors.floats(&name("scales"), grid)?),
+            Some(double) => {
+                let n_blocks = (d_out * n_groups).div_ceil(double.block_size);
+                let [offset] = tensors.floats(&name("scale_offset"), [1])?[..] else {
+                    unreachable!("the shape was checked");
+                };
+                Scales::Double(DoubleScales {
+                    codes: tensors.bytes(&name("scale_codes"), [d_out, n_groups])?,
+                    absmax: tensors.floats(&name("scale_absmax"), [n_blocks])?,
+                    offset,
+                })
+            }
+        };
+        let zeros = match format.grid() {
+            Grid::Affine => Some(tensors.floats(&name("zeros"), grid)?),
+            _ => None,
+        };
+        let input_order = match input_order {
+            true => Some(tensors.words(&name("input_order"), [d_in])?),
+            false => None,
+        };
+        let words = Parts::from_columns(&columns, &layout, Vec::new(), None).map_err(&quant)?;
+        let parts = Parts {
+            scales,
+            zeros,
+            input_order,
+            ..words
+        };
+        let weight = QuantTensor::from_parts(parts, format, dims, device);
+        Ok(Some(weight.map_err(quant)?))
+    }
+
+    fn tensors<'a>(&self, path: &str, weight: &'a QuantTensor) -> Vec<(String, LazyTensor<'a>)> {
+        let name = |part: &str| format!("{path}.{part}");
+        let (layout, grid) = (weight.layout(), weight.layout().grid_shape());
+        let words = [layout.word_rows(), layout.d_out()];
+        let words = LazyTensor::words(words, || weight.columns());
+        let mut all = vec![(name("qweight"), words)];
+        match weight.format().double_quant() {
+            None => {
+                let scales = LazyTensor::floats(grid, || values(weight.scales()));
+                all.push((name("scales"), scales));
+            }
+            Some(double) => {
+                let [n_groups, d_out] = grid;
+                let n_blocks = (d_out * n_groups).div_ceil(double.block_size);
+                let codes = LazyTensor::bytes([d_out, n_groups], || double_scales(weight).codes);
+                let absmax = LazyTensor::floats([n_blocks], || double_scales(weight).absmax);
+                let offset = LazyTensor::floats([1], || vec![double_scales(weight).offset]);
+                all.push((name("scale_codes"), codes));
+                all.push((name("scale_absmax"), absmax));
+                all.push((name("scale_offset"), offset));
+            }
+        }
+        if let Some(zeros) = weight.zeros() {
+            let zeros = LazyTensor::floats(grid, move || values(zeros.clone()));
+            all.push((name("zeros"), zeros));
+        }
+        if let Some(order) = weight.input_order() {
+            let order = LazyTensor::words([order.len()], move || order.clone());
+            all.push((name("input_order"), order));
+        }
+        all
+    }
+
+    fn config(&self) -> Value {
+        serde_json::to_value(self).expect("strings and numbers")
+    }
+}

@@ -1,0 +1,269 @@
+//! Layers that GPTQModel and bitsandbytes packed, from the shared golden files.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{Device, Tensor, TensorData};
+use peft::files::{LazyTensor, TensorFile, write_tensors};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::*;
+
+fn shared(file: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../../shared/golden")
+        .join(file);
+    if !path.exists() {
+        eprintln!("skipped: no shared golden files beside the project");
+        return None;
+    }
+    Some(path)
+}
+
+/// The packed layer at `layer` in a directory of these tensors.
+fn read(
+    format: &dyn LayerFormat,
+    tensors: Vec<(String, LazyTensor)>,
+    dims: [usize; 2],
+) -> Result<QuantTensor> {
+    let dir = tempfile::tempdir().unwrap();
+    write_tensors(&dir.path().join(WEIGHTS), tensors).unwrap();
+    read_in(format, &dir, dims)
+}
+
+fn read_in(format: &dyn LayerFormat, dir: &TempDir, dims: [usize; 2]) -> Result<QuantTensor> {
+    let mut tensors = Tensors {
+        shards: Shards::open(dir.path()).unwrap(),
+        taken: HashSet::new(),
+    };
+    let weight = format.read(&mut tensors, "layer", dims, &Device::flex())?;
+    Ok(weight.expect("the layer is packed"))
+}
+
+fn gptq(quantizer: &str, bits: usize, group_size: i64, sym: bool, version: &str) -> Gptq {
+    let config = json!({
+        "bits": bits, "group_size": group_size, "sym": sym, "checkpoint_format": version,
+        "quant_method": "gptq", "meta": { "quantizer": [quantizer] },
+    });
+    Gptq::open(Path::new("nowhere"), Some(config)).unwrap()
+}
+
+#[test]
+fn layers_are_gptqmodels() {
+    let Some(path) = shared("gptq/layers.safetensors") else {
+        return;
+    };
+    let settings = std::fs::read(shared("gptq/layers.json").unwrap()).unwrap();
+    let settings: Map<String, Value> = serde_json::from_slice(&settings).unwrap();
+    let mut file = TensorFile::open(&path).unwrap();
+    let (mut checked, mut ordered) = (0, 0);
+    for (name, settings) in &settings {
+        let bits = settings["bits"].as_u64().unwrap() as usize;
+        let group_size = settings["group_size"].as_i64().unwrap();
+        let sym = settings["sym"].as_bool().unwrap();
+        let dims = [128, 64];
+        let mut floats = |part: &str| file.floats::<2>(&format!("{name}.{part}")).unwrap().0;
+        let dequantized = floats("dequantized");
+        let (zeros, scales) = (floats("zero"), floats("scales_f16"));
+        let n_groups = zeros.len() / 64;
+        let zeros = transpose(&zeros, [64, n_groups]);
+        let (g_idx, _) = file.words::<1>(&format!("{name}.g_idx")).unwrap();
+        let (qweight, shape) = file.words::<2>(&format!("{name}.qweight")).unwrap();
+        for (version, quantizer, parts) in [
+            ("gptq", "gptqmodel:7.7.0", "qzeros_v1"),
+            ("gptq", "another:1", "qzeros_v1"),
+            ("gptq_v2", "another:1", "qzeros_v2"),
+        ] {
+            let (qzeros, zero_shape) = file.words::<2>(&format!("{name}.{parts}")).unwrap();
+            let words = |shape: [usize; 2], words: &Vec<u32>| {
+                let words = words.clone();
+                LazyTensor::words(shape, move || words.clone())
+            };
+            let tensors = vec![
+                ("layer.qweight".to_string(), words(shape, &qweight)),
+                ("layer.qzeros".to_string(), words(zero_shape, &qzeros)),
+                (
+                    "layer.scales".to_string(),
+                    LazyTensor::f16([n_groups, 64], || scales.clone()),
+                ),
+                (
+                    "layer.g_idx".to_string(),
+                    LazyTensor::words([128], || g_idx.clone()),
+                ),
+            ];
+            let format = gptq(quantizer, bits, group_size, sym, version);
+            let weight = match read(&format, tensors, dims) {
+                Ok(weight) => weight,
+                Err(Error::WrappedZeros { group, output, .. }) => {
+                    assert_eq!((name.as_str(), quantizer), ("w4_zero_point_0", "another:1"));
+                    assert_eq!((group, output), (0, 0));
+                    checked += 1;
+                    continue;
+                }
+                Err(error) => panic!("{name}: {error}"),
+            };
+            assert_eq!(weight.zeros().is_none(), sym, "{name}");
+            if let Some(found) = weight.zeros() {
+                assert_eq!(values(found), zeros, "{name}, {parts}");
+            }
+            assert_eq!(weight.input_order().is_some(), !g_idx.is_sorted(), "{name}");
+            ordered += usize::from(weight.input_order().is_some());
+            // The reference's are rounded to f16.
+            let found = transpose(&values(weight.dequantize()), dims);
+            let differences = found.iter().zip(&dequantized).map(|(a, b)| (a - b).abs());
+            let off = differences.fold(0.0, f32::max);
+            assert!(off < 1e-4, "{name}: weights differ by {off}");
+
+            let model = Projections {
+                packed: vec![("layer".into(), &weight)],
+                dense: Vec::new(),
+            };
+            for to in [GptqVersion::V1, GptqVersion::V2] {
+                let written = match Gptq::for_model(&model, to) {
+                    Ok(format) => format,
+                    Err(refusals) => {
+                        assert_eq!((name.as_str(), to), ("w4_zero_point_0", GptqVersion::V1));
+                        assert!(refusals[0].1.contains("32 zeros of 0"), "{refusals:?}");
+                        continue;
+                    }
+                };
+                let dir = tempfile::tempdir().unwrap();
+                let path = dir.path().join(WEIGHTS);
+                write_tensors(&path, written.tensors("layer", &weight)).unwrap();
+                let mut again = TensorFile::open(&path).unwrap();
+                let part = match to {
+                    GptqVersion::V1 => "qzeros_v1",
+                    GptqVersion::V2 => "qzeros_v2",
+                };
+                let expected = file.words::<2>(&format!("{name}.{part}")).unwrap();
+                assert_eq!(
+                    again.words::<2>("layer.qzeros").unwrap(),
+                    expected,
+                    "{name}"
+                );
+                let (found, _) = again.words::<2>("layer.qweight").unwrap();
+                assert_eq!(found, qweight, "{name}");
+                assert_eq!(again.words::<1>("layer.g_idx").unwrap().0, g_idx, "{name}");
+                let back = read_in(&written, &dir, dims).unwrap();
+                assert_eq!(back.to_parts(), weight.to_parts());
+            }
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 3 * settings.len());
+    assert!(ordered > 0);
+}
+
+#[test]
+fn zeros_of_version_1_wrap_as_their_writer_had_it() {
+    // Two words of eight 4-bit zero-points, the second row of `w4_zero_point_0`.
+    let zeros = |quantizer: &str, words: &[u32]| {
+        gptq(quantizer, 4, 32, false, "gptq").zeros(words, words.len() / 2)
+    };
+    let expected = [0, 0, 0, 0, 0, 0, 0, 0, 8, 9, 6, 8, 8, 9, 6, 7];
+    let words = [0xEEEE_EEEF, 0x6587_7587];
+    assert_eq!(zeros("gptqmodel:7.7.0", &words).unwrap(), expected);
+    assert_eq!(zeros("auto_gptq:0.7", &words), Err((0, 0)));
+    // What AutoGPTQ's packer makes of a zero-point of 0 among 5, 0, 7.
+    assert_eq!(zeros("", &[0x7777_7777, 0xFFFF_FFF4]), Err((0, 9)));
+    // At the end of a word there is nothing to change.
+    let last = zeros("", &[0xF777_7777, 0x7777_7777]).unwrap();
+    assert_eq!(last, [&[8; 7][..], &[0], &[8; 8]].concat());
+    assert_eq!(
+        zeros("gptqmodel:7.7.0", &[0xF777_7777, 0x7777_7777]).unwrap(),
+        last
+    );
+    // 3-bit fields one by one; those that end a word are the 11th, the 22nd and the 32nd.
+    let three = |quantizer: &str, stored: &[u8]| {
+        let words = packing::pack(stored, 1, 3);
+        gptq(quantizer, 3, 32, false, "gptq").zeros(&words, 1)
+    };
+    for at in 0..32 {
+        let mut stored = vec![3; 32];
+        stored[at] = 7;
+        let mut zeros = vec![4; 32];
+        zeros[at] = 0;
+        assert_eq!(three("gptqmodel:7.7.0", &stored), Ok(zeros.clone()));
+        let told = [10, 21, 31].contains(&at);
+        let found = three("", &stored);
+        assert_eq!(found, if told { Ok(zeros) } else { Err((0, at)) });
+    }
+}
+
+fn bitsandbytes() -> Bitsandbytes {
+    Bitsandbytes::open(&json!({ "load_in_4bit": true }), Path::new("nowhere")).unwrap()
+}
+
+#[test]
+fn blocks_are_bitsandbytes() {
+    let Some(path) = shared("nf4/blocks.safetensors") else {
+        return;
+    };
+    let settings = std::fs::read(shared("nf4/blocks.json").unwrap()).unwrap();
+    let settings: Map<String, Value> = serde_json::from_slice(&settings).unwrap();
+    let mut file = TensorFile::open(&path).unwrap();
+    for (name, settings) in &settings {
+        let mut state = json!({
+            "quant_type": settings["quant_type"], "blocksize": settings["blocksize"],
+            "dtype": "float32", "shape": settings["shape"],
+        });
+        let named = |part: &str| format!("{name}.{part}");
+        let quant_type = settings["quant_type"].as_str().unwrap();
+        let mut tensors = Vec::new();
+        let mut add = |part: &str, tensor| tensors.push((format!("layer.weight{part}"), tensor));
+        let (packed, shape) = file.bytes::<2>(&named("packed")).unwrap();
+        add("", LazyTensor::bytes(shape, move || packed.clone()));
+        let (map, shape) = file.floats::<1>(&named("code")).unwrap();
+        add(".quant_map", LazyTensor::f32(shape, move || map.clone()));
+        if settings["nested"] == json!(true) {
+            let (absmax, shape) = file.bytes::<1>(&named("absmax")).unwrap();
+            add(".absmax", LazyTensor::bytes(shape, move || absmax.clone()));
+            for (from, to) in [
+                ("nested_absmax", ".nested_absmax"),
+                ("nested_code", ".nested_quant_map"),
+            ] {
+                let (values, shape) = file.floats::<1>(&named(from)).unwrap();
+                add(to, LazyTensor::f32(shape, move || values.clone()));
+            }
+            let (offset, _) = file.floats::<1>(&named("offset")).unwrap();
+            state["nested_blocksize"] = settings["nested_blocksize"].clone();
+            state["nested_offset"] = f64::from(offset[0]).into();
+        } else {
+            let (absmax, shape) = file.floats::<1>(&named("absmax")).unwrap();
+            add(".absmax", LazyTensor::f32(shape, move || absmax.clone()));
+        }
+        let state = state.to_string().into_bytes();
+        add(
+            &format!(".quant_state.bitsandbytes__{quant_type}"),
+            LazyTensor::bytes([state.len()], move || state.clone()),
+        );
+        let weight = read(&bitsandbytes(), tensors, [256, 64]).unwrap();
+        let (expected, _) = file.floats::<2>(&named("dequantized")).unwrap();
+        let found = transpose(&values(weight.dequantize()), [256, 64]);
+        assert!(found == expected, "{name}: the weights differ");
+    }
+}
+
+#[test]
+fn layers_are_bitsandbytes() {
+    for name in ["linear4bit_dq", "linear4bit_flat"] {
+        let Some(path) = shared(&format!("nf4/{name}.safetensors")) else {
+            return;
+        };
+        let mut file = TensorFile::open(&path).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(&path, dir.path().join(WEIGHTS)).unwrap();
+        let weight = read_in(&bitsandbytes(), &dir, [128, 64]).unwrap();
+        let (x, shape) = file.floats::<2>("x").unwrap();
+        let (y, _) = file.floats::<2>("y").unwrap();
+        let (bias, _) = file.floats::<1>("layer.bias").unwrap();
+        let x = Tensor::<2>::from_data(TensorData::new(x, shape), &Device::flex());
+        let found = values(weight.matmul(x));
+        let expected = y.chunks(64).flat_map(|row| row.iter().zip(&bias));
+        let differences = found.iter().zip(expected);
+        let off = differences.map(|(found, (y, bias))| (found + bias - y).abs());
+        let off = off.fold(0.0, f32::max);
+        assert!(off < 1e-5, "{name}: outputs differ by {off}");
+    }
+}

@@ -1,0 +1,254 @@
+//! Calibration stage by stage, plans, sensitivities and allocations, on random LLaMAs.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use models::{
+    Error, Llama, LlamaConfig, PerLayer, Pretrained, RopeScaling, Stages, plan, quantize, save,
+    sensitivities,
+};
+use peft::{Batch, CausalLm, Linears, Weight};
+use quant_core::{Gram, NormalFloat, Note, Optq, Order, Quantizer, Rtn, allocate};
+
+fn config() -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: 48,
+        hidden_size: 32,
+        intermediate_size: 40,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        attention_bias: true,
+        mlp_bias: false,
+        tie_word_embeddings: false,
+    }
+}
+
+fn model() -> Llama {
+    Llama::init(&config(), 3, &Device::flex())
+}
+
+fn batches(n: usize) -> Vec<Batch> {
+    let device = Device::flex();
+    device.seed(5);
+    let batch = |_| {
+        let tokens = Tensor::<2>::random([4, 24], Distribution::Uniform(0.0, 48.0), &device);
+        Batch::new(tokens.int()).unwrap()
+    };
+    (0..n).map(batch).collect()
+}
+
+fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
+    t.into_data().try_into_vec().unwrap()
+}
+
+fn weights(model: &Llama) -> Vec<Vec<f32>> {
+    let weight = |(_, linear): (String, &peft::Linear)| match linear.weight() {
+        Weight::Dense(weight) => values(weight.val()),
+        Weight::Quant(weight) => values(weight.dequantize()),
+    };
+    model.linears().into_iter().map(weight).collect()
+}
+
+#[test]
+fn the_stages_are_the_forward_pass() {
+    let (model, batch) = (model(), &batches(1)[0]);
+    let stages = model.stages();
+    let all: Vec<usize> = stages.iter().cloned().flatten().collect();
+    assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
+    let mut state = model.start(batch.tokens());
+    for (stage, range) in stages.iter().enumerate() {
+        let [_, _, d_in] = Llama::input(&state).dims();
+        for (path, linear) in &model.linears()[range.clone()] {
+            assert_eq!(linear.weight().dims()[0], d_in, "{path}");
+        }
+        state = model.advance(stage, state);
+    }
+}
+
+/// The Gram of each layer is that of its inputs in the model as it is packed by then.
+#[test]
+fn layers_are_calibrated_on_the_packed_ones_before_them() {
+    let batches = batches(6);
+    let optq = Optq::new().with_bits(3).with_group_size(8);
+    let mut packed = model();
+    let layers = quantize(&mut packed, &optq, &batches, |_| {}).unwrap();
+    assert_eq!(layers.len(), 14);
+
+    // The same by hand: the first three stages packed, the fourth calibrated on what they give.
+    let mut partly = model();
+    let first = partly.linears().into_iter().take(6);
+    let first: BTreeMap<_, Box<dyn Quantizer>> = first
+        .map(|(path, _)| (path, Box::new(optq) as Box<dyn Quantizer>))
+        .collect();
+    quantize(&mut partly, &PerLayer(first), &batches, |_| {}).unwrap();
+    let mut gram = Gram::new(40, &Device::flex());
+    for batch in &batches {
+        let mut state = partly.start(batch.tokens());
+        for stage in 0..3 {
+            state = partly.advance(stage, state);
+        }
+        gram.update(Llama::input(&state));
+    }
+    assert_eq!(gram.n_tokens(), 6 * 4 * 24);
+    let linears = partly.linears();
+    let (path, linear) = &linears[6];
+    assert_eq!(path, "model.layers.0.mlp.down_proj");
+    let Weight::Dense(weight) = linear.weight() else {
+        panic!("{path} is packed");
+    };
+    let expected = optq.quantize(weight.val(), Some(&gram)).unwrap().weight;
+    assert!(weights(&packed)[6] == values(expected.dequantize()));
+    assert!(weights(&packed)[..6] == weights(&partly)[..6]);
+}
+
+#[test]
+fn calibration_pays() {
+    let batches = batches(12);
+    fn errors(quantizer: &impl Quantizer, batches: &[Batch]) -> Vec<f64> {
+        let mut model = model();
+        let mut seen = Vec::new();
+        let layers = quantize(&mut model, quantizer, batches, |layer| {
+            seen.push(layer.clone())
+        });
+        assert_eq!(layers.unwrap(), seen);
+        seen.iter()
+            .map(|layer| layer.cost.output_error.unwrap())
+            .collect()
+    }
+    let rtn = errors(&Rtn::new().with_bits(2), &batches);
+    let optq = errors(&Optq::new().with_bits(2), &batches);
+    assert_eq!(rtn.len(), 14);
+    for (rtn, optq) in rtn.iter().zip(&optq) {
+        assert!(optq < rtn, "{optq} and {rtn}");
+    }
+}
+
+#[test]
+fn weights_alone_need_no_calibration() {
+    let nf4 = NormalFloat::new().with_block_size(8);
+    let (mut with, mut without) = (model(), model());
+    let layers = quantize(&mut with, &nf4, &batches(2), |_| {}).unwrap();
+    assert!(layers[0].cost.output_error.is_some_and(|error| error > 0.0));
+    let layers = quantize(&mut without, &nf4, &[], |_| {}).unwrap();
+    assert_eq!(layers[0].cost.output_error, None);
+    assert!(weights(&with) == weights(&without));
+
+    let mut model = model();
+    let error = quantize(&mut model, &Optq::new(), &[], |_| {}).unwrap_err();
+    assert!(matches!(error, Error::NoCalibration), "{error}");
+    assert!(sensitivities(&model, &[&nf4], &[]).is_err());
+    let tokens = Tensor::<2, Int>::full([1, 4], 48, &Device::flex());
+    let wrong = [Batch::new(tokens).unwrap()];
+    let error = quantize(&mut model, &Optq::new(), &wrong, |_| {}).unwrap_err();
+    let token = matches!(error, Error::Peft(peft::Error::Token { token: 48, .. }));
+    assert!(token, "{error}");
+}
+
+#[test]
+fn notes_reach_the_report() {
+    let tokens = Tensor::<2, Int>::ones([1, 4], &Device::flex());
+    let few = [Batch::new(tokens).unwrap()];
+    let layers = quantize(&mut model(), &Optq::new(), &few, |_| {}).unwrap();
+    let note = Note::FewTokens {
+        n_tokens: 4,
+        d_in: 32,
+    };
+    assert!(layers[0].cost.notes.contains(&note));
+}
+
+/// GPTAQ sees the dense stream: what its first stage gets has not drifted, what the others get has.
+#[test]
+fn drift_is_that_of_the_dense_model() {
+    let batches = batches(8);
+    let optq = Optq::new().with_bits(2).with_order(Order::Descending);
+    let (mut plain, mut gptaq) = (model(), model());
+    quantize(&mut plain, &optq, &batches, |_| {}).unwrap();
+    quantize(&mut gptaq, &optq.with_drift(0.25), &batches, |_| {}).unwrap();
+    let (plain, gptaq) = (weights(&plain), weights(&gptaq));
+    assert!(plain[..3] == gptaq[..3]);
+    assert!(plain[3..].iter().zip(&gptaq[3..]).all(|(a, b)| a != b));
+}
+
+#[test]
+fn formats_are_allocated_under_a_budget() {
+    let (model, batches) = (model(), batches(8));
+    let formats: Vec<Optq> = [2, 3, 4, 8]
+        .map(|bits| Optq::new().with_bits(bits).with_group_size(8))
+        .into();
+    let quantizers: Vec<&dyn Quantizer> = formats.iter().map(|f| f as &dyn Quantizer).collect();
+    let (paths, layers): (Vec<_>, Vec<_>) = sensitivities(&model, &quantizers, &batches)
+        .unwrap()
+        .into_iter()
+        .unzip();
+    let uniform: u64 = layers.iter().map(|layer| layer[1].n_bytes).sum();
+    let allocation = allocate(&layers, uniform).unwrap();
+    assert!(allocation.is_optimal() && allocation.n_bytes <= uniform);
+    let same = allocation.uniform.unwrap();
+    assert_eq!((same.candidate, same.n_bytes), (1, uniform));
+    assert!(allocation.error < same.error);
+
+    let chosen = paths.iter().zip(&allocation.choice);
+    let recipe =
+        chosen.map(|(path, &k)| (path.clone(), Box::new(formats[k]) as Box<dyn Quantizer>));
+    let recipe = PerLayer(recipe.collect());
+    let mut model = model;
+    let packed = quantize(&mut model, &recipe, &batches, |_| {}).unwrap();
+    let n_bytes: usize = packed.iter().map(|layer| layer.n_bytes).sum();
+    assert_eq!(n_bytes as u64, allocation.n_bytes);
+}
+
+#[test]
+fn a_plan_is_what_comes_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = dir.path().join("tokenizer.json");
+    let vocabulary: Vec<String> = (0..48).map(|id| format!("\"w{id}\":{id}")).collect();
+    let json = format!(
+        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
+        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
+        vocabulary.join(",")
+    );
+    std::fs::write(&tokenizer, json).unwrap();
+    let mut lm = Pretrained::new(model(), &tokenizer).unwrap();
+    let dense = dir.path().join("dense");
+    save(&lm, &dense).unwrap();
+
+    let rtn = Rtn::new().with_bits(3).with_group_size(40);
+    let error = plan(&dense, &rtn).unwrap_err();
+    let Error::Plan { layers } = &error else {
+        panic!("{error}");
+    };
+    // Every layer but the two of 40 inputs.
+    assert_eq!(layers.len(), 12);
+    assert!(
+        layers[0].1.contains("group size 40 does not fit 32 inputs"),
+        "{error}"
+    );
+    let error = plan(&dense, &Rtn::new().with_bits(5)).unwrap_err();
+    assert!(error.to_string().contains("not 5"), "{error}");
+
+    let rtn = Rtn::new().with_bits(3).with_group_size(8);
+    let planned = plan(&dense, &rtn).unwrap();
+    let layers = quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+    assert_eq!(planned.layers.len(), layers.len());
+    for (planned, layer) in planned.layers.iter().zip(&layers) {
+        assert_eq!(planned.path, layer.path);
+        assert_eq!(planned.format, Some(layer.format));
+        assert_eq!(planned.n_bytes, layer.n_bytes as u64);
+    }
+    assert!(planned.to_string().ends_with("% of f32"), "{planned}");
+    let packed = dir.path().join("packed");
+    save(&lm, &packed).unwrap();
+    let error = plan(&packed, &rtn).unwrap_err();
+    assert!(
+        error.to_string().contains("is quantized already"),
+        "{error}"
+    );
+    assert_eq!(lm.model.vocab_size(), 48);
+}
