@@ -160,10 +160,12 @@ impl Name {
     fn quantizer(self, bits: usize, GroupSize(group_size): GroupSize, args: &Args) -> Method {
         let (symmetric, double) = (args.symmetric, args.double_quant.then(DoubleQuant::dynamic));
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-        let rtn = rtn.with_symmetric(symmetric);
+        // What the checkpoint can hold.
+        let f16 = matches!(args.format, Target::Gptq | Target::GptqV2);
+        let rtn = rtn.with_symmetric(symmetric).with_f16_scales(f16);
         let nf = NormalFloat::new().with_bits(bits);
         let optq = Optq::new().with_bits(bits).with_group_size(group_size);
-        let optq = optq.with_symmetric(symmetric);
+        let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
         Method(match self {
             Name::Rtn => Box::new(rtn),
             Name::Clip => Box::new(rtn.with_range(Range::Clipped)),

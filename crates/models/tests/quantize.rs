@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use models::{
-    Error, Llama, LlamaConfig, PerLayer, Pretrained, RopeScaling, Stages, plan, quantize, save,
-    sensitivities,
+    CheckpointFormat, Error, GptqVersion, Llama, LlamaConfig, PerLayer, Pretrained, RopeScaling,
+    Stages, load, plan, quantize, save, save_as, sensitivities,
 };
-use peft::{Batch, CausalLm, Linears, Weight};
-use quant_core::{Gram, NormalFloat, Note, Optq, Order, Quantizer, Rtn, allocate};
+use peft::{Batch, CausalLm, Fingerprint, Linears, Weight};
+use quant_core::{Gram, NormalFloat, Note, Optq, Order, Quantizer, Range, Rtn, allocate};
 
 fn config() -> LlamaConfig {
     LlamaConfig {
@@ -203,8 +203,8 @@ fn formats_are_allocated_under_a_budget() {
     assert_eq!(n_bytes as u64, allocation.n_bytes);
 }
 
-#[test]
-fn a_plan_is_what_comes_of_it() {
+/// A model with a tokenizer, in a directory of its own.
+fn pretrained() -> (tempfile::TempDir, Pretrained) {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = dir.path().join("tokenizer.json");
     let vocabulary: Vec<String> = (0..48).map(|id| format!("\"w{id}\":{id}")).collect();
@@ -215,7 +215,40 @@ fn a_plan_is_what_comes_of_it() {
         vocabulary.join(",")
     );
     std::fs::write(&tokenizer, json).unwrap();
-    let mut lm = Pretrained::new(model(), &tokenizer).unwrap();
+    let lm = Pretrained::new(model(), &tokenizer).unwrap();
+    (dir, lm)
+}
+
+/// What OPTQ makes with scales in f16, a GPTQ checkpoint gives back, bit for bit.
+#[test]
+fn optq_is_saved_for_gptq() {
+    let batches = batches(8);
+    let optq = Optq::new().with_group_size(8).with_f16_scales(true);
+    let v1 = CheckpointFormat::Gptq(GptqVersion::V1);
+    let v2 = CheckpointFormat::Gptq(GptqVersion::V2);
+    for (optq, format) in [
+        (optq, v2),
+        (optq.with_order(Order::DescendingRegrouped), v2),
+        (optq.with_symmetric(true), v1),
+        (
+            optq.with_symmetric(true)
+                .with_order(Order::DescendingByGroup),
+            v1,
+        ),
+        (optq.with_bits(8).with_range(Range::Clipped), v2),
+    ] {
+        let (dir, mut lm) = pretrained();
+        quantize(&mut lm.model, &optq, &batches, |_| {}).unwrap();
+        let out = dir.path().join("out");
+        save_as(&lm, &out, format).unwrap();
+        let again = load(&out, &Device::flex()).unwrap();
+        assert_eq!(Fingerprint::of(&again.model), Fingerprint::of(&lm.model));
+    }
+}
+
+#[test]
+fn a_plan_is_what_comes_of_it() {
+    let (dir, mut lm) = pretrained();
     let dense = dir.path().join("dense");
     save(&lm, &dense).unwrap();
 

@@ -43,8 +43,8 @@ pub enum Error {
         /// How many there are.
         count: usize,
     },
-    /// The values of a group span more than an `f32` holds.
-    #[error("output {column} spans {low} to {high} in group {group}, which no f32 scale can step")]
+    /// The values of a group span more than an `f32`, or an `f16` where that is asked for, holds.
+    #[error("output {column} spans {low} to {high} in group {group}, which no scale can step")]
     Span {
         /// The group of inputs.
         group: usize,

@@ -3,6 +3,7 @@
 //! The arithmetic is that of the reference quantizer of OPTQ (Frantar et al. 2023,
 //! arXiv:2210.17323), in `f32` with halves rounded to even.
 
+use half::f16;
 use kernels::{Cost, Layout};
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,8 @@ pub(crate) struct Uniform {
     pub(crate) range: Range,
     /// Whether a symmetric group without negative weights gets the reference code's half range.
     pub(crate) reference_symmetric: bool,
+    /// Whether scales are rounded to f16 before a weight is.
+    pub(crate) f16_scales: bool,
 }
 
 impl Uniform {
@@ -43,6 +46,7 @@ impl Uniform {
             symmetric: false,
             range: Range::Full,
             reference_symmetric: false,
+            f16_scales: false,
         }
     }
 
@@ -128,7 +132,7 @@ impl Uniform {
                 (*low, *high) = (-1.0, 1.0);
             }
         }
-        let (scales, zeros) = match (self.range, of_input) {
+        let (mut scales, zeros): (Vec<f32>, Vec<f32>) = match (self.range, of_input) {
             (Range::Full, _) => low
                 .iter()
                 .zip(&high)
@@ -140,6 +144,21 @@ impl Uniform {
             }
             (Range::ClippedForOutput, None) => return Err(Error::NoGram),
         };
+        if self.f16_scales {
+            for (at, scale) in scales.iter_mut().enumerate() {
+                // The least scale above zero, for what rounds to nothing.
+                let rounded = f16::from_f32(*scale).max(f16::from_bits(1));
+                if rounded.is_infinite() {
+                    return Err(Error::Span {
+                        group: at / layout.d_out(),
+                        column: at % layout.d_out(),
+                        low: low[at],
+                        high: high[at],
+                    });
+                }
+                *scale = rounded.to_f32();
+            }
+        }
         Ok(Grids {
             scales,
             zeros: (!self.symmetric).then_some(zeros),

@@ -113,6 +113,13 @@ impl Optq {
         self
     }
 
+    /// Whether scales are rounded to `f16` first, and the weights to the grids of those: what a GPTQ
+    /// checkpoint holds.
+    pub fn with_f16_scales(mut self, f16: bool) -> Self {
+        self.grid.f16_scales = f16;
+        self
+    }
+
     /// The order in which inputs are rounded.
     pub fn with_order(mut self, order: Order) -> Self {
         self.order = order;
@@ -264,10 +271,24 @@ impl Optq {
             return self.round_to_nearest(weight, layout, of_input, notes);
         };
 
+        // The inputs in the order in which they are packed, those of a group as they come: files
+        // have the group of each input, not its place there.
+        let input_order = (self.order == Order::DescendingRegrouped).then(|| {
+            let mut order: Vec<usize> = inputs.iter().rev().copied().collect();
+            let groups = order.chunks_mut(layout.group_size());
+            groups.for_each(<[usize]>::sort_unstable);
+            order
+        });
         // Where each row is packed.
-        let packed: Vec<usize> = match self.order {
-            Order::DescendingRegrouped => (0..d_in).rev().collect(),
-            _ => inputs.clone(),
+        let packed: Vec<usize> = match &input_order {
+            None => inputs.clone(),
+            Some(order) => {
+                let mut place = vec![0; d_in];
+                for (row, &input) in order.iter().enumerate() {
+                    place[input] = row;
+                }
+                inputs.iter().map(|&input| place[input]).collect()
+            }
         };
         let mut run = Run {
             optq: self,
@@ -284,11 +305,10 @@ impl Optq {
             rounded: drift.as_ref().map(|_| vec![0.0; d_in * d_out]),
         };
         run.blocks(&mut work, &factor, drift.as_deref())?;
-        let regrouped = self.order == Order::DescendingRegrouped;
         let rounded = Rounded {
             codes: run.codes,
             grids: run.grids,
-            input_order: regrouped.then(|| inputs.iter().rev().map(|&i| i as u32).collect()),
+            input_order: input_order.map(|order| order.into_iter().map(|i| i as u32).collect()),
             notes,
             loss: run.losses.iter().sum::<f64>() / 2.0,
         };

@@ -60,6 +60,13 @@ impl Rtn {
         self
     }
 
+    /// Whether scales are rounded to `f16` first, and the weights to the grids of those: what a GPTQ
+    /// checkpoint holds.
+    pub fn with_f16_scales(mut self, f16: bool) -> Self {
+        self.grid.f16_scales = f16;
+        self
+    }
+
     /// Whether all groups share one grid, that of the whole weight.
     pub fn with_per_tensor(mut self, per_tensor: bool) -> Self {
         self.per_tensor = per_tensor;

@@ -260,6 +260,29 @@ proptest! {
         prop_assert_eq!(packed.codes(), one.codes());
     }
 
+    /// Scales in f16 are those of f32 rounded once, and the weights the nearest on their grids.
+    #[test]
+    fn f16_scales_are_rounded_before_the_weights(case in cases()) {
+        let packed = case.rtn.with_f16_scales(true).quantize(case.tensor(), None).unwrap().weight;
+        let exact = case.quantize();
+        prop_assert_eq!(&packed.to_parts().zeros, &exact.to_parts().zeros);
+        let (narrow, wide) = (scales(&packed), scales(&exact));
+        for (narrow, wide) in narrow.iter().zip(wide) {
+            let rounded = half::f16::from_f32(wide).max(half::f16::from_bits(1));
+            prop_assert_eq!(*narrow, rounded.to_f32());
+        }
+        let zeros = exact.zeros().map(values);
+        let max_code = ((1u32 << packed.format().bits()) - 1) as f32;
+        let [_, d_out] = case.dims;
+        for (at, (w, code)) in case.weight.iter().zip(packed.codes()).enumerate() {
+            let grid = at / d_out / case.group_size() * d_out + at % d_out;
+            let center = ((1u32 << packed.format().bits()) / 2) as f32;
+            let zero = zeros.as_ref().map_or(center, |zeros| zeros[grid]);
+            let nearest = ((w / narrow[grid]).round_ties_even() + zero).clamp(0.0, max_code);
+            prop_assert_eq!(f32::from(code), nearest);
+        }
+    }
+
     /// Each value goes to the nearest level: half a step away, or beyond the end of the grid.
     #[test]
     fn rounding_is_to_the_nearest_level(case in cases()) {
