@@ -7,7 +7,9 @@ use std::hint::black_box;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use quant_core::{DoubleQuant, Gram, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
+use quant_core::{
+    Candidate, DoubleQuant, Gram, NormalFloat, Optq, Order, Quantizer, Range, Rtn, allocate,
+};
 
 fn width() -> usize {
     std::env::var("WIDTH").map_or(4096, |width| width.parse().expect("WIDTH is a number"))
@@ -135,9 +137,37 @@ fn optq(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// 300 layers of four shapes, each in ten formats: a factor of 4 in error for each bit, times how much
+/// the layer matters, over three orders of magnitude.
+fn allocation(criterion: &mut Criterion) {
+    let shapes = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024)];
+    let layers: Vec<Vec<Candidate>> = (0..300u64)
+        .map(|layer| {
+            let (d_in, d_out) = shapes[layer as usize % 4];
+            let matters = 10f64.powf((layer * 7919 % 1000) as f64 / 333.0);
+            let of_bits = |bits: u64| {
+                let group_sizes = [32, 64, 128]
+                    .into_iter()
+                    .take(if bits == 8 { 1 } else { 3 });
+                group_sizes.map(move |group| Candidate {
+                    n_bytes: d_in * d_out * bits / 8 + d_in / group * d_out * 4,
+                    error: matters * 0.25f64.powi(bits as i32) * (group as f64).powf(0.3),
+                })
+            };
+            [2, 3, 4, 8].into_iter().flat_map(of_bits).collect()
+        })
+        .collect();
+    let three_bits: u64 = layers.iter().map(|layer| layer[4].n_bytes).sum();
+    criterion.bench_function("allocate 300 layers x 10 formats", |b| {
+        b.iter(|| black_box(allocate(&layers, three_bits)))
+    });
+    let found = allocate(&layers, three_bits).expect("three bits fit");
+    assert!(found.is_optimal());
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(20);
-    targets = ceilings, quantize, pack, optq
+    targets = ceilings, quantize, pack, optq, allocation
 }
 criterion_main!(benches);
