@@ -18,9 +18,7 @@ use examples::embedded;
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{CheckpointFormat, GptqVersion, perplexity};
 use peft::Batch;
-use quant_core::{
-    DoubleQuant, Format, Needs, NormalFloat, Optq, Order, Quantized, Quantizer, Range, Rtn,
-};
+use quant_core::{DoubleQuant, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -67,7 +65,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 128)]
     samples: usize,
     /// Tokens in a window
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = seq_len)]
     seq_len: usize,
     /// Seed of the choice of windows to calibrate on
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -94,6 +92,13 @@ fn group_size(value: &str) -> std::result::Result<GroupSize, String> {
             Ok(n) if n > 0 => Ok(GroupSize(Some(n))),
             _ => Err("a positive number, or `channel` for one scale per output".into()),
         },
+    }
+}
+
+fn seq_len(value: &str) -> std::result::Result<usize, String> {
+    match value.parse() {
+        Ok(n) if n > 1 => Ok(n),
+        _ => Err("a number of at least 2".into()),
     }
 }
 
@@ -157,7 +162,12 @@ impl Name {
         }
     }
 
-    fn quantizer(self, bits: usize, GroupSize(group_size): GroupSize, args: &Args) -> Method {
+    fn quantizer(
+        self,
+        bits: usize,
+        GroupSize(group_size): GroupSize,
+        args: &Args,
+    ) -> Box<dyn Quantizer> {
         let (symmetric, double) = (args.symmetric, args.double_quant.then(DoubleQuant::dynamic));
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
         // What the checkpoint can hold.
@@ -166,7 +176,7 @@ impl Name {
         let nf = NormalFloat::new().with_bits(bits);
         let optq = Optq::new().with_bits(bits).with_group_size(group_size);
         let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
-        Method(match self {
+        match self {
             Name::Rtn => Box::new(rtn),
             Name::Clip => Box::new(rtn.with_range(Range::Clipped)),
             Name::Nf => Box::new(nf.with_block_size(group_size).with_double_quant(double)),
@@ -179,28 +189,7 @@ impl Name {
             Name::OptqGroups => Box::new(optq.with_order(Order::DescendingByGroup)),
             Name::OptqClip => Box::new(optq.with_range(Range::Clipped)),
             Name::Gptaq => Box::new(optq.with_drift(0.25)),
-        })
-    }
-}
-
-/// One of several quantizers.
-struct Method(Box<dyn Quantizer>);
-
-impl Quantizer for Method {
-    fn format(&self) -> quant_core::Result<Format> {
-        self.0.format()
-    }
-
-    fn needs(&self) -> Needs {
-        self.0.needs()
-    }
-
-    fn quantize(
-        &self,
-        weight: burn::tensor::Tensor<2>,
-        gram: Option<&quant_core::Gram>,
-    ) -> quant_core::Result<Quantized> {
-        self.0.quantize(weight, gram)
+        }
     }
 }
 
@@ -245,7 +234,7 @@ fn run(args: &Args) -> Result<()> {
         }
     };
     match single {
-        Some(method) => one(args, &method, &source, &device),
+        Some(method) => one(args, &*method, &source, &device),
         None => table(args, &source, &device),
     }
 }
@@ -279,13 +268,13 @@ fn texts(args: &Args, source: &Path, device: &Device) -> Result<(Vec<Batch>, Vec
 }
 
 /// One method: every layer, and the model saved.
-fn one(args: &Args, method: &Method, source: &Path, device: &Device) -> Result<()> {
-    let plan = models::plan(source, method)?;
+fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> Result<()> {
+    let plan = models::plan(source, &method)?;
     println!("{plan}\n");
     let (calibration, eval) = texts(args, source, device)?;
     let mut lm = models::load(source, device)?;
     let before = perplexity(&lm.model, &eval)?.value();
-    models::quantize(&mut lm.model, method, &calibration, |layer| {
+    models::quantize(&mut lm.model, &method, &calibration, |layer| {
         let cost = &layer.cost;
         print!("{}: {}", layer.path, cost.distortion);
         if let Some(error) = cost.output_error {
@@ -329,7 +318,8 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
                         format!("{:.4}", perplexity(&lm.model, &eval)?.value())
                     }
                     // A width that the grid lacks, a group that does not fit.
-                    Err(_) => "–".into(),
+                    Err(models::Error::Plan { .. }) => "–".into(),
+                    Err(error) => return Err(error.into()),
                 };
                 row += &format!("| {cell} ");
                 bar.inc(1);

@@ -27,7 +27,8 @@ pub fn with_values<const D: usize, R>(tensor: Tensor<D>, f: impl FnOnce(&[f32]) 
     f(values.as_slice().expect("converted to f32"))
 }
 
-/// The scale and the whole zero that map `low` to code 0 and `high` to `max_code`; `low <= 0 <= high`.
+/// The scale and the whole zero that map `low` to code 0 and `high` to `max_code`; `low <= 0 <= high`,
+/// not both zero.
 ///
 /// Frantar et al. 2023, arXiv:2210.17323: their code's `Quantizer`.
 #[inline(always)]
@@ -258,7 +259,8 @@ impl Lanes {
                     let below = midpoints.iter().map(|&m| u32::from(value > m));
                     codes[j] = below.sum();
                 }
-                codes = I::lookup(order, &codes).map(small);
+                // SAFETY: `I` is that of the function that this is compiled into.
+                codes = unsafe { I::lookup(order, &codes) }.map(small);
             }
         }
         codes
@@ -269,7 +271,8 @@ impl Lanes {
     fn weights<I: Isa>(&self, levels: &Nearest, codes: &[u32; TILE]) -> [f32; TILE] {
         let levels = match levels {
             Nearest::Uniform { center, .. } => codes.map(|code| code as i32 as f32 - center),
-            Nearest::Table { table, .. } => I::lookup(table, codes),
+            // SAFETY: as above.
+            Nearest::Table { table, .. } => unsafe { I::lookup(table, codes) },
         };
         std::array::from_fn(|j| (levels[j] - self.zeros[j]) * self.scales[j])
     }
@@ -278,7 +281,7 @@ impl Lanes {
 /// The integer of a float in `0 ..= 255`.
 #[inline(always)]
 fn small(value: f32) -> u32 {
-    // SAFETY: the callers give whole numbers from 0 to 255.
+    // SAFETY: the callers give numbers from 0 to 255.
     unsafe { value.to_int_unchecked::<i32>() as u32 }
 }
 
@@ -309,7 +312,7 @@ pub enum Cost<'a> {
 const CLIP_STEPS: usize = 80;
 const CLIP_GRID: usize = 100;
 
-/// Scales and zeros of the ranges that cost least among `low` and `high` shrunk by up to 80 %.
+/// Scales and zeros of the ranges that cost least among 100 % down to 21 % of `low` and `high`.
 ///
 /// The grid, the exponent and the strict comparison are those of the reference code of OPTQ
 /// (Frantar et al. 2023). The zeros of a centered layout stay zero.
@@ -424,7 +427,8 @@ fn search_tile_body<I: Isa>(
             }
         }
         for j in 0..TILE {
-            if sums[j] < least[j] {
+            // The full range stands where every cost is more than a float holds.
+            if step == 0 || sums[j] < least[j] {
                 least[j] = sums[j];
                 best.scales[j] = lanes.scales[j];
                 best.zeros[j] = lanes.zeros[j];
@@ -478,8 +482,12 @@ pub struct Influence<'a> {
 ///
 /// With the inverse Cholesky factor of a Hessian this is the inner loop of OPTQ (Frantar et al. 2023).
 ///
+/// # Shapes
+/// - `scales`, `zeros`: [`Layout::grid_shape`]; the group of a row is that of its place in the codes
+///
 /// # Panics
-/// If a size is not the layout's.
+/// If a size is not the layout's, `rows` or `from` do not lie within it in this order, or a table has
+/// zeros.
 pub fn round_with_feedback(
     state: &mut Feedback,
     influence: Influence,
@@ -497,6 +505,8 @@ pub fn round_with_feedback(
     assert_eq!(influence.inputs.len(), d_in, "the input of each row");
     assert!(influence.inputs.iter().all(|&input| input < d_in));
     assert!(from <= rows.start && rows.end <= d_in);
+    let square = |drift: &[f32]| drift.len() == d_in * d_in;
+    assert!(influence.drift.is_none_or(square), "the drift");
     if let Some(rounded) = &state.rounded {
         assert_eq!(rounded.len(), d_in * d_out, "the rounded weights");
     }
@@ -529,7 +539,7 @@ struct Task<'a> {
 struct Shared<T>(*mut T);
 
 // SAFETY: each task touches the columns of its own tile alone.
-unsafe impl<T> Sync for Shared<T> {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
 impl<T> Shared<T> {
     /// The columns of a task in one row of a matrix.

@@ -8,7 +8,10 @@ use crate::layout::TABLE;
 /// What an instruction set does better than the compiler's rendering of plain code.
 pub(crate) trait Isa {
     /// The entries of a table.
-    fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE];
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE];
 }
 
 /// Defines `$name` as `$body` compiled for AVX-512, for AVX2 and for the target's base. `$body` is
@@ -49,19 +52,18 @@ pub(crate) struct Portable;
 
 impl Isa for Portable {
     #[inline(always)]
-    fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
+    unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         indices.map(|i| table[i as usize % TABLE])
     }
 }
 
-/// Only used inside of functions compiled for AVX-512.
 #[cfg(target_arch = "x86_64")]
 pub(crate) struct Avx512;
 
 #[cfg(target_arch = "x86_64")]
 impl Isa for Avx512 {
     #[inline(always)]
-    fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
+    unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         use std::arch::x86_64::*;
 
         #[inline]
@@ -78,19 +80,18 @@ impl Isa for Avx512 {
             }
             out
         }
-        // SAFETY: the caller was compiled for AVX-512, and chosen because the processor has it.
+        // SAFETY: the caller's promise.
         unsafe { lookup(table, indices) }
     }
 }
 
-/// Only used inside of functions compiled for AVX2.
 #[cfg(target_arch = "x86_64")]
 pub(crate) struct Avx2;
 
 #[cfg(target_arch = "x86_64")]
 impl Isa for Avx2 {
     #[inline(always)]
-    fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
+    unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         use std::arch::x86_64::*;
 
         #[inline]
@@ -112,7 +113,7 @@ impl Isa for Avx2 {
             }
             out
         }
-        // SAFETY: the caller was compiled for AVX2, and chosen because the processor has it.
+        // SAFETY: the caller's promise.
         unsafe { lookup(table, indices) }
     }
 }
@@ -125,15 +126,18 @@ mod tests {
     fn every_instruction_set_looks_up_the_same() {
         let table = std::array::from_fn(|i| i as f32 * 1.5 - 7.0);
         let indices = std::array::from_fn(|j| (j as u32 * 7 + 3) % 16);
-        let expected = Portable::lookup(&table, &indices);
+        // SAFETY: every processor is portable.
+        let expected = unsafe { Portable::lookup(&table, &indices) };
         assert_eq!(expected[1], table[10]);
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx2") {
-                assert_eq!(Avx2::lookup(&table, &indices), expected);
+                // SAFETY: just asked for.
+                assert_eq!(unsafe { Avx2::lookup(&table, &indices) }, expected);
             }
             if is_x86_feature_detected!("avx512f") {
-                assert_eq!(Avx512::lookup(&table, &indices), expected);
+                // SAFETY: just asked for.
+                assert_eq!(unsafe { Avx512::lookup(&table, &indices) }, expected);
             }
         }
     }

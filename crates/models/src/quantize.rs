@@ -10,6 +10,11 @@ use crate::{Error, Result, Stages};
 pub trait Recipe {
     /// The quantizer of the layer at `path`; none leaves it dense.
     fn quantizer(&self, path: &str) -> Option<&dyn Quantizer>;
+
+    /// The layers that it names, which the model must have; none if it takes what there is.
+    fn paths(&self) -> Vec<&str> {
+        Vec::new()
+    }
 }
 
 impl<Q: Quantizer> Recipe for Q {
@@ -26,6 +31,10 @@ pub struct PerLayer(pub BTreeMap<String, Box<dyn Quantizer>>);
 impl Recipe for PerLayer {
     fn quantizer(&self, path: &str) -> Option<&dyn Quantizer> {
         self.0.get(path).map(Box::as_ref)
+    }
+
+    fn paths(&self) -> Vec<&str> {
+        self.0.keys().map(String::as_str).collect()
     }
 }
 
@@ -58,8 +67,9 @@ pub struct QuantizedLayer {
 ///
 /// # Errors
 /// [`peft::Error::Quant`] with the layer that its quantizer refuses, an error for a layer that is
-/// quantized or adapted already, [`Error::NoCalibration`] for a quantizer that needs what is not
-/// there, or [`peft::Error::Token`] for a token that the model lacks.
+/// quantized or adapted already, [`Error::NoLayer`] if the recipe names one that the model lacks,
+/// [`Error::NoCalibration`] for a quantizer that needs what is not there, or [`peft::Error::Token`]
+/// for a token that the model lacks.
 pub fn quantize<M: Stages + peft::CausalLm>(
     model: &mut M,
     recipe: &impl Recipe,
@@ -108,25 +118,32 @@ pub fn sensitivities<M: Stages + peft::CausalLm>(
     if calibration.is_empty() {
         return Err(Error::NoCalibration);
     }
-    for &quantizer in quantizers {
-        check(model, &Only(quantizer), calibration)?;
+    for (path, linear) in model.linears() {
+        linear.check_plain(&path)?;
+    }
+    let mut needs = Needs::Gram;
+    for quantizer in quantizers {
+        needs = needs.max(check(model, quantizer, calibration)?);
+    }
+    for batch in calibration {
+        batch.check(model.vocab_size())?;
     }
     let mut all = Vec::new();
-    let mut streams = Streams::start(model, calibration, Needs::Gram);
+    let mut streams = Streams::start(model, calibration, needs);
     for (stage, range) in model.stages().into_iter().enumerate() {
         let gram = streams.gram(model, &range).expect("there is calibration");
         for (path, linear) in &model.linears()[range] {
             let Weight::Dense(weight) = linear.weight() else {
                 unreachable!("checked to be dense");
             };
+            let named = |source| peft::Error::Quant {
+                path: path.clone(),
+                source,
+            };
+            gram.check(weight.val().dims()[0]).map_err(named)?;
             let candidate = |quantizer: &&dyn Quantizer| {
                 let quantized = quantizer.quantize(weight.val(), Some(&gram));
-                let packed = quantized
-                    .map_err(|source| peft::Error::Quant {
-                        path: path.clone(),
-                        source,
-                    })?
-                    .weight;
+                let packed = quantized.map_err(named)?.weight;
                 let error = gram.energy(packed.dequantize() - weight.val()).max(0.0);
                 let n_bytes = packed.n_bytes() as u64;
                 Ok(Candidate { n_bytes, error })
@@ -134,17 +151,10 @@ pub fn sensitivities<M: Stages + peft::CausalLm>(
             let candidates = quantizers.iter().map(candidate).collect::<Result<_>>()?;
             all.push((path.clone(), candidates));
         }
+        streams.advance_dense(model, stage);
         streams.advance(model, stage);
     }
     Ok(all)
-}
-
-struct Only<'a>(&'a dyn Quantizer);
-
-impl Recipe for Only<'_> {
-    fn quantizer(&self, _: &str) -> Option<&dyn Quantizer> {
-        Some(self.0)
-    }
 }
 
 /// Checks layers, formats and calibration, and says what the recipe needs of them.
@@ -154,6 +164,8 @@ fn check<M: Stages + peft::CausalLm>(
     calibration: &[Batch],
 ) -> Result<Needs> {
     let mut needs = Needs::Nothing;
+    let layers: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
+    check_paths(recipe, &layers)?;
     for (path, linear) in model.linears() {
         let Some(quantizer) = recipe.quantizer(&path) else {
             continue;
@@ -172,6 +184,18 @@ fn check<M: Stages + peft::CausalLm>(
         batch.check(model.vocab_size())?;
     }
     Ok(needs)
+}
+
+/// Checks that a model of these layers has those that the recipe names.
+pub(crate) fn check_paths(recipe: &impl Recipe, layers: &[String]) -> Result<()> {
+    let named = recipe.paths();
+    match named
+        .into_iter()
+        .find(|path| !layers.iter().any(|layer| layer == path))
+    {
+        Some(path) => Err(Error::NoLayer { path: path.into() }),
+        None => Ok(()),
+    }
 }
 
 /// The calibration on its way through the model.

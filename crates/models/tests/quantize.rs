@@ -58,6 +58,7 @@ fn weights(model: &Llama) -> Vec<Vec<f32>> {
 #[test]
 fn the_stages_are_the_forward_pass() {
     let (model, batch) = (model(), &batches(1)[0]);
+    let embedding = model.start(batch.tokens());
     let stages = model.stages();
     let all: Vec<usize> = stages.iter().cloned().flatten().collect();
     assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
@@ -67,8 +68,30 @@ fn the_stages_are_the_forward_pass() {
         for (path, linear) in &model.linears()[range.clone()] {
             assert_eq!(linear.weight().dims()[0], d_in, "{path}");
         }
-        state = model.advance(stage, state);
+        let next = model.advance(stage, state.clone());
+        // A stage is a function of its state and of its own layers.
+        let again = model.advance(stage, state);
+        assert!(values(Llama::input(&next)) == values(Llama::input(&again)));
+        state = next;
     }
+    assert!(values(Llama::input(&state)) != values(Llama::input(&embedding)));
+    let [_, _, hidden] = Llama::input(&state).dims();
+    assert_eq!(hidden, config().hidden_size);
+}
+
+/// A calibration that overflowed is refused, whatever the quantizer.
+#[test]
+fn a_gram_that_is_not_finite_is_refused() {
+    let mut model = model();
+    let mut gram = Gram::new(32, &Device::flex());
+    gram.update(Tensor::<2>::full([2, 32], 1e30, &Device::flex()));
+    let (path, linear) = model.linears_mut().remove(0);
+    let error = linear
+        .quantize(&path, &Rtn::new(), Some(&gram))
+        .unwrap_err();
+    assert!(error.to_string().contains("q_proj"), "{error}");
+    let other = Gram::new(31, &Device::flex());
+    assert!(linear.quantize(&path, &Rtn::new(), Some(&other)).is_err());
 }
 
 /// The Gram of each layer is that of its inputs in the model as it is packed by then.
@@ -143,6 +166,18 @@ fn weights_alone_need_no_calibration() {
     let error = quantize(&mut model, &Optq::new(), &[], |_| {}).unwrap_err();
     assert!(matches!(error, Error::NoCalibration), "{error}");
     assert!(sensitivities(&model, &[&nf4], &[]).is_err());
+    let error = sensitivities(&with, &[], &batches(1)).unwrap_err();
+    let quantized = matches!(error, Error::Peft(peft::Error::AlreadyQuantized { .. }));
+    assert!(quantized, "{error}");
+    let gptaq = Optq::new().with_drift(0.25);
+    let measured = sensitivities(&model, &[&gptaq, &nf4], &batches(2)).unwrap();
+    assert_eq!((measured.len(), measured[0].1.len()), (14, 2));
+    let mut recipe = PerLayer::default();
+    recipe
+        .0
+        .insert("model.layers.0.q_proj".into(), Box::new(nf4));
+    let error = quantize(&mut model, &recipe, &[], |_| {}).unwrap_err();
+    assert!(matches!(error, Error::NoLayer { .. }), "{error}");
     let tokens = Tensor::<2, Int>::full([1, 4], 48, &Device::flex());
     let wrong = [Batch::new(tokens).unwrap()];
     let error = quantize(&mut model, &Optq::new(), &wrong, |_| {}).unwrap_err();

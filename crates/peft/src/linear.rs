@@ -148,14 +148,17 @@ impl Linear {
             unreachable!("a plain layer is dense");
         };
         let weight = weight.val();
-        let quantized = quantizer.quantize(weight.clone(), gram);
+        let named = |source| Error::Quant {
+            path: path.into(),
+            source,
+        };
+        if let Some(gram) = gram {
+            gram.check(weight.dims()[0]).map_err(named)?;
+        }
         let Quantized {
             weight: packed,
             notes,
-        } = quantized.map_err(|source| Error::Quant {
-            path: path.into(),
-            source,
-        })?;
+        } = quantizer.quantize(weight.clone(), gram).map_err(named)?;
         let output_error = gram.map(|gram| {
             let energy = gram.energy(weight.clone());
             let error = gram.energy(packed.dequantize() - weight.clone());

@@ -62,10 +62,14 @@ impl DoubleScales {
 }
 
 /// What the codes of double-quantized scales stand for, ascending.
+///
+/// # Panics
+/// If the codes have more than 8 bits, which no [`Format`](crate::Format) has.
 pub fn scale_levels(levels: ScaleLevels) -> Vec<f32> {
     match levels {
         ScaleLevels::Dynamic => codebook::dynamic_map().into(),
         ScaleLevels::Unsigned { bits } => {
+            assert!(bits <= 8, "a code of a scale is a byte");
             let steps = (1 << bits) - 1;
             (0..=steps).map(|k| k as f32 / steps as f32).collect()
         }

@@ -116,6 +116,19 @@ pub enum Error {
     /// Statistics of nothing.
     #[error("the Gram has seen no token; calibrate on some text")]
     EmptyGram,
+    /// A sum of squares below zero.
+    #[error("the Gram has {value} for the square of input {input}, which no inputs give")]
+    NegativeMoment {
+        /// The input.
+        input: usize,
+        /// The entry of the diagonal.
+        value: f32,
+    },
+    /// One grid for a whole tensor with a search for its range.
+    #[error(
+        "a grid for the whole tensor takes the full range; search ranges of channels or groups"
+    )]
+    SearchPerTensor,
     /// Statistics of another layer.
     #[error("a Gram of {found} inputs for a weight of {d_in}")]
     GramSize {

@@ -5,7 +5,8 @@ use crate::{Error, Result};
 
 /// The running second moment of a layer's inputs, `Σ x xᵀ` over tokens.
 ///
-/// It is OPTQ's Hessian but for a factor that cancels. Its scale is that of the sum, not of the mean.
+/// It is OPTQ's Hessian but for a factor, `H = 2 G / n_tokens`, which cancels but for inputs that are
+/// always zero.
 #[derive(Clone, Debug)]
 pub struct Gram {
     sum: Tensor<2>,
@@ -42,9 +43,16 @@ impl Gram {
     /// Adds the inputs `x`, `[.., d_in]`.
     ///
     /// # Panics
-    /// If `x` has other inputs.
+    /// If `x` has other inputs, or the drift is summed too.
     pub fn update<const D: usize>(&mut self, x: Tensor<D>) {
-        let x = rows(x, self.d_in());
+        assert!(
+            self.drift.is_none(),
+            "tokens without a drift after some with"
+        );
+        self.add(rows(x, self.d_in()));
+    }
+
+    fn add(&mut self, x: Tensor<2>) {
         self.n_tokens += x.dims()[0];
         self.sum = self.sum.clone() + x.clone().transpose().matmul(x);
     }
@@ -53,15 +61,20 @@ impl Gram {
     /// `Σ (dense - x) xᵀ`, for GPTAQ (Li et al. 2025, arXiv:2504.02692).
     ///
     /// # Panics
-    /// If either has other inputs, or they have other tokens.
+    /// If either has other inputs, they have other tokens, or there were tokens without a drift.
     pub fn update_with_drift<const D: usize>(&mut self, x: Tensor<D>, dense: Tensor<D>) {
-        let (x_rows, dense) = (rows(x.clone(), self.d_in()), rows(dense, self.d_in()));
-        let drift = (dense - x_rows.clone()).transpose().matmul(x_rows);
+        assert_eq!(x.dims(), dense.dims(), "the same tokens through both");
+        assert!(
+            self.drift.is_some() || self.n_tokens == 0,
+            "tokens with a drift after some without"
+        );
+        let (x, dense) = (rows(x, self.d_in()), rows(dense, self.d_in()));
+        let drift = (dense - x.clone()).transpose().matmul(x.clone());
         self.drift = Some(match self.drift.take() {
             Some(sum) => sum + drift,
             None => drift,
         });
-        self.update(x);
+        self.add(x);
     }
 
     /// Inputs.
@@ -97,8 +110,12 @@ impl Gram {
         })
     }
 
-    /// Checks the size, and that there are only numbers.
-    pub(crate) fn check(&self, d_in: usize) -> Result<()> {
+    /// Checks that this is the Gram of a layer of `d_in` inputs, and holds numbers that one can have.
+    ///
+    /// # Errors
+    /// [`Error::GramSize`], [`Error::EmptyGram`], [`Error::NonFinite`] with the first such entry, or
+    /// [`Error::NegativeMoment`].
+    pub fn check(&self, d_in: usize) -> Result<()> {
         let found = self.d_in();
         if found != d_in {
             return Err(Error::GramSize { d_in, found });
@@ -106,7 +123,14 @@ impl Gram {
         if self.n_tokens == 0 {
             return Err(Error::EmptyGram);
         }
-        kernels::with_values(self.sum(), |sum| non_finite("the Gram", sum, d_in))?;
+        kernels::with_values(self.sum(), |sum| {
+            non_finite("the Gram", sum, d_in)?;
+            let moments = (0..d_in).map(|i| (i, sum[i * d_in + i]));
+            match moments.into_iter().find(|(_, moment)| *moment < 0.0) {
+                Some((input, value)) => Err(Error::NegativeMoment { input, value }),
+                None => Ok(()),
+            }
+        })?;
         match self.drift() {
             Some(drift) => {
                 kernels::with_values(drift, |sum| non_finite("the Gram's drift", sum, d_in))
@@ -117,6 +141,7 @@ impl Gram {
 }
 
 fn rows<const D: usize>(x: Tensor<D>, d_in: usize) -> Tensor<2> {
-    let n = x.shape().num_elements() / d_in;
+    assert_eq!(x.dims()[D - 1], d_in, "the inputs of the Gram");
+    let n = x.dims()[..D - 1].iter().product::<usize>();
     x.reshape([n, d_in])
 }

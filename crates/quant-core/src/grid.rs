@@ -69,34 +69,13 @@ impl Uniform {
         self.grids_of(weight, low, high, layout, of_input)
     }
 
-    /// As [`Uniform::grids`], with one range for all.
-    pub(crate) fn grids_per_tensor(
-        &self,
-        weight: &[f32],
-        layout: &Layout,
-        of_input: Option<&[f32]>,
-    ) -> Result<Grids> {
+    /// As [`Uniform::grids`], with one full range for all.
+    pub(crate) fn grids_per_tensor(&self, weight: &[f32], layout: &Layout) -> Result<Grids> {
         let (low, high) = finite_ranges(weight, layout)?;
-        // One column of all weights, whose errors the search adds up.
-        let column = Layout::new(
-            weight.len(),
-            1,
-            layout.bits(),
-            weight.len(),
-            layout.levels(),
-        );
-        let of_weight: Option<Vec<f32>> = of_input.map(|of_input| {
-            let repeat = |&h: &f32| std::iter::repeat_n(h, layout.d_out());
-            of_input.iter().flat_map(repeat).collect()
-        });
         let n = low.len();
-        let low = low.into_iter().fold(f32::INFINITY, f32::min);
-        let high = high.into_iter().fold(f32::NEG_INFINITY, f32::max);
-        let one = self.grids_of(weight, vec![low], vec![high], &column, of_weight.as_deref())?;
-        Ok(Grids {
-            scales: vec![one.scales[0]; n],
-            zeros: one.zeros.map(|zeros| vec![zeros[0]; n]),
-        })
+        let low = vec![low.into_iter().fold(f32::INFINITY, f32::min); n];
+        let high = vec![high.into_iter().fold(f32::NEG_INFINITY, f32::max); n];
+        self.grids_of(weight, low, high, layout, None)
     }
 
     fn grids_of(

@@ -64,11 +64,12 @@ impl NormalFloat {
     }
 
     /// Whether the levels of 2 and 3 bits have an offset of their own: see
-    /// [`Grid::NormalFloatByBits`].
+    /// [`Grid::NormalFloatByBits`]. FP4 has no such offset, and stays as it is.
     pub fn with_offset_by_bits(mut self, by_bits: bool) -> Self {
-        self.grid = match by_bits {
-            true => Grid::NormalFloatByBits,
-            false => Grid::NormalFloat,
+        self.grid = match (self.grid, by_bits) {
+            (Grid::Float4, _) => Grid::Float4,
+            (_, true) => Grid::NormalFloatByBits,
+            (_, false) => Grid::NormalFloat,
         };
         self
     }

@@ -3,7 +3,7 @@ use kernels::{Feedback, Influence, Layout};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::grid::{Grids, Uniform};
+use crate::grid::{Grids, Uniform, finite_ranges};
 use crate::linalg::{self, NotPositive, Real};
 use crate::rtn::diagonal;
 use crate::{
@@ -149,13 +149,11 @@ impl Optq {
 
 impl Quantizer for Optq {
     fn format(&self) -> Result<Format> {
-        let in_range = |value: f64| (0.0..=1.0).contains(&value);
-        if !in_range(self.damping) || !self.drift.is_none_or(in_range) {
-            let value = match in_range(self.damping) {
-                true => self.drift.unwrap_or_default(),
-                false => self.damping,
-            };
-            return Err(Error::Fraction { value });
+        let fractions = [Some(self.damping), self.drift].into_iter().flatten();
+        for value in fractions {
+            if !(0.0..=1.0).contains(&value) {
+                return Err(Error::Fraction { value });
+            }
         }
         self.grid.format()
     }
@@ -242,8 +240,7 @@ impl Optq {
         let per_channel = match self.grid.group_size {
             None => Some(self.grid.grids(weight, layout, of_input)?),
             Some(_) => {
-                kernels::group_ranges(weight, layout);
-                crate::quant_tensor::non_finite("the weight", weight, d_out)?;
+                finite_ranges(weight, layout)?;
                 None
             }
         };
@@ -268,7 +265,7 @@ impl Optq {
         };
         let Some(Factors { factor, drift }) = influence else {
             notes.push(Note::RoundedToNearest);
-            return self.round_to_nearest(weight, layout, of_input, notes);
+            return self.round_to_nearest(weight, layout, &diagonal, notes);
         };
 
         // The inputs in the order in which they are packed, those of a group as they come: files
@@ -279,6 +276,7 @@ impl Optq {
             groups.for_each(<[usize]>::sort_unstable);
             order
         });
+        let input_order = input_order.filter(|order| !order.is_sorted());
         // Where each row is packed.
         let packed: Vec<usize> = match &input_order {
             None => inputs.clone(),
@@ -304,7 +302,7 @@ impl Optq {
             losses: vec![0.0; d_out],
             rounded: drift.as_ref().map(|_| vec![0.0; d_in * d_out]),
         };
-        run.blocks(&mut work, &factor, drift.as_deref())?;
+        let ran = run.blocks(&mut work, &factor, drift.as_deref());
         let rounded = Rounded {
             codes: run.codes,
             grids: run.grids,
@@ -312,10 +310,11 @@ impl Optq {
             notes,
             loss: run.losses.iter().sum::<f64>() / 2.0,
         };
-        if !rounded.loss.is_finite() {
+        // Errors that grew beyond what floats hold.
+        if ran.is_err() || !rounded.loss.is_finite() {
             let mut notes = rounded.notes;
             notes.push(Note::RoundedToNearest);
-            return self.round_to_nearest(weight, layout, of_input, notes);
+            return self.round_to_nearest(weight, layout, &diagonal, notes);
         }
         Ok(rounded)
     }
@@ -324,9 +323,20 @@ impl Optq {
         &self,
         weight: &[f32],
         layout: &Layout,
-        of_input: Option<&[f32]>,
+        diagonal: &[f32],
         notes: Vec<Note>,
     ) -> Result<Rounded> {
+        let mut weight = weight.to_vec();
+        for (row, &moment) in weight.chunks_exact_mut(layout.d_out()).zip(diagonal) {
+            if moment == 0.0 {
+                row.fill(0.0);
+            }
+        }
+        let weight = weight.as_slice();
+        let of_input = match self.grid.range {
+            Range::ClippedForOutput => Some(diagonal),
+            Range::Full | Range::Clipped => None,
+        };
         let grids = self.grid.grids(weight, layout, of_input)?;
         let words = kernels::encode(weight, &grids.scales, grids.zeros.as_deref(), layout);
         Ok(Rounded {
@@ -347,21 +357,31 @@ impl Optq {
         notes: &mut Vec<Note>,
     ) -> Option<Factors> {
         let d_in = inputs.len();
-        let mean = diagonal
-            .iter()
-            .map(|&h| if h == 0.0 { 1.0 } else { f64::from(h) });
-        let mean = mean.sum::<f64>() / d_in as f64;
+        // A dead input counts 1 in the reference's units, `H = 2 G / n_tokens`, but no more than the
+        // others do on the average: it must not decide their damping.
+        let n_dead = diagonal.iter().filter(|&&h| h == 0.0).count();
+        let sum = diagonal.iter().map(|&h| f64::from(h)).sum::<f64>();
+        let one = gram.n_tokens() as f64 / 2.0;
+        let dead = match d_in - n_dead {
+            0 => one,
+            n_alive => one.min(sum / n_alive as f64),
+        };
+        let mean = (sum + dead * n_dead as f64) / d_in as f64;
         let largest = f64::from(diagonal.iter().copied().fold(0.0, f32::max));
         let factor = kernels::with_values(gram.sum(), |sum| {
             let hessian = Hessian {
                 sum,
                 diagonal,
                 inputs,
+                dead,
             };
-            for step in DAMPING_STEPS {
-                let damping = (self.damping * step).min(1.0);
+            let mut dampings = DAMPING_STEPS
+                .map(|step| (self.damping * step).min(1.0))
+                .to_vec();
+            dampings.dedup();
+            for damping in dampings {
                 if let Ok(factor) = hessian.factor::<f32>((damping * mean) as f32, 0.0) {
-                    if step > 1.0 {
+                    if damping > self.damping {
                         notes.push(Note::Damped { damping });
                     }
                     return Some(factor);
@@ -409,6 +429,8 @@ struct Hessian<'a> {
     diagonal: &'a [f32],
     /// The input of each row.
     inputs: &'a [usize],
+    /// What dead inputs have on the diagonal.
+    dead: f64,
 }
 
 impl Hessian<'_> {
@@ -421,7 +443,7 @@ impl Hessian<'_> {
                 return T::of(value);
             }
             let value = match self.diagonal[self.inputs[p]] {
-                0.0 => 1.0,
+                0.0 => self.dead as f32,
                 value => f64::from(value).max(floor) as f32,
             };
             T::of(value) + damping

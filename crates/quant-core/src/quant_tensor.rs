@@ -101,8 +101,9 @@ impl QuantTensor {
     /// A packed weight `[d_in, d_out]` from its parts.
     ///
     /// # Errors
-    /// [`Error::Length`], [`Error::Zeros`], [`Error::Scales`] or [`Error::InputOrder`] if a part
-    /// does not fit the format, and [`Error::NonFinite`] if a scale or a zero is NaN or infinite.
+    /// [`Error::Length`], [`Error::Zeros`], [`Error::Scales`], [`Error::ScaleCode`] or
+    /// [`Error::InputOrder`] if a part does not fit the format, [`Error::NonFinite`] if a scale or a
+    /// zero is NaN or infinite, and those of [`Format::layout`].
     pub fn from_parts(
         parts: Parts,
         format: Format,
@@ -313,6 +314,7 @@ impl DoubleParams {
         if let Some(&code) = scales.codes.iter().find(|&&c| usize::from(c) >= n_levels) {
             return Err(Error::ScaleCode { code, n_levels });
         }
+        non_finite("the scales", &scales.dequantize(1, format), 1)?;
         let mut bytes = scales.codes;
         bytes.resize(n.next_multiple_of(4), 0);
         let (words, _) = bytes.as_chunks::<4>();

@@ -37,6 +37,34 @@ pub trait Quantizer {
     fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized>;
 }
 
+impl<Q: Quantizer + ?Sized> Quantizer for Box<Q> {
+    fn format(&self) -> Result<Format> {
+        (**self).format()
+    }
+
+    fn needs(&self) -> Needs {
+        (**self).needs()
+    }
+
+    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
+        (**self).quantize(weight, gram)
+    }
+}
+
+impl<Q: Quantizer + ?Sized> Quantizer for &Q {
+    fn format(&self) -> Result<Format> {
+        (**self).format()
+    }
+
+    fn needs(&self) -> Needs {
+        (**self).needs()
+    }
+
+    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
+        (**self).quantize(weight, gram)
+    }
+}
+
 /// A quantized weight, and what had to be done for it.
 #[derive(Clone, Debug)]
 pub struct Quantized {
@@ -67,7 +95,7 @@ pub enum Note {
         /// Inputs of the layer.
         d_in: usize,
     },
-    /// Inputs that were zero in every token; their weights were set to zero.
+    /// Inputs that were zero in every token; their weights are set to zero.
     DeadInputs {
         /// How many.
         n_inputs: usize,
@@ -84,7 +112,8 @@ pub enum Note {
         /// To this fraction of the largest.
         fraction: f64,
     },
-    /// No factor at all: the weights were rounded to the nearest code.
+    /// No factor at all, or errors that grew without end: the weights were rounded to the nearest
+    /// code.
     RoundedToNearest,
 }
 
@@ -100,7 +129,7 @@ impl fmt::Display for Note {
             Note::DiagonalFloor { fraction } => {
                 write!(f, "diagonal raised to {fraction:e} of its largest entry")
             }
-            Note::RoundedToNearest => write!(f, "no factor: rounded to nearest"),
+            Note::RoundedToNearest => write!(f, "no usable factor: rounded to nearest"),
         }
     }
 }

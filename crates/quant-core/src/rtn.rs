@@ -67,7 +67,7 @@ impl Rtn {
         self
     }
 
-    /// Whether all groups share one grid, that of the whole weight.
+    /// Whether all groups share one grid, that of the whole weight and its full range.
     pub fn with_per_tensor(mut self, per_tensor: bool) -> Self {
         self.per_tensor = per_tensor;
         self
@@ -83,6 +83,9 @@ impl Rtn {
 
 impl Quantizer for Rtn {
     fn format(&self) -> Result<Format> {
+        if self.per_tensor && self.grid.range != Range::Full {
+            return Err(Error::SearchPerTensor);
+        }
         self.grid.format()
     }
 
@@ -108,9 +111,7 @@ impl Quantizer for Rtn {
         let device = weight.device();
         let (words, grids) = kernels::with_values(weight, |weight| -> Result<_> {
             let grids = match self.per_tensor {
-                true => self
-                    .grid
-                    .grids_per_tensor(weight, &layout, of_input.as_deref()),
+                true => self.grid.grids_per_tensor(weight, &layout),
                 false => self.grid.grids(weight, &layout, of_input.as_deref()),
             }?;
             let zeros = grids.zeros.as_deref();

@@ -122,7 +122,8 @@ fn optq_is_the_references() {
             };
             let weight = file.transposed(&own("weight", "weight"));
             let hessian = file.transposed(&own("hessian", "w4_g32_asym.hessian"));
-            let gram = Gram::from_sum(hessian, 512).unwrap();
+            // The reference's Hessian is `2 G / n_tokens`.
+            let gram = Gram::from_sum(hessian * 256.0, 512).unwrap();
             let Quantized {
                 weight: packed,
                 notes,
@@ -171,7 +172,7 @@ fn optq_is_the_references() {
             }
 
             // The dead input's weight counts: its error is measured with the Hessian as it was.
-            let error = gram.energy(packed.dequantize() - weight);
+            let error = gram.energy(packed.dequantize() - weight) / 256.0;
             let off = (error / expected_error - 1.0).abs();
             assert!(off < 1e-3, "{case}: error {error}, not {expected_error}");
             eprintln!(

@@ -42,7 +42,7 @@ impl Method {
 }
 
 fn any_cases() -> impl Strategy<Value = AnyCase> {
-    (cases(), 0..12u8, any::<u64>()).prop_map(|(case, kind, seed)| {
+    (cases(), 0..17u8, any::<u64>()).prop_map(|(case, kind, seed)| {
         let Case { dims, weight, rtn } = case;
         let format = rtn.format().unwrap();
         let (bits, group) = (format.bits(), format.group_size());
@@ -66,13 +66,19 @@ fn any_cases() -> impl Strategy<Value = AnyCase> {
             8 => Method::NormalFloat(nf.with_double_quant(unsigned)),
             9 => Method::Optq(optq.with_order(Order::DescendingRegrouped)),
             10 => Method::Optq(optq.with_order(Order::Descending)),
-            _ => Method::Optq(optq.with_order(Order::DescendingByGroup)),
+            11 => Method::Optq(optq.with_order(Order::DescendingByGroup)),
+            12 => Method::Optq(optq.with_stale_groups(true)),
+            13 => Method::Optq(optq.with_range(Range::Clipped).with_f16_scales(true)),
+            14 => Method::Optq(optq.with_range(Range::ClippedForOutput)),
+            15 => Method::Optq(optq.with_drift(0.25)),
+            _ => Method::Optq(optq),
         };
         let device = Device::flex();
         device.seed(seed);
         let mut gram = Gram::new(dims[0], &device);
         let normal = Distribution::Normal(0.0, 1.0);
-        gram.update(Tensor::<2>::random([2 * dims[0], dims[0]], normal, &device));
+        let x = Tensor::<2>::random([2 * dims[0], dims[0]], normal, &device);
+        gram.update_with_drift(x.clone(), x * 1.1);
         AnyCase {
             dims,
             weight,
@@ -472,6 +478,24 @@ fn groups_without_a_range_are_kept() {
             );
         }
     }
+}
+
+/// Costs beyond what a float holds leave the full range.
+#[test]
+fn a_search_that_overflows_keeps_the_range() {
+    let weight = || tensor(vec![-1e30, 0.3e30, 0.7e30, 1e30], [4, 1]);
+    let full = Rtn::new()
+        .with_bits(2)
+        .quantize(weight(), None)
+        .unwrap()
+        .weight;
+    let rtn = Rtn::new().with_bits(2).with_range(Range::Clipped);
+    let clipped = rtn.quantize(weight(), None).unwrap().weight;
+    assert_eq!(clipped.to_parts(), full.to_parts());
+    assert_eq!(
+        rtn.with_per_tensor(true).format(),
+        Err(Error::SearchPerTensor)
+    );
 }
 
 #[test]

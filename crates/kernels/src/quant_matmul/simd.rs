@@ -100,7 +100,8 @@ fn lanes_mut(panel: &mut [f32], at: usize) -> &mut [f32; TILE] {
 fn levels<I: Isa>(layout: &Layout, words: &[u32], i: usize) -> [f32; TILE] {
     let codes = layout.codes(words, i);
     match layout.levels() {
-        Levels::Table(table) => I::lookup(&table, &codes),
+        // SAFETY: `I` is that of the function that this is compiled into.
+        Levels::Table(table) => unsafe { I::lookup(&table, &codes) },
         Levels::Unsigned | Levels::Centered => {
             let center = layout.center();
             codes.map(|code| code as i32 as f32 - center)

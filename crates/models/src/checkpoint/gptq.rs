@@ -351,6 +351,11 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
             ));
         }
     }
+    if let Some(order) = weight.input_order()
+        && (order.is_sorted() || order.chunks(group_size).any(|group| !group.is_sorted()))
+    {
+        reasons.push("has its inputs in an order that g_idx does not state".into());
+    }
     let scales = values(weight.scales());
     let inexact = scales.iter().filter(|&&s| !files::is_f16(s)).count();
     if inexact > 0 {

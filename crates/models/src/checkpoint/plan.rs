@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::CONFIG;
 use super::shards::Shards;
+use crate::quantize::check_paths;
 use crate::{Error, LlamaConfig, Recipe, Result};
 
 /// What [`plan`] found.
@@ -27,7 +28,8 @@ pub struct PlannedLayer {
     pub dims: [usize; 2],
     /// The format that it will have; none if it stays dense.
     pub format: Option<Format>,
-    /// Bytes of its weight in that format, of a dense one in `f32`.
+    /// Bytes of its weight in that format, of a dense one in `f32`. An order of inputs, which
+    /// [`quant_core::Order::DescendingRegrouped`] gives, is not counted.
     pub n_bytes: u64,
 }
 
@@ -78,6 +80,12 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let config: Map<String, Value> = files::read_json(&config_path)?;
     let config = LlamaConfig::from_json(&config, &config_path)?;
     let mut shards = Shards::open(dir)?;
+    let paths: Vec<String> = config
+        .projections()
+        .into_iter()
+        .map(|(path, _)| path)
+        .collect();
+    check_paths(recipe, &paths)?;
     let (mut layers, mut problems) = (Vec::new(), Vec::new());
     for (path, dims) in config.projections() {
         match planned(&path, dims, recipe, &mut shards) {
@@ -98,7 +106,8 @@ fn planned(
     shards: &mut Shards,
 ) -> Result<PlannedLayer, String> {
     let tensor = format!("{path}.weight");
-    if shards.contains(&format!("{path}.qweight")) {
+    let marks = [format!("{path}.qweight"), format!("{path}.weight.absmax")];
+    if marks.iter().any(|mark| shards.contains(mark)) {
         return Err("is quantized already".into());
     }
     let file = shards.file(&tensor).map_err(|error| error.to_string())?;

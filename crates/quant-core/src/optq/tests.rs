@@ -132,7 +132,12 @@ impl Naive {
                 let error = (value - scale * (code - zero)) / self.u[i * n + i];
                 for k in i + 1..n {
                     w[k * d_out + o] -= error * self.u[i * n + k];
-                    w[k * d_out + o] += value * self.drift[i * n + k];
+                    // The reference's code has the rounded weight for what lies beyond its block.
+                    let of_drift = match k / 128 == i / 128 {
+                        true => value,
+                        false => scale * (code - zero),
+                    };
+                    w[k * d_out + o] += of_drift * self.drift[i * n + k];
                 }
             }
         }
@@ -259,11 +264,11 @@ fn inputs_without_correlation_are_rounded_to_nearest() {
 
 #[test]
 fn drift_is_made_up_for() {
-    let (weight, x) = layer(120, 24, 900);
+    let (weight, x) = layer(300, 24, 900);
     let dense = x.clone() + (x.clone() * 3.0).sin() * 2.0;
-    let mut with_drift = Gram::new(120, &x.device());
+    let mut with_drift = Gram::new(300, &x.device());
     with_drift.update_with_drift(x.clone(), dense);
-    let expected = Naive::new(&with_drift, 24, 0.01).round(&weight, 4, 120, false);
+    let expected = Naive::new(&with_drift, 24, 0.01).round(&weight, 4, 300, false);
     let gptaq = Optq::new().with_drift(0.25);
     let found = round(&gptaq, &weight, &with_drift).codes;
     let share = share_equal(&found, &expected);
@@ -315,6 +320,48 @@ fn the_ladder_is_climbed() {
     assert_eq!(climb(optq, &hopeless, 2), [Note::RoundedToNearest]);
     let singular = climb(optq.with_damping(0.0), &ones, 8);
     assert_eq!(singular, [Note::RoundedToNearest]);
+}
+
+/// The scale of the Gram cancels, with a dead input too.
+#[test]
+fn the_scale_of_the_gram_cancels() {
+    let (weight, x) = layer(60, 24, 300);
+    let alive: Vec<f64> = (0..60).map(|i| f64::from(u8::from(i % 20 != 5))).collect();
+    let gram = gram(x * tensor(&alive, [1, 60]));
+    let small = Gram::from_sum(gram.sum() * 2f32.powi(-30), 300).unwrap();
+    let optq = Optq::new().with_bits(3);
+    let found = round(&optq, &weight, &small);
+    let large = Gram::from_sum(gram.sum() * 2f32.powi(30), 300).unwrap();
+    for other in [&gram, &large] {
+        // Up to the part of dead inputs in the damping.
+        assert!(share_equal(&found.codes, &round(&optq, &weight, other).codes) > 0.97);
+    }
+    let rtn = Rtn::new().with_bits(3).quantize(weight, None).unwrap();
+    assert!(share_equal(&found.codes, &rtn.weight.codes()) < 0.95);
+}
+
+/// Errors that grow without end end in rounding to nearest, not in an error about the weight.
+#[test]
+fn a_layer_that_diverges_is_rounded_to_nearest() {
+    let d_in = 64;
+    let entry = |i: usize, j: usize| if i == j { 1.0 } else { 1.0 - 1e-7 };
+    let hessian: Vec<f64> = (0..d_in * d_in)
+        .map(|k| entry(k / d_in, k % d_in))
+        .collect();
+    let gram = Gram::from_sum(tensor(&hessian, [d_in, d_in]), 1000).unwrap();
+    let weight: Vec<f64> = (0..d_in * 4)
+        .map(|k| (k as f64 * 0.7).sin() * 1e37)
+        .collect();
+    let weight = tensor(&weight, [d_in, 4]);
+    let optq = Optq::new().with_group_size(4).with_damping(0.0);
+    let quantized = optq.quantize(weight, Some(&gram)).unwrap();
+    assert_eq!(quantized.notes.last(), Some(&Note::RoundedToNearest));
+}
+
+#[test]
+#[should_panic(expected = "the inputs of the Gram")]
+fn inputs_of_another_layer_are_no_inputs() {
+    Gram::new(4, &Device::flex()).update(tensor(&[1.0; 60], [10, 6]));
 }
 
 #[test]
@@ -371,6 +418,14 @@ fn grams_that_cannot_be_used_are_refused() {
     };
     assert_eq!(with(Some(&broken)), expected);
     assert!(Gram::from_sum(tensor(&[1.0; 6], [2, 3]), 9).is_err());
+    let mut sum = vec![1.0; 16];
+    sum[5] = -2.0;
+    let negative = Gram::from_sum(tensor(&sum, [4, 4]), 9).unwrap();
+    let expected = Error::NegativeMoment {
+        input: 1,
+        value: -2.0,
+    };
+    assert_eq!(with(Some(&negative)), expected);
     for damping in [-0.1, 1.5, f64::NAN] {
         let error = Optq::new().with_damping(damping).format().unwrap_err();
         assert!(matches!(error, Error::Fraction { .. }));
