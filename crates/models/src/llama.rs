@@ -114,9 +114,8 @@ impl Llama {
         &self.config
     }
 
-    fn start_turned(&self, tokens: Tensor<2, Int>, rope: Rope) -> State {
+    fn start_with(&self, tokens: Tensor<2, Int>, positions: Option<Positions>) -> State {
         let [batch, seq] = tokens.dims();
-        let future = Tensor::<2, Bool>::tril_mask([seq, seq], 0, &tokens.device());
         let x = self
             .embed_tokens
             .val()
@@ -125,8 +124,7 @@ impl Llama {
         State {
             input: self.norm_before(0).forward(residual.clone()),
             residual,
-            rope,
-            future,
+            positions,
         }
     }
 
@@ -139,7 +137,8 @@ impl Llama {
     }
 
     fn forward_turned(&self, tokens: Tensor<2, Int>, rope: Rope) -> Tensor<3> {
-        let mut state = self.start_turned(tokens, rope);
+        let positions = Positions::new(rope, tokens.dims()[1], &tokens.device());
+        let mut state = self.start_with(tokens, Some(positions));
         for stage in 0..STAGES.len() * self.layers.len() {
             state = self.advance(stage, state);
         }
@@ -156,8 +155,23 @@ impl Llama {
 pub struct State {
     residual: Tensor<3>,
     input: Tensor<3>,
+    /// Made where they are needed if there are none: a calibration has many states at a time.
+    positions: Option<Positions>,
+}
+
+/// What attention knows of the positions of a sequence.
+#[derive(Clone, Debug)]
+struct Positions {
     rope: Rope,
+    /// Which positions lie in the future, `[seq, seq]`.
     future: Tensor<2, Bool>,
+}
+
+impl Positions {
+    fn new(rope: Rope, seq: usize, device: &Device) -> Self {
+        let future = Tensor::tril_mask([seq, seq], 0, device);
+        Self { rope, future }
+    }
 }
 
 /// The projections of a block that read the same input, as [`Llama`] lists them.
@@ -175,8 +189,7 @@ impl Stages for Llama {
     }
 
     fn start(&self, tokens: Tensor<2, Int>) -> State {
-        let rope = Rope::new(&self.config, tokens.dims()[1], &tokens.device());
-        self.start_turned(tokens, rope)
+        self.start_with(tokens, None)
     }
 
     fn input(state: &State) -> Tensor<3> {
@@ -187,8 +200,7 @@ impl Stages for Llama {
         let State {
             residual,
             input,
-            rope,
-            future,
+            positions,
         } = state;
         let block = stage / STAGES.len();
         let Block {
@@ -198,7 +210,17 @@ impl Stages for Llama {
             ..
         } = &self.layers[block];
         let (residual, input) = match stage % STAGES.len() {
-            0 => (residual, self_attn.mix(input, &rope, &future)),
+            0 => {
+                let mixed = match &positions {
+                    Some(positions) => self_attn.mix(input, positions),
+                    None => {
+                        let ([_, seq, _], device) = (input.dims(), input.device());
+                        let rope = Rope::new(&self.config, seq, &device);
+                        self_attn.mix(input, &Positions::new(rope, seq, &device))
+                    }
+                };
+                (residual, mixed)
+            }
             1 => {
                 let x = residual + self_attn.o_proj.forward(input);
                 (x.clone(), post_attention_layernorm.forward(x))
@@ -212,8 +234,7 @@ impl Stages for Llama {
         State {
             residual,
             input,
-            rope,
-            future,
+            positions,
         }
     }
 }
@@ -360,7 +381,7 @@ impl Attention {
     }
 
     /// The values of each head mixed by its attention, the input of the last projection.
-    fn mix(&self, x: Tensor<3>, rope: &Rope, future: &Tensor<2, Bool>) -> Tensor<3> {
+    fn mix(&self, x: Tensor<3>, Positions { rope, future }: &Positions) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let dim = self.head_dim;
         let heads = |y: Tensor<3>| {

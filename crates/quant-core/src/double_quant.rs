@@ -1,5 +1,7 @@
 //! Double quantization: the scales of a weight as codes.
 
+use rayon::prelude::*;
+
 use crate::{DoubleQuant, ScaleLevels, codebook};
 
 /// Double-quantized scales: `s = level(code) · absmax + offset`.
@@ -29,17 +31,20 @@ impl DoubleScales {
         };
         let levels = scale_levels(format.levels);
         let midpoints: Vec<f32> = levels.windows(2).map(|w| (w[0] + w[1]) / 2.0).collect();
-        let mut codes = Vec::with_capacity(by_output.len());
-        let mut absmax = Vec::new();
-        for block in by_output.chunks(format.block_size) {
-            let largest = block.iter().map(|s| (s - offset).abs()).fold(0.0, f32::max);
-            let largest = largest.max(f32::MIN_POSITIVE);
-            codes.extend(block.iter().map(|s| {
-                let value = (s - offset) / largest;
-                midpoints.partition_point(|&midpoint| midpoint < value) as u8
-            }));
-            absmax.push(largest);
-        }
+        let mut codes = vec![0; by_output.len()];
+        let blocks = by_output.par_chunks(format.block_size);
+        let absmax = blocks
+            .zip(codes.par_chunks_mut(format.block_size))
+            .map(|(block, codes)| {
+                let largest = block.iter().map(|s| (s - offset).abs()).fold(0.0, f32::max);
+                let divisor = largest.max(f32::MIN_POSITIVE);
+                for (code, s) in codes.iter_mut().zip(block) {
+                    let value = (s - offset) / divisor;
+                    *code = midpoints.partition_point(|&midpoint| midpoint < value) as u8;
+                }
+                largest
+            })
+            .collect();
         Self {
             codes,
             absmax,

@@ -300,7 +300,7 @@ impl Optq {
             packed: &packed,
             codes: vec![0; d_in * d_out],
             losses: vec![0.0; d_out],
-            rounded: drift.as_ref().map(|_| vec![0.0; d_in * d_out]),
+            rounded: drift.as_ref().map(|_| vec![0.0; d_in.min(BLOCK) * d_out]),
         };
         let ran = run.blocks(&mut work, &factor, drift.as_deref());
         let rounded = Rounded {
@@ -500,6 +500,7 @@ struct Run<'a> {
     packed: &'a [usize],
     codes: Vec<u8>,
     losses: Vec<f64>,
+    /// The rounded weights of a block.
     rounded: Option<Vec<f32>>,
 }
 
@@ -557,7 +558,7 @@ impl Run<'_> {
             linalg::add_transposed_product(rest, factor, d_in, errors, d_out, -1.0);
             if let (Some(drift), Some(rounded)) = (drift, &self.rounded) {
                 let drift = &drift[(d_in - end) * d_in..(d_in - start) * d_in];
-                let rounded = &rounded[(d_in - end) * d_out..(d_in - start) * d_out];
+                let rounded = &rounded[..(end - start) * d_out];
                 linalg::add_transposed_product(rest, drift, d_in, rounded, d_out, 1.0);
             }
             start = end;

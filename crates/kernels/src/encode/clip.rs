@@ -1,0 +1,174 @@
+//! The search for the part of a range whose grid costs least.
+
+use rayon::prelude::*;
+
+use super::{Grid, Lanes, Nearest, grid_of_range, read};
+use crate::isa::{Isa, by_instruction_set};
+use crate::{Layout, TILE};
+
+/// What an error in a weight costs.
+#[derive(Clone, Copy, Debug)]
+pub enum Cost<'a> {
+    /// `|error|^2.4`, of the reference code of OPTQ (methods differ: its option is named `mse`).
+    Power,
+    /// `error²` times the weight of the input, `[d_in]`.
+    Inputs(&'a [f32]),
+}
+
+/// Steps of the search for a clipped range, of which the range keeps `1 - step / CLIP_GRID`.
+const CLIP_STEPS: usize = 80;
+const CLIP_GRID: usize = 100;
+
+/// Scales and zeros of the ranges that cost least among 100 % down to 21 % of `low` and `high`.
+///
+/// The grid, the exponent and the strict comparison are those of the reference code of OPTQ
+/// (Frantar et al. 2023). The zeros of a centered layout stay zero.
+///
+/// # Shapes
+/// - `weight`: `[d_in, d_out]`, row by row
+/// - `low <= 0 <= high`, not both zero, and the results: [`Layout::grid_shape`]
+///
+/// # Panics
+/// If a length is not the layout's, or its levels are a table.
+pub fn clip_search(
+    weight: &[f32],
+    low: &[f32],
+    high: &[f32],
+    cost: Cost,
+    layout: &Layout,
+) -> (Vec<f32>, Vec<f32>) {
+    let (d_in, d_out) = (layout.d_in(), layout.d_out());
+    assert_eq!(weight.len(), d_in * d_out, "one weight for each code");
+    let grid = Grid::new(low, Some(high), layout);
+    if let Cost::Inputs(weights) = cost {
+        assert_eq!(weights.len(), d_in, "one weight for each input");
+    }
+    let group = layout.group_size().saturating_mul(d_out);
+    let tasks = (0..layout.n_groups() * layout.n_tiles()).into_par_iter();
+    let found: Vec<Lanes> = tasks
+        .map(|task| {
+            let (g, tile) = (task / layout.n_tiles(), task % layout.n_tiles());
+            let rows = &weight[g * group..weight.len().min((g + 1).saturating_mul(group))];
+            let mut best = Lanes {
+                scales: [0.0; TILE],
+                zeros: [0.0; TILE],
+            };
+            search_tile(rows, &grid, g, tile, cost, &mut best);
+            best
+        })
+        .collect();
+
+    let n = layout.n_groups() * d_out;
+    let (mut scales, mut zeros) = (Vec::with_capacity(n), Vec::with_capacity(n));
+    for (task, lanes) in found.iter().enumerate() {
+        let width = layout.columns(task % layout.n_tiles()).len();
+        scales.extend_from_slice(&lanes.scales[..width]);
+        zeros.extend_from_slice(&lanes.zeros[..width]);
+    }
+    (scales, zeros)
+}
+
+by_instruction_set! {
+    /// The best grid of one group in one tile; `ranges` has the lows as scales, the highs as zeros.
+    fn search_tile(
+        rows: &[f32],
+        ranges: &Grid,
+        group: usize,
+        tile: usize,
+        cost: Cost,
+        best: &mut Lanes,
+    ) = search_tile_body
+}
+
+#[inline(always)]
+fn search_tile_body<I: Isa>(
+    rows: &[f32],
+    ranges: &Grid,
+    group: usize,
+    tile: usize,
+    cost: Cost,
+    best: &mut Lanes,
+) {
+    let layout = ranges.layout;
+    let Nearest::Uniform { center, max_code } = ranges.levels else {
+        panic!("a table has no range to search");
+    };
+    let columns = layout.columns(tile);
+    let values: Vec<[f32; TILE]> = rows
+        .chunks_exact(layout.d_out())
+        .map(|row| read(row, &columns))
+        .collect();
+    let Lanes {
+        scales: low,
+        zeros: high,
+    } = ranges.lanes(group, &columns);
+    let mut least = [f32::INFINITY; TILE];
+    for step in 0..CLIP_STEPS {
+        let keep = (1.0 - step as f64 / CLIP_GRID as f64) as f32;
+        let mut lanes = Lanes {
+            scales: [0.0; TILE],
+            zeros: [0.0; TILE],
+        };
+        for j in 0..TILE {
+            let (scale, zero) = grid_of_range(keep * low[j], keep * high[j], max_code);
+            lanes.scales[j] = scale;
+            lanes.zeros[j] = if center == 0.0 { zero } else { 0.0 };
+        }
+        let mut sums = [0.0f32; TILE];
+        for (i, weights) in values.iter().enumerate() {
+            let codes = lanes.nearest::<I>(&ranges.levels, weights);
+            let rounded = lanes.weights::<I>(&ranges.levels, &codes);
+            match cost {
+                Cost::Power => {
+                    for j in 0..TILE {
+                        sums[j] += power((rounded[j] - weights[j]).abs());
+                    }
+                }
+                Cost::Inputs(of_input) => {
+                    let of_input = of_input[group * layout.group_size() + i];
+                    for j in 0..TILE {
+                        let error = rounded[j] - weights[j];
+                        sums[j] += of_input * (error * error);
+                    }
+                }
+            }
+        }
+        for j in 0..TILE {
+            // The full range stands where every cost is more than a float holds.
+            if step == 0 || sums[j] < least[j] {
+                least[j] = sums[j];
+                best.scales[j] = lanes.scales[j];
+                best.zeros[j] = lanes.zeros[j];
+            }
+        }
+    }
+}
+
+/// `x^2.4` for `x >= 0`, to a few units in the last place: `x² (x^(1/5))²` with Newton's method.
+#[inline(always)]
+fn power(x: f32) -> f32 {
+    // A fifth of the exponent, within some percent of the root.
+    // SAFETY: a fifth of the bits of a float that is not negative fits.
+    let fifth = unsafe { (x.to_bits() as i32 as f32 * 0.2).to_int_unchecked::<i32>() };
+    let mut root = f32::from_bits((fifth + 0x32CC_CCCD) as u32);
+    for _ in 0..3 {
+        let square = root * root;
+        root = 0.8 * root + 0.2 * (x / (square * square));
+    }
+    (x * root) * (x * root)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_power_is_that_of_the_standard_library() {
+        for x in [1e-12, 3e-7, 1e-3, 0.02, 0.7, 1.0, 3.1, 1e4] {
+            let expected = f64::from(x).powf(2.4);
+            let found = f64::from(power(x));
+            assert!((found / expected - 1.0).abs() < 1e-6, "{x}: {found}");
+        }
+        assert_eq!(power(0.0), 0.0);
+    }
+}
