@@ -384,9 +384,10 @@ proptest! {
         prop_assert!(found, "{error}");
     }
 
-    /// A row of one sign, and one with an outlier: nothing breaks, and zero stays zero.
+    /// A row of one sign, and one with an outlier (that scales in f16 can step): nothing breaks, and
+    /// zero stays zero.
     #[test]
-    fn hard_groups_are_kept(case in any_cases(), outlier in 1e3..1e5f32) {
+    fn hard_groups_are_kept(case in any_cases(), outlier in 1e3..9e4f32) {
         for hard in [
             case.weight.iter().map(|w| w.abs()).collect::<Vec<_>>(),
             case.weight.iter().map(|w| -w.abs()).collect(),
