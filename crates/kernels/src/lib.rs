@@ -26,7 +26,7 @@
 //!
 //! ```
 //! use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-//! use kernels::{Layout, Levels, pack, quant_matmul};
+//! use kernels::{Layout, Levels, Precision, pack, quant_matmul};
 //!
 //! let device = Device::flex();
 //! let layout = Layout::new(4, 1, 4, 2, Levels::Unsigned);
@@ -35,7 +35,7 @@
 //! let scales = Tensor::<2>::from_data([[1.0], [10.0]], &device);
 //! let zeros = Tensor::<2>::from_data([[0.0], [3.0]], &device);
 //! let x = Tensor::<2>::ones([1, 4], &device);
-//! let y = quant_matmul(x, words, scales, Some(zeros), layout);
+//! let y = quant_matmul(x, words, scales, Some(zeros), layout, Precision::Full);
 //! assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0 + 2.0 + 0.0 + 10.0]);
 //! ```
 
@@ -45,6 +45,8 @@
 )]
 
 mod encode;
+#[cfg(all(feature = "flex", target_arch = "x86_64"))]
+mod fixed;
 mod isa;
 mod layout;
 mod memory;
@@ -55,4 +57,4 @@ pub use encode::{
     round_with_feedback, with_values,
 };
 pub use layout::{Layout, Levels, TABLE, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
-pub use quant_matmul::{dequantize, quant_matmul};
+pub use quant_matmul::{Precision, dequantize, quant_matmul};

@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
-use kernels::{Layout, Levels, pack, quant_matmul};
+use kernels::{Layout, Levels, Precision, pack, quant_matmul};
 
 struct Counting;
 
@@ -63,6 +63,7 @@ fn one_step_stays_below_half_of_the_dense_weights() {
                 scales.clone(),
                 Some(zeros.clone()),
                 layout,
+                Precision::Full,
             );
         }
         let grads = y.sum().backward();

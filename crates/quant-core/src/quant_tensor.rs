@@ -269,7 +269,14 @@ impl QuantTensor {
             Some(order) => x.select(D - 1, order.inputs.val()),
             None => x,
         };
-        kernels::quant_matmul(x, self.words.val(), scales, self.zeros(), self.layout)
+        kernels::quant_matmul(
+            x,
+            self.words.val(),
+            scales,
+            self.zeros(),
+            self.layout,
+            kernels::Precision::Full,
+        )
     }
 
     /// The dense weight, `[d_in, d_out]`.

@@ -45,12 +45,14 @@ impl<B: QuantOps, C: CheckpointStrategy> QuantOps for Autodiff<B, C> {
     fn quant_matmul(x: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
         let (x_node, scales_node) = (x.node(), w.scales.node());
         let scales_tracked = w.scales.is_tracked();
-        let (words, scales, layout) = (w.words, w.scales.into_primitive(), w.layout);
+        let (words, scales) = (w.words, w.scales.into_primitive());
+        let (layout, precision) = (w.layout, w.precision);
         let packed = |zeros| Packed {
             words,
             scales,
             zeros,
             layout,
+            precision,
         };
         let x = x.into_primitive();
         match w.zeros {

@@ -13,7 +13,9 @@ use burn::tensor::{Bytes, Shape};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
-use super::{Packed, QuantOps, Zeros, composed, simd};
+#[cfg(target_arch = "x86_64")]
+use super::fixed;
+use super::{Packed, Precision, QuantOps, Zeros, composed, simd};
 use crate::memory::zeroed;
 use crate::{Layout, TILE};
 
@@ -28,6 +30,7 @@ pub(super) struct Host<'a> {
     pub(super) scales: &'a [f32],
     pub(super) zeros: Option<&'a [f32]>,
     pub(super) layout: Layout,
+    pub(super) precision: Precision,
 }
 
 impl Host<'_> {
@@ -62,6 +65,7 @@ impl Packed<Flex> {
                 Zeros::Absent => Zeros::Absent,
             },
             layout: self.layout,
+            precision: self.precision,
         }
     }
 
@@ -78,6 +82,7 @@ impl Packed<Flex> {
                 Zeros::Absent => None,
             },
             layout: self.layout,
+            precision: self.precision,
         })
     }
 }
@@ -175,6 +180,10 @@ fn dense(w: &Host) -> Vec<f32> {
 fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(x.len(), rows * d_in);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(y) = fixed::product(x, rows, w) {
+        return y;
+    }
     let mut y = zeroed(rows * d_out);
     let shared = Shared(y.as_mut_ptr());
     (0..w.layout.n_tiles()).into_par_iter().for_each_init(
@@ -208,6 +217,10 @@ fn product_dx(dy: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     const STRIDE: usize = PANEL_TILES * TILE;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(dy.len(), rows * d_out);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(dx) = fixed::product_dx(dy, rows, w) {
+        return dx;
+    }
     let mut dx = zeroed(rows * d_in);
     let shared = Shared(dx.as_mut_ptr());
     (0..d_in.div_ceil(TILE)).into_par_iter().for_each_init(
@@ -244,6 +257,10 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(x.len(), rows * d_in);
     assert_eq!(dy.len(), rows * d_out);
+    #[cfg(target_arch = "x86_64")]
+    if let Some(grads) = fixed::product_dgrid(dy, x, rows, w) {
+        return grads;
+    }
     let tiles: Vec<_> = (0..w.layout.n_tiles())
         .into_par_iter()
         .map_init(
@@ -289,7 +306,7 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
 }
 
 /// A result whose parts are written by several tasks.
-struct Shared(*mut f32);
+pub(super) struct Shared(pub(super) *mut f32);
 
 // SAFETY: the tasks write disjoint parts, as the comments where they do so say.
 unsafe impl Sync for Shared {}
@@ -297,7 +314,7 @@ unsafe impl Sync for Shared {}
 impl Shared {
     /// # Safety
     /// `n` lies within the result.
-    unsafe fn offset(&self, n: usize) -> *mut f32 {
+    pub(super) unsafe fn offset(&self, n: usize) -> *mut f32 {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(n) }
     }

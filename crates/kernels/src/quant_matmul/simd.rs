@@ -36,6 +36,16 @@ by_instruction_set! {
 }
 
 by_instruction_set! {
+    /// Unpacks `inputs`, at most [`TILE`], of one tile into their columns of `[TILE, TILE]` floats.
+    pub(super) fn unpack_transposed(
+        w: &Host,
+        tile: usize,
+        inputs: Range<usize>,
+        panel: &mut [f32],
+    ) = unpack_transposed_body
+}
+
+by_instruction_set! {
     /// Adds the rows of `p`, one for each of `inputs`, to the sums of their groups.
     pub(super) fn add_to_groups(
         w: &Host,
@@ -63,6 +73,19 @@ fn unpack_panel_body<I: Isa>(
             for j in 0..TILE {
                 row[j] = (levels[j] - zeros[j]) * scales[j];
             }
+        }
+    }
+}
+
+#[inline(always)]
+fn unpack_transposed_body<I: Isa>(w: &Host, tile: usize, inputs: Range<usize>, panel: &mut [f32]) {
+    let mut rows = [0.0; TILE * TILE];
+    let n = inputs.len();
+    unpack_panel_body::<I>(w, tile, inputs, &mut rows, TILE);
+    rows[n * TILE..].fill(0.0);
+    for (o, panel) in panel.chunks_exact_mut(TILE).enumerate() {
+        for (i, value) in panel.iter_mut().enumerate() {
+            *value = rows[i * TILE + o];
         }
     }
 }

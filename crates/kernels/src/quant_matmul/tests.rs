@@ -4,7 +4,7 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
-use super::{Packed, QuantOps, Zeros, composed, quant_matmul};
+use super::{Packed, Precision, QuantOps, Zeros, composed, quant_matmul};
 use crate::{Layout, Levels, columns_to_tiles, pack, tiles_to_columns, unpack};
 
 /// Levels in no order, as those of FP4.
@@ -115,6 +115,7 @@ impl Case {
                 None => Zeros::Absent,
             },
             layout: self.layout,
+            precision: Precision::Full,
         }
     }
 
@@ -239,7 +240,7 @@ proptest! {
         let x = case.x().transpose().autodiff().require_grad();
         let scales = case.scales().autodiff().require_grad();
         let zeros = case.zeros().map(|z| z.autodiff().require_grad());
-        let y = quant_matmul(x.clone().transpose(), case.words(), scales.clone(), zeros.clone(), case.layout);
+        let y = quant_matmul(x.clone().transpose(), case.words(), scales.clone(), zeros.clone(), case.layout, Precision::Full);
         let grads = (y * case.dy().autodiff()).sum().backward();
 
         let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
@@ -279,6 +280,7 @@ fn gradients_agree_with_differences() {
             scales.clone(),
             Some(zeros.clone()),
             layout,
+            Precision::Full,
         );
         (y * dy.clone()).sum()
     };
@@ -290,6 +292,7 @@ fn gradients_agree_with_differences() {
         ts.clone(),
         Some(tz.clone()),
         layout,
+        Precision::Full,
     );
     let grads = (y * leaf(&dy)).sum().backward();
 

@@ -1,0 +1,360 @@
+//! The CPU's products on integer units, for processors that have them.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Precision;
+use super::flex::{Host, Shared};
+use super::simd;
+use crate::fixed::{self, Blocks, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
+use crate::memory::zeroed;
+use crate::{Levels, TILE};
+
+/// Rows from which panels of limbs are worth their making.
+const MANY: usize = 12;
+
+impl From<Precision> for Limbs {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::Full => Limbs::Three,
+            Precision::Fast => Limbs::Two,
+        }
+    }
+}
+
+/// `x · w`, `[rows, d_out]`. None if floats do better.
+pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
+    let unit = Unit::get()?;
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    let limbs = w.precision.into();
+    let source = Source { x, stride: d_in };
+    let mut y = zeroed(n_rows * d_out);
+    let out = Shared(y.as_mut_ptr());
+    if let Some(blocks) = codes(w) {
+        let rows = Rows::split(source, n_rows, blocks, limbs);
+        each_tile(
+            (unit, &rows),
+            w.layout.n_tiles(),
+            |panel, tile, inputs| panel.codes(&w.layout, w.tile(tile), inputs, &blocks),
+            |tile| {
+                let columns = Columns::new(tile, d_out);
+                Forward {
+                    grid: Grid {
+                        w,
+                        rows: &rows,
+                        columns,
+                    },
+                    // SAFETY: `y` is `[rows, d_out]`, and a tile is one task's.
+                    sums: unsafe { Sums::new(columns, &out) },
+                }
+            },
+        );
+    } else if unit == Unit::Amx && n_rows >= MANY {
+        let rows = Rows::split(source, n_rows, Blocks::of(d_in), limbs);
+        each_tile(
+            (unit, &rows),
+            w.layout.n_tiles(),
+            |panel, tile, inputs| {
+                panel.split(limbs, inputs.len(), |values| {
+                    simd::unpack_panel(w, tile, inputs, values, TILE)
+                })
+            },
+            // SAFETY: as above.
+            |tile| unsafe { Sums::new(Columns::new(tile, d_out), &out) },
+        );
+    } else {
+        return None;
+    }
+    Some(y)
+}
+
+/// `dy · wᵀ`, `[rows, d_in]`. None if floats do better.
+pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
+    let unit = Unit::get().filter(|unit| *unit == Unit::Amx && n_rows >= MANY)?;
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    let limbs = w.precision.into();
+    let source = Source {
+        x: dy,
+        stride: d_out,
+    };
+    let rows = Rows::split(source, n_rows, Blocks::of(d_out), limbs);
+    let mut dx = zeroed(n_rows * d_in);
+    let out = Shared(dx.as_mut_ptr());
+    each_tile(
+        (unit, &rows),
+        d_in.div_ceil(TILE),
+        |panel, block, outputs| {
+            let inputs = block * TILE..d_in.min((block + 1) * TILE);
+            panel.split(limbs, outputs.len(), |values| {
+                for (tile, values) in outputs.step_by(TILE).zip(values.chunks_mut(TILE * TILE)) {
+                    simd::unpack_transposed(w, tile / TILE, inputs.clone(), values);
+                }
+            })
+        },
+        // SAFETY: `dx` is `[rows, d_in]`, and a tile is one task's.
+        |block| unsafe { Sums::new(Columns::new(block, d_in), &out) },
+    );
+    Some(dx)
+}
+
+/// The gradients of scales and zeros, `[n_groups, d_out]` each. None if floats do better.
+///
+/// With `u = Σ x (q - z)` over the inputs of a group, which a forward product makes on its way,
+/// `dscales = Σ dy u` over the rows: no product of `x` and `dy` is needed.
+pub(super) fn product_dgrid(
+    dy: &[f32],
+    x: &[f32],
+    n_rows: usize,
+    w: &Host,
+) -> Option<(Vec<f32>, Vec<f32>)> {
+    let unit = Unit::get()?;
+    let blocks = codes(w)?;
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    let limbs = w.precision.into();
+    let rows = Rows::split(Source { x, stride: d_in }, n_rows, blocks, limbs);
+    let n_groups = w.layout.n_groups();
+    let tiles: Vec<_> = (0..w.layout.n_tiles())
+        .into_par_iter()
+        .map_init(Panel::default, |panel, tile| {
+            let columns = Columns::new(tile, d_out);
+            let mut finish = Backward {
+                grid: Grid {
+                    w,
+                    rows: &rows,
+                    columns,
+                },
+                dy,
+                dscales: vec![0.0; n_groups * TILE],
+                products: vec![0.0; n_groups * TILE],
+            };
+            for run in rows.slabs() {
+                let inputs = rows.values(run.clone());
+                panel.codes(&w.layout, w.tile(tile), inputs, &blocks);
+                fixed::multiply(unit, &rows, run, panel, &mut finish);
+            }
+            (finish.dscales, finish.products)
+        })
+        .collect();
+    let n = n_groups * d_out;
+    let (mut dscales, mut dzeros) = (Vec::with_capacity(n), Vec::with_capacity(n));
+    for g in 0..n_groups {
+        for (tile, (of_levels, of_products)) in tiles.iter().enumerate() {
+            let n = w.layout.columns(tile).len();
+            dscales.extend_from_slice(&of_levels[g * TILE..][..n]);
+            dzeros.extend_from_slice(&of_products[g * TILE..][..n]);
+        }
+    }
+    for (dz, s) in dzeros.iter_mut().zip(w.scales) {
+        *dz *= -s;
+    }
+    Some((dscales, dzeros))
+}
+
+/// How the sums over the inputs are cut if the codes are multiplied as they are.
+fn codes(w: &Host) -> Option<Blocks> {
+    match w.layout.levels() {
+        Levels::Table(_) => None,
+        Levels::Unsigned | Levels::Centered => {
+            Blocks::of_groups(w.layout.d_in(), w.layout.group_size())
+        }
+    }
+}
+
+/// Multiplies the rows with each tile of columns, whose panels `fill` makes.
+fn each_tile<F: Finish>(
+    (unit, rows): (Unit, &Rows),
+    n_tiles: usize,
+    fill: impl Fn(&mut Panel, usize, Range<usize>) + Sync,
+    finish: impl Fn(usize) -> F + Sync,
+) {
+    for slab in rows.slabs() {
+        (0..n_tiles)
+            .into_par_iter()
+            .for_each_init(Panel::default, |panel, tile| {
+                let mut finish = finish(tile);
+                for blocks in rows.panels(slab.clone()) {
+                    fill(panel, tile, rows.values(blocks.clone()));
+                    fixed::multiply(unit, rows, blocks, panel, &mut finish);
+                }
+            });
+    }
+}
+
+/// The columns of one tile in a matrix with rows of `stride`.
+#[derive(Clone, Copy)]
+struct Columns {
+    first: usize,
+    stride: usize,
+}
+
+impl Columns {
+    fn new(tile: usize, stride: usize) -> Self {
+        Self {
+            first: tile * TILE,
+            stride,
+        }
+    }
+
+    /// Columns `16 * part ..` of a row, and which of them there are.
+    #[inline(always)]
+    fn part(&self, row: usize, part: usize) -> (usize, __mmask16) {
+        let column = self.first + part * 16;
+        let n = self.stride.saturating_sub(column).min(16);
+        (row * self.stride + column, ((1u32 << n) - 1) as __mmask16)
+    }
+
+    /// These columns of a row of `matrix`; zero where there are none.
+    #[inline(always)]
+    unsafe fn read(&self, matrix: &[f32], row: usize, part: usize) -> __m512 {
+        let (at, mask) = self.part(row, part);
+        // SAFETY: the caller has AVX-512; what the mask has lies in the row.
+        unsafe { _mm512_maskz_loadu_ps(mask, matrix.as_ptr().wrapping_add(at)) }
+    }
+}
+
+/// The sums of some rows in the columns of one tile, on their way to the result.
+struct Sums<'a> {
+    rows: Box<[f32; ROWS * TILE]>,
+    columns: Columns,
+    out: &'a Shared,
+}
+
+impl<'a> Sums<'a> {
+    /// # Safety
+    /// `out` is a matrix of `columns.stride` columns, and nobody else writes these.
+    unsafe fn new(columns: Columns, out: &'a Shared) -> Self {
+        Self {
+            rows: Box::new([0.0; ROWS * TILE]),
+            columns,
+            out,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(&mut self, row: usize, part: usize, value: __m512) {
+        let sums = &mut self.rows[row % ROWS * TILE + part * 16..][..16];
+        // SAFETY: the caller has AVX-512; 16 sums.
+        unsafe {
+            let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
+            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+        }
+    }
+
+    /// Adds the sums of `rows` to the result.
+    fn done(&mut self, rows: Range<usize>) {
+        let n = (self.columns.stride - self.columns.first).min(TILE);
+        for row in rows {
+            let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
+            // SAFETY: the promise of `new`.
+            let out = unsafe {
+                let out = self
+                    .out
+                    .offset(row * self.columns.stride + self.columns.first);
+                std::slice::from_raw_parts_mut(out, n)
+            };
+            for (out, sum) in out.iter_mut().zip(sums.iter()) {
+                *out += sum;
+            }
+            sums.fill(0.0);
+        }
+    }
+}
+
+impl Finish for Sums<'_> {
+    #[inline(always)]
+    unsafe fn take(&mut self, row: usize, _: usize, part: usize, sums: __m512) {
+        // SAFETY: the caller's promise.
+        unsafe { self.add(row, part, sums) }
+    }
+
+    fn rows_done(&mut self, rows: Range<usize>) {
+        self.done(rows);
+    }
+}
+
+/// `y = s (u - z Σ x)` for each group.
+struct Forward<'a> {
+    grid: Grid<'a>,
+    sums: Sums<'a>,
+}
+
+/// The grid of a weight in the columns of one tile.
+struct Grid<'a> {
+    w: &'a Host<'a>,
+    rows: &'a Rows,
+    columns: Columns,
+}
+
+impl Grid<'_> {
+    fn group(&self, block: usize) -> usize {
+        self.rows.blocks().range(block).start / self.w.layout.group_size()
+    }
+
+    /// `Σ x (level - zero)` from `Σ x code`.
+    #[inline(always)]
+    unsafe fn centered(&self, row: usize, block: usize, part: usize, sums: __m512) -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe {
+            let center = _mm512_set1_ps(self.w.layout.center());
+            let zeros = match self.w.zeros {
+                Some(zeros) => {
+                    _mm512_add_ps(self.columns.read(zeros, self.group(block), part), center)
+                }
+                None => center,
+            };
+            let x = _mm512_set1_ps(self.rows.sum(row, block));
+            _mm512_sub_ps(sums, _mm512_mul_ps(zeros, x))
+        }
+    }
+}
+
+impl Finish for Forward<'_> {
+    #[inline(always)]
+    unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let grid = &self.grid;
+            let u = grid.centered(row, block, part, sums);
+            let scales = grid.columns.read(grid.w.scales, grid.group(block), part);
+            self.sums.add(row, part, _mm512_mul_ps(scales, u));
+        }
+    }
+
+    fn rows_done(&mut self, rows: Range<usize>) {
+        self.sums.done(rows);
+    }
+}
+
+/// `dscales = Σ dy u` and `Σ dy Σ x` for each group.
+struct Backward<'a> {
+    grid: Grid<'a>,
+    dy: &'a [f32],
+    /// `[n_groups, TILE]` each.
+    dscales: Vec<f32>,
+    products: Vec<f32>,
+}
+
+impl Finish for Backward<'_> {
+    #[inline(always)]
+    unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
+        // SAFETY: the caller's promise; both have 16 values there.
+        unsafe {
+            let grid = &self.grid;
+            let u = grid.centered(row, block, part, sums);
+            let dy = grid.columns.read(self.dy, row, part);
+            let at = grid.group(block) * TILE + part * 16;
+            let add = |sums: &mut [f32], value| {
+                let sums = &mut sums[at..at + 16];
+                let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
+                _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+            };
+            add(&mut self.dscales, _mm512_mul_ps(dy, u));
+            let x = _mm512_set1_ps(grid.rows.sum(row, block));
+            add(&mut self.products, _mm512_mul_ps(dy, x));
+        }
+    }
+
+    fn rows_done(&mut self, _: Range<usize>) {}
+}
