@@ -1,91 +1,180 @@
-//! The product with a packed weight, forward and backward, beside the machine's ceilings: a copy of
-//! as many bytes as the packed weight has, and a plain f32 product of the same size.
+//! The product with a packed weight, forward and backward, beside the machine's ceilings of the same
+//! run: a read and a copy of as many bytes as the codes have, and a plain f32 product of its shape.
+//!
+//! `cargo bench --bench matmul -- --noplot`; widths with the variable `WIDTHS`, `4096,32768` unless
+//! it is set, each that of a weight with 4096 inputs.
 
 use std::hint::black_box;
+use std::time::Duration;
 
-use burn::tensor::{Device, Distribution, Tensor};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use quant_core::{Quantizer, Rtn};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use kernels::{Layout, Levels, Precision, quant_matmul};
 
-const WIDTH: usize = 2048;
+const D_IN: usize = 4096;
+const GROUP: usize = 128;
+
+fn widths() -> Vec<usize> {
+    let widths = std::env::var("WIDTHS").unwrap_or("4096,32768".into());
+    let parse = |width: &str| width.parse().expect("WIDTHS are numbers");
+    widths.split(',').map(parse).collect()
+}
+
+struct Weight {
+    words: Tensor<3, Int>,
+    scales: Tensor<2>,
+    zeros: Option<Tensor<2>>,
+    layout: Layout,
+}
+
+impl Weight {
+    /// Of random codes.
+    fn random(d_out: usize, bits: usize, levels: Levels, group: usize, device: &Device) -> Self {
+        let layout = Layout::new(D_IN, d_out, bits, group, levels);
+        let [tiles, rows, columns] = layout.words_shape();
+        let mut state = 1u64;
+        let words = (0..tiles * rows * columns)
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state as u32
+            })
+            .collect::<Vec<u32>>();
+        let words = TensorData::new(words, layout.words_shape());
+        let zeros = matches!(levels, Levels::Unsigned);
+        Self {
+            words: Tensor::from_data(words, (device, DType::U32)),
+            scales: Tensor::full(layout.grid_shape(), 0.01, device),
+            zeros: zeros.then(|| Tensor::full(layout.grid_shape(), 7.5, device)),
+            layout,
+        }
+    }
+
+    fn product(&self, x: Tensor<2>, scales: Tensor<2>, precision: Precision) -> Tensor<2> {
+        quant_matmul(
+            x,
+            self.words.clone(),
+            scales,
+            self.zeros.clone(),
+            self.layout,
+            precision,
+        )
+    }
+}
 
 fn matmul(criterion: &mut Criterion) {
     let device = Device::flex();
-    let weight = Tensor::<2>::random([WIDTH, WIDTH], Distribution::Normal(0.0, 0.02), &device);
-    for rows in [1, 64, 512] {
-        let x = Tensor::<2>::random([rows, WIDTH], Distribution::Normal(0.0, 1.0), &device);
-        let mut group = criterion.benchmark_group(format!("matmul {rows}x{WIDTH}x{WIDTH}"));
-        // An element is one multiplication and addition.
-        group.throughput(Throughput::Elements((rows * WIDTH * WIDTH) as u64));
-        group.bench_function("f32", |b| {
-            b.iter(|| black_box(x.clone().matmul(weight.clone())))
-        });
-        for bits in [2, 3, 4, 8] {
-            let rtn = Rtn::new().with_bits(bits).with_group_size(128);
-            let packed = rtn
-                .quantize(weight.clone(), None)
-                .expect("a finite weight")
-                .weight;
-            group.bench_function(BenchmarkId::new("forward", bits), |b| {
-                b.iter(|| black_box(packed.matmul(x.clone())))
-            });
-            group.bench_function(BenchmarkId::new("dx", bits), |b| {
-                b.iter_batched(
-                    || {
-                        let x = x.clone().autodiff().require_grad();
-                        (packed.matmul(x.clone()).sum(), x)
-                    },
-                    |(y, x)| x.grad(&y.backward()),
-                    criterion::BatchSize::LargeInput,
-                )
-            });
-            group.bench_function(BenchmarkId::new("dscales", bits), |b| {
-                b.iter_batched(
-                    || {
-                        let scales = packed.scales().autodiff().require_grad();
-                        (
-                            packed.matmul_scaled(x.clone(), scales.clone()).sum(),
-                            scales,
-                        )
-                    },
-                    |(y, scales)| scales.grad(&y.backward()),
-                    criterion::BatchSize::LargeInput,
-                )
-            });
+    device.seed(0);
+    let table = Levels::Table(std::array::from_fn(|i| i as f32 / 8.0 - 1.0));
+    for d_out in widths() {
+        ceilings(criterion, d_out, &device);
+        for (name, bits, levels, group) in [
+            ("4 bits", 4, Levels::Unsigned, GROUP),
+            ("4 bits per channel", 4, Levels::Unsigned, D_IN),
+            ("2 bits", 2, Levels::Unsigned, GROUP),
+            ("3 bits", 3, Levels::Unsigned, GROUP),
+            ("8 bits", 8, Levels::Unsigned, GROUP),
+            ("NF4", 4, table, 64),
+        ] {
+            let w = Weight::random(d_out, bits, levels, group, &device);
+            for rows in [1, 8, 64, 512] {
+                one(criterion, name, rows, &w, &device);
+            }
         }
-        group.finish();
     }
 }
 
-fn copy(criterion: &mut Criterion) {
-    for bits in [2, 3, 4, 8] {
-        let source = vec![1u8; WIDTH * WIDTH * bits / 8];
-        let mut target = vec![0u8; source.len()];
-        let mut group = criterion.benchmark_group("copy of the codes");
-        group.throughput(Throughput::Bytes(source.len() as u64));
-        group.bench_function(BenchmarkId::from_parameter(bits), |b| {
-            b.iter(|| black_box(&mut target).copy_from_slice(black_box(&source)))
+fn one(criterion: &mut Criterion, name: &str, rows: usize, w: &Weight, device: &Device) {
+    let d_out = w.layout.d_out();
+    let x = Tensor::<2>::random([rows, D_IN], Distribution::Normal(0.0, 1.0), device);
+    let mut group = criterion.benchmark_group(format!("{rows}x{D_IN}x{d_out}"));
+    group.throughput(match rows {
+        1 => Throughput::Bytes((D_IN * d_out * w.layout.bits() / 8) as u64),
+        // An element is one multiplication and addition.
+        _ => Throughput::Elements((rows * D_IN * d_out) as u64),
+    });
+    for precision in [Precision::Full, Precision::Fast] {
+        let id = match precision {
+            Precision::Full => BenchmarkId::new("forward", name),
+            Precision::Fast => BenchmarkId::new("forward, fast", name),
+        };
+        group.bench_function(id, |b| {
+            b.iter(|| black_box(w.product(x.clone(), w.scales.clone(), precision)))
         });
-        group.finish();
     }
+    if rows < 64 {
+        return;
+    }
+    group.bench_function(BenchmarkId::new("dx", name), |b| {
+        b.iter_batched(
+            || {
+                let x = x.clone().autodiff().require_grad();
+                (
+                    w.product(x.clone(), w.scales.clone(), Precision::Full)
+                        .sum(),
+                    x,
+                )
+            },
+            |(y, x)| x.grad(&y.backward()),
+            BatchSize::PerIteration,
+        )
+    });
+    group.bench_function(BenchmarkId::new("dscales", name), |b| {
+        b.iter_batched(
+            || {
+                let scales = w.scales.clone().autodiff().require_grad();
+                (
+                    w.product(x.clone(), scales.clone(), Precision::Full).sum(),
+                    scales,
+                )
+            },
+            |(y, scales)| scales.grad(&y.backward()),
+            BatchSize::PerIteration,
+        )
+    });
 }
 
-fn quantize(criterion: &mut Criterion) {
-    let device = Device::flex();
-    let weight = Tensor::<2>::random([WIDTH, WIDTH], Distribution::Normal(0.0, 0.02), &device);
-    let mut group = criterion.benchmark_group(format!("{WIDTH}x{WIDTH}"));
-    group.throughput(Throughput::Bytes((WIDTH * WIDTH * 4) as u64));
-    for bits in [2, 3, 4, 8] {
-        let rtn = Rtn::new().with_bits(bits).with_group_size(128);
-        group.bench_function(BenchmarkId::new("quantize", bits), |b| {
-            b.iter(|| black_box(rtn.quantize(weight.clone(), None)))
-        });
-        let packed = rtn
-            .quantize(weight.clone(), None)
-            .expect("a finite weight")
-            .weight;
-        group.bench_function(BenchmarkId::new("dequantize", bits), |b| {
-            b.iter(|| black_box(packed.dequantize()))
+fn ceilings(criterion: &mut Criterion, d_out: usize, device: &Device) {
+    let n = D_IN * d_out / 8;
+    let source = vec![1u32; n];
+    let mut target = vec![0u32; n];
+    let mut group = criterion.benchmark_group(format!("ceilings {D_IN}x{d_out}"));
+    group.throughput(Throughput::Bytes(4 * n as u64));
+    group.bench_function("copy of 4 bits, two threads", |b| {
+        b.iter(|| {
+            let (a, z) = black_box(&mut target).split_at_mut(n / 2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| a.copy_from_slice(black_box(&source[..n / 2])));
+                z.copy_from_slice(black_box(&source[n / 2..]));
+            });
+        })
+    });
+    let sum = |words: &[u32]| {
+        let mut sums = [0u32; 64];
+        for words in words.chunks_exact(64) {
+            for (sum, word) in sums.iter_mut().zip(words) {
+                *sum = sum.wrapping_add(*word);
+            }
+        }
+        sums
+    };
+    group.bench_function("read of 4 bits, two threads", |b| {
+        b.iter(|| {
+            std::thread::scope(|scope| {
+                let half = scope.spawn(|| sum(black_box(&source[..n / 2])));
+                black_box(sum(black_box(&source[n / 2..])));
+                black_box(half.join().expect("a sum"));
+            });
+        })
+    });
+    drop((source, target));
+    let w = Tensor::<2>::random([D_IN, d_out], Distribution::Normal(0.0, 0.02), device);
+    for rows in [1, 8, 64, 512] {
+        let x = Tensor::<2>::random([rows, D_IN], Distribution::Normal(0.0, 1.0), device);
+        group.throughput(Throughput::Elements((rows * D_IN * d_out) as u64));
+        group.bench_function(BenchmarkId::new("f32 product, rows", rows), |b| {
+            b.iter(|| black_box(x.clone().matmul(w.clone())))
         });
     }
     group.finish();
@@ -93,7 +182,10 @@ fn quantize(criterion: &mut Criterion) {
 
 criterion_group! {
     name = benches;
-    config = Criterion::default().sample_size(20);
-    targets = copy, quantize, matmul
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = matmul
 }
 criterion_main!(benches);

@@ -195,3 +195,108 @@ pub(crate) fn multiply(
         _ => unsafe { vnni::multiply(rows, blocks, panel, finish) },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Layout, Levels, TILE, pack};
+
+    /// The sums as they come, `[rows, blocks, TILE]`.
+    struct All {
+        n_blocks: usize,
+        sums: Vec<f32>,
+        done: usize,
+    }
+
+    impl Finish for All {
+        unsafe fn take(
+            &mut self,
+            row: usize,
+            block: usize,
+            part: usize,
+            sums: std::arch::x86_64::__m512,
+        ) {
+            let at = (row * self.n_blocks + block) * TILE + part * 16;
+            // SAFETY: 16 sums; the caller has AVX-512.
+            unsafe {
+                std::arch::x86_64::_mm512_storeu_ps(self.sums[at..at + 16].as_mut_ptr(), sums)
+            }
+        }
+
+        fn rows_done(&mut self, rows: Range<usize>) {
+            assert_eq!(rows.start, self.done);
+            self.done = rows.end;
+        }
+    }
+
+    /// Integers of 23 bits are split without an error, and products of bytes are exact.
+    #[test]
+    fn both_units_sum_up_integers_exactly() {
+        let Some(best) = Unit::get() else {
+            eprintln!("skipped: no unit for bytes");
+            return;
+        };
+        let units = [Unit::Vnni, Unit::Amx]
+            .into_iter()
+            .filter(|unit| *unit == best || best == Unit::Amx);
+        for (unit, (bits, group, rows)) in units.flat_map(|unit| {
+            [
+                (2, 64, 3),
+                (3, 32, 17),
+                (4, 128, 40),
+                (8, 256, 33),
+                (4, 48, 5),
+            ]
+            .map(|case| (unit, case))
+        }) {
+            let k = 600;
+            let layout = Layout::new(k, TILE, bits, group, Levels::Unsigned);
+            let codes: Vec<u8> = (0..k * TILE)
+                .map(|i| (i * 7 % 251) as u8 & layout.mask() as u8)
+                .collect();
+            let words = pack(&codes, &layout);
+            // The largest of each block is what the largest becomes.
+            let largest = 0x7f_00_00;
+            let value = |row: usize, i: usize| match i % 16 {
+                0 => largest,
+                _ => (row * 7919 + i * 104_729) as i32 % largest - largest / 2,
+            };
+            let x: Vec<f32> = (0..rows * k)
+                .map(|at| value(at / k, at % k) as f32)
+                .collect();
+            let blocks = Blocks::of_groups(k, group).unwrap();
+            let rows_split = Rows::split(
+                Source {
+                    x: &x,
+                    stride: k,
+                    columns: None,
+                },
+                rows,
+                blocks,
+                Limbs::Three,
+            );
+            let mut all = All {
+                n_blocks: blocks.n(),
+                sums: vec![0.0; rows * blocks.n() * TILE],
+                done: 0,
+            };
+            let mut panel = Panel::default();
+            panel.codes(&layout, &words, 0..k, &blocks);
+            multiply(unit, &rows_split, 0..blocks.n(), &panel, &mut all);
+            assert_eq!(all.done, rows);
+            for (at, found) in all.sums.iter().enumerate() {
+                let (row, block, o) = (at / TILE / blocks.n(), at / TILE % blocks.n(), at % TILE);
+                let exact: i64 = blocks
+                    .range(block)
+                    .map(|i| i64::from(value(row, i)) * i64::from(codes[i * TILE + o]))
+                    .sum();
+                // Joined in f32: two roundings of half a unit in the last place.
+                let off = (f64::from(*found) - exact as f64).abs();
+                assert!(
+                    off <= 1.2e-7 * exact.abs().max(1 << 23) as f64,
+                    "{found} for {exact}"
+                );
+            }
+        }
+    }
+}

@@ -104,8 +104,8 @@ pub(super) unsafe fn multiply(
         match (rows.limbs, panel.planes) {
             (Limbs::Three, 1) => each::<3, 2>(rows, blocks, panel, finish, codes_three, [6, 7]),
             (Limbs::Two, 1) => each::<2, 2>(rows, blocks, panel, finish, codes_two, [6, 7]),
-            (Limbs::Three, _) => each::<3, 1>(rows, blocks, panel, finish, limbs_three, [3, 6]),
-            (Limbs::Two, _) => each::<2, 1>(rows, blocks, panel, finish, limbs_two, [3, 6]),
+            (Limbs::Two, 2) => each::<2, 1>(rows, blocks, panel, finish, limbs_two, [3, 6]),
+            (limbs, planes) => unreachable!("{limbs:?} with {planes} planes"),
         }
     }
 }
@@ -248,52 +248,44 @@ codes! {
     ["tmm0", "tmm1", "tmm2", "tmm3"]
 }
 
-/// Products of limbs with limbs: those of the same significance are summed up together, and those
-/// of the lowest are left out.
-macro_rules! limbs {
-    ($name:ident, [$($sum:literal),*], [$($limb:literal),*], $($product:expr),*) => {
-        /// # Safety
-        /// Tiles are configured, and the operands lie within their allocations.
-        unsafe fn $name(o: &Operands, sums: &mut Sums) {
-            // SAFETY: the caller's promise; `sums` has six tiles.
-            unsafe {
-                asm!(
-                    $(concat!("tilezero ", $sum),)*
-                    "2:",
-                    $(concat!("tileloadd ", $limb, ", [{a} + {row}]"), "add {a}, {limb}",)*
-                    "mov {t}, {b}",
-                    $($product,)*
-                    "add {b}, {b_step}",
-                    "dec {n}",
-                    "jnz 2b",
-                    $(concat!("tilestored [{sums} + {c64}], ", $sum), "add {sums}, 1024",)*
-                    a = inout(reg) o.a[0] => _,
-                    b = inout(reg) o.b => _,
-                    t = out(reg) _,
-                    n = inout(reg) o.n_steps => _,
-                    limb = in(reg) o.a_limb,
-                    row = in(reg) o.a_row,
-                    plane = in(reg) o.b_plane,
-                    b_step = in(reg) o.b_step,
-                    sums = inout(reg) &raw mut sums.0 => _,
-                    c64 = in(reg) 64usize,
-                    options(nostack),
-                );
-            }
-        }
-    };
-}
-
-limbs! {
-    limbs_three, ["tmm0", "tmm1", "tmm2"], ["tmm3", "tmm4", "tmm5"],
-    "tileloadd tmm6, [{t} + {c64}]", "tdpbssd tmm0, tmm5, tmm6", "add {t}, {plane}",
-    "tileloadd tmm7, [{t} + {c64}]", "tdpbssd tmm0, tmm4, tmm7", "tdpbssd tmm1, tmm5, tmm7",
-    "add {t}, {plane}",
-    "tileloadd tmm6, [{t} + {c64}]", "tdpbssd tmm0, tmm3, tmm6", "tdpbssd tmm1, tmm4, tmm6",
-    "tdpbssd tmm2, tmm5, tmm6"
-}
-limbs! {
-    limbs_two, ["tmm0", "tmm1"], ["tmm3", "tmm4"],
-    "tileloadd tmm6, [{t} + {c64}]", "tdpbssd tmm0, tmm4, tmm6", "add {t}, {plane}",
-    "tileloadd tmm7, [{t} + {c64}]", "tdpbssd tmm0, tmm3, tmm7", "tdpbssd tmm1, tmm4, tmm7"
+/// Products of two limbs with two: those of the same significance are summed up together, and that
+/// of the lower ones is left out.
+///
+/// # Safety
+/// Tiles are configured, and the operands lie within their allocations.
+unsafe fn limbs_two(o: &Operands, sums: &mut Sums) {
+    // SAFETY: the caller's promise; `sums` has six tiles.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "2:",
+            "tileloadd tmm3, [{a} + {row}]",
+            "add {a}, {limb}",
+            "tileloadd tmm4, [{a} + {row}]",
+            "add {a}, {limb}",
+            "tileloadd tmm6, [{b} + {c64}]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "lea {t}, [{b} + {plane}]",
+            "tileloadd tmm7, [{t} + {c64}]",
+            "tdpbssd tmm0, tmm3, tmm7",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "add {b}, {b_step}",
+            "dec {n}",
+            "jnz 2b",
+            "tilestored [{sums} + {c64}], tmm0",
+            "tilestored [{sums} + {c64} + 1024], tmm1",
+            a = inout(reg) o.a[0] => _,
+            b = inout(reg) o.b => _,
+            t = out(reg) _,
+            n = inout(reg) o.n_steps => _,
+            limb = in(reg) o.a_limb,
+            row = in(reg) o.a_row,
+            plane = in(reg) o.b_plane,
+            b_step = in(reg) o.b_step,
+            sums = in(reg) &raw mut sums.0,
+            c64 = in(reg) 64usize,
+            options(nostack),
+        );
+    }
 }

@@ -18,7 +18,7 @@ pub(super) const PARTS: usize = TILE / PART;
 #[derive(Default)]
 pub(crate) struct Panel {
     pub(super) bytes: Vec<u8>,
-    /// One plane of unsigned codes, or as many of signed limbs as there are, lowest first.
+    /// One plane of unsigned codes, or two of signed limbs, the lower first.
     pub(super) planes: usize,
     pub(super) step: usize,
     /// What the integers of a block and column are multiplied by: `[blocks, TILE]`, of limbs only.
@@ -57,16 +57,36 @@ impl Panel {
         unsafe { codes(self, layout, words, inputs) }
     }
 
-    /// The limbs of the `k` values of each column that `fill` writes, `[k, TILE]`.
-    pub(crate) fn split(&mut self, limbs: Limbs, k: usize, fill: impl FnOnce(&mut [f32])) {
-        self.resize(limbs.n(), 64, k);
+    /// The codes of `k` outputs in `n` inputs, as columns: `fill` writes `[TILE, TILE]` of them, one
+    /// row for each input, and is told from which output on.
+    pub(crate) fn transposed(&mut self, k: usize, fill: impl Fn(usize, &mut [[u8; TILE]; TILE])) {
+        self.resize(1, 64, k);
+        let mut codes = [[0; TILE]; TILE];
+        for (step, bytes) in self.bytes.chunks_exact_mut(TILE * TILE).enumerate() {
+            if step * TILE >= k {
+                break;
+            }
+            fill(step * TILE, &mut codes);
+            for (part, bytes) in bytes.chunks_exact_mut(PART * TILE).enumerate() {
+                for (quad, bytes) in bytes.chunks_exact_mut(PART * 4).enumerate() {
+                    for (i, bytes) in bytes.chunks_exact_mut(4).enumerate() {
+                        bytes.copy_from_slice(&codes[part * PART + i][quad * 4..][..4]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The two limbs of the `k` values of each column that `fill` writes, `[k, TILE]`.
+    pub(crate) fn split(&mut self, k: usize, fill: impl FnOnce(&mut [f32])) {
+        self.resize(2, 64, k);
         let mut values = std::mem::take(&mut self.values);
         values.resize(k * TILE, 0.0);
         fill(&mut values);
         self.scales.resize(k.div_ceil(BLOCK) * TILE, 0.0);
         for (block, values) in values.chunks(BLOCK * TILE).enumerate() {
             // SAFETY: as above.
-            unsafe { split_block(self, block, values, limbs) };
+            unsafe { split_block(self, block, values) };
         }
         self.values = values;
     }
@@ -157,16 +177,16 @@ fn codes(panel: &mut Panel, layout: &Layout, words: &[u32], inputs: Range<usize>
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-fn split_block(panel: &mut Panel, block: usize, values: &[f32], limbs: Limbs) {
-    // The products of limbs of less than this are left out.
-    let dropped = (1u32 << (8 * (limbs.n() - 1))) as f32;
+fn split_block(panel: &mut Panel, block: usize, values: &[f32]) {
+    const LIMBS: Limbs = Limbs::Two;
+    // The product of the lower limbs is left out: the sums are in units of this.
+    let dropped = 256.0;
     let k = values.len() / TILE;
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-    let bias = _mm512_set1_epi32(split::bias(limbs));
+    let bias = _mm512_set1_epi32(split::bias(LIMBS));
     let lane = |at: usize| (at / 4 * 4) as u8;
     // Of two vectors: byte 0 of both, then byte 1 of both, in each lane.
     let low = bytes(|at| lane(at) + [0, 64, 1, 65][at % 4]);
-    let high = bytes(|at| lane(at) + [2, 66, 2, 66][at % 4]);
     for part in 0..PARTS {
         let row = |i: usize| -> __m512 {
             match values.get(i * TILE + part * PART..) {
@@ -185,22 +205,16 @@ fn split_block(panel: &mut Panel, block: usize, values: &[f32], limbs: Limbs) {
         let mut lanes = [0.0f32; PART];
         // SAFETY: 16 lanes.
         unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_castsi512_ps(most)) };
-        let (mut first, mut second) = ([0.0; PART], [0.0; PART]);
-        for lane in 0..PART {
-            let (scale, factors) = split::scale(lanes[lane], limbs);
+        let mut inverses = [0.0; PART];
+        for (lane, inverse) in inverses.iter_mut().enumerate() {
+            let (scale, of_scale) = split::scale(lanes[lane], LIMBS);
             panel.scales[block * TILE + part * PART + lane] = scale * dropped;
-            [first[lane], second[lane]] = factors;
+            *inverse = of_scale;
         }
-        // SAFETY: 16 lanes each.
-        let (first, second) = unsafe {
-            (
-                _mm512_loadu_ps(first.as_ptr()),
-                _mm512_loadu_ps(second.as_ptr()),
-            )
-        };
+        // SAFETY: 16 lanes.
+        let inverses = unsafe { _mm512_loadu_ps(inverses.as_ptr()) };
         let digits = |i: usize| {
-            let scaled = _mm512_mul_ps(_mm512_mul_ps(row(i), first), second);
-            let v = _mm512_cvtps_epi32(scaled);
+            let v = _mm512_cvtps_epi32(_mm512_mul_ps(row(i), inverses));
             _mm512_xor_si512(_mm512_add_epi32(v, bias), bias)
         };
         for quad in 0..k.div_ceil(64) * 16 {
@@ -211,14 +225,9 @@ fn split_block(panel: &mut Panel, block: usize, values: &[f32], limbs: Limbs) {
             );
             let zero = _mm512_mask_blend_epi16(0xaaaa_aaaa, ab, _mm512_slli_epi32::<16>(cd));
             let one = _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(ab), cd);
-            let (ab, cd) = (
-                _mm512_permutex2var_epi8(a, high, b),
-                _mm512_permutex2var_epi8(c, high, d),
-            );
-            let two = _mm512_mask_blend_epi16(0xaaaa_aaaa, ab, cd);
             let step = block * (BLOCK / 64) + quad / 16;
-            for (plane, bytes) in [zero, one, two].into_iter().take(limbs.n()).enumerate() {
-                let at = ((step * limbs.n() + plane) * PARTS + part) * 1024 + quad % 16 * 64;
+            for (plane, bytes) in [zero, one].into_iter().enumerate() {
+                let at = ((step * 2 + plane) * PARTS + part) * 1024 + quad % 16 * 64;
                 // SAFETY: the panel has these steps.
                 unsafe {
                     _mm512_storeu_si512(panel.bytes.as_mut_ptr().add(at).cast(), bytes);

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Blocks, Limbs, STRIP, vnni};
+use super::{BLOCK, Blocks, Limbs, STRIP, vnni};
 
 /// Values at a time.
 const LANES: usize = 64;
@@ -46,6 +46,9 @@ pub(crate) struct Rows {
 pub(crate) struct Source<'a> {
     pub(crate) x: &'a [f32],
     pub(crate) stride: usize,
+    /// What columns are multiplied by, and with which weights their values are then summed up: with
+    /// none, by one and with one.
+    pub(crate) columns: Option<[&'a [f32]; 2]>,
 }
 
 impl Rows {
@@ -59,6 +62,11 @@ impl Rows {
         let mut scales = vec![0.0; n_strips * n_scales];
         let mut sums = vec![0.0; n_strips * n_scales];
         assert!(source.x.len() >= (n_rows - 1) * source.stride + blocks.k());
+        assert!(
+            source
+                .columns
+                .is_none_or(|[a, b]| a.len().min(b.len()) >= blocks.k())
+        );
         bytes
             .par_chunks_mut(strip_bytes)
             .zip(scales.par_chunks_mut(n_scales))
@@ -70,9 +78,17 @@ impl Rows {
                     let x = &source.x[(strip * STRIP + row) * source.stride..];
                     for block in 0..blocks.n() {
                         let range = blocks.range(block);
-                        let mut values = [0.0; super::BLOCK];
+                        let mut values = [0.0; BLOCK];
                         let values = &mut values[..range.len().next_multiple_of(LANES)];
-                        values[..range.len()].copy_from_slice(&x[range.clone()]);
+                        let mut weighted = 0.0;
+                        match source.columns {
+                            None => values[..range.len()].copy_from_slice(&x[range.clone()]),
+                            Some(columns) => {
+                                let columns = columns.map(|of| &of[range.clone()]);
+                                // SAFETY: the caller's promise.
+                                weighted = unsafe { scaled(&x[range.clone()], columns, values) };
+                            }
+                        }
                         let to = Target {
                             bytes: &mut *bytes,
                             row,
@@ -84,6 +100,7 @@ impl Rows {
                         // SAFETY: the caller's promise, [`super::Unit::get`].
                         let (scale, sum) = unsafe { split_block(values, limbs, to) };
                         scales[block * STRIP + row] = scale;
+                        let sum = source.columns.map_or(sum, |_| weighted);
                         sums[block * STRIP + row] = sum;
                     }
                 }
@@ -154,21 +171,41 @@ struct Target<'a> {
     step: usize,
 }
 
-/// The scale of integers whose largest magnitude stands for `largest_value`, and what a value is
-/// multiplied by, in two factors that are finite each.
-pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, [f32; 2]) {
-    let integer = largest(limbs) as f32;
+/// What an integer is multiplied by if values up to `largest_value` are split, and its inverse.
+///
+/// Values below the smallest normal number are rounded to it or to zero.
+pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, f32) {
     if largest_value == 0.0 {
-        (0.0, [0.0, 0.0])
-    } else if !largest_value.is_finite() {
-        // Makes every result that the block goes into NaN.
-        (f32::NAN, [0.0, 0.0])
-    } else if largest_value < 1e-30 {
-        let raised = largest_value * 2f32.powi(64);
-        (largest_value / integer, [2f32.powi(64), integer / raised])
+        (0.0, 0.0)
+    } else if largest_value.is_finite() {
+        let scale = (largest_value / largest(limbs) as f32).max(f32::MIN_POSITIVE);
+        (scale, 1.0 / scale)
     } else {
-        (largest_value / integer, [1.0, integer / largest_value])
+        // Every result that the block goes into is NaN.
+        (f32::NAN, 0.0)
     }
+}
+
+/// Writes `x * factors` to `values`, and sums them up with `weights`.
+#[target_feature(enable = "avx512f")]
+fn scaled(x: &[f32], [factors, weights]: [&[f32]; 2], values: &mut [f32]) -> f32 {
+    let mut sums = [0.0; 16];
+    let lanes = values
+        .chunks_mut(16)
+        .zip(x.chunks(16))
+        .zip(factors.chunks(16));
+    for (((values, x), factors), weights) in lanes.zip(weights.chunks(16)) {
+        for (((value, x), factor), (weight, sum)) in values
+            .iter_mut()
+            .zip(x)
+            .zip(factors)
+            .zip(weights.iter().zip(&mut sums))
+        {
+            *value = x * factor;
+            *sum += *value * weight;
+        }
+    }
+    sums.iter().sum()
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
@@ -180,8 +217,8 @@ fn split_block(values: &[f32], limbs: Limbs, to: Target<'_>) -> (f32, f32) {
         let bits = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
         most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
     }
-    let (scale, [first, second]) = scale(f32::from_bits(_mm512_reduce_max_epu32(most)), limbs);
-    let (first, second) = (_mm512_set1_ps(first), _mm512_set1_ps(second));
+    let (scale, inverse) = scale(f32::from_bits(_mm512_reduce_max_epu32(most)), limbs);
+    let inverse = _mm512_set1_ps(inverse);
     let bias = _mm512_set1_epi32(bias(limbs));
     let mut sum = _mm512_setzero_si512();
 
@@ -224,7 +261,7 @@ fn split_block(values: &[f32], limbs: Limbs, to: Target<'_>) -> (f32, f32) {
         for (digits, values) in digits.iter_mut().zip(values.chunks_exact(16)) {
             // SAFETY: 16 values.
             let x = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-            let v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(x, first), second));
+            let v = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
             sum = _mm512_add_epi32(sum, v);
             *digits = _mm512_xor_si512(_mm512_add_epi32(v, bias), bias);
         }

@@ -8,12 +8,14 @@ use rayon::prelude::*;
 use super::Precision;
 use super::flex::{Host, Shared};
 use super::simd;
-use crate::fixed::{self, Blocks, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
+use crate::fixed::{self, BLOCK, Blocks, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
 use crate::memory::zeroed;
 use crate::{Levels, TILE};
 
-/// Rows from which panels of limbs are worth their making.
+/// Rows from which panels are worth their making.
 const MANY: usize = 12;
+/// Inputs for which the rows of `dy` are split once.
+const UNIT: usize = 256;
 
 impl From<Precision> for Limbs {
     fn from(precision: Precision) -> Self {
@@ -29,7 +31,11 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let unit = Unit::get()?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
-    let source = Source { x, stride: d_in };
+    let source = Source {
+        x,
+        stride: d_in,
+        columns: None,
+    };
     let mut y = zeroed(n_rows * d_out);
     let out = Shared(y.as_mut_ptr());
     if let Some(blocks) = codes(w) {
@@ -39,7 +45,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
             w.layout.n_tiles(),
             |panel, tile, inputs| panel.codes(&w.layout, w.tile(tile), inputs, &blocks),
             |tile| {
-                let columns = Columns::new(tile, d_out);
+                let columns = Columns::new(tile * TILE, d_out);
                 Forward {
                     grid: Grid {
                         w,
@@ -51,18 +57,18 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
                 }
             },
         );
-    } else if unit == Unit::Amx && n_rows >= MANY {
+    } else if unit == Unit::Amx && limbs == Limbs::Two && n_rows >= MANY {
         let rows = Rows::split(source, n_rows, Blocks::of(d_in), limbs);
         each_tile(
             (unit, &rows),
             w.layout.n_tiles(),
             |panel, tile, inputs| {
-                panel.split(limbs, inputs.len(), |values| {
-                    simd::unpack_panel(w, tile, inputs, values, TILE)
-                })
+                let fill =
+                    |values: &mut [f32]| simd::unpack_panel(w, tile, inputs.clone(), values, TILE);
+                panel.split(inputs.len(), fill)
             },
             // SAFETY: as above.
-            |tile| unsafe { Sums::new(Columns::new(tile, d_out), &out) },
+            |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_out), &out) },
         );
     } else {
         return None;
@@ -71,31 +77,62 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
 }
 
 /// `dy · wᵀ`, `[rows, d_in]`. None if floats do better.
+///
+/// For each group, `dy` is multiplied by the group's scales and then split; the codes stay exact.
 pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let unit = Unit::get().filter(|unit| *unit == Unit::Amx && n_rows >= MANY)?;
-    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    let (d_in, d_out, size) = (w.layout.d_in(), w.layout.d_out(), w.layout.group_size());
+    if codes(w).is_none() || size.min(d_in) < TILE {
+        return None;
+    }
     let limbs = w.precision.into();
-    let source = Source {
-        x: dy,
-        stride: d_out,
-    };
-    let rows = Rows::split(source, n_rows, Blocks::of(d_out), limbs);
     let mut dx = zeroed(n_rows * d_in);
     let out = Shared(dx.as_mut_ptr());
-    each_tile(
-        (unit, &rows),
-        d_in.div_ceil(TILE),
-        |panel, block, outputs| {
-            let inputs = block * TILE..d_in.min((block + 1) * TILE);
-            panel.split(limbs, outputs.len(), |values| {
-                for (tile, values) in outputs.step_by(TILE).zip(values.chunks_mut(TILE * TILE)) {
-                    simd::unpack_transposed(w, tile / TILE, inputs.clone(), values);
+    let units = (0..d_in).step_by(size.min(d_in)).flat_map(|group| {
+        let end = d_in.min(group + size.min(d_in));
+        (group..end)
+            .step_by(UNIT)
+            .map(move |first| first..end.min(first + UNIT))
+    });
+    let units: Vec<Range<usize>> = units.collect();
+    units
+        .into_par_iter()
+        .for_each_init(Panel::default, |panel, inputs| {
+            let grid = |values: &[f32]| values[inputs.start / size * d_out..][..d_out].to_vec();
+            let scales = grid(w.scales);
+            let mut zeros = w.zeros.map_or_else(|| vec![0.0; d_out], grid);
+            zeros.iter_mut().for_each(|zero| *zero += w.layout.center());
+            let width = inputs.len();
+            let mut part = vec![0.0; n_rows * width];
+            let sums = Shared(part.as_mut_ptr());
+            for first in (0..d_out).step_by(BLOCK) {
+                let outputs = first..d_out.min(first + BLOCK);
+                let source = Source {
+                    x: &dy[first..],
+                    stride: d_out,
+                    columns: Some([&scales[outputs.clone()], &zeros[outputs.clone()]]),
+                };
+                let rows = Rows::split(source, n_rows, Blocks::of(outputs.len()), limbs);
+                for tile in (0..width).step_by(TILE) {
+                    let columns = Columns::new(tile, width);
+                    let inputs = inputs.start + tile..inputs.end.min(inputs.start + tile + TILE);
+                    panel.transposed(outputs.len(), |output, codes| {
+                        simd::codes(w, (first + output) / TILE, inputs.clone(), codes)
+                    });
+                    // SAFETY: `part` is `[rows, width]`, and this task's own.
+                    let sums = unsafe { Sums::new(columns, &sums) };
+                    let mut finish = Uncentered { rows: &rows, sums };
+                    fixed::multiply(unit, &rows, 0..1, panel, &mut finish);
                 }
-            })
-        },
-        // SAFETY: `dx` is `[rows, d_in]`, and a tile is one task's.
-        |block| unsafe { Sums::new(Columns::new(block, d_in), &out) },
-    );
+            }
+            for (row, part) in part.chunks_exact(width).enumerate() {
+                // SAFETY: `dx` is `[rows, d_in]`, and these inputs are one task's.
+                let dx = unsafe {
+                    std::slice::from_raw_parts_mut(out.offset(row * d_in + inputs.start), width)
+                };
+                dx.copy_from_slice(part);
+            }
+        });
     Some(dx)
 }
 
@@ -113,12 +150,21 @@ pub(super) fn product_dgrid(
     let blocks = codes(w)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
-    let rows = Rows::split(Source { x, stride: d_in }, n_rows, blocks, limbs);
+    let rows = Rows::split(
+        Source {
+            x,
+            stride: d_in,
+            columns: None,
+        },
+        n_rows,
+        blocks,
+        limbs,
+    );
     let n_groups = w.layout.n_groups();
     let tiles: Vec<_> = (0..w.layout.n_tiles())
         .into_par_iter()
         .map_init(Panel::default, |panel, tile| {
-            let columns = Columns::new(tile, d_out);
+            let columns = Columns::new(tile * TILE, d_out);
             let mut finish = Backward {
                 grid: Grid {
                     w,
@@ -182,27 +228,27 @@ fn each_tile<F: Finish>(
     }
 }
 
-/// The columns of one tile in a matrix with rows of `stride`.
+/// At most [`TILE`] columns of a matrix with rows of `stride`.
 #[derive(Clone, Copy)]
 struct Columns {
     first: usize,
+    n: usize,
     stride: usize,
 }
 
 impl Columns {
-    fn new(tile: usize, stride: usize) -> Self {
-        Self {
-            first: tile * TILE,
-            stride,
-        }
+    /// A tile from `first` on, or what there is of it.
+    fn new(first: usize, stride: usize) -> Self {
+        let n = (stride - first).min(TILE);
+        Self { first, n, stride }
     }
 
     /// Columns `16 * part ..` of a row, and which of them there are.
     #[inline(always)]
     fn part(&self, row: usize, part: usize) -> (usize, __mmask16) {
-        let column = self.first + part * 16;
-        let n = self.stride.saturating_sub(column).min(16);
-        (row * self.stride + column, ((1u32 << n) - 1) as __mmask16)
+        let n = self.n.saturating_sub(part * 16).min(16);
+        let at = row * self.stride + self.first + part * 16;
+        (at, ((1u32 << n) - 1) as __mmask16)
     }
 
     /// These columns of a row of `matrix`; zero where there are none.
@@ -244,7 +290,7 @@ impl<'a> Sums<'a> {
 
     /// Adds the sums of `rows` to the result.
     fn done(&mut self, rows: Range<usize>) {
-        let n = (self.columns.stride - self.columns.first).min(TILE);
+        let n = self.columns.n;
         for row in rows {
             let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
             // SAFETY: the promise of `new`.
@@ -271,6 +317,27 @@ impl Finish for Sums<'_> {
 
     fn rows_done(&mut self, rows: Range<usize>) {
         self.done(rows);
+    }
+}
+
+/// The sums without what the zeros take from them.
+struct Uncentered<'a> {
+    rows: &'a Rows,
+    sums: Sums<'a>,
+}
+
+impl Finish for Uncentered<'_> {
+    #[inline(always)]
+    unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let zeros = _mm512_set1_ps(self.rows.sum(row, block));
+            self.sums.add(row, part, _mm512_sub_ps(sums, zeros));
+        }
+    }
+
+    fn rows_done(&mut self, rows: Range<usize>) {
+        self.sums.done(rows);
     }
 }
 

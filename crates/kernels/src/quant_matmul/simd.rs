@@ -36,13 +36,13 @@ by_instruction_set! {
 }
 
 by_instruction_set! {
-    /// Unpacks `inputs`, at most [`TILE`], of one tile into their columns of `[TILE, TILE]` floats.
-    pub(super) fn unpack_transposed(
+    /// The codes of `inputs`, at most [`TILE`], in the columns of one tile; zero below them.
+    pub(super) fn codes(
         w: &Host,
         tile: usize,
         inputs: Range<usize>,
-        panel: &mut [f32],
-    ) = unpack_transposed_body
+        codes: &mut [[u8; TILE]; TILE],
+    ) = codes_body
 }
 
 by_instruction_set! {
@@ -78,15 +78,11 @@ fn unpack_panel_body<I: Isa>(
 }
 
 #[inline(always)]
-fn unpack_transposed_body<I: Isa>(w: &Host, tile: usize, inputs: Range<usize>, panel: &mut [f32]) {
-    let mut rows = [0.0; TILE * TILE];
-    let n = inputs.len();
-    unpack_panel_body::<I>(w, tile, inputs, &mut rows, TILE);
-    rows[n * TILE..].fill(0.0);
-    for (o, panel) in panel.chunks_exact_mut(TILE).enumerate() {
-        for (i, value) in panel.iter_mut().enumerate() {
-            *value = rows[i * TILE + o];
-        }
+fn codes_body<I: Isa>(w: &Host, tile: usize, inputs: Range<usize>, codes: &mut [[u8; TILE]; TILE]) {
+    let words = w.tile(tile);
+    codes[inputs.len()..].fill([0; TILE]);
+    for (codes, i) in codes.iter_mut().zip(inputs) {
+        *codes = w.layout.codes(words, i).map(|code| code as u8);
     }
 }
 

@@ -4,7 +4,7 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
-use super::{Packed, Precision, QuantOps, Zeros, composed, quant_matmul};
+use super::{Packed, Precision, QuantOps, Zeros, composed, dequantize, quant_matmul};
 use crate::{Layout, Levels, columns_to_tiles, pack, tiles_to_columns, unpack};
 
 /// Levels in no order, as those of FP4.
@@ -25,7 +25,13 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let sizes = (1..9usize, 1..300usize, 1..200usize, 1..320usize);
+    // Few rows and many, groups that end anywhere and groups that integer units take.
+    let rows = prop_oneof![3 => 1..9usize, 1 => 9..40usize];
+    let group = prop_oneof![
+        1..320usize,
+        prop::sample::select(vec![16, 32, 48, 64, 96, 128, 192, 256, 512, 1024])
+    ];
+    let sizes = (rows, 1..600usize, 1..150usize, group);
     let grid = (
         prop::sample::select(vec![2, 3, 4, 8]),
         any::<bool>(),
@@ -253,6 +259,100 @@ proptest! {
         if let Some(zeros) = zeros {
             let found = zeros.grad(&grads).unwrap().into_data().try_to_vec::<f32>().unwrap();
             prop_assert_eq!(bits(&found), bits(&values(dz)));
+        }
+    }
+}
+
+/// Not only is the error small: it is that of an f32 product, or less.
+#[test]
+fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
+    let device = Device::flex();
+    device.seed(3);
+    let (rows, d_in, d_out) = (24, 1024, 96);
+    for (bits, levels) in [
+        (2, Levels::Unsigned),
+        (3, Levels::Unsigned),
+        (4, Levels::Centered),
+        (4, Levels::Table(TABLE)),
+        (8, Levels::Unsigned),
+    ] {
+        let layout = Layout::new(d_in, d_out, bits, 128, levels);
+        let codes: Vec<u8> = (0..d_in * d_out)
+            .map(|i| (i * 2_654_435_761 >> 16) as u8 % (1 << bits))
+            .collect();
+        let words = TensorData::new(pack(&codes, &layout), layout.words_shape());
+        let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+        let random = |shape, low, high| {
+            Tensor::<2>::random(shape, Distribution::Uniform(low, high), &device)
+        };
+        // An outlier in each row, a hundred times the rest.
+        let x = Tensor::<2>::random([rows, d_in], Distribution::Normal(0.0, 1.0), &device);
+        let outlier = Tensor::<2>::full([rows, 1], 100.0, &device);
+        let x = x.slice_assign([0..rows, 200..201], outlier);
+        let scales = random(layout.grid_shape(), 0.01, 0.02);
+        let middle = f64::from((1 << bits) - 1) / 2.0;
+        let zeros = (levels == Levels::Unsigned)
+            .then(|| random(layout.grid_shape(), middle - 0.5, middle + 0.5));
+        let dense = dequantize(words.clone(), scales.clone(), zeros.clone(), layout);
+
+        let doubles = |t: Tensor<2>| t.cast(DType::F64);
+        let exact = doubles(x.clone()).matmul(doubles(dense.clone()));
+        let norm = |t: Tensor<2>| t.square().sum().sqrt().into_scalar::<f64>();
+        let error = |y: Tensor<2>| norm(doubles(y) - exact.clone()) / norm(exact.clone());
+        let with = |precision| {
+            let (words, scales, zeros) = (words.clone(), scales.clone(), zeros.clone());
+            error(quant_matmul(
+                x.clone(),
+                words,
+                scales,
+                zeros,
+                layout,
+                precision,
+            ))
+        };
+        let plain = error(x.clone().matmul(dense));
+        let (full, fast) = (with(Precision::Full), with(Precision::Fast));
+        assert!(
+            full <= 1.2 * plain + 1e-7,
+            "{bits} bits: {full:e}, in f32 {plain:e}"
+        );
+        assert!(fast <= 5e-4, "{bits} bits: {fast:e}");
+    }
+}
+
+/// Values that no fixed point holds.
+#[test]
+fn what_is_not_finite_stays_so_and_the_smallest_values_count() {
+    let (device, rows) = (Device::flex(), 20);
+    for levels in [Levels::Unsigned, Levels::Table(TABLE)] {
+        let layout = Layout::new(300, 3, 4, 64, levels);
+        let words = TensorData::new(pack(&[3; 900], &layout), layout.words_shape());
+        let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+        let scales = Tensor::<2>::ones(layout.grid_shape(), &device);
+        let product = |value: f32| {
+            let x = Tensor::<2>::zeros([rows, 300], &device);
+            let x = x.slice_assign([1..2, 299..300], Tensor::full([1, 1], value, &device));
+            let y = quant_matmul(
+                x,
+                words.clone(),
+                scales.clone(),
+                None,
+                layout,
+                Precision::Full,
+            );
+            let y: Vec<f32> = y.into_data().try_to_vec().unwrap();
+            assert!(y[..3].iter().chain(&y[6..]).all(|y| y.to_bits() == 0));
+            y[3]
+        };
+        let level = layout.level(3);
+        assert!(product(f32::NAN).is_nan());
+        assert!(!product(f32::INFINITY).is_finite());
+        for value in [1e-37f32, -3e-33, 1e-20, 1e37] {
+            let (found, exact) = (product(value), value * level);
+            // Half of the smallest normal number, times the code.
+            let least = 3.0 * 0.5 * f32::MIN_POSITIVE;
+            let off = (found - exact).abs();
+            assert!(off <= 1e-6 * exact.abs() + least, "{found} for {value}");
         }
     }
 }
