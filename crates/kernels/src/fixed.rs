@@ -48,12 +48,15 @@ impl Limbs {
 }
 
 /// How a sum over `k` values is cut: into blocks that have a scale, and these into steps that the
-/// units take at a time.
+/// units take at a time. (All numbers are kept: these are asked for in inner loops.)
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Blocks {
     k: usize,
     block: usize,
     step: usize,
+    steps_per_block: usize,
+    n_steps: usize,
+    n: usize,
 }
 
 impl Blocks {
@@ -69,25 +72,29 @@ impl Blocks {
         let n_steps = (1..=BLOCK / step)
             .rev()
             .find(|n| n_steps.is_multiple_of(*n))?;
-        Some(Self {
-            k,
-            block: n_steps * step,
-            step,
-        })
+        Some(Self::new(k, n_steps, step))
     }
 
     /// The longest blocks.
     pub(crate) fn of(k: usize) -> Self {
+        Self::new(k, BLOCK / 64, 64)
+    }
+
+    fn new(k: usize, steps_per_block: usize, step: usize) -> Self {
+        let block = steps_per_block * step;
         Self {
             k,
-            block: BLOCK,
-            step: 64,
+            block,
+            step,
+            steps_per_block,
+            n_steps: k.div_ceil(step),
+            n: k.div_ceil(block),
         }
     }
 
     /// How many.
     pub(crate) fn n(&self) -> usize {
-        self.k.div_ceil(self.block)
+        self.n
     }
 
     /// The values of block `at`.
@@ -105,13 +112,12 @@ impl Blocks {
 
     /// The steps of block `at`.
     fn steps(&self, at: usize) -> Range<usize> {
-        let range = self.range(at);
-        range.start / self.step..range.end.div_ceil(self.step)
+        at * self.steps_per_block..self.n_steps.min((at + 1) * self.steps_per_block)
     }
 
     /// Values with the padding of the last step.
     fn padded(&self) -> usize {
-        self.k.next_multiple_of(self.step)
+        self.n_steps * self.step
     }
 
     /// As many consecutive blocks as `n`, or a few more so that the next begins with a word.
@@ -187,12 +193,12 @@ pub(crate) fn multiply(
     panel: &Panel,
     finish: &mut impl Finish,
 ) {
-    match unit {
-        // SAFETY: the processor has the unit.
-        Unit::Amx if rows.n_rows > vnni::FEW => unsafe {
-            amx::multiply(rows, blocks, panel, finish)
-        },
-        _ => unsafe { vnni::multiply(rows, blocks, panel, finish) },
+    // SAFETY: the processor has the unit.
+    unsafe {
+        match unit {
+            Unit::Amx => amx::multiply(rows, blocks, panel, finish),
+            Unit::Vnni => vnni::multiply(rows, blocks, panel, finish),
+        }
     }
 }
 

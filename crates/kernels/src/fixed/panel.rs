@@ -103,6 +103,7 @@ fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2")]
 fn codes(panel: &mut Panel, layout: &Layout, words: &[u32], inputs: Range<usize>) {
     let bits = layout.bits();
+    // A power of two.
     let quads_per_step = panel.step / 4;
     // Quad `j` of a run of words: the bit at which each of its four codes begins, for the two
     // columns of a qword.
@@ -110,6 +111,12 @@ fn codes(panel: &mut Panel, layout: &Layout, words: &[u32], inputs: Range<usize>
     let mask = _mm512_set1_epi8(layout.mask() as u8 as i8);
     let n_quads = inputs.len().div_ceil(panel.step) * quads_per_step;
     let row = |row: usize, part: usize| -> __m512i {
+        // The words lie in the order in which they are read, and more of them than caches hold.
+        const AHEAD: usize = 16 * TILE;
+        let ahead = words
+            .as_ptr()
+            .wrapping_add(row * TILE + part * PART + AHEAD);
+        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
         match words.get(row * TILE + part * PART..) {
             // SAFETY: words are whole rows of a tile.
             Some(words) if words.len() >= PART => unsafe {
@@ -121,9 +128,8 @@ fn codes(panel: &mut Panel, layout: &Layout, words: &[u32], inputs: Range<usize>
     let out = panel.bytes.as_mut_ptr();
     let store = |quad: usize, part: usize, value: __m512i| {
         if quad < n_quads {
-            let at = quad / quads_per_step * (quads_per_step * TILE * 4)
-                + part * quads_per_step * 64
-                + quad % quads_per_step * 64;
+            let in_step = quad & (quads_per_step - 1);
+            let at = (quad - in_step) * TILE * 4 + (part * quads_per_step + in_step) * 64;
             // SAFETY: the panel has `n_quads` quads of whole tiles.
             unsafe { _mm512_storeu_si512(out.add(at).cast(), value) };
         }

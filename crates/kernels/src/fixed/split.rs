@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{BLOCK, Blocks, Limbs, STRIP, vnni};
+use super::{BLOCK, Blocks, Limbs, STRIP};
 
 /// Values at a time.
 const LANES: usize = 64;
@@ -55,7 +55,12 @@ impl Rows {
     /// Splits the columns of `blocks` of `n_rows` rows; needs AVX-512 with VBMI.
     pub(crate) fn split(source: Source<'_>, n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
         let n_strips = n_rows.div_ceil(STRIP);
-        let height = if n_rows <= vnni::FEW { n_rows } else { STRIP };
+        // A tile has room for all limbs of a few rows.
+        let height = if n_rows * limbs.n() <= STRIP {
+            n_rows
+        } else {
+            STRIP
+        };
         let strip_bytes = height * limbs.n() * blocks.padded();
         let mut bytes = vec![0; n_strips * strip_bytes];
         let n_scales = blocks.n() * STRIP;

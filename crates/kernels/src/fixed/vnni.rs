@@ -6,9 +6,6 @@ use std::ops::Range;
 use super::panel::{PART, PARTS};
 use super::{Finish, Limbs, Panel, Rows, STRIP};
 
-/// Rows up to which this is faster than tiles, of which most rows would be empty.
-pub(super) const FEW: usize = 2;
-
 /// See [`super::multiply`]. The panel has codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn multiply(rows: &Rows, blocks: Range<usize>, panel: &Panel, finish: &mut impl Finish) {

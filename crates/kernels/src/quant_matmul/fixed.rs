@@ -40,6 +40,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let out = Shared(y.as_mut_ptr());
     if let Some(blocks) = codes(w) {
         let rows = Rows::split(source, n_rows, blocks, limbs);
+        let groups = groups(&blocks, w);
         each_tile(
             (unit, &rows),
             w.layout.n_tiles(),
@@ -51,6 +52,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
                         w,
                         rows: &rows,
                         columns,
+                        groups: &groups,
                     },
                     // SAFETY: `y` is `[rows, d_out]`, and a tile is one task's.
                     sums: unsafe { Sums::new(columns, &out) },
@@ -160,7 +162,7 @@ pub(super) fn product_dgrid(
         blocks,
         limbs,
     );
-    let n_groups = w.layout.n_groups();
+    let (n_groups, groups) = (w.layout.n_groups(), groups(&blocks, w));
     let tiles: Vec<_> = (0..w.layout.n_tiles())
         .into_par_iter()
         .map_init(Panel::default, |panel, tile| {
@@ -170,6 +172,7 @@ pub(super) fn product_dgrid(
                     w,
                     rows: &rows,
                     columns,
+                    groups: &groups,
                 },
                 dy,
                 dscales: vec![0.0; n_groups * TILE],
@@ -196,6 +199,12 @@ pub(super) fn product_dgrid(
         *dz *= -s;
     }
     Some((dscales, dzeros))
+}
+
+/// The group of each block.
+fn groups(blocks: &Blocks, w: &Host) -> Vec<usize> {
+    let group = |block| blocks.range(block).start / w.layout.group_size();
+    (0..blocks.n()).map(group).collect()
 }
 
 /// How the sums over the inputs are cut if the codes are multiplied as they are.
@@ -352,13 +361,11 @@ struct Grid<'a> {
     w: &'a Host<'a>,
     rows: &'a Rows,
     columns: Columns,
+    /// The group of each block.
+    groups: &'a [usize],
 }
 
 impl Grid<'_> {
-    fn group(&self, block: usize) -> usize {
-        self.rows.blocks().range(block).start / self.w.layout.group_size()
-    }
-
     /// `Σ x (level - zero)` from `Σ x code`.
     #[inline(always)]
     unsafe fn centered(&self, row: usize, block: usize, part: usize, sums: __m512) -> __m512 {
@@ -367,7 +374,7 @@ impl Grid<'_> {
             let center = _mm512_set1_ps(self.w.layout.center());
             let zeros = match self.w.zeros {
                 Some(zeros) => {
-                    _mm512_add_ps(self.columns.read(zeros, self.group(block), part), center)
+                    _mm512_add_ps(self.columns.read(zeros, self.groups[block], part), center)
                 }
                 None => center,
             };
@@ -384,7 +391,7 @@ impl Finish for Forward<'_> {
         unsafe {
             let grid = &self.grid;
             let u = grid.centered(row, block, part, sums);
-            let scales = grid.columns.read(grid.w.scales, grid.group(block), part);
+            let scales = grid.columns.read(grid.w.scales, grid.groups[block], part);
             self.sums.add(row, part, _mm512_mul_ps(scales, u));
         }
     }
@@ -411,7 +418,7 @@ impl Finish for Backward<'_> {
             let grid = &self.grid;
             let u = grid.centered(row, block, part, sums);
             let dy = grid.columns.read(self.dy, row, part);
-            let at = grid.group(block) * TILE + part * 16;
+            let at = grid.groups[block] * TILE + part * 16;
             let add = |sums: &mut [f32], value| {
                 let sums = &mut sums[at..at + 16];
                 let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
