@@ -121,10 +121,6 @@ impl Rows {
         }
     }
 
-    pub(crate) fn blocks(&self) -> &Blocks {
-        &self.blocks
-    }
-
     /// The columns of `blocks`.
     pub(crate) fn values(&self, blocks: Range<usize>) -> Range<usize> {
         self.blocks.range(blocks.start).start..self.blocks.range(blocks.end - 1).end
@@ -141,8 +137,8 @@ impl Rows {
 
     /// Parts of a slab whose panel fits the smallest cache.
     pub(crate) fn panels(&self, slab: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-        const INPUTS: usize = 512;
-        self.blocks.runs(slab, (INPUTS / self.blocks.block).max(1))
+        let inputs = if self.height < STRIP { 256 } else { 1024 };
+        self.blocks.runs(slab, (inputs / self.blocks.block).max(1))
     }
 
     pub(super) fn n_strips(&self) -> usize {
