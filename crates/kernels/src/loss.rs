@@ -94,11 +94,12 @@ impl LossOps for burn_cubecl::CubeBackend {}
 /// - result: `[rows]`
 ///
 /// # Panics
-/// If the shapes do not fit; on the CPU also if a target is not in the vocabulary.
+/// If the shapes do not fit or there is no row; on the CPU also if a target is not in the vocabulary.
 pub fn linear_cross_entropy(x: Tensor<2>, head: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let ([rows, hidden], [inputs, _]) = (x.dims(), head.dims());
     assert_eq!(hidden, inputs, "inputs of the head");
     assert_eq!(targets.dims(), [rows], "one target for each row");
+    assert!(rows > 0, "no rows");
     Tensor::from_dispatch(Dispatch::linear_cross_entropy(
         x.into_dispatch(),
         head.into_dispatch(),

@@ -68,7 +68,7 @@ pub(super) fn dhead<B: Backend>(
 fn chunks<B: Backend>(x: &FloatTensor<B>, head: &FloatTensor<B>) -> Vec<Range<usize>> {
     let (rows, vocab) = (x.shape()[0], head.shape()[1]);
     let size = (SLICE / vocab.max(1)).max(1);
-    let starts = (0..rows.max(1)).step_by(size);
+    let starts = (0..rows).step_by(size);
     starts.map(|start| start..rows.min(start + size)).collect()
 }
 

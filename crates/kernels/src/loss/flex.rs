@@ -5,6 +5,7 @@
 //! arXiv:1805.02867). Products and rows are cut into tasks of fixed sizes: the number of threads
 //! changes no bit.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use burn::backend::{
@@ -84,9 +85,9 @@ impl LossOps for Flex {
 /// What a call is given.
 struct Call<'a> {
     x: &'a [f32],
-    /// `[hidden, vocab]`; the elements lie within `_head`.
+    /// `[hidden, vocab]`, within the borrowed tensor.
     head: Matrix,
-    _head: &'a FlexTensor,
+    borrowed: PhantomData<&'a FlexTensor>,
     targets: Vec<usize>,
     rows: usize,
     hidden: usize,
@@ -131,7 +132,7 @@ impl<'a> Call<'a> {
                 row_stride: strides[0],
                 column_stride: strides[1],
             },
-            _head: head,
+            borrowed: PhantomData,
             targets: targets.map(index).collect(),
             rows: x.shape()[0],
             hidden,
