@@ -1,4 +1,5 @@
-//! Differentiable products with packed low-bit weights, for every burn backend.
+//! Differentiable products with packed low-bit weights, and the other operations of a transformer's
+//! step, for every burn backend.
 //!
 //! A packed weight is a tensor of integer codes in `u32` words beside one scale, and at will one
 //! zero-point, for each group of inputs and each output:
@@ -13,6 +14,9 @@
 //! | [`Levels`] | what number a code stands for |
 //! | [`quant_matmul`] | `y = x · w`, differentiable in `x`, `scales` and `zeros` |
 //! | [`dequantize`] | the dense `w` |
+//! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | gate, norm and positions of a LLaMA's block |
+//! | [`causal_attention`] | attention without a matrix of scores, grouped queries, keys of a cache |
+//! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
 //! | [`encode`] | the codes nearest to a weight on a grid |
 //! | [`group_ranges`], [`clip_search`] | what a grid is made from |
 //! | [`round_with_feedback`] | codes whose errors are fed back into the weights to come: OPTQ's loop |
@@ -20,6 +24,7 @@
 //! The operations run on every backend through default bodies composed from burn's primitive
 //! operations; a native version overrides them where this crate has one (the CPU backend `flex`).
 //! Backward unpacks the weight again: no dense copy of a weight outlives the product that needed it.
+//! Nor do scores of attention and logits: they are computed again, or not needed.
 //!
 //! Enable a backend through the feature of its name on this crate or on one that forwards it.
 //! The operations panic on a backend that burn has and this crate was not told of.
@@ -44,17 +49,35 @@
     reason = "the one crate of raw pointers and instruction sets"
 )]
 
+mod activation;
+mod attention;
+#[cfg(feature = "flex")]
+mod dense;
 mod encode;
 #[cfg(all(feature = "flex", target_arch = "x86_64"))]
 mod fixed;
+#[cfg(feature = "flex")]
+mod host;
 mod isa;
 mod layout;
+mod loss;
+#[cfg(feature = "flex")]
+mod math;
 mod memory;
+mod norm;
 mod quant_matmul;
+mod rope;
+#[cfg(all(test, feature = "flex"))]
+mod testing;
 
+pub use activation::silu_mul;
+pub use attention::causal_attention;
 pub use encode::{
     Cost, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,
 };
 pub use layout::{Layout, Levels, TABLE, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
+pub use loss::linear_cross_entropy;
+pub use norm::rms_norm;
 pub use quant_matmul::{Precision, dequantize, quant_matmul};
+pub use rope::rotate_half;

@@ -1,12 +1,15 @@
-//! A training step over packed weights keeps no dense weight alive.
+//! A training step keeps no dense weight, no logits and no attention scores alive.
 
 #![allow(unsafe_code, reason = "an allocator is unsafe to write")]
 
 use std::alloc::{GlobalAlloc, Layout as Block, System};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
-use kernels::{Layout, Levels, Precision, pack, quant_matmul};
+use kernels::{
+    Layout, Levels, Precision, causal_attention, linear_cross_entropy, pack, quant_matmul,
+};
 
 struct Counting;
 
@@ -31,6 +34,17 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
+
+/// What `step` takes at its peak beyond what there is before it.
+fn peak_of(step: impl Fn()) -> usize {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock();
+    step(); // The thread pool and its buffers come to stay.
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    step();
+    PEAK.load(Relaxed) - before
+}
 
 const WIDTH: usize = 512;
 const LAYERS: usize = 8;
@@ -77,15 +91,51 @@ fn one_step_stays_below_half_of_the_dense_weights() {
             assert!(sum.is_finite() && sum > 0.0);
         }
     };
-    step(); // The thread pool and its buffers come to stay.
-
-    let packed = LIVE.load(Relaxed);
-    PEAK.store(packed, Relaxed);
-    step();
-    let above = PEAK.load(Relaxed) - packed;
+    let above = peak_of(step);
     let dense = LAYERS * WIDTH * WIDTH * size_of::<f32>();
     assert!(
         above < dense / 2,
         "{above} bytes above the packed model, {dense} bytes of dense weights"
+    );
+}
+
+/// The logits of the whole batch are 96 MB.
+#[test]
+fn a_loss_holds_one_slab_of_logits() {
+    let device = Device::flex().autodiff();
+    let uniform = Distribution::Uniform(-1.0, 1.0);
+    let x = Tensor::<2>::random([600, 32], uniform, &device).require_grad();
+    let embedding = Tensor::<2>::random([40_000, 32], uniform, &device).require_grad();
+    let targets = Tensor::<1, Int>::arange(0..600, &device);
+    let above = peak_of(|| {
+        let head = embedding.clone().transpose();
+        let nll = linear_cross_entropy(x.clone(), head, targets.clone());
+        let grads = nll.sum().backward();
+        assert!(x.grad(&grads).is_some() && embedding.grad(&grads).is_some());
+    });
+    let gradients = (600 + 40_000) * 32 * size_of::<f32>();
+    assert!(
+        above < (17 << 20) + 2 * gradients,
+        "{above} bytes above the parameters"
+    );
+}
+
+/// The scores of all heads are 64 MiB.
+#[test]
+fn attention_holds_no_scores() {
+    let device = Device::flex().autodiff();
+    let [q, k, v] = [(); 3].map(|()| {
+        let uniform = Distribution::Uniform(-1.0, 1.0);
+        Tensor::<4>::random([1, 2048, 4, 8], uniform, &device).require_grad()
+    });
+    let above = peak_of(|| {
+        let y = causal_attention(q.clone(), k.clone(), v.clone(), 0.5);
+        let grads = y.sum().backward();
+        assert!([&q, &k, &v].iter().all(|t| t.grad(&grads).is_some()));
+    });
+    let values = 2048 * 4 * 8 * size_of::<f32>();
+    assert!(
+        above < 12 * values,
+        "{above} bytes beside {values} of values"
     );
 }

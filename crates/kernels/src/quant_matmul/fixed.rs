@@ -6,8 +6,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::Precision;
-use super::flex::{Host, Shared};
+use super::flex::Host;
 use super::simd;
+use crate::dense::Shared;
 use crate::fixed::{self, BLOCK, Blocks, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
 use crate::memory::zeroed;
 use crate::{Levels, TILE};
@@ -37,7 +38,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
         columns: None,
     };
     let mut y = zeroed(n_rows * d_out);
-    let out = Shared(y.as_mut_ptr());
+    let out = Shared::new(&mut y);
     if let Some(blocks) = codes(w) {
         let rows = Rows::split(source, n_rows, blocks, limbs);
         let groups = groups(&blocks, w);
@@ -89,7 +90,7 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
     }
     let limbs = w.precision.into();
     let mut dx = zeroed(n_rows * d_in);
-    let out = Shared(dx.as_mut_ptr());
+    let out = Shared::new(&mut dx);
     let units = (0..d_in).step_by(size.min(d_in)).flat_map(|group| {
         let end = d_in.min(group + size.min(d_in));
         (group..end)
@@ -106,7 +107,7 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
             zeros.iter_mut().for_each(|zero| *zero += w.layout.center());
             let width = inputs.len();
             let mut part = vec![0.0; n_rows * width];
-            let sums = Shared(part.as_mut_ptr());
+            let sums = Shared::new(&mut part);
             for first in (0..d_out).step_by(BLOCK) {
                 let outputs = first..d_out.min(first + BLOCK);
                 let source = Source {

@@ -4,18 +4,15 @@
 //! fixed order, so that the bits of the result do not depend on the number of threads.
 
 use burn::backend::{
-    DType, Flex, TensorMetadata,
-    flex::{FlexTensor, Layout as Strides},
-    ops::FloatTensorOps,
-    tensor::FloatTensor,
+    DType, Flex, TensorMetadata, flex::FlexTensor, ops::FloatTensorOps, tensor::FloatTensor,
 };
-use burn::tensor::{Bytes, Shape};
-use gemm::Parallelism;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::fixed;
 use super::{Packed, Precision, QuantOps, Zeros, composed, simd};
+use crate::dense::{Matrix, Shared, multiply_add};
+use crate::host::{contiguous, floats, tensor};
 use crate::memory::zeroed;
 use crate::{Layout, TILE};
 
@@ -87,18 +84,6 @@ impl Packed<Flex> {
     }
 }
 
-fn contiguous(t: FlexTensor) -> FlexTensor {
-    match t.layout().contiguous_offsets() {
-        Some(_) => t,
-        None => t.to_contiguous(),
-    }
-}
-
-fn tensor(values: Vec<f32>, shape: [usize; 2]) -> FlexTensor {
-    let layout = Strides::contiguous(Shape::new(shape));
-    FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)
-}
-
 impl QuantOps for Flex {
     fn quant_unpack(w: Packed<Self>) -> FloatTensor<Self> {
         let w = w.contiguous();
@@ -151,11 +136,6 @@ impl QuantOps for Flex {
     }
 }
 
-/// The values of a tensor that is known to be contiguous and `F32`.
-fn floats(t: &FlexTensor) -> &[f32] {
-    t.as_slice().expect("a contiguous f32 tensor")
-}
-
 /// `w`, `[d_in, d_out]`.
 fn dense(w: &Host) -> Vec<f32> {
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
@@ -185,7 +165,7 @@ fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
         return y;
     }
     let mut y = zeroed(rows * d_out);
-    let shared = Shared(y.as_mut_ptr());
+    let shared = Shared::new(&mut y);
     (0..w.layout.n_tiles()).into_par_iter().for_each_init(
         || vec![0.0; PANEL_ROWS * TILE],
         |panel, tile| {
@@ -222,7 +202,7 @@ fn product_dx(dy: &[f32], rows: usize, w: &Host) -> Vec<f32> {
         return dx;
     }
     let mut dx = zeroed(rows * d_in);
-    let shared = Shared(dx.as_mut_ptr());
+    let shared = Shared::new(&mut dx);
     (0..d_in.div_ceil(TILE)).into_par_iter().for_each_init(
         || vec![0.0; TILE * STRIDE],
         |panel, block| {
@@ -303,75 +283,4 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
         *dz *= -s;
     }
     (dscales, dzeros)
-}
-
-/// A result whose parts are written by several tasks.
-pub(super) struct Shared(pub(super) *mut f32);
-
-// SAFETY: the tasks write disjoint parts, as the comments where they do so say.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// # Safety
-    /// `n` lies within the result.
-    pub(super) unsafe fn offset(&self, n: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(n) }
-    }
-}
-
-/// A strided matrix that is read.
-struct Matrix {
-    data: *const f32,
-    row_stride: isize,
-    column_stride: isize,
-}
-
-impl Matrix {
-    fn new(data: *const f32, row_stride: usize, column_stride: usize) -> Self {
-        Self {
-            data,
-            row_stride: row_stride as isize,
-            column_stride: column_stride as isize,
-        }
-    }
-}
-
-/// `c = a · b`, or `c += a · b` if `add`, with `a [m, k]`, `b [k, n]` and `c [m, n]` in rows of
-/// `c_stride`; on the calling thread.
-///
-/// # Safety
-/// The three lie within their allocations, and nobody else writes `c`.
-unsafe fn multiply_add(
-    [m, k, n]: [usize; 3],
-    a: Matrix,
-    b: Matrix,
-    c: *mut f32,
-    c_stride: usize,
-    add: bool,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c,
-            1,
-            c_stride as isize,
-            add,
-            a.data,
-            a.column_stride,
-            a.row_stride,
-            b.data,
-            b.column_stride,
-            b.row_stride,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            Parallelism::None,
-        );
-    }
 }

@@ -1,0 +1,100 @@
+//! Causal attention: an extension of burn's backends.
+
+use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
+use burn::tensor::Tensor;
+
+mod autodiff;
+mod composed;
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
+
+/// Operations on queries `[batch, seq_q, heads, dim]` with keys and values
+/// `[batch, seq_k, kv_heads, dim]`, composed from burn's primitive operations unless a backend
+/// overrides them.
+#[backend_extension(
+    Autodiff,
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cubecl"),
+    Fusion: cfg(feature = "cubecl")
+)]
+pub(crate) trait AttentionOps: Backend {
+    /// See [`causal_attention`].
+    #[fusion(default)]
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        Self::causal_attention_forward(q, k, v, scale).0
+    }
+
+    /// The output, and the logarithm of the sum of the exponentials of the scaled scores of each
+    /// query, `[batch, heads, seq_q]`.
+    #[fusion(default)]
+    fn causal_attention_forward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        composed::forward::<Self>(q, k, v, scale)
+    }
+
+    /// The gradients for `q`, `k` and `v`, from what the forward pass was given and gave.
+    ///
+    /// With the probabilities `p = exp(scale q kᵀ - lse)` and `dp = dy vᵀ`:
+    /// `ds = p (dp - Σ dy y) scale`, `dq = ds k`, `dk = dsᵀ q`, `dv = pᵀ dy`.
+    #[fusion(default)]
+    fn causal_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        scale: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        composed::backward::<Self>(q, k, v, y, lse, dy, scale)
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl AttentionOps for burn::backend::NdArray {}
+
+#[cfg(feature = "cubecl")]
+impl AttentionOps for burn_cubecl::CubeBackend {}
+
+/// `softmax(scale · q kᵀ) v` where a query sees the keys up to its own position, differentiable in
+/// all three.
+///
+/// The queries are the last `seq_q` positions of `seq_k`: query `i` sees the keys
+/// `0 ..= seq_k - seq_q + i`. Head `h` reads the keys and values of head `h / (heads / kv_heads)`
+/// (grouped queries: Ainslie et al. 2023, arXiv:2305.13245). On the CPU no matrix of scores is held;
+/// backward computes the probabilities again (Dao 2023, arXiv:2307.08691).
+///
+/// # Shapes
+/// - `q`: `[batch, seq_q, heads, dim]`
+/// - `k`, `v`: `[batch, seq_k, kv_heads, dim]`
+/// - result: `[batch, seq_q, heads, dim]`
+///
+/// # Panics
+/// If the shapes do not fit, `kv_heads` does not divide `heads`, there are fewer keys than queries, or
+/// the scale is not above zero.
+pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) -> Tensor<4> {
+    let ([batch, seq_q, heads, dim], [_, seq_k, kv_heads, _]) = (q.dims(), k.dims());
+    let of_keys = [batch, seq_k, kv_heads, dim];
+    assert_eq!(k.dims(), of_keys, "the shape of the keys");
+    assert_eq!(v.dims(), of_keys, "the shape of the values");
+    assert!(
+        kv_heads > 0 && heads.is_multiple_of(kv_heads),
+        "{heads} heads do not share {kv_heads} heads of keys"
+    );
+    assert!(seq_q <= seq_k, "{seq_q} queries have {seq_k} keys");
+    assert!(scale > 0.0, "a scale of {scale}");
+    let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
+    Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, scale))
+}

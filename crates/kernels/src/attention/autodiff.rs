@@ -1,0 +1,80 @@
+//! The backward pass, once for every backend: it keeps no probabilities.
+
+use burn::backend::{
+    Autodiff,
+    autodiff::{
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    tensor::FloatTensor,
+};
+
+use super::AttentionOps;
+
+#[derive(Debug)]
+struct CausalAttention;
+
+#[derive(Clone, Debug)]
+struct State<T> {
+    q: T,
+    k: T,
+    v: T,
+    y: T,
+    lse: T,
+    scale: f64,
+}
+
+/// Parents: queries, keys and values.
+impl<B: AttentionOps> Backward<B, 3> for CausalAttention {
+    type State = State<FloatTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let State {
+            q,
+            k,
+            v,
+            y,
+            lse,
+            scale,
+        } = ops.state;
+        let (dq, dk, dv) = B::causal_attention_backward(q, k, v, y, lse, dy, scale);
+        for (parent, gradient) in ops.parents.into_iter().zip([dq, dk, dv]) {
+            if let Some(parent) = parent {
+                grads.register::<B>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
+    fn causal_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f64,
+    ) -> FloatTensor<Self> {
+        let parents = [q.node(), k.node(), v.node()];
+        let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
+        match CausalAttention
+            .prepare::<C>(parents)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let (y, lse) = B::causal_attention_forward(q.clone(), k.clone(), v.clone(), scale);
+                let state = State {
+                    q,
+                    k,
+                    v,
+                    y: y.clone(),
+                    lse,
+                    scale,
+                };
+                prep.finish(state, y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, k, v, scale)),
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The operations in burn's primitives: right on every backend, and the reference of the native ones.
+
+use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
+use burn::tensor::{Shape, TensorData};
+
+/// The sizes of a call.
+struct Sizes {
+    batch: usize,
+    seq_q: usize,
+    seq_k: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+impl Sizes {
+    fn of<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Self {
+        let [batch, seq_q, heads, dim] = q.shape().dims();
+        let [_, seq_k, kv_heads, _] = k.shape().dims();
+        Self {
+            batch,
+            seq_q,
+            seq_k,
+            heads,
+            kv_heads,
+            dim,
+        }
+    }
+
+    /// The query heads that share a key head are rows of one product: from
+    /// `[batch, seq_q, heads, dim]` to `[batch, kv_heads, heads / kv_heads * seq_q, dim]`.
+    fn stack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+        B::float_reshape(B::float_swap_dims(t, 1, 2), self.stacked(self.dim))
+    }
+
+    /// The inverse of [`Sizes::stack`].
+    fn unstack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+        let shape = Shape::new([self.batch, self.heads, self.seq_q, self.dim]);
+        B::float_swap_dims(B::float_reshape(t, shape), 1, 2)
+    }
+
+    fn stacked(&self, width: usize) -> Shape {
+        let rows = self.heads / self.kv_heads * self.seq_q;
+        Shape::new([self.batch, self.kv_heads, rows, width])
+    }
+
+    fn of_scores(&self) -> Shape {
+        Shape::new([self.batch, self.heads, self.seq_q, self.seq_k])
+    }
+
+    /// The scaled scores, `-inf` where a query does not see a key, [`Sizes::of_scores`].
+    fn scores<B: Backend>(
+        &self,
+        q: FloatTensor<B>,
+        k: FloatTensor<B>,
+        scale: f64,
+    ) -> FloatTensor<B> {
+        let (device, dtype) = (q.device(), q.dtype().into());
+        let first = self.seq_k - self.seq_q;
+        let hidden = (0..self.seq_q * self.seq_k)
+            .map(|at| (at / self.seq_k, at % self.seq_k))
+            .map(|(i, j)| {
+                if j <= first + i {
+                    0.0
+                } else {
+                    f32::NEG_INFINITY
+                }
+            });
+        let hidden = TensorData::new(hidden.collect::<Vec<f32>>(), [1, 1, self.seq_q, self.seq_k]);
+        let hidden = B::float_cast(B::float_from_data(hidden, &device), dtype);
+
+        let k = B::float_permute(k, &[0, 2, 3, 1]);
+        let scores = B::float_mul_scalar(B::float_matmul(self.stack::<B>(q), k), scale.into());
+        B::float_add(B::float_reshape(scores, self.of_scores()), hidden)
+    }
+}
+
+/// See [`super::AttentionOps::causal_attention_forward`].
+pub(super) fn forward<B: Backend>(
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    scale: f64,
+) -> (FloatTensor<B>, FloatTensor<B>) {
+    let sizes = Sizes::of::<B>(&q, &k);
+    let scores = sizes.scores::<B>(q, k, scale);
+    let most = B::float_max_dim(scores.clone(), 3);
+    let p = B::float_exp(B::float_sub(scores, most.clone()));
+    let sum = B::float_sum_dim(p.clone(), 3);
+    let lse = B::float_add(B::float_log(sum.clone()), most);
+    let p = B::float_reshape(B::float_div(p, sum), sizes.stacked(sizes.seq_k));
+    let y = B::float_matmul(p, B::float_swap_dims(v, 1, 2));
+    let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q]);
+    (sizes.unstack::<B>(y), B::float_reshape(lse, of_lse))
+}
+
+/// See [`super::AttentionOps::causal_attention_backward`].
+pub(super) fn backward<B: Backend>(
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    y: FloatTensor<B>,
+    lse: FloatTensor<B>,
+    dy: FloatTensor<B>,
+    scale: f64,
+) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
+    let sizes = Sizes::of::<B>(&q, &k);
+    let scores = sizes.scores::<B>(q.clone(), k.clone(), scale);
+    let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
+    let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
+    let p = B::float_reshape(p, sizes.stacked(sizes.seq_k));
+
+    let (q, y, dy) = (
+        sizes.stack::<B>(q),
+        sizes.stack::<B>(y),
+        sizes.stack::<B>(dy),
+    );
+    let (k, v) = (B::float_swap_dims(k, 1, 2), B::float_swap_dims(v, 1, 2));
+    let delta = B::float_sum_dim(B::float_mul(dy.clone(), y), 3);
+    let dp = B::float_matmul(dy.clone(), B::float_transpose(v));
+    let ds = B::float_mul(p.clone(), B::float_sub(dp, delta));
+    let ds = B::float_mul_scalar(ds, scale.into());
+    let of_keys = |t| B::float_swap_dims(t, 1, 2);
+    (
+        sizes.unstack::<B>(B::float_matmul(ds.clone(), k)),
+        of_keys(B::float_matmul(B::float_transpose(ds), q)),
+        of_keys(B::float_matmul(B::float_transpose(p), dy)),
+    )
+}

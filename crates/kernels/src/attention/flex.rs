@@ -1,0 +1,513 @@
+//! The CPU: blocks of queries and keys whose scores stay in the cache.
+//!
+//! A task owns a block of queries of one head, or, in the backward pass, all heads that share keys,
+//! and goes through its blocks in a fixed order: the number of threads changes no bit. The queries
+//! of a block are the lanes of vectors, so that maxima and sums over keys need no lane of another.
+
+use burn::backend::{Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
+use rayon::prelude::*;
+
+use super::{AttentionOps, composed};
+use crate::dense::{Matrix, Shared, multiply_add};
+use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::isa::{Isa, by_instruction_set};
+use crate::math;
+use crate::memory::zeroed;
+
+/// Queries in a block.
+const QUERIES: usize = 64;
+/// Keys in a block.
+const KEYS: usize = 128;
+
+/// A number for each query of a block; those past the end of the sequence have no meaning.
+type Lanes = [f32; QUERIES];
+
+impl AttentionOps for Flex {
+    fn causal_attention_forward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        scale: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if !all_f32([&q, &k, &v]) {
+            return composed::forward::<Self>(q, k, v, scale);
+        }
+        let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
+        let call = Call::new(&q, &k, &v, scale);
+        let (y, lse) = match call.seq_q {
+            1 => call.one_query(),
+            _ => call.forward(),
+        };
+        let of_lse = [call.batch, call.heads, call.seq_q];
+        (tensor(y, q.shape()), tensor(lse, of_lse))
+    }
+
+    fn causal_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        y: FloatTensor<Self>,
+        lse: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        scale: f64,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !all_f32([&q, &k, &v, &y, &lse, &dy]) {
+            return composed::backward::<Self>(q, k, v, y, lse, dy, scale);
+        }
+        let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
+        let (y, dy, lse) = (whole_heads(y), whole_heads(dy), contiguous(lse));
+        let call = Call::new(&q, &k, &v, scale);
+        let [dq, dk, dv] = call.backward(&Heads::of(&y), &Heads::of(&dy), floats(&lse));
+        (
+            tensor(dq, q.shape()),
+            tensor(dk, k.shape()),
+            tensor(dv, v.shape()),
+        )
+    }
+}
+
+/// Copied only if the dimensions of a head do not lie side by side.
+fn whole_heads(t: FlexTensor) -> FlexTensor {
+    let layout = t.layout();
+    let strides = layout.strides();
+    match strides[3] == 1 && strides.iter().all(|&stride| stride >= 0) {
+        true => t,
+        false => t.to_contiguous(),
+    }
+}
+
+/// `[batch, seq, heads, dim]` as it lies in memory.
+struct Heads<'a> {
+    values: &'a [f32],
+    batch_stride: usize,
+    seq_stride: usize,
+    head_stride: usize,
+    dim: usize,
+}
+
+impl<'a> Heads<'a> {
+    fn of(t: &'a FlexTensor) -> Self {
+        let layout = t.layout();
+        let stride = |axis: usize| layout.strides()[axis] as usize;
+        Self {
+            values: &t.storage::<f32>()[layout.start_offset()..],
+            batch_stride: stride(0),
+            seq_stride: stride(1),
+            head_stride: stride(2),
+            dim: layout.shape()[3],
+        }
+    }
+
+    /// From the element where a row of one head begins.
+    fn from(&self, batch: usize, position: usize, head: usize) -> &'a [f32] {
+        let at = batch * self.batch_stride + position * self.seq_stride + head * self.head_stride;
+        &self.values[at..]
+    }
+
+    fn row(&self, batch: usize, position: usize, head: usize) -> &'a [f32] {
+        &self.from(batch, position, head)[..self.dim]
+    }
+
+    /// `n` rows of one head times `factor`, as the lanes of `[dim, n]`.
+    fn turn(
+        &self,
+        batch: usize,
+        position: usize,
+        n: usize,
+        head: usize,
+        factor: f32,
+        turned: &mut [Lanes],
+    ) {
+        for i in 0..n {
+            let row = self.row(batch, position + i, head);
+            for (lanes, value) in turned.iter_mut().zip(row) {
+                lanes[i] = value * factor;
+            }
+        }
+    }
+
+    fn rows_from(&self, batch: usize, head: usize) -> Rows<'a> {
+        Rows {
+            values: self.from(batch, 0, head),
+            stride: self.seq_stride,
+        }
+    }
+
+    /// `n` rows of one head, `[n, dim]`, checked to lie within the tensor.
+    fn rows(&self, batch: usize, position: usize, n: usize, head: usize) -> Matrix {
+        let values = self.from(batch, position, head);
+        assert!(n > 0 && (n - 1) * self.seq_stride + self.dim <= values.len());
+        Matrix::new(values.as_ptr(), self.seq_stride, 1)
+    }
+}
+
+/// What a call is given.
+struct Call<'a> {
+    q: Heads<'a>,
+    k: Heads<'a>,
+    v: Heads<'a>,
+    scale: f32,
+    batch: usize,
+    seq_q: usize,
+    seq_k: usize,
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+}
+
+/// A block of queries and the keys from `keys` on.
+#[derive(Clone, Copy)]
+struct Block {
+    n_queries: usize,
+    keys: usize,
+    n_keys: usize,
+    /// Keys of the sequence that the first query of the block sees.
+    visible: usize,
+}
+
+impl<'a> Call<'a> {
+    fn new(q: &'a FlexTensor, k: &'a FlexTensor, v: &'a FlexTensor, scale: f64) -> Self {
+        let [batch, seq_q, heads, dim] = q.shape().dims();
+        let [_, seq_k, kv_heads, _] = k.shape().dims();
+        Self {
+            q: Heads::of(q),
+            k: Heads::of(k),
+            v: Heads::of(v),
+            scale: scale as f32,
+            batch,
+            seq_q,
+            seq_k,
+            heads,
+            kv_heads,
+            dim,
+        }
+    }
+
+    /// The head of the keys that a head of the queries reads.
+    fn kv_head(&self, head: usize) -> usize {
+        head / (self.heads / self.kv_heads)
+    }
+
+    /// The blocks of keys that a query from `queries` on sees.
+    fn blocks(&self, queries: usize) -> impl Iterator<Item = Block> {
+        let n_queries = QUERIES.min(self.seq_q - queries);
+        let visible = self.seq_k - self.seq_q + queries + 1;
+        let end = visible + n_queries - 1;
+        (0..end).step_by(KEYS).map(move |keys| Block {
+            n_queries,
+            keys,
+            n_keys: KEYS.min(end - keys),
+            visible,
+        })
+    }
+
+    /// The products of the keys of a block with `queries`, `[keys, queries]`; they are `[dim, queries]`.
+    fn products(&self, block: &Block, keys: Matrix, queries: &[Lanes], out: &mut [Lanes]) {
+        assert!(queries.len() == self.dim && block.n_keys <= out.len());
+        // SAFETY: `keys` comes from `Heads::rows` for this block, and the lengths are checked.
+        unsafe {
+            multiply_add(
+                [block.n_keys, self.dim, block.n_queries],
+                keys,
+                matrix(queries),
+                out.as_mut_ptr().cast(),
+                QUERIES,
+                false,
+            );
+        }
+    }
+
+    /// The output and the logarithms of the sums.
+    fn forward(&self) -> (Vec<f32>, Vec<f32>) {
+        let (dim, width) = (self.dim, self.heads * self.dim);
+        let mut y = zeroed(self.batch * self.seq_q * width);
+        let mut lse = zeroed(self.batch * self.heads * self.seq_q);
+        let shared = Shared::new(&mut y);
+        let n_blocks = self.seq_q.div_ceil(QUERIES);
+        // One vector of sums for each head of each sequence, in tasks of a block.
+        let tasks: Vec<(usize, &mut [f32])> = lse
+            .chunks_mut(self.seq_q.max(1))
+            .flat_map(|head| head.chunks_mut(QUERIES))
+            .enumerate()
+            .collect();
+        tasks.into_par_iter().for_each_init(
+            || {
+                let lanes = |n| vec![[0.0; QUERIES]; n];
+                (lanes(dim), lanes(KEYS), vec![0.0; QUERIES * dim])
+            },
+            |(turned, scores, mixed), (task, lse)| {
+                let (head, queries) = (task / n_blocks, task % n_blocks * QUERIES);
+                let (batch, head) = (head / self.heads, head % self.heads);
+                let kv_head = self.kv_head(head);
+                self.q
+                    .turn(batch, queries, lse.len(), head, self.scale, turned);
+                let mut most = [f32::NEG_INFINITY; QUERIES];
+                let mut sum = [0.0; QUERIES];
+                for block in self.blocks(queries) {
+                    let k = self.k.rows(batch, block.keys, block.n_keys, kv_head);
+                    let v = self.v.rows(batch, block.keys, block.n_keys, kv_head);
+                    self.products(&block, k, turned, scores);
+                    let mut shrink = [1.0; QUERIES];
+                    softmax(block, scores, &mut most, &mut sum, &mut shrink);
+                    if block.keys > 0 {
+                        for (mixed, shrink) in mixed.chunks_exact_mut(dim.max(1)).zip(shrink) {
+                            math::scale(mixed, shrink);
+                        }
+                    }
+                    // SAFETY: `rows` has checked the values, and `mixed` is `[QUERIES, dim]`.
+                    unsafe {
+                        multiply_add(
+                            [block.n_queries, block.n_keys, dim],
+                            matrix(scores).transpose(),
+                            v,
+                            mixed.as_mut_ptr(),
+                            dim,
+                            block.keys > 0,
+                        );
+                    }
+                }
+                for (i, lse) in lse.iter_mut().enumerate() {
+                    *lse = most[i] + sum[i].ln();
+                    let at = (batch * self.seq_q + queries + i) * width + head * dim;
+                    // SAFETY: `y` is `[batch, seq_q, heads, dim]`; this head of this query is no
+                    // other task's.
+                    let y = unsafe { std::slice::from_raw_parts_mut(shared.offset(at), dim) };
+                    for (y, mixed) in y.iter_mut().zip(&mixed[i * dim..]) {
+                        *y = mixed / sum[i];
+                    }
+                }
+            },
+        );
+        (y, lse)
+    }
+
+    /// [`Call::forward`] of the last position alone, as in decoding.
+    fn one_query(&self) -> (Vec<f32>, Vec<f32>) {
+        let mut y = zeroed(self.batch * self.heads * self.dim);
+        let mut lse = zeroed(self.batch * self.heads);
+        y.par_chunks_mut(self.dim.max(1))
+            .zip(&mut lse)
+            .enumerate()
+            .for_each_init(
+                || vec![0.0; self.seq_k],
+                |scores, (task, (y, lse))| {
+                    let (batch, head) = (task / self.heads, task % self.heads);
+                    attend(
+                        self.q.row(batch, 0, head),
+                        self.k.rows_from(batch, self.kv_head(head)),
+                        self.v.rows_from(batch, self.kv_head(head)),
+                        self.scale,
+                        scores,
+                        y,
+                        lse,
+                    );
+                },
+            );
+        (y, lse)
+    }
+
+    /// The gradients for `q`, `k` and `v`.
+    fn backward(&self, y: &Heads<'a>, dy: &Heads<'a>, lse: &[f32]) -> [Vec<f32>; 3] {
+        let dim = self.dim;
+        let (q_width, k_width) = (self.heads * dim, self.kv_heads * dim);
+        let mut dq = zeroed(self.batch * self.seq_q * q_width);
+        let mut dk = zeroed(self.batch * self.seq_k * k_width);
+        let mut dv = zeroed(dk.len());
+        let [shared_dq, shared_dk, shared_dv] = [&mut dq, &mut dk, &mut dv].map(|t| Shared::new(t));
+        let group = self.heads / self.kv_heads;
+        (0..self.batch * self.kv_heads)
+            .into_par_iter()
+            .for_each_init(
+                || {
+                    let lanes = |n| vec![[0.0; QUERIES]; n];
+                    [lanes(dim), lanes(dim), lanes(KEYS), lanes(KEYS)]
+                },
+                |[turned_q, turned_dy, p, ds], task| {
+                    let (batch, kv_head) = (task / self.kv_heads, task % self.kv_heads);
+                    let heads = kv_head * group..(kv_head + 1) * group;
+                    let blocks = heads.flat_map(|head| {
+                        let starts = (0..self.seq_q).step_by(QUERIES);
+                        starts.map(move |queries| (head, queries))
+                    });
+                    for (head, queries) in blocks {
+                        let n_queries = QUERIES.min(self.seq_q - queries);
+                        let of_lse = (batch * self.heads + head) * self.seq_q + queries;
+                        let (mut lse_lanes, mut delta) = ([0.0; QUERIES], [0.0; QUERIES]);
+                        lse_lanes[..n_queries].copy_from_slice(&lse[of_lse..][..n_queries]);
+                        for (i, delta) in delta[..n_queries].iter_mut().enumerate() {
+                            let row = |t: &Heads<'a>| t.row(batch, queries + i, head);
+                            *delta = math::dot(row(y), row(dy));
+                        }
+                        let q = self.q.rows(batch, queries, n_queries, head);
+                        self.q
+                            .turn(batch, queries, n_queries, head, self.scale, turned_q);
+                        dy.turn(batch, queries, n_queries, head, 1.0, turned_dy);
+                        let dy = dy.rows(batch, queries, n_queries, head);
+                        for block in self.blocks(queries) {
+                            let Block { keys, n_keys, .. } = block;
+                            let k = self.k.rows(batch, keys, n_keys, kv_head);
+                            let v = self.v.rows(batch, keys, n_keys, kv_head);
+                            self.products(&block, k, turned_q, p);
+                            self.products(&block, v, turned_dy, ds);
+                            gradient(block, self.scale, &lse_lanes, &delta, p, ds);
+                            let at_q = (batch * self.seq_q + queries) * q_width + head * dim;
+                            let at_k = (batch * self.seq_k + keys) * k_width + kv_head * dim;
+                            // SAFETY: `rows` has checked the matrices; the gradients have the
+                            // shapes of `q` and `k`, and no other task has these heads of this
+                            // sequence.
+                            unsafe {
+                                let (p, ds) = (matrix(p), matrix(ds));
+                                let of_keys = [n_keys, n_queries, dim];
+                                let dv = shared_dv.offset(at_k);
+                                multiply_add(of_keys, p, dy, dv, k_width, true);
+                                let dk = shared_dk.offset(at_k);
+                                multiply_add(of_keys, ds, q, dk, k_width, true);
+                                let of_queries = [n_queries, n_keys, dim];
+                                let dq = shared_dq.offset(at_q);
+                                multiply_add(of_queries, ds.transpose(), k, dq, q_width, keys > 0);
+                            }
+                        }
+                    }
+                },
+            );
+        [dq, dk, dv]
+    }
+}
+
+fn matrix(lanes: &[Lanes]) -> Matrix {
+    Matrix::new(lanes.as_ptr().cast(), QUERIES, 1)
+}
+
+impl Block {
+    /// How many queries, from the first on, do not see key `j` of the block.
+    #[inline(always)]
+    fn hidden_from(&self, j: usize) -> usize {
+        (self.keys + j + 1)
+            .saturating_sub(self.visible)
+            .min(QUERIES)
+    }
+}
+
+by_instruction_set! {
+    /// Turns the scores of a block into exponentials relative to the largest score so far; `shrink`
+    /// is what comes of those before.
+    fn softmax(
+        block: Block,
+        scores: &mut [Lanes],
+        most: &mut Lanes,
+        sum: &mut Lanes,
+        shrink: &mut Lanes,
+    ) = softmax_body
+}
+
+#[inline(always)]
+fn softmax_body<I: Isa>(
+    block: Block,
+    scores: &mut [Lanes],
+    most: &mut Lanes,
+    sum: &mut Lanes,
+    shrink: &mut Lanes,
+) {
+    let before = *most;
+    let mut largest = before;
+    for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
+        scores[..block.hidden_from(j)].fill(f32::NEG_INFINITY);
+        for i in 0..QUERIES {
+            largest[i] = math::larger(scores[i], largest[i]);
+        }
+    }
+    let mut added = [0.0; QUERIES];
+    for scores in &mut scores[..block.n_keys] {
+        for i in 0..QUERIES {
+            scores[i] = math::exp(scores[i] - largest[i]);
+            added[i] += scores[i];
+        }
+    }
+    for i in 0..QUERIES {
+        shrink[i] = math::exp(before[i] - largest[i]);
+        sum[i] = sum[i] * shrink[i] + added[i];
+    }
+    *most = largest;
+}
+
+by_instruction_set! {
+    /// From scores and `dp` to the probabilities and the gradient of the scores.
+    fn gradient(
+        block: Block,
+        scale: f32,
+        lse: &Lanes,
+        delta: &Lanes,
+        scores: &mut [Lanes],
+        dp: &mut [Lanes],
+    ) = gradient_body
+}
+
+#[inline(always)]
+fn gradient_body<I: Isa>(
+    block: Block,
+    scale: f32,
+    lse: &Lanes,
+    delta: &Lanes,
+    scores: &mut [Lanes],
+    dp: &mut [Lanes],
+) {
+    let rows = scores[..block.n_keys].iter_mut().zip(dp);
+    for (j, (p, dp)) in rows.enumerate() {
+        for i in 0..QUERIES {
+            p[i] = math::exp(p[i] - lse[i]);
+            dp[i] = p[i] * (dp[i] - delta[i]) * scale;
+        }
+        let hidden = block.hidden_from(j);
+        p[..hidden].fill(0.0);
+        dp[..hidden].fill(0.0);
+    }
+}
+
+/// Rows of a head from the first on.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    values: &'a [f32],
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn row(&self, i: usize, dim: usize) -> &'a [f32] {
+        &self.values[i * self.stride..][..dim]
+    }
+}
+
+by_instruction_set! {
+    /// One query over as many keys as there is room for scores; `y` is zero.
+    fn attend(
+        q: &[f32],
+        k: Rows,
+        v: Rows,
+        scale: f32,
+        scores: &mut [f32],
+        y: &mut [f32],
+        lse: &mut f32,
+    ) = attend_body
+}
+
+#[inline(always)]
+fn attend_body<I: Isa>(
+    q: &[f32],
+    k: Rows,
+    v: Rows,
+    scale: f32,
+    scores: &mut [f32],
+    y: &mut [f32],
+    lse: &mut f32,
+) {
+    for (j, score) in scores.iter_mut().enumerate() {
+        *score = math::dot(q, k.row(j, q.len()));
+    }
+    let most = math::scale_max(scores, scale);
+    let sum = math::exp_sum(scores, most);
+    for (j, p) in scores.iter().enumerate() {
+        math::add_scaled(y, *p, v.row(j, q.len()));
+    }
+    math::scale(y, 1.0 / sum);
+    *lse = most + sum.ln();
+}

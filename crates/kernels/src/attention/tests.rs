@@ -1,0 +1,305 @@
+//! Against f64, against the composed operations and through autodiff.
+
+use burn::backend::Flex;
+use burn::tensor::Tensor;
+use proptest::prelude::*;
+
+use super::{AttentionOps, causal_attention, composed};
+use crate::testing::*;
+
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    batch: usize,
+    seq_q: usize,
+    seq_k: usize,
+    kv_heads: usize,
+    group: usize,
+    dim: usize,
+}
+
+impl Sizes {
+    fn of_queries(&self) -> [usize; 4] {
+        [self.batch, self.seq_q, self.kv_heads * self.group, self.dim]
+    }
+
+    fn of_keys(&self) -> [usize; 4] {
+        [self.batch, self.seq_k, self.kv_heads, self.dim]
+    }
+
+    fn scale(&self) -> f64 {
+        1.5 / (self.dim as f64).sqrt()
+    }
+
+    /// The output and the logarithms of the sums in f64.
+    fn reference(&self, q: &[f64], k: &[f64], v: &[f64], scale: f64) -> (Vec<f64>, Vec<f64>) {
+        let (heads, dim) = (self.kv_heads * self.group, self.dim);
+        let mut y = vec![0.0; q.len()];
+        let mut lse = Vec::new();
+        for at in 0..self.batch * heads * self.seq_q {
+            let (b, h, i) = (
+                at / self.seq_q / heads,
+                at / self.seq_q % heads,
+                at % self.seq_q,
+            );
+            let row = ((b * self.seq_q + i) * heads + h) * dim;
+            let key = |j: usize| ((b * self.seq_k + j) * self.kv_heads + h / self.group) * dim;
+            let n = self.seq_k - self.seq_q + i + 1;
+            let exp: Vec<f64> = (0..n)
+                .map(|j| (0..dim).map(|d| q[row + d] * k[key(j) + d]).sum::<f64>())
+                .map(|score| (score * scale).exp())
+                .collect();
+            let sum: f64 = exp.iter().sum();
+            lse.push(sum.ln());
+            for d in 0..dim {
+                y[row + d] = (0..n).map(|j| exp[j] / sum * v[key(j) + d]).sum();
+            }
+        }
+        (y, lse)
+    }
+}
+
+fn sizes(
+    seq_q: impl Strategy<Value = usize>,
+    more_keys: impl Strategy<Value = usize>,
+    dim: impl Strategy<Value = usize>,
+) -> impl Strategy<Value = Sizes> {
+    (1..4usize, seq_q, more_keys, 1..4usize, 1..4usize, dim).prop_map(
+        |(batch, seq_q, more_keys, kv_heads, group, dim)| Sizes {
+            batch,
+            seq_q,
+            seq_k: seq_q + more_keys,
+            kv_heads,
+            group,
+            dim,
+        },
+    )
+}
+
+/// Past the sizes of a block, and not.
+fn large() -> impl Strategy<Value = Sizes> {
+    let seq_q = prop::sample::select(vec![1, 2, 5, 64, 65, 130, 200]);
+    sizes(
+        seq_q,
+        prop::sample::select(vec![0, 3, 128, 190]),
+        2..73usize,
+    )
+}
+
+fn small() -> impl Strategy<Value = Sizes> {
+    sizes(1..5usize, 0..4usize, 1..4usize)
+}
+
+/// Queries, keys, values and the gradient of the output.
+fn tensors(sizes: &Sizes, seed: u64) -> [Tensor<4>; 4] {
+    let mut random = Random::new(seed);
+    let (of_queries, of_keys) = (sizes.of_queries(), sizes.of_keys());
+    [of_queries, of_keys, of_keys, of_queries].map(|shape| random.tensor(shape))
+}
+
+/// The same values with the heads before the positions, within a longer sequence, and with the
+/// dimensions of a head apart.
+fn as_views([q, k, v, dy]: [Tensor<4>; 4]) -> [Tensor<4>; 4] {
+    let materialized = |t: Tensor<4>| t + 0.0;
+    let q = materialized(q.swap_dims(1, 2)).swap_dims(1, 2);
+    let seq = k.dims()[1];
+    let k = Tensor::cat(vec![k.clone(), k.clone(), k], 1).narrow(1, seq, seq);
+    let v = materialized(v.swap_dims(1, 3)).swap_dims(1, 3);
+    [q, k, v, dy]
+}
+
+/// Output, logarithms of sums and gradients.
+fn native(t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
+    let [q, k, v, dy] = t.each_ref().map(primitive);
+    let (y, lse) = Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), scale);
+    let (dq, dk, dv) = Flex::causal_attention_backward(q, k, v, y.clone(), lse.clone(), dy, scale);
+    [y, lse, dq, dk, dv].map(primitive_values).to_vec()
+}
+
+fn by_composition(t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
+    let [q, k, v, dy] = t.each_ref().map(primitive);
+    let (y, lse) = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), scale);
+    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, y.clone(), lse.clone(), dy, scale);
+    [y, lse, dq, dk, dv].map(primitive_values).to_vec()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn small_calls_agree_with_f64_and_its_differences(sizes in small(), seed: u64) {
+        let t = tensors(&sizes, seed);
+        let [q, k, v, dy] = t.each_ref().map(values);
+        let [dq, dk, dv, ddy] = [&q, &k, &v, &dy].map(|t| doubles(t));
+        let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
+            let y = sizes.reference(q, k, v, sizes.scale()).0;
+            y.iter().zip(&ddy).map(|(y, dy)| y * dy).sum()
+        };
+        let (y, lse) = sizes.reference(&dq, &dk, &dv, sizes.scale());
+        let expected = [
+            y,
+            lse,
+            slopes(&q, |q| loss(q, &dk, &dv)),
+            slopes(&k, |k| loss(&dq, k, &dv)),
+            slopes(&v, |v| loss(&dq, &dk, v)),
+        ];
+        for found in [native(&t, sizes.scale()), by_composition(&t, sizes.scale())] {
+            for (found, expected) in found.iter().zip(&expected) {
+                assert_close(found, expected, 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn large_calls_agree_with_f64_and_the_composition(sizes in large(), views: bool, seed: u64) {
+        let mut t = tensors(&sizes, seed);
+        let [q, k, v] = [&t[0], &t[1], &t[2]].map(|t| doubles(&values(t)));
+        let (y, lse) = sizes.reference(&q, &k, &v, sizes.scale());
+        let composed = by_composition(&t, sizes.scale());
+        if views {
+            t = as_views(t);
+        }
+        let found = native(&t, sizes.scale());
+        assert_close(&found[0], &y, 2e-6);
+        assert_close(&found[1], &lse, 2e-6);
+        for (found, composed) in found.iter().zip(&composed) {
+            assert_close(found, &doubles(composed), 1e-5);
+        }
+    }
+
+    #[test]
+    fn backward_gives_the_gradients_of_each_parent(sizes in small(), seed: u64) {
+        let t = tensors(&sizes, seed);
+        let expected = native(&t, sizes.scale());
+        let [q, k, v, dy] = t;
+        let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
+        let y = causal_attention(q.clone(), k.clone(), v.clone(), sizes.scale());
+        let grads = (y * dy.autodiff()).sum().backward();
+        for (leaf, expected) in [q, k, v].iter().zip(&expected[2..]) {
+            prop_assert_eq!(bits(&values(&leaf.grad(&grads).unwrap())), bits(expected));
+        }
+    }
+}
+
+/// A query sees nothing of later positions, bit for bit, and sees its own.
+#[test]
+fn the_future_is_not_seen() {
+    let sizes = Sizes {
+        batch: 2,
+        seq_q: 140,
+        seq_k: 150,
+        kv_heads: 2,
+        group: 2,
+        dim: 12,
+    };
+    let [q, k, v, _] = tensors(&sizes, 8);
+    let at = 100;
+    let own = sizes.seq_k - sizes.seq_q + at;
+    let change = |t: &Tensor<4>, from: usize| {
+        let n = sizes.seq_k - from;
+        Tensor::cat(
+            vec![
+                t.clone().narrow(1, 0, from),
+                t.clone().narrow(1, from, n) * 3.0,
+            ],
+            1,
+        )
+    };
+    let query = |k, v| {
+        let y = causal_attention(q.clone(), k, v, sizes.scale());
+        bits(&values(&y.narrow(1, at, 1)))
+    };
+    let y = query(k.clone(), v.clone());
+    assert_eq!(query(change(&k, own + 1), change(&v, own + 1)), y);
+    assert_ne!(query(k.clone(), change(&v, own)), y);
+}
+
+/// One query after a cache of keys gives what the last of all queries gives.
+#[test]
+fn decoding_agrees_with_a_whole_sequence() {
+    let sizes = Sizes {
+        batch: 2,
+        seq_q: 300,
+        seq_k: 300,
+        kv_heads: 2,
+        group: 3,
+        dim: 40,
+    };
+    let [q, k, v, _] = tensors(&sizes, 9);
+    let whole = causal_attention(q.clone(), k.clone(), v.clone(), sizes.scale());
+    let expected = doubles(&values(&whole.narrow(1, 299, 1)));
+    let one = causal_attention(q.narrow(1, 299, 1), k, v, sizes.scale());
+    assert_close(&values(&one), &expected, 2e-6);
+}
+
+/// Whole numbers, whose scores are exact: up to 1600, beyond the exponentials of f32.
+#[test]
+fn large_scores_do_not_overflow() {
+    let sizes = Sizes {
+        batch: 1,
+        seq_q: 140,
+        seq_k: 140,
+        kv_heads: 1,
+        group: 1,
+        dim: 8,
+    };
+    let [q, k, v, dy] = tensors(&sizes, 10);
+    let t = [(q * 20.0).round(), (k * 20.0).round(), v, dy];
+    let [q, k, v] = [&t[0], &t[1], &t[2]].map(|t| doubles(&values(t)));
+    let scale = 0.5;
+    let (y, lse) = sizes.reference(&q, &k, &v, scale);
+    assert!(lse.iter().any(|&lse| lse > 100.0));
+    let found = native(&t, scale);
+    assert_close(&found[0], &y, 1e-6);
+    assert_close(&found[1], &lse, 1e-6);
+    for (found, composed) in found.iter().zip(&by_composition(&t, scale)) {
+        assert_close(found, &doubles(composed), 1e-5);
+    }
+}
+
+#[test]
+fn other_dtypes_take_the_composed_operations() {
+    let sizes = Sizes {
+        batch: 2,
+        seq_q: 4,
+        seq_k: 6,
+        kv_heads: 2,
+        group: 2,
+        dim: 3,
+    };
+    let t = tensors(&sizes, 7);
+    let [q, k, v, dy] = t.each_ref().map(|t| doubles(&values(t)));
+    let leaves = [&t[0], &t[1], &t[2]].map(|t| leaf(&wide(t)));
+    let [tq, tk, tv] = leaves.clone();
+    let y = causal_attention(tq, tk, tv, sizes.scale());
+    let grads = (y.clone() * wide(&t[3]).autodiff()).sum().backward();
+    let expected = sizes.reference(&q, &k, &v, sizes.scale()).0;
+    assert_close(&wide_values(y.inner()), &expected, 1e-14);
+    let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
+        let y = sizes.reference(q, k, v, sizes.scale()).0;
+        y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+    };
+    let expected = [
+        slopes(&values(&t[0]), |q| loss(q, &k, &v)),
+        slopes(&values(&t[1]), |k| loss(&q, k, &v)),
+        slopes(&values(&t[2]), |v| loss(&q, &k, v)),
+    ];
+    for (leaf, expected) in leaves.iter().zip(&expected) {
+        assert_close(&wide_values(leaf.grad(&grads).unwrap()), expected, 1e-7);
+    }
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    for (seq_q, seq_k) in [(150, 170), (1, 70)] {
+        let sizes = Sizes {
+            batch: 2,
+            seq_q,
+            seq_k,
+            kv_heads: 3,
+            group: 2,
+            dim: 20,
+        };
+        let t = tensors(&sizes, 11);
+        assert_same_on_any_threads(|| native(&t, sizes.scale()));
+    }
+}

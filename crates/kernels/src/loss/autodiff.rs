@@ -1,0 +1,94 @@
+//! The backward pass, once for every backend: it keeps no logits.
+
+use burn::backend::{
+    Autodiff, TensorMetadata,
+    autodiff::{
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::Shape;
+
+use super::LossOps;
+
+#[derive(Debug)]
+struct LinearCrossEntropy;
+
+#[derive(Clone, Debug)]
+struct State<F, I> {
+    /// The gradient of each row's loss, if `x` is tracked.
+    dx: Option<F>,
+    head: Option<HeadState<F, I>>,
+}
+
+/// What the gradient for the head is computed from, if it is tracked.
+#[derive(Clone, Debug)]
+struct HeadState<F, I> {
+    x: F,
+    head: F,
+    targets: I,
+    lse: F,
+}
+
+/// Parents: `x` and the head.
+impl<B: LossOps> Backward<B, 2> for LinearCrossEntropy {
+    type State = State<FloatTensor<B>, IntTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dnll = grads.consume::<B>(&ops.node);
+        let [x_parent, head_parent] = ops.parents;
+        if let (Some(parent), Some(state)) = (head_parent, ops.state.head) {
+            let HeadState {
+                x,
+                head,
+                targets,
+                lse,
+            } = state;
+            let dhead = B::linear_cross_entropy_dhead(x, head, targets, lse, dnll.clone());
+            grads.register::<B>(parent.id, dhead);
+        }
+        if let (Some(parent), Some(dx)) = (x_parent, ops.state.dx) {
+            let dnll = B::float_reshape(dnll, Shape::new([dx.shape()[0], 1]));
+            grads.register::<B>(parent.id, B::float_mul(dx, dnll));
+        }
+    }
+}
+
+impl<B: LossOps, C: CheckpointStrategy> LossOps for Autodiff<B, C> {
+    fn linear_cross_entropy(
+        x: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let parents = [x.node(), head.node()];
+        let (x_tracked, head_tracked) = (x.is_tracked(), head.is_tracked());
+        let (x, head) = (x.into_primitive(), head.into_primitive());
+        match LinearCrossEntropy
+            .prepare::<C>(parents)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let given = (x.clone(), head.clone(), targets.clone());
+                let (nll, lse, dx) = if x_tracked {
+                    let (nll, lse, dx) = B::linear_cross_entropy_with_dx(x, head, targets);
+                    (nll, lse, Some(dx))
+                } else {
+                    let (nll, lse) = B::linear_cross_entropy_forward(x, head, targets);
+                    (nll, lse, None)
+                };
+                let (x, head, targets) = given;
+                let head = head_tracked.then_some(HeadState {
+                    x,
+                    head,
+                    targets,
+                    lse,
+                });
+                prep.finish(State { dx, head }, nll)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::linear_cross_entropy(x, head, targets)),
+        }
+    }
+}

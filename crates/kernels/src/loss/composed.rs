@@ -1,0 +1,89 @@
+//! The operations in burn's primitives: right on every backend, and the reference of the native ones.
+
+use std::ops::Range;
+
+use burn::backend::{
+    Backend, TensorMetadata,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{IndexingUpdateOp, Shape, Slice};
+
+use super::SLICE;
+
+/// The losses, the logarithms of the sums, and the gradients of the losses if `with_dx`.
+pub(super) fn forward<B: Backend>(
+    x: FloatTensor<B>,
+    head: FloatTensor<B>,
+    targets: IntTensor<B>,
+    with_dx: bool,
+) -> (FloatTensor<B>, FloatTensor<B>, Option<FloatTensor<B>>) {
+    let (mut nll, mut lse, mut dx) = (Vec::new(), Vec::new(), Vec::new());
+    for rows in chunks::<B>(&x, &head) {
+        let n = rows.len();
+        let logits = B::float_matmul(rows_of::<B>(&x, &rows), head.clone());
+        let targets = targets_of::<B>(&targets, &rows);
+        let most = B::float_max_dim(logits.clone(), 1);
+        let exp = B::float_exp(B::float_sub(logits.clone(), most.clone()));
+        let sum = B::float_sum_dim(exp.clone(), 1);
+        let of_rows = B::float_add(B::float_log(sum.clone()), most);
+        let of_target = B::float_gather(1, logits, targets.clone());
+        let flat = |t| B::float_reshape(t, Shape::new([n]));
+        nll.push(flat(B::float_sub(of_rows.clone(), of_target)));
+        lse.push(flat(of_rows));
+        if with_dx {
+            let p = less_target::<B>(B::float_div(exp, sum), targets);
+            dx.push(B::float_matmul(p, B::float_transpose(head.clone())));
+        }
+    }
+    let dx = with_dx.then(|| B::float_cat(dx, 0));
+    (B::float_cat(nll, 0), B::float_cat(lse, 0), dx)
+}
+
+/// See [`super::LossOps::linear_cross_entropy_dhead`].
+pub(super) fn dhead<B: Backend>(
+    x: FloatTensor<B>,
+    head: FloatTensor<B>,
+    targets: IntTensor<B>,
+    lse: FloatTensor<B>,
+    dnll: FloatTensor<B>,
+) -> FloatTensor<B> {
+    let mut dhead = B::float_zeros(head.shape(), &head.device(), head.dtype().into());
+    for rows in chunks::<B>(&x, &head) {
+        let column = |t: &FloatTensor<B>| {
+            let t = B::float_slice(t.clone(), &[Slice::from(rows.clone())]);
+            B::float_reshape(t, Shape::new([rows.len(), 1]))
+        };
+        let x = rows_of::<B>(&x, &rows);
+        let logits = B::float_matmul(x.clone(), head.clone());
+        let p = B::float_exp(B::float_sub(logits, column(&lse)));
+        let p = less_target::<B>(p, targets_of::<B>(&targets, &rows));
+        let dlogits = B::float_mul(p, column(&dnll));
+        let part = B::float_matmul(B::float_transpose(x), dlogits);
+        dhead = B::float_add(dhead, part);
+    }
+    dhead
+}
+
+/// Rows of which a slice of logits is made.
+fn chunks<B: Backend>(x: &FloatTensor<B>, head: &FloatTensor<B>) -> Vec<Range<usize>> {
+    let (rows, vocab) = (x.shape()[0], head.shape()[1]);
+    let size = (SLICE / vocab.max(1)).max(1);
+    let starts = (0..rows).step_by(size);
+    starts.map(|start| start..rows.min(start + size)).collect()
+}
+
+fn rows_of<B: Backend>(x: &FloatTensor<B>, rows: &Range<usize>) -> FloatTensor<B> {
+    B::float_slice(x.clone(), &[Slice::from(rows.clone()), Slice::full()])
+}
+
+/// `[rows, 1]`.
+fn targets_of<B: Backend>(targets: &IntTensor<B>, rows: &Range<usize>) -> IntTensor<B> {
+    let targets = B::int_slice(targets.clone(), &[Slice::from(rows.clone())]);
+    B::int_reshape(targets, Shape::new([rows.len(), 1]))
+}
+
+/// `p - onehot(target)`.
+fn less_target<B: Backend>(p: FloatTensor<B>, targets: IntTensor<B>) -> FloatTensor<B> {
+    let ones = B::float_ones(targets.shape(), &p.device(), p.dtype().into());
+    B::float_scatter(1, p, targets, B::float_neg(ones), IndexingUpdateOp::Add)
+}

@@ -1,0 +1,377 @@
+//! The CPU: slabs of logits, some rows by some columns of the vocabulary.
+//!
+//! The head is gone through slab by slab; maxima and sums of the rows are carried along, and what
+//! was summed so far is scaled where a maximum grows (Milakov and Gimelshein 2018,
+//! arXiv:1805.02867). Products and rows are cut into tasks of fixed sizes: the number of threads
+//! changes no bit.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use burn::backend::{
+    Flex, TensorMetadata,
+    flex::FlexTensor,
+    ops::IntTensorOps,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::IntDType;
+use rayon::prelude::*;
+
+use super::{LossOps, SLICE, composed};
+use crate::dense::{Matrix, Shared, multiply_add};
+use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::isa::{Isa, by_instruction_set};
+use crate::math;
+use crate::memory::zeroed;
+
+/// Most rows of a slab: the head is read once for so many.
+const ROWS: usize = 1024;
+/// Rows and columns of a task of a product.
+const TILE_ROWS: usize = 256;
+const TILE_COLUMNS: usize = 256;
+
+impl LossOps for Flex {
+    fn linear_cross_entropy_forward(
+        x: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        if !all_f32([&x, &head]) {
+            let (nll, lse, _) = composed::forward::<Self>(x, head, targets, false);
+            return (nll, lse);
+        }
+        let x = contiguous(x);
+        let call = Call::new(&x, &head, targets);
+        let (nll, lse) = call.forward(None);
+        (tensor(nll, [call.rows]), tensor(lse, [call.rows]))
+    }
+
+    fn linear_cross_entropy_with_dx(
+        x: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !all_f32([&x, &head]) {
+            let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
+            return (nll, lse, dx.expect("the gradient that was asked for"));
+        }
+        let x = contiguous(x);
+        let call = Call::new(&x, &head, targets);
+        let mut dx = zeroed(call.rows * call.hidden);
+        let (nll, lse) = call.forward(Some(&mut dx));
+        (
+            tensor(nll, [call.rows]),
+            tensor(lse, [call.rows]),
+            tensor(dx, x.shape()),
+        )
+    }
+
+    fn linear_cross_entropy_dhead(
+        x: FloatTensor<Self>,
+        head: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        lse: FloatTensor<Self>,
+        dnll: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        if !all_f32([&x, &head, &lse, &dnll]) {
+            return composed::dhead::<Self>(x, head, targets, lse, dnll);
+        }
+        let (x, lse, dnll) = (contiguous(x), contiguous(lse), contiguous(dnll));
+        let call = Call::new(&x, &head, targets);
+        call.dhead(floats(&lse), floats(&dnll))
+    }
+}
+
+/// What a call is given.
+struct Call<'a> {
+    x: &'a [f32],
+    /// `[hidden, vocab]`, within the borrowed tensor.
+    head: Matrix,
+    borrowed: PhantomData<&'a FlexTensor>,
+    targets: Vec<usize>,
+    rows: usize,
+    hidden: usize,
+    vocab: usize,
+}
+
+// SAFETY: the head is only read, and it is borrowed.
+unsafe impl Sync for Call<'_> {}
+
+/// Some rows and some columns of the vocabulary.
+struct Slab {
+    rows: Range<usize>,
+    columns: Range<usize>,
+}
+
+/// What is known of a row after some slabs.
+#[derive(Clone, Copy)]
+struct Row {
+    target: usize,
+    most: f32,
+    /// Of the exponentials relative to `most`.
+    sum: f32,
+    /// What earlier sums are multiplied by in this slab.
+    shrink: f32,
+    of_target: f32,
+}
+
+impl<'a> Call<'a> {
+    fn new(x: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor) -> Self {
+        let [hidden, vocab] = head.shape().dims();
+        let strides = head.layout().strides();
+        let targets = contiguous(Flex::int_cast(targets, IntDType::I64));
+        let targets = targets.as_slice::<i64>().expect("cast to i64").iter();
+        let index = |&target: &i64| match usize::try_from(target) {
+            Ok(target) if target < vocab => target,
+            _ => panic!("target {target} of {vocab} tokens"),
+        };
+        Self {
+            x: floats(x),
+            head: Matrix {
+                data: head.storage::<f32>()[head.layout().start_offset()..].as_ptr(),
+                row_stride: strides[0],
+                column_stride: strides[1],
+            },
+            borrowed: PhantomData,
+            targets: targets.map(index).collect(),
+            rows: x.shape()[0],
+            hidden,
+            vocab,
+        }
+    }
+
+    /// The slabs of these rows.
+    fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Slab> {
+        let width = SLICE / rows.len() / TILE_COLUMNS * TILE_COLUMNS;
+        let starts = (0..self.vocab).step_by(width);
+        starts.map(move |start| Slab {
+            rows: rows.clone(),
+            columns: start..self.vocab.min(start + width),
+        })
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = Range<usize>> {
+        let starts = (0..self.rows).step_by(ROWS);
+        starts.map(|start| start..self.rows.min(start + ROWS))
+    }
+
+    /// `x · head` in a slab, row by row in rows of its columns.
+    fn logits(&self, slab: &Slab, logits: &mut [f32]) {
+        let x = Matrix::new(
+            self.x[slab.rows.start * self.hidden..].as_ptr(),
+            self.hidden,
+            1,
+        );
+        let head = self.head_at(0, slab.columns.start);
+        let dims = [slab.rows.len(), self.hidden, slab.columns.len()];
+        assert!(slab.rows.end * self.hidden <= self.x.len());
+        assert!(slab.columns.end <= self.vocab);
+        // SAFETY: the rows lie within `x` and the columns within the head.
+        unsafe { product(dims, x, head, logits, slab.columns.len(), false) }
+    }
+
+    /// The head from an element on.
+    fn head_at(&self, input: usize, token: usize) -> Matrix {
+        let Matrix {
+            data,
+            row_stride,
+            column_stride,
+        } = self.head;
+        let at = input as isize * row_stride + token as isize * column_stride;
+        Matrix {
+            data: data.wrapping_offset(at),
+            ..self.head
+        }
+    }
+
+    /// Losses and logarithms of the sums; the gradients of the losses are written into `dx`, which
+    /// is zero.
+    fn forward(&self, mut dx: Option<&mut [f32]>) -> (Vec<f32>, Vec<f32>) {
+        let (mut nll, mut lse) = (vec![0.0; self.rows], vec![0.0; self.rows]);
+        let mut logits = Vec::new();
+        for rows in self.chunks() {
+            let mut known: Vec<Row> = self.targets[rows.clone()]
+                .iter()
+                .map(|&target| Row {
+                    target,
+                    most: f32::NEG_INFINITY,
+                    sum: 0.0,
+                    shrink: 0.0,
+                    of_target: 0.0,
+                })
+                .collect();
+            let mut dx = dx
+                .as_deref_mut()
+                .map(|dx| &mut dx[rows.start * self.hidden..rows.end * self.hidden]);
+            for slab in self.slabs(rows.clone()) {
+                let width = slab.columns.len();
+                logits.resize(rows.len() * width, 0.0);
+                self.logits(&slab, &mut logits);
+                logits
+                    .par_chunks_exact_mut(width)
+                    .zip(&mut known)
+                    .for_each(|(logits, row)| exponentials(logits, slab.columns.start, row));
+                if let Some(dx) = dx.as_deref_mut() {
+                    let first = slab.columns.start == 0;
+                    if !first {
+                        dx.par_chunks_exact_mut(self.hidden.max(1))
+                            .zip(&known)
+                            .filter(|(_, row)| row.shrink != 1.0)
+                            .for_each(|(dx, row)| math::scale(dx, row.shrink));
+                    }
+                    let exponentials = Matrix::new(logits.as_ptr(), width, 1);
+                    let head = self.head_at(0, slab.columns.start).transpose();
+                    let dims = [rows.len(), width, self.hidden];
+                    // SAFETY: the columns of the slab lie within the head.
+                    unsafe { product(dims, exponentials, head, dx, self.hidden, !first) }
+                }
+            }
+            if let Some(dx) = dx {
+                dx.par_chunks_exact_mut(self.hidden.max(1))
+                    .zip(&known)
+                    .for_each(|(dx, row)| self.finish(dx, row));
+            }
+            for (row, known) in rows.zip(known) {
+                let log_sum = known.sum.ln();
+                lse[row] = known.most + log_sum;
+                nll[row] = known.most - known.of_target + log_sum;
+            }
+        }
+        (nll, lse)
+    }
+
+    /// From the sum of the exponentials times the columns of the head to the gradient of a loss.
+    fn finish(&self, dx: &mut [f32], row: &Row) {
+        let head = self.head_at(0, row.target);
+        for (i, dx) in dx.iter_mut().enumerate() {
+            // SAFETY: the target is in the vocabulary and `dx` has an element for each input.
+            let of_target = unsafe { *head.data.offset(i as isize * head.row_stride) };
+            *dx = *dx / row.sum - of_target;
+        }
+    }
+
+    /// The gradient for the head, in the head's own order of memory.
+    fn dhead(&self, lse: &[f32], dnll: &[f32]) -> FlexTensor {
+        assert!(lse.len() == self.rows && dnll.len() == self.rows);
+        let transposed = self.head.row_stride.abs() < self.head.column_stride.abs();
+        let mut dhead = zeroed(self.hidden * self.vocab);
+        let mut logits = Vec::new();
+        for rows in self.chunks() {
+            let x = Matrix::new(self.x[rows.start * self.hidden..].as_ptr(), self.hidden, 1);
+            for slab in self.slabs(rows.clone()) {
+                let (width, first) = (slab.columns.len(), slab.columns.start);
+                logits.resize(rows.len() * width, 0.0);
+                self.logits(&slab, &mut logits);
+                logits
+                    .par_chunks_exact_mut(width)
+                    .zip(rows.clone().into_par_iter())
+                    .for_each(|(logits, row)| {
+                        gradient(logits, lse[row], dnll[row]);
+                        if slab.columns.contains(&self.targets[row]) {
+                            logits[self.targets[row] - first] -= dnll[row];
+                        }
+                    });
+                let dlogits = Matrix::new(logits.as_ptr(), width, 1);
+                let add = rows.start > 0;
+                // SAFETY: `x` has these rows, and the slab is `[rows, width]`.
+                unsafe {
+                    if transposed {
+                        let dims = [width, rows.len(), self.hidden];
+                        let dhead = &mut dhead[first * self.hidden..];
+                        product(dims, dlogits.transpose(), x, dhead, self.hidden, add);
+                    } else {
+                        let dims = [self.hidden, rows.len(), width];
+                        let dhead = &mut dhead[first..];
+                        product(dims, x.transpose(), dlogits, dhead, self.vocab, add);
+                    }
+                }
+            }
+        }
+        match transposed {
+            true => tensor(dhead, [self.vocab, self.hidden]).transpose(0, 1),
+            false => tensor(dhead, [self.hidden, self.vocab]),
+        }
+    }
+}
+
+/// `c = a · b`, or `c += a · b` if `add`, in parallel over tiles; `c` is in rows of `c_stride`.
+///
+/// # Safety
+/// `a [m, k]` and `b [k, n]` lie within their allocations.
+unsafe fn product(
+    [m, k, n]: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    c: &mut [f32],
+    c_stride: usize,
+    add: bool,
+) {
+    assert!(m == 0 || n <= c_stride && (m - 1) * c_stride + n <= c.len());
+    /// A matrix that is only read.
+    #[derive(Clone, Copy)]
+    struct Read(Matrix);
+    // SAFETY: reading from several threads is safe.
+    unsafe impl Sync for Read {}
+    impl Read {
+        fn at(&self, row: usize, column: usize) -> Matrix {
+            let Matrix {
+                data,
+                row_stride,
+                column_stride,
+            } = self.0;
+            let at = row as isize * row_stride + column as isize * column_stride;
+            Matrix {
+                data: data.wrapping_offset(at),
+                ..self.0
+            }
+        }
+    }
+    let (a, b, c) = (&Read(a), &Read(b), &Shared::new(c));
+    let across = n.div_ceil(TILE_COLUMNS);
+    (0..m.div_ceil(TILE_ROWS) * across)
+        .into_par_iter()
+        .for_each(|task| {
+            let (row, column) = (task / across * TILE_ROWS, task % across * TILE_COLUMNS);
+            let dims = [TILE_ROWS.min(m - row), k, TILE_COLUMNS.min(n - column)];
+            // SAFETY: the tile lies within `c`, checked above, and is no other task's; the caller
+            // promises the rest.
+            unsafe {
+                let c = c.offset(row * c_stride + column);
+                multiply_add(dims, a.at(row, 0), b.at(0, column), c, c_stride, add);
+            }
+        });
+}
+
+by_instruction_set! {
+    /// Turns the logits from token `first` on into exponentials relative to the largest so far.
+    fn exponentials(logits: &mut [f32], first: usize, row: &mut Row) = exponentials_body
+}
+
+#[inline(always)]
+fn exponentials_body<I: Isa>(logits: &mut [f32], first: usize, row: &mut Row) {
+    if let Some(&logit) = row.target.checked_sub(first).and_then(|at| logits.get(at)) {
+        row.of_target = logit;
+    }
+    let before = row.most;
+    let largest = math::scale_max(logits, 1.0);
+    row.most = if largest > before { largest } else { before };
+    let added = math::exp_sum(logits, row.most);
+    row.shrink = if row.most == before {
+        1.0
+    } else {
+        math::exp(before - row.most)
+    };
+    row.sum = row.sum * row.shrink + added;
+}
+
+by_instruction_set! {
+    /// Turns logits into probabilities times the gradient of the loss.
+    fn gradient(logits: &mut [f32], lse: f32, dnll: f32) = gradient_body
+}
+
+#[inline(always)]
+fn gradient_body<I: Isa>(logits: &mut [f32], lse: f32, dnll: f32) {
+    for logit in logits {
+        *logit = math::exp(*logit - lse) * dnll;
+    }
+}

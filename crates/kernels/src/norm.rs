@@ -1,0 +1,168 @@
+//! Root mean square normalization: an extension of burn's backends.
+
+use burn::backend::{
+    Autodiff, Backend, Dispatch, TensorMetadata,
+    autodiff::{
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    backend_extension,
+    tensor::FloatTensor,
+};
+use burn::tensor::{Shape, Tensor};
+
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
+
+/// Operations on `x` and `dy` `[rows, d]` with a weight `[d]`, composed from burn's primitive
+/// operations unless a backend overrides them; `r = 1 / sqrt(mean(x²) + eps)` of each row.
+#[backend_extension(
+    Autodiff,
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cubecl"),
+    Fusion: cfg(feature = "cubecl")
+)]
+pub(crate) trait NormOps: Backend {
+    /// `x r weight`, `[rows, d]`.
+    #[fusion(default)]
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        composed::rms_norm::<Self>(x, weight, eps)
+    }
+
+    /// The gradient for `x`: `r (weight dy - x r² mean(x weight dy))`, `[rows, d]`.
+    #[fusion(default)]
+    fn rms_norm_dx(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self> {
+        composed::dx::<Self>(x, weight, dy, eps)
+    }
+
+    /// The gradient for the weight: the sum of `dy x r` over the rows, `[d]`.
+    #[fusion(default)]
+    fn rms_norm_dweight(
+        x: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self> {
+        composed::dweight::<Self>(x, dy, eps)
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl NormOps for burn::backend::NdArray {}
+
+#[cfg(feature = "cubecl")]
+impl NormOps for burn_cubecl::CubeBackend {}
+
+/// `x / sqrt(mean(x²) + eps) * weight` with the mean over the last dimension, differentiable in `x`
+/// and `weight`.
+///
+/// Zhang and Sennrich 2019, arXiv:1910.07467.
+///
+/// # Shapes
+/// - `x`: `[.., d]`
+/// - `weight`: `[d]`
+/// - result: `[.., d]`
+///
+/// # Panics
+/// If the weight has another length.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let dims = x.dims();
+    let d = dims[D - 1];
+    assert_eq!(weight.dims(), [d], "one weight for each element of a row");
+    let rows = dims[..D - 1].iter().product::<usize>();
+    let x = x.reshape([rows, d]).into_dispatch();
+    let y = Dispatch::rms_norm(x, weight.into_dispatch(), eps);
+    Tensor::<2>::from_dispatch(y).reshape(dims)
+}
+
+mod composed {
+    use super::*;
+
+    pub(super) fn rms_norm<B: Backend>(
+        x: FloatTensor<B>,
+        weight: FloatTensor<B>,
+        eps: f64,
+    ) -> FloatTensor<B> {
+        let r = reciprocal_root::<B>(&x, eps);
+        B::float_mul(B::float_mul(x, r), row::<B>(weight))
+    }
+
+    pub(super) fn dx<B: Backend>(
+        x: FloatTensor<B>,
+        weight: FloatTensor<B>,
+        dy: FloatTensor<B>,
+        eps: f64,
+    ) -> FloatTensor<B> {
+        let r = reciprocal_root::<B>(&x, eps);
+        let dy = B::float_mul(dy, row::<B>(weight));
+        let mean = B::float_mean_dim(B::float_mul(x.clone(), dy.clone()), 1);
+        let along = B::float_mul(mean, B::float_mul(r.clone(), r.clone()));
+        B::float_mul(B::float_sub(dy, B::float_mul(x, along)), r)
+    }
+
+    pub(super) fn dweight<B: Backend>(
+        x: FloatTensor<B>,
+        dy: FloatTensor<B>,
+        eps: f64,
+    ) -> FloatTensor<B> {
+        let d = x.shape()[1];
+        let r = reciprocal_root::<B>(&x, eps);
+        let sum = B::float_sum_dim(B::float_mul(B::float_mul(x, r), dy), 0);
+        B::float_reshape(sum, Shape::new([d]))
+    }
+
+    /// `r`, `[rows, 1]`.
+    fn reciprocal_root<B: Backend>(x: &FloatTensor<B>, eps: f64) -> FloatTensor<B> {
+        let square = B::float_mul(x.clone(), x.clone());
+        let mean = B::float_add_scalar(B::float_mean_dim(square, 1), eps.into());
+        B::float_recip(B::float_sqrt(mean))
+    }
+
+    fn row<B: Backend>(weight: FloatTensor<B>) -> FloatTensor<B> {
+        let d = weight.shape()[0];
+        B::float_reshape(weight, Shape::new([1, d]))
+    }
+}
+
+#[derive(Debug)]
+struct RmsNorm;
+
+/// Parents: `x` and the weight.
+impl<B: NormOps> Backward<B, 2> for RmsNorm {
+    type State = (FloatTensor<B>, FloatTensor<B>, f64);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (x, weight, eps) = ops.state;
+        let [x_parent, weight_parent] = ops.parents;
+        if let Some(parent) = weight_parent {
+            let dweight = B::rms_norm_dweight(x.clone(), dy.clone(), eps);
+            grads.register::<B>(parent.id, dweight);
+        }
+        if let Some(parent) = x_parent {
+            grads.register::<B>(parent.id, B::rms_norm_dx(x, weight, dy, eps));
+        }
+    }
+}
+
+impl<B: NormOps, C: CheckpointStrategy> NormOps for Autodiff<B, C> {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        let parents = [x.node(), weight.node()];
+        let (x, weight) = (x.into_primitive(), weight.into_primitive());
+        match RmsNorm.prepare::<C>(parents).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let state = (x.clone(), weight.clone(), eps);
+                prep.finish(state, B::rms_norm(x, weight, eps))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::rms_norm(x, weight, eps)),
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Against f64, against the composed operations and through autodiff.
+
+use burn::backend::Flex;
+use proptest::prelude::*;
+
+use super::{NormOps, composed, rms_norm};
+use crate::testing::*;
+
+/// Of the size of the means, so that it matters.
+const EPS: f64 = 0.1;
+
+/// `Σ dy rms_norm(x)`, and the normalized rows.
+fn reference(x: &[f64], weight: &[f64], dy: &[f64]) -> (f64, Vec<f64>) {
+    let d = weight.len();
+    let y: Vec<f64> = x
+        .chunks(d)
+        .flat_map(|row| {
+            let mean = row.iter().map(|x| x * x).sum::<f64>() / d as f64;
+            let r = 1.0 / (mean + EPS).sqrt();
+            row.iter().zip(weight).map(move |(x, w)| x * r * w)
+        })
+        .collect();
+    (y.iter().zip(dy).map(|(y, dy)| y * dy).sum(), y)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn values_and_gradients_are_those_of_f64(rows in 1..6usize, d in 1..40usize, seed: u64) {
+        let mut random = Random::new(seed);
+        let (x_t, w_t, dy_t) = (random.tensor([rows, d]), random.tensor([d]), random.tensor([rows, d]));
+        let (x, w, dy) = (values(&x_t), values(&w_t), values(&dy_t));
+        let (x_p, w_p, dy_p) = (primitive(&x_t), primitive(&w_t), primitive(&dy_t));
+        let y = reference(&doubles(&x), &doubles(&w), &doubles(&dy)).1;
+        let dx = slopes(&x, |x| reference(x, &doubles(&w), &doubles(&dy)).0);
+        let dw = slopes(&w, |w| reference(&doubles(&x), w, &doubles(&dy)).0);
+        let native = [
+            Flex::rms_norm(x_p.clone(), w_p.clone(), EPS),
+            Flex::rms_norm_dx(x_p.clone(), w_p.clone(), dy_p.clone(), EPS),
+            Flex::rms_norm_dweight(x_p.clone(), dy_p.clone(), EPS),
+        ];
+        let reference = [
+            composed::rms_norm::<Flex>(x_p.clone(), w_p.clone(), EPS),
+            composed::dx::<Flex>(x_p.clone(), w_p, dy_p.clone(), EPS),
+            composed::dweight::<Flex>(x_p, dy_p, EPS),
+        ];
+        for [found_y, found_dx, found_dw] in [native, reference] {
+            assert_close(&primitive_values(found_y), &y, 1e-6);
+            assert_close(&primitive_values(found_dx), &dx, 1e-5);
+            assert_close(&primitive_values(found_dw), &dw, 1e-5);
+        }
+    }
+
+    /// Through `Tensor`, over more rows than a task has, with a view among the inputs.
+    #[test]
+    fn backward_gives_the_gradients_of_each_parent(rows in 1..100usize, d in 1..90usize, seed: u64) {
+        let mut random = Random::new(seed);
+        let (x, w, dy) = (random.tensor([d, rows]), random.tensor([d]), random.tensor([rows, d]));
+        let (tx, tw) = (leaf(&x), leaf(&w));
+        let y = rms_norm(tx.clone().transpose().unsqueeze::<3>(), tw.clone(), EPS);
+        let grads = (y * dy.clone().autodiff().unsqueeze()).sum().backward();
+        let x = primitive(&x.transpose());
+        let dx = composed::dx::<Flex>(x.clone(), primitive(&w), primitive(&dy), EPS);
+        let found = values(&tx.grad(&grads).unwrap().transpose());
+        assert_close(&found, &doubles(&primitive_values(dx)), 1e-5);
+        let dw = composed::dweight::<Flex>(x, primitive(&dy), EPS);
+        let found = values(&tw.grad(&grads).unwrap());
+        assert_close(&found, &doubles(&primitive_values(dw)), 1e-5);
+    }
+}
+
+#[test]
+fn a_frozen_weight_gets_no_gradient() {
+    let mut random = Random::new(1);
+    let (x, w) = (leaf(&random.tensor([3, 8])), random.tensor([8]).autodiff());
+    let grads = rms_norm(x.clone(), w.clone(), EPS).sum().backward();
+    assert!(x.grad(&grads).is_some());
+    assert!(w.grad(&grads).is_none());
+}
+
+#[test]
+fn other_dtypes_take_the_composed_operations() {
+    let mut random = Random::new(4);
+    let (x, w) = (random.tensor([4, 9]), random.tensor([9]));
+    let (tx, tw) = (leaf(&wide(&x)), leaf(&wide(&w)));
+    let y = rms_norm(tx.clone(), tw.clone(), EPS);
+    let grads = y.clone().sum().backward();
+    let (x, w, dy) = (values(&x), values(&w), vec![1.0; 36]);
+    let expected = reference(&doubles(&x), &doubles(&w), &dy).1;
+    assert_close(&wide_values(y.inner()), &expected, 1e-14);
+    let dx = slopes(&x, |x| reference(x, &doubles(&w), &dy).0);
+    assert_close(&wide_values(tx.grad(&grads).unwrap()), &dx, 1e-7);
+    let dw = slopes(&w, |w| reference(&doubles(&x), w, &dy).0);
+    assert_close(&wide_values(tw.grad(&grads).unwrap()), &dw, 1e-7);
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    let mut random = Random::new(2);
+    let (x, w) = (
+        primitive(&random.tensor([333, 77])),
+        primitive(&random.tensor([77])),
+    );
+    let dy = primitive(&random.tensor([333, 77]));
+    assert_same_on_any_threads(|| {
+        let y = Flex::rms_norm(x.clone(), w.clone(), EPS);
+        let dx = Flex::rms_norm_dx(x.clone(), w.clone(), dy.clone(), EPS);
+        let dw = Flex::rms_norm_dweight(x.clone(), dy.clone(), EPS);
+        [y, dx, dw].map(primitive_values).to_vec()
+    });
+}

@@ -1,0 +1,136 @@
+//! Rotary position embeddings: an extension of burn's backends.
+
+use burn::backend::{
+    Autodiff, Backend, Dispatch, TensorMetadata,
+    autodiff::{
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    backend_extension,
+    tensor::FloatTensor,
+};
+use burn::tensor::{Shape, Slice, Tensor};
+
+#[cfg(feature = "flex")]
+mod flex;
+#[cfg(all(test, feature = "flex"))]
+mod tests;
+
+/// Operations on `[batch, seq, heads, dim]` with tables `[seq, dim]`, composed from burn's primitive
+/// operations unless a backend overrides them.
+#[backend_extension(
+    Autodiff,
+    Flex: cfg(feature = "flex"),
+    NdArray: cfg(feature = "ndarray"),
+    Cube: cfg(feature = "cubecl"),
+    Fusion: cfg(feature = "cubecl")
+)]
+pub(crate) trait RopeOps: Backend {
+    /// See [`rotate_half`].
+    #[fusion(default)]
+    fn rotate_half(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        composed::rotate_half::<Self>(x, cos, sin)
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl RopeOps for burn::backend::NdArray {}
+
+#[cfg(feature = "cubecl")]
+impl RopeOps for burn_cubecl::CubeBackend {}
+
+/// Turns dimension `i` with `i + dim / 2` by the angles of each position, as Hugging Face's models
+/// do: `x * cos + concat(-x[dim / 2 ..], x[.. dim / 2]) * sin`. Differentiable in `x`.
+///
+/// Su et al. 2021, arXiv:2104.09864.
+///
+/// # Shapes
+/// - `x`: `[batch, seq, heads, dim]`
+/// - `cos`, `sin`: `[seq, dim]`, constants
+/// - result: `[batch, seq, heads, dim]`
+///
+/// # Panics
+/// If a table has another shape or `dim` is odd.
+pub fn rotate_half(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
+    let [_, seq, _, dim] = x.dims();
+    assert!(dim.is_multiple_of(2), "{dim} dimensions do not pair up");
+    assert_eq!(cos.dims(), [seq, dim], "the shape of the cosines");
+    assert_eq!(sin.dims(), [seq, dim], "the shape of the sines");
+    let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
+    Tensor::from_dispatch(Dispatch::rotate_half(x.into_dispatch(), cos, sin))
+}
+
+mod composed {
+    use super::*;
+
+    pub(super) fn rotate_half<B: Backend>(
+        x: FloatTensor<B>,
+        cos: FloatTensor<B>,
+        sin: FloatTensor<B>,
+    ) -> FloatTensor<B> {
+        let [seq, dim] = cos.shape().dims();
+        let table = |t: FloatTensor<B>| B::float_reshape(t, Shape::new([1, seq, 1, dim]));
+        let (first, second) = halves::<B>(x.clone());
+        let turned = B::float_cat(vec![B::float_neg(second), first], 3);
+        let along = B::float_mul(x, table(cos));
+        B::float_add(along, B::float_mul(turned, table(sin)))
+    }
+
+    /// The sines with which [`rotate_half`] is the transpose of what it is with `sin`.
+    pub(super) fn transposed<B: Backend>(sin: FloatTensor<B>) -> FloatTensor<B> {
+        let (first, second) = halves::<B>(sin);
+        B::float_neg(B::float_cat(vec![second, first], 1))
+    }
+
+    /// Both halves of the last dimension.
+    fn halves<B: Backend>(t: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
+        let shape = t.shape();
+        let last = shape.num_dims() - 1;
+        let half = shape[last] / 2;
+        let mut slices = vec![Slice::full(); last];
+        slices.push(Slice::from(0..half));
+        let first = B::float_slice(t.clone(), &slices);
+        slices[last] = Slice::from(half..2 * half);
+        (first, B::float_slice(t, &slices))
+    }
+}
+
+#[derive(Debug)]
+struct RotateHalf;
+
+impl<B: RopeOps> Backward<B, 1> for RotateHalf {
+    /// The tables.
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (cos, sin) = ops.state;
+        if let [Some(parent)] = ops.parents {
+            let dx = B::rotate_half(dy, cos, composed::transposed::<B>(sin));
+            grads.register::<B>(parent.id, dx);
+        }
+    }
+}
+
+impl<B: RopeOps, C: CheckpointStrategy> RopeOps for Autodiff<B, C> {
+    fn rotate_half(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let node = x.node();
+        let x = x.into_primitive();
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        match RotateHalf.prepare::<C>([node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                prep.finish((cos.clone(), sin.clone()), B::rotate_half(x, cos, sin))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::rotate_half(x, cos, sin)),
+        }
+    }
+}

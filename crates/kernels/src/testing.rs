@@ -1,0 +1,115 @@
+//! What the tests of the operations share.
+
+use burn::backend::{Flex, flex::FlexTensor};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+
+use crate::host::{contiguous, floats};
+
+/// Numbers from a seed (xorshift64, Marsaglia 2003).
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    /// `n` numbers from `low` to `high`.
+    pub(crate) fn floats(&mut self, n: usize, low: f32, high: f32) -> Vec<f32> {
+        let mut uniform = || {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            (self.0 >> 40) as f32 / (1 << 24) as f32
+        };
+        (0..n).map(|_| low + (high - low) * uniform()).collect()
+    }
+
+    /// A tensor of numbers from -1 to 1.
+    pub(crate) fn tensor<const D: usize>(&mut self, shape: [usize; D]) -> Tensor<D> {
+        tensor(&self.floats(shape.iter().product(), -1.0, 1.0), shape)
+    }
+}
+
+pub(crate) fn tensor<const D: usize>(values: &[f32], shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values.to_vec(), shape), &Device::flex())
+}
+
+pub(crate) fn leaf<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
+    t.clone().autodiff().require_grad()
+}
+
+pub(crate) fn primitive<const D: usize>(t: &Tensor<D>) -> FlexTensor {
+    t.clone().try_into_primitive::<Flex>().unwrap()
+}
+
+/// Row by row.
+pub(crate) fn values<const D: usize>(t: &Tensor<D>) -> Vec<f32> {
+    primitive_values(primitive(t))
+}
+
+pub(crate) fn primitive_values(t: FlexTensor) -> Vec<f32> {
+    floats(&contiguous(t)).to_vec()
+}
+
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Asserts that `run` gives the same bits with 1, 2 and 5 threads.
+#[track_caller]
+pub(crate) fn assert_same_on_any_threads(run: impl Fn() -> Vec<Vec<f32>> + Sync) {
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let results = pool.build().unwrap().install(&run);
+        results.iter().map(|t| bits(t)).collect::<Vec<_>>()
+    };
+    let one = on(1);
+    assert!(on(2) == one, "two threads");
+    assert!(on(5) == one, "five threads");
+}
+
+/// The slopes of `f` at `x`: central differences in f64.
+pub(crate) fn slopes(x: &[f32], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+    let h = 1e-4;
+    let mut x = doubles(x);
+    (0..x.len())
+        .map(|i| {
+            let at = x[i];
+            x[i] = at + h;
+            let high = f(&x);
+            x[i] = at - h;
+            let low = f(&x);
+            x[i] = at;
+            (high - low) / (2.0 * h)
+        })
+        .collect()
+}
+
+pub(crate) fn doubles(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v)).collect()
+}
+
+/// The same in `F64`, a dtype without native operations.
+pub(crate) fn wide<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
+    t.clone().cast(FloatDType::F64)
+}
+
+pub(crate) fn wide_values<const D: usize>(t: Tensor<D>) -> Vec<f64> {
+    t.into_data().try_to_vec().unwrap()
+}
+
+/// Asserts that no error exceeds `tolerance` times the largest magnitude, or a tenth if all are
+/// smaller: inputs go from -1 to 1.
+#[track_caller]
+pub(crate) fn assert_close<F: Copy + Into<f64>>(found: &[F], expected: &[f64], tolerance: f64) {
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.1f64, |most, v| most.max(v.abs()));
+    for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let found: f64 = found.into();
+        let error = (found - expected).abs();
+        assert!(
+            expected.is_finite() && error <= tolerance * largest,
+            "{found} for {expected} at {at}, largest {largest}"
+        );
+    }
+}
