@@ -1,36 +1,9 @@
 //! A training step over packed weights keeps no dense weight alive.
 
-#![allow(unsafe_code, reason = "an allocator is unsafe to write")]
-
-use std::alloc::{GlobalAlloc, Layout as Block, System};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+mod counting;
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use kernels::{Layout, Levels, pack, quant_matmul};
-
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, block: Block) -> *mut u8 {
-        let live = LIVE.fetch_add(block.size(), Relaxed) + block.size();
-        PEAK.fetch_max(live, Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(block) }
-    }
-
-    unsafe fn dealloc(&self, data: *mut u8, block: Block) {
-        LIVE.fetch_sub(block.size(), Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(data, block) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const WIDTH: usize = 512;
 const LAYERS: usize = 8;
@@ -78,10 +51,7 @@ fn one_step_stays_below_half_of_the_dense_weights() {
     };
     step(); // The thread pool and its buffers come to stay.
 
-    let packed = LIVE.load(Relaxed);
-    PEAK.store(packed, Relaxed);
-    step();
-    let above = PEAK.load(Relaxed) - packed;
+    let above = counting::peak_of(step);
     let dense = LAYERS * WIDTH * WIDTH * size_of::<f32>();
     assert!(
         above < dense / 2,
