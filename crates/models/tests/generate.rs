@@ -64,7 +64,15 @@ fn model(config: &LlamaConfig, seed: u64, format: usize) -> Llama {
         1 => {
             drop(models::quantize(&mut model, &Rtn::new().with_group_size(8), &[], |_| {}).unwrap())
         }
-        _ => drop(models::quantize(&mut model, &NormalFloat::new(), &[], |_| {}).unwrap()),
+        _ => drop(
+            models::quantize(
+                &mut model,
+                &NormalFloat::new().with_block_size(8),
+                &[],
+                |_| {},
+            )
+            .unwrap(),
+        ),
     }
     model
 }

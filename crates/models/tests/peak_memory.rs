@@ -10,7 +10,7 @@ use peft::{Batch, FitConfig, Peqa};
 use quant_core::Rtn;
 
 const HIDDEN: usize = 64;
-const N: usize = 16;
+const N: usize = 32;
 const SEQ: usize = 64;
 
 fn peqa(num_hidden_layers: usize) -> Llama {
@@ -36,8 +36,14 @@ fn peqa(num_hidden_layers: usize) -> Llama {
     model
 }
 
-/// A block more costs its input, where its gradients are made from it alone.
+/// One after the other: what one allocates would be counted to the other.
 #[test]
+fn what_is_kept() {
+    checkpointing_keeps_the_inputs_of_the_blocks();
+    a_cached_token_is_written_in_its_place();
+}
+
+/// A block more costs its input, where its gradients are made from it alone.
 fn checkpointing_keeps_the_inputs_of_the_blocks() {
     let tokens = Tensor::<1, Int>::arange(0..(N * SEQ) as i64, &Device::flex());
     let batch = Batch::new((tokens % 32).reshape([N, SEQ])).unwrap();
@@ -57,7 +63,7 @@ fn checkpointing_keeps_the_inputs_of_the_blocks() {
     let input = N * SEQ * HIDDEN * size_of::<f32>();
     let (with, without) = (growth(true), growth(false));
     assert!(
-        with < input * 5 / 4,
+        with < input * 6 / 5,
         "{with} bytes per block, its input is {input}"
     );
     assert!(
@@ -67,7 +73,6 @@ fn checkpointing_keeps_the_inputs_of_the_blocks() {
 }
 
 /// Between two times that the cache grows, a token is written into it without a copy.
-#[test]
 fn a_cached_token_is_written_in_its_place() {
     let model = peqa(2);
     let read = |seq| Tensor::<2, Int>::ones([1, seq], &Device::flex());

@@ -33,13 +33,16 @@ pub(crate) fn backward_by_block<M: CausalLm>(
 ) -> Result<GradientsParams> {
     let positions = batch.positions(model);
     let mut inputs = Vec::new();
-    let x = run_blocks(&model.valid(), batch.tokens(), &positions, |index, x| {
+    // With autodiff on, though nothing is tracked: burn computes some functions in other ways
+    // without it, and the blocks are to give the same bits again.
+    let frozen = model.clone().no_grad();
+    let x = run_blocks(&frozen, batch.tokens(), &positions, |index, x| {
         if index + 1 >= lowest {
             inputs.push(x.clone());
         }
     });
     // The input of `part` asks for a gradient if a part below has a use for it.
-    let input = |part: usize, x: Tensor<3>| x.autodiff().set_require_grad(lowest < part);
+    let input = |part: usize, x: Tensor<3>| x.inner().autodiff().set_require_grad(lowest < part);
 
     let mut total = GradientsAccumulator::new();
     let x = input(model.n_blocks() + 1, x);

@@ -1,4 +1,5 @@
-//! An allocator that counts, for tests of what is kept in memory; a test of its own process each.
+//! An allocator that counts, for tests of what is kept in memory: one test to a file, which is a
+//! process of its own.
 
 #![allow(unsafe_code, reason = "an allocator is unsafe to write")]
 
