@@ -7,7 +7,7 @@
 
 use std::time::Instant;
 
-use benches::{Ceilings, llama, packed_bytes};
+use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
 use burn::tensor::Device;
 use examples::memory;
 use quant_core::Rtn;
@@ -26,16 +26,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let prompt: Vec<u32> = (0..PROMPT).map(|at| at * 241 % 32_000).collect();
     memory::reset_peak();
     // The first run warms up.
-    let (mut prefill, mut decode) = (f64::INFINITY, f64::INFINITY);
+    let (mut prefill, mut decode, mut cpu) = (f64::INFINITY, f64::INFINITY, f64::INFINITY);
     for _ in 0..3 {
         let start = Instant::now();
         let mut first = None;
         models::greedy(&model, &prompt, NEW, None, |_| {
-            first.get_or_insert_with(|| start.elapsed().as_secs_f64());
+            first.get_or_insert_with(|| (start.elapsed().as_secs_f64(), cpu_seconds()));
         })?;
-        let first = first.expect("a token came");
+        let (first, cpu_before) = first.expect("a token came");
         prefill = prefill.min(first);
         decode = decode.min(start.elapsed().as_secs_f64() - first);
+        if let Some((before, after)) = cpu_before.zip(cpu_seconds()) {
+            cpu = cpu.min(after - before);
+        }
     }
     let per_token = decode / (NEW - 1) as f64;
     let read = (packed_bytes(&model) + head) as f64;
@@ -44,9 +47,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         f64::from(PROMPT) / prefill
     );
     println!(
-        "decoding {NEW}: {:.1} tokens/s, {:.2} ms each; weights read at {:.1} GB/s ({:.1} MB packed, {:.1} MB of the head)",
+        "decoding {NEW}: {:.1} tokens/s, {:.2} ms each, {:.2} ms of CPU; weights read at {:.1} GB/s ({:.1} MB packed, {:.1} MB of the head)",
         1.0 / per_token,
         1e3 * per_token,
+        1e3 * cpu / (NEW - 1) as f64,
         read / per_token / 1e9,
         (read - head as f64) / 1e6,
         head as f64 / 1e6

@@ -10,7 +10,7 @@
 
 use std::time::Instant;
 
-use benches::{Ceilings, llama, packed_bytes};
+use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
@@ -84,8 +84,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "batch {BATCH} x {SEQ}, checkpoint_blocks {}",
         args.checkpoint_blocks
     );
-    println!("| mode | tokens/s | s/step | trainable | packed MiB | peak resident MiB |");
-    println!("|---|---:|---:|---:|---:|---:|");
+    println!(
+        "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB |"
+    );
+    println!("|---|---:|---:|---:|---:|---:|---:|");
     for mode in modes {
         if !args.modes.is_empty() && !args.modes.iter().any(|name| name == mode.name) {
             continue;
@@ -117,16 +119,20 @@ fn measure(name: &str, mut model: Llama, n_trainable: usize, args: &Args) -> pef
         .with_steps(Some(args.steps + 1))
         .with_checkpoint_blocks(args.checkpoint_blocks);
     let mut clock = Instant::now();
+    let mut cpu = f64::NAN;
     let mut shortest = f64::INFINITY;
     peft::fit(&mut model, &[batch], &config, |step| {
         if step.index > 1 {
             shortest = shortest.min(clock.elapsed().as_secs_f64());
+        } else {
+            cpu = cpu_seconds().unwrap_or(f64::NAN);
         }
         clock = Instant::now();
     })?;
+    let cpu = (cpu_seconds().unwrap_or(f64::NAN) - cpu) / args.steps as f64;
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     println!(
-        "| {name} | {:.1} | {shortest:.3} | {n_trainable} | {:.1} | {:.0} |",
+        "| {name} | {:.1} | {shortest:.3} | {cpu:.3} | {n_trainable} | {:.1} | {:.0} |",
         (BATCH * SEQ) as f64 / shortest,
         mib(packed as u64),
         memory::peak_bytes().map_or(f64::NAN, mib)

@@ -10,6 +10,7 @@ use std::time::Instant;
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
 use models::{Llama, LlamaConfig, RopeScaling};
+use peft::Linears;
 
 /// A LLaMA of 109.5 million random parameters, frozen as a loaded one is.
 pub fn llama(device: &Device) -> Llama {
@@ -34,9 +35,18 @@ pub fn llama(device: &Device) -> Llama {
 
 /// Bytes of the packed projections.
 pub fn packed_bytes(model: &Llama) -> usize {
-    use peft::Linears;
     let linears = model.linears().into_iter();
     linears.map(|(_, linear)| linear.weight().n_bytes()).sum()
+}
+
+/// Seconds that all cores together have worked for this process, where the system tells: unlike the
+/// clock, they do not count the time in which others had the cores.
+pub fn cpu_seconds() -> Option<f64> {
+    // Linux: the 14th and 15th field in ticks of 10 ms; the 2nd, a name, may have spaces.
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<f64>().ok();
+    Some((ticks()? + ticks()?) / 100.0)
 }
 
 /// What the machine can do at best, measured in the run that is held against it.

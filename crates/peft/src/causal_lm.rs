@@ -58,7 +58,7 @@ pub trait CausalLm: Linears {
 }
 
 /// The output of the last block. `on_input` sees each block's index and input.
-pub(crate) fn run_blocks<M: CausalLm + ?Sized>(
+pub(crate) fn run_blocks<M: CausalLm>(
     model: &M,
     tokens: Tensor<2, Int>,
     positions: &M::Positions,
