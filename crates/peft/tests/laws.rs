@@ -173,7 +173,10 @@ struct Gradients<'a> {
 
 impl ModuleVisitor for Gradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let list = match self.gradients.get::<D>(param.id) {
+        let gradient = self.gradients.get::<D>(param.id);
+        // What is not tracked costs no work in the backward pass.
+        assert_eq!(param.val().is_tracked(), gradient.is_some());
+        let list = match gradient {
             Some(gradient) => {
                 assert!(gradient.abs().max().into_scalar::<f32>() > 0.0);
                 &mut self.with
