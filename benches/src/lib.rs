@@ -1,1 +1,105 @@
-//! The benches are in `*.rs` beside this folder: `cargo bench --package benches`.
+//! What the benches of whole models share: a model, and the machine's ceilings. The benches are in
+//! `*.rs` beside this folder: `cargo bench --package benches`.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::hint::black_box;
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::tensor::{Device, Distribution, Tensor};
+use models::{Llama, LlamaConfig, RopeScaling};
+use peft::Linears;
+
+/// A LLaMA of 109.5 million random parameters, frozen as a loaded one is.
+pub fn llama(device: &Device) -> Llama {
+    let config = LlamaConfig {
+        vocab_size: 32_000,
+        hidden_size: 768,
+        intermediate_size: 2048,
+        num_hidden_layers: 12,
+        num_attention_heads: 12,
+        num_key_value_heads: 12,
+        head_dim: 64,
+        max_position_embeddings: 2048,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        attention_bias: false,
+        mlp_bias: false,
+        tie_word_embeddings: true,
+    };
+    Llama::init(&config, 0, device).no_grad()
+}
+
+/// Bytes of the packed projections.
+pub fn packed_bytes(model: &Llama) -> usize {
+    let linears = model.linears().into_iter();
+    linears.map(|(_, linear)| linear.weight().n_bytes()).sum()
+}
+
+/// Seconds that all cores together have worked for this process, where the system tells: unlike the
+/// clock, they do not count the time in which others had the cores.
+pub fn cpu_seconds() -> Option<f64> {
+    // Linux: the 14th and 15th field in ticks of 10 ms; the 2nd, a name, may have spaces.
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut ticks = || fields.next()?.parse::<f64>().ok();
+    Some((ticks()? + ticks()?) / 100.0)
+}
+
+/// What the machine can do at best, measured in the run that is held against it.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceilings {
+    /// Bytes of memory copied in a second by all cores, read or written.
+    pub copied: f64,
+    /// Floating-point operations in a second of an f32 product of 1024 x 1024 x 1024.
+    pub product: f64,
+}
+
+impl Ceilings {
+    /// Measures for about a second.
+    pub fn measure(device: &Device) -> Self {
+        const BYTES: usize = 128 << 20;
+        let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let (source, mut target) = (vec![1u8; BYTES], vec![0u8; BYTES]);
+        let part = BYTES.div_ceil(n_threads);
+        let seconds = shortest(8, || {
+            std::thread::scope(|scope| {
+                for (from, to) in source.chunks(part).zip(target.chunks_mut(part)) {
+                    scope.spawn(|| black_box(to).copy_from_slice(black_box(from)));
+                }
+            });
+        });
+        let x = Tensor::<2>::random([1024, 1024], Distribution::Normal(0.0, 1.0), device);
+        let product = shortest(8, || {
+            black_box(x.clone().matmul(x.clone()).into_data());
+        });
+        Self {
+            copied: (2 * BYTES) as f64 / seconds,
+            product: (2u64 << 30) as f64 / product,
+        }
+    }
+}
+
+/// The seconds of the fastest of `n` runs.
+fn shortest(n: usize, mut run: impl FnMut()) -> f64 {
+    let seconds = (0..n).map(|_| {
+        let clock = Instant::now();
+        run();
+        clock.elapsed().as_secs_f64()
+    });
+    seconds.fold(f64::INFINITY, f64::min)
+}
+
+impl fmt::Display for Ceilings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "ceilings: memory {:.1} GB/s (copy, read and written), f32 product {:.0} GFLOP/s (1024^3)",
+            self.copied / 1e9,
+            self.product / 1e9
+        )
+    }
+}

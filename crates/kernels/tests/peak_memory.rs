@@ -1,49 +1,20 @@
 //! A training step keeps no dense weight, no logits and no attention scores alive.
 
-#![allow(unsafe_code, reason = "an allocator is unsafe to write")]
+mod counting;
 
-use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use kernels::{
     Layout, Levels, Precision, causal_attention, linear_cross_entropy, pack, quant_matmul,
 };
 
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, block: Block) -> *mut u8 {
-        let live = LIVE.fetch_add(block.size(), Relaxed) + block.size();
-        PEAK.fetch_max(live, Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(block) }
-    }
-
-    unsafe fn dealloc(&self, data: *mut u8, block: Block) {
-        LIVE.fetch_sub(block.size(), Relaxed);
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(data, block) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// What `step` takes at its peak beyond what there is before it.
+/// What `step` takes at its peak beyond what there is before it, when it runs again.
 fn peak_of(step: impl Fn()) -> usize {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock();
     step(); // The thread pool and its buffers come to stay.
-    let before = LIVE.load(Relaxed);
-    PEAK.store(before, Relaxed);
-    step();
-    PEAK.load(Relaxed) - before
+    counting::peak_of(step)
 }
 
 const WIDTH: usize = 512;

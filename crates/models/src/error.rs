@@ -197,6 +197,33 @@ pub enum Error {
         /// The layers, each with what is against it.
         layers: Vec<(String, String)>,
     },
+    /// A text of no tokens, after which nothing can be predicted.
+    #[error("there are no tokens to continue; give a prompt of at least one")]
+    NoTokens,
+    /// More tokens than a cache was made for.
+    #[error("the text comes to {len} tokens, the cache was made for {max_len}")]
+    CacheFull {
+        /// Tokens with those to be read.
+        len: usize,
+        /// Tokens that the cache takes.
+        max_len: usize,
+    },
+    /// A rope scaling that depends on the length of the text, on a text so long that it does.
+    #[error(
+        "a cache for {max_len} tokens: beyond {max} the model's `dynamic` rope scaling turns all tokens anew for each length, and cached ones cannot be; generate no more"
+    )]
+    DynamicRope {
+        /// Tokens that the cache was to take.
+        max_len: usize,
+        /// Positions of the model without scaling.
+        max: usize,
+    },
+    /// Logits that are NaN or infinite.
+    #[error("the logits after {position} tokens are not finite")]
+    NonFiniteLogits {
+        /// Tokens read.
+        position: usize,
+    },
     /// Nothing to evaluate on.
     #[error("there are no windows to evaluate on")]
     NoWindows,

@@ -8,6 +8,7 @@
 //! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
 //! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
+//! | [`greedy`] | continues a text, by a [`Cache`] of keys and values |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
 //! | [`save_as`] | the same for other programs, in a [`CheckpointFormat`] |
 //!
@@ -39,7 +40,9 @@ mod checkpoint;
 mod config;
 mod error;
 mod evaluate;
+mod generate;
 mod llama;
+mod ops;
 mod quantize;
 mod rope;
 mod stages;
@@ -51,6 +54,7 @@ pub use checkpoint::{
 pub use config::{LlamaConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};
+pub use generate::{Cache, greedy};
 pub use llama::Llama;
 pub use quantize::{PerLayer, QuantizedLayer, Recipe, quantize, sensitivities};
 pub use stages::Stages;

@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 use burn::module::{Module, Param};
-use burn::tensor::activation::{silu, softmax};
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft::{CausalLm, Linear, Linears, Weight};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rand_distr::{Distribution, Normal};
 
+use crate::generate::Past;
 use crate::rope::Rope;
-use crate::{LlamaConfig, Stages};
+use crate::{LlamaConfig, Stages, ops};
 
 #[cfg(test)]
 mod golden;
@@ -114,39 +114,12 @@ impl Llama {
         &self.config
     }
 
-    fn start_with(&self, tokens: Tensor<2, Int>, positions: Option<Positions>) -> State {
-        let [batch, seq] = tokens.dims();
-        let x = self
-            .embed_tokens
-            .val()
-            .select(0, tokens.reshape([batch * seq]));
-        let residual = x.reshape([batch, seq, self.config.hidden_size]);
-        State {
-            input: self.norm_before(0).forward(residual.clone()),
-            residual,
-            positions,
-        }
-    }
-
     /// The norm before block `block`, or before the head.
     fn norm_before(&self, block: usize) -> &RmsNorm {
         match self.layers.get(block) {
             Some(block) => &block.input_layernorm,
             None => &self.norm,
         }
-    }
-
-    fn forward_turned(&self, tokens: Tensor<2, Int>, rope: Rope) -> Tensor<3> {
-        let positions = Positions::new(rope, tokens.dims()[1], &tokens.device());
-        let mut state = self.start_with(tokens, Some(positions));
-        for stage in 0..STAGES.len() * self.layers.len() {
-            state = self.advance(stage, state);
-        }
-        let head = match &self.lm_head {
-            Some(head) => head.val(),
-            None => self.embed_tokens.val().transpose(),
-        };
-        state.input.matmul(head.unsqueeze())
     }
 }
 
@@ -155,23 +128,7 @@ impl Llama {
 pub struct State {
     residual: Tensor<3>,
     input: Tensor<3>,
-    /// Made where they are needed if there are none: a calibration has many states at a time.
-    positions: Option<Positions>,
-}
-
-/// What attention knows of the positions of a sequence.
-#[derive(Clone, Debug)]
-struct Positions {
     rope: Rope,
-    /// Which positions lie in the future, `[seq, seq]`.
-    future: Tensor<2, Bool>,
-}
-
-impl Positions {
-    fn new(rope: Rope, seq: usize, device: &Device) -> Self {
-        let future = Tensor::tril_mask([seq, seq], 0, device);
-        Self { rope, future }
-    }
 }
 
 /// The projections of a block that read the same input, as [`Llama`] lists them.
@@ -189,7 +146,13 @@ impl Stages for Llama {
     }
 
     fn start(&self, tokens: Tensor<2, Int>) -> State {
-        self.start_with(tokens, None)
+        let rope = self.positions(tokens.dims()[1], &tokens.device());
+        let residual = self.embed(tokens);
+        State {
+            input: self.norm_before(0).forward(residual.clone()),
+            residual,
+            rope,
+        }
     }
 
     fn input(state: &State) -> Tensor<3> {
@@ -200,53 +163,56 @@ impl Stages for Llama {
         let State {
             residual,
             input,
-            positions,
+            rope,
         } = state;
-        let block = stage / STAGES.len();
-        let Block {
-            self_attn,
-            post_attention_layernorm,
-            mlp,
-            ..
-        } = &self.layers[block];
-        let (residual, input) = match stage % STAGES.len() {
-            0 => {
-                let mixed = match &positions {
-                    Some(positions) => self_attn.mix(input, positions),
-                    None => {
-                        let ([_, seq, _], device) = (input.dims(), input.device());
-                        let rope = Rope::new(&self.config, seq, &device);
-                        self_attn.mix(input, &Positions::new(rope, seq, &device))
-                    }
-                };
-                (residual, mixed)
-            }
-            1 => {
-                let x = residual + self_attn.o_proj.forward(input);
-                (x.clone(), post_attention_layernorm.forward(x))
-            }
-            2 => (residual, mlp.gate(input)),
-            _ => {
-                let x = residual + mlp.down_proj.forward(input);
-                (x.clone(), self.norm_before(block + 1).forward(x))
-            }
-        };
+        let (block, stage) = (stage / STAGES.len(), stage % STAGES.len());
+        let (residual, mut input) = self.layers[block].advance(stage, residual, input, &rope, None);
+        if stage + 1 == STAGES.len() {
+            input = self.norm_before(block + 1).forward(input);
+        }
         State {
             residual,
             input,
-            positions,
+            rope,
         }
     }
 }
 
 impl CausalLm for Llama {
+    type Positions = Rope;
+
     fn vocab_size(&self) -> usize {
         self.config.vocab_size
     }
 
-    fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        let rope = Rope::new(&self.config, tokens.dims()[1], &tokens.device());
-        self.forward_turned(tokens, rope)
+    fn n_blocks(&self) -> usize {
+        self.layers.len()
+    }
+
+    fn positions(&self, seq: usize, device: &Device) -> Rope {
+        Rope::new(&self.config, seq, device)
+    }
+
+    fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, seq] = tokens.dims();
+        let tokens = tokens.reshape([batch * seq]);
+        let x = self.embed_tokens.val().select(0, tokens);
+        x.reshape([batch, seq, self.config.hidden_size])
+    }
+
+    fn block(&self, index: usize, x: Tensor<3>, rope: &Rope) -> Tensor<3> {
+        self.layers[index].forward(x, rope, None)
+    }
+
+    fn norm(&self, x: Tensor<3>) -> Tensor<3> {
+        self.norm.forward(x)
+    }
+
+    fn head(&self) -> Tensor<2> {
+        match &self.lm_head {
+            Some(head) => head.val(),
+            None => self.embed_tokens.val().transpose(),
+        }
     }
 }
 
@@ -352,6 +318,47 @@ impl Block {
             mlp: Mlp::build(config, &format!("{path}.mlp"), source)?,
         })
     }
+
+    /// One of the [`STAGES`]: from the residual stream and what the stage's projections read to the
+    /// same for the next stage. After the last, a norm is to read the residual stream.
+    ///
+    /// With a `past`, the tokens come after those in it and join them.
+    fn advance(
+        &self,
+        stage: usize,
+        residual: Tensor<3>,
+        input: Tensor<3>,
+        rope: &Rope,
+        past: Option<&mut Past>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        match stage {
+            0 => (residual, self.self_attn.mix(input, rope, past)),
+            1 => {
+                let x = residual + self.self_attn.o_proj.forward(input);
+                (x.clone(), self.post_attention_layernorm.forward(x))
+            }
+            2 => (residual, self.mlp.gate(input)),
+            _ => {
+                let x = residual + self.mlp.down_proj.forward(input);
+                (x.clone(), x)
+            }
+        }
+    }
+
+    /// All stages.
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<3>,
+        rope: &Rope,
+        mut past: Option<&mut Past>,
+    ) -> Tensor<3> {
+        let mut input = self.input_layernorm.forward(x.clone());
+        let mut residual = x;
+        for stage in 0..STAGES.len() {
+            (residual, input) = self.advance(stage, residual, input, rope, past.as_deref_mut());
+        }
+        residual
+    }
 }
 
 impl Attention {
@@ -381,27 +388,23 @@ impl Attention {
     }
 
     /// The values of each head mixed by its attention, the input of the last projection.
-    fn mix(&self, x: Tensor<3>, Positions { rope, future }: &Positions) -> Tensor<3> {
+    fn mix(&self, x: Tensor<3>, rope: &Rope, past: Option<&mut Past>) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let dim = self.head_dim;
         let heads = |y: Tensor<3>| {
             let n = y.dims()[2] / dim;
-            y.reshape([batch, seq, n, dim]).swap_dims(1, 2)
+            y.reshape([batch, seq, n, dim])
         };
         let q = rope.apply(heads(self.q_proj.forward(x.clone())));
         let k = rope.apply(heads(self.k_proj.forward(x.clone())));
         let v = heads(self.v_proj.forward(x));
-        let (n_heads, n_kv) = (q.dims()[1], k.dims()[1]);
-
-        // The query heads that share a key head are rows of one product.
-        let shared = [batch, n_kv, n_heads / n_kv * seq, dim];
-        let scores = q.reshape(shared).matmul(k.transpose()) / (dim as f64).sqrt();
-        let scores = scores
-            .reshape([batch, n_heads, seq, seq])
-            .mask_fill(future.clone().unsqueeze(), f32::NEG_INFINITY);
-        let weights = softmax(scores, 3).reshape([batch, n_kv, n_heads / n_kv * seq, seq]);
-        let mixed = weights.matmul(v).reshape([batch, n_heads, seq, dim]);
-        mixed.swap_dims(1, 2).reshape([batch, seq, n_heads * dim])
+        let (k, v) = match past {
+            Some(past) => past.append(k, v),
+            None => (k, v),
+        };
+        let mixed = ops::causal_attention(q, k, v, 1.0 / (dim as f64).sqrt());
+        let width = mixed.dims()[2] * dim;
+        mixed.reshape([batch, seq, width])
     }
 }
 
@@ -423,7 +426,8 @@ impl Mlp {
 
     /// The gated values, the input of the last projection.
     fn gate(&self, x: Tensor<3>) -> Tensor<3> {
-        silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x)
+        let gate = self.gate_proj.forward(x.clone());
+        ops::silu_mul(gate, self.up_proj.forward(x))
     }
 }
 
@@ -440,8 +444,7 @@ impl RmsNorm {
     }
 
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let mean_square = x.clone().square().mean_dim(2);
-        x / (mean_square + self.eps).sqrt() * self.weight.val().unsqueeze()
+        ops::rms_norm(x, self.weight.val(), self.eps)
     }
 }
 

@@ -4,11 +4,11 @@ use std::f64::consts::PI;
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::{LlamaConfig, RopeScaling};
+use crate::{LlamaConfig, RopeScaling, ops};
 
-/// The cosines and sines of all positions, `[seq, head_dim]` each.
+/// The cosines and sines of the positions of a sequence, `[seq, head_dim]` each.
 #[derive(Clone, Debug)]
-pub(crate) struct Rope {
+pub struct Rope {
     cos: Tensor<2>,
     sin: Tensor<2>,
 }
@@ -44,15 +44,17 @@ impl Rope {
         }
     }
 
-    /// Turns queries or keys, `[batch, heads, seq, head_dim]`.
+    /// Those of `seq` positions from `start` on.
+    pub(crate) fn narrow(&self, start: usize, seq: usize) -> Self {
+        Self {
+            cos: self.cos.clone().narrow(0, start, seq),
+            sin: self.sin.clone().narrow(0, start, seq),
+        }
+    }
+
+    /// Turns queries or keys, `[batch, seq, heads, head_dim]`.
     pub(crate) fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        let half = x.dims()[3] / 2;
-        let (first, second) = (
-            x.clone().narrow(3, 0, half),
-            x.clone().narrow(3, half, half),
-        );
-        let turned = Tensor::cat(vec![second.neg(), first], 3);
-        x * self.cos.clone().unsqueeze() + turned * self.sin.clone().unsqueeze()
+        ops::rotate_half(x, self.cos.clone(), self.sin.clone())
     }
 }
 

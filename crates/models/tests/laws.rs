@@ -124,6 +124,28 @@ proptest! {
         }
     }
 
+    /// Blocks that are run again train the model to the same bits: its adapters, or all of it.
+    #[test]
+    fn checkpointing_changes_no_bit(config in configs(), seed in 0..100u64, packed in any::<bool>()) {
+        let mut model = Llama::init(&config, seed, &Device::flex());
+        if packed {
+            models::quantize(&mut model, &Rtn::new().with_group_size(8), &[], |_| {}).unwrap();
+            model = model.no_grad();
+            peft::attach(&mut model, &Peqa::new()).unwrap();
+        }
+        let batches = [Batch::new(tokens(&PROBE, 2)).unwrap()];
+        let run = |checkpoint_blocks| {
+            let mut model = model.clone();
+            let fit = FitConfig::new()
+                .with_steps(Some(3))
+                .with_checkpoint_blocks(checkpoint_blocks);
+            let mut steps = Vec::new();
+            peft::fit(&mut model, &batches, &fit, |step| steps.push(step.clone())).unwrap();
+            (steps, bits(logits(&model, &PROBE, 1)))
+        };
+        prop_assert_eq!(run(true), run(false));
+    }
+
     /// A directory gives the model back, bit for bit, dense or in any format.
     #[test]
     fn a_saved_model_is_the_model(

@@ -18,7 +18,7 @@ pub struct Attached {
 /// # Errors
 /// [`Error::NoTarget`] if a target matches no layer, [`Error::AlreadyAdapted`] if one has an
 /// adapter, or what the method has against a weight. Then the model is as it was.
-pub fn attach<M: Linears>(model: &mut M, method: &impl Method) -> Result<Attached> {
+pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Result<Attached> {
     let paths = method.targets().paths(model)?;
     let mut adapters = BTreeMap::new();
     for (path, linear) in model.linears() {

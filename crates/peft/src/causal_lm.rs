@@ -1,11 +1,43 @@
-use burn::tensor::{Int, Tensor, activation::log_softmax};
+use burn::tensor::{Device, Int, Tensor, activation::log_softmax};
 
 use crate::{Error, Linears, Result};
 
-/// A language model that predicts each token from those before it.
+/// A language model that predicts each token from those before it, in parts: an embedding, blocks
+/// one after the other, a norm, and a head.
+///
+/// Whoever runs the parts decides what is kept of them: [`forward`](CausalLm::forward) all logits,
+/// [`token_nll`] none of them, and [`fit`](crate::fit()) with
+/// [`checkpoint_blocks`](crate::FitConfig::checkpoint_blocks) the inputs of the blocks alone.
 pub trait CausalLm: Linears {
+    /// What the blocks know of the positions of a sequence, made once for all of them: tables of
+    /// rotary embeddings for example. `()` for a model whose embedding says it all.
+    type Positions;
+
     /// Tokens that the model has: it takes `0 .. vocab_size`.
     fn vocab_size(&self) -> usize;
+
+    /// Blocks.
+    fn n_blocks(&self) -> usize;
+
+    /// The positions of sequences of `seq` tokens.
+    fn positions(&self, seq: usize, device: &Device) -> Self::Positions;
+
+    /// The input of the first block, `[batch, seq, hidden]`, of tokens `[batch, seq]`.
+    ///
+    /// # Panics
+    /// If a token is not in the vocabulary.
+    fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3>;
+
+    /// `x`, `[batch, seq, hidden]`, through block `index`: a function of its arguments and the
+    /// block's parameters, which may be run again.
+    fn block(&self, index: usize, x: Tensor<3>, positions: &Self::Positions) -> Tensor<3>;
+
+    /// What the head reads of the output of the last block, `[batch, seq, hidden]`.
+    fn norm(&self, x: Tensor<3>) -> Tensor<3>;
+
+    /// The weight of the head, `[hidden, vocab]`: logits are its product with the output of
+    /// [`norm`](CausalLm::norm).
+    fn head(&self) -> Tensor<2>;
 
     /// The logits of the token after each of `tokens`.
     ///
@@ -15,7 +47,29 @@ pub trait CausalLm: Linears {
     ///
     /// # Panics
     /// If a token is not in the vocabulary.
-    fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3>;
+    fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+        let positions = self.positions(tokens.dims()[1], &tokens.device());
+        let x = self.norm(run_blocks(self, tokens, &positions, |_, _| ()));
+        let [batch, seq, hidden] = x.dims();
+        let logits = x.reshape([batch * seq, hidden]).matmul(self.head());
+        let vocab = logits.dims()[1];
+        logits.reshape([batch, seq, vocab])
+    }
+}
+
+/// The output of the last block. `on_input` sees each block's index and input.
+pub(crate) fn run_blocks<M: CausalLm>(
+    model: &M,
+    tokens: Tensor<2, Int>,
+    positions: &M::Positions,
+    mut on_input: impl FnMut(usize, &Tensor<3>),
+) -> Tensor<3> {
+    let mut x = model.embed(tokens);
+    for index in 0..model.n_blocks() {
+        on_input(index, &x);
+        x = model.block(index, x, positions);
+    }
+    x
 }
 
 /// Sequences of one length, `[batch, seq]`, whose tokens after the first are to be predicted.
@@ -38,6 +92,10 @@ impl Batch {
     /// `[batch, seq]`.
     pub fn tokens(&self) -> Tensor<2, Int> {
         self.tokens.clone()
+    }
+
+    pub(crate) fn positions<M: CausalLm>(&self, model: &M) -> M::Positions {
+        model.positions(self.tokens.dims()[1], &self.tokens.device())
     }
 
     /// Checks that the model has all tokens.
@@ -63,18 +121,23 @@ impl Batch {
 
 /// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`.
 pub fn token_nll<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<2> {
-    let [n, seq] = batch.tokens.dims();
-    let logits = model.forward(batch.tokens());
-    let vocab = logits.dims()[2];
-    let logits = logits
-        .slice([0..n, 0..seq - 1])
-        .reshape([n * (seq - 1), vocab]);
-    let targets = batch
-        .tokens()
-        .slice([0..n, 1..seq])
-        .reshape([n * (seq - 1), 1]);
-    log_softmax(logits, 1)
-        .gather(1, targets)
-        .neg()
-        .reshape([n, seq - 1])
+    let positions = batch.positions(model);
+    let x = run_blocks(model, batch.tokens(), &positions, |_, _| ());
+    nll_of_output(model, x, batch)
+}
+
+/// [`token_nll`] from the output of the last block.
+pub(crate) fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Tensor<2> {
+    let [n, seq, hidden] = x.dims();
+    let x = model.norm(x.slice([0..n, 0..seq - 1]));
+    let x = x.reshape([n * (seq - 1), hidden]);
+    let targets = batch.tokens().slice([0..n, 1..seq]);
+    let targets = targets.reshape([n * (seq - 1)]);
+    linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1])
+}
+
+/// The negative log-likelihood of `targets`, `[rows]`, under the logits `x · head`, `[rows]`.
+fn linear_cross_entropy(x: Tensor<2>, head: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    let nll = log_softmax(x.matmul(head), 1).gather(1, targets.unsqueeze_dim(1));
+    nll.neg().squeeze_dim(1)
 }

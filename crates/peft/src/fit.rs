@@ -6,6 +6,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpointing::{backward_by_block, lowest_trained};
 use crate::{Batch, CausalLm, Error, Result, token_nll};
 
 /// How the learning rate goes on after the warm-up.
@@ -59,6 +60,10 @@ pub struct FitConfig {
     /// The seed of the order of the batches.
     #[config(default = 0)]
     pub seed: u64,
+    /// Gradient checkpointing: keeps of each block its input alone, and runs the block again for its
+    /// gradients. The same result in less memory, for one more forward pass.
+    #[config(default = false)]
+    pub checkpoint_blocks: bool,
 }
 
 impl FitConfig {
@@ -188,6 +193,9 @@ pub fn fit<M: CausalLm>(
         .with_beta_2(config.beta_2 as f32)
         .with_epsilon(config.epsilon as f32)
         .init();
+    let lowest = config
+        .checkpoint_blocks
+        .then(|| lowest_trained(&tuned, &batches[0]));
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
     let mut order: Vec<usize> = (0..batches.len()).collect();
     for index in 0..n_steps {
@@ -201,15 +209,26 @@ pub fn fit<M: CausalLm>(
         let mut accumulated = GradientsAccumulator::new();
         let mut loss = 0.0;
         for &at in chosen {
-            let nll = token_nll(&tuned, &batches[at]).sum() / n_targets as f32;
-            loss += f64::from(nll.clone().inner().into_scalar::<f32>());
-            if !loss.is_finite() {
-                return Err(Error::NonFinite {
-                    what: "the loss".into(),
-                    step: index + 1,
-                });
-            }
-            let gradients = GradientsParams::from_grads(nll.backward(), &tuned);
+            let batch = &batches[at];
+            let mut mean = |nll: Tensor<2>| {
+                let nll = nll.sum() / n_targets as f32;
+                loss += f64::from(nll.clone().inner().into_scalar::<f32>());
+                if loss.is_finite() {
+                    Ok(nll)
+                } else {
+                    Err(Error::NonFinite {
+                        what: "the loss".into(),
+                        step: index + 1,
+                    })
+                }
+            };
+            let gradients = match lowest {
+                Some(lowest) => backward_by_block(&tuned, batch, lowest, mean)?,
+                None => {
+                    let loss = mean(token_nll(&tuned, batch))?;
+                    GradientsParams::from_grads(loss.backward(), &tuned)
+                }
+            };
             accumulated.accumulate(&tuned, gradients);
         }
         let mut gradients = accumulated.grads();

@@ -53,6 +53,7 @@ mod adapter;
 mod adapters;
 mod attach;
 mod causal_lm;
+mod checkpointing;
 mod error;
 pub mod files;
 mod fingerprint;

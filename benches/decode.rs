@@ -1,0 +1,62 @@
+//! Greedy decoding with a LLaMA of 109.5 million parameters, projections in 4 bits by groups of 128:
+//! 64 tokens after a prompt of 128, beside the machine's ceilings of the same run.
+//!
+//! `cargo bench --bench decode`
+
+#![expect(clippy::print_stdout, reason = "a program says what it measured")]
+
+use std::time::Instant;
+
+use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
+use burn::tensor::Device;
+use examples::memory;
+use quant_core::Rtn;
+
+const PROMPT: u32 = 128;
+const NEW: usize = 64;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let device = Device::flex();
+    println!("{}", Ceilings::measure(&device));
+    let mut model = llama(&device);
+    let rtn = Rtn::new().with_bits(4).with_group_size(128);
+    models::quantize(&mut model, &rtn, &[], |_| {})?;
+    let config = model.config();
+    let head = 4 * config.vocab_size * config.hidden_size;
+    let prompt: Vec<u32> = (0..PROMPT).map(|at| at * 241 % 32_000).collect();
+    memory::reset_peak();
+    // The first run warms up.
+    let (mut prefill, mut decode, mut cpu) = (f64::INFINITY, f64::INFINITY, f64::INFINITY);
+    for _ in 0..3 {
+        let start = Instant::now();
+        let mut first = None;
+        models::greedy(&model, &prompt, NEW, None, |_| {
+            first.get_or_insert_with(|| (start.elapsed().as_secs_f64(), cpu_seconds()));
+        })?;
+        let (first, cpu_before) = first.expect("a token came");
+        prefill = prefill.min(first);
+        decode = decode.min(start.elapsed().as_secs_f64() - first);
+        if let Some((before, after)) = cpu_before.zip(cpu_seconds()) {
+            cpu = cpu.min(after - before);
+        }
+    }
+    let per_token = decode / (NEW - 1) as f64;
+    let read = (packed_bytes(&model) + head) as f64;
+    println!(
+        "prompt of {PROMPT}: {:.1} tokens/s, {prefill:.3} s",
+        f64::from(PROMPT) / prefill
+    );
+    println!(
+        "decoding {NEW}: {:.1} tokens/s, {:.2} ms each, {:.2} ms of CPU; weights read at {:.1} GB/s ({:.1} MB packed, {:.1} MB of the head)",
+        1.0 / per_token,
+        1e3 * per_token,
+        1e3 * cpu / (NEW - 1) as f64,
+        read / per_token / 1e9,
+        (read - head as f64) / 1e6,
+        head as f64 / 1e6
+    );
+    if let Some(peak) = memory::peak_bytes() {
+        println!("peak resident {:.0} MiB", peak as f64 / f64::from(1 << 20));
+    }
+    Ok(())
+}

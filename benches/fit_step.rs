@@ -1,0 +1,157 @@
+//! A step of `peft::fit` on a LLaMA of 109.5 million parameters with packed projections: 4 texts of
+//! 256 random tokens, beside the machine's ceilings of the same run.
+//!
+//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks`
+//!
+//! The modes `dx-*` train the first norm of the model alone: what they cost is the forward pass and
+//! the gradients of all activations.
+
+#![expect(clippy::print_stdout, reason = "a program says what it measured")]
+
+use std::time::Instant;
+
+use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Distribution, Tensor};
+use clap::Parser;
+use examples::memory;
+use models::Llama;
+use peft::{Batch, FitConfig, Method, Peqa};
+use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
+
+#[derive(Parser)]
+struct Args {
+    /// The modes to measure, all if none is named
+    #[arg(long, value_delimiter = ',')]
+    modes: Vec<String>,
+    /// Steps of each, after one that is not counted
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+    /// Run each block again for its gradients, instead of keeping its activations
+    #[arg(long)]
+    checkpoint_blocks: bool,
+    /// Given by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+const BATCH: usize = 4;
+const SEQ: usize = 256;
+
+struct Mode {
+    name: &'static str,
+    quantizer: Box<dyn Quantizer>,
+    /// The first norm alone if there is none.
+    method: Option<Box<dyn Method>>,
+}
+
+fn modes() -> Vec<Mode> {
+    fn mode(
+        name: &'static str,
+        quantizer: impl Quantizer + 'static,
+        method: Option<Box<dyn Method>>,
+    ) -> Mode {
+        let quantizer = Box::new(quantizer);
+        Mode {
+            name,
+            quantizer,
+            method,
+        }
+    }
+    let peqa = || -> Option<Box<dyn Method>> { Some(Box::new(Peqa::new())) };
+    let g128 = Rtn::new().with_bits(4).with_group_size(128);
+    let nf4 = NormalFloat::new().with_double_quant(DoubleQuant::dynamic());
+    vec![
+        mode("peqa-channel", Rtn::new().with_bits(4), peqa()),
+        mode("peqa-g128", g128, peqa()),
+        mode("dx-g128", g128, None),
+        mode("dx-nf4", nf4, None),
+    ]
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    let modes = modes();
+    for name in &args.modes {
+        if !modes.iter().any(|mode| mode.name == name) {
+            let known: Vec<&str> = modes.iter().map(|mode| mode.name).collect();
+            return Err(format!("no mode `{name}`; known: {}", known.join(", ")).into());
+        }
+    }
+    let device = Device::flex();
+    println!("{}", Ceilings::measure(&device));
+    println!(
+        "batch {BATCH} x {SEQ}, checkpoint_blocks {}",
+        args.checkpoint_blocks
+    );
+    println!(
+        "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB |"
+    );
+    println!("|---|---:|---:|---:|---:|---:|---:|");
+    for mode in modes {
+        if !args.modes.is_empty() && !args.modes.iter().any(|name| name == mode.name) {
+            continue;
+        }
+        let mut model = llama(&device);
+        models::quantize(&mut model, &&*mode.quantizer, &[], |_| {})?;
+        let n_trainable = match &mode.method {
+            Some(method) => peft::attach(&mut model, &**method)?.n_trainable,
+            None => {
+                let mut first = FirstNorm::default();
+                model = model.map(&mut first);
+                first.n_trainable
+            }
+        };
+        measure(mode.name, model, n_trainable, &args)?;
+    }
+    Ok(())
+}
+
+fn measure(name: &str, mut model: Llama, n_trainable: usize, args: &Args) -> peft::Result<()> {
+    let device = Device::flex();
+    device.seed(0);
+    let vocab = model.config().vocab_size as f64;
+    let tokens = Tensor::<2>::random([BATCH, SEQ], Distribution::Uniform(0.0, vocab), &device);
+    let batch = Batch::new(tokens.int())?;
+    let packed = packed_bytes(&model);
+    memory::reset_peak();
+    let config = FitConfig::new()
+        .with_steps(Some(args.steps + 1))
+        .with_checkpoint_blocks(args.checkpoint_blocks);
+    let mut clock = Instant::now();
+    let mut cpu = f64::NAN;
+    let mut shortest = f64::INFINITY;
+    peft::fit(&mut model, &[batch], &config, |step| {
+        if step.index > 1 {
+            shortest = shortest.min(clock.elapsed().as_secs_f64());
+        } else {
+            cpu = cpu_seconds().unwrap_or(f64::NAN);
+        }
+        clock = Instant::now();
+    })?;
+    let cpu = (cpu_seconds().unwrap_or(f64::NAN) - cpu) / args.steps as f64;
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    println!(
+        "| {name} | {:.1} | {shortest:.3} | {cpu:.3} | {n_trainable} | {:.1} | {:.0} |",
+        (BATCH * SEQ) as f64 / shortest,
+        mib(packed as u64),
+        memory::peak_bytes().map_or(f64::NAN, mib)
+    );
+    Ok(())
+}
+
+/// Makes the first norm trainable.
+#[derive(Default)]
+struct FirstNorm {
+    n_trainable: usize,
+}
+
+impl ModuleMapper for FirstNorm {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if D == 1 && self.n_trainable == 0 {
+            self.n_trainable = param.val().shape().num_elements();
+            return param.set_require_grad(true);
+        }
+        param
+    }
+}

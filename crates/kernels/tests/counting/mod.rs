@@ -1,0 +1,39 @@
+//! An allocator that counts, for tests of what is kept in memory: one test to a file, which is a
+//! process of its own.
+
+#![allow(unsafe_code, reason = "an allocator is unsafe to write")]
+
+use std::alloc::{GlobalAlloc, Layout as Block, System};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, block: Block) -> *mut u8 {
+        let live = LIVE.fetch_add(block.size(), Relaxed) + block.size();
+        PEAK.fetch_max(live, Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(block) }
+    }
+
+    unsafe fn dealloc(&self, data: *mut u8, block: Block) {
+        LIVE.fetch_sub(block.size(), Relaxed);
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(data, block) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most bytes that were allocated at a time while `run` ran, above those before it.
+pub(crate) fn peak_of(run: impl FnOnce()) -> usize {
+    let before = LIVE.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    run();
+    PEAK.load(Relaxed) - before
+}

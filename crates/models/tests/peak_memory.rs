@@ -1,0 +1,87 @@
+//! What training and decoding keep in memory.
+
+#[path = "../../kernels/tests/counting/mod.rs"]
+mod counting;
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor};
+use models::{Llama, LlamaConfig, RopeScaling};
+use peft::{Batch, FitConfig, Peqa};
+use quant_core::Rtn;
+
+const HIDDEN: usize = 64;
+const N: usize = 32;
+const SEQ: usize = 64;
+
+fn peqa(num_hidden_layers: usize) -> Llama {
+    let config = LlamaConfig {
+        vocab_size: 32,
+        hidden_size: HIDDEN,
+        intermediate_size: 160,
+        num_hidden_layers,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 16,
+        max_position_embeddings: SEQ,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        attention_bias: false,
+        mlp_bias: false,
+        tie_word_embeddings: true,
+    };
+    let mut model = Llama::init(&config, 1, &Device::flex()).no_grad();
+    models::quantize(&mut model, &Rtn::new(), &[], |_| {}).unwrap();
+    peft::attach(&mut model, &Peqa::new()).unwrap();
+    model
+}
+
+/// One after the other: what one allocates would be counted to the other.
+#[test]
+fn what_is_kept() {
+    checkpointing_keeps_the_inputs_of_the_blocks();
+    a_cached_token_is_written_in_its_place();
+}
+
+/// A block more costs its input, where its gradients are made from it alone.
+fn checkpointing_keeps_the_inputs_of_the_blocks() {
+    let tokens = Tensor::<1, Int>::arange(0..(N * SEQ) as i64, &Device::flex());
+    let batch = Batch::new((tokens % 32).reshape([N, SEQ])).unwrap();
+    let growth = |checkpoint_blocks| {
+        let config = FitConfig::new()
+            .with_steps(Some(2))
+            .with_checkpoint_blocks(checkpoint_blocks);
+        let peak = |n_blocks| {
+            let mut model = peqa(n_blocks);
+            let batches = [batch.clone()];
+            let mut run = || peft::fit(&mut model, &batches, &config, |_| {}).unwrap();
+            run(); // The thread pool and its buffers come to stay.
+            counting::peak_of(run)
+        };
+        (peak(8) - peak(4)) / 4
+    };
+    let input = N * SEQ * HIDDEN * size_of::<f32>();
+    let (with, without) = (growth(true), growth(false));
+    assert!(
+        with < input * 6 / 5,
+        "{with} bytes per block, its input is {input}"
+    );
+    assert!(
+        without > input * 10,
+        "{without} bytes per block without checkpoints"
+    );
+}
+
+/// Between two times that the cache grows, a token is written into it without a copy.
+fn a_cached_token_is_written_in_its_place() {
+    let model = peqa(2);
+    let read = |seq| Tensor::<2, Int>::ones([1, seq], &Device::flex());
+    let mut cache = model.cache(4000).unwrap();
+    model.forward_cached(read(1000), &mut cache).unwrap();
+    let mut step = || drop(model.forward_cached(read(1), &mut cache).unwrap());
+    let keys = 2000 * 2 * 16 * size_of::<f32>();
+    let growing = counting::peak_of(&mut step);
+    assert!(growing > 2 * keys, "{growing} bytes for keys of {keys}");
+    let above = counting::peak_of(&mut step);
+    assert!(above < keys * 3 / 4, "{above} bytes beside keys of {keys}");
+}

@@ -1,0 +1,68 @@
+//! Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): the forward pass keeps the input of
+//! each block and nothing else, the backward pass runs one block after the other again.
+
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::Tensor;
+
+use crate::causal_lm::{nll_of_output, run_blocks};
+use crate::{Batch, CausalLm, Result};
+
+/// The lowest part with a parameter that trains: 0 is the embedding, `1 ..= n_blocks` are the
+/// blocks, and what is above them is `n_blocks + 1`. No gradient has to pass through a part below.
+pub(crate) fn lowest_trained<M: CausalLm>(model: &M, batch: &Batch) -> usize {
+    // One token shows what is tracked.
+    let token = batch.tokens().slice([0..1, 0..1]);
+    let positions = model.positions(1, &token.device());
+    let mut x = model.embed(token);
+    for index in 0..model.n_blocks() {
+        if x.is_tracked() {
+            return index;
+        }
+        x = model.block(index, x, &positions);
+    }
+    model.n_blocks() + usize::from(!x.is_tracked())
+}
+
+/// The gradients of `loss` of [`token_nll`](crate::token_nll), whatever it makes of it; `lowest` is
+/// [`lowest_trained`].
+pub(crate) fn backward_by_block<M: CausalLm>(
+    model: &M,
+    batch: &Batch,
+    lowest: usize,
+    loss: impl FnOnce(Tensor<2>) -> Result<Tensor<1>>,
+) -> Result<GradientsParams> {
+    let positions = batch.positions(model);
+    let mut inputs = Vec::new();
+    // With autodiff on, though nothing is tracked: burn computes some functions in other ways
+    // without it, and the blocks are to give the same bits again.
+    let frozen = model.clone().no_grad();
+    let x = run_blocks(&frozen, batch.tokens(), &positions, |index, x| {
+        if index + 1 >= lowest {
+            inputs.push(x.clone());
+        }
+    });
+    // The input of `part` asks for a gradient if a part below has a use for it.
+    let input = |part: usize, x: Tensor<3>| x.inner().autodiff().set_require_grad(lowest < part);
+
+    let mut total = GradientsAccumulator::new();
+    let x = input(model.n_blocks() + 1, x);
+    let mut gradients = loss(nll_of_output(model, x.clone(), batch))?.backward();
+    let mut dx = x.grad_remove(&mut gradients);
+    total.accumulate(model, GradientsParams::from_grads(gradients, model));
+    for index in (0..model.n_blocks()).rev() {
+        let (Some(dy), Some(x)) = (dx.take(), inputs.pop()) else {
+            break;
+        };
+        let x = input(index + 1, x);
+        let y = model.block(index, x.clone(), &positions);
+        let mut gradients = (y * dy.autodiff()).sum().backward();
+        dx = x.grad_remove(&mut gradients);
+        total.accumulate(model, GradientsParams::from_grads(gradients, model));
+    }
+    if let Some(dy) = dx {
+        let x = model.embed(batch.tokens());
+        let gradients = (x * dy.autodiff()).sum().backward();
+        total.accumulate(model, GradientsParams::from_grads(gradients, model));
+    }
+    Ok(total.grads())
+}
