@@ -38,6 +38,15 @@ impl Matrix {
         }
     }
 
+    /// The matrix from an element on.
+    pub(crate) fn at(self, row: usize, column: usize) -> Self {
+        let at = row as isize * self.row_stride + column as isize * self.column_stride;
+        Self {
+            data: self.data.wrapping_offset(at),
+            ..self
+        }
+    }
+
     pub(crate) fn transpose(self) -> Self {
         Self {
             data: self.data,

@@ -162,26 +162,12 @@ impl<'a> Call<'a> {
             self.hidden,
             1,
         );
-        let head = self.head_at(0, slab.columns.start);
+        let head = self.head.at(0, slab.columns.start);
         let dims = [slab.rows.len(), self.hidden, slab.columns.len()];
         assert!(slab.rows.end * self.hidden <= self.x.len());
         assert!(slab.columns.end <= self.vocab);
         // SAFETY: the rows lie within `x` and the columns within the head.
         unsafe { product(dims, x, head, logits, slab.columns.len(), false) }
-    }
-
-    /// The head from an element on.
-    fn head_at(&self, input: usize, token: usize) -> Matrix {
-        let Matrix {
-            data,
-            row_stride,
-            column_stride,
-        } = self.head;
-        let at = input as isize * row_stride + token as isize * column_stride;
-        Matrix {
-            data: data.wrapping_offset(at),
-            ..self.head
-        }
     }
 
     /// Losses and logarithms of the sums; the gradients of the losses are written into `dx`, which
@@ -220,7 +206,7 @@ impl<'a> Call<'a> {
                             .for_each(|(dx, row)| math::scale(dx, row.shrink));
                     }
                     let exponentials = Matrix::new(logits.as_ptr(), width, 1);
-                    let head = self.head_at(0, slab.columns.start).transpose();
+                    let head = self.head.at(0, slab.columns.start).transpose();
                     let dims = [rows.len(), width, self.hidden];
                     // SAFETY: the columns of the slab lie within the head.
                     unsafe { product(dims, exponentials, head, dx, self.hidden, !first) }
@@ -242,7 +228,7 @@ impl<'a> Call<'a> {
 
     /// From the sum of the exponentials times the columns of the head to the gradient of a loss.
     fn finish(&self, dx: &mut [f32], row: &Row) {
-        let head = self.head_at(0, row.target);
+        let head = self.head.at(0, row.target);
         for (i, dx) in dx.iter_mut().enumerate() {
             // SAFETY: the target is in the vocabulary and `dx` has an element for each input.
             let of_target = unsafe { *head.data.offset(i as isize * head.row_stride) };
@@ -312,20 +298,6 @@ unsafe fn product(
     struct Read(Matrix);
     // SAFETY: reading from several threads is safe.
     unsafe impl Sync for Read {}
-    impl Read {
-        fn at(&self, row: usize, column: usize) -> Matrix {
-            let Matrix {
-                data,
-                row_stride,
-                column_stride,
-            } = self.0;
-            let at = row as isize * row_stride + column as isize * column_stride;
-            Matrix {
-                data: data.wrapping_offset(at),
-                ..self.0
-            }
-        }
-    }
     let (a, b, c) = (&Read(a), &Read(b), &Shared::new(c));
     let across = n.div_ceil(TILE_COLUMNS);
     (0..m.div_ceil(TILE_ROWS) * across)
@@ -337,7 +309,7 @@ unsafe fn product(
             // promises the rest.
             unsafe {
                 let c = c.offset(row * c_stride + column);
-                multiply_add(dims, a.at(row, 0), b.at(0, column), c, c_stride, add);
+                multiply_add(dims, a.0.at(row, 0), b.0.at(0, column), c, c_stride, add);
             }
         });
 }
