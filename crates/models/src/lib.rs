@@ -42,7 +42,6 @@ mod error;
 mod evaluate;
 mod generate;
 mod llama;
-mod ops;
 mod quantize;
 mod rope;
 mod stages;

@@ -10,7 +10,7 @@ use rand_distr::{Distribution, Normal};
 
 use crate::generate::Past;
 use crate::rope::Rope;
-use crate::{LlamaConfig, Stages, ops};
+use crate::{LlamaConfig, Stages};
 
 #[cfg(test)]
 mod golden;
@@ -402,7 +402,7 @@ impl Attention {
             Some(past) => past.append(k, v),
             None => (k, v),
         };
-        let mixed = ops::causal_attention(q, k, v, 1.0 / (dim as f64).sqrt());
+        let mixed = kernels::causal_attention(q, k, v, 1.0 / (dim as f64).sqrt());
         let width = mixed.dims()[2] * dim;
         mixed.reshape([batch, seq, width])
     }
@@ -427,7 +427,7 @@ impl Mlp {
     /// The gated values, the input of the last projection.
     fn gate(&self, x: Tensor<3>) -> Tensor<3> {
         let gate = self.gate_proj.forward(x.clone());
-        ops::silu_mul(gate, self.up_proj.forward(x))
+        kernels::silu_mul(gate, self.up_proj.forward(x))
     }
 }
 
@@ -444,7 +444,7 @@ impl RmsNorm {
     }
 
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        ops::rms_norm(x, self.weight.val(), self.eps)
+        kernels::rms_norm(x, self.weight.val(), self.eps)
     }
 }
 

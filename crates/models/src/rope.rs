@@ -4,7 +4,7 @@ use std::f64::consts::PI;
 
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::{LlamaConfig, RopeScaling, ops};
+use crate::{LlamaConfig, RopeScaling};
 
 /// The cosines and sines of the positions of a sequence, `[seq, head_dim]` each.
 #[derive(Clone, Debug)]
@@ -54,7 +54,7 @@ impl Rope {
 
     /// Turns queries or keys, `[batch, seq, heads, head_dim]`.
     pub(crate) fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        ops::rotate_half(x, self.cos.clone(), self.sin.clone())
+        kernels::rotate_half(x, self.cos.clone(), self.sin.clone())
     }
 }
 

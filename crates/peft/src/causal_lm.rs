@@ -1,4 +1,5 @@
-use burn::tensor::{Device, Int, Tensor, activation::log_softmax};
+use burn::tensor::{Device, Int, Tensor};
+use kernels::linear_cross_entropy;
 
 use crate::{Error, Linears, Result};
 
@@ -134,10 +135,4 @@ pub(crate) fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch)
     let targets = batch.tokens().slice([0..n, 1..seq]);
     let targets = targets.reshape([n * (seq - 1)]);
     linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1])
-}
-
-/// The negative log-likelihood of `targets`, `[rows]`, under the logits `x · head`, `[rows]`.
-fn linear_cross_entropy(x: Tensor<2>, head: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    let nll = log_softmax(x.matmul(head), 1).gather(1, targets.unsqueeze_dim(1));
-    nll.neg().squeeze_dim(1)
 }
