@@ -26,6 +26,8 @@ pub(crate) const BLOCK: usize = 256;
 /// Rows that lie side by side: those of a tile of AMX.
 pub(crate) const STRIP: usize = 16;
 
+/// Rows up to which tiles, of which many rows would be empty, are slower.
+pub(crate) const FEW: usize = 12;
 /// The most rows whose sums are taken before the next rows'.
 pub(crate) const ROWS: usize = 2 * STRIP;
 
@@ -196,10 +198,22 @@ pub(crate) fn multiply(
     // SAFETY: the processor has the unit.
     unsafe {
         match unit {
-            Unit::Amx => amx::multiply(rows, blocks, panel, finish),
-            Unit::Vnni => vnni::multiply(rows, blocks, panel, finish),
+            Unit::Amx if rows.n_rows > FEW => amx::multiply(rows, blocks, panel, finish),
+            _ => vnni::multiply(rows, blocks, panel, finish),
         }
     }
+}
+
+/// Whether [`stream`] takes these rows and words of `bits`-bit codes.
+pub(crate) fn streams(rows: &Rows, bits: usize, word_rows: usize) -> bool {
+    let (run, run_words) = if bits == 3 { (32, 3) } else { (32 / bits, 1) };
+    rows.n_rows == 1 && rows.blocks.step.is_multiple_of(run) && word_rows.is_multiple_of(run_words)
+}
+
+/// Multiplies one row with the codes of a tile as they come from memory.
+pub(crate) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl Finish) {
+    // SAFETY: there are rows, and so a unit.
+    unsafe { vnni::stream(rows, bits, words, finish) }
 }
 
 #[cfg(test)]

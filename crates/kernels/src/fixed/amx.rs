@@ -49,12 +49,12 @@ struct Shapes {
 struct Configured;
 
 impl Configured {
-    /// Sums of `height` rows in the tiles below `first`, limbs of as many rows in those below
-    /// `second`, and columns in the others; of each, `step` bytes at a time.
+    /// Sums in the tiles below `first`, limbs of rows in those below `second`, and columns in the
+    /// others; of each, `step` bytes at a time.
     ///
     /// # Safety
     /// [`permitted`].
-    unsafe fn new(step: usize, height: usize, [first, second]: [usize; 2]) -> Self {
+    unsafe fn new(step: usize, [first, second]: [usize; 2]) -> Self {
         let mut shapes = Shapes {
             palette: 1,
             start_row: 0,
@@ -64,8 +64,8 @@ impl Configured {
         };
         for tile in 0..8 {
             let (bytes, rows) = match tile {
-                _ if tile < first => (64, height),
-                _ if tile < second => (step, height),
+                _ if tile < first => (64, STRIP),
+                _ if tile < second => (step, STRIP),
                 _ => (64, step / 4),
             };
             shapes.bytes_per_row[tile] = bytes as u16;
@@ -102,8 +102,6 @@ pub(super) unsafe fn multiply(
     // SAFETY: the caller's promise.
     unsafe {
         match (rows.limbs, panel.planes) {
-            (Limbs::Three, 1) if rows.height < STRIP => few::<3>(rows, blocks, panel, finish),
-            (Limbs::Two, 1) if rows.height < STRIP => few::<2>(rows, blocks, panel, finish),
             (Limbs::Three, 1) => each::<3, 2>(rows, blocks, panel, finish, codes_three, [6, 7]),
             (Limbs::Two, 1) => each::<2, 2>(rows, blocks, panel, finish, codes_two, [6, 7]),
             (Limbs::Two, 2) => each::<2, 1>(rows, blocks, panel, finish, limbs_two, [3, 6]),
@@ -126,97 +124,6 @@ struct Operands {
     n_steps: usize,
 }
 
-/// All limbs of a few rows, in one tile, with all columns.
-///
-/// # Safety
-/// [`permitted`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn few<const L: usize>(
-    rows: &Rows,
-    blocks: Range<usize>,
-    panel: &Panel,
-    finish: &mut impl Finish,
-) {
-    let (step, height) = (rows.blocks.step(), rows.height);
-    assert!(L * height <= STRIP, "the limbs of all rows fit a tile");
-    // SAFETY: the caller's promise.
-    let _configured = unsafe { Configured::new(step, L * height, [4, 5]) };
-    let first_step = rows.blocks.steps(blocks.start).start;
-    let mut sums = Sums([[[0; PART]; STRIP]; 6]);
-    for block in blocks {
-        let steps = rows.blocks.steps(block);
-        let operands = Operands {
-            a: [rows.bytes[rows.at(0, steps.start)..].as_ptr(); 2],
-            a_row: step,
-            a_limb: L * height * step,
-            b: panel.bytes[(steps.start - first_step) * panel.step_bytes()..].as_ptr(),
-            b_plane: step * PART,
-            b_step: 0,
-            n_steps: steps.len(),
-        };
-        // SAFETY: the steps of the rows and of the panel are there.
-        unsafe { codes_few(&operands, &mut sums) };
-        let scales = &rows.scales[block * STRIP..][..STRIP];
-        for (part, sums) in sums.0.iter().enumerate().take(PARTS) {
-            for (row, &scale) in scales.iter().enumerate().take(height) {
-                let limbs: [__m512i; L] = std::array::from_fn(|l| {
-                    // SAFETY: 16 sums.
-                    unsafe { _mm512_load_si512(sums[l * height + row].as_ptr().cast()) }
-                });
-                // SAFETY: these instructions are there.
-                unsafe { finish.take(row, block, part, join(limbs, scale)) };
-            }
-        }
-    }
-    finish.rows_done(0..height);
-}
-
-/// The products of one tile of limbs with the codes of all columns.
-///
-/// # Safety
-/// Tiles are configured, and the operands lie within their allocations.
-unsafe fn codes_few(o: &Operands, sums: &mut Sums) {
-    // SAFETY: the caller's promise; `sums` has six tiles.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm4, [{a} + {row}]",
-            "tileloadd tmm5, [{b} + {c64}]",
-            "add {b}, {part}",
-            "tdpbsud tmm0, tmm4, tmm5",
-            "tileloadd tmm6, [{b} + {c64}]",
-            "add {b}, {part}",
-            "tdpbsud tmm1, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {c64}]",
-            "add {b}, {part}",
-            "tdpbsud tmm2, tmm4, tmm7",
-            "tileloadd tmm5, [{b} + {c64}]",
-            "add {b}, {part}",
-            "tdpbsud tmm3, tmm4, tmm5",
-            "add {a}, {limb}",
-            "dec {n}",
-            "jnz 2b",
-            "tilestored [{sums} + {c64}], tmm0",
-            "tilestored [{sums} + {c64} + 1024], tmm1",
-            "tilestored [{sums} + {c64} + 2048], tmm2",
-            "tilestored [{sums} + {c64} + 3072], tmm3",
-            a = inout(reg) o.a[0] => _,
-            b = inout(reg) o.b => _,
-            n = inout(reg) o.n_steps => _,
-            limb = in(reg) o.a_limb,
-            row = in(reg) o.a_row,
-            part = in(reg) o.b_plane,
-            sums = in(reg) &raw mut sums.0,
-            c64 = in(reg) 64usize,
-            options(nostack),
-        );
-    }
-}
-
 /// `L` limbs of `S` strips at a time.
 ///
 /// # Safety
@@ -233,7 +140,7 @@ unsafe fn each<const L: usize, const S: usize>(
     assert_eq!(rows.height, STRIP, "whole tiles of rows");
     let step = rows.blocks.step();
     // SAFETY: the caller's promise.
-    let _configured = unsafe { Configured::new(step, STRIP, tiles) };
+    let _configured = unsafe { Configured::new(step, tiles) };
     let first_step = rows.blocks.steps(blocks.start).start;
     let n_scales = rows.blocks.n() * STRIP;
     let mut sums = [(); 2].map(|()| Sums([[[0; PART]; STRIP]; 6]));

@@ -54,7 +54,14 @@ impl Panel {
         assert!(inputs.start.is_multiple_of(64));
         self.resize(1, blocks.step, inputs.len());
         // SAFETY: the caller has a unit, and so the processor these instructions.
-        unsafe { codes(self, layout, words, inputs) }
+        unsafe {
+            match layout.bits() {
+                2 => codes::<2>(self, words, inputs),
+                3 => codes::<3>(self, words, inputs),
+                4 => codes::<4>(self, words, inputs),
+                _ => codes::<8>(self, words, inputs),
+            }
+        }
     }
 
     /// The codes of `k` outputs in `n` inputs, as columns: `fill` writes `[TILE, TILE]` of them, one
@@ -92,92 +99,102 @@ impl Panel {
     }
 }
 
-/// The bytes of a vector as the place of each.
+/// A vector whose bytes are a function of their place.
 #[target_feature(enable = "avx512f")]
-fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
+pub(super) fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
     let bytes: [u8; 64] = std::array::from_fn(of);
     // SAFETY: 64 bytes.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
+/// Takes codes of `BITS` bits out of words.
+pub(super) struct Codes<const BITS: usize> {
+    /// For each quad that lies in one word: at which bit its codes begin, in both columns of a qword.
+    shifts: [__m512i; 6],
+    mask: __m512i,
+}
+
+impl<const BITS: usize> Codes<BITS> {
+    /// Codes that begin and end with a word,
+    pub(super) const RUN: usize = if BITS == 3 { 32 } else { 32 / BITS };
+    /// and the words that they are in.
+    pub(super) const WORDS: usize = if BITS == 3 { 3 } else { 1 };
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new() -> Self {
+        let shifts = std::array::from_fn(|k| {
+            let first = if BITS == 3 { 4 * k } else { 4 * k * BITS % 32 };
+            bytes(|at| (at % 8 / 4 * 32 + first + at % 4 * BITS) as u8)
+        });
+        Self {
+            shifts,
+            mask: _mm512_set1_epi8(((1u32 << BITS) - 1) as i8),
+        }
+    }
+
+    /// Quad `quad` of a run, in 16 columns; `words` are those of the first row of the run.
+    ///
+    /// # Safety
+    /// The words of the run are there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vbmi,avx512vbmi2")]
+    pub(super) unsafe fn quad(&self, words: *const u32, quad: usize) -> __m512i {
+        // SAFETY: the caller's promise.
+        let row = |row: usize| unsafe { _mm512_loadu_si512(words.add(row * TILE).cast()) };
+        let (shift, word) = match (BITS, quad) {
+            (8, _) => return row(0),
+            (3, 0 | 1) => (3 * quad, row(0)),
+            // Eleven codes and a third are in a word.
+            (3, 2) => (0, _mm512_shrdi_epi32::<24>(row(0), row(1))),
+            (3, 3 | 4) => (3 * quad - 8, row(1)),
+            (3, 5) => (0, _mm512_shrdi_epi32::<28>(row(1), row(2))),
+            (3, _) => (3 * quad - 16, row(2)),
+            _ => (quad, row(0)),
+        };
+        _mm512_and_si512(
+            _mm512_multishift_epi64_epi8(self.shifts[shift], word),
+            self.mask,
+        )
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2")]
-fn codes(panel: &mut Panel, layout: &Layout, words: &[u32], inputs: Range<usize>) {
-    let bits = layout.bits();
+fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usize>) {
+    let codes = Codes::<BITS>::new();
+    let (run, run_words) = (Codes::<BITS>::RUN, Codes::<BITS>::WORDS);
     // A power of two.
     let quads_per_step = panel.step / 4;
-    // Quad `j` of a run of words: the bit at which each of its four codes begins, for the two
-    // columns of a qword.
-    let shifts = |first: usize| bytes(|at| (at % 8 / 4 * 32 + first + at % 4 * bits) as u8);
-    let mask = _mm512_set1_epi8(layout.mask() as u8 as i8);
     let n_quads = inputs.len().div_ceil(panel.step) * quads_per_step;
-    let row = |row: usize, part: usize| -> __m512i {
-        // The words lie in the order in which they are read, and more of them than caches hold.
-        const AHEAD: usize = 16 * TILE;
-        let ahead = words
-            .as_ptr()
-            .wrapping_add(row * TILE + part * PART + AHEAD);
-        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-        match words.get(row * TILE + part * PART..) {
-            // SAFETY: words are whole rows of a tile.
-            Some(words) if words.len() >= PART => unsafe {
-                _mm512_loadu_si512(words.as_ptr().cast())
-            },
-            _ => _mm512_setzero_si512(),
-        }
-    };
+    let words = words.get(inputs.start * BITS / 32 * TILE..).unwrap_or(&[]);
+    let ahead = inputs.len() * BITS / 32 * TILE;
     let out = panel.bytes.as_mut_ptr();
-    let store = |quad: usize, part: usize, value: __m512i| {
-        if quad < n_quads {
-            let in_step = quad & (quads_per_step - 1);
-            let at = (quad - in_step) * TILE * 4 + (part * quads_per_step + in_step) * 64;
-            // SAFETY: the panel has `n_quads` quads of whole tiles.
-            unsafe { _mm512_storeu_si512(out.add(at).cast(), value) };
-        }
-    };
-    let first_row = inputs.start * bits / 32;
-    match bits {
-        3 => {
-            let at = [0, 4, 8, 12, 16, 20].map(&shifts);
-            // 32 codes in three words.
-            for run in 0..n_quads.div_ceil(8) {
-                for part in 0..PARTS {
-                    let [a, b, c] = [0, 1, 2].map(|k| row(first_row + run * 3 + k, part));
-                    let straddling = [
-                        _mm512_shrdi_epi32::<24>(a, b),
-                        _mm512_shrdi_epi32::<28>(b, c),
-                    ];
-                    let codes = |shifts, word| {
-                        _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, word), mask)
-                    };
-                    let quads = [
-                        codes(at[0], a),
-                        codes(at[3], a),
-                        codes(at[0], straddling[0]),
-                        codes(at[1], b),
-                        codes(at[4], b),
-                        codes(at[0], straddling[1]),
-                        codes(at[2], c),
-                        codes(at[5], c),
-                    ];
-                    for (k, quad) in quads.into_iter().enumerate() {
-                        store(run * 8 + k, part, quad);
-                    }
+    for at in 0..(n_quads * 4).div_ceil(run) {
+        // What lies behind the words of a column are zero codes.
+        let mut last = [0; 3 * TILE];
+        let words = match words.get(at * run_words * TILE..) {
+            Some(words) if words.len() >= run_words * TILE => &words[..run_words * TILE],
+            words => {
+                let words = words.unwrap_or(&[]);
+                last[..words.len()].copy_from_slice(words);
+                &last[..run_words * TILE]
+            }
+        };
+        for quad in (0..run / 4).take_while(|quad| at * (run / 4) + quad < n_quads) {
+            let place = at * (run / 4) + quad;
+            let in_step = place & (quads_per_step - 1);
+            for part in 0..PARTS {
+                let to = (place - in_step) * TILE * 4 + (part * quads_per_step + in_step) * 64;
+                // SAFETY: the words of the run are there, and the panel has `n_quads` quads of
+                // whole tiles.
+                unsafe {
+                    let quad = codes.quad(words.as_ptr().add(part * PART), quad);
+                    _mm512_storeu_si512(out.add(to).cast(), quad);
                 }
             }
         }
-        _ => {
-            let per_word = 8 / bits;
-            let at: [__m512i; 4] = std::array::from_fn(|k| shifts((k % per_word) * 4 * bits));
-            for word in 0..n_quads.div_ceil(per_word) {
-                for part in 0..PARTS {
-                    let value = row(first_row + word, part);
-                    for (k, &shifts) in at.iter().enumerate().take(per_word) {
-                        let codes =
-                            _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, value), mask);
-                        store(word * per_word + k, part, codes);
-                    }
-                }
-            }
+        // The next panel's words come from afar.
+        for line in words.chunks_exact(PART) {
+            _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast());
         }
     }
 }

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{BLOCK, Blocks, Limbs, STRIP};
+use super::panel::bytes;
+use super::{BLOCK, Blocks, FEW, Limbs, STRIP};
 
 /// Values at a time.
 const LANES: usize = 64;
@@ -52,73 +53,62 @@ pub(crate) struct Source<'a> {
 }
 
 impl Rows {
-    /// Splits the columns of `blocks` of `n_rows` rows; needs AVX-512 with VBMI.
+    /// Splits the columns of `blocks` of `n_rows` rows, with all threads; needs AVX-512 with VBMI.
     pub(crate) fn split(source: Source<'_>, n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
+        let mut rows = Self::room(n_rows, blocks, limbs);
+        rows.refill_strips(source, |strips, fill| strips.into_par_iter().for_each(fill));
+        rows
+    }
+
+    /// Room for the limbs of `n_rows` rows.
+    pub(crate) fn room(n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
+        let height = if n_rows <= FEW { n_rows } else { STRIP };
         let n_strips = n_rows.div_ceil(STRIP);
-        // A tile has room for all limbs of a few rows.
-        let height = if n_rows * limbs.n() <= STRIP {
-            n_rows
-        } else {
-            STRIP
-        };
-        let strip_bytes = height * limbs.n() * blocks.padded();
-        let mut bytes = vec![0; n_strips * strip_bytes];
-        let n_scales = blocks.n() * STRIP;
-        let mut scales = vec![0.0; n_strips * n_scales];
-        let mut sums = vec![0.0; n_strips * n_scales];
-        assert!(source.x.len() >= (n_rows - 1) * source.stride + blocks.k());
-        assert!(
-            source
-                .columns
-                .is_none_or(|[a, b]| a.len().min(b.len()) >= blocks.k())
-        );
-        bytes
-            .par_chunks_mut(strip_bytes)
-            .zip(scales.par_chunks_mut(n_scales))
-            .zip(sums.par_chunks_mut(n_scales))
-            .enumerate()
-            .for_each(|(strip, ((bytes, scales), sums))| {
-                let rows = STRIP.min(n_rows - strip * STRIP);
-                for row in 0..rows {
-                    let x = &source.x[(strip * STRIP + row) * source.stride..];
-                    for block in 0..blocks.n() {
-                        let range = blocks.range(block);
-                        let mut values = [0.0; BLOCK];
-                        let values = &mut values[..range.len().next_multiple_of(LANES)];
-                        let mut weighted = 0.0;
-                        match source.columns {
-                            None => values[..range.len()].copy_from_slice(&x[range.clone()]),
-                            Some(columns) => {
-                                let columns = columns.map(|of| &of[range.clone()]);
-                                // SAFETY: the caller's promise.
-                                weighted = unsafe { scaled(&x[range.clone()], columns, values) };
-                            }
-                        }
-                        let to = Target {
-                            bytes: &mut *bytes,
-                            row,
-                            height,
-                            first_step: range.start / blocks.step(),
-                            n_steps: range.len().div_ceil(blocks.step()),
-                            step: blocks.step(),
-                        };
-                        // SAFETY: the caller's promise, [`super::Unit::get`].
-                        let (scale, sum) = unsafe { split_block(values, limbs, to) };
-                        scales[block * STRIP + row] = scale;
-                        let sum = source.columns.map_or(sum, |_| weighted);
-                        sums[block * STRIP + row] = sum;
-                    }
-                }
-            });
         Self {
             n_rows,
             height,
             limbs,
             blocks,
+            bytes: vec![0; n_strips * height * limbs.n() * blocks.padded()],
+            scales: vec![0.0; n_strips * blocks.n() * STRIP],
+            sums: vec![0.0; n_strips * blocks.n() * STRIP],
+        }
+    }
+
+    /// Splits others in their place, on this thread.
+    pub(crate) fn refill(&mut self, source: Source<'_>, blocks: Blocks) {
+        assert!(blocks.padded() <= self.blocks.padded() && blocks.n() <= self.blocks.n());
+        self.blocks = blocks;
+        self.refill_strips(source, |strips, fill| strips.into_iter().for_each(fill));
+    }
+
+    fn refill_strips(
+        &mut self,
+        source: Source<'_>,
+        each: impl FnOnce(Vec<Strip<'_>>, &(dyn Fn(Strip<'_>) + Sync)),
+    ) {
+        let (n_rows, blocks) = (self.n_rows, self.blocks);
+        assert!(source.x.len() >= (n_rows - 1) * source.stride + blocks.k());
+        if let Some([factors, weights]) = source.columns {
+            assert!(factors.len().min(weights.len()) >= blocks.k());
+        }
+        let strip_bytes = self.height * self.limbs.n() * blocks.padded();
+        let n_scales = blocks.n() * STRIP;
+        let strips = self.bytes.chunks_mut(strip_bytes);
+        let strips = strips.zip(self.scales.chunks_mut(n_scales));
+        let strips = strips.zip(self.sums.chunks_mut(n_scales)).enumerate();
+        let strips = strips.take(n_rows.div_ceil(STRIP));
+        let strips = strips.map(|(strip, ((bytes, scales), sums))| Strip {
+            rows: strip * STRIP..n_rows.min((strip + 1) * STRIP),
+            height: self.height,
+            limbs: self.limbs,
+            blocks,
             bytes,
             scales,
             sums,
-        }
+        });
+        // SAFETY: the caller has a unit, and so the processor these instructions.
+        each(strips.collect(), &|strip| unsafe { strip.split(source) });
     }
 
     /// The columns of `blocks`.
@@ -162,14 +152,104 @@ impl Rows {
     }
 }
 
-/// Where the limbs of a block go.
-struct Target<'a> {
-    bytes: &'a mut [i8],
-    row: usize,
+/// A strip to be filled.
+struct Strip<'a> {
+    rows: Range<usize>,
     height: usize,
-    first_step: usize,
-    n_steps: usize,
-    step: usize,
+    limbs: Limbs,
+    blocks: Blocks,
+    bytes: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+impl Strip<'_> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    fn split(mut self, source: Source<'_>) {
+        for (at, row) in self.rows.clone().enumerate() {
+            let x = &source.x[row * source.stride..][..self.blocks.k()];
+            for block in 0..self.blocks.n() {
+                let range = self.blocks.range(block);
+                let mut values = [0.0; BLOCK];
+                let values = &mut values[..range.len().next_multiple_of(LANES)];
+                let x = &x[range.clone()];
+                let weighted = match source.columns {
+                    None => {
+                        values[..x.len()].copy_from_slice(x);
+                        None
+                    }
+                    Some(columns) => Some(scaled(x, columns.map(|of| &of[range.clone()]), values)),
+                };
+                let (scale, sum) = self.split_block(at, block, values);
+                self.scales[block * STRIP + at] = scale;
+                self.sums[block * STRIP + at] = weighted.unwrap_or(sum);
+            }
+        }
+    }
+
+    /// Splits the values of a block of a row; returns their scale and sum.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    fn split_block(&mut self, row: usize, block: usize, values: &[f32]) -> (f32, f32) {
+        let magnitude = _mm512_set1_epi32(0x7fff_ffff);
+        let mut most = _mm512_setzero_si512();
+        for values in values.chunks_exact(16) {
+            // SAFETY: 16 values.
+            let bits = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
+            most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
+        }
+        let most = f32::from_bits(_mm512_reduce_max_epu32(most));
+        let (scale, inverse) = scale(most, self.limbs);
+        let inverse = _mm512_set1_ps(inverse);
+        let bias = _mm512_set1_epi32(bias(self.limbs));
+        let mut sum = _mm512_setzero_si512();
+
+        // Of two vectors: the lowest byte of each dword of both, then the second of both.
+        let low = bytes(|at| (at % 16 * 4 + at / 16 % 2 * 64 + at / 32) as u8);
+        let high = bytes(|at| (at % 16 * 4 + at / 16 % 2 * 64 + 2) as u8);
+        let (n_limbs, step) = (self.limbs.n(), self.blocks.step());
+        let steps = self.blocks.steps(block);
+        for (at, values) in values.chunks_exact(LANES).enumerate() {
+            let mut digits = [_mm512_setzero_si512(); 4];
+            for (digits, values) in digits.iter_mut().zip(values.chunks_exact(16)) {
+                // SAFETY: 16 values.
+                let x = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+                let v = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
+                sum = _mm512_add_epi32(sum, v);
+                *digits = _mm512_xor_si512(_mm512_add_epi32(v, bias), bias);
+            }
+            let [a, b, c, d] = digits;
+            let (ab, cd) = (
+                _mm512_permutex2var_epi8(a, low, b),
+                _mm512_permutex2var_epi8(c, low, d),
+            );
+            let zero = _mm512_shuffle_i64x2::<0b01_00_01_00>(ab, cd);
+            let one = _mm512_shuffle_i64x2::<0b11_10_11_10>(ab, cd);
+            let (ab, cd) = (
+                _mm512_permutex2var_epi8(a, high, b),
+                _mm512_permutex2var_epi8(c, high, d),
+            );
+            let two = _mm512_shuffle_i64x2::<0b01_00_01_00>(ab, cd);
+            let first = steps.start + at * (LANES / step);
+            for (limb, digits) in [zero, one, two].into_iter().take(n_limbs).enumerate() {
+                let place =
+                    |step_at: usize| ((step_at * n_limbs + limb) * self.height + row) * step;
+                if step == LANES {
+                    let to = &mut self.bytes[place(first)..][..LANES];
+                    // SAFETY: 64 bytes.
+                    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), digits) };
+                    continue;
+                }
+                let mut parts = [0i8; LANES];
+                // SAFETY: 64 bytes.
+                unsafe { _mm512_storeu_si512(parts.as_mut_ptr().cast(), digits) };
+                for (at, part) in (first..steps.end).zip(parts.chunks_exact(step)) {
+                    let at = place(at);
+                    self.bytes[at..][..step].copy_from_slice(part);
+                }
+            }
+        }
+        (scale, scale * _mm512_reduce_add_epi32(sum) as f32)
+    }
 }
 
 /// What an integer is multiplied by if values up to `largest_value` are split, and its inverse.
@@ -190,101 +270,19 @@ pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, f32) {
 /// Writes `x * factors` to `values`, and sums them up with `weights`.
 #[target_feature(enable = "avx512f")]
 fn scaled(x: &[f32], [factors, weights]: [&[f32]; 2], values: &mut [f32]) -> f32 {
-    let mut sums = [0.0; 16];
-    let lanes = values
-        .chunks_mut(16)
-        .zip(x.chunks(16))
-        .zip(factors.chunks(16));
-    for (((values, x), factors), weights) in lanes.zip(weights.chunks(16)) {
-        for (((value, x), factor), (weight, sum)) in values
-            .iter_mut()
-            .zip(x)
-            .zip(factors)
-            .zip(weights.iter().zip(&mut sums))
-        {
-            *value = x * factor;
-            *sum += *value * weight;
+    assert!(factors.len() == x.len() && weights.len() == x.len() && values.len() >= x.len());
+    let mut sum = _mm512_setzero_ps();
+    for at in (0..x.len()).step_by(16) {
+        let lanes = ((1u32 << (x.len() - at).min(16)) - 1) as __mmask16;
+        // SAFETY: the lanes lie within the slices, whose lengths were checked.
+        unsafe {
+            let x = _mm512_maskz_loadu_ps(lanes, x.as_ptr().add(at));
+            let factors = _mm512_maskz_loadu_ps(lanes, factors.as_ptr().add(at));
+            let weights = _mm512_maskz_loadu_ps(lanes, weights.as_ptr().add(at));
+            let value = _mm512_mul_ps(x, factors);
+            _mm512_mask_storeu_ps(values.as_mut_ptr().add(at), lanes, value);
+            sum = _mm512_add_ps(sum, _mm512_mul_ps(value, weights));
         }
     }
-    sums.iter().sum()
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-fn split_block(values: &[f32], limbs: Limbs, to: Target<'_>) -> (f32, f32) {
-    let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-    let mut most = _mm512_setzero_si512();
-    for values in values.chunks_exact(16) {
-        // SAFETY: 16 values.
-        let bits = unsafe { _mm512_loadu_si512(values.as_ptr().cast()) };
-        most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
-    }
-    let (scale, inverse) = scale(f32::from_bits(_mm512_reduce_max_epu32(most)), limbs);
-    let inverse = _mm512_set1_ps(inverse);
-    let bias = _mm512_set1_epi32(bias(limbs));
-    let mut sum = _mm512_setzero_si512();
-
-    let lanes = _mm512_set_epi8(
-        15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6,
-        5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11,
-        10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0,
-    );
-    // Byte `limb` of each dword of the first operand, then of the second; then of the next limb.
-    let second_half = _mm512_set_epi64(
-        0x4040_4040_4040_4040u64 as i64,
-        0x4040_4040_4040_4040u64 as i64,
-        0,
-        0,
-        0x4040_4040_4040_4040u64 as i64,
-        0x4040_4040_4040_4040u64 as i64,
-        0,
-        0,
-    );
-    // Bytes are shifted within words: their values are below 64, nothing crosses.
-    let low = _mm512_or_si512(_mm512_slli_epi16::<2>(lanes), second_half);
-    let next = _mm512_set_epi64(
-        0x0101_0101_0101_0101,
-        0x0101_0101_0101_0101,
-        0x0101_0101_0101_0101,
-        0x0101_0101_0101_0101,
-        0,
-        0,
-        0,
-        0,
-    );
-    let low = _mm512_or_si512(low, next);
-    let high = _mm512_or_si512(
-        _mm512_or_si512(_mm512_slli_epi16::<2>(lanes), second_half),
-        _mm512_set1_epi8(2),
-    );
-
-    for (at, values) in values.chunks_exact(LANES).enumerate() {
-        let mut digits = [_mm512_setzero_si512(); 4];
-        for (digits, values) in digits.iter_mut().zip(values.chunks_exact(16)) {
-            // SAFETY: 16 values.
-            let x = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-            let v = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
-            sum = _mm512_add_epi32(sum, v);
-            *digits = _mm512_xor_si512(_mm512_add_epi32(v, bias), bias);
-        }
-        let a = _mm512_permutex2var_epi8(digits[0], low, digits[1]);
-        let b = _mm512_permutex2var_epi8(digits[2], low, digits[3]);
-        let zero = _mm512_shuffle_i64x2::<0b01_00_01_00>(a, b);
-        let one = _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b);
-        let c = _mm512_permutex2var_epi8(digits[0], high, digits[1]);
-        let d = _mm512_permutex2var_epi8(digits[2], high, digits[3]);
-        let two = _mm512_shuffle_i64x2::<0b01_00_01_00>(c, d);
-        for (limb, bytes) in [zero, one, two].into_iter().take(limbs.n()).enumerate() {
-            let mut values = [0i8; LANES];
-            // SAFETY: 64 bytes.
-            unsafe { _mm512_storeu_si512(values.as_mut_ptr().cast(), bytes) };
-            let first = at * (LANES / to.step);
-            let steps = values.chunks_exact(to.step).take(to.n_steps - first);
-            for (k, values) in steps.enumerate() {
-                let step = to.first_step + first + k;
-                let at = ((step * limbs.n() + limb) * to.height + to.row) * to.step;
-                to.bytes[at..][..to.step].copy_from_slice(values);
-            }
-        }
-    }
-    (scale, scale * _mm512_reduce_add_epi32(sum) as f32)
+    _mm512_reduce_add_ps(sum)
 }

@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::panel::{PART, PARTS};
+use super::panel::{Codes, PART, PARTS};
 use super::{Finish, Limbs, Panel, Rows, STRIP};
+use crate::TILE;
 
 /// See [`super::multiply`]. The panel has codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -44,6 +45,81 @@ fn multiply_limbs<const L: usize>(
             row += taken;
         }
     }
+}
+
+/// Multiplies one row with the codes of a tile as they come from memory, without a panel.
+///
+/// # Panics
+/// Unless [`super::streams`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
+pub(super) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl Finish) {
+    match (rows.limbs, bits) {
+        (Limbs::Three, 2) => stream_codes::<3, 2>(rows, words, finish),
+        (Limbs::Three, 3) => stream_codes::<3, 3>(rows, words, finish),
+        (Limbs::Three, 4) => stream_codes::<3, 4>(rows, words, finish),
+        (Limbs::Three, _) => stream_codes::<3, 8>(rows, words, finish),
+        (Limbs::Two, 2) => stream_codes::<2, 2>(rows, words, finish),
+        (Limbs::Two, 3) => stream_codes::<2, 3>(rows, words, finish),
+        (Limbs::Two, 4) => stream_codes::<2, 4>(rows, words, finish),
+        (Limbs::Two, _) => stream_codes::<2, 8>(rows, words, finish),
+    }
+}
+
+/// `L` limbs of one row with codes of `BITS` bits.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
+fn stream_codes<const L: usize, const BITS: usize>(
+    rows: &Rows,
+    words: &[u32],
+    finish: &mut impl Finish,
+) {
+    let codes = Codes::<BITS>::new();
+    let step = rows.blocks.step();
+    // Codes that begin and end with a word, and their words.
+    let (run, run_words) = (Codes::<BITS>::RUN, Codes::<BITS>::WORDS);
+    assert!(super::streams(rows, BITS, words.len() / TILE));
+    let n_runs = words.len() / (TILE * run_words);
+    for block in 0..rows.blocks.n() {
+        let mut sums = [[_mm512_setzero_si512(); PARTS]; L];
+        for s in rows.blocks.steps(block) {
+            let x = &rows.bytes[rows.at(0, s)..][..L * step];
+            let first = s * step / run;
+            for at in first..n_runs.min(first + step / run) {
+                let words = &words[at * run_words * TILE..][..run_words * TILE];
+                for quad in 0..run / 4 {
+                    let mut limbs = [_mm512_setzero_si512(); L];
+                    for (l, limb) in limbs.iter_mut().enumerate() {
+                        // SAFETY: a step of the row is `[L, step]`.
+                        let x = unsafe {
+                            let at = l * step + (at - first) * run + quad * 4;
+                            x.as_ptr().add(at).cast::<i32>().read_unaligned()
+                        };
+                        *limb = _mm512_set1_epi32(x);
+                    }
+                    for part in 0..PARTS {
+                        // SAFETY: the words of a run are whole rows of a tile.
+                        let codes = unsafe { codes.quad(words.as_ptr().add(part * PART), quad) };
+                        for (limb, sums) in limbs.iter().zip(&mut sums) {
+                            sums[part] = _mm512_dpbusd_epi32(sums[part], codes, *limb);
+                        }
+                    }
+                }
+                for line in words.chunks_exact(PART) {
+                    const AHEAD: usize = 32 * TILE;
+                    _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD).cast());
+                }
+            }
+        }
+        let scale = rows.scales[block * STRIP];
+        for part in 0..PARTS {
+            let mut limbs = [_mm512_setzero_si512(); L];
+            for (limb, sums) in limbs.iter_mut().zip(&sums) {
+                *limb = sums[part];
+            }
+            // SAFETY: these instructions are there.
+            unsafe { finish.take(0, block, part, join(limbs, scale)) };
+        }
+    }
+    finish.rows_done(0..1);
 }
 
 /// What is multiplied at a time.

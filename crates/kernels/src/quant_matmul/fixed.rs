@@ -9,12 +9,10 @@ use super::Precision;
 use super::flex::Host;
 use super::simd;
 use crate::dense::Shared;
-use crate::fixed::{self, BLOCK, Blocks, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
+use crate::fixed::{self, BLOCK, Blocks, FEW, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
 use crate::memory::zeroed;
 use crate::{Levels, TILE};
 
-/// Rows from which panels are worth their making.
-const MANY: usize = 12;
 /// Inputs for which the rows of `dy` are split once.
 const UNIT: usize = 256;
 
@@ -42,25 +40,30 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     if let Some(blocks) = codes(w) {
         let rows = Rows::split(source, n_rows, blocks, limbs);
         let groups = groups(&blocks, w);
-        each_tile(
-            (unit, &rows),
-            w.layout.n_tiles(),
-            |panel, tile, inputs| panel.codes(&w.layout, w.tile(tile), inputs, &blocks),
-            |tile| {
-                let columns = Columns::new(tile * TILE, d_out);
-                Forward {
-                    grid: Grid {
-                        w,
-                        rows: &rows,
-                        columns,
-                        groups: &groups,
-                    },
-                    // SAFETY: `y` is `[rows, d_out]`, and a tile is one task's.
-                    sums: unsafe { Sums::new(columns, &out) },
-                }
-            },
-        );
-    } else if unit == Unit::Amx && limbs == Limbs::Two && n_rows >= MANY {
+        let finish = |tile| {
+            let columns = Columns::new(tile * TILE, d_out);
+            let grid = Grid {
+                w,
+                rows: &rows,
+                columns,
+                groups: &groups,
+            };
+            // SAFETY: `y` is `[rows, d_out]`, and a tile is one task's.
+            let sums = unsafe { Sums::new(columns, &out) };
+            Forward { grid, sums }
+        };
+        let (bits, n_tiles) = (w.layout.bits(), w.layout.n_tiles());
+        if fixed::streams(&rows, bits, w.layout.word_rows()) {
+            (0..n_tiles)
+                .into_par_iter()
+                .for_each(|tile| fixed::stream(&rows, bits, w.tile(tile), &mut finish(tile)));
+        } else {
+            let fill = |panel: &mut Panel, tile, inputs| {
+                panel.codes(&w.layout, w.tile(tile), inputs, &blocks)
+            };
+            each_tile((unit, &rows), n_tiles, fill, finish);
+        }
+    } else if unit == Unit::Amx && limbs == Limbs::Two && n_rows > FEW {
         let rows = Rows::split(source, n_rows, Blocks::of(d_in), limbs);
         each_tile(
             (unit, &rows),
@@ -83,7 +86,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
 ///
 /// For each group, `dy` is multiplied by the group's scales and then split; the codes stay exact.
 pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
-    let unit = Unit::get().filter(|unit| *unit == Unit::Amx && n_rows >= MANY)?;
+    let unit = Unit::get().filter(|unit| *unit == Unit::Amx && n_rows > FEW)?;
     let (d_in, d_out, size) = (w.layout.d_in(), w.layout.d_out(), w.layout.group_size());
     if codes(w).is_none() || size.min(d_in) < TILE {
         return None;
@@ -98,9 +101,13 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
             .map(move |first| first..end.min(first + UNIT))
     });
     let units: Vec<Range<usize>> = units.collect();
+    let room = || {
+        let rows = Rows::room(n_rows, Blocks::of(d_out.min(BLOCK)), limbs);
+        (Panel::default(), rows)
+    };
     units
         .into_par_iter()
-        .for_each_init(Panel::default, |panel, inputs| {
+        .for_each_init(room, |(panel, rows), inputs| {
             let grid = |values: &[f32]| values[inputs.start / size * d_out..][..d_out].to_vec();
             let scales = grid(w.scales);
             let mut zeros = w.zeros.map_or_else(|| vec![0.0; d_out], grid);
@@ -115,7 +122,7 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
                     stride: d_out,
                     columns: Some([&scales[outputs.clone()], &zeros[outputs.clone()]]),
                 };
-                let rows = Rows::split(source, n_rows, Blocks::of(outputs.len()), limbs);
+                rows.refill(source, Blocks::of(outputs.len()));
                 for tile in (0..width).step_by(TILE) {
                     let columns = Columns::new(tile, width);
                     let inputs = inputs.start + tile..inputs.end.min(inputs.start + tile + TILE);
@@ -124,8 +131,8 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
                     });
                     // SAFETY: `part` is `[rows, width]`, and this task's own.
                     let sums = unsafe { Sums::new(columns, &sums) };
-                    let mut finish = Uncentered { rows: &rows, sums };
-                    fixed::multiply(unit, &rows, 0..1, panel, &mut finish);
+                    let mut finish = Uncentered { rows, sums };
+                    fixed::multiply(unit, rows, 0..1, panel, &mut finish);
                 }
             }
             for (row, part) in part.chunks_exact(width).enumerate() {
