@@ -1,6 +1,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use quant_core::{Distortion, Format, Gram, Note, QuantTensor, Quantized, Quantizer};
+use quant_core::{Distortion, Format, Gram, Note, Precision, QuantTensor, Quantized, Quantizer};
 
 use crate::{Adapter, Error, Result};
 
@@ -99,6 +99,12 @@ impl Linear {
         match &self.bias {
             Some(bias) => y + bias.val().unsqueeze(),
             None => y,
+        }
+    }
+
+    pub(crate) fn set_precision(&mut self, precision: Precision) {
+        if let Weight::Quant(weight) = &mut self.weight {
+            *weight = weight.clone().with_precision(precision);
         }
     }
 

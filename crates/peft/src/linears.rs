@@ -1,4 +1,5 @@
 use burn::module::Module;
+use quant_core::Precision;
 
 use crate::Linear;
 
@@ -12,4 +13,14 @@ pub trait Linears: Module {
 
     /// The projections with their paths, to be changed.
     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)>;
+
+    /// How accurate the products with packed weights are from now on, in training and out of it.
+    ///
+    /// Compare a model with what was made from it at one precision: that of a model from a file is
+    /// [`Precision::Full`].
+    fn set_precision(&mut self, precision: Precision) {
+        for (_, linear) in self.linears_mut() {
+            linear.set_precision(precision);
+        }
+    }
 }

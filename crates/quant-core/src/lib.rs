@@ -62,7 +62,7 @@ pub use error::{Error, Result};
 pub use format::{DoubleQuant, Format, Grid, ScaleLevels};
 pub use gram::Gram;
 pub use grid::Range;
-pub use kernels::Layout;
+pub use kernels::{Layout, Precision};
 pub use normal_float::NormalFloat;
 pub use optq::{Optq, Order};
 pub use quant_tensor::{Parts, QuantTensor, Scales};

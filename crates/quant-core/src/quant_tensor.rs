@@ -1,6 +1,6 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use kernels::Layout;
+use kernels::{Layout, Precision};
 
 use crate::double_quant::{DoubleScales, scale_levels};
 use crate::{Distortion, DoubleQuant, Error, Format, Grid, Result};
@@ -19,6 +19,8 @@ pub struct QuantTensor {
     format: Format,
     #[module(skip)]
     layout: Layout,
+    #[module(skip)]
+    precision: Precision,
 }
 
 #[derive(Module, Debug)]
@@ -153,6 +155,7 @@ impl QuantTensor {
             order: order.transpose()?,
             format,
             layout,
+            precision: Precision::default(),
         })
     }
 
@@ -248,6 +251,17 @@ impl QuantTensor {
         Ok(self)
     }
 
+    /// How accurate its products are, forward and backward. Not part of the weight: no file has it.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// With products of this precision.
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
     /// `x · w`, differentiable in `x`.
     ///
     /// # Shapes
@@ -275,7 +289,7 @@ impl QuantTensor {
             scales,
             self.zeros(),
             self.layout,
-            kernels::Precision::Full,
+            self.precision,
         )
     }
 
