@@ -16,7 +16,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use examples::memory;
 use models::Llama;
-use peft::{Batch, FitConfig, Method, Peqa};
+use peft::{Batch, FitConfig, Lora, Method, Peqa};
 use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 
 #[derive(Parser)]
@@ -59,11 +59,14 @@ fn modes() -> Vec<Mode> {
         }
     }
     let peqa = || -> Option<Box<dyn Method>> { Some(Box::new(Peqa::new())) };
+    let lora = || -> Option<Box<dyn Method>> { Some(Box::new(Lora::new(16).with_alpha(32.0))) };
     let g128 = Rtn::new().with_bits(4).with_group_size(128);
     let nf4 = NormalFloat::new().with_double_quant(DoubleQuant::dynamic());
     vec![
         mode("peqa-channel", Rtn::new().with_bits(4), peqa()),
         mode("peqa-g128", g128, peqa()),
+        mode("lora-g128", g128, lora()),
+        mode("qlora-nf4", nf4, lora()),
         mode("dx-g128", g128, None),
         mode("dx-nf4", nf4, None),
     ]

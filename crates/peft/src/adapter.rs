@@ -1,14 +1,16 @@
 //! What can be attached to a layer.
 
-use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use quant_core::QuantTensor;
 
 use crate::files::{LazyTensor, TensorFile};
 use crate::{Error, Exactness, Result, Targets, Weight};
 
+mod lora;
 mod peqa;
 
+pub use lora::{Lora, LoraAdapter};
 pub use peqa::{Peqa, PeqaAdapter};
 
 /// A way to adapt a model: which layers, and what each is given.
@@ -26,6 +28,8 @@ pub trait Method {
 /// The trainable part of an adapted layer.
 #[derive(Module, Debug)]
 pub enum Adapter {
+    /// A matrix of low rank beside the weight.
+    Lora(LoraAdapter),
     /// The scales of the layer's grid.
     Peqa(PeqaAdapter),
 }
@@ -34,6 +38,7 @@ impl Adapter {
     /// The name of the method in files and reports.
     pub fn method(&self) -> &'static str {
         match self {
+            Adapter::Lora(_) => LoraAdapter::NAME,
             Adapter::Peqa(_) => PeqaAdapter::NAME,
         }
     }
@@ -41,6 +46,7 @@ impl Adapter {
     /// `x` through the weight with this adapter.
     pub(crate) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
         match self {
+            Adapter::Lora(adapter) => adapter.forward(weight, x),
             Adapter::Peqa(adapter) => adapter.forward(weight, x),
         }
     }
@@ -48,6 +54,7 @@ impl Adapter {
     /// Whether this adapter fits the weight of the layer at `path`.
     pub(crate) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
         match self {
+            Adapter::Lora(adapter) => adapter.check(path, weight),
             Adapter::Peqa(adapter) => adapter.check(path, weight),
         }
     }
@@ -55,6 +62,7 @@ impl Adapter {
     /// The weight with this adapter folded in, and how exact that is.
     pub(crate) fn merge(&self, path: &str, weight: &Weight) -> Result<(Weight, Exactness)> {
         match self {
+            Adapter::Lora(adapter) => adapter.merge(path, weight),
             Adapter::Peqa(adapter) => adapter.merge(path, weight),
         }
     }
@@ -62,6 +70,7 @@ impl Adapter {
     /// The tensors of this adapter, with their names after the layer's path.
     pub(crate) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
         match self {
+            Adapter::Lora(adapter) => adapter.tensors(),
             Adapter::Peqa(adapter) => adapter.tensors(),
         }
     }
@@ -74,10 +83,11 @@ impl Adapter {
         device: &Device,
     ) -> Result<Self> {
         match method {
+            LoraAdapter::NAME => Ok(Self::Lora(LoraAdapter::read(path, file, device)?)),
             PeqaAdapter::NAME => Ok(Self::Peqa(PeqaAdapter::read(path, file, device)?)),
             _ => Err(Error::File {
                 path: file.path().into(),
-                problem: format!("unknown adapter method `{method}`; known: peqa"),
+                problem: format!("unknown adapter method `{method}`; known: lora, peqa"),
             }),
         }
     }
@@ -92,4 +102,33 @@ fn quantized<'a>(method: &'static str, path: &str, weight: &'a Weight) -> Result
             path: path.into(),
         }),
     }
+}
+
+/// Checks that a tensor of the adapter of the layer at `path` has this shape.
+fn check_shape(path: &str, expected: [usize; 2], found: [usize; 2]) -> Result<()> {
+    if expected == found {
+        Ok(())
+    } else {
+        Err(Error::Shape {
+            path: path.into(),
+            expected: expected.into(),
+            found: found.into(),
+        })
+    }
+}
+
+/// A trained parameter as a file holds it.
+fn stored(param: &Param<Tensor<2>>) -> LazyTensor<'_> {
+    let values = || {
+        let values = param.val().into_data().convert::<f32>();
+        values.try_into_vec().expect("converted to f32")
+    };
+    LazyTensor::floats(param.val().dims(), values)
+}
+
+/// The trained parameter of this name in a file.
+fn read_param(name: &str, file: &mut TensorFile, device: &Device) -> Result<Param<Tensor<2>>> {
+    let (values, dims) = file.floats::<2>(name)?;
+    let values = Tensor::from_data(TensorData::new(values, dims), (device, DType::F32));
+    Ok(Param::from_tensor(values))
 }

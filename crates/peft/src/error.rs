@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use burn::tensor::DType;
+
 use crate::Fingerprint;
 
 /// What can be wrong with an adapter, a layer, a file or a training run.
@@ -43,6 +45,36 @@ pub enum Error {
         "{method} needs a quantized weight, but layer `{path}` is dense; quantize the model first"
     )]
     NeedsQuantized {
+        /// The method.
+        method: &'static str,
+        /// The layer.
+        path: String,
+    },
+    /// A rank that a layer's weight cannot have.
+    #[error(
+        "a rank of {rank} is more than the smaller side of layer `{path}`, {dims:?}; lower it, or leave the layer out of the targets"
+    )]
+    Rank {
+        /// The layer.
+        path: String,
+        /// The rank.
+        rank: usize,
+        /// `[d_in, d_out]`.
+        dims: [usize; 2],
+    },
+    /// A dense weight of another dtype than that of its adapter.
+    #[error("layer `{path}` is {found:?}, its adapter would be F32; convert the weight to F32")]
+    NotF32 {
+        /// The layer.
+        path: String,
+        /// The dtype of its weight.
+        found: DType,
+    },
+    /// An adapter whose sum with a packed weight is not on the grid.
+    #[error(
+        "layer `{path}` is packed: with {method} in it the weight has no codes, and would have to be rounded anew; keep the adapters beside the base (`Adapters::save`), or tune with PEQA, which merges exactly"
+    )]
+    MergeIntoPacked {
         /// The method.
         method: &'static str,
         /// The layer.

@@ -8,7 +8,7 @@
 //! | [`attach`] | gives each targeted layer a fresh adapter of a [`Method`], which changes no output |
 //! | [`fit`] | trains what is not frozen, that is the adapters |
 //! | [`activate`] | puts a task's [`Adapters`] in, and gives back those that were there |
-//! | [`merge`] | folds the adapters into the weights, which stay packed, and returns a [`Certificate`] |
+//! | [`merge`] | folds the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
 //!
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
@@ -63,7 +63,7 @@ mod linears;
 mod merge;
 mod targets;
 
-pub use adapter::{Adapter, Method, Peqa, PeqaAdapter};
+pub use adapter::{Adapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter};
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach};
 pub use causal_lm::{Batch, CausalLm, token_nll};

@@ -1,5 +1,5 @@
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use quant_core::{Distortion, Format, Gram, Note, Precision, QuantTensor, Quantized, Quantizer};
 
 use crate::{Adapter, Error, Result};
@@ -50,19 +50,29 @@ impl Weight {
         }
     }
 
-    fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+    pub(crate) fn device(&self) -> Device {
         match self {
-            Weight::Dense(weight) => {
-                let mut dims = x.dims();
-                let d_in = dims[D - 1];
-                let rows = dims[..D - 1].iter().product::<usize>();
-                let y = x.reshape([rows, d_in]).matmul(weight.val());
-                dims[D - 1] = y.dims()[1];
-                y.reshape(dims)
-            }
+            Weight::Dense(weight) => weight.val().device(),
+            Weight::Quant(weight) => weight.scales().device(),
+        }
+    }
+
+    pub(crate) fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Weight::Dense(weight) => dense_matmul(x, weight.val()),
             Weight::Quant(weight) => weight.matmul(x),
         }
     }
+}
+
+/// `x · weight` with `x [.., d_in]` and `weight [d_in, d_out]`.
+pub(crate) fn dense_matmul<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
+    let mut dims = x.dims();
+    let d_in = dims[D - 1];
+    let rows = dims[..D - 1].iter().product::<usize>();
+    let y = x.reshape([rows, d_in]).matmul(weight);
+    dims[D - 1] = y.dims()[1];
+    y.reshape(dims)
 }
 
 /// The layer every model is built from: `y = x · W + b`, with at most one adapter.

@@ -14,6 +14,30 @@ pub enum Exactness {
     /// The merged weight is computed from the same numbers by the same operations: every output
     /// is bit-equal.
     Exact,
+    /// Each output, before the bias, differs by at most [`Exactness::bound`] times the sum of the
+    /// magnitudes of its terms, for LoRA `Σᵢ |xᵢ| (|W| + σ |A| |B|)ᵢⱼ`, where nothing underflows.
+    Bounded {
+        /// How often a term is rounded, in `f32`, in the adapted and the merged layer together.
+        roundings: usize,
+    },
+}
+
+impl Exactness {
+    /// The relative difference that the roundings can make, `n u / (1 - n u)` with `u = 2⁻²⁴`
+    /// (Higham 2002, Accuracy and Stability of Numerical Algorithms, §3.1); 0 if exact.
+    pub fn bound(self) -> f64 {
+        match self {
+            Exactness::Exact => 0.0,
+            Exactness::Bounded { roundings } => {
+                let n_u = roundings as f64 * 2f64.powi(-24);
+                if n_u < 1.0 {
+                    n_u / (1.0 - n_u)
+                } else {
+                    f64::INFINITY
+                }
+            }
+        }
+    }
 }
 
 /// One merged layer.
@@ -74,9 +98,10 @@ impl fmt::Display for Certificate {
             .count();
         let n = self.layers.len();
         let methods = methods.join(", ");
+        let kind = if self.is_exact() { "exact" } else { "bounded" };
         writeln!(
             f,
-            "exact merge of {n} layers ({methods}); {kept} of them stay packed"
+            "{kind} merge of {n} layers ({methods}); {kept} of them stay packed"
         )?;
         write!(f, "merged model: {}", self.merged)
     }
@@ -84,10 +109,11 @@ impl fmt::Display for Certificate {
 
 /// Folds every adapter into its weight.
 ///
-/// Packed weights stay packed with the same codes; nothing is rounded.
+/// Packed weights stay packed with the same codes: an adapter that would need others is refused.
 ///
 /// # Errors
-/// [`Error::NoAdapters`] if there is nothing to merge, or the reason why a layer cannot be merged.
+/// [`Error::NoAdapters`] if there is nothing to merge, [`Error::MergeIntoPacked`], or another reason
+/// why a layer cannot be merged.
 /// Then the model is as it was.
 pub fn merge<M: Linears>(model: &mut M) -> Result<Certificate> {
     let mut layers = Vec::new();

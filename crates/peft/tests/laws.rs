@@ -3,12 +3,13 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
+use peft::files::LazyTensor;
 use peft::{
-    Adapters, Batch, CausalLm, Error, Fingerprint, FitConfig, Linear, Linears, Peqa, Schedule,
-    Weight, fit, token_nll,
+    Adapter, Adapters, Batch, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear, Linears,
+    Lora, Method, Peqa, Schedule, Targets, Weight, fit, token_nll,
 };
 use proptest::prelude::*;
-use quant_core::Rtn;
+use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 
 const VOCAB: usize = 11;
 const HIDDEN: usize = 16;
@@ -104,10 +105,10 @@ fn dense(seed: u64) -> Bigram {
     }
 }
 
-fn quantized(seed: u64, rtn: &Rtn) -> Bigram {
+fn quantized(seed: u64, quantizer: &dyn Quantizer) -> Bigram {
     let mut model = dense(seed);
     for (path, linear) in model.linears_mut() {
-        linear.quantize(&path, rtn, None).unwrap();
+        linear.quantize(&path, quantizer, None).unwrap();
     }
     model
 }
@@ -161,6 +162,95 @@ fn formats() -> impl Strategy<Value = Rtn> {
             .with_group_size(group_size)
             .with_symmetric(symmetric)
     })
+}
+
+/// An adapter and a base that it can be attached to.
+#[derive(Clone, Debug)]
+enum Case {
+    Peqa(Rtn),
+    Lora(Lora, Base),
+}
+
+#[derive(Clone, Debug)]
+enum Base {
+    Dense,
+    Rtn(Rtn),
+    NormalFloat(NormalFloat),
+}
+
+impl Case {
+    fn base(&self, seed: u64) -> Bigram {
+        match self {
+            Case::Peqa(rtn) | Case::Lora(_, Base::Rtn(rtn)) => quantized(seed, rtn),
+            Case::Lora(_, Base::NormalFloat(nf)) => quantized(seed, nf),
+            Case::Lora(_, Base::Dense) => dense(seed),
+        }
+    }
+
+    fn method(&self, targets: impl Into<Targets>) -> Box<dyn Method> {
+        match self {
+            Case::Peqa(_) => Box::new(Peqa::new().with_targets(targets)),
+            Case::Lora(lora, _) => Box::new(lora.clone().with_targets(targets)),
+        }
+    }
+
+    fn attach(&self, model: &mut Bigram) {
+        peft::attach(model, &*self.method(Targets::All)).unwrap();
+    }
+
+    /// Parameters of each layer's adapter.
+    fn n_parameters(&self) -> usize {
+        match self {
+            Case::Peqa(_) => 1,
+            Case::Lora(..) => 2,
+        }
+    }
+}
+
+fn loras() -> impl Strategy<Value = Lora> {
+    let alpha = prop::sample::select(vec![0.7, 4.0, 16.0]);
+    (1..=HIDDEN, alpha, any::<u64>())
+        .prop_map(|(rank, alpha, seed)| Lora::new(rank).with_alpha(alpha).with_seed(seed))
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let nf = NormalFloat::new().with_block_size(4);
+    let nf = nf.with_double_quant(DoubleQuant::dynamic());
+    let base = prop_oneof![
+        Just(Base::Dense),
+        Just(Base::NormalFloat(nf)),
+        formats().prop_map(Base::Rtn),
+    ];
+    prop_oneof![
+        formats().prop_map(Case::Peqa),
+        (loras(), base).prop_map(|(lora, base)| Case::Lora(lora, base)),
+    ]
+}
+
+/// What a row of outputs can differ by, for each of `n` of them: the sums of the magnitudes of their
+/// terms.
+fn magnitudes(linear: &Linear, x: &[f32]) -> Vec<f64> {
+    let (Weight::Dense(weight), Some(Adapter::Lora(lora))) = (linear.weight(), linear.adapter())
+    else {
+        panic!("not LoRA on a dense weight");
+    };
+    let values = |tensor: Tensor<2>| tensor.into_data().try_into_vec::<f32>().unwrap();
+    let [w, a, b] = [weight.val(), lora.a(), lora.b()].map(values);
+    let abs = |value: f32| f64::from(value).abs();
+    let (rank, d_out) = (lora.rank(), linear.weight().dims()[1]);
+    let product = |i: usize, j: usize| -> f64 {
+        (0..rank)
+            .map(|k| abs(a[i * rank + k]) * abs(b[k * d_out + j]))
+            .sum()
+    };
+    let element = |i, j| abs(w[i * d_out + j]) + abs(lora.scale()) * product(i, j);
+    (0..d_out)
+        .map(|j| {
+            (x.iter().enumerate())
+                .map(|(i, &x)| abs(x) * element(i, j))
+                .sum()
+        })
+        .collect()
 }
 
 /// The paths of the parameters that have a gradient, and of those that have none.
@@ -226,32 +316,87 @@ proptest! {
         prop_assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
     }
 
+    /// Attaching changes no output; merging into a dense weight none by more than the certificate
+    /// says, and merging into a packed one is refused.
     #[test]
-    fn only_adapters_have_gradients(rtn in formats(), seed in 0..1000u64) {
+    fn lora_merges_within_its_certificate((lora, seed) in (loras(), 0..1000u64)) {
+        let mut model = dense(seed);
+        let (base, before) = (Fingerprint::of(&model), logits(&model));
+        let attached = peft::attach(&mut model, &lora).unwrap();
+        prop_assert_eq!(attached.paths, ["mlp.up", "mlp.down"]);
+        prop_assert_eq!(logits(&model), before.clone());
+        tune(&mut model, seed);
+        let adapted = model.clone();
+        prop_assert_ne!(logits(&adapted), before);
+        prop_assert_eq!(Fingerprint::of(&model), base.clone());
+
+        let certificate = peft::merge(&mut model).unwrap();
+        prop_assert!(!certificate.is_exact());
+        prop_assert!(certificate.to_string().starts_with("bounded merge of 2 layers (lora); 0 of them"));
+        certificate.verify(&model).unwrap();
+        prop_assert_ne!(Fingerprint::of(&model), base);
+        for (at, layer) in certificate.layers.iter().enumerate() {
+            let (before, after) = (adapted.linears()[at].1, model.linears()[at].1);
+            prop_assert!(after.adapter().is_none());
+            prop_assert_eq!(layer.format, None);
+            prop_assert_ne!(layer.exactness, Exactness::Exact);
+            let x = numbers(seed + 7, before.weight().dims()[0]);
+            let y = |linear: &Linear| {
+                let x = Tensor::<1>::from_floats(x.as_slice(), &Device::flex()).unsqueeze::<2>();
+                linear.forward(x).into_data().try_into_vec::<f32>().unwrap()
+            };
+            for ((before, after), terms) in y(before).into_iter().zip(y(after)).zip(magnitudes(before, &x)) {
+                let (before, after) = (f64::from(before), f64::from(after));
+                // The bias is added with a rounding each.
+                let bias = (before.abs() + after.abs()) * 2f64.powi(-24);
+                let bound = layer.exactness.bound() * terms + bias;
+                prop_assert!((before - after).abs() <= bound, "{} {} {}", before, after, bound);
+            }
+        }
+    }
+
+    #[test]
+    fn lora_stays_beside_a_packed_weight(lora in loras(), rtn in formats(), seed in 0..1000u64) {
         let mut model = quantized(seed, &rtn);
-        peft::attach(&mut model, &Peqa::new()).unwrap();
+        let before = logits(&model);
+        peft::attach(&mut model, &lora).unwrap();
+        prop_assert_eq!(logits(&model), before);
+        tune(&mut model, seed);
+        let tuned = logits(&model);
+        let error = peft::merge(&mut model).unwrap_err();
+        let named = matches!(&error, Error::MergeIntoPacked { path, .. } if path == "mlp.up");
+        prop_assert!(named, "{}", error);
+        prop_assert_eq!(logits(&model), tuned);
+    }
+
+    #[test]
+    fn only_adapters_have_gradients(case in cases(), seed in 0..1000u64) {
+        let mut model = case.base(seed);
+        case.attach(&mut model);
+        // A fresh `B` of LoRA gives `A` a gradient of zero.
+        tune(&mut model, seed);
         let model = model.train();
         let loss = token_nll(&model, &batch(seed, [2, 9])).sum();
         let gradients = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
         let mut visitor = Gradients { gradients: &gradients, path: vec![], with: vec![], without: vec![] };
         model.visit(&mut visitor);
-        prop_assert_eq!(visitor.with.len(), 2);
+        prop_assert_eq!(visitor.with.len(), 2 * case.n_parameters());
         prop_assert!(visitor.with.iter().all(|path| path.contains("adapter")));
         prop_assert!(visitor.without.iter().all(|path| !path.contains("adapter")));
     }
 
     /// Blocks that are run again give the same losses, gradients and parameters, whatever trains.
     #[test]
-    fn checkpointing_changes_no_bit(rtn in formats(), seed in 0..1000u64, trained in 0..4usize) {
-        let mut model = quantized(seed, &rtn);
+    fn checkpointing_changes_no_bit(case in cases(), seed in 0..1000u64, trained in 0..4usize) {
+        let mut model = case.base(seed);
         match trained {
-            0 => drop(peft::attach(&mut model, &Peqa::new()).unwrap()),
-            1 => drop(peft::attach(&mut model, &Peqa::new().with_targets(["down"])).unwrap()),
+            0 => case.attach(&mut model),
+            1 => drop(peft::attach(&mut model, &*case.method(["down"])).unwrap()),
             // Below, and above as the head.
             _ => model.embedding = model.embedding.set_require_grad(true),
         }
         if trained == 3 {
-            peft::attach(&mut model, &Peqa::new().with_targets(["up"])).unwrap();
+            peft::attach(&mut model, &*case.method(["up"])).unwrap();
         }
         let batches: Vec<Batch> = (0..3).map(|at| batch(seed + at, [2, 9])).collect();
         let run = |checkpoint_blocks| {
@@ -269,13 +414,13 @@ proptest! {
 
     /// A directory gives the adapters back, and switching tasks there and back changes no bit.
     #[test]
-    fn adapters_are_saved_and_switched_bit_for_bit(rtn in formats(), seed in 0..1000u64) {
+    fn adapters_are_saved_and_switched_bit_for_bit(case in cases(), seed in 0..1000u64) {
         let dir = tempfile::tempdir().unwrap();
-        let base = quantized(seed, &rtn);
+        let base = case.base(seed);
         let mut tasks = Vec::new();
         for task in 0..2 {
             let mut model = base.clone();
-            peft::attach(&mut model, &Peqa::new()).unwrap();
+            case.attach(&mut model);
             tune(&mut model, seed + 10 * task);
             let path = dir.path().join(format!("task-{task}"));
             Adapters::of(&model).unwrap().save(&path).unwrap();
@@ -524,9 +669,9 @@ fn damaged_adapter_directories_are_refused() {
         "{error}"
     );
     assert!(
-        config("method", "peqa", "lora")
+        config("method", "peqa", "ia3")
             .to_string()
-            .contains("unknown adapter method `lora`")
+            .contains("unknown adapter method `ia3`")
     );
     assert!(
         config("version", "\"format_version\": 1", "\"format_version\": 2")
@@ -534,6 +679,68 @@ fn damaged_adapter_directories_are_refused() {
             .contains("is 2")
     );
     assert!(matches!(config("json", "{", "["), Error::File { .. }));
+}
+
+/// Files of LoRA whose tensors do not belong together.
+#[test]
+fn damaged_lora_files_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let lora = |rank| {
+        let mut model = dense(1);
+        peft::attach(&mut model, &Lora::new(rank)).unwrap();
+        Adapters::of(&model).unwrap()
+    };
+    let path = dir.path().join("lora");
+    lora(2).save(&path).unwrap();
+    let file = path.join("adapter_model.safetensors");
+    let write = |[a, b]: [[usize; 2]; 2], alpha: Vec<f32>| {
+        let mut tensors = Vec::new();
+        for (name, dims) in [("a", a), ("b", b), ("alpha", [alpha.len(), 1])] {
+            let alpha = alpha.clone();
+            let values = move || match name {
+                "alpha" => alpha.clone(),
+                _ => vec![0.5; dims[0] * dims[1]],
+            };
+            let tensor = match name {
+                "alpha" => LazyTensor::f32([dims[0]], values),
+                _ => LazyTensor::f32(dims, values),
+            };
+            tensors.push((format!("mlp.down.{name}"), tensor));
+        }
+        peft::files::write_tensors(&file, tensors).unwrap();
+        Adapters::load(&path, &Device::flex()).unwrap_err()
+    };
+    for (dims, alpha, bad) in [
+        ([[20, 2], [3, 16]], vec![1.0], "mlp.down.b"),
+        ([[20, 0], [0, 16]], vec![1.0], "mlp.down.b"),
+        ([[20, 2], [2, 16]], vec![], "mlp.down.alpha"),
+        ([[20, 2], [2, 16]], vec![1.0, 1.0], "mlp.down.alpha"),
+        ([[20, 2], [2, 16]], vec![-1.0], "mlp.down.alpha"),
+    ] {
+        let error = write(dims, alpha);
+        let named = matches!(&error, Error::Tensor { tensor, .. } if tensor == bad);
+        assert!(named, "{bad}: {error}");
+    }
+    // Adapters of other dimensions than the layer's, with the fingerprint of its base.
+    let fit = |dims: [usize; 2]| {
+        let mut model = dense(1);
+        let other = Linear::new(Weight::frozen(tensor(3, dims)), None);
+        let mut small = model.clone();
+        small.down = other;
+        peft::attach(&mut small, &Lora::new(2)).unwrap();
+        let dir = dir.path().join(format!("{dims:?}"));
+        Adapters::of(&small).unwrap().save(&dir).unwrap();
+        let config = "adapter_config.json";
+        std::fs::copy(path.join(config), dir.join(config)).unwrap();
+        let adapters = Adapters::load(&dir, &Device::flex()).unwrap();
+        peft::activate(&mut model, &adapters).map(|_| ())
+    };
+    for dims in [[WIDTH - 1, HIDDEN], [WIDTH, HIDDEN - 1]] {
+        let error = fit(dims).unwrap_err();
+        let named = matches!(&error, Error::Shape { path, .. } if path == "mlp.down");
+        assert!(named, "{error}");
+    }
+    assert!(fit([WIDTH, HIDDEN]).is_ok());
 }
 
 #[test]

@@ -5,10 +5,10 @@
 //! magnitude between layers and bit widths, and with factors one learning rate serves them all.
 
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use quant_core::QuantTensor;
 
-use super::{Adapter, Method, quantized};
+use super::{Adapter, Method, check_shape, quantized, read_param, stored};
 use crate::files::{LazyTensor, TensorFile};
 use crate::{Error, Exactness, Result, Targets, Weight};
 
@@ -86,16 +86,7 @@ impl PeqaAdapter {
 
     pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
         let expected = quantized(METHOD, path, weight)?.layout().grid_shape();
-        let found = self.factors().dims();
-        if expected == found {
-            Ok(())
-        } else {
-            Err(Error::Shape {
-                path: path.into(),
-                expected: expected.into(),
-                found: found.into(),
-            })
-        }
+        check_shape(path, expected, self.factors().dims())
     }
 
     pub(super) fn merge(&self, path: &str, weight: &Weight) -> Result<(Weight, Exactness)> {
@@ -111,19 +102,11 @@ impl PeqaAdapter {
     }
 
     pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
-        let factors = || {
-            let factors = self.factors().into_data().convert::<f32>();
-            factors.try_into_vec().expect("converted to f32")
-        };
-        let dims = self.factors().dims();
-        vec![("factors", LazyTensor::floats(dims, factors))]
+        vec![("factors", stored(&self.factors))]
     }
 
     pub(super) fn read(path: &str, file: &mut TensorFile, device: &Device) -> Result<Self> {
-        let (factors, dims) = file.floats::<2>(&format!("{path}.factors"))?;
-        let factors = Tensor::from_data(TensorData::new(factors, dims), (device, DType::F32));
-        Ok(Self {
-            factors: Param::from_tensor(factors),
-        })
+        let factors = read_param(&format!("{path}.factors"), file, device)?;
+        Ok(Self { factors })
     }
 }
