@@ -1,5 +1,6 @@
 //! Greedy decoding with a LLaMA of 109.5 million parameters, projections in 4 bits by groups of 128:
-//! 64 tokens after a prompt of 128, beside the machine's ceilings of the same run.
+//! 64 tokens after a prompt of 128, beside the machine's ceilings of the same run. First with the
+//! embedding for a head, in `f32`, then with a head packed as the projections are.
 //!
 //! `cargo bench --bench decode`
 
@@ -10,7 +11,8 @@ use std::time::Instant;
 use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
 use burn::tensor::Device;
 use examples::memory;
-use quant_core::Rtn;
+use models::Llama;
+use quant_core::{Quantizer, Rtn};
 
 const PROMPT: u32 = 128;
 const NEW: usize = 64;
@@ -22,7 +24,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rtn = Rtn::new().with_bits(4).with_group_size(128);
     models::quantize(&mut model, &rtn, &[], |_| {})?;
     let config = model.config();
-    let head = 4 * config.vocab_size * config.hidden_size;
+    let dims = [config.hidden_size, config.vocab_size];
+    decode("head in f32", &model, 4 * (dims[0] * dims[1]) as u64)?;
+    models::quantize_head(&mut model, &rtn)?;
+    decode("head in 4 bits", &model, rtn.format()?.n_bytes(dims)?)
+}
+
+/// Decodes with a head of `n_bytes`.
+fn decode(head: &str, model: &Llama, n_bytes: u64) -> Result<(), Box<dyn std::error::Error>> {
     let prompt: Vec<u32> = (0..PROMPT).map(|at| at * 241 % 32_000).collect();
     memory::reset_peak();
     // The first run warms up.
@@ -30,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for _ in 0..3 {
         let start = Instant::now();
         let mut first = None;
-        models::greedy(&model, &prompt, NEW, None, |_| {
+        models::greedy(model, &prompt, NEW, None, |_| {
             first.get_or_insert_with(|| (start.elapsed().as_secs_f64(), cpu_seconds()));
         })?;
         let (first, cpu_before) = first.expect("a token came");
@@ -40,23 +49,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             cpu = cpu.min(after - before);
         }
     }
+    let peak = memory::peak_bytes().map_or(String::new(), |peak| {
+        format!(
+            "; peak resident {:.0} MiB",
+            peak as f64 / f64::from(1 << 20)
+        )
+    });
     let per_token = decode / (NEW - 1) as f64;
-    let read = (packed_bytes(&model) + head) as f64;
+    let (projections, head_bytes) = (packed_bytes(model) as f64, n_bytes as f64);
     println!(
-        "prompt of {PROMPT}: {:.1} tokens/s, {prefill:.3} s",
-        f64::from(PROMPT) / prefill
-    );
-    println!(
-        "decoding {NEW}: {:.1} tokens/s, {:.2} ms each, {:.2} ms of CPU; weights read at {:.1} GB/s ({:.1} MB packed, {:.1} MB of the head)",
+        "{head}: prompt of {PROMPT} {:.1} tokens/s, {prefill:.3} s; decoding {NEW} {:.1} tokens/s, {:.2} ms each, {:.2} ms of CPU; weights read at {:.1} GB/s ({:.1} MB of projections, {:.1} MB of the head){peak}",
+        f64::from(PROMPT) / prefill,
         1.0 / per_token,
         1e3 * per_token,
         1e3 * cpu / (NEW - 1) as f64,
-        read / per_token / 1e9,
-        (read - head as f64) / 1e6,
-        head as f64 / 1e6
+        (projections + head_bytes) / per_token / 1e9,
+        projections / 1e6,
+        head_bytes / 1e6
     );
-    if let Some(peak) = memory::peak_bytes() {
-        println!("peak resident {:.0} MiB", peak as f64 / f64::from(1 << 20));
-    }
     Ok(())
 }

@@ -15,7 +15,7 @@ use peft::{Linear, Linears, Weight};
 use quant_core::{DoubleScales, QuantTensor, Scales};
 use serde_json::{Map, Value};
 
-use crate::llama::Source;
+use crate::llama::{HEAD, Source};
 use crate::{Error, Llama, LlamaConfig, Result, Tokenizer, Windows};
 
 mod bitsandbytes;
@@ -95,11 +95,13 @@ impl fmt::Display for CheckpointFormat {
 /// One way in which packed layers lie in files: read from a configuration, or made for a model
 /// whose layers it holds exactly.
 trait LayerFormat {
-    /// The name of the tensor that shows that the layer at `path` is packed, if there is one.
-    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String>;
+    /// The name of a tensor of a packed head, where the format has none.
+    fn stray_head(&self, _tensors: &Tensors) -> Option<String> {
+        None
+    }
 
     /// Checks the layers that the configuration lists against those of the model.
-    fn check_paths(&self, _linears: &[String], _config: &Path) -> Result<()> {
+    fn check_paths(&self, _layers: &[String], _config: &Path) -> Result<()> {
         Ok(())
     }
 
@@ -124,10 +126,11 @@ trait LayerFormat {
     }
 }
 
-/// The projections of a model to be written.
+/// The projections of a model to be written, and its head if that is packed.
 struct Projections<'a> {
     packed: Vec<(String, &'a QuantTensor)>,
     dense: Vec<String>,
+    head: Option<&'a QuantTensor>,
 }
 
 /// What a format has against layers, by their paths.
@@ -142,7 +145,22 @@ impl<'a> Projections<'a> {
                 Weight::Dense(_) => dense.push(path),
             }
         }
-        Self { packed, dense }
+        let head = match &model.lm_head {
+            Some(Weight::Quant(head)) => Some(head),
+            _ => None,
+        };
+        Self {
+            packed,
+            dense,
+            head,
+        }
+    }
+
+    /// What formats of other programs have against a packed head.
+    fn refuse_head(&self) -> Option<(String, String)> {
+        let head = self.head?.format();
+        let reason = format!("is {head}, and in such a checkpoint only projections are packed");
+        Some((HEAD.into(), reason))
     }
 }
 
@@ -266,9 +284,10 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     };
     let model = Llama::build(shape, &mut checkpoint)?;
     if let Some(format) = &checkpoint.format {
-        let linears = model.linears().into_iter();
-        let linears: Vec<String> = linears.map(|(path, _)| path).collect();
-        format.check_paths(&linears, &config_path)?;
+        let linears = model.linears().into_iter().map(|(path, _)| path);
+        let others = model.other_weights().into_iter().map(|(path, _)| path);
+        let layers: Vec<String> = linears.chain(others).collect();
+        format.check_paths(&layers, &config_path)?;
     }
     checkpoint.check_leftovers(&model)?;
     Ok(Pretrained {
@@ -326,9 +345,14 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
             });
         }
     };
-    let quantization = (!projections.packed.is_empty()).then(|| layers.config());
+    let is_packed = !projections.packed.is_empty() || projections.head.is_some();
+    let quantization = is_packed.then(|| layers.config());
     if let Some(quantization) = &quantization {
         config.insert("quantization_config".into(), quantization.clone());
+    }
+    if projections.head.is_some() {
+        // The head was the embedding, perhaps, before it was packed.
+        config.insert("tie_word_embeddings".into(), false.into());
     }
 
     files::write_directory(dir.as_ref(), |dir| {
@@ -361,8 +385,8 @@ fn tensors<'a>(model: &'a Llama, layers: &dyn LayerFormat) -> Vec<(String, LazyT
         let name = format!("{path}.post_attention_layernorm.weight");
         all.push((name, floats(&block.post_attention_layernorm.weight)));
     }
-    if let Some(head) = &model.lm_head {
-        all.push(("lm_head.weight".into(), transposed(head)));
+    for (path, weight) in model.other_weights() {
+        all.extend(weight_tensors(&path, weight, layers));
     }
     for (path, linear) in model.linears() {
         all.extend(linear_tensors(&path, linear, layers));
@@ -370,15 +394,23 @@ fn tensors<'a>(model: &'a Llama, layers: &dyn LayerFormat) -> Vec<(String, LazyT
     all
 }
 
+fn weight_tensors<'a>(
+    path: &str,
+    weight: &'a Weight,
+    layers: &dyn LayerFormat,
+) -> Vec<(String, LazyTensor<'a>)> {
+    match weight {
+        Weight::Dense(weight) => vec![(format!("{path}.weight"), transposed(weight))],
+        Weight::Quant(weight) => layers.tensors(path, weight),
+    }
+}
+
 fn linear_tensors<'a>(
     path: &str,
     linear: &'a Linear,
     layers: &dyn LayerFormat,
 ) -> Vec<(String, LazyTensor<'a>)> {
-    let mut all = match linear.weight() {
-        Weight::Dense(weight) => vec![(format!("{path}.weight"), transposed(weight))],
-        Weight::Quant(weight) => layers.tensors(path, weight),
-    };
+    let mut all = weight_tensors(path, linear.weight(), layers);
     if let Some(bias) = linear.bias() {
         let dims = bias.dims();
         let values = move || values(bias.clone());
@@ -517,7 +549,7 @@ impl Checkpoint {
             if self.tensors.taken.contains(&name) || name.ends_with(".rotary_emb.inv_freq") {
                 continue;
             }
-            if name == "lm_head.weight" {
+            if name == "lm_head.weight" && model.lm_head.is_none() {
                 let embedding = model.embed_tokens.val();
                 let head = self.tensors.floats(&name, embedding.dims())?;
                 if head == values(embedding) {
@@ -554,18 +586,6 @@ impl Source for Checkpoint {
         Ok(self.frozen(values, dims))
     }
 
-    fn dense(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
-        let format = self.format.as_ref();
-        if let Some(tensor) = format.and_then(|format| format.mark(&self.tensors, path)) {
-            return Err(Error::PackedLayer {
-                path: self.tensors.path(&tensor),
-                tensor,
-                layer: path.into(),
-            });
-        }
-        self.plain(path, dims)
-    }
-
     fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight> {
         let packed = match &self.format {
             Some(format) => format.read(&mut self.tensors, path, dims, &self.device)?,
@@ -575,6 +595,18 @@ impl Source for Checkpoint {
             Some(weight) => Ok(Weight::Quant(weight)),
             None => self.plain(path, dims).map(Weight::Dense),
         }
+    }
+
+    fn head(&mut self, dims: [usize; 2]) -> Result<Weight> {
+        let format = self.format.as_ref();
+        if let Some(tensor) = format.and_then(|format| format.stray_head(&self.tensors)) {
+            return Err(Error::PackedLayer {
+                path: self.tensors.path(&tensor),
+                tensor,
+                layer: HEAD.into(),
+            });
+        }
+        self.weight(HEAD, dims)
     }
 }
 

@@ -99,8 +99,10 @@ pub enum Error {
         /// Its output.
         output: usize,
     },
-    /// A packed weight where the model has a dense one.
-    #[error("`{path}` has `{tensor}`: `{layer}` is quantized, but only projections can be")]
+    /// A packed weight where the format of a checkpoint has a dense one.
+    #[error(
+        "`{path}` has `{tensor}`: `{layer}` is quantized, but only projections can be in a checkpoint of this format"
+    )]
     PackedLayer {
         /// The file.
         path: PathBuf,

@@ -140,7 +140,7 @@ impl Llama {
         }
         cache.len = len;
         let x = self.norm(x.narrow(1, seq - 1, 1)).squeeze_dim::<2>(1);
-        Ok(x.matmul(self.head()))
+        Ok(self.logits(x))
     }
 }
 

@@ -6,6 +6,7 @@
 //! | [`Pretrained`] | a model with its tokenizer and the files that go along |
 //! | [`plan`] | what quantizing a directory will give, before a tensor is read |
 //! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
+//! | [`quantize_head`] | packs the head, which every decoded token reads |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
 //! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
 //! | [`greedy`] | continues a text, by a [`Cache`] of keys and values |
@@ -55,6 +56,6 @@ pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, greedy};
 pub use llama::Llama;
-pub use quantize::{PerLayer, QuantizedLayer, Recipe, quantize, sensitivities};
+pub use quantize::{PerLayer, QuantizedLayer, Recipe, quantize, quantize_head, sensitivities};
 pub use stages::Stages;
 pub use tokenizer::{Tokenizer, Windows};

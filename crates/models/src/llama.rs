@@ -22,7 +22,7 @@ pub struct Llama {
     pub(crate) layers: Vec<Block>,
     pub(crate) norm: RmsNorm,
     /// `[hidden, vocab]`; the embedding if there is none.
-    pub(crate) lm_head: Option<Param<Tensor<2>>>,
+    pub(crate) lm_head: Option<Weight>,
     #[module(skip)]
     pub(crate) config: LlamaConfig,
 }
@@ -67,12 +67,15 @@ pub(crate) trait Source {
     /// A table of `rows` by `columns`, as it lies in the file.
     fn table(&mut self, name: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
 
-    /// The dense weight `[d_in, d_out]` of the layer at `path`.
-    fn dense(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
-
-    /// The weight `[d_in, d_out]` of the layer at `path`, dense or packed.
+    /// The weight `[d_in, d_out]` of the projection at `path`, dense or packed.
     fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error>;
+
+    /// The weight `[hidden, vocab]` of the head, which is at [`HEAD`].
+    fn head(&mut self, dims: [usize; 2]) -> Result<Weight, Self::Error>;
 }
+
+/// The path of the head.
+pub(crate) const HEAD: &str = "lm_head";
 
 impl Llama {
     pub(crate) fn build<S: Source>(config: LlamaConfig, source: &mut S) -> Result<Self, S::Error> {
@@ -84,7 +87,7 @@ impl Llama {
         let norm = RmsNorm::build(&config, "model.norm", source)?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(source.dense("lm_head", [hidden, vocab])?),
+            false => Some(source.head([hidden, vocab])?),
         };
         Ok(Self {
             embed_tokens,
@@ -210,8 +213,15 @@ impl CausalLm for Llama {
 
     fn head(&self) -> Tensor<2> {
         match &self.lm_head {
-            Some(head) => head.val(),
+            Some(head) => head.to_dense(),
             None => self.embed_tokens.val().transpose(),
+        }
+    }
+
+    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.lm_head {
+            Some(head) => head.matmul(x),
+            None => x.matmul(self.head()),
         }
     }
 }
@@ -261,6 +271,11 @@ impl Linears for Llama {
             all.extend(paths(layer).zip(linears));
         }
         all
+    }
+
+    fn other_weights(&self) -> Vec<(String, &Weight)> {
+        let head = self.lm_head.iter();
+        head.map(|head| (HEAD.into(), head)).collect()
     }
 }
 
@@ -485,11 +500,11 @@ impl Source for Random {
         Ok(Param::from_tensor(Tensor::from_data(values, &self.device)))
     }
 
-    fn dense(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error> {
-        self.table(path, dims)
+    fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error> {
+        self.table(path, dims).map(Weight::Dense)
     }
 
-    fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error> {
-        self.dense(path, dims).map(Weight::Dense)
+    fn head(&mut self, dims: [usize; 2]) -> Result<Weight, Self::Error> {
+        self.weight(HEAD, dims)
     }
 }

@@ -4,7 +4,8 @@ use std::time::Instant;
 use peft::{Batch, Cost, Weight};
 use quant_core::{Candidate, Format, Gram, Needs, Quantizer};
 
-use crate::{Error, Result, Stages};
+use crate::llama::HEAD;
+use crate::{Error, Llama, Result, Stages};
 
 /// Which quantizer each projection gets. A [`Quantizer`] is the recipe that gives itself to all.
 pub trait Recipe {
@@ -102,6 +103,27 @@ pub fn quantize<M: Stages + peft::CausalLm>(
         streams.advance(model, stage);
     }
     Ok(layers)
+}
+
+/// Packs the head, `[hidden, vocab]`, by its weight alone, and says what that cost. A token decoded
+/// reads all of it.
+///
+/// The head of a model whose head is its embedding becomes a packed copy of it: the embedding stays
+/// dense for the tokens to be looked up, and the model's `tie_word_embeddings` becomes false.
+///
+/// # Errors
+/// [`peft::Error::AlreadyQuantized`], or [`peft::Error::Quant`] with what the quantizer has against
+/// the head, or that it needs inputs. Then the model is as it was.
+pub fn quantize_head(model: &mut Llama, quantizer: &dyn Quantizer) -> Result<Cost> {
+    if let Some(head) = &mut model.lm_head {
+        return Ok(head.quantize(HEAD, quantizer, None)?);
+    }
+    let embedding = model.embed_tokens.val().without_autodiff();
+    let mut head = Weight::frozen(embedding.transpose());
+    let cost = head.quantize(HEAD, quantizer, None)?;
+    model.lm_head = Some(head);
+    model.config.tie_word_embeddings = false;
+    Ok(cost)
 }
 
 /// What each layer would cost with each of several quantizers, for [`quant_core::allocate`]: bytes,

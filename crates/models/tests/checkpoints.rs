@@ -1000,6 +1000,37 @@ fn models_that_gptq_does_not_hold_are_refused() {
     assert_says(&layers[0].1, &["8-bit affine", "4-bit affine", "q_proj"]);
 }
 
+/// Whose projections each of the formats holds.
+#[test]
+fn heads_are_packed_in_the_exact_format_alone() {
+    let rtn = Rtn::new().with_group_size(8);
+    let nf4 = NormalFloat::new().with_block_size(32);
+    let cases: [(CheckpointFormat, &dyn Quantizer, &str); 3] = [
+        (Gptq(V1), &rtn, "4-bit affine"),
+        (Gptq(V2), &rtn, "4-bit affine"),
+        (Bitsandbytes, &nf4, "4-bit normal float"),
+    ];
+    for (format, quantizer, name) in cases {
+        for tied in [true, false] {
+            let mut config = config(32, 64);
+            config.tie_word_embeddings = tied;
+            let (dir, mut lm) = quantized(&config, quantizer);
+            if format != Bitsandbytes {
+                round_to_gptq(&mut lm.model);
+            }
+            reads_back(&dir, &lm, format);
+            models::quantize_head(&mut lm.model, quantizer).unwrap();
+            let (layers, instead) = cannot_hold(&lm, format);
+            let [(path, reason)] = &layers[..] else {
+                panic!("{layers:?}");
+            };
+            assert_eq!((path.as_str(), instead.as_str()), ("lm_head", "quant-core"));
+            assert_says(reason, &[name, "only projections"]);
+            reads_back(&dir, &lm, QuantCore);
+        }
+    }
+}
+
 #[test]
 fn models_that_bitsandbytes_does_not_hold_are_refused() {
     let refused = |quantizer: &dyn Quantizer, make: &dyn Fn(&mut Llama)| {

@@ -49,7 +49,8 @@ fn ropes() -> impl Strategy<Value = RopeScaling> {
     ])
 }
 
-/// Random weights, large enough for attention to matter: dense, or packed in one of two formats.
+/// Random weights, large enough for attention to matter: dense, or packed in one of two formats,
+/// without the head or with it.
 fn model(config: &LlamaConfig, seed: u64, format: usize) -> Llama {
     use burn::module::{Module, ModuleMapper, Param};
     struct Louder;
@@ -61,18 +62,17 @@ fn model(config: &LlamaConfig, seed: u64, format: usize) -> Llama {
     let mut model = Llama::init(config, seed, &Device::flex()).map(&mut Louder);
     match format {
         0 => {}
-        1 => {
-            drop(models::quantize(&mut model, &Rtn::new().with_group_size(8), &[], |_| {}).unwrap())
+        2 => {
+            let nf4 = NormalFloat::new().with_block_size(8);
+            models::quantize(&mut model, &nf4, &[], |_| {}).unwrap();
         }
-        _ => drop(
-            models::quantize(
-                &mut model,
-                &NormalFloat::new().with_block_size(8),
-                &[],
-                |_| {},
-            )
-            .unwrap(),
-        ),
+        _ => {
+            let rtn = Rtn::new().with_group_size(8);
+            models::quantize(&mut model, &rtn, &[], |_| {}).unwrap();
+            if format == 3 {
+                models::quantize_head(&mut model, &rtn).unwrap();
+            }
+        }
     }
     model
 }
@@ -117,7 +117,7 @@ proptest! {
     fn a_cache_gives_the_logits_of_the_whole_text(
         n_kv in prop::sample::select(vec![1, 2, 4]),
         rope in ropes(),
-        format in 0..3usize,
+        format in 0..4usize,
         seed in 0..100u64,
         parts in prop::collection::vec(prop::sample::select(vec![1usize, 1, 1, 2, 5, 33]), 1..8),
         n in 1..3usize,
@@ -151,7 +151,7 @@ proptest! {
     fn greedy_is_the_largest_logit_again_and_again(
         n_kv in prop::sample::select(vec![1, 2, 4]),
         rope in ropes(),
-        format in 0..3usize,
+        format in 0..4usize,
         seed in 0..100u64,
         n_prompt in 1..6usize,
     ) {

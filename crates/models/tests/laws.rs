@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{Error, Llama, LlamaConfig, Pretrained, RopeScaling, Windows, load, perplexity, save};
+use models::{
+    Error, Llama, LlamaConfig, Pretrained, RopeScaling, Windows, load, perplexity, quantize_head,
+    save,
+};
 use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Weight};
 use proptest::prelude::*;
-use quant_core::Rtn;
+use quant_core::{DoubleQuant, Format, NormalFloat, Optq, Quantizer, Rtn};
 use tempfile::TempDir;
 
 fn config(n_kv: usize, bias: bool, tied: bool) -> LlamaConfig {
@@ -92,6 +95,20 @@ fn configs() -> impl Strategy<Value = LlamaConfig> {
         .prop_map(|(n_kv, bias, tied)| config(n_kv, bias, tied))
 }
 
+/// With zeros, without, and with scales as codes.
+fn head_quantizer(at: usize) -> Box<dyn Quantizer> {
+    let double = DoubleQuant::dynamic();
+    match at {
+        0 => Box::new(Rtn::new().with_group_size(8)),
+        1 => Box::new(Rtn::new().with_bits(3).with_symmetric(true)),
+        _ => Box::new(
+            NormalFloat::new()
+                .with_block_size(8)
+                .with_double_quant(double),
+        ),
+    }
+}
+
 const PROBE: [i32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
 
 proptest! {
@@ -129,7 +146,9 @@ proptest! {
     fn checkpointing_changes_no_bit(config in configs(), seed in 0..100u64, packed in any::<bool>()) {
         let mut model = Llama::init(&config, seed, &Device::flex());
         if packed {
-            models::quantize(&mut model, &Rtn::new().with_group_size(8), &[], |_| {}).unwrap();
+            let rtn = Rtn::new().with_group_size(8);
+            models::quantize(&mut model, &rtn, &[], |_| {}).unwrap();
+            quantize_head(&mut model, &rtn).unwrap();
             model = model.no_grad();
             peft::attach(&mut model, &Peqa::new()).unwrap();
         }
@@ -146,6 +165,40 @@ proptest! {
         prop_assert_eq!(run(true), run(false));
     }
 
+    /// A packed head is the one that its quantizer makes of the dense one, logits are products with
+    /// it, and tokens are looked up as before.
+    #[test]
+    fn a_packed_head_is_the_head_of_all_logits(
+        config in configs(),
+        quantizer in 0..3usize,
+        seed in 0..100u64,
+    ) {
+        let mut model = Llama::init(&config, seed, &Device::flex()).map(&mut Unround);
+        let quantizer = head_quantizer(quantizer);
+        let x = output(&model);
+        let expected = quantizer.quantize(model.head(), None).unwrap().weight;
+        let cost = quantize_head(&mut model, &quantizer).unwrap();
+        prop_assert_eq!(cost.distortion, expected.distortion(dense_head(&config, seed)));
+        prop_assert_eq!(head_format(&model), Some(quantizer.format().unwrap()));
+        prop_assert!(!model.config().tie_word_embeddings);
+        let head: Vec<f32> = model.head().into_data().try_into_vec().unwrap();
+        let unpacked: Vec<f32> = expected.dequantize().into_data().try_into_vec().unwrap();
+        prop_assert_eq!(bits(head.clone()), bits(unpacked));
+        prop_assert_eq!(bits(output(&model)), bits(x.clone()));
+
+        let vocab = config.vocab_size;
+        let logits = logits(&model, &PROBE, 1);
+        let largest = logits.iter().fold(0.0f32, |max, logit| max.max(logit.abs()));
+        for (row, logits) in x.chunks(config.hidden_size).zip(logits.chunks(vocab)) {
+            for (token, logit) in logits.iter().enumerate() {
+                let column = head[token..].iter().step_by(vocab);
+                let terms = row.iter().zip(column).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                let off = (terms.sum::<f64>() - f64::from(*logit)).abs();
+                prop_assert!(off <= f64::from(1e-5 * largest), "off by {off}, largest {largest}");
+            }
+        }
+    }
+
     /// A directory gives the model back, bit for bit, dense or in any format.
     #[test]
     fn a_saved_model_is_the_model(
@@ -153,8 +206,13 @@ proptest! {
         bits_of in prop::option::of(prop::sample::select(vec![2, 3, 4, 8])),
         group_size in prop::sample::select(vec![None, Some(8), Some(7)]),
         symmetric in any::<bool>(),
+        head in prop::option::of(0..3usize),
     ) {
         let (dir, mut lm) = pretrained(&config, 5);
+        let head = head.map(head_quantizer);
+        if let Some(quantizer) = &head {
+            quantize_head(&mut lm.model, quantizer).unwrap();
+        }
         if let Some(n) = bits_of {
             let rtn = Rtn::new().with_bits(n).with_group_size(group_size).with_symmetric(symmetric);
             models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
@@ -164,12 +222,32 @@ proptest! {
         let again = load(&out, &Device::flex()).unwrap();
         prop_assert_eq!(bits(logits(&again.model, &PROBE, 2)), bits(logits(&lm.model, &PROBE, 2)));
         prop_assert_eq!(peft::Fingerprint::of(&again.model), peft::Fingerprint::of(&lm.model));
+        prop_assert_eq!(again.model.config(), lm.model.config());
+        prop_assert_eq!(head_format(&again.model), head.map(|head| head.format().unwrap()));
         let twice = dir.path().join("twice");
         save(&again, &twice).unwrap();
         for name in ["config.json", "model.safetensors", "tokenizer.json"] {
             prop_assert_eq!(fs::read(out.join(name)).unwrap(), fs::read(twice.join(name)).unwrap());
         }
     }
+}
+
+/// What the head reads of the probe.
+fn output(model: &Llama) -> Vec<f32> {
+    let rope = model.positions(PROBE.len(), &Device::flex());
+    let x = model.embed(tokens(&PROBE, 1));
+    let x = (0..model.n_blocks()).fold(x, |x, block| model.block(block, x, &rope));
+    model.norm(x).into_data().try_into_vec().unwrap()
+}
+
+fn dense_head(config: &LlamaConfig, seed: u64) -> Tensor<2> {
+    let model = Llama::init(config, seed, &Device::flex());
+    model.map(&mut Unround).head()
+}
+
+fn head_format(model: &Llama) -> Option<Format> {
+    let weights = model.other_weights();
+    weights.first().and_then(|(_, head)| head.format())
 }
 
 fn text() -> String {
@@ -227,7 +305,14 @@ fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
 
 #[test]
 fn perplexity_is_the_mean_over_windows_of_the_mean_over_targets() {
-    let (_dir, lm) = pretrained(&config(2, false, true), 1);
+    let (_dir, mut lm) = pretrained(&config(2, false, true), 1);
+    check_perplexity(&lm);
+    quantize_head(&mut lm.model, &Rtn::new().with_group_size(8)).unwrap();
+    check_perplexity(&lm);
+    assert!(matches!(perplexity(&lm.model, &[]), Err(Error::NoWindows)));
+}
+
+fn check_perplexity(lm: &Pretrained) {
     let batch = |ids: &[i32]| Batch::new(tokens(ids, 1)).unwrap();
     let nll = |ids: &[i32]| {
         let all = logits(&lm.model, ids, 1);
@@ -248,7 +333,6 @@ fn perplexity_is_the_mean_over_windows_of_the_mean_over_targets() {
         "{found:?}, not {expected}"
     );
     assert_eq!((found.n_windows, found.seq_len), (2, 6));
-    assert!(matches!(perplexity(&lm.model, &[]), Err(Error::NoWindows)));
 }
 
 #[test]
@@ -453,8 +537,8 @@ fn configurations_that_make_no_model_are_refused() {
     says("\"rope_scaling\": null", both, &["no factor"]);
     says(
         "\"layers\": {",
-        "\"layers\": {\"lm_head\": {\"bits\": 4, \"group_size\": 8, \"grid\": \"affine\"},",
-        &["`lm_head`"],
+        "\"layers\": {\"lm_tail\": {\"bits\": 4, \"group_size\": 8, \"grid\": \"affine\"},",
+        &["`lm_tail`"],
     );
     says("\"bits\": 4", "\"bits\": 5", &["not 5"]);
     says("\"group_size\": 8", "\"group_size\": 0", &["group size 0"]);
@@ -627,6 +711,67 @@ fn what_is_there_is_not_overwritten() {
     fs::write(other.join("notes.txt"), "mine").unwrap();
     assert!(save(&lm, &other).is_err());
     assert_eq!(fs::read_dir(&other).unwrap().count(), 1);
+}
+
+/// A directory of a model with a packed head that is no such model, or another one.
+#[test]
+fn a_packed_head_is_in_the_configuration_and_in_the_fingerprint() {
+    let (dir, mut lm) = pretrained(&config(2, false, true), 1);
+    quantize_head(&mut lm.model, &NormalFloat::new().with_block_size(8)).unwrap();
+    let path = dir.path().join("model");
+    save(&lm, &path).unwrap();
+    let text = fs::read_to_string(path.join("config.json")).unwrap();
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from} in {text}");
+        fs::write(path.join("config.json"), text.replacen(from, to, 1)).unwrap();
+        load(&path, &Device::flex())
+    };
+    let tie = |tied: bool| format!("\"tie_word_embeddings\": {tied}");
+    let error = with(&tie(false), &tie(true)).unwrap_err();
+    assert_says(error.to_string(), &["config.json", "`lm_head`", "no head"]);
+    let error = with("\"lm_head\"", "\"lm_tail\"").unwrap_err();
+    assert_says(error.to_string(), &["no tensor `lm_head.weight`"]);
+    // The same numbers on another grid.
+    let other = with("normal_float", "symmetric").unwrap().model;
+    assert_ne!(
+        peft::Fingerprint::of(&other),
+        peft::Fingerprint::of(&lm.model)
+    );
+    assert!(logits(&other, &PROBE, 1) != logits(&lm.model, &PROBE, 1));
+}
+
+#[test]
+fn a_head_that_cannot_be_quantized_stays_as_it_is() {
+    for tied in [true, false] {
+        let (_dir, mut lm) = pretrained(&config(2, false, tied), 1);
+        let before = peft::Fingerprint::of(&lm.model);
+        let quantizers: [(&dyn Quantizer, &str); 2] = [
+            (&Optq::new().with_group_size(8), "needs the Gram"),
+            (&Rtn::new().with_group_size(25), "group size 25"),
+        ];
+        for (quantizer, reason) in quantizers {
+            let error = quantize_head(&mut lm.model, quantizer).unwrap_err();
+            let Error::Peft(peft::Error::Quant { path, source }) = error else {
+                panic!("{error}");
+            };
+            assert_eq!(path, "lm_head");
+            assert_says(source.to_string(), &[reason]);
+            assert_eq!(peft::Fingerprint::of(&lm.model), before);
+            assert_eq!(lm.model.config().tie_word_embeddings, tied);
+        }
+        quantize_head(&mut lm.model, &Rtn::new()).unwrap();
+        let packed = peft::Fingerprint::of(&lm.model);
+        assert_ne!(packed, before);
+        let error = quantize_head(&mut lm.model, &Rtn::new()).unwrap_err();
+        assert!(
+            matches!(
+                &error,
+                Error::Peft(peft::Error::AlreadyQuantized { path }) if path == "lm_head"
+            ),
+            "{error}"
+        );
+        assert_eq!(peft::Fingerprint::of(&lm.model), packed);
+    }
 }
 
 #[test]

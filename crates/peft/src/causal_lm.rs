@@ -37,8 +37,19 @@ pub trait CausalLm: Linears {
     fn norm(&self, x: Tensor<3>) -> Tensor<3>;
 
     /// The weight of the head, `[hidden, vocab]`: logits are its product with the output of
-    /// [`norm`](CausalLm::norm).
+    /// [`norm`](CausalLm::norm). The loss, which goes through the head in parts, asks for it once; a
+    /// packed head is unpacked for that.
     fn head(&self) -> Tensor<2>;
+
+    /// The logits of `x`, the output of [`norm`](CausalLm::norm): its product with the head. A model
+    /// whose head may be packed multiplies by what is packed.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, hidden]`
+    /// - result: `[rows, vocab]`
+    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
+        x.matmul(self.head())
+    }
 
     /// The logits of the token after each of `tokens`.
     ///
@@ -52,7 +63,7 @@ pub trait CausalLm: Linears {
         let positions = self.positions(tokens.dims()[1], &tokens.device());
         let x = self.norm(run_blocks(self, tokens, &positions, |_, _| ()));
         let [batch, seq, hidden] = x.dims();
-        let logits = x.reshape([batch * seq, hidden]).matmul(self.head());
+        let logits = self.logits(x.reshape([batch * seq, hidden]));
         let vocab = logits.dims()[1];
         logits.reshape([batch, seq, vocab])
     }

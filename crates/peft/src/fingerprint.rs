@@ -21,10 +21,12 @@ impl Fingerprint {
             hash: Sha256::new(),
             path: Vec::new(),
         };
-        for (path, linear) in model.linears() {
-            let format = linear.weight.format().map(|format| format.to_string());
+        let linears = model.linears().into_iter();
+        let weights = linears.map(|(path, linear)| (path, &linear.weight));
+        for (path, weight) in weights.chain(model.other_weights()) {
+            let format = weight.format().map(|format| format.to_string());
             let format = format.as_deref().unwrap_or("dense");
-            let dims = linear.weight.dims();
+            let dims = weight.dims();
             parameters
                 .hash
                 .update(format!("{path} {dims:?} {format}\n"));

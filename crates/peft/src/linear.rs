@@ -57,11 +57,74 @@ impl Weight {
         }
     }
 
-    pub(crate) fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+    /// The weight in floats, `[d_in, d_out]`; a packed one is unpacked.
+    pub fn to_dense(&self) -> Tensor<2> {
+        match self {
+            Weight::Dense(weight) => weight.val(),
+            Weight::Quant(weight) => weight.dequantize(),
+        }
+    }
+
+    /// `x · W`.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., d_in]`
+    /// - result: `[.., d_out]`
+    ///
+    /// # Panics
+    /// If `x` has other inputs.
+    pub fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Weight::Dense(weight) => dense_matmul(x, weight.val()),
             Weight::Quant(weight) => weight.matmul(x),
         }
+    }
+
+    /// Packs a dense weight, and says what that cost. Errors name the layer by `path`.
+    ///
+    /// `gram` is that of the layer's inputs; without one, quantizers that need it refuse.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyQuantized`], or what the quantizer has against the weight. Then the weight is
+    /// as it was.
+    pub fn quantize(
+        &mut self,
+        path: &str,
+        quantizer: &dyn Quantizer,
+        gram: Option<&Gram>,
+    ) -> Result<Cost> {
+        let weight = match self {
+            Weight::Dense(weight) => weight.val(),
+            Weight::Quant(_) => return Err(Error::AlreadyQuantized { path: path.into() }),
+        };
+        let named = |source| Error::Quant {
+            path: path.into(),
+            source,
+        };
+        if let Some(gram) = gram {
+            gram.check(weight.dims()[0]).map_err(named)?;
+        }
+        let Quantized {
+            weight: packed,
+            notes,
+        } = quantizer.quantize(weight.clone(), gram).map_err(named)?;
+        let output_error = gram.map(|gram| {
+            let energy = gram.energy(weight.clone());
+            let error = gram.energy(packed.dequantize() - weight.clone());
+            // Rounding can leave a little less than nothing.
+            if energy > 0.0 {
+                (error.max(0.0) / energy).sqrt()
+            } else {
+                0.0
+            }
+        });
+        let cost = Cost {
+            distortion: packed.distortion(weight),
+            output_error,
+            notes,
+        };
+        *self = Weight::Quant(packed);
+        Ok(cost)
     }
 }
 
@@ -160,38 +223,7 @@ impl Linear {
         gram: Option<&Gram>,
     ) -> Result<Cost> {
         self.check_plain(path)?;
-        let Weight::Dense(weight) = &self.weight else {
-            unreachable!("a plain layer is dense");
-        };
-        let weight = weight.val();
-        let named = |source| Error::Quant {
-            path: path.into(),
-            source,
-        };
-        if let Some(gram) = gram {
-            gram.check(weight.dims()[0]).map_err(named)?;
-        }
-        let Quantized {
-            weight: packed,
-            notes,
-        } = quantizer.quantize(weight.clone(), gram).map_err(named)?;
-        let output_error = gram.map(|gram| {
-            let energy = gram.energy(weight.clone());
-            let error = gram.energy(packed.dequantize() - weight.clone());
-            // Rounding can leave a little less than nothing.
-            if energy > 0.0 {
-                (error.max(0.0) / energy).sqrt()
-            } else {
-                0.0
-            }
-        });
-        let cost = Cost {
-            distortion: packed.distortion(weight),
-            output_error,
-            notes,
-        };
-        self.weight = Weight::Quant(packed);
-        Ok(cost)
+        self.weight.quantize(path, quantizer, gram)
     }
 }
 

@@ -33,6 +33,7 @@ use super::{
     LayerFormat, Projections, Refusals, Tensors, double_scales, quant_error, refuse_config, values,
 };
 use crate::Result;
+use crate::llama::HEAD;
 
 pub(super) const METHOD: &str = "bitsandbytes";
 
@@ -118,6 +119,7 @@ impl Bitsandbytes {
                 Err(reason) => refusals.push((path.clone(), reason)),
             }
         }
+        refusals.extend(model.refuse_head());
         if !refusals.is_empty() {
             return Err(refusals);
         }
@@ -131,10 +133,8 @@ impl Bitsandbytes {
             quant_type: common.map_or(TYPES[0].0, |(_, quant_type)| quant_type),
             is_double: doubles.any(|double| double.is_some()),
             dtype: dtype.unwrap_or("float32").into(),
-            dense: (!model.dense.is_empty()).then(|| {
-                let head = "lm_head".to_string();
-                model.dense.iter().cloned().chain([head]).collect()
-            }),
+            dense: (!model.dense.is_empty())
+                .then(|| model.dense.iter().cloned().chain([HEAD.into()]).collect()),
         })
     }
 }
@@ -230,10 +230,15 @@ fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<(
     Err(tensors.refuse(name, problem))
 }
 
+/// The name of the state of the layer at `path`, if it is packed.
+fn found_state(tensors: &Tensors, path: &str) -> Option<String> {
+    let names = TYPES.map(|(name, _)| state_name(path, name));
+    names.into_iter().find(|name| tensors.contains(name))
+}
+
 impl LayerFormat for Bitsandbytes {
-    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String> {
-        let names = TYPES.map(|(name, _)| state_name(path, name));
-        names.into_iter().find(|name| tensors.contains(name))
+    fn stray_head(&self, tensors: &Tensors) -> Option<String> {
+        found_state(tensors, HEAD)
     }
 
     fn read(
@@ -243,7 +248,7 @@ impl LayerFormat for Bitsandbytes {
         dims: [usize; 2],
         device: &Device,
     ) -> Result<Option<QuantTensor>> {
-        let Some(state_name) = self.mark(tensors, path) else {
+        let Some(state_name) = found_state(tensors, path) else {
             return Ok(None);
         };
         let quant = quant_error(path);

@@ -1,4 +1,4 @@
-//! The workspace's own format, which holds every packed weight as it is.
+//! The workspace's own format, which holds every packed weight as it is: projections and the head.
 //!
 //! | tensor | shape | |
 //! |---|---|---|
@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use super::{LayerFormat, Projections, Tensors, double_scales, quant_error, refuse_config, values};
 use crate::Result;
+use crate::llama::HEAD;
 
 pub(super) const METHOD: &str = "quant-core";
 const VERSION: u32 = 1;
@@ -62,12 +63,14 @@ impl Exact {
     }
 
     pub(super) fn for_model(model: &Projections) -> Self {
-        let layers = model.packed.iter().map(|(path, weight)| {
+        let head = model.head.map(|head| (HEAD.into(), head));
+        let layers = model.packed.iter().cloned().chain(head);
+        let layers = layers.map(|(path, weight)| {
             let layer = Layer {
                 format: weight.format(),
                 input_order: weight.input_order().is_some(),
             };
-            (path.clone(), layer)
+            (path, layer)
         });
         Self {
             quant_method: METHOD.into(),
@@ -78,15 +81,12 @@ impl Exact {
 }
 
 impl LayerFormat for Exact {
-    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String> {
-        Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
-    }
-
-    fn check_paths(&self, linears: &[String], config: &Path) -> Result<()> {
-        match self.layers.keys().find(|path| !linears.contains(path)) {
+    fn check_paths(&self, layers: &[String], config: &Path) -> Result<()> {
+        match self.layers.keys().find(|path| !layers.contains(path)) {
             None => Ok(()),
             Some(path) => {
-                let problem = format!("lists `{path}`, which is no projection of the model");
+                let problem =
+                    format!("lists `{path}`, which is no projection of the model and no head");
                 Err(refuse_config(config, problem))
             }
         }

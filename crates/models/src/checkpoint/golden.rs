@@ -118,6 +118,7 @@ fn layers_are_gptqmodels() {
             let model = Projections {
                 packed: vec![("layer".into(), &weight)],
                 dense: Vec::new(),
+                head: None,
             };
             for to in [GptqVersion::V1, GptqVersion::V2] {
                 let written = match Gptq::for_model(&model, to) {

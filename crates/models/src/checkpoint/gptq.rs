@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use super::packing::{pack, transpose, unpack};
 use super::{CONFIG, LayerFormat, Projections, Refusals, Tensors, quant_error, values};
+use crate::llama::HEAD;
 use crate::{Error, GptqVersion, Result};
 
 pub(super) const METHOD: &str = "gptq";
@@ -116,7 +117,7 @@ impl Gptq {
             }
             (!reasons.is_empty()).then(|| (path.clone(), reasons.join("; ")))
         });
-        let refusals: Refusals = refusals.collect();
+        let refusals: Refusals = refusals.chain(model.refuse_head()).collect();
         if !refusals.is_empty() {
             return Err(refusals);
         }
@@ -384,9 +385,14 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
     reasons
 }
 
+/// The name of the codes of the layer at `path`, if it is packed.
+fn codes_name(tensors: &Tensors, path: &str) -> Option<String> {
+    Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
+}
+
 impl LayerFormat for Gptq {
-    fn mark(&self, tensors: &Tensors, path: &str) -> Option<String> {
-        Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
+    fn stray_head(&self, tensors: &Tensors) -> Option<String> {
+        codes_name(tensors, HEAD)
     }
 
     fn read(
@@ -396,7 +402,7 @@ impl LayerFormat for Gptq {
         dims: [usize; 2],
         device: &Device,
     ) -> Result<Option<QuantTensor>> {
-        let Some(qweight) = self.mark(tensors, path) else {
+        let Some(qweight) = codes_name(tensors, path) else {
             return Ok(None);
         };
         let quant = quant_error(path);
