@@ -14,7 +14,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
-use examples::device::devices;
+use examples::device::DeviceArg;
 use examples::{embedded, memory};
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{Pretrained, Windows, perplexity};
@@ -76,6 +76,9 @@ struct Args {
     /// Tokens in a window
     #[arg(long, value_name = "N", default_value_t = 128)]
     seq_len: usize,
+    /// Windows of each text to evaluate on [default: all]
+    #[arg(long, value_name = "N")]
+    eval_windows: Option<usize>,
     /// Seed of the order of the windows
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -83,10 +86,8 @@ struct Args {
     /// [default: none is kept but the report, in adapt-report.json]
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     out: Option<PathBuf>,
-    /// Where to compute
-    #[arg(long, value_name = "NAME", default_value = devices()[0].name,
-          value_parser = clap::builder::PossibleValuesParser::new(devices().into_iter().map(|device| device.name)))]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +129,8 @@ struct Run {
     /// Relative error of the projections: the mean over the layers.
     weight_error: f64,
     rounded: Perplexities,
+    /// The mean loss over the tokens of each step before it, in nats.
+    losses: Vec<f64>,
     tuned: Perplexities,
     reloaded: Perplexities,
     certificate: Certificate,
@@ -209,16 +212,16 @@ fn run(args: &Args) -> Result<()> {
     for quantizer in &quantizers {
         quantizer.format()?;
     }
+    if args.eval_windows == Some(0) {
+        return Err("--eval-windows is 0; it must be at least 1".into());
+    }
     if args.batch == 0 {
         return Err("--batch is 0; it must be at least 1".into());
     }
     if let Some(out) = &args.out {
         peft::files::check_output(out)?;
     }
-    let named = devices()
-        .into_iter()
-        .find(|device| device.name == args.device);
-    let device = (named.expect("checked by the parser").open)();
+    let device = args.device.open();
 
     // Dropped, and so removed, at the end.
     let scratch = tempfile::tempdir()?;
@@ -247,7 +250,7 @@ fn run(args: &Args) -> Result<()> {
         learning_rate: args.lr,
         batch: args.batch,
         seed: args.seed,
-        device: args.device.clone(),
+        device: args.device.name.clone(),
         n_bytes: weights_bytes(&source)?,
         full_precision,
         runs: Vec::new(),
@@ -306,7 +309,10 @@ fn texts(args: &Args, lm: &Pretrained, device: &Device) -> Result<Texts> {
         windows.map_err(|error| format!("the {option} text: {error}").into())
     };
     // Small enough for the attention scores to stay in memory that is used again.
-    let evaluate = |windows: Windows| windows.batches((1024 / args.seq_len).max(1), device);
+    let evaluate = |windows: Windows| {
+        let windows = windows.take(args.eval_windows.unwrap_or(usize::MAX));
+        windows.batches((1024 / args.seq_len).max(1), device)
+    };
     Ok(Texts {
         train: windows(&train, "--train")?
             .shuffled(args.seed)
@@ -352,7 +358,9 @@ fn tune(
         }),
     };
     let attached = peft::attach(&mut lm.model, &method)?;
+    let mut losses = Vec::new();
     peft::fit(&mut lm.model, &texts.train, &fit_config(args), |step| {
+        losses.push(step.loss);
         bar.set_message(format!("loss {:.3}", step.loss));
         bar.set_position(step.index as u64);
     })?;
@@ -389,6 +397,7 @@ fn tune(
         n_trainable: attached.n_trainable,
         weight_error,
         rounded,
+        losses,
         tuned,
         reloaded,
         certificate,
