@@ -2,8 +2,7 @@
 //!
 //! A cube owns the columns of one tile of words. Its units lie in rows of [`TILE`] columns, several
 //! to a unit, so that neighbours read neighbouring words, scales and results in loads of 16 bytes.
-//! In all kernels a unit takes whole [`Run`]s of codes: where each code lies in its word is known
-//! when the kernel is compiled.
+//! In all kernels a unit takes whole [`Run`]s of codes and shifts them out of its words.
 //!
 //! A product with a few rows is bound by reading the words, and reads them once, with no dense
 //! weight in between. With more rows the weight is unpacked for the device's own product, which has
@@ -22,6 +21,8 @@ use crate::{Layout, Levels, TABLE, TILE};
 
 /// The most rows of `x` for which the words are read without a dense weight in between.
 const FEW_ROWS: usize = 16;
+/// Rows whose sums a unit keeps. Other cubes have the rest, and read the words from the cache.
+const ROWS: usize = 8;
 /// Units in a cube, which every device has.
 const UNITS: usize = 256;
 /// Runs that a unit takes at least before the inputs of a product are split over cubes.
@@ -34,18 +35,23 @@ const MAX_CUBES: usize = u16::MAX as usize;
 /// The codes between one word boundary and the next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Run {
-    bits: usize,
+    bits: u32,
     words: usize,
     codes: usize,
+    /// Whether every run lies in one group, as most weights have it: nothing is asked at each code.
+    in_group: bool,
 }
 
 impl Run {
-    fn new(bits: usize) -> Self {
-        let words = if bits == 3 { 3 } else { 1 };
+    fn new(layout: &Layout) -> Self {
+        let words = if layout.bits() == 3 { 3 } else { 1 };
+        let codes = 32 * words / layout.bits();
+        let divides = |n: usize| n.is_multiple_of(codes);
         Self {
-            bits,
+            bits: layout.bits() as u32,
             words,
-            codes: 32 * words / bits,
+            codes,
+            in_group: divides(layout.d_in()) && divides(layout.group_size().min(layout.d_in())),
         }
     }
 }
@@ -87,23 +93,27 @@ fn words_of_run<C: Size>(
     out
 }
 
-/// The levels of the `k`-th codes of a run.
+/// Shifts the next codes of a run out of its words.
+#[cube]
+fn next_codes<C: Size>(words: &mut Array<Vector<u32, C>>, #[comptime] of: Run) -> Vector<u32, C> {
+    let codes = words[0] & Vector::new(comptime![(1u32 << of.bits) - 1]);
+    #[unroll]
+    for k in 0..of.words {
+        let mut rest = words[k] >> Vector::new(of.bits);
+        if comptime![k + 1 < of.words] {
+            rest |= words[comptime![k + 1]] << Vector::new(comptime![32 - of.bits]);
+        }
+        words[k] = rest;
+    }
+    codes
+}
+
 #[cube]
 fn levels<C: Size>(
-    words: &Array<Vector<u32, C>>,
+    codes: Vector<u32, C>,
     table: ComptimeOption<&[f32]>,
     sizes: &Sizes,
-    #[comptime] k: usize,
-    #[comptime] of: Run,
 ) -> Vector<f32, C> {
-    let word = comptime![k * of.bits / 32];
-    let shift = comptime![(k * of.bits % 32) as u32];
-    let mask = comptime![(1u32 << of.bits) - 1];
-    let mut codes = words[word] >> Vector::new(shift);
-    if comptime![shift as usize + of.bits > 32] {
-        codes |= words[comptime![word + 1]] << Vector::new(comptime![32 - shift]);
-    }
-    codes &= Vector::new(mask);
     #[comptime]
     match table {
         ComptimeOption::Some(table) => {
@@ -156,28 +166,27 @@ fn unpack_kernel<F: Float, C: Size>(
     if column >= sizes.columns || first >= sizes.d_in {
         terminate!();
     }
-    let words = words_of_run::<C>(words, column, run, &sizes, of);
+    let mut words = words_of_run::<C>(words, column, run, &sizes, of);
     let mut group = first / sizes.group_size;
     let mut end = (group + 1) * sizes.group_size;
     let mut scale = Vector::<f32, C>::cast_from(scales[group * sizes.columns + column]);
     let mut zero = of_group::<F, C>(zeros, group, column, &sizes);
-    #[unroll]
     for k in 0..of.codes {
         let i = first + k;
-        if i < sizes.d_in {
-            if i == end {
+        let level = levels::<C>(next_codes::<C>(&mut words, of), table, &sizes);
+        if of.in_group || i < sizes.d_in {
+            if !of.in_group && i == end {
                 group += 1;
                 end += sizes.group_size;
                 scale = Vector::cast_from(scales[group * sizes.columns + column]);
                 zero = of_group::<F, C>(zeros, group, column, &sizes);
             }
-            let level = levels::<C>(&words, table, &sizes, k, of);
             weight[i * sizes.columns + column] = Vector::cast_from((level - zero) * scale);
         }
     }
 }
 
-/// `x · w` over the inputs of one split, `[n_splits, rows, d_out]`, for at most `capacity` rows.
+/// `x · w` over the inputs of one split, `[n_splits, rows, d_out]`, with `capacity` rows to a cube.
 ///
 /// The units of a column take the runs of a split in turn; their sums meet in shared memory.
 #[cube(launch_unchecked, address_type = "dynamic")]
@@ -199,6 +208,7 @@ fn few_rows_kernel<F: Float, O: Float, C: Size>(
     // The columns that pad the last tile repeat the last one, and are not written.
     let column = select(own < sizes.columns, own, sizes.columns - 1);
     let split = CUBE_POS_Y as usize;
+    let first_row = CUBE_POS_Z as usize * capacity;
 
     let mut sums = Array::<Vector<f32, C>>::new(capacity);
     #[unroll]
@@ -210,26 +220,28 @@ fn few_rows_kernel<F: Float, O: Float, C: Size>(
     let last = select(last < n_runs, last, n_runs);
     let mut run = split * runs_per_split + UNIT_POS_Y as usize;
     while run < last {
-        let words = words_of_run::<C>(words, column, run, &sizes, of);
+        let mut words = words_of_run::<C>(words, column, run, &sizes, of);
         let first = run * of.codes;
         let mut group = first / sizes.group_size;
         let mut end = (group + 1) * sizes.group_size;
         let mut scale = Vector::<f32, C>::cast_from(scales[group * sizes.columns + column]);
         let mut zero = of_group::<F, C>(zeros, group, column, &sizes);
-        #[unroll]
         for k in 0..of.codes {
             let i = first + k;
-            if i < sizes.d_in {
-                if i == end {
+            let level = levels::<C>(next_codes::<C>(&mut words, of), table, &sizes);
+            if of.in_group || i < sizes.d_in {
+                if !of.in_group && i == end {
                     group += 1;
                     end += sizes.group_size;
                     scale = Vector::cast_from(scales[group * sizes.columns + column]);
                     zero = of_group::<F, C>(zeros, group, column, &sizes);
                 }
-                let weight = (levels::<C>(&words, table, &sizes, k, of) - zero) * scale;
+                let weight = (level - zero) * scale;
                 #[unroll]
                 for row in 0..capacity {
-                    let at = select(row < rows, row, rows - 1) * sizes.d_in + i;
+                    let row_of_x = first_row + row;
+                    let row_of_x = select(row_of_x < rows, row_of_x, rows - 1);
+                    let at = row_of_x * sizes.d_in + i;
                     sums[row] = fma(Vector::new(f32::cast_from(x[at])), weight, sums[row]);
                 }
             }
@@ -242,6 +254,7 @@ fn few_rows_kernel<F: Float, O: Float, C: Size>(
     for row in 0..capacity {
         shared[UNIT_POS as usize] = sums[row];
         sync_cube();
+        let row = first_row + row;
         if UNIT_POS_Y == 0 && own < sizes.columns && row < rows {
             let total = sum_of_column::<C>(&shared);
             y[(split * rows + row) * sizes.columns + column] = Vector::cast_from(total);
@@ -307,12 +320,11 @@ fn dgrid_kernel<F: Float, C: Size>(
     let last = end.div_ceil(of.codes);
     let mut run = start / of.codes + UNIT_POS_Y as usize;
     while run < last {
-        let words = words_of_run::<C>(words, column, run, &sizes, of);
-        #[unroll]
+        let mut words = words_of_run::<C>(words, column, run, &sizes, of);
         for k in 0..of.codes {
             let i = run * of.codes + k;
-            if i >= start && i < end {
-                let level = levels::<C>(&words, table, &sizes, k, of);
+            let level = levels::<C>(next_codes::<C>(&mut words, of), table, &sizes);
+            if of.in_group || (i >= start && i < end) {
                 let p = Vector::<f32, C>::cast_from(p[i * sizes.columns + column]);
                 of_levels = fma(p, level - zero, of_levels);
                 of_products += p;
@@ -359,7 +371,7 @@ impl Native {
             Zeros::Absent => None,
         };
         let layout = w.layout;
-        let runs_of_cube = (UNITS / TILE) * Run::new(layout.bits()).codes;
+        let runs_of_cube = (UNITS / TILE) * Run::new(&layout).codes;
         let largest = [
             layout.n_tiles(),
             layout.n_groups(),
@@ -399,7 +411,7 @@ impl Native {
     }
 
     fn run(&self) -> Run {
-        Run::new(self.layout.bits())
+        Run::new(&self.layout)
     }
 
     fn dtype(&self) -> DType {
@@ -482,11 +494,13 @@ impl Native {
             DType::F32
         };
         let splits = self.empty([n_splits * rows, layout.d_out()], sums);
+        let capacity = rows.next_power_of_two().min(ROWS);
+        let n_cubes = [layout.n_tiles(), n_splits, rows.div_ceil(capacity)].map(|n| n as u32);
         // SAFETY: as above; the row of `x` is within `rows`, and a cube has at most `UNITS` units.
         unsafe {
             few_rows_kernel::launch_unchecked(
                 &x.client,
-                CubeCount::Static(layout.n_tiles() as u32, n_splits as u32, 1),
+                CubeCount::Static(n_cubes[0], n_cubes[1], n_cubes[2]),
                 dim,
                 self.address_type(&[&x, &splits]),
                 self.width,
@@ -499,7 +513,7 @@ impl Native {
                 self.sizes(),
                 rows,
                 runs_per_split,
-                rows.next_power_of_two(),
+                capacity,
                 self.run(),
                 [elem(self.dtype()), elem(sums)],
             );
