@@ -91,9 +91,9 @@ struct Args {
 }
 
 impl Args {
-    /// How far the logits of one model may be from those of its other form. Nothing on the CPU. burn
-    /// fuses the operations of a model on other devices, and has one more to fuse in an adapted layer:
-    /// other kernels, whose sums have another order.
+    /// How far the merged model's logits may be from the tuned model's: nothing on the CPU. Elsewhere
+    /// burn fuses operations into kernels, other ones where an adapter's operations are among them,
+    /// and so rounds otherwise. (Not with `BURN_FUSION_MAX_EXPLORATIONS=0`.)
     fn tolerated_difference(&self) -> f32 {
         match self.device.name.as_str() {
             "flex" => 0.0,

@@ -406,7 +406,11 @@ impl Native {
             zeros: zeros.map(|zeros| into_contiguous(zeros.clone())),
             table,
             layout,
-            width: if layout.d_out() % 4 == 0 { 4 } else { 1 },
+            width: if layout.d_out().is_multiple_of(4) {
+                4
+            } else {
+                1
+            },
         })
     }
 
