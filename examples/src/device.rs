@@ -22,8 +22,10 @@ impl DeviceArg {
     }
 }
 
+type Open = fn() -> Device;
+
 /// The devices of the compiled features, the fastest kind first, under the features' names.
-const DEVICES: &[(&str, fn() -> Device)] = &[
+const DEVICES: &[(&str, Open)] = &[
     #[cfg(feature = "cuda")]
     ("cuda", || Device::cuda(0)),
     #[cfg(feature = "rocm")]
