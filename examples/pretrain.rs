@@ -12,7 +12,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 use clap::Parser;
 use examples::corpus::{self, Dialect};
-use examples::device::devices;
+use examples::device::DeviceArg;
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{Llama, LlamaConfig, Pretrained, RopeScaling, Windows};
 use peft::{FitConfig, Schedule};
@@ -38,6 +38,8 @@ struct Args {
     /// Seed of the text, of the first weights and of the order of the windows
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 const VOCAB: usize = 512;
@@ -46,7 +48,7 @@ const SEQ_LEN: usize = 128;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     peft::files::check_output(&args.out)?;
-    let device = (devices()[0].open)();
+    let device = args.device.open();
 
     let n_tokens = args.steps * args.batch * SEQ_LEN;
     // A token is about three characters; the text must not come again before the end.
@@ -151,6 +153,11 @@ struct ToBf16;
 
 impl ModuleMapper for ToBf16 {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        param.map(|tensor| tensor.cast(DType::BF16).cast(DType::F32))
+        param.map(|tensor| {
+            let device = tensor.device();
+            // On the host: not every device computes in bf16.
+            let data = tensor.into_data().convert_dtype(DType::BF16);
+            Tensor::from_data(data.convert_dtype(DType::F32), &device)
+        })
     }
 }

@@ -13,7 +13,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
-use examples::device::devices;
+use examples::device::DeviceArg;
 use examples::embedded;
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{CheckpointFormat, GptqVersion, perplexity};
@@ -76,10 +76,8 @@ struct Args {
     /// What the model is saved as
     #[arg(long, value_enum, default_value_t = Target::QuantCore)]
     format: Target,
-    /// Where to compute
-    #[arg(long, value_name = "NAME", default_value = devices()[0].name,
-          value_parser = clap::builder::PossibleValuesParser::new(devices().into_iter().map(|device| device.name)))]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -220,10 +218,7 @@ fn run(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         peft::files::check_output(out)?;
     }
-    let named = devices()
-        .into_iter()
-        .find(|device| device.name == args.device);
-    let device = (named.expect("checked by the parser").open)();
+    let device = args.device.open();
     // Dropped, and so removed, at the end.
     let scratch = tempfile::tempdir()?;
     let source = match &args.model {

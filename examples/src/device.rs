@@ -1,39 +1,51 @@
-//! The devices that a binary was built for.
+//! The devices that a program was built for.
 
 use burn::tensor::Device;
+use clap::Args;
+use clap::builder::{PossibleValuesParser, ValueParser};
 
-/// A device by its name on the command line.
-pub struct Named {
-    /// The name, which is that of the feature.
-    pub name: &'static str,
+/// The option of a program that names its device.
+#[derive(Args, Clone, Debug)]
+pub struct DeviceArg {
+    /// Where to compute
+    #[arg(id = "device", long, value_name = "NAME", default_value = DEVICES[0].0,
+          value_parser = names())]
+    pub name: String,
+}
+
+impl DeviceArg {
     /// Opens the device.
-    pub open: fn() -> Device,
+    pub fn open(&self) -> Device {
+        let named = DEVICES.iter().find(|(name, _)| *name == self.name);
+        let (_, open) = named.expect("checked by the parser");
+        open()
+    }
 }
 
-/// The devices of the compiled features, the fastest kind first.
-pub fn devices() -> Vec<Named> {
-    vec![
-        #[cfg(feature = "cuda")]
-        named("cuda", || Device::cuda(0)),
-        #[cfg(feature = "rocm")]
-        named("rocm", || Device::rocm(0)),
-        #[cfg(feature = "metal")]
-        named("metal", || {
-            Device::metal(burn::tensor::DeviceKind::DefaultDevice)
-        }),
-        #[cfg(feature = "vulkan")]
-        named("vulkan", || {
-            Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)
-        }),
-        #[cfg(feature = "wgpu")]
-        named("wgpu", || {
-            Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
-        }),
-        #[cfg(feature = "flex")]
-        named("flex", Device::flex),
-    ]
-}
+type Open = fn() -> Device;
 
-fn named(name: &'static str, open: fn() -> Device) -> Named {
-    Named { name, open }
+/// The devices of the compiled features, the fastest kind first, under the features' names.
+const DEVICES: &[(&str, Open)] = &[
+    #[cfg(feature = "cuda")]
+    ("cuda", || Device::cuda(0)),
+    #[cfg(feature = "rocm")]
+    ("rocm", || Device::rocm(0)),
+    #[cfg(feature = "metal")]
+    ("metal", || {
+        Device::metal(burn::tensor::DeviceKind::DefaultDevice)
+    }),
+    #[cfg(feature = "vulkan")]
+    ("vulkan", || {
+        Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)
+    }),
+    #[cfg(feature = "wgpu")]
+    ("wgpu", || {
+        Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)
+    }),
+    #[cfg(feature = "flex")]
+    ("flex", Device::flex),
+];
+
+fn names() -> ValueParser {
+    PossibleValuesParser::new(DEVICES.iter().map(|(name, _)| name)).into()
 }

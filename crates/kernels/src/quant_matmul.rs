@@ -23,6 +23,7 @@ mod tests;
 
 /// A packed weight of a backend: `w = scales * (level(code) - zeros)`.
 #[derive(ExtensionType, Clone, Debug)]
+#[extension_type(fusion: cfg(feature = "cubecl"))]
 pub(crate) struct Packed<B: Backend> {
     /// [`Layout::words_shape`], dtype `U32`.
     words: IntTensor<B>,
@@ -50,6 +51,7 @@ pub enum Precision {
 
 /// The zeros of a packed weight. (burn's extensions take no `Option` of a tensor.)
 #[derive(ExtensionType, Clone, Debug)]
+#[extension_type(fusion: cfg(feature = "cubecl"))]
 pub(crate) enum Zeros<B: Backend> {
     /// All are zero.
     Absent,
@@ -68,19 +70,19 @@ pub(crate) enum Zeros<B: Backend> {
 )]
 pub(crate) trait QuantOps: Backend {
     /// The dense weight, `[d_in, d_out]`.
-    #[fusion(default)]
+    #[fusion(dtype = w.scales.dtype, shape = burn::tensor::Shape::new([w.layout.d_in(), w.layout.d_out()]))]
     fn quant_unpack(#[extension_type] w: Packed<Self>) -> FloatTensor<Self> {
         composed::unpack(w)
     }
 
     /// `x · w`, `[rows, d_out]`.
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = burn::tensor::Shape::new([x[0], w.layout.d_out()]))]
     fn quant_matmul(x: FloatTensor<Self>, #[extension_type] w: Packed<Self>) -> FloatTensor<Self> {
         Self::float_matmul(x, Self::quant_unpack(w))
     }
 
     /// The gradient of [`QuantOps::quant_matmul`] for `x`: `dy · wᵀ`, `[rows, d_in]`.
-    #[fusion(default)]
+    #[fusion(dtype = dy, shape = burn::tensor::Shape::new([dy[0], w.layout.d_in()]))]
     fn quant_matmul_dx(
         dy: FloatTensor<Self>,
         #[extension_type] w: Packed<Self>,
@@ -93,7 +95,7 @@ pub(crate) trait QuantOps: Backend {
     /// With `p = xᵀ · dy` and `i` over the inputs of group `g`:
     /// `dscales[g, o] = Σ p[i, o] (level[i, o] - zeros[g, o])`,
     /// `dzeros[g, o] = -scales[g, o] Σ p[i, o]`.
-    #[fusion(default)]
+    #[fusion(meta = |_dy, _x, w| (w.scales.clone(), w.scales.clone()))]
     fn quant_matmul_dgrid(
         dy: FloatTensor<Self>,
         x: FloatTensor<Self>,

@@ -287,6 +287,7 @@ mod tests {
         }
     }
 
+    #[derive(Debug)]
     struct Case {
         weight: Tensor<2>,
         adapter: LoraAdapter,
