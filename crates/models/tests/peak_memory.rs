@@ -13,9 +13,9 @@ const HIDDEN: usize = 64;
 const N: usize = 32;
 const SEQ: usize = 64;
 
-fn peqa(num_hidden_layers: usize) -> Llama {
+fn llama(num_hidden_layers: usize, vocab_size: usize) -> Llama {
     let config = LlamaConfig {
-        vocab_size: 32,
+        vocab_size,
         hidden_size: HIDDEN,
         intermediate_size: 160,
         num_hidden_layers,
@@ -32,6 +32,11 @@ fn peqa(num_hidden_layers: usize) -> Llama {
     };
     let mut model = Llama::init(&config, 1, &Device::flex()).no_grad();
     models::quantize(&mut model, &Rtn::new(), &[], |_| {}).unwrap();
+    model
+}
+
+fn peqa(num_hidden_layers: usize) -> Llama {
+    let mut model = llama(num_hidden_layers, 32);
     peft::attach(&mut model, &Peqa::new()).unwrap();
     model
 }
@@ -41,6 +46,7 @@ fn peqa(num_hidden_layers: usize) -> Llama {
 fn what_is_kept() {
     checkpointing_keeps_the_inputs_of_the_blocks();
     a_cached_token_is_written_in_its_place();
+    a_packed_head_stays_packed();
 }
 
 /// A block more costs its input, where its gradients are made from it alone.
@@ -84,4 +90,20 @@ fn a_cached_token_is_written_in_its_place() {
     assert!(growing > 2 * keys, "{growing} bytes for keys of {keys}");
     let above = counting::peak_of(&mut step);
     assert!(above < keys * 3 / 4, "{above} bytes beside keys of {keys}");
+}
+
+/// A token is decoded without unpacking the head.
+fn a_packed_head_stays_packed() {
+    const VOCAB: usize = 8192;
+    let mut model = llama(1, VOCAB);
+    models::quantize_head(&mut model, &Rtn::new()).unwrap();
+    let token = Tensor::<2, Int>::ones([1, 1], &Device::flex());
+    let mut cache = model.cache(8).unwrap();
+    let mut step = || drop(model.forward_cached(token.clone(), &mut cache).unwrap());
+    step();
+    let (above, logits) = (counting::peak_of(&mut step), VOCAB * size_of::<f32>());
+    assert!(
+        above < 4 * logits,
+        "{above} bytes for logits of {logits}, a dense head has {HIDDEN} times as many"
+    );
 }
