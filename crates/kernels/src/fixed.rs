@@ -171,6 +171,17 @@ impl Unit {
 
 /// What is done with the sums of a block.
 pub(crate) trait Finish {
+    /// The whole number, of at most 255, that is taken from each code of block `block` in columns
+    /// `16 * part ..` before the sums are rounded: where a grid's zero is far from its lowest code,
+    /// all but the weights themselves would cancel.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
+    unsafe fn center(&self, _block: usize, _part: usize) -> std::arch::x86_64::__m512 {
+        // SAFETY: the caller's promise.
+        unsafe { std::arch::x86_64::_mm512_setzero_ps() }
+    }
+
     /// Takes the sums of row `row` in columns `16 * part ..` of the panel, in block `block`.
     ///
     /// # Safety

@@ -102,6 +102,12 @@ pub(super) unsafe fn multiply(
     // SAFETY: the caller's promise.
     unsafe {
         match (rows.limbs, panel.planes) {
+            (Limbs::Three, 1) if panel.signed => {
+                each::<3, 2>(rows, blocks, panel, finish, signed_three, [6, 7])
+            }
+            (Limbs::Two, 1) if panel.signed => {
+                each::<2, 2>(rows, blocks, panel, finish, signed_two, [6, 7])
+            }
             (Limbs::Three, 1) => each::<3, 2>(rows, blocks, panel, finish, codes_three, [6, 7]),
             (Limbs::Two, 1) => each::<2, 2>(rows, blocks, panel, finish, codes_two, [6, 7]),
             (Limbs::Two, 2) => each::<2, 1>(rows, blocks, panel, finish, limbs_two, [3, 6]),
@@ -164,6 +170,8 @@ unsafe fn each<const L: usize, const S: usize>(
             unsafe { product(&operands, sums) };
         };
         let take = |block: usize, part: usize, sums: &Sums, finish: &mut _| {
+            // SAFETY: these instructions are there.
+            let center = unsafe { Finish::center(finish, block, part) };
             for (k, &strip) in strips[..n_strips].iter().enumerate() {
                 let scales = &rows.scales[strip * n_scales + block * STRIP..][..STRIP];
                 let n = rows.rows_of(strip);
@@ -172,7 +180,8 @@ unsafe fn each<const L: usize, const S: usize>(
                         // SAFETY: 16 sums.
                         unsafe { _mm512_load_si512(sums.0[k * L + l][row].as_ptr().cast()) }
                     });
-                    let mut value = join(limbs, scale);
+                    let place = strip * STRIP + row;
+                    let mut value = join(limbs, center, rows.limb_sums(place, block), scale);
                     if let Some(scales) = panel
                         .scales
                         .get((block - blocks.start) * TILE + part * PART..)
@@ -183,7 +192,7 @@ unsafe fn each<const L: usize, const S: usize>(
                         value = _mm512_mul_ps(value, scales);
                     }
                     // SAFETY: these instructions are there.
-                    unsafe { Finish::take(finish, strip * STRIP + row, block, part, value) };
+                    unsafe { Finish::take(finish, place, block, part, value) };
                 }
             }
         };
@@ -207,7 +216,7 @@ unsafe fn each<const L: usize, const S: usize>(
 
 /// Products with codes: for each of two strips, each limb times the one plane.
 macro_rules! codes {
-    ($name:ident, [$($zero:literal),*], [$($first:literal),*], [$($second:literal),*], [$($store:literal),*]) => {
+    ($name:ident, $product:literal, [$($zero:literal),*], [$($first:literal),*], [$($second:literal),*], [$($store:literal),*]) => {
         /// # Safety
         /// Tiles are configured, and the operands lie within their allocations.
         unsafe fn $name(o: &Operands, sums: &mut Sums) {
@@ -217,8 +226,8 @@ macro_rules! codes {
                     $(concat!("tilezero ", $zero),)*
                     "2:",
                     "tileloadd tmm7, [{b} + {c64}]",
-                    $("tileloadd tmm6, [{a0} + {row}]", concat!("tdpbsud ", $first, ", tmm6, tmm7"), "add {a0}, {limb}",)*
-                    $("tileloadd tmm6, [{a1} + {row}]", concat!("tdpbsud ", $second, ", tmm6, tmm7"), "add {a1}, {limb}",)*
+                    $("tileloadd tmm6, [{a0} + {row}]", concat!($product, " ", $first, ", tmm6, tmm7"), "add {a0}, {limb}",)*
+                    $("tileloadd tmm6, [{a1} + {row}]", concat!($product, " ", $second, ", tmm6, tmm7"), "add {a1}, {limb}",)*
                     "add {b}, {b_step}",
                     "dec {n}",
                     "jnz 2b",
@@ -240,11 +249,21 @@ macro_rules! codes {
 }
 
 codes! {
-    codes_three, ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"], ["tmm0", "tmm1", "tmm2"],
-    ["tmm3", "tmm4", "tmm5"], ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"]
+    codes_three, "tdpbsud", ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"],
+    ["tmm0", "tmm1", "tmm2"], ["tmm3", "tmm4", "tmm5"],
+    ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"]
 }
 codes! {
-    codes_two, ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"],
+    codes_two, "tdpbsud", ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"],
+    ["tmm0", "tmm1", "tmm2", "tmm3"]
+}
+codes! {
+    signed_three, "tdpbssd", ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"],
+    ["tmm0", "tmm1", "tmm2"], ["tmm3", "tmm4", "tmm5"],
+    ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"]
+}
+codes! {
+    signed_two, "tdpbssd", ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"],
     ["tmm0", "tmm1", "tmm2", "tmm3"]
 }
 

@@ -20,6 +20,8 @@ pub(crate) struct Panel {
     pub(super) bytes: Vec<u8>,
     /// One plane of unsigned codes, or two of signed limbs, the lower first.
     pub(super) planes: usize,
+    /// Whether one plane is of signed numbers.
+    pub(super) signed: bool,
     pub(super) step: usize,
     /// What the integers of a block and column are multiplied by: `[blocks, TILE]`, of limbs only.
     pub(super) scales: Vec<f32>,
@@ -53,6 +55,7 @@ impl Panel {
     ) {
         assert!(inputs.start.is_multiple_of(64));
         self.resize(1, blocks.step, inputs.len());
+        self.signed = false;
         // SAFETY: the caller has a unit, and so the processor these instructions.
         unsafe {
             match layout.bits() {
@@ -64,10 +67,11 @@ impl Panel {
         }
     }
 
-    /// The codes of `k` outputs in `n` inputs, as columns: `fill` writes `[TILE, TILE]` of them, one
-    /// row for each input, and is told from which output on.
+    /// The codes of `k` outputs in [`TILE`] inputs, as columns: `fill` writes `[TILE, TILE]` of them as
+    /// signed bytes, one row for each input, and is told from which output on.
     pub(crate) fn transposed(&mut self, k: usize, fill: impl Fn(usize, &mut [[u8; TILE]; TILE])) {
         self.resize(1, 64, k);
+        self.signed = true;
         let mut codes = [[0; TILE]; TILE];
         for (step, bytes) in self.bytes.chunks_exact_mut(TILE * TILE).enumerate() {
             if step * TILE >= k {

@@ -40,6 +40,8 @@ pub(crate) struct Rows {
     pub(super) scales: Vec<f32>,
     /// `[strips, blocks, STRIP]`: the sums of the values, as the integers stand for them.
     sums: Vec<f32>,
+    /// `[strips, blocks, 3, STRIP]`: the sums of each limb.
+    limb_sums: Vec<f32>,
 }
 
 /// A matrix whose rows begin `stride` values apart.
@@ -72,6 +74,7 @@ impl Rows {
             bytes: vec![0; n_strips * height * limbs.n() * blocks.padded()],
             scales: vec![0.0; n_strips * blocks.n() * STRIP],
             sums: vec![0.0; n_strips * blocks.n() * STRIP],
+            limb_sums: vec![0.0; n_strips * blocks.n() * 3 * STRIP],
         }
     }
 
@@ -96,9 +99,10 @@ impl Rows {
         let n_scales = blocks.n() * STRIP;
         let strips = self.bytes.chunks_mut(strip_bytes);
         let strips = strips.zip(self.scales.chunks_mut(n_scales));
-        let strips = strips.zip(self.sums.chunks_mut(n_scales)).enumerate();
+        let strips = strips.zip(self.sums.chunks_mut(n_scales));
+        let strips = strips.zip(self.limb_sums.chunks_mut(3 * n_scales)).enumerate();
         let strips = strips.take(n_rows.div_ceil(STRIP));
-        let strips = strips.map(|(strip, ((bytes, scales), sums))| Strip {
+        let strips = strips.map(|(strip, (((bytes, scales), sums), limb_sums))| Strip {
             rows: strip * STRIP..n_rows.min((strip + 1) * STRIP),
             height: self.height,
             limbs: self.limbs,
@@ -106,6 +110,7 @@ impl Rows {
             bytes,
             scales,
             sums,
+            limb_sums,
         });
         // SAFETY: the caller has a unit, and so the processor these instructions.
         each(strips.collect(), &|strip| unsafe { strip.split(source) });
@@ -141,6 +146,13 @@ impl Rows {
         self.sums[(row / STRIP * self.blocks.n() + block) * STRIP + row % STRIP]
     }
 
+    /// The sums of the limbs of block `block` of row `row`.
+    #[inline(always)]
+    pub(super) fn limb_sums<const L: usize>(&self, row: usize, block: usize) -> [f32; L] {
+        let at = (row / STRIP * self.blocks.n() + block) * 3 * STRIP + row % STRIP;
+        std::array::from_fn(|limb| self.limb_sums[at + limb * STRIP])
+    }
+
     /// Rows in a strip.
     pub(super) fn rows_of(&self, strip: usize) -> usize {
         STRIP.min(self.n_rows - strip * STRIP)
@@ -161,10 +173,11 @@ struct Strip<'a> {
     bytes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [f32],
+    limb_sums: &'a mut [f32],
 }
 
 impl Strip<'_> {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
     fn split(mut self, source: Source<'_>) {
         for (at, row) in self.rows.clone().enumerate() {
             let x = &source.x[row * source.stride..][..self.blocks.k()];
@@ -188,7 +201,7 @@ impl Strip<'_> {
     }
 
     /// Splits the values of a block of a row; returns their scale and sum.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
     fn split_block(&mut self, row: usize, block: usize, values: &[f32]) -> (f32, f32) {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
         let mut most = _mm512_setzero_si512();
@@ -202,6 +215,8 @@ impl Strip<'_> {
         let inverse = _mm512_set1_ps(inverse);
         let bias = _mm512_set1_epi32(bias(self.limbs));
         let mut sum = _mm512_setzero_si512();
+        let mut limb_sums = [_mm512_setzero_si512(); 3];
+        let ones = _mm512_set1_epi8(1);
 
         // Of two vectors: the lowest byte of each dword of both, then the second of both.
         let low = bytes(|at| (at % 16 * 4 + at / 16 % 2 * 64 + at / 32) as u8);
@@ -231,6 +246,7 @@ impl Strip<'_> {
             let two = _mm512_shuffle_i64x2::<0b01_00_01_00>(ab, cd);
             let first = steps.start + at * (LANES / step);
             for (limb, digits) in [zero, one, two].into_iter().take(n_limbs).enumerate() {
+                limb_sums[limb] = _mm512_dpbusd_epi32(limb_sums[limb], ones, digits);
                 let place =
                     |step_at: usize| ((step_at * n_limbs + limb) * self.height + row) * step;
                 if step == LANES {
@@ -247,6 +263,9 @@ impl Strip<'_> {
                     self.bytes[at..][..step].copy_from_slice(part);
                 }
             }
+        }
+        for (limb, sums) in limb_sums.into_iter().enumerate() {
+            self.limb_sums[(block * 3 + limb) * STRIP + row] = _mm512_reduce_add_epi32(sums) as f32;
         }
         (scale, scale * _mm512_reduce_add_epi32(sum) as f32)
     }

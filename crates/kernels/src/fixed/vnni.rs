@@ -110,13 +110,17 @@ fn stream_codes<const L: usize, const BITS: usize>(
             }
         }
         let scale = rows.scales[block * STRIP];
+        let limb_sums = rows.limb_sums(0, block);
         for part in 0..PARTS {
             let mut limbs = [_mm512_setzero_si512(); L];
             for (limb, sums) in limbs.iter_mut().zip(&sums) {
                 *limb = sums[part];
             }
             // SAFETY: these instructions are there.
-            unsafe { finish.take(0, block, part, join(limbs, scale)) };
+            unsafe {
+                let center = finish.center(block, part);
+                finish.take(0, block, part, join(limbs, center, limb_sums, scale));
+            }
         }
     }
     finish.rows_done(0..1);
@@ -173,16 +177,19 @@ fn few<const L: usize, const R: usize, const C: usize>(
                     }
                 }
             }
-            for (r, sums) in sums.iter().enumerate() {
-                for c in 0..C {
+            for c in 0..C {
+                // SAFETY: these instructions are there.
+                let center = unsafe { finish.center(block, first + c) };
+                for (r, sums) in sums.iter().enumerate() {
                     let row = at.row + r;
                     let mut limbs = [_mm512_setzero_si512(); L];
                     for (limb, sums) in limbs.iter_mut().zip(sums) {
                         *limb = sums[c];
                     }
-                    let value = join(limbs, scales[row]);
+                    let place = at.strip * STRIP + row;
+                    let value = join(limbs, center, rows.limb_sums(place, block), scales[row]);
                     // SAFETY: these instructions are there.
-                    unsafe { finish.take(at.strip * STRIP + row, block, first + c, value) };
+                    unsafe { finish.take(place, block, first + c, value) };
                 }
             }
         }
@@ -191,13 +198,23 @@ fn few<const L: usize, const R: usize, const C: usize>(
     R
 }
 
-/// The value whose limbs' sums these are, lowest first.
+/// The value whose limbs' sums these are, lowest first, less `center` for each of the codes that they
+/// were multiplied with: whole numbers, all of them below 2²⁴ and so exact.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn join<const L: usize>(limbs: [__m512i; L], scale: f32) -> __m512 {
-    let mut value = _mm512_cvtepi32_ps(limbs[L - 1]);
-    for limb in limbs[..L - 1].iter().rev() {
-        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0), _mm512_cvtepi32_ps(*limb));
+pub(super) fn join<const L: usize>(
+    limbs: [__m512i; L],
+    center: __m512,
+    limb_sums: [f32; L],
+    scale: f32,
+) -> __m512 {
+    let limb = |l: usize| {
+        let sum = _mm512_set1_ps(limb_sums[l]);
+        _mm512_fnmadd_ps(center, sum, _mm512_cvtepi32_ps(limbs[l]))
+    };
+    let mut value = limb(L - 1);
+    for l in (0..L - 1).rev() {
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0), limb(l));
     }
     _mm512_mul_ps(value, _mm512_set1_ps(scale))
 }

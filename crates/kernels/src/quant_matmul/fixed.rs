@@ -111,7 +111,19 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
             let grid = |values: &[f32]| values[inputs.start / size * d_out..][..d_out].to_vec();
             let scales = grid(w.scales);
             let mut zeros = w.zeros.map_or_else(|| vec![0.0; d_out], grid);
-            zeros.iter_mut().for_each(|zero| *zero += w.layout.center());
+            // Codes less whole numbers are signed bytes; what the zeros have beside these is left.
+            let whole: Vec<u8> = zeros
+                .iter_mut()
+                .map(|zero| {
+                    *zero += w.layout.center();
+                    let whole = match w.layout.bits() {
+                        8 => 128.0,
+                        _ => zero.round_ties_even().clamp(-64.0, 64.0),
+                    };
+                    *zero -= whole;
+                    whole as i16 as u8
+                })
+                .collect();
             let width = inputs.len();
             let mut part = vec![0.0; n_rows * width];
             let sums = Shared::new(&mut part);
@@ -127,7 +139,13 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
                     let columns = Columns::new(tile, width);
                     let inputs = inputs.start + tile..inputs.end.min(inputs.start + tile + TILE);
                     panel.transposed(outputs.len(), |output, codes| {
-                        simd::codes(w, (first + output) / TILE, inputs.clone(), codes)
+                        let tile = (first + output) / TILE;
+                        simd::codes(w, tile, inputs.clone(), codes);
+                        for codes in codes.iter_mut() {
+                            for (code, whole) in codes.iter_mut().zip(&whole[tile * TILE..]) {
+                                *code = code.wrapping_sub(*whole);
+                            }
+                        }
                     });
                     // SAFETY: `part` is `[rows, width]`, and this task's own.
                     let sums = unsafe { Sums::new(columns, &sums) };
@@ -374,25 +392,46 @@ struct Grid<'a> {
 }
 
 impl Grid<'_> {
-    /// `Σ x (level - zero)` from `Σ x code`.
+    /// The zeros as codes, and the nearest whole numbers.
     #[inline(always)]
-    unsafe fn centered(&self, row: usize, block: usize, part: usize, sums: __m512) -> __m512 {
+    unsafe fn zeros(&self, block: usize, part: usize) -> (__m512, __m512) {
         // SAFETY: the caller has AVX-512.
         unsafe {
             let center = _mm512_set1_ps(self.w.layout.center());
-            let zeros = match self.w.zeros {
-                Some(zeros) => {
-                    _mm512_add_ps(self.columns.read(zeros, self.groups[block], part), center)
-                }
-                None => center,
+            let Some(zeros) = self.w.zeros else {
+                return (center, center);
             };
+            let zeros = self.columns.read(zeros, self.groups[block], part);
+            let zeros = _mm512_add_ps(zeros, center);
+            let whole = _mm512_roundscale_ps::<0>(zeros);
+            let most = _mm512_set1_ps(255.0);
+            let least = _mm512_sub_ps(_mm512_setzero_ps(), most);
+            (zeros, _mm512_max_ps(least, _mm512_min_ps(most, whole)))
+        }
+    }
+
+    /// `Σ x (level - zero)` from `Σ x (code - whole)`.
+    #[inline(always)]
+    unsafe fn centered(&self, row: usize, block: usize, part: usize, sums: __m512) -> __m512 {
+        if self.w.zeros.is_none() {
+            return sums;
+        }
+        // SAFETY: the caller has AVX-512.
+        unsafe {
+            let (zeros, whole) = self.zeros(block, part);
             let x = _mm512_set1_ps(self.rows.sum(row, block));
-            _mm512_sub_ps(sums, _mm512_mul_ps(zeros, x))
+            _mm512_sub_ps(sums, _mm512_mul_ps(_mm512_sub_ps(zeros, whole), x))
         }
     }
 }
 
 impl Finish for Forward<'_> {
+    #[inline(always)]
+    unsafe fn center(&self, block: usize, part: usize) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { self.grid.zeros(block, part).1 }
+    }
+
     #[inline(always)]
     unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
         // SAFETY: the caller's promise.
@@ -419,6 +458,12 @@ struct Backward<'a> {
 }
 
 impl Finish for Backward<'_> {
+    #[inline(always)]
+    unsafe fn center(&self, block: usize, part: usize) -> __m512 {
+        // SAFETY: the caller's promise.
+        unsafe { self.grid.zeros(block, part).1 }
+    }
+
     #[inline(always)]
     unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
         // SAFETY: the caller's promise; both have 16 values there.

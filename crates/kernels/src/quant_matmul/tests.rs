@@ -308,7 +308,7 @@ fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
     ] {
         let layout = Layout::new(d_in, d_out, bits, 128, levels);
         let codes: Vec<u8> = (0..d_in * d_out)
-            .map(|i| (i * 2_654_435_761 >> 16) as u8 % (1 << bits))
+            .map(|i| ((i * 2_654_435_761) >> 16) as u8 % (1 << bits))
             .collect();
         let words = TensorData::new(pack(&codes, &layout), layout.words_shape());
         let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
