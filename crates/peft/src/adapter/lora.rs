@@ -149,7 +149,7 @@ impl LoraAdapter {
     }
 
     pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
-        // `x A` is the smallest of the factors where rows are few.
+        // Of all factors, `x A` has the fewest numbers to scale, unless rows are many.
         let low = dense_matmul(x.clone(), self.a()) * self.scale();
         weight.matmul(x) + dense_matmul(low, self.b())
     }
@@ -395,7 +395,8 @@ mod tests {
         fn over_a_packed_weight_it_is_qlora(case in cases()) {
             let Case { weight, adapter, x, .. } = case;
             let zeros = Weight::frozen(weight.zeros_like());
-            let packed = Rtn::new().with_bits(3).with_group_size(5).quantize(weight, None).unwrap();
+            let rtn = Rtn::new().with_bits(3).with_group_size(weight.dims()[0].min(5));
+            let packed = rtn.quantize(weight, None).unwrap();
             let packed = Weight::Quant(packed.weight);
             let expected = packed.matmul(x.clone()) + adapter.forward(&zeros, x.clone());
             let found = adapter.forward(&packed, x);
