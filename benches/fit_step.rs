@@ -1,7 +1,7 @@
 //! A step of `peft::fit` on a LLaMA of 109.5 million parameters with packed projections: 4 texts of
 //! 256 random tokens, beside the machine's ceilings of the same run.
 //!
-//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks`
+//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast`
 //!
 //! The modes `dx-*` train the first norm of the model alone: what they cost is the forward pass and
 //! the gradients of all activations.
@@ -16,8 +16,8 @@ use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use examples::memory;
 use models::Llama;
-use peft::{Batch, FitConfig, Lora, Method, Peqa};
-use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
+use peft::{Batch, FitConfig, Linears, Lora, Method, Peqa};
+use quant_core::{DoubleQuant, NormalFloat, Precision, Quantizer, Rtn};
 
 #[derive(Parser)]
 struct Args {
@@ -30,6 +30,9 @@ struct Args {
     /// Run each block again for its gradients, instead of keeping its activations
     #[arg(long)]
     checkpoint_blocks: bool,
+    /// Compute products with packed weights in 16 bits
+    #[arg(long)]
+    fast: bool,
     /// Given by cargo
     #[arg(long, hide = true)]
     bench: bool,
@@ -84,8 +87,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = Device::flex();
     println!("{}", Ceilings::measure(&device));
     println!(
-        "batch {BATCH} x {SEQ}, checkpoint_blocks {}",
-        args.checkpoint_blocks
+        "batch {BATCH} x {SEQ}, checkpoint_blocks {}, fast {}",
+        args.checkpoint_blocks, args.fast
     );
     println!(
         "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB |"
@@ -105,6 +108,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 first.n_trainable
             }
         };
+        if args.fast {
+            model.set_precision(Precision::Fast);
+        }
         measure(mode.name, model, n_trainable, &args)?;
     }
     Ok(())

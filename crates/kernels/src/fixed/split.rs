@@ -100,7 +100,9 @@ impl Rows {
         let strips = self.bytes.chunks_mut(strip_bytes);
         let strips = strips.zip(self.scales.chunks_mut(n_scales));
         let strips = strips.zip(self.sums.chunks_mut(n_scales));
-        let strips = strips.zip(self.limb_sums.chunks_mut(3 * n_scales)).enumerate();
+        let strips = strips
+            .zip(self.limb_sums.chunks_mut(3 * n_scales))
+            .enumerate();
         let strips = strips.take(n_rows.div_ceil(STRIP));
         let strips = strips.map(|(strip, (((bytes, scales), sums), limb_sums))| Strip {
             rows: strip * STRIP..n_rows.min((strip + 1) * STRIP),
