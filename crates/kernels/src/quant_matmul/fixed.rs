@@ -27,7 +27,7 @@ impl From<Precision> for Limbs {
 
 /// `x · w`, `[rows, d_out]`. None if floats do better.
 pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
-    let unit = Unit::get()?;
+    let unit = Unit::get().filter(|_| n_rows > 0)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
     let source = Source {
@@ -174,7 +174,7 @@ pub(super) fn product_dgrid(
     n_rows: usize,
     w: &Host,
 ) -> Option<(Vec<f32>, Vec<f32>)> {
-    let unit = Unit::get()?;
+    let unit = Unit::get().filter(|_| n_rows > 0)?;
     let blocks = codes(w)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();

@@ -293,6 +293,18 @@ proptest! {
     }
 }
 
+#[test]
+fn no_rows_give_no_rows() {
+    let device = Device::flex();
+    let layout = Layout::new(32, 3, 4, 16, Levels::Unsigned);
+    let words = TensorData::new(pack(&[3; 96], &layout), layout.words_shape());
+    let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+    let scales = Tensor::<2>::ones(layout.grid_shape(), &device);
+    let x = Tensor::<2>::zeros([0, 32], &device);
+    let y = quant_matmul(x, words, scales, None, layout, Precision::Full);
+    assert_eq!(y.dims(), [0, 3]);
+}
+
 /// Not only is the error small: it is that of an f32 product, or less.
 #[test]
 fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
