@@ -13,6 +13,7 @@
 //! | [`Layout`] | the shape of a packed weight, and where each code lies in the words |
 //! | [`Levels`] | what number a code stands for |
 //! | [`quant_matmul`] | `y = x · w`, differentiable in `x`, `scales` and `zeros` |
+//! | [`Precision`] | how accurate that product is |
 //! | [`dequantize`] | the dense `w` |
 //! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | gate, norm and positions of a LLaMA's block |
 //! | [`causal_attention`] | attention without a matrix of scores, grouped queries, keys of a cache |
@@ -22,7 +23,8 @@
 //! | [`round_with_feedback`] | codes whose errors are fed back into the weights to come: OPTQ's loop |
 //!
 //! The operations run on every backend through default bodies composed from burn's primitive
-//! operations; a native version overrides them where this crate has one (the CPU backend `flex`).
+//! operations; native versions override them where this crate has them: all on the CPU backend
+//! `flex`, the packed product on the devices of CubeCL (CUDA, ROCm, wgpu).
 //! Backward unpacks the weight again: no dense copy of a weight outlives the product that needed it.
 //! Nor do scores of attention and logits: they are computed again, or not needed.
 //!
