@@ -5,8 +5,9 @@
 //! Products of bytes are summed in `i32` without rounding, in any order; the sums of the limbs, the
 //! scales of the rows and those of the columns meet in f32 once per block.
 //!
-//! The other operand comes as a panel of [`TILE`](crate::TILE) columns unpacked into the cache: the codes of a
-//! packed weight as they are, or limbs of their own, whose products below 2⁻²⁴ are left out.
+//! The other operand comes as a panel of [`TILE`](crate::TILE) columns unpacked into the cache: the
+//! codes of a packed weight as they are or, in 16 bits, two limbs each, the lower of which are not
+//! multiplied with each other.
 //!
 //! [`Unit`] is what the processor has: Intel's tiles (AMX) or AVX-512's dot product of bytes (VNNI).
 //! Where it has neither, floats are multiplied as floats.
