@@ -183,6 +183,9 @@ pub(crate) trait Finish {
         unsafe { std::arch::x86_64::_mm512_setzero_ps() }
     }
 
+    /// Fetches what is needed to take the sums of block `block`, if there is such a block.
+    fn prefetch(&self, _block: usize) {}
+
     /// Takes the sums of row `row` in columns `16 * part ..` of the panel, in block `block`.
     ///
     /// # Safety

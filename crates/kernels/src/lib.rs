@@ -71,6 +71,7 @@ mod quant_matmul;
 mod rope;
 #[cfg(all(test, feature = "flex"))]
 mod testing;
+mod threads;
 
 pub use activation::silu_mul;
 pub use attention::causal_attention;
@@ -83,3 +84,4 @@ pub use loss::linear_cross_entropy;
 pub use norm::rms_norm;
 pub use quant_matmul::{Precision, dequantize, quant_matmul};
 pub use rope::rotate_half;
+pub use threads::among_threads;

@@ -133,14 +133,17 @@ impl Llama {
             cache.rope = Some(rope);
         }
         let rope = cache.rope.as_ref().expect("made above").narrow(start, seq);
-        let mut x = self.embed(tokens);
-        for (block, past) in self.layers.iter().zip(&mut cache.blocks) {
-            past.capacity = cache.capacity;
-            x = block.forward(x, &rope, Some(past));
-        }
+        let logits = kernels::among_threads(&tokens.device(), || {
+            let mut x = self.embed(tokens);
+            for (block, past) in self.layers.iter().zip(&mut cache.blocks) {
+                past.capacity = cache.capacity;
+                x = block.forward(x, &rope, Some(past));
+            }
+            let x = self.norm(x.narrow(1, seq - 1, 1)).squeeze_dim::<2>(1);
+            self.logits(x)
+        });
         cache.len = len;
-        let x = self.norm(x.narrow(1, seq - 1, 1)).squeeze_dim::<2>(1);
-        Ok(self.logits(x))
+        Ok(logits)
     }
 }
 

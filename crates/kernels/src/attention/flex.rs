@@ -99,11 +99,13 @@ impl<'a> Heads<'a> {
     }
 
     /// From the element where a row of one head begins.
+    #[inline(always)]
     fn from(&self, batch: usize, position: usize, head: usize) -> &'a [f32] {
         let at = batch * self.batch_stride + position * self.seq_stride + head * self.head_stride;
         &self.values[at..]
     }
 
+    #[inline(always)]
     fn row(&self, batch: usize, position: usize, head: usize) -> &'a [f32] {
         &self.from(batch, position, head)[..self.dim]
     }
@@ -123,13 +125,6 @@ impl<'a> Heads<'a> {
             for (lanes, value) in turned.iter_mut().zip(row) {
                 lanes[i] = value * factor;
             }
-        }
-    }
-
-    fn rows_from(&self, batch: usize, head: usize) -> Rows<'a> {
-        Rows {
-            values: self.from(batch, 0, head),
-            stride: self.seq_stride,
         }
     }
 
@@ -282,27 +277,37 @@ impl<'a> Call<'a> {
     }
 
     /// [`Call::forward`] of the last position alone, as in decoding.
+    ///
+    /// Keys and values come from memory once, in the order in which they lie there.
     fn one_query(&self) -> (Vec<f32>, Vec<f32>) {
-        let mut y = zeroed(self.batch * self.heads * self.dim);
+        /// Keys and values for which another thread is not worth its waking.
+        const ALONE: usize = 1 << 16;
+        let (dim, group) = (self.dim, self.heads / self.kv_heads);
+        let mut y = zeroed(self.batch * self.heads * dim);
         let mut lse = zeroed(self.batch * self.heads);
-        y.par_chunks_mut(self.dim.max(1))
-            .zip(&mut lse)
+        let work = 2 * self.batch * self.seq_k * self.kv_heads * dim;
+        let n_tasks = (work / ALONE).clamp(1, rayon::current_num_threads());
+        // Heads of the keys in a task, all of one sequence.
+        let n_heads = (self.batch * self.kv_heads).div_ceil(n_tasks);
+        let n_heads = n_heads.clamp(1, self.kv_heads);
+        let tasks: Vec<_> = y
+            .chunks_mut(self.heads * dim)
+            .zip(lse.chunks_mut(self.heads))
             .enumerate()
-            .for_each_init(
-                || vec![0.0; self.seq_k],
-                |scores, (task, (y, lse))| {
-                    let (batch, head) = (task / self.heads, task % self.heads);
-                    attend(
-                        self.q.row(batch, 0, head),
-                        self.k.rows_from(batch, self.kv_head(head)),
-                        self.v.rows_from(batch, self.kv_head(head)),
-                        self.scale,
-                        scores,
-                        y,
-                        lse,
-                    );
-                },
-            );
+            .flat_map(|(batch, (y, lse))| {
+                let y = y.chunks_mut(n_heads * group * dim);
+                let tasks = y.zip(lse.chunks_mut(n_heads * group)).enumerate();
+                tasks.map(move |(task, (y, lse))| (batch, task * n_heads, y, lse))
+            })
+            .collect();
+        let run = |(batch, kv_head, y, lse): (usize, usize, &mut [f32], &mut [f32])| {
+            let mut scores = vec![0.0; lse.len() * self.seq_k];
+            attend(self, batch, kv_head, &mut scores, y, lse);
+        };
+        match n_tasks {
+            1 => tasks.into_iter().for_each(run),
+            _ => tasks.into_par_iter().for_each(run),
+        }
         (y, lse)
     }
 
@@ -463,51 +468,57 @@ fn gradient_body<I: Isa>(
     }
 }
 
-/// Rows of a head from the first on.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    values: &'a [f32],
-    stride: usize,
-}
-
-impl<'a> Rows<'a> {
-    #[inline(always)]
-    fn row(&self, i: usize, dim: usize) -> &'a [f32] {
-        &self.values[i * self.stride..][..dim]
-    }
-}
-
 by_instruction_set! {
-    /// One query over as many keys as there is room for scores; `y` is zero.
+    /// The one query in as many heads as `lse` has, those that read the heads of the keys from
+    /// `kv_head` on; `scores` has room for those of each head, and `y` is zero.
     fn attend(
-        q: &[f32],
-        k: Rows,
-        v: Rows,
-        scale: f32,
+        call: &Call,
+        batch: usize,
+        kv_head: usize,
         scores: &mut [f32],
         y: &mut [f32],
-        lse: &mut f32,
+        lse: &mut [f32],
     ) = attend_body
 }
 
 #[inline(always)]
 fn attend_body<I: Isa>(
-    q: &[f32],
-    k: Rows,
-    v: Rows,
-    scale: f32,
+    call: &Call,
+    batch: usize,
+    kv_head: usize,
     scores: &mut [f32],
     y: &mut [f32],
-    lse: &mut f32,
+    lse: &mut [f32],
 ) {
-    for (j, score) in scores.iter_mut().enumerate() {
-        *score = math::dot(q, k.row(j, q.len()));
+    let (n_keys, group) = (call.seq_k, call.heads / call.kv_heads);
+    for j in 0..n_keys {
+        for head in 0..lse.len() {
+            let q = call.q.row(batch, 0, kv_head * group + head);
+            let k = call.k.row(batch, j, kv_head + head / group);
+            dot(q, k, &mut scores[head * n_keys + j]);
+        }
     }
-    let most = math::scale_max(scores, scale);
-    let sum = math::exp_sum(scores, most);
-    for (j, p) in scores.iter().enumerate() {
-        math::add_scaled(y, *p, v.row(j, q.len()));
+    for (scores, lse) in scores.chunks_exact_mut(n_keys).zip(lse) {
+        let most = math::scale_max(scores, call.scale);
+        let sum = math::exp_sum(scores, most);
+        math::scale(scores, 1.0 / sum);
+        *lse = most + sum.ln();
     }
-    math::scale(y, 1.0 / sum);
-    *lse = most + sum.ln();
+    for j in 0..n_keys {
+        for (head, y) in y.chunks_exact_mut(call.dim).enumerate() {
+            let v = call.v.row(batch, j, kv_head + head / group);
+            math::add_scaled(y, scores[head * n_keys + j], v);
+        }
+    }
+}
+
+by_instruction_set! {
+    /// [`math::dot`] as a function of its own: in the middle of other loops the compiler takes its
+    /// lanes one by one.
+    fn dot(a: &[f32], b: &[f32], product: &mut f32) = dot_body
+}
+
+#[inline(always)]
+fn dot_body<I: Isa>(a: &[f32], b: &[f32], product: &mut f32) {
+    *product = math::dot(a, b);
 }

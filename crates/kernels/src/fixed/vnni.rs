@@ -79,6 +79,7 @@ fn stream_codes<const L: usize, const BITS: usize>(
     assert!(super::streams(rows, BITS, words.len() / TILE));
     let n_runs = words.len() / (TILE * run_words);
     for block in 0..rows.blocks.n() {
+        finish.prefetch(block + 2);
         let mut sums = [[_mm512_setzero_si512(); PARTS]; L];
         for s in rows.blocks.steps(block) {
             let x = &rows.bytes[rows.at(0, s)..][..L * step];

@@ -426,6 +426,20 @@ impl Grid<'_> {
 }
 
 impl Finish for Forward<'_> {
+    fn prefetch(&self, block: usize) {
+        let grid = &self.grid;
+        let Some(&group) = grid.groups.get(block) else {
+            return;
+        };
+        for matrix in [Some(grid.w.scales), grid.w.zeros].into_iter().flatten() {
+            for part in 0..TILE / 16 {
+                let (at, _) = grid.columns.part(group, part);
+                // SAFETY: nothing is read.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(matrix.as_ptr().wrapping_add(at).cast()) };
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn center(&self, block: usize, part: usize) -> __m512 {
         // SAFETY: the caller's promise.
