@@ -1,6 +1,13 @@
-//! Products of dense matrices on the host, each on the thread that asks for it.
+//! Products of dense matrices on the host.
 
 use gemm::Parallelism;
+use rayon::prelude::*;
+
+#[cfg(target_arch = "x86_64")]
+use crate::fixed;
+
+/// Rows and columns of a task of a product.
+const TASK: usize = 256;
 
 /// A result whose parts are written by several tasks.
 pub(crate) struct Shared(*mut f32);
@@ -54,6 +61,56 @@ impl Matrix {
             column_stride: self.row_stride,
         }
     }
+}
+
+/// A matrix that is only read, by several threads.
+pub(crate) struct Read(pub(crate) Matrix);
+
+// SAFETY: reading from several threads is safe.
+unsafe impl Sync for Read {}
+
+/// `c = a · b`, or `c += a · b` if `add`, with all threads; `c` is in rows of `c_stride`. As accurate
+/// as in f32; the number of threads changes no bit.
+///
+/// # Safety
+/// `a [m, k]` and `b [k, n]` lie within their allocations.
+pub(crate) unsafe fn product(
+    [m, k, n]: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    c: &mut [f32],
+    c_stride: usize,
+    add: bool,
+) {
+    assert!(m == 0 || n <= c_stride && (m - 1) * c_stride + n <= c.len());
+    if m == 0 || n == 0 {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        if !add {
+            let rows = c[..(m - 1) * c_stride + n].par_chunks_mut(c_stride);
+            rows.for_each(|row| row[..n].fill(0.0));
+        }
+        // SAFETY: the caller's promise.
+        if unsafe { fixed::dense::multiply_add([m, k, n], a, b, c, c_stride) } {
+            return;
+        }
+    }
+    let (a, b, c) = (&Read(a), &Read(b), &Shared::new(c));
+    let across = n.div_ceil(TASK);
+    (0..m.div_ceil(TASK) * across)
+        .into_par_iter()
+        .for_each(|task| {
+            let (row, column) = (task / across * TASK, task % across * TASK);
+            let dims = [TASK.min(m - row), k, TASK.min(n - column)];
+            // SAFETY: the part lies within `c`, checked above, and is no other task's; the caller
+            // promises the rest.
+            unsafe {
+                let c = c.offset(row * c_stride + column);
+                multiply_add(dims, a.0.at(row, 0), b.0.at(0, column), c, c_stride, add);
+            }
+        });
 }
 
 /// `c = a · b`, or `c += a · b` if `add`, with `a [m, k]`, `b [k, n]` and `c [m, n]` in rows of

@@ -6,17 +6,20 @@
 //! scales of the rows and those of the columns meet in f32 once per block.
 //!
 //! The other operand comes as a panel of [`TILE`](crate::TILE) columns unpacked into the cache: the
-//! codes of a packed weight as they are or, in 16 bits, two limbs each, the lower of which are not
-//! multiplied with each other.
+//! codes of a packed weight as they are or, of any numbers, limbs. Of the products of limbs with
+//! limbs, those below the others' rounding are left out.
 //!
 //! [`Unit`] is what the processor has: Intel's tiles (AMX) or AVX-512's dot product of bytes (VNNI).
 //! Where it has neither, floats are multiplied as floats.
 
+use std::arch::x86_64::__m512;
 use std::ops::Range;
 
 mod amx;
+pub(crate) mod dense;
 mod panel;
 mod split;
+pub(crate) mod tiles;
 mod vnni;
 
 pub(crate) use panel::Panel;
@@ -100,6 +103,11 @@ impl Blocks {
         self.n
     }
 
+    /// The block of value `i`.
+    pub(crate) fn at(&self, i: usize) -> usize {
+        i / self.block
+    }
+
     /// The values of block `at`.
     pub(crate) fn range(&self, at: usize) -> Range<usize> {
         at * self.block..self.k.min((at + 1) * self.block)
@@ -148,8 +156,16 @@ pub(crate) enum Unit {
 }
 
 impl Unit {
-    /// That of this processor.
-    pub(crate) fn get() -> Option<Self> {
+    /// That of this processor for so many rows, at least one.
+    pub(crate) fn get(n_rows: usize) -> Option<Self> {
+        match Self::best()? {
+            _ if n_rows == 0 => None,
+            Unit::Amx if n_rows > FEW => Some(Unit::Amx),
+            _ => Some(Unit::Vnni),
+        }
+    }
+
+    fn best() -> Option<Self> {
         use std::sync::OnceLock;
         static UNIT: OnceLock<Option<Unit>> = OnceLock::new();
         *UNIT.get_or_init(|| {
@@ -171,31 +187,38 @@ impl Unit {
 }
 
 /// What is done with the sums of a block.
+///
+/// Its functions ask for a processor with AVX-512.
 pub(crate) trait Finish {
-    /// The whole number, of at most 255, that is taken from each code of block `block` in columns
-    /// `16 * part ..` before the sums are rounded: where a grid's zero is far from its lowest code,
-    /// all but the weights themselves would cancel.
+    /// What it knows of 16 columns in a block.
+    type Columns: Copy;
+
+    /// That of columns `16 * part ..` of the panel in block `block`.
     ///
     /// # Safety
     /// The processor has AVX-512.
-    unsafe fn center(&self, _block: usize, _part: usize) -> std::arch::x86_64::__m512 {
-        // SAFETY: the caller's promise.
-        unsafe { std::arch::x86_64::_mm512_setzero_ps() }
-    }
+    unsafe fn columns(&self, block: usize, part: usize) -> Self::Columns;
+
+    /// The whole numbers, of at most 255, that are taken from unsigned codes before their sums are
+    /// rounded: where a grid's zero is far from its lowest code, all but the weights themselves
+    /// would cancel.
+    fn center(columns: Self::Columns) -> __m512;
 
     /// Fetches what is needed to take the sums of block `block`, if there is such a block.
     fn prefetch(&self, _block: usize) {}
 
-    /// Takes the sums of row `row` in columns `16 * part ..` of the panel, in block `block`.
+    /// Takes the sums of some rows from `row` on in columns `16 * part ..`, beside the sums of their
+    /// values in the block.
     ///
     /// # Safety
     /// The processor has AVX-512.
     unsafe fn take(
         &mut self,
         row: usize,
-        block: usize,
         part: usize,
-        sums: std::arch::x86_64::__m512,
+        columns: Self::Columns,
+        sums: &[__m512],
+        values: &[f32],
     );
 
     /// Hears that all of these rows' sums were taken: at most [`ROWS`] that follow each other.
@@ -213,8 +236,8 @@ pub(crate) fn multiply(
     // SAFETY: the processor has the unit.
     unsafe {
         match unit {
-            Unit::Amx if rows.n_rows > FEW => amx::multiply(rows, blocks, panel, finish),
-            _ => vnni::multiply(rows, blocks, panel, finish),
+            Unit::Amx => amx::multiply(rows, blocks, panel, finish),
+            Unit::Vnni => vnni::multiply(rows, blocks, panel, finish),
         }
     }
 }
@@ -244,17 +267,32 @@ mod tests {
     }
 
     impl Finish for All {
+        type Columns = usize;
+
+        unsafe fn columns(&self, block: usize, _: usize) -> usize {
+            block
+        }
+
+        fn center(_: usize) -> __m512 {
+            // SAFETY: there is a unit.
+            unsafe { std::arch::x86_64::_mm512_setzero_ps() }
+        }
+
         unsafe fn take(
             &mut self,
             row: usize,
-            block: usize,
             part: usize,
-            sums: std::arch::x86_64::__m512,
+            block: usize,
+            sums: &[__m512],
+            values: &[f32],
         ) {
-            let at = (row * self.n_blocks + block) * TILE + part * 16;
-            // SAFETY: 16 sums; the caller has AVX-512.
-            unsafe {
-                std::arch::x86_64::_mm512_storeu_ps(self.sums[at..at + 16].as_mut_ptr(), sums)
+            assert_eq!(sums.len(), values.len());
+            for (row, sums) in (row..).zip(sums) {
+                let at = (row * self.n_blocks + block) * TILE + part * 16;
+                // SAFETY: 16 sums; the caller has AVX-512.
+                unsafe {
+                    std::arch::x86_64::_mm512_storeu_ps(self.sums[at..at + 16].as_mut_ptr(), *sums)
+                }
             }
         }
 
@@ -267,23 +305,18 @@ mod tests {
     /// Integers of 23 bits are split without an error, and products of bytes are exact.
     #[test]
     fn both_units_sum_up_integers_exactly() {
-        let Some(best) = Unit::get() else {
-            eprintln!("skipped: no unit for bytes");
-            return;
-        };
-        let units = [Unit::Vnni, Unit::Amx]
-            .into_iter()
-            .filter(|unit| *unit == best || best == Unit::Amx);
-        for (unit, (bits, group, rows)) in units.flat_map(|unit| {
-            [
-                (2, 64, 3),
-                (3, 32, 17),
-                (4, 128, 40),
-                (8, 256, 33),
-                (4, 48, 5),
-            ]
-            .map(|case| (unit, case))
-        }) {
+        let cases = [
+            (2, 64, 3),
+            (3, 32, 17),
+            (4, 128, 40),
+            (8, 256, 33),
+            (4, 48, 5),
+        ];
+        for (bits, group, rows) in cases {
+            let Some(unit) = Unit::get(rows) else {
+                eprintln!("skipped: no unit for bytes");
+                return;
+            };
             let k = 600;
             let layout = Layout::new(k, TILE, bits, group, Levels::Unsigned);
             let codes: Vec<u8> = (0..k * TILE)
@@ -300,30 +333,29 @@ mod tests {
                 .map(|at| value(at / k, at % k) as f32)
                 .collect();
             let blocks = Blocks::of_groups(k, group).unwrap();
-            let rows_split = Rows::split(
-                Source {
-                    x: &x,
-                    stride: k,
-                    columns: None,
-                },
-                rows,
-                blocks,
-                Limbs::Three,
-            );
+            let rows_split = Rows::split(Source { x: &x, stride: k }, rows, blocks, Limbs::Three);
             let mut all = All {
                 n_blocks: blocks.n(),
                 sums: vec![0.0; rows * blocks.n() * TILE],
                 done: 0,
             };
             let mut panel = Panel::default();
-            panel.codes(&layout, &words, 0..k, &blocks);
+            // Signed bytes are less 128 in 8 bits, and less 3 else.
+            let less = match (unit, bits) {
+                (Unit::Vnni, _) => 0,
+                (Unit::Amx, 8) => 128,
+                (Unit::Amx, _) => 3,
+            };
+            panel.codes(unit, &layout, &words, 0..k, &blocks, |_, whole| {
+                whole.fill(less as u8);
+            });
             multiply(unit, &rows_split, 0..blocks.n(), &panel, &mut all);
             assert_eq!(all.done, rows);
             for (at, found) in all.sums.iter().enumerate() {
                 let (row, block, o) = (at / TILE / blocks.n(), at / TILE % blocks.n(), at % TILE);
                 let exact: i64 = blocks
                     .range(block)
-                    .map(|i| i64::from(value(row, i)) * i64::from(codes[i * TILE + o]))
+                    .map(|i| i64::from(value(row, i)) * (i64::from(codes[i * TILE + o]) - less))
                     .sum();
                 // Joined in f32: two roundings of half a unit in the last place.
                 let off = (f64::from(*found) - exact as f64).abs();

@@ -8,9 +8,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::panel::{PART, PARTS};
-use super::vnni::join;
+use super::vnni::join_whole;
 use super::{Finish, Limbs, Panel, Rows, STRIP};
-use crate::TILE;
 
 /// Whether the processor has tiles of bytes, and the system lets this process use them.
 pub(super) fn permitted() -> bool {
@@ -49,12 +48,12 @@ struct Shapes {
 struct Configured;
 
 impl Configured {
-    /// Sums in the tiles below `first`, limbs of rows in those below `second`, and columns in the
-    /// others; of each, `step` bytes at a time.
+    /// Sums in the first tiles, limbs of rows in the next, and columns in the last; of each, `step`
+    /// bytes at a time. (With steps of 64, all tiles are alike.)
     ///
     /// # Safety
     /// [`permitted`].
-    unsafe fn new(step: usize, [first, second]: [usize; 2]) -> Self {
+    unsafe fn new(step: usize) -> Self {
         let mut shapes = Shapes {
             palette: 1,
             start_row: 0,
@@ -64,8 +63,8 @@ impl Configured {
         };
         for tile in 0..8 {
             let (bytes, rows) = match tile {
-                _ if tile < first => (64, STRIP),
-                _ if tile < second => (step, STRIP),
+                0..6 => (64, STRIP),
+                6 => (step, STRIP),
                 _ => (64, step / 4),
             };
             shapes.bytes_per_row[tile] = bytes as u16;
@@ -102,15 +101,10 @@ pub(super) unsafe fn multiply(
     // SAFETY: the caller's promise.
     unsafe {
         match (rows.limbs, panel.planes) {
-            (Limbs::Three, 1) if panel.signed => {
-                each::<3, 2>(rows, blocks, panel, finish, signed_three, [6, 7])
-            }
-            (Limbs::Two, 1) if panel.signed => {
-                each::<2, 2>(rows, blocks, panel, finish, signed_two, [6, 7])
-            }
-            (Limbs::Three, 1) => each::<3, 2>(rows, blocks, panel, finish, codes_three, [6, 7]),
-            (Limbs::Two, 1) => each::<2, 2>(rows, blocks, panel, finish, codes_two, [6, 7]),
-            (Limbs::Two, 2) => each::<2, 1>(rows, blocks, panel, finish, limbs_two, [3, 6]),
+            (Limbs::Three, 1) => each::<_, 3, 2>(rows, blocks, panel, finish, codes_three),
+            (Limbs::Two, 1) => each::<_, 2, 2>(rows, blocks, panel, finish, codes_two),
+            (Limbs::Three, 3) => each::<_, 4, 1>(rows, blocks, panel, finish, limbs_three),
+            (Limbs::Two, 2) => each::<_, 2, 2>(rows, blocks, panel, finish, limbs_two),
             (limbs, planes) => unreachable!("{limbs:?} with {planes} planes"),
         }
     }
@@ -125,30 +119,27 @@ struct Operands {
     /// From a limb to the next, and from the last of a step to the first of the next.
     a_limb: usize,
     b: *const u8,
-    b_plane: usize,
     b_step: usize,
     n_steps: usize,
 }
 
-/// `L` limbs of `S` strips at a time.
+/// `L` sums of each of `S` strips at a time.
 ///
 /// # Safety
 /// [`permitted`], and `product` fits `L`, `S` and the planes of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn each<const L: usize, const S: usize>(
+unsafe fn each<F: Finish, const L: usize, const S: usize>(
     rows: &Rows,
     blocks: Range<usize>,
     panel: &Panel,
-    finish: &mut impl Finish,
+    finish: &mut F,
     product: unsafe fn(&Operands, &mut Sums),
-    tiles: [usize; 2],
 ) {
     assert_eq!(rows.height, STRIP, "whole tiles of rows");
     let step = rows.blocks.step();
     // SAFETY: the caller's promise.
-    let _configured = unsafe { Configured::new(step, tiles) };
+    let _configured = unsafe { Configured::new(step) };
     let first_step = rows.blocks.steps(blocks.start).start;
-    let n_scales = rows.blocks.n() * STRIP;
     let mut sums = [(); 2].map(|()| Sums([[[0; PART]; STRIP]; 6]));
     for pair in (0..rows.n_strips()).step_by(S) {
         // A last strip without a partner is its own.
@@ -162,37 +153,36 @@ unsafe fn each<const L: usize, const S: usize>(
                 a_row: step,
                 a_limb: STRIP * step,
                 b: panel.bytes[b..].as_ptr(),
-                b_plane: step * PARTS * PART,
                 b_step: panel.step_bytes(),
                 n_steps: steps.len(),
             };
             // SAFETY: the steps of the strips and of the panel are there.
             unsafe { product(&operands, sums) };
         };
-        let take = |block: usize, part: usize, sums: &Sums, finish: &mut _| {
+        let take = |block: usize, part: usize, sums: &Sums, finish: &mut F| {
             // SAFETY: these instructions are there.
-            let center = unsafe { Finish::center(finish, block, part) };
+            let columns = unsafe { finish.columns(block, part) };
+            let of_panel = panel.scales(block - blocks.start, part);
             for (k, &strip) in strips[..n_strips].iter().enumerate() {
-                let scales = &rows.scales[strip * n_scales + block * STRIP..][..STRIP];
-                let n = rows.rows_of(strip);
-                for (row, &scale) in scales.iter().enumerate().take(n) {
-                    let limbs: [__m512i; L] = std::array::from_fn(|l| {
+                let of = rows.part(strip, block);
+                let mut joined = [_mm512_setzero_ps(); STRIP];
+                for (row, joined) in joined.iter_mut().enumerate() {
+                    let limbs: [__m512; L] = std::array::from_fn(|l| {
+                        let sums = &sums.0[k * L + l][row];
                         // SAFETY: 16 sums.
-                        unsafe { _mm512_load_si512(sums.0[k * L + l][row].as_ptr().cast()) }
+                        _mm512_cvtepi32_ps(unsafe { _mm512_load_si512(sums.as_ptr().cast()) })
                     });
-                    let place = strip * STRIP + row;
-                    let mut value = join(limbs, center, rows.limb_sums(place, block), scale);
-                    if let Some(scales) = panel
-                        .scales
-                        .get((block - blocks.start) * TILE + part * PART..)
-                        .filter(|_| panel.planes > 1)
-                    {
-                        // SAFETY: a scale for each column.
-                        let scales = unsafe { _mm512_loadu_ps(scales.as_ptr()) };
-                        value = _mm512_mul_ps(value, scales);
-                    }
-                    // SAFETY: these instructions are there.
-                    unsafe { Finish::take(finish, place, block, part, value) };
+                    let scale = of.scales[row];
+                    *joined = match of_panel {
+                        None => join_whole(limbs, scale),
+                        Some(of_panel) => _mm512_mul_ps(join_limbs(limbs, scale), of_panel),
+                    };
+                }
+                let n = rows.rows_of(strip);
+                // SAFETY: these instructions are there.
+                unsafe {
+                    let row = strip * STRIP;
+                    finish.take(row, part, columns, &joined[..n], &of.sums[..n]);
                 }
             }
         };
@@ -214,24 +204,36 @@ unsafe fn each<const L: usize, const S: usize>(
     }
 }
 
+/// The value whose sums these are, those of the lowest significance first, in units of the highest:
+/// the larger ones of an f32 would not hold it in units of the lowest.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn join_limbs<const L: usize>(sums: [__m512; L], scale: f32) -> __m512 {
+    let mut value = sums[0];
+    for sums in &sums[1..] {
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(1.0 / 256.0), *sums);
+    }
+    _mm512_mul_ps(value, _mm512_set1_ps(scale))
+}
+
 /// Products with codes: for each of two strips, each limb times the one plane.
 macro_rules! codes {
-    ($name:ident, $product:literal, [$($zero:literal),*], [$($first:literal),*], [$($second:literal),*], [$($store:literal),*]) => {
+    ($name:ident, [$($sum:literal),*], [$($first:literal),*], [$($second:literal),*]) => {
         /// # Safety
         /// Tiles are configured, and the operands lie within their allocations.
         unsafe fn $name(o: &Operands, sums: &mut Sums) {
             // SAFETY: the caller's promise; `sums` has six tiles.
             unsafe {
                 asm!(
-                    $(concat!("tilezero ", $zero),)*
+                    $(concat!("tilezero ", $sum),)*
                     "2:",
                     "tileloadd tmm7, [{b} + {c64}]",
-                    $("tileloadd tmm6, [{a0} + {row}]", concat!($product, " ", $first, ", tmm6, tmm7"), "add {a0}, {limb}",)*
-                    $("tileloadd tmm6, [{a1} + {row}]", concat!($product, " ", $second, ", tmm6, tmm7"), "add {a1}, {limb}",)*
+                    $("tileloadd tmm6, [{a0} + {row}]", concat!("tdpbssd ", $first, ", tmm6, tmm7"), "add {a0}, {limb}",)*
+                    $("tileloadd tmm6, [{a1} + {row}]", concat!("tdpbssd ", $second, ", tmm6, tmm7"), "add {a1}, {limb}",)*
                     "add {b}, {b_step}",
                     "dec {n}",
                     "jnz 2b",
-                    $(concat!("tilestored [{sums} + {c64}], ", $store), "add {sums}, 1024",)*
+                    $(concat!("tilestored [{sums} + {c64}], ", $sum), "add {sums}, 1024",)*
                     a0 = inout(reg) o.a[0] => _,
                     a1 = inout(reg) o.a[1] => _,
                     b = inout(reg) o.b => _,
@@ -249,62 +251,83 @@ macro_rules! codes {
 }
 
 codes! {
-    codes_three, "tdpbsud", ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"],
-    ["tmm0", "tmm1", "tmm2"], ["tmm3", "tmm4", "tmm5"],
-    ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"]
+    codes_three, ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"],
+    ["tmm0", "tmm1", "tmm2"], ["tmm3", "tmm4", "tmm5"]
 }
 codes! {
-    codes_two, "tdpbsud", ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"],
-    ["tmm0", "tmm1", "tmm2", "tmm3"]
-}
-codes! {
-    signed_three, "tdpbssd", ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"],
-    ["tmm0", "tmm1", "tmm2"], ["tmm3", "tmm4", "tmm5"],
-    ["tmm0", "tmm1", "tmm2", "tmm3", "tmm4", "tmm5"]
-}
-codes! {
-    signed_two, "tdpbssd", ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"],
-    ["tmm0", "tmm1", "tmm2", "tmm3"]
+    codes_two, ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"]
 }
 
-/// Products of two limbs with two: those of the same significance are summed up together, and that
-/// of the lower ones is left out.
-///
-/// # Safety
-/// Tiles are configured, and the operands lie within their allocations.
-unsafe fn limbs_two(o: &Operands, sums: &mut Sums) {
-    // SAFETY: the caller's promise; `sums` has six tiles.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "2:",
-            "tileloadd tmm3, [{a} + {row}]",
-            "add {a}, {limb}",
-            "tileloadd tmm4, [{a} + {row}]",
-            "add {a}, {limb}",
-            "tileloadd tmm6, [{b} + {c64}]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "lea {t}, [{b} + {plane}]",
-            "tileloadd tmm7, [{t} + {c64}]",
-            "tdpbssd tmm0, tmm3, tmm7",
-            "tdpbssd tmm1, tmm4, tmm7",
-            "add {b}, {b_step}",
-            "dec {n}",
-            "jnz 2b",
-            "tilestored [{sums} + {c64}], tmm0",
-            "tilestored [{sums} + {c64} + 1024], tmm1",
-            a = inout(reg) o.a[0] => _,
-            b = inout(reg) o.b => _,
-            t = out(reg) _,
-            n = inout(reg) o.n_steps => _,
-            limb = in(reg) o.a_limb,
-            row = in(reg) o.a_row,
-            plane = in(reg) o.b_plane,
-            b_step = in(reg) o.b_step,
-            sums = in(reg) &raw mut sums.0,
-            c64 = in(reg) 64usize,
-            options(nostack),
-        );
-    }
+/// Products with limbs, in steps of 64: the sums of each significance, without that of the lowest
+/// limbs. `$line`s are one step: a limb of a strip is 1024 bytes, a plane of a panel
+/// 4096.
+macro_rules! limbs {
+    ($name:ident, $a_step:literal, [$($sum:literal),*], [$($line:literal),* $(,)?]) => {
+        /// # Safety
+        /// Tiles are configured, and the operands lie within their allocations.
+        unsafe fn $name(o: &Operands, sums: &mut Sums) {
+            assert!(o.a_row == 64, "steps of 64");
+            // SAFETY: the caller's promise; `sums` has six tiles.
+            unsafe {
+                asm!(
+                    $(concat!("tilezero ", $sum),)*
+                    "2:",
+                    $($line,)*
+                    concat!("add {a0}, ", $a_step),
+                    concat!("add {a1}, ", $a_step),
+                    "add {b}, {b_step}",
+                    "dec {n}",
+                    "jnz 2b",
+                    $(concat!("tilestored [{sums} + {c64}], ", $sum), "add {sums}, 1024",)*
+                    a0 = inout(reg) o.a[0] => _,
+                    a1 = inout(reg) o.a[1] => _,
+                    b = inout(reg) o.b => _,
+                    n = inout(reg) o.n_steps => _,
+                    b_step = in(reg) o.b_step,
+                    sums = inout(reg) &raw mut sums.0 => _,
+                    c64 = in(reg) 64usize,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+limbs! {
+    limbs_three, "3072", ["tmm0", "tmm1", "tmm2", "tmm3"],
+    [
+        "tileloadd tmm6, [{a0} + {c64} + 2048]",
+        "tileloadd tmm7, [{b} + {c64}]",
+        "tdpbssd tmm1, tmm6, tmm7",
+        "tileloadd tmm5, [{a0} + {c64} + 1024]",
+        "tdpbssd tmm0, tmm5, tmm7",
+        "tileloadd tmm7, [{b} + {c64} + 4096]",
+        "tdpbssd tmm2, tmm6, tmm7",
+        "tdpbssd tmm1, tmm5, tmm7",
+        "tileloadd tmm4, [{a0} + {c64}]",
+        "tdpbssd tmm0, tmm4, tmm7",
+        "tileloadd tmm7, [{b} + {c64} + 8192]",
+        "tdpbssd tmm3, tmm6, tmm7",
+        "tdpbssd tmm2, tmm5, tmm7",
+        "tdpbssd tmm1, tmm4, tmm7",
+    ]
+}
+limbs! {
+    limbs_two, "2048", ["tmm0", "tmm1", "tmm2", "tmm3"],
+    [
+        "tileloadd tmm7, [{b} + {c64} + 4096]",
+        "tileloadd tmm6, [{a0} + {c64} + 1024]",
+        "tdpbssd tmm1, tmm6, tmm7",
+        "tileloadd tmm6, [{a1} + {c64} + 1024]",
+        "tdpbssd tmm3, tmm6, tmm7",
+        "tileloadd tmm6, [{a0} + {c64}]",
+        "tdpbssd tmm0, tmm6, tmm7",
+        "tileloadd tmm6, [{a1} + {c64}]",
+        "tdpbssd tmm2, tmm6, tmm7",
+        "tileloadd tmm7, [{b} + {c64}]",
+        "tileloadd tmm6, [{a0} + {c64} + 1024]",
+        "tdpbssd tmm0, tmm6, tmm7",
+        "tileloadd tmm6, [{a1} + {c64} + 1024]",
+        "tdpbssd tmm2, tmm6, tmm7",
+    ]
 }

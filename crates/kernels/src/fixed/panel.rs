@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{BLOCK, Blocks, Limbs, split};
+use super::{BLOCK, Blocks, Limbs, Rows, Source, Unit, split};
+use crate::memory::Lines;
 use crate::{Layout, TILE};
 
 /// Columns of a vector of dwords.
@@ -17,16 +18,16 @@ pub(super) const PARTS: usize = TILE / PART;
 /// column make a dword.
 #[derive(Default)]
 pub(crate) struct Panel {
-    pub(super) bytes: Vec<u8>,
-    /// One plane of unsigned codes, or two of signed limbs, the lower first.
+    pub(super) bytes: Lines<u8>,
+    /// One plane of codes, or those of limbs, the lowest first.
     pub(super) planes: usize,
-    /// Whether one plane is of signed numbers.
-    pub(super) signed: bool,
     pub(super) step: usize,
     /// What the integers of a block and column are multiplied by: `[blocks, TILE]`, of limbs only.
-    pub(super) scales: Vec<f32>,
-    /// What limbs are made from.
+    scales: Vec<f32>,
+    /// What limbs are made from,
     values: Vec<f32>,
+    /// and columns as rows.
+    rows: Option<Rows>,
 }
 
 impl Panel {
@@ -35,71 +36,175 @@ impl Panel {
         self.planes * self.step * TILE
     }
 
+    /// What the sums of a block, counted from the panel's first, are multiplied by in 16 columns.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn scales(&self, block: usize, part: usize) -> Option<__m512> {
+        if self.planes == 1 {
+            return None;
+        }
+        let scales = &self.scales[block * TILE + part * PART..][..PART];
+        // SAFETY: a scale for each column.
+        Some(unsafe { _mm512_loadu_ps(scales.as_ptr()) })
+    }
+
     fn resize(&mut self, planes: usize, step: usize, k: usize) {
         self.planes = planes;
         self.step = step;
         let n = k.next_multiple_of(step) * TILE * planes;
         // Kept when it shrinks: the next panel may be larger.
         if self.bytes.len() < n {
-            self.bytes.resize(n, 0);
+            self.bytes = Lines::zeroed(n);
         }
     }
 
     /// The codes of `inputs`, which begin where a word does; `words` are those of a tile.
+    ///
+    /// As `unit` takes them: as they are, or signed, less the whole numbers that `whole` tells for
+    /// each block, counted from the first of `inputs`.
     pub(crate) fn codes(
         &mut self,
+        unit: Unit,
         layout: &Layout,
         words: &[u32],
         inputs: Range<usize>,
         blocks: &Blocks,
+        whole: impl Fn(usize, &mut [u8; TILE]),
     ) {
         assert!(inputs.start.is_multiple_of(64));
         self.resize(1, blocks.step, inputs.len());
-        self.signed = false;
         // SAFETY: the caller has a unit, and so the processor these instructions.
         unsafe {
             match layout.bits() {
-                2 => codes::<2>(self, words, inputs),
-                3 => codes::<3>(self, words, inputs),
-                4 => codes::<4>(self, words, inputs),
-                _ => codes::<8>(self, words, inputs),
+                2 => codes::<2>(self, words, inputs.clone()),
+                3 => codes::<3>(self, words, inputs.clone()),
+                4 => codes::<4>(self, words, inputs.clone()),
+                _ => codes::<8>(self, words, inputs.clone()),
             }
-        }
-    }
-
-    /// The codes of `k` outputs in [`TILE`] inputs, as columns: `fill` writes `[TILE, TILE]` of them as
-    /// signed bytes, one row for each input, and is told from which output on.
-    pub(crate) fn transposed(&mut self, k: usize, fill: impl Fn(usize, &mut [[u8; TILE]; TILE])) {
-        self.resize(1, 64, k);
-        self.signed = true;
-        let mut codes = [[0; TILE]; TILE];
-        for (step, bytes) in self.bytes.chunks_exact_mut(TILE * TILE).enumerate() {
-            if step * TILE >= k {
-                break;
-            }
-            fill(step * TILE, &mut codes);
-            for (part, bytes) in bytes.chunks_exact_mut(PART * TILE).enumerate() {
-                for (quad, bytes) in bytes.chunks_exact_mut(PART * 4).enumerate() {
-                    for (i, bytes) in bytes.chunks_exact_mut(4).enumerate() {
-                        bytes.copy_from_slice(&codes[part * PART + i][quad * 4..][..4]);
-                    }
+            if unit == Unit::Amx {
+                let n_steps = inputs.len().div_ceil(blocks.step);
+                let bytes = &mut self.bytes[..n_steps * blocks.step * TILE];
+                let block_bytes = blocks.steps_per_block * blocks.step * TILE;
+                for (block, bytes) in bytes.chunks_mut(block_bytes).enumerate() {
+                    let mut less = [0; TILE];
+                    whole(block, &mut less);
+                    subtract(bytes, blocks.step, &less);
                 }
             }
         }
     }
 
-    /// The two limbs of the `k` values of each column that `fill` writes, `[k, TILE]`.
-    pub(crate) fn split(&mut self, k: usize, fill: impl FnOnce(&mut [f32])) {
-        self.resize(2, 64, k);
+    /// The limbs of the `k` values of each column that `fill` writes, `[k, TILE]`.
+    pub(crate) fn split(&mut self, limbs: Limbs, k: usize, fill: impl FnOnce(&mut [f32])) {
+        self.resize(limbs.n(), 64, k);
         let mut values = std::mem::take(&mut self.values);
         values.resize(k * TILE, 0.0);
         fill(&mut values);
         self.scales.resize(k.div_ceil(BLOCK) * TILE, 0.0);
         for (block, values) in values.chunks(BLOCK * TILE).enumerate() {
             // SAFETY: as above.
-            unsafe { split_block(self, block, values) };
+            unsafe { split_block(self, limbs, block, values) };
         }
         self.values = values;
+    }
+
+    /// The same of columns that `fill` writes as rows of a stride that it is given, `[TILE, k]`.
+    pub(crate) fn transposed(
+        &mut self,
+        limbs: Limbs,
+        k: usize,
+        fill: impl FnOnce(&mut [f32], usize),
+    ) {
+        self.resize(limbs.n(), 64, k);
+        let blocks = Blocks::of(k);
+        let stride = blocks.padded();
+        self.values.resize(TILE * stride, 0.0);
+        fill(&mut self.values, stride);
+        let rows = match &mut self.rows {
+            Some(rows) if rows.has_room(blocks, limbs) => rows,
+            rows => rows.insert(Rows::room(TILE, blocks, limbs)),
+        };
+        let source = Source {
+            x: &self.values,
+            stride,
+        };
+        rows.refill(source, blocks);
+        self.scales.resize(blocks.n() * TILE, 0.0);
+        for block in 0..blocks.n() {
+            let scales = self.scales[block * TILE..].as_chunks_mut().0;
+            for (part, scales) in scales[..PARTS].iter_mut().enumerate() {
+                let of = rows.part(part, block).scales;
+                *scales = of.map(|scale| scale * highest(limbs));
+            }
+        }
+        const SIZE: usize = 64 * PART;
+        let (tiles, _) = self.bytes.as_chunks_mut::<SIZE>();
+        let tiles = tiles.chunks_exact_mut(PARTS * limbs.n());
+        for (step, tiles) in tiles.take(blocks.n_steps).enumerate() {
+            for (at, tile) in tiles.iter_mut().enumerate() {
+                let (plane, part) = (at / PARTS, at % PARTS);
+                let from = rows.at(part, step) + plane * SIZE;
+                let from = rows.bytes[from..][..SIZE].as_chunks().0;
+                // SAFETY: as above.
+                unsafe { transpose(from, tile) };
+            }
+        }
+    }
+}
+
+/// What a product of the highest limbs is in units of.
+fn highest(limbs: Limbs) -> f32 {
+    match limbs {
+        Limbs::Two => 65536.0,
+        Limbs::Three => 4_294_967_296.0,
+    }
+}
+
+/// Turns rows of 16 dwords into columns.
+#[target_feature(enable = "avx512f")]
+fn transpose(from: &[[i8; 64]], to: &mut [u8; 64 * PART]) {
+    assert_eq!(from.len(), PART);
+    // SAFETY: 64 bytes each.
+    let row = |i: usize| unsafe { _mm512_loadu_si512(from[i].as_ptr().cast()) };
+    // In each lane of 4 columns, a row of pairs and then of fours of rows.
+    let mut pairs = [_mm512_setzero_si512(); PART];
+    for i in (0..PART).step_by(2) {
+        pairs[i] = _mm512_unpacklo_epi32(row(i), row(i + 1));
+        pairs[i + 1] = _mm512_unpackhi_epi32(row(i), row(i + 1));
+    }
+    // `fours[4 * f + c]`: rows `4 * f ..` in columns `c`, `c + 4`, `c + 8` and `c + 12`.
+    let mut fours = [_mm512_setzero_si512(); PART];
+    for f in 0..4 {
+        for half in 0..2 {
+            let (a, b) = (pairs[4 * f + half], pairs[4 * f + 2 + half]);
+            fours[4 * f + 2 * half] = _mm512_unpacklo_epi64(a, b);
+            fours[4 * f + 2 * half + 1] = _mm512_unpackhi_epi64(a, b);
+        }
+    }
+    for c in 0..4 {
+        let (a, b) = (fours[c], fours[4 + c]);
+        let (d, e) = (fours[8 + c], fours[12 + c]);
+        let (low, high) = (
+            _mm512_shuffle_i32x4::<0b01_00_01_00>(a, b),
+            _mm512_shuffle_i32x4::<0b01_00_01_00>(d, e),
+        );
+        let columns = [
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(low, high),
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(low, high),
+        ];
+        let (low, high) = (
+            _mm512_shuffle_i32x4::<0b11_10_11_10>(a, b),
+            _mm512_shuffle_i32x4::<0b11_10_11_10>(d, e),
+        );
+        let more = [
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(low, high),
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(low, high),
+        ];
+        for (lane, column) in columns.into_iter().chain(more).enumerate() {
+            let to = &mut to[(4 * lane + c) * 64..][..64];
+            // SAFETY: 64 bytes.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), column) };
+        }
     }
 }
 
@@ -203,17 +308,38 @@ fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usiz
     }
 }
 
+/// Takes a number from all codes of a column, in `bytes` of steps of `step`.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn subtract(bytes: &mut [u8], step: usize, less: &[u8; TILE]) {
+    let mut each = [_mm512_setzero_si512(); PARTS];
+    for (each, less) in each.iter_mut().zip(less.as_chunks::<PART>().0) {
+        let less = less.map(|less| u32::from_ne_bytes([less; 4]));
+        // SAFETY: 16 dwords.
+        *each = unsafe { _mm512_loadu_si512(less.as_ptr().cast()) };
+    }
+    for bytes in bytes.chunks_exact_mut(step * TILE) {
+        for (bytes, less) in bytes.chunks_exact_mut(step * PART).zip(each) {
+            for quad in bytes.chunks_exact_mut(64) {
+                // SAFETY: 64 bytes.
+                unsafe {
+                    let codes = _mm512_loadu_si512(quad.as_ptr().cast());
+                    let codes = _mm512_sub_epi8(codes, less);
+                    _mm512_storeu_si512(quad.as_mut_ptr().cast(), codes);
+                }
+            }
+        }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
-fn split_block(panel: &mut Panel, block: usize, values: &[f32]) {
-    const LIMBS: Limbs = Limbs::Two;
-    // The product of the lower limbs is left out: the sums are in units of this.
-    let dropped = 256.0;
+fn split_block(panel: &mut Panel, limbs: Limbs, block: usize, values: &[f32]) {
     let k = values.len() / TILE;
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
-    let bias = _mm512_set1_epi32(split::bias(LIMBS));
+    let bias = _mm512_set1_epi32(split::bias(limbs));
     let lane = |at: usize| (at / 4 * 4) as u8;
-    // Of two vectors: byte 0 of both, then byte 1 of both, in each lane.
+    // Of two vectors: byte 0 of both, then byte 1 of both, in each lane; and byte 2.
     let low = bytes(|at| lane(at) + [0, 64, 1, 65][at % 4]);
+    let high = bytes(|at| lane(at) + [2, 66, 3, 67][at % 4]);
     for part in 0..PARTS {
         let row = |i: usize| -> __m512 {
             match values.get(i * TILE + part * PART..) {
@@ -234,8 +360,8 @@ fn split_block(panel: &mut Panel, block: usize, values: &[f32]) {
         unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_castsi512_ps(most)) };
         let mut inverses = [0.0; PART];
         for (lane, inverse) in inverses.iter_mut().enumerate() {
-            let (scale, of_scale) = split::scale(lanes[lane], LIMBS);
-            panel.scales[block * TILE + part * PART + lane] = scale * dropped;
+            let (scale, of_scale) = split::scale(lanes[lane], limbs);
+            panel.scales[block * TILE + part * PART + lane] = scale * highest(limbs);
             *inverse = of_scale;
         }
         // SAFETY: 16 lanes.
@@ -246,15 +372,23 @@ fn split_block(panel: &mut Panel, block: usize, values: &[f32]) {
         };
         for quad in 0..k.div_ceil(64) * 16 {
             let [a, b, c, d] = [0, 1, 2, 3].map(|at| digits(quad * 4 + at));
-            let (ab, cd) = (
-                _mm512_permutex2var_epi8(a, low, b),
-                _mm512_permutex2var_epi8(c, low, d),
-            );
-            let zero = _mm512_mask_blend_epi16(0xaaaa_aaaa, ab, _mm512_slli_epi32::<16>(cd));
-            let one = _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(ab), cd);
+            let join = |of| {
+                let (ab, cd) = (
+                    _mm512_permutex2var_epi8(a, of, b),
+                    _mm512_permutex2var_epi8(c, of, d),
+                );
+                let first = _mm512_slli_epi32::<16>(cd);
+                let second = _mm512_srli_epi32::<16>(ab);
+                [
+                    _mm512_mask_blend_epi16(0xaaaa_aaaa, ab, first),
+                    _mm512_mask_blend_epi16(0xaaaa_aaaa, second, cd),
+                ]
+            };
+            let ([zero, one], [two, _]) = (join(low), join(high));
             let step = block * (BLOCK / 64) + quad / 16;
-            for (plane, bytes) in [zero, one].into_iter().enumerate() {
-                let at = ((step * 2 + plane) * PARTS + part) * 1024 + quad % 16 * 64;
+            let n = limbs.n();
+            for (plane, bytes) in [zero, one, two].into_iter().take(n).enumerate() {
+                let at = ((step * n + plane) * PARTS + part) * 1024 + quad % 16 * 64;
                 // SAFETY: the panel has these steps.
                 unsafe {
                     _mm512_storeu_si512(panel.bytes.as_mut_ptr().add(at).cast(), bytes);

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::panel::bytes;
 use super::{BLOCK, Blocks, FEW, Limbs, STRIP};
+use crate::memory::Lines;
 
 /// Values at a time.
 const LANES: usize = 64;
@@ -35,7 +36,7 @@ pub(crate) struct Rows {
     pub(super) height: usize,
     pub(super) limbs: Limbs,
     pub(super) blocks: Blocks,
-    pub(super) bytes: Vec<i8>,
+    pub(super) bytes: Lines<i8>,
     /// `[strips, blocks, STRIP]`: what an integer of the row and block is multiplied by.
     pub(super) scales: Vec<f32>,
     /// `[strips, blocks, STRIP]`: the sums of the values, as the integers stand for them.
@@ -44,14 +45,21 @@ pub(crate) struct Rows {
     limb_sums: Vec<f32>,
 }
 
+/// The rows of a strip in one block.
+pub(super) struct RowsPart<'a> {
+    /// What an integer of a row is multiplied by.
+    pub(super) scales: &'a [f32; STRIP],
+    /// The sums of the values.
+    pub(super) sums: &'a [f32; STRIP],
+    /// The sums of each limb.
+    pub(super) limb_sums: &'a [[f32; STRIP]; 3],
+}
+
 /// A matrix whose rows begin `stride` values apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a> {
     pub(crate) x: &'a [f32],
     pub(crate) stride: usize,
-    /// What columns are multiplied by, and with which weights their values are then summed up: with
-    /// none, by one and with one.
-    pub(crate) columns: Option<[&'a [f32]; 2]>,
 }
 
 impl Rows {
@@ -63,7 +71,7 @@ impl Rows {
     }
 
     /// Room for the limbs of `n_rows` rows.
-    pub(crate) fn room(n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
+    pub(super) fn room(n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
         let height = if n_rows <= FEW { n_rows } else { STRIP };
         let n_strips = n_rows.div_ceil(STRIP);
         Self {
@@ -71,16 +79,24 @@ impl Rows {
             height,
             limbs,
             blocks,
-            bytes: vec![0; n_strips * height * limbs.n() * blocks.padded()],
+            bytes: Lines::zeroed(n_strips * height * limbs.n() * blocks.padded()),
             scales: vec![0.0; n_strips * blocks.n() * STRIP],
             sums: vec![0.0; n_strips * blocks.n() * STRIP],
             limb_sums: vec![0.0; n_strips * blocks.n() * 3 * STRIP],
         }
     }
 
+    /// Whether there is room for as many rows of `blocks`.
+    pub(super) fn has_room(&self, blocks: Blocks, limbs: Limbs) -> bool {
+        let n_strips = self.n_strips();
+        self.limbs == limbs
+            && n_strips * self.height * limbs.n() * blocks.padded() <= self.bytes.len()
+            && n_strips * blocks.n() * STRIP <= self.scales.len()
+    }
+
     /// Splits others in their place, on this thread.
-    pub(crate) fn refill(&mut self, source: Source<'_>, blocks: Blocks) {
-        assert!(blocks.padded() <= self.blocks.padded() && blocks.n() <= self.blocks.n());
+    pub(super) fn refill(&mut self, source: Source<'_>, blocks: Blocks) {
+        assert!(self.has_room(blocks, self.limbs));
         self.blocks = blocks;
         self.refill_strips(source, |strips, fill| strips.into_iter().for_each(fill));
     }
@@ -92,9 +108,6 @@ impl Rows {
     ) {
         let (n_rows, blocks) = (self.n_rows, self.blocks);
         assert!(source.x.len() >= (n_rows - 1) * source.stride + blocks.k());
-        if let Some([factors, weights]) = source.columns {
-            assert!(factors.len().min(weights.len()) >= blocks.k());
-        }
         let strip_bytes = self.height * self.limbs.n() * blocks.padded();
         let n_scales = blocks.n() * STRIP;
         let strips = self.bytes.chunks_mut(strip_bytes);
@@ -142,17 +155,16 @@ impl Rows {
         self.n_rows.div_ceil(STRIP)
     }
 
-    /// The sum of the values of block `block` of row `row`.
+    /// The rows of `strip` in block `block`.
     #[inline(always)]
-    pub(crate) fn sum(&self, row: usize, block: usize) -> f32 {
-        self.sums[(row / STRIP * self.blocks.n() + block) * STRIP + row % STRIP]
-    }
-
-    /// The sums of the limbs of block `block` of row `row`.
-    #[inline(always)]
-    pub(super) fn limb_sums<const L: usize>(&self, row: usize, block: usize) -> [f32; L] {
-        let at = (row / STRIP * self.blocks.n() + block) * 3 * STRIP + row % STRIP;
-        std::array::from_fn(|limb| self.limb_sums[at + limb * STRIP])
+    pub(super) fn part(&self, strip: usize, block: usize) -> RowsPart<'_> {
+        let at = strip * self.blocks.n() + block;
+        let limb_sums = self.limb_sums.as_chunks().0;
+        RowsPart {
+            scales: &self.scales.as_chunks().0[at],
+            sums: &self.sums.as_chunks().0[at],
+            limb_sums: limb_sums[3 * at..3 * (at + 1)].try_into().unwrap(),
+        }
     }
 
     /// Rows in a strip.
@@ -188,16 +200,10 @@ impl Strip<'_> {
                 let mut values = [0.0; BLOCK];
                 let values = &mut values[..range.len().next_multiple_of(LANES)];
                 let x = &x[range.clone()];
-                let weighted = match source.columns {
-                    None => {
-                        values[..x.len()].copy_from_slice(x);
-                        None
-                    }
-                    Some(columns) => Some(scaled(x, columns.map(|of| &of[range.clone()]), values)),
-                };
+                values[..x.len()].copy_from_slice(x);
                 let (scale, sum) = self.split_block(at, block, values);
                 self.scales[block * STRIP + at] = scale;
-                self.sums[block * STRIP + at] = weighted.unwrap_or(sum);
+                self.sums[block * STRIP + at] = sum;
             }
         }
     }
@@ -286,24 +292,4 @@ pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, f32) {
         // Every result that the block goes into is NaN.
         (f32::NAN, 0.0)
     }
-}
-
-/// Writes `x * factors` to `values`, and sums them up with `weights`.
-#[target_feature(enable = "avx512f")]
-fn scaled(x: &[f32], [factors, weights]: [&[f32]; 2], values: &mut [f32]) -> f32 {
-    assert!(factors.len() == x.len() && weights.len() == x.len() && values.len() >= x.len());
-    let mut sum = _mm512_setzero_ps();
-    for at in (0..x.len()).step_by(16) {
-        let lanes = ((1u32 << (x.len() - at).min(16)) - 1) as __mmask16;
-        // SAFETY: the lanes lie within the slices, whose lengths were checked.
-        unsafe {
-            let x = _mm512_maskz_loadu_ps(lanes, x.as_ptr().add(at));
-            let factors = _mm512_maskz_loadu_ps(lanes, factors.as_ptr().add(at));
-            let weights = _mm512_maskz_loadu_ps(lanes, weights.as_ptr().add(at));
-            let value = _mm512_mul_ps(x, factors);
-            _mm512_mask_storeu_ps(values.as_mut_ptr().add(at), lanes, value);
-            sum = _mm512_add_ps(sum, _mm512_mul_ps(value, weights));
-        }
-    }
-    _mm512_reduce_add_ps(sum)
 }

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::panel::{Codes, PART, PARTS};
+use super::split::RowsPart;
 use super::{Finish, Limbs, Panel, Rows, STRIP};
 use crate::TILE;
 
@@ -36,9 +37,9 @@ fn multiply_limbs<const L: usize>(
                 first_step,
             };
             let taken = match n - row {
-                1 => few::<L, 1, 4>(rows, panel, at, finish),
-                2 | 3 => few::<L, 2, 2>(rows, panel, at, finish),
-                _ => few::<L, 4, 2>(rows, panel, at, finish),
+                1 => few::<_, L, 1, 4>(rows, panel, at, finish),
+                2 | 3 => few::<_, L, 2, 2>(rows, panel, at, finish),
+                _ => few::<_, L, 4, 2>(rows, panel, at, finish),
             };
             let first = strip * STRIP + row;
             finish.rows_done(first..first + taken);
@@ -54,23 +55,23 @@ fn multiply_limbs<const L: usize>(
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
 pub(super) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl Finish) {
     match (rows.limbs, bits) {
-        (Limbs::Three, 2) => stream_codes::<3, 2>(rows, words, finish),
-        (Limbs::Three, 3) => stream_codes::<3, 3>(rows, words, finish),
-        (Limbs::Three, 4) => stream_codes::<3, 4>(rows, words, finish),
-        (Limbs::Three, _) => stream_codes::<3, 8>(rows, words, finish),
-        (Limbs::Two, 2) => stream_codes::<2, 2>(rows, words, finish),
-        (Limbs::Two, 3) => stream_codes::<2, 3>(rows, words, finish),
-        (Limbs::Two, 4) => stream_codes::<2, 4>(rows, words, finish),
-        (Limbs::Two, _) => stream_codes::<2, 8>(rows, words, finish),
+        (Limbs::Three, 2) => stream_codes::<_, 3, 2>(rows, words, finish),
+        (Limbs::Three, 3) => stream_codes::<_, 3, 3>(rows, words, finish),
+        (Limbs::Three, 4) => stream_codes::<_, 3, 4>(rows, words, finish),
+        (Limbs::Three, _) => stream_codes::<_, 3, 8>(rows, words, finish),
+        (Limbs::Two, 2) => stream_codes::<_, 2, 2>(rows, words, finish),
+        (Limbs::Two, 3) => stream_codes::<_, 2, 3>(rows, words, finish),
+        (Limbs::Two, 4) => stream_codes::<_, 2, 4>(rows, words, finish),
+        (Limbs::Two, _) => stream_codes::<_, 2, 8>(rows, words, finish),
     }
 }
 
 /// `L` limbs of one row with codes of `BITS` bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
-fn stream_codes<const L: usize, const BITS: usize>(
+fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
     rows: &Rows,
     words: &[u32],
-    finish: &mut impl Finish,
+    finish: &mut F,
 ) {
     let codes = Codes::<BITS>::new();
     let step = rows.blocks.step();
@@ -110,17 +111,14 @@ fn stream_codes<const L: usize, const BITS: usize>(
                 }
             }
         }
-        let scale = rows.scales[block * STRIP];
-        let limb_sums = rows.limb_sums(0, block);
+        let of = rows.part(0, block);
         for part in 0..PARTS {
-            let mut limbs = [_mm512_setzero_si512(); L];
-            for (limb, sums) in limbs.iter_mut().zip(&sums) {
-                *limb = sums[part];
-            }
+            let limbs: [__m512i; L] = std::array::from_fn(|l| sums[l][part]);
             // SAFETY: these instructions are there.
             unsafe {
-                let center = finish.center(block, part);
-                finish.take(0, block, part, join(limbs, center, limb_sums, scale));
+                let columns = finish.columns(block, part);
+                let sums = join(limbs, F::center(columns), &of, 0);
+                finish.take(0, part, columns, &[sums], &of.sums[..1]);
             }
         }
     }
@@ -139,16 +137,16 @@ struct Place {
 /// `R` rows with all columns, `C` parts at a time; returns `R`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn few<const L: usize, const R: usize, const C: usize>(
+fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
     rows: &Rows,
     panel: &Panel,
     at: Place,
-    finish: &mut impl Finish,
+    finish: &mut F,
 ) -> usize {
     let step = rows.blocks.step();
     let height = rows.height;
     for block in at.blocks {
-        let scales = &rows.scales[(at.strip * rows.blocks.n() + block) * STRIP..][..STRIP];
+        let of = rows.part(at.strip, block);
         for first in (0..PARTS).step_by(C) {
             let mut sums = [[[_mm512_setzero_si512(); C]; L]; R];
             for s in rows.blocks.steps(block) {
@@ -178,19 +176,17 @@ fn few<const L: usize, const R: usize, const C: usize>(
                     }
                 }
             }
-            for c in 0..C {
+            for (c, part) in (first..first + C).enumerate() {
                 // SAFETY: these instructions are there.
-                let center = unsafe { finish.center(block, first + c) };
-                for (r, sums) in sums.iter().enumerate() {
-                    let row = at.row + r;
-                    let mut limbs = [_mm512_setzero_si512(); L];
-                    for (limb, sums) in limbs.iter_mut().zip(sums) {
-                        *limb = sums[c];
-                    }
-                    let place = at.strip * STRIP + row;
-                    let value = join(limbs, center, rows.limb_sums(place, block), scales[row]);
-                    // SAFETY: these instructions are there.
-                    unsafe { finish.take(place, block, first + c, value) };
+                unsafe {
+                    let columns = finish.columns(block, part);
+                    let joined: [__m512; R] = std::array::from_fn(|r| {
+                        let limbs: [__m512i; L] = std::array::from_fn(|l| sums[r][l][c]);
+                        join(limbs, F::center(columns), &of, at.row + r)
+                    });
+                    let row = at.strip * STRIP + at.row;
+                    let values = &of.sums[at.row..at.row + R];
+                    finish.take(row, part, columns, &joined, values);
                 }
             }
         }
@@ -203,19 +199,26 @@ fn few<const L: usize, const R: usize, const C: usize>(
 /// were multiplied with: whole numbers, all of them below 2²⁴ and so exact.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn join<const L: usize>(
+fn join<const L: usize>(
     limbs: [__m512i; L],
     center: __m512,
-    limb_sums: [f32; L],
-    scale: f32,
+    of: &RowsPart<'_>,
+    row: usize,
 ) -> __m512 {
-    let limb = |l: usize| {
-        let sum = _mm512_set1_ps(limb_sums[l]);
+    let limbs = std::array::from_fn(|l| {
+        let sum = _mm512_set1_ps(of.limb_sums[l][row]);
         _mm512_fnmadd_ps(center, sum, _mm512_cvtepi32_ps(limbs[l]))
-    };
-    let mut value = limb(L - 1);
-    for l in (0..L - 1).rev() {
-        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0), limb(l));
+    });
+    join_whole::<L>(limbs, of.scales[row])
+}
+
+/// [`join`] of numbers from which nothing is taken.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn join_whole<const L: usize>(limbs: [__m512; L], scale: f32) -> __m512 {
+    let mut value = limbs[L - 1];
+    for limb in limbs[..L - 1].iter().rev() {
+        value = _mm512_fmadd_ps(value, _mm512_set1_ps(256.0), *limb);
     }
     _mm512_mul_ps(value, _mm512_set1_ps(scale))
 }

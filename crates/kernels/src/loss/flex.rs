@@ -18,7 +18,7 @@ use burn::tensor::IntDType;
 use rayon::prelude::*;
 
 use super::{LossOps, SLICE, composed};
-use crate::dense::{Matrix, Shared, multiply_add};
+use crate::dense::{Matrix, product};
 use crate::host::{all_f32, contiguous, floats, tensor};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
@@ -26,9 +26,8 @@ use crate::memory::zeroed;
 
 /// Most rows of a slab: the head is read once for so many.
 const ROWS: usize = 1024;
-/// Rows and columns of a task of a product.
-const TILE_ROWS: usize = 256;
-const TILE_COLUMNS: usize = 256;
+/// Slabs are as many times so many columns wide.
+const COLUMNS: usize = 256;
 
 impl LossOps for Flex {
     fn linear_cross_entropy_forward(
@@ -142,7 +141,7 @@ impl<'a> Call<'a> {
 
     /// The slabs of these rows.
     fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Slab> {
-        let width = SLICE / rows.len() / TILE_COLUMNS * TILE_COLUMNS;
+        let width = SLICE / rows.len() / COLUMNS * COLUMNS;
         let starts = (0..self.vocab).step_by(width);
         starts.map(move |start| Slab {
             rows: rows.clone(),
@@ -278,40 +277,6 @@ impl<'a> Call<'a> {
             false => tensor(dhead, [self.hidden, self.vocab]),
         }
     }
-}
-
-/// `c = a · b`, or `c += a · b` if `add`, in parallel over tiles; `c` is in rows of `c_stride`.
-///
-/// # Safety
-/// `a [m, k]` and `b [k, n]` lie within their allocations.
-unsafe fn product(
-    [m, k, n]: [usize; 3],
-    a: Matrix,
-    b: Matrix,
-    c: &mut [f32],
-    c_stride: usize,
-    add: bool,
-) {
-    assert!(m == 0 || n <= c_stride && (m - 1) * c_stride + n <= c.len());
-    /// A matrix that is only read.
-    #[derive(Clone, Copy)]
-    struct Read(Matrix);
-    // SAFETY: reading from several threads is safe.
-    unsafe impl Sync for Read {}
-    let (a, b, c) = (&Read(a), &Read(b), &Shared::new(c));
-    let across = n.div_ceil(TILE_COLUMNS);
-    (0..m.div_ceil(TILE_ROWS) * across)
-        .into_par_iter()
-        .for_each(|task| {
-            let (row, column) = (task / across * TILE_ROWS, task % across * TILE_COLUMNS);
-            let dims = [TILE_ROWS.min(m - row), k, TILE_COLUMNS.min(n - column)];
-            // SAFETY: the tile lies within `c`, checked above, and is no other task's; the caller
-            // promises the rest.
-            unsafe {
-                let c = c.offset(row * c_stride + column);
-                multiply_add(dims, a.0.at(row, 0), b.0.at(0, column), c, c_stride, add);
-            }
-        });
 }
 
 by_instruction_set! {

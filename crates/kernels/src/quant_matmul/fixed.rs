@@ -9,12 +9,10 @@ use super::Precision;
 use super::flex::Host;
 use super::simd;
 use crate::dense::Shared;
-use crate::fixed::{self, BLOCK, Blocks, FEW, Finish, Limbs, Panel, ROWS, Rows, Source, Unit};
+use crate::fixed::tiles::{Columns, Sums, each_tile};
+use crate::fixed::{self, Blocks, Finish, Limbs, Panel, Rows, Source, Unit};
 use crate::memory::zeroed;
 use crate::{Levels, TILE};
-
-/// Inputs for which the rows of `dy` are split once.
-const UNIT: usize = 256;
 
 impl From<Precision> for Limbs {
     fn from(precision: Precision) -> Self {
@@ -27,14 +25,10 @@ impl From<Precision> for Limbs {
 
 /// `x · w`, `[rows, d_out]`. None if floats do better.
 pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
-    let unit = Unit::get().filter(|_| n_rows > 0)?;
+    let unit = Unit::get(n_rows)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
-    let source = Source {
-        x,
-        stride: d_in,
-        columns: None,
-    };
+    let source = Source { x, stride: d_in };
     let mut y = zeroed(n_rows * d_out);
     let out = Shared::new(&mut y);
     if let Some(blocks) = codes(w) {
@@ -44,7 +38,6 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
             let columns = Columns::new(tile * TILE, d_out);
             let grid = Grid {
                 w,
-                rows: &rows,
                 columns,
                 groups: &groups,
             };
@@ -58,24 +51,20 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
                 .into_par_iter()
                 .for_each(|tile| fixed::stream(&rows, bits, w.tile(tile), &mut finish(tile)));
         } else {
-            let fill = |panel: &mut Panel, tile, inputs| {
-                panel.codes(&w.layout, w.tile(tile), inputs, &blocks)
-            };
+            let fill =
+                |panel: &mut Panel, tile, inputs| fill_codes(unit, w, panel, tile, inputs, &blocks);
             each_tile((unit, &rows), n_tiles, fill, finish);
         }
-    } else if unit == Unit::Amx && limbs == Limbs::Two && n_rows > FEW {
+    } else if unit == Unit::Amx {
         let rows = Rows::split(source, n_rows, Blocks::of(d_in), limbs);
-        each_tile(
-            (unit, &rows),
-            w.layout.n_tiles(),
-            |panel, tile, inputs| {
-                let fill =
-                    |values: &mut [f32]| simd::unpack_panel(w, tile, inputs.clone(), values, TILE);
-                panel.split(inputs.len(), fill)
-            },
-            // SAFETY: as above.
-            |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_out), &out) },
-        );
+        let fill = |panel: &mut Panel, tile, inputs: Range<usize>| {
+            panel.split(limbs, inputs.len(), |values| {
+                simd::unpack_panel(w, tile, inputs, values, TILE)
+            })
+        };
+        // SAFETY: as above.
+        let finish = |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_out), &out) };
+        each_tile((unit, &rows), w.layout.n_tiles(), fill, finish);
     } else {
         return None;
     }
@@ -83,84 +72,29 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
 }
 
 /// `dy · wᵀ`, `[rows, d_in]`. None if floats do better.
-///
-/// For each group, `dy` is multiplied by the group's scales and then split; the codes stay exact.
 pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
-    let unit = Unit::get().filter(|unit| *unit == Unit::Amx && n_rows > FEW)?;
-    let (d_in, d_out, size) = (w.layout.d_in(), w.layout.d_out(), w.layout.group_size());
-    if codes(w).is_none() || size.min(d_in) < TILE {
-        return None;
-    }
+    let unit = Unit::get(n_rows).filter(|unit| *unit == Unit::Amx)?;
+    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
+    let source = Source {
+        x: dy,
+        stride: d_out,
+    };
+    let rows = Rows::split(source, n_rows, Blocks::of(d_out), limbs);
     let mut dx = zeroed(n_rows * d_in);
     let out = Shared::new(&mut dx);
-    let units = (0..d_in).step_by(size.min(d_in)).flat_map(|group| {
-        let end = d_in.min(group + size.min(d_in));
-        (group..end)
-            .step_by(UNIT)
-            .map(move |first| first..end.min(first + UNIT))
-    });
-    let units: Vec<Range<usize>> = units.collect();
-    let room = || {
-        let rows = Rows::room(n_rows, Blocks::of(d_out.min(BLOCK)), limbs);
-        (Panel::default(), rows)
-    };
-    units
-        .into_par_iter()
-        .for_each_init(room, |(panel, rows), inputs| {
-            let grid = |values: &[f32]| values[inputs.start / size * d_out..][..d_out].to_vec();
-            let scales = grid(w.scales);
-            let mut zeros = w.zeros.map_or_else(|| vec![0.0; d_out], grid);
-            // Codes less whole numbers are signed bytes; what the zeros have beside these is left.
-            let whole: Vec<u8> = zeros
-                .iter_mut()
-                .map(|zero| {
-                    *zero += w.layout.center();
-                    let whole = match w.layout.bits() {
-                        8 => 128.0,
-                        _ => zero.round_ties_even().clamp(-64.0, 64.0),
-                    };
-                    *zero -= whole;
-                    whole as i16 as u8
-                })
-                .collect();
-            let width = inputs.len();
-            let mut part = vec![0.0; n_rows * width];
-            let sums = Shared::new(&mut part);
-            for first in (0..d_out).step_by(BLOCK) {
-                let outputs = first..d_out.min(first + BLOCK);
-                let source = Source {
-                    x: &dy[first..],
-                    stride: d_out,
-                    columns: Some([&scales[outputs.clone()], &zeros[outputs.clone()]]),
-                };
-                rows.refill(source, Blocks::of(outputs.len()));
-                for tile in (0..width).step_by(TILE) {
-                    let columns = Columns::new(tile, width);
-                    let inputs = inputs.start + tile..inputs.end.min(inputs.start + tile + TILE);
-                    panel.transposed(outputs.len(), |output, codes| {
-                        let tile = (first + output) / TILE;
-                        simd::codes(w, tile, inputs.clone(), codes);
-                        for codes in codes.iter_mut() {
-                            for (code, whole) in codes.iter_mut().zip(&whole[tile * TILE..]) {
-                                *code = code.wrapping_sub(*whole);
-                            }
-                        }
-                    });
-                    // SAFETY: `part` is `[rows, width]`, and this task's own.
-                    let sums = unsafe { Sums::new(columns, &sums) };
-                    let mut finish = Uncentered { rows, sums };
-                    fixed::multiply(unit, rows, 0..1, panel, &mut finish);
-                }
-            }
-            for (row, part) in part.chunks_exact(width).enumerate() {
-                // SAFETY: `dx` is `[rows, d_in]`, and these inputs are one task's.
-                let dx = unsafe {
-                    std::slice::from_raw_parts_mut(out.offset(row * d_in + inputs.start), width)
-                };
-                dx.copy_from_slice(part);
+    let fill = |panel: &mut Panel, tile: usize, outputs: Range<usize>| {
+        let inputs = tile * TILE..d_in.min((tile + 1) * TILE);
+        panel.transposed(limbs, outputs.len(), |values, stride| {
+            values[inputs.len() * stride..].fill(0.0);
+            for (at, of) in (outputs.start / TILE..outputs.end.div_ceil(TILE)).enumerate() {
+                simd::unpack_panel(w, of, inputs.clone(), &mut values[at * TILE..], stride);
             }
         });
+    };
+    // SAFETY: `dx` is `[rows, d_in]`, and a tile is one task's.
+    let finish = |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_in), &out) };
+    each_tile((unit, &rows), d_in.div_ceil(TILE), fill, finish);
     Some(dx)
 }
 
@@ -174,20 +108,11 @@ pub(super) fn product_dgrid(
     n_rows: usize,
     w: &Host,
 ) -> Option<(Vec<f32>, Vec<f32>)> {
-    let unit = Unit::get().filter(|_| n_rows > 0)?;
+    let unit = Unit::get(n_rows)?;
     let blocks = codes(w)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
-    let rows = Rows::split(
-        Source {
-            x,
-            stride: d_in,
-            columns: None,
-        },
-        n_rows,
-        blocks,
-        limbs,
-    );
+    let rows = Rows::split(Source { x, stride: d_in }, n_rows, blocks, limbs);
     let (n_groups, groups) = (w.layout.n_groups(), groups(&blocks, w));
     let tiles: Vec<_> = (0..w.layout.n_tiles())
         .into_par_iter()
@@ -196,7 +121,6 @@ pub(super) fn product_dgrid(
             let mut finish = Backward {
                 grid: Grid {
                     w,
-                    rows: &rows,
                     columns,
                     groups: &groups,
                 },
@@ -206,7 +130,7 @@ pub(super) fn product_dgrid(
             };
             for run in rows.slabs() {
                 let inputs = rows.values(run.clone());
-                panel.codes(&w.layout, w.tile(tile), inputs, &blocks);
+                fill_codes(unit, w, panel, tile, inputs, &blocks);
                 fixed::multiply(unit, &rows, run, panel, &mut finish);
             }
             (finish.dscales, finish.products)
@@ -227,6 +151,41 @@ pub(super) fn product_dgrid(
     Some((dscales, dzeros))
 }
 
+/// The whole number that is taken from the codes of a column with this zero, as code: with it they
+/// are signed bytes, and small where the weights are.
+fn whole(w: &Host, zero: f32) -> f32 {
+    match w.layout.bits() {
+        8 => 128.0,
+        _ => zero.round_ties_even().clamp(-64.0, 64.0),
+    }
+}
+
+/// Makes the panel of `inputs` in the columns of one tile.
+fn fill_codes(
+    unit: Unit,
+    w: &Host,
+    panel: &mut Panel,
+    tile: usize,
+    inputs: Range<usize>,
+    blocks: &Blocks,
+) {
+    let first = blocks.at(inputs.start);
+    panel.codes(
+        unit,
+        &w.layout,
+        w.tile(tile),
+        inputs,
+        blocks,
+        |block, of| {
+            let group = blocks.range(first + block).start / w.layout.group_size();
+            let (_, zeros) = w.grid(tile, group);
+            for (of, zero) in of.iter_mut().zip(zeros) {
+                *of = whole(w, zero + w.layout.center()) as i16 as u8;
+            }
+        },
+    );
+}
+
 /// The group of each block.
 fn groups(blocks: &Blocks, w: &Host) -> Vec<usize> {
     let group = |block| blocks.range(block).start / w.layout.group_size();
@@ -243,139 +202,6 @@ fn codes(w: &Host) -> Option<Blocks> {
     }
 }
 
-/// Multiplies the rows with each tile of columns, whose panels `fill` makes.
-fn each_tile<F: Finish>(
-    (unit, rows): (Unit, &Rows),
-    n_tiles: usize,
-    fill: impl Fn(&mut Panel, usize, Range<usize>) + Sync,
-    finish: impl Fn(usize) -> F + Sync,
-) {
-    for slab in rows.slabs() {
-        (0..n_tiles)
-            .into_par_iter()
-            .for_each_init(Panel::default, |panel, tile| {
-                let mut finish = finish(tile);
-                for blocks in rows.panels(slab.clone()) {
-                    fill(panel, tile, rows.values(blocks.clone()));
-                    fixed::multiply(unit, rows, blocks, panel, &mut finish);
-                }
-            });
-    }
-}
-
-/// At most [`TILE`] columns of a matrix with rows of `stride`.
-#[derive(Clone, Copy)]
-struct Columns {
-    first: usize,
-    n: usize,
-    stride: usize,
-}
-
-impl Columns {
-    /// A tile from `first` on, or what there is of it.
-    fn new(first: usize, stride: usize) -> Self {
-        let n = (stride - first).min(TILE);
-        Self { first, n, stride }
-    }
-
-    /// Columns `16 * part ..` of a row, and which of them there are.
-    #[inline(always)]
-    fn part(&self, row: usize, part: usize) -> (usize, __mmask16) {
-        let n = self.n.saturating_sub(part * 16).min(16);
-        let at = row * self.stride + self.first + part * 16;
-        (at, ((1u32 << n) - 1) as __mmask16)
-    }
-
-    /// These columns of a row of `matrix`; zero where there are none.
-    #[inline(always)]
-    unsafe fn read(&self, matrix: &[f32], row: usize, part: usize) -> __m512 {
-        let (at, mask) = self.part(row, part);
-        // SAFETY: the caller has AVX-512; what the mask has lies in the row.
-        unsafe { _mm512_maskz_loadu_ps(mask, matrix.as_ptr().wrapping_add(at)) }
-    }
-}
-
-/// The sums of some rows in the columns of one tile, on their way to the result.
-struct Sums<'a> {
-    rows: Box<[f32; ROWS * TILE]>,
-    columns: Columns,
-    out: &'a Shared,
-}
-
-impl<'a> Sums<'a> {
-    /// # Safety
-    /// `out` is a matrix of `columns.stride` columns, and nobody else writes these.
-    unsafe fn new(columns: Columns, out: &'a Shared) -> Self {
-        Self {
-            rows: Box::new([0.0; ROWS * TILE]),
-            columns,
-            out,
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn add(&mut self, row: usize, part: usize, value: __m512) {
-        let sums = &mut self.rows[row % ROWS * TILE + part * 16..][..16];
-        // SAFETY: the caller has AVX-512; 16 sums.
-        unsafe {
-            let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
-            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
-        }
-    }
-
-    /// Adds the sums of `rows` to the result.
-    fn done(&mut self, rows: Range<usize>) {
-        let n = self.columns.n;
-        for row in rows {
-            let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
-            // SAFETY: the promise of `new`.
-            let out = unsafe {
-                let out = self
-                    .out
-                    .offset(row * self.columns.stride + self.columns.first);
-                std::slice::from_raw_parts_mut(out, n)
-            };
-            for (out, sum) in out.iter_mut().zip(sums.iter()) {
-                *out += sum;
-            }
-            sums.fill(0.0);
-        }
-    }
-}
-
-impl Finish for Sums<'_> {
-    #[inline(always)]
-    unsafe fn take(&mut self, row: usize, _: usize, part: usize, sums: __m512) {
-        // SAFETY: the caller's promise.
-        unsafe { self.add(row, part, sums) }
-    }
-
-    fn rows_done(&mut self, rows: Range<usize>) {
-        self.done(rows);
-    }
-}
-
-/// The sums without what the zeros take from them.
-struct Uncentered<'a> {
-    rows: &'a Rows,
-    sums: Sums<'a>,
-}
-
-impl Finish for Uncentered<'_> {
-    #[inline(always)]
-    unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let zeros = _mm512_set1_ps(self.rows.sum(row, block));
-            self.sums.add(row, part, _mm512_sub_ps(sums, zeros));
-        }
-    }
-
-    fn rows_done(&mut self, rows: Range<usize>) {
-        self.sums.done(rows);
-    }
-}
-
 /// `y = s (u - z Σ x)` for each group.
 struct Forward<'a> {
     grid: Grid<'a>,
@@ -385,47 +211,74 @@ struct Forward<'a> {
 /// The grid of a weight in the columns of one tile.
 struct Grid<'a> {
     w: &'a Host<'a>,
-    rows: &'a Rows,
     columns: Columns,
     /// The group of each block.
     groups: &'a [usize],
 }
 
+/// The grid of a block in 16 columns.
+#[derive(Clone, Copy)]
+struct Part {
+    group: usize,
+    scales: __m512,
+    /// What is taken from codes: [`whole`],
+    center: __m512,
+    /// and what is left of the zeros.
+    zeros: __m512,
+}
+
 impl Grid<'_> {
-    /// The zeros as codes, and the nearest whole numbers.
     #[inline(always)]
-    unsafe fn zeros(&self, block: usize, part: usize) -> (__m512, __m512) {
+    unsafe fn part(&self, block: usize, part: usize) -> Part {
+        let group = self.groups[block];
         // SAFETY: the caller has AVX-512.
         unsafe {
             let center = _mm512_set1_ps(self.w.layout.center());
-            let Some(zeros) = self.w.zeros else {
-                return (center, center);
+            let zeros = match self.w.zeros {
+                None => center,
+                Some(zeros) => _mm512_add_ps(center, self.columns.read(zeros, group, part)),
             };
-            let zeros = self.columns.read(zeros, self.groups[block], part);
-            let zeros = _mm512_add_ps(zeros, center);
-            let whole = _mm512_roundscale_ps::<0>(zeros);
-            let most = _mm512_set1_ps(255.0);
-            let least = _mm512_sub_ps(_mm512_setzero_ps(), most);
-            (zeros, _mm512_max_ps(least, _mm512_min_ps(most, whole)))
-        }
-    }
-
-    /// `Σ x (level - zero)` from `Σ x (code - whole)`.
-    #[inline(always)]
-    unsafe fn centered(&self, row: usize, block: usize, part: usize, sums: __m512) -> __m512 {
-        if self.w.zeros.is_none() {
-            return sums;
-        }
-        // SAFETY: the caller has AVX-512.
-        unsafe {
-            let (zeros, whole) = self.zeros(block, part);
-            let x = _mm512_set1_ps(self.rows.sum(row, block));
-            _mm512_sub_ps(sums, _mm512_mul_ps(_mm512_sub_ps(zeros, whole), x))
+            let center = match self.w.layout.bits() {
+                8 => _mm512_set1_ps(128.0),
+                _ => {
+                    let (least, most) = (_mm512_set1_ps(-64.0), _mm512_set1_ps(64.0));
+                    let whole = _mm512_roundscale_ps::<0>(zeros);
+                    _mm512_max_ps(least, _mm512_min_ps(most, whole))
+                }
+            };
+            Part {
+                group,
+                scales: self.columns.read(self.w.scales, group, part),
+                center,
+                zeros: _mm512_sub_ps(zeros, center),
+            }
         }
     }
 }
 
+impl Part {
+    /// `Σ x (level - zero)` from `Σ x (code - center)` and `Σ x`.
+    #[inline(always)]
+    unsafe fn centered(&self, sums: __m512, x: f32) -> __m512 {
+        // SAFETY: the caller has AVX-512.
+        unsafe { _mm512_fnmadd_ps(self.zeros, _mm512_set1_ps(x), sums) }
+    }
+}
+
 impl Finish for Forward<'_> {
+    type Columns = Part;
+
+    #[inline(always)]
+    unsafe fn columns(&self, block: usize, part: usize) -> Part {
+        // SAFETY: the caller's promise.
+        unsafe { self.grid.part(block, part) }
+    }
+
+    #[inline(always)]
+    fn center(columns: Part) -> __m512 {
+        columns.center
+    }
+
     fn prefetch(&self, block: usize) {
         let grid = &self.grid;
         let Some(&group) = grid.groups.get(block) else {
@@ -441,19 +294,20 @@ impl Finish for Forward<'_> {
     }
 
     #[inline(always)]
-    unsafe fn center(&self, block: usize, part: usize) -> __m512 {
-        // SAFETY: the caller's promise.
-        unsafe { self.grid.zeros(block, part).1 }
-    }
-
-    #[inline(always)]
-    unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let grid = &self.grid;
-            let u = grid.centered(row, block, part, sums);
-            let scales = grid.columns.read(grid.w.scales, grid.groups[block], part);
-            self.sums.add(row, part, _mm512_mul_ps(scales, u));
+    unsafe fn take(
+        &mut self,
+        row: usize,
+        part: usize,
+        columns: Part,
+        sums: &[__m512],
+        values: &[f32],
+    ) {
+        for ((row, sums), x) in (row..).zip(sums).zip(values) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let u = columns.centered(*sums, *x);
+                self.sums.add_product(row, part, columns.scales, u);
+            }
         }
     }
 
@@ -472,28 +326,43 @@ struct Backward<'a> {
 }
 
 impl Finish for Backward<'_> {
+    type Columns = Part;
+
     #[inline(always)]
-    unsafe fn center(&self, block: usize, part: usize) -> __m512 {
+    unsafe fn columns(&self, block: usize, part: usize) -> Part {
         // SAFETY: the caller's promise.
-        unsafe { self.grid.zeros(block, part).1 }
+        unsafe { self.grid.part(block, part) }
     }
 
     #[inline(always)]
-    unsafe fn take(&mut self, row: usize, block: usize, part: usize, sums: __m512) {
+    fn center(columns: Part) -> __m512 {
+        columns.center
+    }
+
+    #[inline(always)]
+    unsafe fn take(
+        &mut self,
+        row: usize,
+        part: usize,
+        columns: Part,
+        sums: &[__m512],
+        values: &[f32],
+    ) {
+        let at = columns.group * TILE + part * 16;
+        let dscales = &mut self.dscales[at..at + 16];
+        let products = &mut self.products[at..at + 16];
         // SAFETY: the caller's promise; both have 16 values there.
         unsafe {
-            let grid = &self.grid;
-            let u = grid.centered(row, block, part, sums);
-            let dy = grid.columns.read(self.dy, row, part);
-            let at = grid.groups[block] * TILE + part * 16;
-            let add = |sums: &mut [f32], value| {
-                let sums = &mut sums[at..at + 16];
-                let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
-                _mm512_storeu_ps(sums.as_mut_ptr(), sum);
-            };
-            add(&mut self.dscales, _mm512_mul_ps(dy, u));
-            let x = _mm512_set1_ps(grid.rows.sum(row, block));
-            add(&mut self.products, _mm512_mul_ps(dy, x));
+            let mut of_levels = _mm512_loadu_ps(dscales.as_ptr());
+            let mut of_products = _mm512_loadu_ps(products.as_ptr());
+            for ((row, sums), x) in (row..).zip(sums).zip(values) {
+                let dy = self.grid.columns.read(self.dy, row, part);
+                let u = columns.centered(*sums, *x);
+                of_levels = _mm512_fmadd_ps(dy, u, of_levels);
+                of_products = _mm512_fmadd_ps(dy, _mm512_set1_ps(*x), of_products);
+            }
+            _mm512_storeu_ps(dscales.as_mut_ptr(), of_levels);
+            _mm512_storeu_ps(products.as_mut_ptr(), of_products);
         }
     }
 

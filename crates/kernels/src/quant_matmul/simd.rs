@@ -36,16 +36,6 @@ by_instruction_set! {
 }
 
 by_instruction_set! {
-    /// The codes of `inputs`, at most [`TILE`], in the columns of one tile; zero below them.
-    pub(super) fn codes(
-        w: &Host,
-        tile: usize,
-        inputs: Range<usize>,
-        codes: &mut [[u8; TILE]; TILE],
-    ) = codes_body
-}
-
-by_instruction_set! {
     /// Adds the rows of `p`, one for each of `inputs`, to the sums of their groups.
     pub(super) fn add_to_groups(
         w: &Host,
@@ -74,15 +64,6 @@ fn unpack_panel_body<I: Isa>(
                 row[j] = (levels[j] - zeros[j]) * scales[j];
             }
         }
-    }
-}
-
-#[inline(always)]
-fn codes_body<I: Isa>(w: &Host, tile: usize, inputs: Range<usize>, codes: &mut [[u8; TILE]; TILE]) {
-    let words = w.tile(tile);
-    codes[inputs.len()..].fill([0; TILE]);
-    for (codes, i) in codes.iter_mut().zip(inputs) {
-        *codes = w.layout.codes(words, i).map(|code| code as u8);
     }
 }
 

@@ -1,0 +1,63 @@
+//! Products of dense matrices.
+
+use std::ops::Range;
+
+use super::tiles::{Columns, Sums, each_tile};
+use super::{Blocks, Limbs, Panel, Rows, Source, Unit};
+use crate::TILE;
+use crate::dense::{Matrix, Read, Shared};
+
+/// Adds `a · b` to `c`, `[m, k]`, `[k, n]` and `[m, n]` in rows of `c_stride`, with all threads.
+/// False if floats do better: then nothing is done.
+///
+/// # Safety
+/// `a` and `b` lie within their allocations.
+pub(crate) unsafe fn multiply_add(
+    [m, k, n]: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    c: &mut [f32],
+    c_stride: usize,
+) -> bool {
+    /// With fewer values to a sum, or fewer sums, splitting takes as long as multiplying.
+    const LEAST: usize = 64;
+    let unit = Unit::get(m).filter(|unit| *unit == Unit::Amx);
+    let (Some(unit), Ok(stride)) = (unit, usize::try_from(a.row_stride)) else {
+        return false;
+    };
+    if a.column_stride != 1 || k.min(n) < LEAST || b.row_stride != 1 && b.column_stride != 1 {
+        return false;
+    }
+    assert!(n <= c_stride && (m - 1) * c_stride + n <= c.len());
+    // SAFETY: the caller's promise.
+    let x = unsafe { std::slice::from_raw_parts(a.data, (m - 1) * stride + k) };
+    let rows = Rows::split(Source { x, stride }, m, Blocks::of(k), Limbs::Three);
+    let (out, b) = (Shared::new(c), &Read(b));
+    let fill = |panel: &mut Panel, tile: usize, inner: Range<usize>| {
+        let b = b.0.at(inner.start, tile * TILE);
+        let (k, n) = (inner.len(), TILE.min(n - tile * TILE));
+        // SAFETY: the caller's promise; these rows and columns lie within `b`.
+        let row = |at: Matrix, n| unsafe { std::slice::from_raw_parts(at.data, n) };
+        match b.row_stride {
+            1 => panel.transposed(Limbs::Three, k, |values, stride| {
+                values.fill(0.0);
+                for (column, values) in values.chunks_exact_mut(stride).enumerate().take(n) {
+                    values[..k].copy_from_slice(row(b.at(0, column), k));
+                }
+            }),
+            _ => panel.split(Limbs::Three, k, |values| {
+                for (i, values) in values.chunks_exact_mut(TILE).enumerate() {
+                    values[..n].copy_from_slice(row(b.at(i, 0), n));
+                    values[n..].fill(0.0);
+                }
+            }),
+        }
+    };
+    let finish = |tile: usize| {
+        let columns = Columns::of(tile * TILE, n, c_stride);
+        // SAFETY: `c` was checked, and a tile is one task's.
+        unsafe { Sums::new(columns, &out) }
+    };
+    each_tile((unit, &rows), n.div_ceil(TILE), fill, finish);
+    true
+}

@@ -1,0 +1,147 @@
+//! Products of all rows with one tile of columns after the other.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{Finish, Panel, ROWS, Rows, Unit, multiply};
+use crate::TILE;
+use crate::dense::Shared;
+
+/// Multiplies the rows with each tile of columns, whose panels `fill` makes.
+pub(crate) fn each_tile<F: Finish>(
+    (unit, rows): (Unit, &Rows),
+    n_tiles: usize,
+    fill: impl Fn(&mut Panel, usize, Range<usize>) + Sync,
+    finish: impl Fn(usize) -> F + Sync,
+) {
+    for slab in rows.slabs() {
+        (0..n_tiles)
+            .into_par_iter()
+            .for_each_init(Panel::default, |panel, tile| {
+                let mut finish = finish(tile);
+                for blocks in rows.panels(slab.clone()) {
+                    fill(panel, tile, rows.values(blocks.clone()));
+                    multiply(unit, rows, blocks, panel, &mut finish);
+                }
+            });
+    }
+}
+
+/// At most [`TILE`] columns of a matrix with rows of `stride`.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns {
+    first: usize,
+    n: usize,
+    stride: usize,
+}
+
+impl Columns {
+    /// A tile from `first` on, or what there is of it.
+    pub(crate) fn new(first: usize, stride: usize) -> Self {
+        Self::of(first, stride, stride)
+    }
+
+    /// The same of a matrix of `n` columns within a wider one.
+    pub(crate) fn of(first: usize, n: usize, stride: usize) -> Self {
+        let n = (n - first).min(TILE);
+        Self { first, n, stride }
+    }
+
+    /// Columns `16 * part ..` of a row, and which of them there are.
+    #[inline(always)]
+    pub(crate) fn part(&self, row: usize, part: usize) -> (usize, __mmask16) {
+        let n = self.n.saturating_sub(part * 16).min(16);
+        let at = row * self.stride + self.first + part * 16;
+        (at, ((1u32 << n) - 1) as __mmask16)
+    }
+
+    /// These columns of a row of `matrix`; zero where there are none.
+    #[inline(always)]
+    pub(crate) unsafe fn read(&self, matrix: &[f32], row: usize, part: usize) -> __m512 {
+        let (at, mask) = self.part(row, part);
+        // SAFETY: the caller has AVX-512; what the mask has lies in the row.
+        unsafe { _mm512_maskz_loadu_ps(mask, matrix.as_ptr().wrapping_add(at)) }
+    }
+}
+
+/// The sums of some rows in the columns of one tile, on their way to the result.
+pub(crate) struct Sums<'a> {
+    rows: Box<[f32; ROWS * TILE]>,
+    columns: Columns,
+    out: &'a Shared,
+}
+
+impl<'a> Sums<'a> {
+    /// # Safety
+    /// `out` is a matrix of `columns.stride` columns, and nobody else writes these.
+    pub(crate) unsafe fn new(columns: Columns, out: &'a Shared) -> Self {
+        Self {
+            rows: Box::new([0.0; ROWS * TILE]),
+            columns,
+            out,
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(&mut self, row: usize, part: usize, value: __m512) {
+        let sums = &mut self.rows[row % ROWS * TILE + part * 16..][..16];
+        // SAFETY: the caller has AVX-512; 16 sums.
+        unsafe {
+            let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
+            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) unsafe fn add_product(&mut self, row: usize, part: usize, a: __m512, b: __m512) {
+        let sums = &mut self.rows[row % ROWS * TILE + part * 16..][..16];
+        // SAFETY: the caller has AVX-512; 16 sums.
+        unsafe {
+            let sum = _mm512_fmadd_ps(a, b, _mm512_loadu_ps(sums.as_ptr()));
+            _mm512_storeu_ps(sums.as_mut_ptr(), sum);
+        }
+    }
+
+    /// Adds the sums of `rows` to the result.
+    pub(crate) fn done(&mut self, rows: Range<usize>) {
+        let n = self.columns.n;
+        for row in rows {
+            let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
+            // SAFETY: the promise of `new`.
+            let out = unsafe {
+                let out = self
+                    .out
+                    .offset(row * self.columns.stride + self.columns.first);
+                std::slice::from_raw_parts_mut(out, n)
+            };
+            for (out, sum) in out.iter_mut().zip(sums.iter()) {
+                *out += sum;
+            }
+            sums.fill(0.0);
+        }
+    }
+}
+
+impl Finish for Sums<'_> {
+    type Columns = ();
+
+    unsafe fn columns(&self, _: usize, _: usize) {}
+
+    fn center((): ()) -> __m512 {
+        unreachable!("products with limbs")
+    }
+
+    #[inline(always)]
+    unsafe fn take(&mut self, row: usize, part: usize, (): (), sums: &[__m512], _: &[f32]) {
+        for (row, sums) in (row..).zip(sums) {
+            // SAFETY: the caller's promise.
+            unsafe { self.add(row, part, *sums) }
+        }
+    }
+
+    fn rows_done(&mut self, rows: Range<usize>) {
+        self.done(rows);
+    }
+}
