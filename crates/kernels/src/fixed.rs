@@ -207,6 +207,9 @@ pub(crate) trait Finish {
     /// Fetches what is needed to take the sums of block `block`, if there is such a block.
     fn prefetch(&self, _block: usize) {}
 
+    /// Fetches what the sums of these rows will be added to.
+    fn prefetch_rows(&self, _rows: Range<usize>) {}
+
     /// Takes the sums of some rows from `row` on in columns `16 * part ..`, beside the sums of their
     /// values in the block.
     ///
@@ -225,19 +228,20 @@ pub(crate) trait Finish {
     fn rows_done(&mut self, rows: Range<usize>);
 }
 
-/// Multiplies the rows' blocks `blocks` with the panel that holds these blocks of the other operand.
+/// Multiplies the blocks of some strips of rows with the panel that holds these blocks of the other
+/// operand.
 pub(crate) fn multiply(
     unit: Unit,
     rows: &Rows,
-    blocks: Range<usize>,
+    slab: (Range<usize>, Range<usize>),
     panel: &Panel,
     finish: &mut impl Finish,
 ) {
     // SAFETY: the processor has the unit.
     unsafe {
         match unit {
-            Unit::Amx => amx::multiply(rows, blocks, panel, finish),
-            Unit::Vnni => vnni::multiply(rows, blocks, panel, finish),
+            Unit::Amx => amx::multiply(rows, slab, panel, finish),
+            Unit::Vnni => vnni::multiply(rows, slab, panel, finish),
         }
     }
 }
@@ -349,7 +353,8 @@ mod tests {
             panel.codes(unit, &layout, &words, 0..k, &blocks, |_, whole| {
                 whole.fill(less as u8);
             });
-            multiply(unit, &rows_split, 0..blocks.n(), &panel, &mut all);
+            let slab = (0..rows.div_ceil(STRIP), 0..blocks.n());
+            multiply(unit, &rows_split, slab, &panel, &mut all);
             assert_eq!(all.done, rows);
             for (at, found) in all.sums.iter().enumerate() {
                 let (row, block, o) = (at / TILE / blocks.n(), at / TILE % blocks.n(), at % TILE);

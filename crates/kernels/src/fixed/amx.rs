@@ -94,17 +94,17 @@ struct Sums([[[i32; PART]; STRIP]; 6]);
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn multiply(
     rows: &Rows,
-    blocks: Range<usize>,
+    slab: (Range<usize>, Range<usize>),
     panel: &Panel,
     finish: &mut impl Finish,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
         match (rows.limbs, panel.planes) {
-            (Limbs::Three, 1) => each::<_, 3, 2>(rows, blocks, panel, finish, codes_three),
-            (Limbs::Two, 1) => each::<_, 2, 2>(rows, blocks, panel, finish, codes_two),
-            (Limbs::Three, 3) => each::<_, 4, 1>(rows, blocks, panel, finish, limbs_three),
-            (Limbs::Two, 2) => each::<_, 2, 2>(rows, blocks, panel, finish, limbs_two),
+            (Limbs::Three, 1) => each::<_, 3, 2>(rows, slab, panel, finish, codes_three),
+            (Limbs::Two, 1) => each::<_, 2, 2>(rows, slab, panel, finish, codes_two),
+            (Limbs::Three, 3) => each::<_, 4, 1>(rows, slab, panel, finish, limbs_three),
+            (Limbs::Two, 2) => each::<_, 2, 2>(rows, slab, panel, finish, limbs_two),
             (limbs, planes) => unreachable!("{limbs:?} with {planes} planes"),
         }
     }
@@ -130,7 +130,7 @@ struct Operands {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn each<F: Finish, const L: usize, const S: usize>(
     rows: &Rows,
-    blocks: Range<usize>,
+    (strips, blocks): (Range<usize>, Range<usize>),
     panel: &Panel,
     finish: &mut F,
     product: unsafe fn(&Operands, &mut Sums),
@@ -141,10 +141,12 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
     let _configured = unsafe { Configured::new(step) };
     let first_step = rows.blocks.steps(blocks.start).start;
     let mut sums = [(); 2].map(|()| Sums([[[0; PART]; STRIP]; 6]));
-    for pair in (0..rows.n_strips()).step_by(S) {
+    for pair in strips.clone().step_by(S) {
         // A last strip without a partner is its own.
-        let strips = [pair, (pair + S - 1).min(rows.n_strips() - 1)];
-        let n_strips = S.min(rows.n_strips() - pair);
+        let n_strips = S.min(strips.end - pair);
+        let strips = [pair, pair + n_strips - 1];
+        let of_pair = pair * STRIP..rows.n_rows.min((pair + n_strips) * STRIP);
+        finish.prefetch_rows(of_pair.clone());
         let product = |block: usize, part: usize, sums: &mut Sums| {
             let steps = rows.blocks.steps(block);
             let b = (steps.start - first_step) * panel.step_bytes() + part * step * PART;
@@ -199,8 +201,7 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
         if let Some((block, part)) = before {
             take(block, part, &sums[part % 2], finish);
         }
-        let first = pair * STRIP;
-        finish.rows_done(first..rows.n_rows.min(first + n_strips * STRIP));
+        finish.rows_done(of_pair);
     }
 }
 

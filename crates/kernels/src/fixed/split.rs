@@ -136,13 +136,21 @@ impl Rows {
         self.blocks.range(blocks.start).start..self.blocks.range(blocks.end - 1).end
     }
 
-    /// Runs of blocks whose limbs, in all rows, fill a part of the cache that a processor has to
-    /// itself.
-    pub(crate) fn slabs(&self) -> impl Iterator<Item = Range<usize>> {
-        const CACHE: usize = 1 << 20;
-        let block_bytes = self.height * self.n_strips() * self.limbs.n() * self.blocks.block;
-        self.blocks
-            .runs(0..self.blocks.n(), (CACHE / block_bytes).max(1))
+    /// Strips and runs of blocks whose limbs fill a part of the cache that a processor has to itself.
+    pub(crate) fn slabs(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        const CACHE: usize = 5 << 18;
+        /// With fewer rows, making panels takes a part of the time.
+        const STRIPS: usize = 32;
+        let n_strips = self.n_strips();
+        let height = n_strips.div_ceil(n_strips.div_ceil(STRIPS));
+        let block_bytes = self.height * height * self.limbs.n() * self.blocks.block;
+        let strips = (0..n_strips).step_by(height);
+        strips.flat_map(move |first| {
+            let strips = first..n_strips.min(first + height);
+            let n_blocks = (CACHE / block_bytes).max(1);
+            let runs = self.blocks.runs(0..self.blocks.n(), n_blocks);
+            runs.map(move |blocks| (strips.clone(), blocks))
+        })
     }
 
     /// Parts of a slab whose panel fits the smallest cache.

@@ -16,14 +16,14 @@ pub(crate) fn each_tile<F: Finish>(
     fill: impl Fn(&mut Panel, usize, Range<usize>) + Sync,
     finish: impl Fn(usize) -> F + Sync,
 ) {
-    for slab in rows.slabs() {
+    for (strips, slab) in rows.slabs() {
         (0..n_tiles)
             .into_par_iter()
             .for_each_init(Panel::default, |panel, tile| {
                 let mut finish = finish(tile);
                 for blocks in rows.panels(slab.clone()) {
                     fill(panel, tile, rows.values(blocks.clone()));
-                    multiply(unit, rows, blocks, panel, &mut finish);
+                    multiply(unit, rows, (strips.clone(), blocks), panel, &mut finish);
                 }
             });
     }
@@ -124,7 +124,24 @@ impl<'a> Sums<'a> {
     }
 }
 
+impl Sums<'_> {
+    /// See [`Finish::prefetch_rows`].
+    pub(crate) fn prefetch(&self, rows: Range<usize>) {
+        for row in rows {
+            let at = row * self.columns.stride + self.columns.first;
+            for line in (0..self.columns.n).step_by(16) {
+                // SAFETY: these columns of the row lie within the result; nothing is read.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.out.offset(at + line).cast()) };
+            }
+        }
+    }
+}
+
 impl Finish for Sums<'_> {
+    fn prefetch_rows(&self, rows: Range<usize>) {
+        self.prefetch(rows);
+    }
+
     type Columns = ();
 
     unsafe fn columns(&self, _: usize, _: usize) {}

@@ -10,23 +10,28 @@ use crate::TILE;
 
 /// See [`super::multiply`]. The panel has codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn multiply(rows: &Rows, blocks: Range<usize>, panel: &Panel, finish: &mut impl Finish) {
+pub(super) fn multiply(
+    rows: &Rows,
+    slab: (Range<usize>, Range<usize>),
+    panel: &Panel,
+    finish: &mut impl Finish,
+) {
     match rows.limbs {
-        Limbs::Two => multiply_limbs::<2>(rows, blocks, panel, finish),
-        Limbs::Three => multiply_limbs::<3>(rows, blocks, panel, finish),
+        Limbs::Two => multiply_limbs::<2>(rows, slab, panel, finish),
+        Limbs::Three => multiply_limbs::<3>(rows, slab, panel, finish),
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply_limbs<const L: usize>(
     rows: &Rows,
-    blocks: Range<usize>,
+    (strips, blocks): (Range<usize>, Range<usize>),
     panel: &Panel,
     finish: &mut impl Finish,
 ) {
     assert_eq!(panel.planes, 1, "a panel of codes");
     let first_step = rows.blocks.steps(blocks.start).start;
-    for strip in 0..rows.n_strips() {
+    for strip in strips {
         let n = rows.rows_of(strip);
         let mut row = 0;
         while row < n {

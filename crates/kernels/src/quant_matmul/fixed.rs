@@ -128,10 +128,10 @@ pub(super) fn product_dgrid(
                 dscales: vec![0.0; n_groups * TILE],
                 products: vec![0.0; n_groups * TILE],
             };
-            for run in rows.slabs() {
+            for (strips, run) in rows.slabs() {
                 let inputs = rows.values(run.clone());
                 fill_codes(unit, w, panel, tile, inputs, &blocks);
-                fixed::multiply(unit, &rows, run, panel, &mut finish);
+                fixed::multiply(unit, &rows, (strips, run), panel, &mut finish);
             }
             (finish.dscales, finish.products)
         })
@@ -309,6 +309,10 @@ impl Finish for Forward<'_> {
                 self.sums.add_product(row, part, columns.scales, u);
             }
         }
+    }
+
+    fn prefetch_rows(&self, rows: Range<usize>) {
+        self.sums.prefetch(rows);
     }
 
     fn rows_done(&mut self, rows: Range<usize>) {
