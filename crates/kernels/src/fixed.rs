@@ -31,7 +31,7 @@ pub(crate) const BLOCK: usize = 256;
 pub(crate) const STRIP: usize = 16;
 
 /// Rows up to which tiles, of which many rows would be empty, are slower.
-pub(crate) const FEW: usize = 12;
+pub(crate) const FEW: usize = 10;
 /// The most rows whose sums are taken before the next rows'.
 pub(crate) const ROWS: usize = 2 * STRIP;
 
@@ -344,11 +344,10 @@ mod tests {
                 done: 0,
             };
             let mut panel = Panel::default();
-            // Signed bytes are less 128 in 8 bits, and less 3 else.
+            // Signed codes are less 3, unless 8 bits have no room for it.
             let less = match (unit, bits) {
-                (Unit::Vnni, _) => 0,
-                (Unit::Amx, 8) => 128,
-                (Unit::Amx, _) => 3,
+                (Unit::Amx, 2..8) => 3,
+                _ => 0,
             };
             panel.codes(unit, &layout, &words, 0..k, &blocks, |_, whole| {
                 whole.fill(less as u8);

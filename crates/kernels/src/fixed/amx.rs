@@ -7,8 +7,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::panel::{PART, PARTS};
-use super::vnni::join_whole;
+use super::panel::{PART, PARTS, SIGNED};
+use super::vnni::{join, join_whole};
 use super::{Finish, Limbs, Panel, Rows, STRIP};
 
 /// Whether the processor has tiles of bytes, and the system lets this process use them.
@@ -165,19 +165,26 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
             // SAFETY: these instructions are there.
             let columns = unsafe { finish.columns(block, part) };
             let of_panel = panel.scales(block - blocks.start, part);
+            let center = (panel.planes == 1 && !panel.centered).then(|| {
+                let signed = _mm512_set1_ps(f32::from(SIGNED));
+                _mm512_sub_ps(F::center(columns), signed)
+            });
             for (k, &strip) in strips[..n_strips].iter().enumerate() {
                 let of = rows.part(strip, block);
                 let mut joined = [_mm512_setzero_ps(); STRIP];
                 for (row, joined) in joined.iter_mut().enumerate() {
-                    let limbs: [__m512; L] = std::array::from_fn(|l| {
+                    let limbs: [__m512i; L] = std::array::from_fn(|l| {
                         let sums = &sums.0[k * L + l][row];
                         // SAFETY: 16 sums.
-                        _mm512_cvtepi32_ps(unsafe { _mm512_load_si512(sums.as_ptr().cast()) })
+                        unsafe { _mm512_load_si512(sums.as_ptr().cast()) }
                     });
-                    let scale = of.scales[row];
-                    *joined = match of_panel {
-                        None => join_whole(limbs, scale),
-                        Some(of_panel) => _mm512_mul_ps(join_limbs(limbs, scale), of_panel),
+                    let whole = limbs.map(|sums| _mm512_cvtepi32_ps(sums));
+                    *joined = match (of_panel, center) {
+                        (None, None) => join_whole(whole, of.scales[row]),
+                        (None, Some(center)) => join(limbs, center, &of, row),
+                        (Some(of_panel), _) => {
+                            _mm512_mul_ps(join_limbs(whole, of.scales[row]), of_panel)
+                        }
                     };
                 }
                 let n = rows.rows_of(strip);

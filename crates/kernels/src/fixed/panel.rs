@@ -12,6 +12,9 @@ pub(super) const PART: usize = 16;
 /// Parts of a tile of columns.
 pub(super) const PARTS: usize = TILE / PART;
 
+/// What is taken from codes of 8 bits to make them signed bytes.
+pub(super) const SIGNED: u8 = 128;
+
 /// Some blocks of [`TILE`] columns.
 ///
 /// Steps lie one after the other, each `[planes, PARTS, step / 4, PART, 4]` bytes: four values of a
@@ -21,6 +24,9 @@ pub(crate) struct Panel {
     pub(super) bytes: Lines<u8>,
     /// One plane of codes, or those of limbs, the lowest first.
     pub(super) planes: usize,
+    /// Whether codes are less the whole numbers that [`super::Finish::center`] tells. Signed codes of
+    /// 8 bits have no room for that: they are less [`SIGNED`].
+    pub(super) centered: bool,
     pub(super) step: usize,
     /// What the integers of a block and column are multiplied by: `[blocks, TILE]`, of limbs only.
     scales: Vec<f32>,
@@ -60,8 +66,8 @@ impl Panel {
 
     /// The codes of `inputs`, which begin where a word does; `words` are those of a tile.
     ///
-    /// As `unit` takes them: as they are, or signed, less the whole numbers that `whole` tells for
-    /// each block, counted from the first of `inputs`.
+    /// As `unit` takes them: as they are, or signed, less the whole numbers of at most 64 that
+    /// `whole` tells for each block, counted from the first of `inputs`.
     pub(crate) fn codes(
         &mut self,
         unit: Unit,
@@ -81,13 +87,16 @@ impl Panel {
                 4 => codes::<4>(self, words, inputs.clone()),
                 _ => codes::<8>(self, words, inputs.clone()),
             }
+            self.centered = unit == Unit::Amx && layout.bits() < 8;
             if unit == Unit::Amx {
                 let n_steps = inputs.len().div_ceil(blocks.step);
                 let bytes = &mut self.bytes[..n_steps * blocks.step * TILE];
                 let block_bytes = blocks.steps_per_block * blocks.step * TILE;
                 for (block, bytes) in bytes.chunks_mut(block_bytes).enumerate() {
-                    let mut less = [0; TILE];
-                    whole(block, &mut less);
+                    let mut less = [SIGNED; TILE];
+                    if self.centered {
+                        whole(block, &mut less);
+                    }
                     subtract(bytes, blocks.step, &less);
                 }
             }

@@ -204,7 +204,7 @@ fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
 /// were multiplied with: whole numbers, all of them below 2²⁴ and so exact.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn join<const L: usize>(
+pub(super) fn join<const L: usize>(
     limbs: [__m512i; L],
     center: __m512,
     of: &RowsPart<'_>,

@@ -151,13 +151,10 @@ pub(super) fn product_dgrid(
     Some((dscales, dzeros))
 }
 
-/// The whole number that is taken from the codes of a column with this zero, as code: with it they
-/// are signed bytes, and small where the weights are.
-fn whole(w: &Host, zero: f32) -> f32 {
-    match w.layout.bits() {
-        8 => 128.0,
-        _ => zero.round_ties_even().clamp(-64.0, 64.0),
-    }
+/// The most that is taken from the codes of `bits` bits in a column: less that, all but those of 8
+/// bits are signed bytes.
+fn most(bits: usize) -> f32 {
+    if bits == 8 { 255.0 } else { 64.0 }
 }
 
 /// Makes the panel of `inputs` in the columns of one tile.
@@ -169,7 +166,7 @@ fn fill_codes(
     inputs: Range<usize>,
     blocks: &Blocks,
 ) {
-    let first = blocks.at(inputs.start);
+    let (first, most) = (blocks.at(inputs.start), most(w.layout.bits()));
     panel.codes(
         unit,
         &w.layout,
@@ -180,7 +177,8 @@ fn fill_codes(
             let group = blocks.range(first + block).start / w.layout.group_size();
             let (_, zeros) = w.grid(tile, group);
             for (of, zero) in of.iter_mut().zip(zeros) {
-                *of = whole(w, zero + w.layout.center()) as i16 as u8;
+                let whole = (zero + w.layout.center()).round_ties_even();
+                *of = whole.clamp(-most, most) as i16 as u8;
             }
         },
     );
@@ -221,7 +219,8 @@ struct Grid<'a> {
 struct Part {
     group: usize,
     scales: __m512,
-    /// What is taken from codes: [`whole`],
+    /// The whole number that is taken from codes, up to [`most`]: it makes them as small as the
+    /// weights are,
     center: __m512,
     /// and what is left of the zeros.
     zeros: __m512,
@@ -238,14 +237,10 @@ impl Grid<'_> {
                 None => center,
                 Some(zeros) => _mm512_add_ps(center, self.columns.read(zeros, group, part)),
             };
-            let center = match self.w.layout.bits() {
-                8 => _mm512_set1_ps(128.0),
-                _ => {
-                    let (least, most) = (_mm512_set1_ps(-64.0), _mm512_set1_ps(64.0));
-                    let whole = _mm512_roundscale_ps::<0>(zeros);
-                    _mm512_max_ps(least, _mm512_min_ps(most, whole))
-                }
-            };
+            let most = _mm512_set1_ps(most(self.w.layout.bits()));
+            let least = _mm512_sub_ps(_mm512_setzero_ps(), most);
+            let center = _mm512_roundscale_ps::<0>(zeros);
+            let center = _mm512_max_ps(least, _mm512_min_ps(most, center));
             Part {
                 group,
                 scales: self.columns.read(self.w.scales, group, part),

@@ -16,6 +16,8 @@ use crate::host::{contiguous, floats, tensor};
 use crate::memory::zeroed;
 use crate::{Layout, TILE};
 
+/// Rows up to which codes are multiplied as they are unpacked, without a panel.
+const FEW: usize = 8;
 /// Inputs in a panel of one tile: 64 KiB of f32.
 const PANEL_ROWS: usize = 256;
 /// Tiles in a panel of `dx`.
@@ -166,6 +168,22 @@ fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     }
     let mut y = zeroed(rows * d_out);
     let shared = Shared::new(&mut y);
+    if rows <= FEW {
+        (0..w.layout.n_tiles()).into_par_iter().for_each(|tile| {
+            let columns = w.layout.columns(tile);
+            let mut sums = [[0.0; TILE]; FEW];
+            simd::multiply_rows(w, tile, x, &mut sums[..rows]);
+            for (row, sums) in sums[..rows].iter().enumerate() {
+                // SAFETY: `y` is `[rows, d_out]`, and these columns are no other task's.
+                let y = unsafe {
+                    let y = shared.offset(row * d_out + columns.start);
+                    std::slice::from_raw_parts_mut(y, columns.len())
+                };
+                y.copy_from_slice(&sums[..columns.len()]);
+            }
+        });
+        return y;
+    }
     (0..w.layout.n_tiles()).into_par_iter().for_each_init(
         || vec![0.0; PANEL_ROWS * TILE],
         |panel, tile| {

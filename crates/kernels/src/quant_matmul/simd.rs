@@ -46,6 +46,57 @@ by_instruction_set! {
     ) = add_to_groups_body
 }
 
+by_instruction_set! {
+    /// The products of rows of `x` with one tile, `[rows, TILE]`, added to `y`.
+    pub(super) fn multiply_rows(w: &Host, tile: usize, x: &[f32], y: &mut [[f32; TILE]]) =
+        multiply_rows_body
+}
+
+#[inline(always)]
+fn multiply_rows_body<I: Isa>(w: &Host, tile: usize, x: &[f32], y: &mut [[f32; TILE]]) {
+    let d_in = w.layout.d_in();
+    let (mut x, mut y) = (x, y);
+    while !y.is_empty() {
+        let n = match y.len() {
+            1 => rows_of::<I, 1>(w, tile, x, y),
+            2 | 3 => rows_of::<I, 2>(w, tile, x, y),
+            _ => rows_of::<I, 4>(w, tile, x, y),
+        };
+        x = &x[n * d_in..];
+        y = &mut y[n..];
+    }
+}
+
+/// The first `R` rows; returns `R`.
+#[inline(always)]
+fn rows_of<I: Isa, const R: usize>(
+    w: &Host,
+    tile: usize,
+    x: &[f32],
+    y: &mut [[f32; TILE]],
+) -> usize {
+    let (words, d_in) = (w.tile(tile), w.layout.d_in());
+    let x: [&[f32]; R] = std::array::from_fn(|r| &x[r * d_in..][..d_in]);
+    for (g, inputs) in by_group(&(0..d_in), w.layout.group_size()) {
+        let (scales, zeros) = w.grid(tile, g);
+        let mut sums = [[0.0; TILE]; R];
+        for i in inputs {
+            let levels = levels::<I>(&w.layout, words, i);
+            for (x, sums) in x.iter().zip(&mut sums) {
+                for j in 0..TILE {
+                    sums[j] += x[i] * (levels[j] - zeros[j]);
+                }
+            }
+        }
+        for (y, sums) in y.iter_mut().zip(&sums) {
+            for j in 0..TILE {
+                y[j] += scales[j] * sums[j];
+            }
+        }
+    }
+    R
+}
+
 #[inline(always)]
 fn unpack_panel_body<I: Isa>(
     w: &Host,

@@ -399,6 +399,31 @@ fn what_is_not_finite_stays_so_and_the_smallest_values_count() {
     }
 }
 
+/// Where a column's codes are its zero, wherever in the range that is, nothing is left of the others'.
+#[test]
+fn weights_of_zero_leave_nothing() {
+    let device = Device::flex();
+    for (bits, rows) in [2, 3, 4, 8]
+        .into_iter()
+        .flat_map(|bits| [(bits, 1), (bits, 3), (bits, 40)])
+    {
+        let layout = Layout::new(200, 2, bits, 64, Levels::Unsigned);
+        let last = ((1u32 << bits) - 1) as u8;
+        let codes: Vec<u8> = (0..200).flat_map(|i| [last, i as u8 & last]).collect();
+        let words = TensorData::new(pack(&codes, &layout), layout.words_shape());
+        let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+        let scales = Tensor::<2>::full(layout.grid_shape(), 0.3, &device);
+        let zeros = Tensor::<2>::full(layout.grid_shape(), f32::from(last), &device);
+        let x = Tensor::<2>::random([rows, 200], Distribution::Normal(0.0, 1.0), &device);
+        let y = quant_matmul(x, words, scales, Some(zeros), layout, Precision::Full);
+        let y: Vec<f32> = y.into_data().try_to_vec().unwrap();
+        assert!(
+            y.chunks(2).all(|y| y[0] == 0.0 && y[1] != 0.0),
+            "{bits} bits, {rows} rows"
+        );
+    }
+}
+
 /// `y` is linear in the scales and in the zeros, so a difference quotient is exact but for rounding.
 #[test]
 fn gradients_agree_with_differences() {
