@@ -204,11 +204,12 @@ impl Strip<'_> {
         for (at, row) in self.rows.clone().enumerate() {
             let x = &source.x[row * source.stride..][..self.blocks.k()];
             for block in 0..self.blocks.n() {
-                let range = self.blocks.range(block);
-                let mut values = [0.0; BLOCK];
-                let values = &mut values[..range.len().next_multiple_of(LANES)];
-                let x = &x[range.clone()];
-                values[..x.len()].copy_from_slice(x);
+                let mut values = &x[self.blocks.range(block)];
+                let mut padded = [0.0; BLOCK];
+                if !values.len().is_multiple_of(LANES) {
+                    padded[..values.len()].copy_from_slice(values);
+                    values = &padded[..values.len().next_multiple_of(LANES)];
+                }
                 let (scale, sum) = self.split_block(at, block, values);
                 self.scales[block * STRIP + at] = scale;
                 self.sums[block * STRIP + at] = sum;
