@@ -323,7 +323,7 @@ fn texts(args: &Args, lm: &Pretrained, device: &Device) -> Result<Texts> {
         let windows = lm.windows(text, args.seq_len);
         windows.map_err(|error| format!("the {option} text: {error}").into())
     };
-    // Small enough for the attention scores to stay in memory that is used again.
+    // Small enough for the activations of a batch to stay in memory that is used again.
     let evaluate = |windows: Windows| {
         let windows = windows.take(args.eval_windows.unwrap_or(usize::MAX));
         windows.batches((1024 / args.seq_len).max(1), device)

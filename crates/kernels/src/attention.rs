@@ -82,8 +82,8 @@ impl AttentionOps for burn_cubecl::CubeBackend {}
 /// - result: `[batch, seq_q, heads, dim]`
 ///
 /// # Panics
-/// If the shapes do not fit, `kv_heads` does not divide `heads`, there are fewer keys than queries, or
-/// the scale is not above zero.
+/// If the shapes do not fit, there are no heads or no values in one, `kv_heads` does not divide
+/// `heads`, there are fewer keys than queries, or the scale is not above zero.
 pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) -> Tensor<4> {
     let ([batch, seq_q, heads, dim], [_, seq_k, kv_heads, _]) = (q.dims(), k.dims());
     let of_keys = [batch, seq_k, kv_heads, dim];
@@ -94,6 +94,7 @@ pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) ->
         "{heads} heads do not share {kv_heads} heads of keys"
     );
     assert!(seq_q <= seq_k, "{seq_q} queries have {seq_k} keys");
+    assert!(heads * dim > 0, "{heads} heads of {dim}");
     assert!(scale > 0.0, "a scale of {scale}");
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, scale))

@@ -69,8 +69,9 @@ pub(crate) struct Read(pub(crate) Matrix);
 // SAFETY: reading from several threads is safe.
 unsafe impl Sync for Read {}
 
-/// `c = a · b`, or `c += a · b` if `add`, with all threads; `c` is in rows of `c_stride`. As accurate
-/// as in f32; the number of threads changes no bit.
+/// `c = a · b`, or `c += a · b` if `add`, with all threads; `c` is in rows of `c_stride`.
+/// As accurate as in f32, relative to the largest of each 256 factors of a sum; the number of threads
+/// changes no bit.
 ///
 /// # Safety
 /// `a [m, k]` and `b [k, n]` lie within their allocations.
@@ -87,15 +88,9 @@ pub(crate) unsafe fn product(
         return;
     }
     #[cfg(target_arch = "x86_64")]
-    {
-        if !add {
-            let rows = c[..(m - 1) * c_stride + n].par_chunks_mut(c_stride);
-            rows.for_each(|row| row[..n].fill(0.0));
-        }
-        // SAFETY: the caller's promise.
-        if unsafe { fixed::dense::multiply_add([m, k, n], a, b, c, c_stride) } {
-            return;
-        }
+    // SAFETY: the caller's promise.
+    if unsafe { fixed::dense::product([m, k, n], a, b, c, c_stride, add) } {
+        return;
     }
     let (a, b, c) = (&Read(a), &Read(b), &Shared::new(c));
     let across = n.div_ceil(TASK);
@@ -149,5 +144,66 @@ pub(crate) unsafe fn multiply_add(
             false,
             Parallelism::None,
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    /// Few rows and many, in one panel and several, with either order of the second factor.
+    #[test]
+    fn products_are_the_sums() {
+        for ([m, k, n], (transposed, add)) in
+            [[3, 5, 7], [11, 64, 64], [17, 300, 65], [530, 1300, 70]]
+                .into_iter()
+                .flat_map(|dims| {
+                    [(false, false), (false, true), (true, false), (true, true)]
+                        .map(|of| (dims, of))
+                })
+        {
+            let mut random = Random::new(7);
+            let (a, b) = (
+                random.floats(m * k, -1.0, 1.0),
+                random.floats(k * n, -1.0, 1.0),
+            );
+            let stride = n + 3;
+            let before = random.floats(m * stride, -1.0, 1.0);
+            let mut c = before.clone();
+            let strides = if transposed { (1, k) } else { (n, 1) };
+            let of_b = Matrix::new(b.as_ptr(), strides.0, strides.1);
+            // SAFETY: the matrices are of these sizes.
+            unsafe {
+                product(
+                    [m, k, n],
+                    Matrix::new(a.as_ptr(), k, 1),
+                    of_b,
+                    &mut c,
+                    stride,
+                    add,
+                )
+            };
+            for (at, (&found, &before)) in c.iter().zip(&before).enumerate() {
+                let (row, column) = (at / stride, at % stride);
+                if column >= n {
+                    assert_eq!(found, before, "beside the product");
+                    continue;
+                }
+                if row % 37 > 2 {
+                    continue;
+                }
+                let term = |i: usize| {
+                    f64::from(a[row * k + i]) * f64::from(b[i * strides.0 + column * strides.1])
+                };
+                let sum: f64 = (0..k).map(term).sum();
+                let expected = sum + if add { f64::from(before) } else { 0.0 };
+                let error = (f64::from(found) - expected).abs();
+                assert!(
+                    error <= 2e-7 * (k as f64),
+                    "{found} for {expected} at {row}, {column}"
+                );
+            }
+        }
     }
 }

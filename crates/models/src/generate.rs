@@ -114,7 +114,8 @@ impl Llama {
     /// is as it was.
     ///
     /// # Panics
-    /// If a token is not in the vocabulary, or the cache is another model's or another batch's.
+    /// If a token is not in the vocabulary, or the cache is that of a model of another shape or of
+    /// another number of texts.
     pub fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut Cache) -> Result<Tensor<2>> {
         let [batch, seq] = tokens.dims();
         if batch * seq == 0 {
@@ -172,7 +173,11 @@ pub fn greedy(
         let shape = [1, ids.len()];
         Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &device)
     };
-    let mut cache = model.cache(prompt.len().saturating_add(n_new))?;
+    if prompt.is_empty() {
+        return Err(Error::NoTokens);
+    }
+    // The last token is not read.
+    let mut cache = model.cache(prompt.len().saturating_add(n_new.saturating_sub(1)))?;
     let mut read = tokens(prompt);
     let mut new = Vec::new();
     while new.len() < n_new {

@@ -131,7 +131,6 @@ impl Llama {
 pub struct State {
     residual: Tensor<3>,
     input: Tensor<3>,
-    rope: Rope,
 }
 
 /// The projections of a block that read the same input, as [`Llama`] lists them.
@@ -149,12 +148,10 @@ impl Stages for Llama {
     }
 
     fn start(&self, tokens: Tensor<2, Int>) -> State {
-        let rope = self.positions(tokens.dims()[1], &tokens.device());
         let residual = self.embed(tokens);
         State {
             input: self.norm_before(0).forward(residual.clone()),
             residual,
-            rope,
         }
     }
 
@@ -163,21 +160,21 @@ impl Stages for Llama {
     }
 
     fn advance(&self, stage: usize, state: State) -> State {
-        let State {
-            residual,
-            input,
-            rope,
-        } = state;
+        let State { residual, input } = state;
         let (block, stage) = (stage / STAGES.len(), stage % STAGES.len());
-        let (residual, mut input) = self.layers[block].advance(stage, residual, input, &rope, None);
+        let layer = &self.layers[block];
+        let (residual, mut input) = match stage {
+            0 => {
+                // Made where it is needed: a calibration has many states at a time.
+                let rope = self.positions(input.dims()[1], &input.device());
+                (residual, layer.self_attn.mix(input, &rope, None))
+            }
+            _ => layer.advance(stage, residual, input),
+        };
         if stage + 1 == STAGES.len() {
             input = self.norm_before(block + 1).forward(input);
         }
-        State {
-            residual,
-            input,
-            rope,
-        }
+        State { residual, input }
     }
 }
 
@@ -277,6 +274,10 @@ impl Linears for Llama {
         let head = self.lm_head.iter();
         head.map(|head| (HEAD.into(), head)).collect()
     }
+
+    fn other_weights_mut(&mut self) -> Vec<&mut Weight> {
+        self.lm_head.iter_mut().collect()
+    }
 }
 
 impl LlamaConfig {
@@ -334,20 +335,16 @@ impl Block {
         })
     }
 
-    /// One of the [`STAGES`]: from the residual stream and what the stage's projections read to the
-    /// same for the next stage. After the last, a norm is to read the residual stream.
-    ///
-    /// With a `past`, the tokens come after those in it and join them.
+    /// One of the [`STAGES`] after the first, which is [`Attention::mix`]: from the residual stream
+    /// and what the stage's projections read to the same for the next stage. After the last, a norm
+    /// is to read the residual stream.
     fn advance(
         &self,
         stage: usize,
         residual: Tensor<3>,
         input: Tensor<3>,
-        rope: &Rope,
-        past: Option<&mut Past>,
     ) -> (Tensor<3>, Tensor<3>) {
         match stage {
-            0 => (residual, self.self_attn.mix(input, rope, past)),
             1 => {
                 let x = residual + self.self_attn.o_proj.forward(input);
                 (x.clone(), self.post_attention_layernorm.forward(x))
@@ -360,17 +357,13 @@ impl Block {
         }
     }
 
-    /// All stages.
-    pub(crate) fn forward(
-        &self,
-        x: Tensor<3>,
-        rope: &Rope,
-        mut past: Option<&mut Past>,
-    ) -> Tensor<3> {
-        let mut input = self.input_layernorm.forward(x.clone());
+    /// All stages. With a `past`, the tokens come after those in it and join them.
+    pub(crate) fn forward(&self, x: Tensor<3>, rope: &Rope, past: Option<&mut Past>) -> Tensor<3> {
+        let input = self.input_layernorm.forward(x.clone());
+        let mut input = self.self_attn.mix(input, rope, past);
         let mut residual = x;
-        for stage in 0..STAGES.len() {
-            (residual, input) = self.advance(stage, residual, input, rope, past.as_deref_mut());
+        for stage in 1..STAGES.len() {
+            (residual, input) = self.advance(stage, residual, input);
         }
         residual
     }

@@ -11,7 +11,7 @@ use models::{
 };
 use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Weight};
 use proptest::prelude::*;
-use quant_core::{DoubleQuant, Format, NormalFloat, Optq, Quantizer, Rtn};
+use quant_core::{DoubleQuant, Format, NormalFloat, Optq, Precision, Quantizer, Rtn};
 use tempfile::TempDir;
 
 fn config(n_kv: usize, bias: bool, tied: bool) -> LlamaConfig {
@@ -163,6 +163,32 @@ proptest! {
             (steps, bits(logits(&model, &PROBE, 1)))
         };
         prop_assert_eq!(run(true), run(false));
+    }
+
+    /// All products with packed weights are computed in 16 bits, the head's too, and the setting is
+    /// taken back without a trace.
+    #[test]
+    fn the_precision_of_products_is_a_setting(config in configs(), seed in 0..100u64) {
+        let mut model = Llama::init(&config, seed, &Device::flex()).map(&mut Unround);
+        let rtn = Rtn::new().with_group_size(16);
+        quantize_head(&mut model, &rtn).unwrap();
+        let of_head = |model: &Llama| logits(model, &PROBE, 1);
+        let full = of_head(&model);
+        model.set_precision(Precision::Fast);
+        let fast = of_head(&model);
+        let largest = full.iter().fold(0.0f32, |max, logit| max.max(logit.abs()));
+        let off = full.iter().zip(&fast).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        prop_assert!(off <= 1e-3 * largest, "{off} of {largest}");
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi2") {
+            prop_assert!(off > 0.0, "the head is computed as before");
+        }
+        models::quantize(&mut model, &rtn, &[], |_| {}).unwrap();
+        model.set_precision(Precision::Full);
+        let full = of_head(&model);
+        model.set_precision(Precision::Fast);
+        model.set_precision(Precision::Full);
+        prop_assert_eq!(bits(of_head(&model)), bits(full));
     }
 
     /// A packed head is the one that its quantizer makes of the dense one, logits are products with

@@ -6,7 +6,7 @@ mod counting;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use models::{Llama, LlamaConfig, RopeScaling};
-use peft::{Batch, FitConfig, Peqa};
+use peft::{Batch, CausalLm, FitConfig, Peqa};
 use quant_core::Rtn;
 
 const HIDDEN: usize = 64;
@@ -47,6 +47,7 @@ fn what_is_kept() {
     checkpointing_keeps_the_inputs_of_the_blocks();
     a_cached_token_is_written_in_its_place();
     a_packed_head_stays_packed();
+    a_packed_head_is_unpacked_once();
 }
 
 /// A block more costs its input, where its gradients are made from it alone.
@@ -90,6 +91,19 @@ fn a_cached_token_is_written_in_its_place() {
     assert!(growing > 2 * keys, "{growing} bytes for keys of {keys}");
     let above = counting::peak_of(&mut step);
     assert!(above < keys * 3 / 4, "{above} bytes beside keys of {keys}");
+}
+
+/// The head of the loss is unpacked into one dense matrix where the model trains, too.
+fn a_packed_head_is_unpacked_once() {
+    const VOCAB: usize = 8192;
+    let mut model = llama(1, VOCAB);
+    models::quantize_head(&mut model, &Rtn::new()).unwrap();
+    for model in [model.clone(), model.train()] {
+        drop(model.head());
+        let above = counting::peak_of(|| drop(model.head()));
+        let dense = VOCAB * HIDDEN * size_of::<f32>();
+        assert!(above < dense * 5 / 4, "{above} bytes for a head of {dense}");
+    }
 }
 
 /// A token is decoded without unpacking the head.

@@ -18,6 +18,12 @@ pub enum Weight {
 }
 
 impl Weight {
+    pub(crate) fn set_precision(&mut self, precision: Precision) {
+        if let Weight::Quant(weight) = self {
+            *weight = weight.clone().with_precision(precision);
+        }
+    }
+
     /// A dense weight that does not train.
     pub fn frozen(weight: Tensor<2>) -> Self {
         Self::Dense(Param::from_tensor(weight).set_require_grad(false))
@@ -176,9 +182,7 @@ impl Linear {
     }
 
     pub(crate) fn set_precision(&mut self, precision: Precision) {
-        if let Weight::Quant(weight) = &mut self.weight {
-            *weight = weight.clone().with_precision(precision);
-        }
+        self.weight.set_precision(precision);
     }
 
     /// The weight without the adapter.

@@ -5,8 +5,8 @@ use crate::{Linear, Weight};
 
 /// A model that says where its projections are: all it takes to be quantized, adapted and merged.
 ///
-/// [`linears`](Linears::linears) and [`linears_mut`](Linears::linears_mut) list the same layers in the same order, under the paths that the model's files use
-/// (`model.layers.0.self_attn.q_proj`).
+/// [`linears`](Linears::linears) and [`linears_mut`](Linears::linears_mut) list the same layers in
+/// the same order, under the paths that the model's files use (`model.layers.0.self_attn.q_proj`).
 pub trait Linears: Module {
     /// The projections with their paths.
     fn linears(&self) -> Vec<(String, &Linear)>;
@@ -22,11 +22,19 @@ pub trait Linears: Module {
         for (_, linear) in self.linears_mut() {
             linear.set_precision(precision);
         }
+        for weight in self.other_weights_mut() {
+            weight.set_precision(precision);
+        }
     }
 
     /// Weights beside the projections that may be packed, such as that of a head, with their paths.
     /// They wear no adapters; their formats are part of the model's [`Fingerprint`](crate::Fingerprint).
     fn other_weights(&self) -> Vec<(String, &Weight)> {
+        Vec::new()
+    }
+
+    /// The same weights, to be changed.
+    fn other_weights_mut(&mut self) -> Vec<&mut Weight> {
         Vec::new()
     }
 }

@@ -15,7 +15,8 @@ pub enum Exactness {
     /// is bit-equal.
     Exact,
     /// Each output, before the bias, differs by at most [`Exactness::bound`] times the sum of the
-    /// magnitudes of its terms, for LoRA `Σᵢ |xᵢ| (|W| + σ |A| |B|)ᵢⱼ`, where nothing underflows.
+    /// magnitudes of its terms, for LoRA `Σᵢ |xᵢ| (|W| + σ |A| |B|)ᵢⱼ`, where nothing underflows and
+    /// the device's own product of `f32` rounds to `f32` (one that takes TF32 for it does not).
     Bounded {
         /// How often a term is rounded, in `f32`, in the adapted and the merged layer together.
         roundings: usize,

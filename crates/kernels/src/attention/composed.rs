@@ -1,7 +1,9 @@
 //! The operations in burn's primitives: right on every backend, and the reference of the native ones.
 
-use burn::backend::{Backend, TensorMetadata, tensor::FloatTensor};
-use burn::tensor::{Shape, TensorData};
+use std::ops::Range;
+
+use burn::backend::{Backend, TensorMetadata, get_device_settings, tensor::FloatTensor};
+use burn::tensor::Shape;
 
 /// The sizes of a call.
 struct Sizes {
@@ -55,23 +57,24 @@ impl Sizes {
         k: FloatTensor<B>,
         scale: f64,
     ) -> FloatTensor<B> {
-        let (device, dtype) = (q.device(), q.dtype().into());
-        let first = self.seq_k - self.seq_q;
-        let hidden = (0..self.seq_q * self.seq_k)
-            .map(|at| (at / self.seq_k, at % self.seq_k))
-            .map(|(i, j)| {
-                if j <= first + i {
-                    0.0
-                } else {
-                    f32::NEG_INFINITY
-                }
-            });
-        let hidden = TensorData::new(hidden.collect::<Vec<f32>>(), [1, 1, self.seq_q, self.seq_k]);
-        let hidden = B::float_cast(B::float_from_data(hidden, &device), dtype);
-
+        let device = q.device();
         let k = B::float_permute(k, &[0, 2, 3, 1]);
         let scores = B::float_mul_scalar(B::float_matmul(self.stack::<B>(q), k), scale.into());
-        B::float_add(B::float_reshape(scores, self.of_scores()), hidden)
+        let scores = B::float_reshape(scores, self.of_scores());
+        if self.seq_q == 1 {
+            return scores;
+        }
+        let settings = get_device_settings::<B>(&device);
+        let positions = |range: Range<usize>, shape| {
+            let range = range.start as i64..range.end as i64;
+            let positions = B::int_arange(range, &device, settings.int_dtype);
+            B::int_reshape(positions, Shape::new(shape))
+        };
+        let keys = positions(0..self.seq_k, [1, 1, 1, self.seq_k]);
+        let queries = positions(self.seq_k - self.seq_q..self.seq_k, [1, 1, self.seq_q, 1]);
+        let hidden = B::int_greater(keys, queries, settings.bool_dtype);
+        let hidden = B::bool_expand(hidden, self.of_scores());
+        B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
     }
 }
 

@@ -290,7 +290,7 @@ fn other_dtypes_take_the_composed_operations() {
 
 #[test]
 fn the_number_of_threads_changes_no_bit() {
-    for (seq_q, seq_k) in [(150, 170), (1, 70)] {
+    for (seq_q, seq_k) in [(150, 170), (1, 70), (1, 1100)] {
         let sizes = Sizes {
             batch: 2,
             seq_q,

@@ -2,22 +2,24 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::tiles::{Columns, Sums, each_tile};
 use super::{Blocks, Limbs, Panel, Rows, Source, Unit};
 use crate::TILE;
 use crate::dense::{Matrix, Read, Shared};
 
-/// Adds `a · b` to `c`, `[m, k]`, `[k, n]` and `[m, n]` in rows of `c_stride`, with all threads.
-/// False if floats do better: then nothing is done.
+/// See [`crate::dense::product`]. False if floats do better: then nothing is done.
 ///
 /// # Safety
 /// `a` and `b` lie within their allocations.
-pub(crate) unsafe fn multiply_add(
+pub(crate) unsafe fn product(
     [m, k, n]: [usize; 3],
     a: Matrix,
     b: Matrix,
     c: &mut [f32],
     c_stride: usize,
+    add: bool,
 ) -> bool {
     /// With fewer values to a sum, or fewer sums, splitting takes as long as multiplying.
     const LEAST: usize = 64;
@@ -29,6 +31,10 @@ pub(crate) unsafe fn multiply_add(
         return false;
     }
     assert!(n <= c_stride && (m - 1) * c_stride + n <= c.len());
+    if !add {
+        let rows = c[..(m - 1) * c_stride + n].par_chunks_mut(c_stride);
+        rows.for_each(|row| row[..n].fill(0.0));
+    }
     // SAFETY: the caller's promise.
     let x = unsafe { std::slice::from_raw_parts(a.data, (m - 1) * stride + k) };
     let rows = Rows::split(Source { x, stride }, m, Blocks::of(k), Limbs::Three);

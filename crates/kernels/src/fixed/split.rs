@@ -153,7 +153,7 @@ impl Rows {
         })
     }
 
-    /// Parts of a slab whose panel fits the smallest cache.
+    /// Parts of a slab with their panels: that of few rows fits the smallest cache.
     pub(crate) fn panels(&self, slab: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let inputs = if self.height < STRIP { 256 } else { 1024 };
         self.blocks.runs(slab, (inputs / self.blocks.block).max(1))
@@ -290,7 +290,7 @@ impl Strip<'_> {
 
 /// What an integer is multiplied by if values up to `largest_value` are split, and its inverse.
 ///
-/// Values below the smallest normal number are rounded to it or to zero.
+/// Where the largest is below 1e-31, all are rounded to multiples of the smallest normal number.
 pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, f32) {
     if largest_value == 0.0 {
         (0.0, 0.0)

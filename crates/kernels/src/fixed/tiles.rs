@@ -103,45 +103,9 @@ impl<'a> Sums<'a> {
             _mm512_storeu_ps(sums.as_mut_ptr(), sum);
         }
     }
-
-    /// Adds the sums of `rows` to the result.
-    pub(crate) fn done(&mut self, rows: Range<usize>) {
-        let n = self.columns.n;
-        for row in rows {
-            let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
-            // SAFETY: the promise of `new`.
-            let out = unsafe {
-                let out = self
-                    .out
-                    .offset(row * self.columns.stride + self.columns.first);
-                std::slice::from_raw_parts_mut(out, n)
-            };
-            for (out, sum) in out.iter_mut().zip(sums.iter()) {
-                *out += sum;
-            }
-            sums.fill(0.0);
-        }
-    }
-}
-
-impl Sums<'_> {
-    /// See [`Finish::prefetch_rows`].
-    pub(crate) fn prefetch(&self, rows: Range<usize>) {
-        for row in rows {
-            let at = row * self.columns.stride + self.columns.first;
-            for line in (0..self.columns.n).step_by(16) {
-                // SAFETY: these columns of the row lie within the result; nothing is read.
-                unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.out.offset(at + line).cast()) };
-            }
-        }
-    }
 }
 
 impl Finish for Sums<'_> {
-    fn prefetch_rows(&self, rows: Range<usize>) {
-        self.prefetch(rows);
-    }
-
     type Columns = ();
 
     unsafe fn columns(&self, _: usize, _: usize) {}
@@ -158,7 +122,32 @@ impl Finish for Sums<'_> {
         }
     }
 
+    fn prefetch_rows(&self, rows: Range<usize>) {
+        for row in rows {
+            let at = row * self.columns.stride + self.columns.first;
+            for line in (0..self.columns.n).step_by(16) {
+                // SAFETY: these columns of the row lie within the result; nothing is read.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.out.offset(at + line).cast()) };
+            }
+        }
+    }
+
+    /// Adds the sums to the result.
     fn rows_done(&mut self, rows: Range<usize>) {
-        self.done(rows);
+        let n = self.columns.n;
+        for row in rows {
+            let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
+            // SAFETY: the promise of `new`.
+            let out = unsafe {
+                let out = self
+                    .out
+                    .offset(row * self.columns.stride + self.columns.first);
+                std::slice::from_raw_parts_mut(out, n)
+            };
+            for (out, sum) in out.iter_mut().zip(sums.iter()) {
+                *out += sum;
+            }
+            sums.fill(0.0);
+        }
     }
 }

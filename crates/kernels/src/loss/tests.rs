@@ -182,7 +182,6 @@ fn slabs_add_up() {
     }
 }
 
-/// The hidden states are wide enough for several tiles.
 /// In F64, for which there are no native operations.
 #[test]
 fn other_dtypes_take_the_composed_operations() {

@@ -1,7 +1,7 @@
 //! The backward pass, once for every backend: it keeps the packed weight and unpacks it again.
 
 use burn::backend::{
-    Autodiff,
+    Autodiff, AutodiffBackend,
     autodiff::{
         NodeId,
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
@@ -11,7 +11,7 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 
-use super::{Packed, QuantOps, Zeros};
+use super::{Packed, QuantOps, Zeros, composed};
 
 #[derive(Debug)]
 struct QuantMatmul;
@@ -42,6 +42,25 @@ impl<B: QuantOps, const N: usize> Backward<B, N> for QuantMatmul {
 }
 
 impl<B: QuantOps, C: CheckpointStrategy> QuantOps for Autodiff<B, C> {
+    /// Composed only where a grid that is trained is to hear of it.
+    fn quant_unpack(w: Packed<Self>) -> FloatTensor<Self> {
+        let zeros_tracked = matches!(&w.zeros, Zeros::Each(zeros) if zeros.is_tracked());
+        if w.scales.is_tracked() || zeros_tracked {
+            return composed::unpack(w);
+        }
+        let zeros = match w.zeros {
+            Zeros::Each(zeros) => Zeros::Each(zeros.into_primitive()),
+            Zeros::Absent => Zeros::Absent,
+        };
+        Self::from_inner(B::quant_unpack(Packed {
+            words: w.words,
+            scales: w.scales.into_primitive(),
+            zeros,
+            layout: w.layout,
+            precision: w.precision,
+        }))
+    }
+
     fn quant_matmul(x: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
         let (x_node, scales_node) = (x.node(), w.scales.node());
         let scales_tracked = w.scales.is_tracked();

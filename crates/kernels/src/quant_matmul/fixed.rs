@@ -29,9 +29,13 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
     let source = Source { x, stride: d_in };
+    let blocks = codes(w);
+    if blocks.is_none() && unit != Unit::Amx {
+        return None;
+    }
     let mut y = zeroed(n_rows * d_out);
     let out = Shared::new(&mut y);
-    if let Some(blocks) = codes(w) {
+    if let Some(blocks) = blocks {
         let rows = Rows::split(source, n_rows, blocks, limbs);
         let groups = groups(&blocks, w);
         let finish = |tile| {
@@ -55,7 +59,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
                 |panel: &mut Panel, tile, inputs| fill_codes(unit, w, panel, tile, inputs, &blocks);
             each_tile((unit, &rows), n_tiles, fill, finish);
         }
-    } else if unit == Unit::Amx {
+    } else {
         let rows = Rows::split(source, n_rows, Blocks::of(d_in), limbs);
         let fill = |panel: &mut Panel, tile, inputs: Range<usize>| {
             panel.split(limbs, inputs.len(), |values| {
@@ -65,8 +69,6 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
         // SAFETY: as above.
         let finish = |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_out), &out) };
         each_tile((unit, &rows), w.layout.n_tiles(), fill, finish);
-    } else {
-        return None;
     }
     Some(y)
 }
@@ -307,11 +309,11 @@ impl Finish for Forward<'_> {
     }
 
     fn prefetch_rows(&self, rows: Range<usize>) {
-        self.sums.prefetch(rows);
+        self.sums.prefetch_rows(rows);
     }
 
     fn rows_done(&mut self, rows: Range<usize>) {
-        self.sums.done(rows);
+        self.sums.rows_done(rows);
     }
 }
 

@@ -17,7 +17,7 @@ use crate::memory::zeroed;
 use crate::{Layout, TILE};
 
 /// Rows up to which codes are multiplied as they are unpacked, without a panel.
-const FEW: usize = 8;
+const WITHOUT_PANEL: usize = 8;
 /// Inputs in a panel of one tile: 64 KiB of f32.
 const PANEL_ROWS: usize = 256;
 /// Tiles in a panel of `dx`.
@@ -168,10 +168,10 @@ fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     }
     let mut y = zeroed(rows * d_out);
     let shared = Shared::new(&mut y);
-    if rows <= FEW {
+    if rows <= WITHOUT_PANEL {
         (0..w.layout.n_tiles()).into_par_iter().for_each(|tile| {
             let columns = w.layout.columns(tile);
-            let mut sums = [[0.0; TILE]; FEW];
+            let mut sums = [[0.0; TILE]; WITHOUT_PANEL];
             simd::multiply_rows(w, tile, x, &mut sums[..rows]);
             for (row, sums) in sums[..rows].iter().enumerate() {
                 // SAFETY: `y` is `[rows, d_out]`, and these columns are no other task's.
@@ -215,6 +215,9 @@ fn product_dx(dy: &[f32], rows: usize, w: &Host) -> Vec<f32> {
     const STRIDE: usize = PANEL_TILES * TILE;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(dy.len(), rows * d_out);
+    if rows == 0 {
+        return Vec::new();
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(dx) = fixed::product_dx(dy, rows, w) {
         return dx;
@@ -255,6 +258,9 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     assert_eq!(x.len(), rows * d_in);
     assert_eq!(dy.len(), rows * d_out);
+    if rows == 0 {
+        return [(); 2].map(|()| zeroed(w.scales.len())).into();
+    }
     #[cfg(target_arch = "x86_64")]
     if let Some(grads) = fixed::product_dgrid(dy, x, rows, w) {
         return grads;

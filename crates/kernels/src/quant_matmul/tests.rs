@@ -5,6 +5,7 @@ use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::{Packed, Precision, QuantOps, Zeros, composed, dequantize, quant_matmul};
+use crate::testing::Random;
 use crate::{Layout, Levels, columns_to_tiles, pack, tiles_to_columns, unpack};
 
 /// Levels in no order, as those of FP4.
@@ -45,37 +46,34 @@ fn cases() -> impl Strategy<Value = Case> {
                 _ => Levels::Centered,
             };
             let layout = Layout::new(d_in, d_out, bits, group, levels);
-            let mut state = seed | 1;
-            let mut uniform = move || {
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                (state >> 40) as f32 / (1 << 24) as f32
-            };
-            let n_grid = layout.n_groups() * d_out;
-            let mut floats = |n: usize, low: f32, high: f32| -> Vec<f32> {
-                (0..n).map(|_| low + (high - low) * uniform()).collect()
-            };
-            let scales = floats(n_grid, 0.01, 0.1);
-            let zeros = zeros.then(|| floats(n_grid, 0.0, ((1 << bits) - 1) as f32));
-            let x = floats(rows * d_in, -1.0, 1.0);
-            let dy = floats(rows * d_out, -1.0, 1.0);
-            let codes = floats(d_in * d_out, 0.0, (1 << bits) as f32);
-            let codes = codes.iter().map(|&c| c as u8).collect();
-            Case {
-                layout,
-                rows,
-                codes,
-                scales,
-                zeros,
-                x,
-                dy,
-            }
+            Case::new(layout, rows, zeros, seed)
         },
     )
 }
 
 impl Case {
+    fn new(layout: Layout, rows: usize, zeros: bool, seed: u64) -> Self {
+        let (d_in, d_out) = (layout.d_in(), layout.d_out());
+        let most = ((1 << layout.bits()) - 1) as f32;
+        let mut random = Random::new(seed);
+        let n_grid = layout.n_groups() * d_out;
+        let scales = random.floats(n_grid, 0.01, 0.1);
+        let zeros = zeros.then(|| random.floats(n_grid, 0.0, most));
+        let x = random.floats(rows * d_in, -1.0, 1.0);
+        let dy = random.floats(rows * d_out, -1.0, 1.0);
+        let codes = random.floats(d_in * d_out, 0.0, most + 1.0);
+        let codes = codes.iter().map(|&c| c as u8).collect();
+        Self {
+            layout,
+            rows,
+            codes,
+            scales,
+            zeros,
+            x,
+            dy,
+        }
+    }
+
     fn offset(&self, i: usize, o: usize) -> f32 {
         let at = i / self.layout.group_size() * self.layout.d_out() + o;
         let zero = self.zeros.as_ref().map_or(0.0, |zeros| zeros[at]);
@@ -125,13 +123,13 @@ impl Case {
         }
     }
 
-    /// What the values of a weight are made of: beside codes far from zero, differences cancel.
+    /// What the values of a weight are made of: the steps from its zero, and one for what is left of
+    /// a zero that is no whole number. (Of zeros beyond 255 more is left.)
     fn parts(&self, i: usize, o: usize) -> f64 {
         let at = i / self.layout.group_size() * self.layout.d_out() + o;
-        let zero = self.zeros.as_ref().map_or(0.0, |zeros| zeros[at]);
-        let code = self.codes[i * self.layout.d_out() + o];
-        let center = self.layout.center();
-        f64::from(self.scales[at]) * f64::from(self.layout.level(code).abs() + 2.0 * center + zero)
+        let zero = self.zeros.as_ref().map_or(0.0, |zeros| zeros[at]) + self.layout.center();
+        let steps = self.offset(i, o).abs() + 1.0 + (zero - 255.0).max(0.0);
+        f64::from(self.scales[at]) * f64::from(steps)
     }
 
     /// For each pair of the ranges, the sum of the terms in f64, and that of their bounds.
@@ -293,6 +291,80 @@ proptest! {
     }
 }
 
+/// More inputs than a panel has, more rows than a slab, a strip without a partner, columns that do not
+/// fill a tile; and gradients for inputs from more outputs than a block has.
+#[test]
+fn products_of_many_panels_are_the_sums() {
+    let sizes = [(530, 2100, 70), (40, 70, 1300)];
+    let levels = [
+        (4, Levels::Unsigned),
+        (8, Levels::Unsigned),
+        (4, Levels::Table(TABLE)),
+    ];
+    for ((rows, d_in, d_out), (bits, levels)) in sizes
+        .into_iter()
+        .flat_map(|sizes| levels.map(|levels| (sizes, levels)))
+    {
+        let layout = Layout::new(d_in, d_out, bits, 64, levels);
+        let case = Case::new(layout, rows, true, 5);
+        let weights: Vec<[f64; 2]> = (0..d_in * d_out)
+            .map(|at| (at / d_out, at % d_out))
+            .map(|(i, o)| [case.weight(i, o).into(), case.parts(i, o)])
+            .collect();
+        let (x_most, dy_most) = (largest(&case.x, d_in), largest(&case.dy, d_out));
+        let some = [0, 15, 16, 31, 32, 271, 272, 303, 511, 512, 529];
+        let some: Vec<usize> = some.into_iter().filter(|row| *row < rows).collect();
+        let of_rows = |found: Vec<f32>, width: usize| -> Vec<f32> {
+            let row = |row: &usize| found[row * width..][..width].to_vec();
+            some.iter().flat_map(row).collect()
+        };
+        let y = values(Flex::quant_matmul(primitive(case.x()), case.packed()));
+        let expected = case.sums(some.len(), d_out, d_in, |at, o, i| {
+            let (row, [w, parts]) = (some[at], weights[i * d_out + o]);
+            [f64::from(case.x[row * d_in + i]) * w, x_most[row] * parts]
+        });
+        assert_near(&of_rows(y, d_out), &expected);
+        let dx = values(Flex::quant_matmul_dx(primitive(case.dy()), case.packed()));
+        let expected = case.sums(some.len(), d_in, d_out, |at, i, o| {
+            let (row, [w, parts]) = (some[at], weights[i * d_out + o]);
+            [
+                f64::from(case.dy[row * d_out + o]) * w,
+                dy_most[row] * parts,
+            ]
+        });
+        assert_near(&of_rows(dx, d_in), &expected);
+
+        let (ds, dz) =
+            Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+        let (ds, dz) = (values(ds), values(dz));
+        for g in [0, layout.n_groups() / 2, layout.n_groups() - 1] {
+            let inputs = g * 64..d_in.min((g + 1) * 64);
+            let term = |o: usize, k: usize| {
+                let (i, row) = (inputs.start + k / rows, k % rows);
+                let product =
+                    f64::from(case.x[row * d_in + i]) * f64::from(case.dy[row * d_out + o]);
+                let scale = f64::from(case.scales[g * d_out + o]);
+                (
+                    product,
+                    weights[i * d_out + o].map(|part| part / scale),
+                    scale,
+                )
+            };
+            let n = inputs.len() * rows;
+            let expected = case.sums(1, d_out, n, |_, o, k| {
+                let (product, [offset, parts], _) = term(o, k);
+                [product * offset, parts]
+            });
+            assert_near(&ds[g * d_out..][..d_out], &expected);
+            let expected = case.sums(1, d_out, n, |_, o, k| {
+                let (product, _, scale) = term(o, k);
+                [-product * scale, scale]
+            });
+            assert_near(&dz[g * d_out..][..d_out], &expected);
+        }
+    }
+}
+
 #[test]
 fn no_rows_give_no_rows() {
     let device = Device::flex();
@@ -301,8 +373,23 @@ fn no_rows_give_no_rows() {
     let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
     let scales = Tensor::<2>::ones(layout.grid_shape(), &device);
     let x = Tensor::<2>::zeros([0, 32], &device);
-    let y = quant_matmul(x, words, scales, None, layout, Precision::Full);
+    let (x, scales) = (
+        x.autodiff().require_grad(),
+        scales.autodiff().require_grad(),
+    );
+    let y = quant_matmul(
+        x.clone(),
+        words,
+        scales.clone(),
+        None,
+        layout,
+        Precision::Full,
+    );
     assert_eq!(y.dims(), [0, 3]);
+    let grads = y.sum().backward();
+    assert_eq!(x.grad(&grads).unwrap().dims(), [0, 32]);
+    let dscales = scales.grad(&grads).unwrap().into_data();
+    assert!(dscales.iter::<f32>().all(|ds| ds == 0.0));
 }
 
 /// Not only is the error small: it is that of an f32 product, or less.
@@ -310,14 +397,19 @@ fn no_rows_give_no_rows() {
 fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
     let device = Device::flex();
     device.seed(3);
-    let (rows, d_in, d_out) = (24, 1024, 96);
-    for (bits, levels) in [
+    let (d_in, d_out) = (1024, 96);
+    let kinds = [
         (2, Levels::Unsigned),
         (3, Levels::Unsigned),
         (4, Levels::Centered),
         (4, Levels::Table(TABLE)),
         (8, Levels::Unsigned),
-    ] {
+    ];
+    // What multiplies is chosen by the number of rows.
+    for (rows, (bits, levels)) in [1, 3, 24]
+        .into_iter()
+        .flat_map(|rows| kinds.map(|kind| (rows, kind)))
+    {
         let layout = Layout::new(d_in, d_out, bits, 128, levels);
         let codes: Vec<u8> = (0..d_in * d_out)
             .map(|i| ((i * 2_654_435_761) >> 16) as u8 % (1 << bits))
@@ -338,35 +430,42 @@ fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
         let dense = dequantize(words.clone(), scales.clone(), zeros.clone(), layout);
 
         let doubles = |t: Tensor<2>| t.cast(DType::F64);
-        let exact = doubles(x.clone()).matmul(doubles(dense.clone()));
         let norm = |t: Tensor<2>| t.square().sum().sqrt().into_scalar::<f64>();
-        let error = |y: Tensor<2>| norm(doubles(y) - exact.clone()) / norm(exact.clone());
-        let with = |precision| {
-            let (words, scales, zeros) = (words.clone(), scales.clone(), zeros.clone());
-            error(quant_matmul(
-                x.clone(),
-                words,
-                scales,
-                zeros,
-                layout,
-                precision,
-            ))
+        let error = |found: Tensor<2>, exact: &Tensor<2>| {
+            norm(doubles(found) - exact.clone()) / norm(exact.clone())
         };
-        let plain = error(x.clone().matmul(dense));
-        let (full, fast) = (with(Precision::Full), with(Precision::Fast));
-        assert!(
-            full <= 1.2 * plain + 1e-7,
-            "{bits} bits: {full:e}, in f32 {plain:e}"
-        );
-        assert!(fast <= 5e-4, "{bits} bits: {fast:e}");
+        let dy = Tensor::<2>::random([rows, d_out], Distribution::Normal(0.0, 1.0), &device);
+        let with = |precision| {
+            let x = x.clone().autodiff().require_grad();
+            let (words, scales, zeros) = (words.clone(), scales.clone(), zeros.clone());
+            let y = quant_matmul(x.clone(), words, scales, zeros, layout, precision);
+            let grads = (y.clone() * dy.clone().autodiff()).sum().backward();
+            [y.inner(), x.grad(&grads).unwrap()]
+        };
+        let factors = [(x.clone(), dense.clone()), (dy.clone(), dense.transpose())];
+        let found = with(Precision::Full).into_iter().zip(with(Precision::Fast));
+        for ((a, b), (full, fast)) in factors.into_iter().zip(found) {
+            let exact = doubles(a.clone()).matmul(doubles(b.clone()));
+            let plain = error(a.matmul(b), &exact);
+            let (full, fast) = (error(full, &exact), error(fast, &exact));
+            assert!(
+                full <= 1.2 * plain + 1e-7,
+                "{bits} bits, {rows} rows: {full:e}, in f32 {plain:e}"
+            );
+            assert!(fast <= 5e-4, "{bits} bits, {rows} rows: {fast:e}");
+        }
     }
 }
 
 /// Values that no fixed point holds.
 #[test]
 fn what_is_not_finite_stays_so_and_the_smallest_values_count() {
-    let (device, rows) = (Device::flex(), 20);
-    for levels in [Levels::Unsigned, Levels::Table(TABLE)] {
+    let device = Device::flex();
+    let levels = [Levels::Unsigned, Levels::Table(TABLE)];
+    for (rows, levels) in [2, 20]
+        .into_iter()
+        .flat_map(|rows| levels.map(|levels| (rows, levels)))
+    {
         let layout = Layout::new(300, 3, 4, 64, levels);
         let words = TensorData::new(pack(&[3; 900], &layout), layout.words_shape());
         let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));

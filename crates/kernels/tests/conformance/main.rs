@@ -71,6 +71,7 @@ enum Kind {
 }
 
 fn conform(device: Device, kind: Kind) {
+    assert!(device.supports_dtype(DType::F32), "a device without f32");
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         if device.supports_dtype(dtype) {
             let on = On {

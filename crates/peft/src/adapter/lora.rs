@@ -174,6 +174,21 @@ impl LoraAdapter {
         };
         let update = (self.a() * self.scale()).matmul(self.b());
         let merged = (weight.val() + update).detach();
+        let values = merged.to_data().convert::<f32>();
+        let values = values.as_slice::<f32>().expect("converted to f32");
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let d_out = self.b().dims()[1];
+            return Err(Error::Quant {
+                path: path.into(),
+                source: quant_core::Error::NonFinite {
+                    what: "the merged weight",
+                    value: values[at],
+                    row: at / d_out,
+                    column: at % d_out,
+                    count: values.iter().filter(|value| !value.is_finite()).count(),
+                },
+            });
+        }
         let merged = Param::from_tensor(merged).set_require_grad(weight.is_require_grad());
         // Both the adapted and the merged layer round each product at most as often as it is a term
         // of a sum over inputs and over ranks, and for the scale and the addition.
@@ -406,6 +421,24 @@ mod tests {
             let named = matches!(&error, Error::MergeIntoPacked { path, .. } if path == "mlp.up");
             prop_assert!(named);
         }
+    }
+
+    #[test]
+    fn a_merge_that_overflows_is_refused() {
+        let weight = Weight::frozen(Tensor::zeros([3, 2], &Device::flex()));
+        let large =
+            |shape: [usize; 2]| Param::from_tensor(Tensor::full(shape, 1e20, &Device::flex()));
+        let adapter = LoraAdapter {
+            a: large([3, 1]),
+            b: large([1, 2]),
+            alpha: 1.0,
+        };
+        let error = adapter.merge("mlp.up", &weight).unwrap_err();
+        let named = matches!(
+            &error,
+            Error::Quant { path, source: quant_core::Error::NonFinite { count: 6, .. } } if path == "mlp.up"
+        );
+        assert!(named, "{error}");
     }
 
     #[test]
