@@ -5,6 +5,7 @@
 //! A family of operations is a module with a function of [`On`], called in [`conform`].
 
 mod quant_matmul;
+mod step;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
@@ -80,6 +81,7 @@ fn conform(device: Device, kind: Kind) {
                 kind,
             };
             quant_matmul::conform(&on);
+            step::conform(&on);
         }
     }
 }
