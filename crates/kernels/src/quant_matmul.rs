@@ -38,8 +38,8 @@ pub(crate) struct Packed<B: Backend> {
 /// How accurate products with a packed weight are, forward and backward.
 ///
 /// The CPU computes in fixed point where its integer units allow (AVX-512 with VNNI, AMX): every run
-/// of up to 256 values of a row relative to the largest of them. Other CPUs, and other backends,
-/// compute in floats at either setting.
+/// of up to 256 values of a row relative to the largest of them. Codebooks with up to ten rows, other
+/// CPUs, and other backends compute in floats at either setting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// As in f32: 24 bits.

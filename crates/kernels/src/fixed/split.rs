@@ -159,6 +159,10 @@ impl Rows {
         self.blocks.runs(slab, (inputs / self.blocks.block).max(1))
     }
 
+    pub(crate) fn blocks(&self) -> Blocks {
+        self.blocks
+    }
+
     pub(super) fn n_strips(&self) -> usize {
         self.n_rows.div_ceil(STRIP)
     }

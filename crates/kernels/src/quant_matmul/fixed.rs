@@ -39,14 +39,9 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
         let rows = Rows::split(source, n_rows, blocks, limbs);
         let groups = groups(&blocks, w);
         let finish = |tile| {
-            let columns = Columns::new(tile * TILE, d_out);
-            let grid = Grid {
-                w,
-                columns,
-                groups: &groups,
-            };
+            let grid = Grid::new(w, tile, &groups);
             // SAFETY: `y` is `[rows, d_out]`, and a tile is one task's.
-            let sums = unsafe { Sums::new(columns, &out) };
+            let sums = unsafe { Sums::new(grid.columns, &out) };
             Forward { grid, sums }
         };
         let (bits, n_tiles) = (w.layout.bits(), w.layout.n_tiles());
@@ -55,8 +50,10 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
                 .into_par_iter()
                 .for_each(|tile| fixed::stream(&rows, bits, w.tile(tile), &mut finish(tile)));
         } else {
-            let fill =
-                |panel: &mut Panel, tile, inputs| fill_codes(unit, w, panel, tile, inputs, &blocks);
+            let fill = |panel: &mut Panel, tile, inputs| {
+                let grid = Grid::new(w, tile, &groups);
+                fill_codes(unit, &grid, panel, tile, inputs, &blocks);
+            };
             each_tile((unit, &rows), n_tiles, fill, finish);
         }
     } else {
@@ -112,75 +109,58 @@ pub(super) fn product_dgrid(
 ) -> Option<(Vec<f32>, Vec<f32>)> {
     let unit = Unit::get(n_rows)?;
     let blocks = codes(w)?;
-    let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
+    let d_in = w.layout.d_in();
     let limbs = w.precision.into();
     let rows = Rows::split(Source { x, stride: d_in }, n_rows, blocks, limbs);
     let (n_groups, groups) = (w.layout.n_groups(), groups(&blocks, w));
     let tiles: Vec<_> = (0..w.layout.n_tiles())
         .into_par_iter()
         .map_init(Panel::default, |panel, tile| {
-            let columns = Columns::new(tile * TILE, d_out);
             let mut finish = Backward {
-                grid: Grid {
-                    w,
-                    columns,
-                    groups: &groups,
-                },
+                grid: Grid::new(w, tile, &groups),
                 dy,
                 dscales: vec![0.0; n_groups * TILE],
                 products: vec![0.0; n_groups * TILE],
             };
-            for (strips, run) in rows.slabs() {
-                let inputs = rows.values(run.clone());
-                fill_codes(unit, w, panel, tile, inputs, &blocks);
-                fixed::multiply(unit, &rows, (strips, run), panel, &mut finish);
+            for (strips, slab) in rows.slabs() {
+                for blocks in rows.panels(slab) {
+                    let inputs = rows.values(blocks.clone());
+                    fill_codes(unit, &finish.grid, panel, tile, inputs, &rows.blocks());
+                    fixed::multiply(unit, &rows, (strips.clone(), blocks), panel, &mut finish);
+                }
             }
             (finish.dscales, finish.products)
         })
         .collect();
-    let n = n_groups * d_out;
-    let (mut dscales, mut dzeros) = (Vec::with_capacity(n), Vec::with_capacity(n));
-    for g in 0..n_groups {
-        for (tile, (of_levels, of_products)) in tiles.iter().enumerate() {
-            let n = w.layout.columns(tile).len();
-            dscales.extend_from_slice(&of_levels[g * TILE..][..n]);
-            dzeros.extend_from_slice(&of_products[g * TILE..][..n]);
-        }
-    }
-    for (dz, s) in dzeros.iter_mut().zip(w.scales) {
-        *dz *= -s;
-    }
-    Some((dscales, dzeros))
-}
-
-/// The most that is taken from the codes of `bits` bits in a column: less that, all but those of 8
-/// bits are signed bytes.
-fn most(bits: usize) -> f32 {
-    if bits == 8 { 255.0 } else { 64.0 }
+    Some(super::flex::join_tiles(w, |tile, g| {
+        let (dscales, products) = &tiles[tile];
+        [dscales, products].map(|sums| &sums[g * TILE..][..TILE])
+    }))
 }
 
 /// Makes the panel of `inputs` in the columns of one tile.
 fn fill_codes(
     unit: Unit,
-    w: &Host,
+    grid: &Grid,
     panel: &mut Panel,
     tile: usize,
     inputs: Range<usize>,
     blocks: &Blocks,
 ) {
-    let (first, most) = (blocks.at(inputs.start), most(w.layout.bits()));
+    let (w, first) = (grid.w, blocks.at(inputs.start));
     panel.codes(
         unit,
         &w.layout,
         w.tile(tile),
         inputs,
         blocks,
-        |block, of| {
-            let group = blocks.range(first + block).start / w.layout.group_size();
-            let (_, zeros) = w.grid(tile, group);
-            for (of, zero) in of.iter_mut().zip(zeros) {
-                let whole = (zero + w.layout.center()).round_ties_even();
-                *of = whole.clamp(-most, most) as i16 as u8;
+        |block, whole| {
+            for (part, whole) in whole.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+                // SAFETY: there is a unit, and so AVX-512; 16 bytes.
+                unsafe {
+                    let center = _mm512_cvtps_epi32(grid.part(first + block, part).center);
+                    _mm_storeu_si128(whole.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(center));
+                }
             }
         },
     );
@@ -221,14 +201,19 @@ struct Grid<'a> {
 struct Part {
     group: usize,
     scales: __m512,
-    /// The whole number that is taken from codes, up to [`most`]: it makes them as small as the
-    /// weights are,
+    /// The whole number that is taken from codes, it makes them as small as the weights
+    /// are,
     center: __m512,
     /// and what is left of the zeros.
     zeros: __m512,
 }
 
-impl Grid<'_> {
+impl<'a> Grid<'a> {
+    fn new(w: &'a Host<'a>, tile: usize, groups: &'a [usize]) -> Self {
+        let columns = Columns::new(tile * TILE, w.layout.d_out());
+        Self { w, columns, groups }
+    }
+
     #[inline(always)]
     unsafe fn part(&self, block: usize, part: usize) -> Part {
         let group = self.groups[block];
@@ -239,7 +224,12 @@ impl Grid<'_> {
                 None => center,
                 Some(zeros) => _mm512_add_ps(center, self.columns.read(zeros, group, part)),
             };
-            let most = _mm512_set1_ps(most(self.w.layout.bits()));
+            // Less 64, all but codes of 8 bits are signed bytes.
+            let most = _mm512_set1_ps(if self.w.layout.bits() == 8 {
+                255.0
+            } else {
+                64.0
+            });
             let least = _mm512_sub_ps(_mm512_setzero_ps(), most);
             let center = _mm512_roundscale_ps::<0>(zeros);
             let center = _mm512_max_ps(least, _mm512_min_ps(most, center));

@@ -294,13 +294,25 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
         )
         .collect();
 
-    let n = w.layout.n_groups() * d_out;
+    join_tiles(w, |tile, g| {
+        let sums = &tiles[tile][g];
+        [&sums.of_levels, &sums.of_products]
+    })
+}
+
+/// The gradients of scales and zeros from `Σ dy x (level - zero)` and `Σ dy x` of each tile and group.
+pub(super) fn join_tiles<'a, S: AsRef<[f32]> + ?Sized + 'a>(
+    w: &Host,
+    sums: impl Fn(usize, usize) -> [&'a S; 2],
+) -> (Vec<f32>, Vec<f32>) {
+    let n = w.layout.n_groups() * w.layout.d_out();
     let (mut dscales, mut dzeros) = (Vec::with_capacity(n), Vec::with_capacity(n));
     for g in 0..w.layout.n_groups() {
-        for (tile, sums) in tiles.iter().enumerate() {
+        for tile in 0..w.layout.n_tiles() {
             let width = w.layout.columns(tile).len();
-            dscales.extend_from_slice(&sums[g].of_levels[..width]);
-            dzeros.extend_from_slice(&sums[g].of_products[..width]);
+            let [of_levels, of_products] = sums(tile, g);
+            dscales.extend_from_slice(&of_levels.as_ref()[..width]);
+            dzeros.extend_from_slice(&of_products.as_ref()[..width]);
         }
     }
     for (dz, s) in dzeros.iter_mut().zip(w.scales) {
