@@ -17,6 +17,7 @@ use std::ops::Range;
 
 mod amx;
 pub(crate) mod dense;
+mod lines;
 mod panel;
 mod split;
 pub(crate) mod tiles;

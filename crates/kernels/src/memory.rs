@@ -23,40 +23,6 @@ pub(crate) fn zeroed<T: Zero>(n: usize) -> Vec<T> {
     buffer
 }
 
-/// `n` zeros from the beginning of a cache line on: a vector that lies across two takes two reads.
-#[derive(Default)]
-pub(crate) struct Lines<T> {
-    buffer: Vec<T>,
-    values: std::ops::Range<usize>,
-}
-
-impl<T: Zero> Lines<T> {
-    const BYTES: usize = 64;
-
-    pub(crate) fn zeroed(n: usize) -> Self {
-        let buffer = zeroed::<T>(n + Self::BYTES / size_of::<T>());
-        let first = buffer.as_ptr().align_offset(Self::BYTES);
-        Self {
-            buffer,
-            values: first..first + n,
-        }
-    }
-}
-
-impl<T> std::ops::Deref for Lines<T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
-        &self.buffer[self.values.clone()]
-    }
-}
-
-impl<T> std::ops::DerefMut for Lines<T> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.buffer[self.values.clone()]
-    }
-}
-
 /// A number whose zero is all zero bits, for which the system need not be asked to clear memory.
 pub(crate) trait Zero: Copy {
     const ZERO: Self;

@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::lines::Lines;
 use super::{BLOCK, Blocks, Limbs, Rows, Source, Unit, split};
-use crate::memory::Lines;
 use crate::{Layout, TILE};
 
 /// Columns of a vector of dwords.

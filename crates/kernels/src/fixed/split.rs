@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::lines::Lines;
 use super::panel::bytes;
 use super::{BLOCK, Blocks, FEW, Limbs, STRIP};
-use crate::memory::Lines;
 
 /// Values at a time.
 const LANES: usize = 64;
