@@ -6,23 +6,23 @@
 
 #![expect(clippy::print_stdout, reason = "a program says what it did")]
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
+use examples::method::MethodName;
+use examples::table;
+use examples::tuning::{
+    Cut, Perplexities, Result, Texts, bits, max_difference, n_windows, report_error, weights_bytes,
+};
 use examples::{embedded, memory};
 use indicatif::{ProgressBar, ProgressStyle};
-use models::{Pretrained, Windows, perplexity};
-use peft::{Adapters, Batch, CausalLm, Certificate, FitConfig, Peqa, Targets};
+use peft::{Adapters, Certificate, Exactness, FitConfig, OffGrid, Targets};
 use quant_core::{Format, Quantizer, Rtn};
 use serde::Serialize;
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Quantize a LLaMA, tune it on a text, merge, save, reload, and prove the merge
 ///
@@ -59,17 +59,26 @@ struct Args {
     #[arg(long)]
     symmetric: bool,
     /// What to train
-    #[arg(long, value_enum, default_value_t = Method::Peqa)]
-    method: Method,
+    #[arg(long, value_enum, default_value_t = MethodName::Peqa)]
+    method: MethodName,
+    /// Rank, for the methods that have one
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    rank: usize,
+    /// Alpha: what is added is multiplied by alpha / rank [default: the rank]
+    #[arg(long, value_name = "X")]
+    alpha: Option<f32>,
+    /// What to do with adapters that the codes cannot hold
+    #[arg(long, value_enum, default_value_t = Merge::Codes)]
+    merge: Merge,
     /// Layers to train by the last part of their name, such as q_proj,v_proj [default: all]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     targets: Vec<String>,
     /// Optimizer steps
     #[arg(long, value_name = "N", default_value_t = 60)]
     steps: usize,
-    /// Learning rate, the highest of a cosine
-    #[arg(long, value_name = "X", default_value_t = 2e-3)]
-    lr: f64,
+    /// Learning rate, the highest of a cosine [default: one for the method on a small model]
+    #[arg(long, value_name = "X")]
+    lr: Option<f64>,
     /// Windows in a step
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch: usize,
@@ -91,15 +100,28 @@ struct Args {
 }
 
 impl Args {
-    /// How far the merged model's logits may be from the tuned model's: nothing on the CPU. Elsewhere
-    /// burn fuses operations into kernels, other ones where an adapter's operations are among them,
-    /// and so rounds otherwise. (Not with `BURN_FUSION_MAX_EXPLORATIONS=0`.)
-    fn tolerated_difference(&self) -> f32 {
+    /// How far the merged model's logits may be from the tuned model's, relative to the largest, where
+    /// the merge is no rounding: nothing on the CPU if it is exact. Elsewhere burn fuses operations
+    /// into kernels, other ones where an adapter's operations are among them, and so rounds otherwise.
+    /// (Not with `BURN_FUSION_MAX_EXPLORATIONS=0`.)
+    fn tolerated_difference(&self, certificate: &Certificate) -> f32 {
         match self.device.name.as_str() {
-            "flex" => 0.0,
+            "flex" if certificate.is_exact() => 0.0,
+            "flex" => 1e-4,
             _ => 1e-3,
         }
     }
+}
+
+/// What becomes of adapters that the codes of a packed weight cannot hold.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Merge {
+    /// They stay beside the base
+    Codes,
+    /// Their weights become dense
+    Dense,
+    /// Their weights are rounded anew, and a part of what was learned is lost
+    Round,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,21 +135,6 @@ fn group_size(value: &str) -> std::result::Result<GroupSize, String> {
             _ => Err("a positive number, or `channel` for one scale per output".into()),
         },
     }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Method {
-    /// The scales of the quantized weights (PEQA)
-    Peqa,
-}
-
-/// The perplexities of a model.
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Perplexities {
-    /// On the base text, if there is one.
-    base: Option<f64>,
-    /// On the task's evaluation text.
-    task: f64,
 }
 
 /// One run: a format, tuned.
@@ -145,7 +152,8 @@ struct Run {
     losses: Vec<f64>,
     tuned: Perplexities,
     reloaded: Perplexities,
-    certificate: Certificate,
+    /// None if the adapters stay beside the base.
+    certificate: Option<Certificate>,
     /// Logits of the tuned model that the merged and the reloaded one's are compared with.
     n_logits: usize,
     /// How far the merged model's are from them. The reloaded model's are the merged one's bit by bit.
@@ -176,35 +184,11 @@ struct Report {
     runs: Vec<Run>,
 }
 
-/// The texts, in windows on the device.
-struct Texts {
-    train: Vec<Batch>,
-    task: Vec<Batch>,
-    base: Vec<Batch>,
-}
-
-impl Texts {
-    fn perplexities(&self, model: &impl CausalLm) -> Result<Perplexities> {
-        let base = match self.base.is_empty() {
-            true => None,
-            false => Some(perplexity(model, &self.base)?.value()),
-        };
-        let task = perplexity(model, &self.task)?.value();
-        Ok(Perplexities { base, task })
-    }
-}
-
 fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("error: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprint!(": {error}");
-                cause = error.source();
-            }
-            eprintln!();
+            report_error(&*error);
             ExitCode::FAILURE
         }
     }
@@ -216,11 +200,11 @@ fn run(args: &Args) -> Result<()> {
     let mut bits = args.bits.clone();
     bits.sort_unstable_by(|a, b| b.cmp(a));
     bits.dedup();
-    let quantizers: Vec<Rtn> = bits
+    let quantizers: Vec<Box<dyn Quantizer>> = bits
         .into_iter()
         .map(|bits| {
-            let rtn = Rtn::new().with_bits(bits).with_symmetric(args.symmetric);
-            rtn.with_group_size(args.group_size.0)
+            let group_size = args.group_size.0;
+            args.method.quantizer(bits, group_size, args.symmetric)
         })
         .collect();
     for quantizer in &quantizers {
@@ -249,7 +233,18 @@ fn run(args: &Args) -> Result<()> {
         }
     };
     let lm = models::load(&source, &device)?;
-    let texts = texts(args, &lm, &device)?;
+    let files = match (&args.train, &args.eval) {
+        (Some(train), Some(eval)) => Some((train.as_path(), eval.as_path(), args.base.as_ref())),
+        _ => None,
+    };
+    let cut = Cut {
+        files,
+        seq_len: args.seq_len,
+        batch: args.batch,
+        eval_windows: args.eval_windows.unwrap_or(usize::MAX),
+        seed: args.seed,
+    };
+    let texts = Texts::new(&cut, &lm, &device)?;
     let full_precision = texts.perplexities(&lm.model)?;
     let mut report = Report {
         model: match &args.model {
@@ -261,7 +256,7 @@ fn run(args: &Args) -> Result<()> {
         n_task_windows: n_windows(&texts.task),
         n_base_windows: n_windows(&texts.base),
         steps: args.steps,
-        learning_rate: args.lr,
+        learning_rate: fit_config(args).learning_rate,
         batch: args.batch,
         seed: args.seed,
         device: args.device.name.clone(),
@@ -280,7 +275,7 @@ fn run(args: &Args) -> Result<()> {
         None => PathBuf::from("adapt-report.json"),
     };
     for quantizer in &quantizers {
-        let run = tune(args, quantizer, &source, &texts, &out, &device)?;
+        let run = tune(args, &**quantizer, &source, &texts, &out, &device)?;
         report.runs.push(run);
         // What is done is reported even if the next run fails.
         peft::files::write_json(&json, &report)?;
@@ -288,8 +283,15 @@ fn run(args: &Args) -> Result<()> {
 
     println!("\n{}", table(&report));
     for run in &report.runs {
-        println!("{} bits: {}", run.format.bits(), run.certificate);
-        print!("  {} logits: merged and reloaded are ", run.n_logits);
+        print!("{} bits: ", run.format.bits());
+        match &run.certificate {
+            Some(certificate) => println!("{certificate}"),
+            None => println!(
+                "the codes cannot hold {}: its adapters stay beside the base (`--merge dense`, `--merge round`)",
+                run.method
+            ),
+        }
+        print!("  {} logits: saved and reloaded are ", run.n_logits);
         match run.max_logit_difference {
             0.0 => println!("the tuned ones, bit for bit\n"),
             most => println!("the same, bit for bit, and the tuned ones within {most:.1e}\n"),
@@ -302,48 +304,10 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn texts(args: &Args, lm: &Pretrained, device: &Device) -> Result<Texts> {
-    let read = |path: &PathBuf| match std::fs::read_to_string(path) {
-        Ok(text) => Ok(text),
-        Err(error) => Err(format!("cannot read `{}`: {error}", path.display())),
-    };
-    let (train, task, base) = match (&args.train, &args.eval) {
-        (Some(train), Some(eval)) => (
-            read(train)?,
-            read(eval)?,
-            args.base.as_ref().map(read).transpose()?,
-        ),
-        _ => (
-            corpus::text(Dialect::Old, 400_000, 10),
-            corpus::text(Dialect::Old, 25_000, 11),
-            Some(corpus::text(Dialect::Plain, 25_000, 12)),
-        ),
-    };
-    let windows = |text: &str, option: &str| -> Result<Windows> {
-        let windows = lm.windows(text, args.seq_len);
-        windows.map_err(|error| format!("the {option} text: {error}").into())
-    };
-    // Small enough for the activations of a batch to stay in memory that is used again.
-    let evaluate = |windows: Windows| {
-        let windows = windows.take(args.eval_windows.unwrap_or(usize::MAX));
-        windows.batches((1024 / args.seq_len).max(1), device)
-    };
-    Ok(Texts {
-        train: windows(&train, "--train")?
-            .shuffled(args.seed)
-            .batches(args.batch, device),
-        task: evaluate(windows(&task, "--eval")?),
-        base: match base {
-            Some(base) => evaluate(windows(&base, "--base")?),
-            None => Vec::new(),
-        },
-    })
-}
-
 /// Quantizes, tunes, merges, saves to `out` and reloads, and compares on the way.
 fn tune(
     args: &Args,
-    quantizer: &Rtn,
+    quantizer: &dyn Quantizer,
     source: &Path,
     texts: &Texts,
     out: &Path,
@@ -361,18 +325,19 @@ fn tune(
     bar.tick();
 
     let mut lm = models::load(source, device)?;
-    let layers = models::quantize(&mut lm.model, quantizer, &[], |_| {})?;
+    let layers = models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
     let errors = layers.iter().map(|layer| layer.cost.distortion.relative);
     let weight_error = errors.sum::<f64>() / layers.len() as f64;
     let rounded = texts.perplexities(&lm.model)?;
 
-    let method = match args.method {
-        Method::Peqa => Peqa::new().with_targets(match args.targets.is_empty() {
-            true => Targets::All,
-            false => Targets::from(args.targets.clone()),
-        }),
+    let targets = match args.targets.is_empty() {
+        true => Targets::All,
+        false => Targets::from(args.targets.clone()),
     };
-    let attached = peft::attach(&mut lm.model, &method)?;
+    let method = args
+        .method
+        .method(args.rank, args.alpha, &targets, args.seed);
+    let attached = peft::attach(&mut lm.model, &*method)?;
     let mut losses = Vec::new();
     peft::fit(&mut lm.model, &texts.train, &fit_config(args), |step| {
         losses.push(step.loss);
@@ -381,37 +346,70 @@ fn tune(
     })?;
     bar.set_message("evaluating, merging, saving, reloading");
     let tuned = texts.perplexities(&lm.model)?;
-    let tuned_logits = probe(&lm.model, &texts.task);
+    let tuned_logits = texts.probe(&lm.model);
 
     let name = format!("{}-bit", format.bits());
-    Adapters::of(&lm.model)?.save(out.join(format!("{name}-adapters")))?;
-    let certificate = peft::merge(&mut lm.model)?;
-    let merged_logits = probe(&lm.model, &texts.task);
+    let adapters = out.join(format!("{name}-adapters"));
+    Adapters::of(&lm.model)?.save(&adapters)?;
+    let rounding = Rtn::new()
+        .with_bits(format.bits())
+        .with_group_size(args.group_size.0);
+    let off_grid = match args.merge {
+        Merge::Codes => OffGrid::Refuse,
+        Merge::Dense => OffGrid::Dense,
+        Merge::Round => OffGrid::Round(&rounding),
+    };
+    let certificate = match peft::merge_probed(&mut lm.model, off_grid, &texts.task[0]) {
+        Ok(certificate) => Some(certificate),
+        Err(peft::Error::MergeIntoPacked { .. }) => {
+            peft::detach(&mut lm.model)?;
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let merged_logits = match &certificate {
+        Some(_) => texts.probe(&lm.model),
+        None => tuned_logits.clone(),
+    };
     models::save(&lm, out.join(&name))?;
     drop(lm);
 
-    let lm = models::load(out.join(&name), device)?;
-    certificate.verify(&lm.model)?;
+    let mut lm = models::load(out.join(&name), device)?;
+    match &certificate {
+        Some(certificate) => certificate.verify(&lm.model)?,
+        None => drop(peft::activate(
+            &mut lm.model,
+            &Adapters::load(&adapters, device)?,
+        )?),
+    }
     let reloaded = texts.perplexities(&lm.model)?;
-    let reloaded_logits = probe(&lm.model, &texts.task);
+    let reloaded_logits = texts.probe(&lm.model);
     let max_logit_difference = max_difference(&merged_logits, &tuned_logits);
-    if max_logit_difference > args.tolerated_difference()
-        || bits(&reloaded_logits) != bits(&merged_logits)
-    {
+    let largest = tuned_logits
+        .iter()
+        .fold(0.0, |most: f32, logit| most.max(logit.abs()));
+    let is_rounded = |certificate: &Certificate| {
+        let mut layers = certificate.layers.iter();
+        layers.any(|layer| matches!(layer.exactness, Exactness::Rounded { .. }))
+    };
+    let is_other = certificate.as_ref().is_some_and(|certificate| {
+        let tolerated = args.tolerated_difference(certificate) * largest;
+        !is_rounded(certificate) && max_logit_difference > tolerated
+    });
+    if is_other || bits(&reloaded_logits) != bits(&merged_logits) {
         return Err(
             format!("{format}: the merged model's logits are not the tuned model's").into(),
         );
     }
     bar.finish_and_clear();
     let run = Run {
-        method: args
-            .method
-            .to_possible_value()
-            .expect("no method is hidden")
-            .get_name()
-            .into(),
+        method: args.method.name(),
         format,
-        n_bytes: weights_bytes(&out.join(&name))?,
+        n_bytes: weights_bytes(&out.join(&name))?
+            + match &certificate {
+                Some(_) => 0,
+                None => weights_bytes(&adapters)?,
+            },
         n_trainable: attached.n_trainable,
         weight_error,
         rounded,
@@ -435,56 +433,10 @@ fn tune(
 
 fn fit_config(args: &Args) -> FitConfig {
     FitConfig::new()
-        .with_learning_rate(args.lr)
+        .with_learning_rate(args.lr.unwrap_or(args.method.learning_rate()))
         .with_steps(Some(args.steps))
         .with_warmup_steps(args.steps / 20)
         .with_seed(args.seed)
-}
-
-/// The logits of the first batches.
-fn probe(model: &impl CausalLm, batches: &[Batch]) -> Vec<f32> {
-    let logits = |batch: &Batch| {
-        let logits = model.forward(batch.tokens()).into_data().convert::<f32>();
-        logits.try_into_vec::<f32>().expect("converted to f32")
-    };
-    batches.iter().take(2).flat_map(logits).collect()
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|value| value.to_bits()).collect()
-}
-
-/// Zero for the same bits, and infinite where one of two different values is not a number.
-fn max_difference(a: &[f32], b: &[f32]) -> f32 {
-    let differences = a.iter().zip(b).map(|(a, b)| {
-        let difference = (a - b).abs();
-        match a.to_bits() == b.to_bits() {
-            true => 0.0,
-            false if difference.is_nan() => f32::INFINITY,
-            false => difference,
-        }
-    });
-    differences.fold(0.0, f32::max)
-}
-
-fn n_windows(batches: &[Batch]) -> usize {
-    batches.iter().map(|batch| batch.tokens().dims()[0]).sum()
-}
-
-/// The bytes of all safetensors files in a directory.
-fn weights_bytes(dir: &Path) -> Result<u64> {
-    let mut n_bytes = 0;
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry
-            .path()
-            .extension()
-            .is_some_and(|extension| extension == "safetensors")
-        {
-            n_bytes += entry.metadata()?.len();
-        }
-    }
-    Ok(n_bytes)
 }
 
 /// The report as a Markdown table.
@@ -535,24 +487,12 @@ fn table(report: &Report) -> String {
             run.peak_bytes.map_or(dash(), |n| (n >> 20).to_string()),
         ]);
     }
-    let widths: Vec<usize> = (0..header.len())
-        .map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0))
-        .collect();
-    let mut text = format!(
-        "perplexity: protocol `{}`, windows of {} tokens, {} of the task, {} of the base text\n\n",
-        report.perplexity_protocol, report.seq_len, report.n_task_windows, report.n_base_windows
-    );
-    for (at, row) in rows.iter().enumerate() {
-        for (cell, width) in row.iter().zip(&widths) {
-            write!(text, "| {cell:>width$} ").expect("writing to a string");
-        }
-        text.push_str("|\n");
-        if at == 0 {
-            for width in &widths {
-                write!(text, "|{:->1$}:", "", width + 1).expect("writing to a string");
-            }
-            text.push_str("|\n");
-        }
-    }
-    text
+    format!(
+        "perplexity: protocol `{}`, windows of {} tokens, {} of the task, {} of the base text\n\n{}",
+        report.perplexity_protocol,
+        report.seq_len,
+        report.n_task_windows,
+        report.n_base_windows,
+        table::markdown(&rows)
+    )
 }

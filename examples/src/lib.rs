@@ -1,4 +1,4 @@
-//! What the examples share: the texts of the embedded model, devices and memory.
+//! What the examples share: texts, methods, devices, memory, tables.
 
 #![forbid(unsafe_code)]
 
@@ -6,3 +6,6 @@ pub mod corpus;
 pub mod device;
 pub mod embedded;
 pub mod memory;
+pub mod method;
+pub mod table;
+pub mod tuning;

@@ -1,11 +1,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::Settings;
 use crate::files::{self, TensorFile};
-use crate::{Adapter, Error, Fingerprint, Linears, Result};
+use crate::{Adapter, Error, Fingerprint, Linears, LoraAdapter, Result};
+
+mod hf;
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
@@ -23,15 +26,15 @@ pub struct Adapters {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Config {
-    /// 1; raised when the meaning of a file changes.
+    /// Raised when the meaning of a file changes.
     format_version: u32,
     /// The base that the adapters were trained on.
     base: Fingerprint,
-    /// The method of each layer's adapter.
-    layers: BTreeMap<String, String>,
+    /// The method and the settings of each layer's adapter.
+    layers: BTreeMap<String, Settings>,
 }
 
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 
 impl Adapters {
     /// The adapters that a model wears.
@@ -63,6 +66,60 @@ impl Adapters {
         &self.base
     }
 
+    /// Checks that `model` is the base that the adapters were made for.
+    pub(crate) fn check_base(&self, model: &impl Linears) -> Result<()> {
+        let found = Fingerprint::of(model);
+        if found == self.base {
+            return Ok(());
+        }
+        let expected = self.base.clone();
+        Err(Error::OtherBase { expected, found })
+    }
+
+    /// The sum of LoRAs of one base, each times its weight, as one LoRA whose rank is the sum of
+    /// theirs and whose `σ` is 1: PEFT's combination `cat`. Nothing is approximated.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapters`] if there are none, [`Error::OtherBase`] if they are not of one base,
+    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms.
+    pub fn combined(parts: &[(&Adapters, f32)]) -> Result<Self> {
+        let Some((first, _)) = parts.first() else {
+            return Err(Error::NoAdapters);
+        };
+        let mut factors: BTreeMap<&String, [Vec<Tensor<2>>; 2]> = BTreeMap::new();
+        for (adapters, weight) in parts {
+            if adapters.base != first.base {
+                return Err(Error::OtherBase {
+                    expected: first.base.clone(),
+                    found: adapters.base.clone(),
+                });
+            }
+            for (path, adapter) in &adapters.layers {
+                let lora = match adapter {
+                    Adapter::Lora(lora) if lora.magnitude().is_none() => lora,
+                    other => {
+                        return Err(Error::NotCombined {
+                            path: path.clone(),
+                            method: other.method(),
+                        });
+                    }
+                };
+                let [a, b] = factors.entry(path).or_default();
+                a.push(lora.a() * (lora.scale() * weight));
+                b.push(lora.b());
+            }
+        }
+        let mut layers = BTreeMap::new();
+        for (path, [a, b]) in factors {
+            let lora = LoraAdapter::from_factors(Tensor::cat(a, 1), Tensor::cat(b, 0), 1.0)?;
+            layers.insert(path.clone(), Adapter::Lora(lora));
+        }
+        Ok(Self {
+            base: first.base.clone(),
+            layers,
+        })
+    }
+
     /// Writes a new directory, whole or not at all.
     ///
     /// # Errors
@@ -74,7 +131,7 @@ impl Adapters {
             layers: self
                 .layers
                 .iter()
-                .map(|(path, adapter)| (path.clone(), adapter.method().into()))
+                .map(|(path, adapter)| (path.clone(), adapter.settings()))
                 .collect(),
         };
         files::write_directory(dir.as_ref(), |dir| {
@@ -95,19 +152,11 @@ impl Adapters {
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = files::read_json(&config_path)?;
-        if config.format_version != FORMAT_VERSION {
-            return Err(Error::File {
-                path: config_path,
-                problem: format!(
-                    "format_version is {}, this program reads {FORMAT_VERSION}",
-                    config.format_version
-                ),
-            });
-        }
+        files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
         let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
         let mut layers = BTreeMap::new();
-        for (path, method) in config.layers {
-            let adapter = Adapter::read(&method, &path, &mut file, device)?;
+        for (path, settings) in config.layers {
+            let adapter = Adapter::read(settings, &path, &mut file, device)?;
             layers.insert(path, adapter);
         }
         let expected: Vec<String> = layers
@@ -117,17 +166,7 @@ impl Adapters {
                 names.map(move |(name, _)| format!("{path}.{name}"))
             })
             .collect();
-        if let Some(extra) = file
-            .names()
-            .into_iter()
-            .find(|name| !expected.contains(name))
-        {
-            return Err(Error::Tensor {
-                path: file.path().into(),
-                tensor: extra,
-                problem: format!("belongs to no layer of `{CONFIG}`"),
-            });
-        }
+        file.check_names(&expected, CONFIG)?;
         Ok(Self {
             base: config.base,
             layers,

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 
-use crate::{Adapters, Error, Fingerprint, Linears, Method, Result};
+use crate::{Adapters, Error, Linears, Method, Result};
 
 /// What [`attach`] did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,17 +40,25 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
     Ok(Attached { paths, n_trainable })
 }
 
+/// Takes all adapters off the model, which is the base then, and returns them.
+///
+/// # Errors
+/// [`Error::NoAdapters`] if it wears none.
+pub fn detach<M: Linears>(model: &mut M) -> Result<Adapters> {
+    let adapters = Adapters::of(model)?;
+    for (_, linear) in model.linears_mut() {
+        linear.adapter = None;
+    }
+    Ok(adapters)
+}
+
 /// Puts `adapters` in the place of all that the model has, and returns those.
 ///
 /// # Errors
 /// [`Error::OtherBase`] unless the adapters were made for this base, [`Error::UnknownLayer`] or
 /// [`Error::Shape`] if one does not fit. Then the model is as it was.
 pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapters> {
-    let found = Fingerprint::of(model);
-    if found != adapters.base {
-        let expected = adapters.base.clone();
-        return Err(Error::OtherBase { expected, found });
-    }
+    adapters.check_base(model)?;
     for (path, adapter) in &adapters.layers {
         let linears = model.linears();
         let Some((_, linear)) = linears.iter().find(|(other, _)| other == path) else {
@@ -59,11 +67,12 @@ pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapte
         adapter.check(path, &linear.weight)?;
     }
     let mut before = Adapters {
-        base: found,
+        base: adapters.base.clone(),
         layers: Default::default(),
     };
     for (path, linear) in model.linears_mut() {
         let adapter = adapters.layers.get(&path).cloned();
+        let adapter = adapter.map(|adapter| adapter.bound_to(&linear.weight));
         if let Some(adapter) = std::mem::replace(&mut linear.adapter, adapter) {
             before.layers.insert(path, adapter);
         }

@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 
 use burn::tensor::DType;
+use quant_core::Format;
 
 use crate::Fingerprint;
 
@@ -72,16 +73,64 @@ pub enum Error {
     },
     /// An adapter whose sum with a packed weight is not on the grid.
     #[error(
-        "layer `{path}` is packed: with {method} in it the weight has no codes, and would have to be rounded anew; keep the adapters beside the base (`Adapters::save`), or tune with PEQA, which merges exactly"
+        "layer `{path}` is packed, and its codes cannot hold {method}: {reason}; keep the adapters beside the base (`Adapters::save`), merge into a dense weight (`OffGrid::Dense`), or round anew (`OffGrid::Round`), which loses a part of what was learned"
     )]
     MergeIntoPacked {
         /// The method.
         method: &'static str,
         /// The layer.
         path: String,
+        /// Why.
+        reason: String,
+    },
+    /// Tiles that do not fit a weight.
+    #[error(
+        "{method} on layer `{path}`: {problem}; choose other tiles (`Tile::with_pool`, `Tile::with_repeat`) or another base, or leave the layer out of the targets"
+    )]
+    Tiles {
+        /// The method.
+        method: &'static str,
+        /// The layer.
+        path: String,
+        /// What does not fit.
+        problem: String,
+    },
+    /// Zeros that are to be trained, on a grid that has none.
+    #[error(
+        "PEQA cannot train the zeros of layer `{path}`: {format} has none; quantize to an affine grid"
+    )]
+    Zeros {
+        /// The layer.
+        path: String,
+        /// Its format.
+        format: Format,
+    },
+    /// An adapter that PEFT's files cannot hold.
+    #[error("the adapter of layer `{path}` cannot be written for PEFT: {problem}")]
+    NotForPeft {
+        /// The layer.
+        path: String,
+        /// Why.
+        problem: String,
+    },
+    /// An adapter that is no term of a sum.
+    #[error("the adapter of layer `{path}` is {method}; only LoRA can be combined")]
+    NotCombined {
+        /// The layer.
+        path: String,
+        /// Its method.
+        method: &'static str,
+    },
+    /// A task that is not among those that are served.
+    #[error("there is no task `{name}`; there are {names:?}")]
+    UnknownTask {
+        /// The task asked for.
+        name: String,
+        /// The tasks that there are.
+        names: Vec<String>,
     },
     /// No layer has an adapter.
-    #[error("the model has no adapters; attach or activate some first")]
+    #[error("the model has no adapters, or they are merged already; attach or activate some first")]
     NoAdapters,
     /// An adapter of other dimensions than its layer's.
     #[error("the adapter of layer `{path}` is {found:?}, its weight asks for {expected:?}")]

@@ -170,6 +170,18 @@ impl TensorFile {
         Ok((dtype, shape, bytes))
     }
 
+    /// Checks that the file has no tensor but those `expected`, which `config` lists.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] with one that it does not.
+    pub(crate) fn check_names(&self, expected: &[String], config: &str) -> Result<()> {
+        let names = self.names();
+        match names.iter().find(|name| !expected.contains(name)) {
+            None => Ok(()),
+            Some(extra) => Err(self.refuse(extra, format!("belongs to no layer of `{config}`"))),
+        }
+    }
+
     /// An error about one tensor of this file.
     pub fn refuse(&self, tensor: &str, problem: String) -> Error {
         Error::Tensor {
@@ -357,6 +369,20 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).map_err(|error| Error::File {
         path: path.into(),
         problem: error.to_string(),
+    })
+}
+
+/// Checks the version of the format that the file at `path` states.
+///
+/// # Errors
+/// [`Error::File`] if it is another one than that which is read.
+pub(crate) fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
+    if read == found {
+        return Ok(());
+    }
+    Err(Error::File {
+        path: path.into(),
+        problem: format!("format_version is {found}, this program reads {read}"),
     })
 }
 

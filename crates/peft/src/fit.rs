@@ -1,7 +1,8 @@
 use burn::config::Config;
-use burn::module::{ModuleVisitor, Param};
+use burn::module::{ModuleVisitor, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
+use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -57,7 +58,11 @@ pub struct FitConfig {
     /// Gradients are scaled down to this norm, taken over all parameters together.
     #[config(default = "Some(1.0)")]
     pub max_grad_norm: Option<f64>,
-    /// The seed of the order of the batches.
+    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): `B` of LoRA, and DoRA's norms, learn at the rate
+    /// times this.
+    #[config(default = 1.0)]
+    pub lora_plus_ratio: f64,
+    /// The seed of the order of the batches, and of dropout.
     #[config(default = 0)]
     pub seed: u64,
     /// Gradient checkpointing: keeps of each block its input alone, and runs the block again for its
@@ -104,6 +109,9 @@ impl FitConfig {
             if !fraction(value) {
                 return refuse(setting, value.to_string(), "in 0 .. 1");
             }
+        }
+        if !positive(self.lora_plus_ratio) {
+            return refuse("lora_plus_ratio", self.lora_plus_ratio.to_string(), number);
         }
         if !positive(self.epsilon) {
             return refuse("epsilon", self.epsilon.to_string(), number);
@@ -187,16 +195,26 @@ pub fn fit<M: CausalLm>(
         });
     }
 
-    let mut optimizer = AdamWConfig::new()
+    let adamw = AdamWConfig::new()
         .with_weight_decay(config.weight_decay as f32)
         .with_beta_1(config.beta_1 as f32)
         .with_beta_2(config.beta_2 as f32)
-        .with_epsilon(config.epsilon as f32)
-        .init();
+        .with_epsilon(config.epsilon as f32);
+    // AdamW looks at one parameter at a time: two of them are one with two learning rates.
+    let (mut optimizer, mut fast_optimizer) = (adamw.init(), adamw.init());
+    let fast: Vec<ParamId> = match config.lora_plus_ratio {
+        1.0 => Vec::new(),
+        _ => (tuned.linears().iter())
+            .filter_map(|(_, linear)| linear.adapter.as_ref())
+            .flat_map(|adapter| adapter.fast_params())
+            .collect(),
+    };
     let lowest = config
         .checkpoint_blocks
         .then(|| lowest_trained(&tuned, &batches[0]));
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
+    let mut masks = rng.clone();
+    masks.set_stream(1);
     let mut order: Vec<usize> = (0..batches.len()).collect();
     for index in 0..n_steps {
         if index % per_epoch == 0 {
@@ -210,6 +228,7 @@ pub fn fit<M: CausalLm>(
         let mut loss = 0.0;
         for &at in chosen {
             let batch = &batches[at];
+            tuned.set_dropout(Some(masks.next_u64()));
             let mut mean = |nll: Tensor<2>| {
                 let nll = nll.sum() / n_targets as f32;
                 loss += f64::from(nll.clone().inner().into_scalar::<f32>());
@@ -241,6 +260,16 @@ pub fn fit<M: CausalLm>(
             });
         }
         let learning_rate = config.learning_rate_at(index, n_steps);
+        if !fast.is_empty() {
+            let mut split = Split {
+                fast: &fast,
+                gradients: &mut gradients,
+                taken: GradientsParams::new(),
+            };
+            tuned.visit(&mut split);
+            let fast_rate = learning_rate * config.lora_plus_ratio;
+            tuned = fast_optimizer.step(fast_rate, tuned, split.taken);
+        }
         tuned = optimizer.step(learning_rate, tuned, gradients);
         on_step(&Step {
             index: index + 1,
@@ -259,6 +288,7 @@ pub fn fit<M: CausalLm>(
             step: n_steps,
         });
     }
+    tuned.set_dropout(None);
     *model = tuned.valid();
     Ok(())
 }
@@ -357,6 +387,23 @@ impl ModuleVisitor for Scale<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.remove::<D>(param.id) {
             self.gradients.register(param.id, gradient * self.factor);
+        }
+    }
+}
+
+/// Takes the gradients of some parameters.
+struct Split<'a> {
+    fast: &'a [ParamId],
+    gradients: &'a mut GradientsParams,
+    taken: GradientsParams,
+}
+
+impl ModuleVisitor for Split<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.fast.contains(&param.id)
+            && let Some(gradient) = self.gradients.remove::<D>(param.id)
+        {
+            self.taken.register(param.id, gradient);
         }
     }
 }

@@ -8,6 +8,7 @@
 //! | [`attach`] | gives each targeted layer a fresh adapter of a [`Method`], which changes no output |
 //! | [`fit`] | trains what is not frozen, that is the adapters |
 //! | [`activate`] | puts a task's [`Adapters`] in, and gives back those that were there |
+//! | [`detach`] | takes the adapters off |
 //! | [`merge`] | folds the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
 //!
 //! ```
@@ -61,16 +62,23 @@ mod fit;
 mod linear;
 mod linears;
 mod merge;
+pub mod presets;
 mod targets;
+mod tasks;
 
-pub use adapter::{Adapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter};
+pub use adapter::{
+    Adapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter, Pooling, Tile, TileAdapter, TileMethod,
+};
 pub use adapters::Adapters;
-pub use attach::{Attached, activate, attach};
+pub use attach::{Attached, activate, attach, detach};
 pub use causal_lm::{Batch, CausalLm, token_nll};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fit::{FitConfig, Schedule, Step, fit};
 pub use linear::{Cost, Linear, Weight};
 pub use linears::Linears;
-pub use merge::{Certificate, Exactness, MergedLayer, merge};
+pub use merge::{
+    Certificate, Exactness, MergedLayer, OffGrid, Probe, merge, merge_probed, merge_with,
+};
 pub use targets::Targets;
+pub use tasks::{TaskPack, Tasks};

@@ -164,6 +164,43 @@ impl Linear {
         }
     }
 
+    /// The layer of a burn module, frozen, to be quantized or adapted.
+    ///
+    /// ```
+    /// use burn::nn::LinearConfig;
+    /// use burn::tensor::{Device, Tensor};
+    /// use peft::Linear;
+    ///
+    /// let device = Device::flex();
+    /// let burns = LinearConfig::new(6, 4).init(&device);
+    /// let x = Tensor::<2>::ones([3, 6], &device);
+    /// let expected = burns.forward(x.clone()).into_data();
+    /// let linear = Linear::from_burn(burns);
+    /// expected.assert_eq(&linear.forward(x.clone()).into_data(), true);
+    /// let burns = linear.into_burn("up")?;
+    /// expected.assert_eq(&burns.forward(x).into_data(), true);
+    /// # Ok::<(), peft::Error>(())
+    /// ```
+    pub fn from_burn(linear: burn::nn::Linear) -> Self {
+        let bias = linear.bias.map(|bias| bias.set_require_grad(false));
+        Self::new(Weight::frozen(linear.weight.val().detach()), bias)
+    }
+
+    /// The layer as one of burn's, frozen; a packed weight is unpacked. Errors name it by `path`.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyAdapted`] if it has an adapter, which burn's has no place for.
+    pub fn into_burn(self, path: &str) -> Result<burn::nn::Linear> {
+        if self.adapter.is_some() {
+            return Err(Error::AlreadyAdapted { path: path.into() });
+        }
+        let weight = Param::from_tensor(self.weight.to_dense()).set_require_grad(false);
+        Ok(burn::nn::Linear {
+            weight,
+            bias: self.bias,
+        })
+    }
+
     /// # Shapes
     /// - `x`: `[.., d_in]`
     /// - result: `[.., d_out]`

@@ -27,6 +27,17 @@ pub trait Linears: Module {
         }
     }
 
+    /// From now on, adapters with dropout drop inputs, as this seed says: the same ones until the next
+    /// call. None with `None`. [`fit`](crate::fit()) calls it for each batch, and with `None` at the
+    /// end; it is for other training loops.
+    fn set_dropout(&mut self, seed: Option<u64>) {
+        for (path, linear) in self.linears_mut() {
+            if let Some(adapter) = &mut linear.adapter {
+                adapter.seed_dropout(&path, seed);
+            }
+        }
+    }
+
     /// Weights beside the projections that may be packed, such as that of a head, with their paths.
     /// They wear no adapters; their formats are part of the model's [`Fingerprint`](crate::Fingerprint).
     fn other_weights(&self) -> Vec<(String, &Weight)> {

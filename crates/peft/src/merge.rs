@@ -1,44 +1,48 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use quant_core::Format;
+use burn::module::Param;
+use burn::tensor::Tensor;
+use quant_core::{Format, QuantTensor, Quantizer};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Fingerprint, Linears, Result};
+use crate::{Adapter, Batch, CausalLm, Error, Fingerprint, Linears, Result, Weight};
+
+/// What [`merge_with`] does where the codes of a packed weight cannot hold its adapter.
+#[derive(Clone, Copy, Default)]
+pub enum OffGrid<'a> {
+    /// It refuses, and the model is as it was.
+    #[default]
+    Refuse,
+    /// It makes the weight dense.
+    Dense,
+    /// It rounds the sum anew. A part of what was learned is lost; the certificate says how much.
+    Round(&'a dyn Quantizer),
+}
 
 /// How near a merged layer is to the adapted one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Exactness {
-    /// The merged weight is computed from the same numbers by the same operations: every output
-    /// is bit-equal.
+    /// The merged weight is computed from the same numbers by the same operations: on the CPU every
+    /// output is bit-equal.
     Exact,
-    /// Each output, before the bias, differs by at most [`Exactness::bound`] times the sum of the
-    /// magnitudes of its terms, for LoRA `Σᵢ |xᵢ| (|W| + σ |A| |B|)ᵢⱼ`, where nothing underflows and
-    /// the device's own product of `f32` rounds to `f32` (one that takes TF32 for it does not).
+    /// The merged weight is the sum of weight and adapter, rounded to `f32`.
     Bounded {
-        /// How often a term is rounded, in `f32`, in the adapted and the merged layer together.
-        roundings: usize,
+        /// No element is further from the exact sum.
+        max_weight_error: f64,
+        /// The largest magnitude of an element.
+        max_weight: f64,
     },
-}
-
-impl Exactness {
-    /// The relative difference that the roundings can make, `n u / (1 - n u)` with `u = 2⁻²⁴`
-    /// (Higham 2002, Accuracy and Stability of Numerical Algorithms, §3.1); 0 if exact.
-    pub fn bound(self) -> f64 {
-        match self {
-            Exactness::Exact => 0.0,
-            Exactness::Bounded { roundings } => {
-                let n_u = roundings as f64 * 2f64.powi(-24);
-                if n_u < 1.0 {
-                    n_u / (1.0 - n_u)
-                } else {
-                    f64::INFINITY
-                }
-            }
-        }
-    }
+    /// The sum of weight and adapter was rounded to a grid.
+    Rounded {
+        /// `‖Ŵ - W'‖ / ‖W'‖`, where `W'` is the sum and `Ŵ` what it was rounded to.
+        relative_error: f64,
+        /// The part of what the adapter adds that is left: `⟨Ŵ - W, W' - W⟩ / ‖W' - W‖²`, with the
+        /// weight `W` of the base.
+        retention: f64,
+    },
 }
 
 /// One merged layer.
@@ -48,10 +52,24 @@ pub struct MergedLayer {
     pub path: String,
     /// The method of the adapter that was folded in.
     pub method: String,
-    /// The format the weight has kept; none if it is dense.
+    /// The format of the merged weight; none if it is dense.
     pub format: Option<Format>,
     /// How near the result is.
     pub exactness: Exactness,
+}
+
+/// What a merge did to the logits of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    /// Logits compared.
+    pub n_logits: usize,
+    /// The largest change that the adapters made to a logit of the base.
+    pub max_adapter_change: f64,
+    /// The largest change that the merge made to a logit of the adapted model.
+    pub max_merge_change: f64,
+    /// The part of what the adapters do that is left, `⟨m - b, a - b⟩ / ‖a - b‖²` over the logits `b`
+    /// of the base, `a` of the adapted and `m` of the merged model. 1 is all of it.
+    pub retention: f64,
 }
 
 /// What [`merge`] did, and the fingerprint by which the result is known again.
@@ -61,6 +79,8 @@ pub struct Certificate {
     pub layers: Vec<MergedLayer>,
     /// The fingerprint of the merged model.
     pub merged: Fingerprint,
+    /// The logits of a batch before and after, if there was one.
+    pub probe: Option<Probe>,
 }
 
 impl Certificate {
@@ -69,6 +89,18 @@ impl Certificate {
         self.layers
             .iter()
             .all(|layer| layer.exactness == Exactness::Exact)
+    }
+
+    /// `exact`, `bounded` or `rounded`: that of the layer that is furthest off.
+    pub fn kind(&self) -> &'static str {
+        let is = |kind: fn(&Exactness) -> bool| self.layers.iter().any(|l| kind(&l.exactness));
+        if is(|exactness| matches!(exactness, Exactness::Rounded { .. })) {
+            "rounded"
+        } else if is(|exactness| matches!(exactness, Exactness::Bounded { .. })) {
+            "bounded"
+        } else {
+            "exact"
+        }
     }
 
     /// Checks that `model` is the merged model of this certificate, such as after it was saved and
@@ -98,32 +130,70 @@ impl fmt::Display for Certificate {
             .filter(|layer| layer.format.is_some())
             .count();
         let n = self.layers.len();
-        let methods = methods.join(", ");
-        let kind = if self.is_exact() { "exact" } else { "bounded" };
+        let (kind, methods) = (self.kind(), methods.join(", "));
         writeln!(
             f,
-            "{kind} merge of {n} layers ({methods}); {kept} of them stay packed"
+            "{kind} merge of {n} layers ({methods}); {kept} of them packed"
         )?;
+        let each = self.layers.iter().map(|layer| layer.exactness);
+        let error = each.clone().filter_map(|exactness| match exactness {
+            Exactness::Bounded {
+                max_weight_error,
+                max_weight,
+            } => Some(max_weight_error / max_weight),
+            _ => None,
+        });
+        if let Some(error) = error.reduce(f64::max) {
+            writeln!(
+                f,
+                "weights are the sums within {error:.1e} of a layer's largest weight"
+            )?;
+        }
+        let retention = each.filter_map(|exactness| match exactness {
+            Exactness::Rounded { retention, .. } => Some(retention),
+            _ => None,
+        });
+        if let Some(retention) = retention.reduce(f64::min) {
+            writeln!(
+                f,
+                "of what an adapter adds to the weights of its layer, {:.1} % or more is left",
+                100.0 * retention
+            )?;
+        }
+        if let Some(probe) = &self.probe {
+            writeln!(
+                f,
+                "{} logits: the adapters change them by up to {:.3}, the merge by {:.1e}; retention {:.4}",
+                probe.n_logits, probe.max_adapter_change, probe.max_merge_change, probe.retention
+            )?;
+        }
         write!(f, "merged model: {}", self.merged)
     }
 }
 
-/// Folds every adapter into its weight.
-///
-/// Packed weights stay packed with the same codes: an adapter that would need others is refused.
+/// Folds every adapter into its weight; packed weights keep their codes.
 ///
 /// # Errors
-/// [`Error::NoAdapters`] if there is nothing to merge, [`Error::MergeIntoPacked`], or another reason
-/// why a layer cannot be merged.
-/// Then the model is as it was.
+/// [`Error::NoAdapters`] if there is nothing to merge, such as after a merge,
+/// [`Error::MergeIntoPacked`] if a packed weight's codes cannot hold the sum, [`Error::Quant`] if it
+/// is not finite. Then the model is as it was.
 pub fn merge<M: Linears>(model: &mut M) -> Result<Certificate> {
+    merge_with(model, OffGrid::Refuse)
+}
+
+/// [`merge`], and what happens where codes cannot hold the sum.
+///
+/// # Errors
+/// As [`merge`], or what the quantizer has against a sum. Then the model is as it was.
+pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certificate> {
     let mut layers = Vec::new();
     let mut weights = BTreeMap::new();
     for (path, linear) in model.linears() {
         let Some(adapter) = &linear.adapter else {
             continue;
         };
-        let (weight, exactness) = adapter.merge(&path, &linear.weight)?;
+        adapter.check(&path, &linear.weight)?;
+        let (weight, exactness) = merge_layer(&path, adapter, &linear.weight, off_grid)?;
         layers.push(MergedLayer {
             path: path.clone(),
             method: adapter.method().into(),
@@ -141,6 +211,137 @@ pub fn merge<M: Linears>(model: &mut M) -> Result<Certificate> {
             linear.adapter = None;
         }
     }
-    let merged = Fingerprint::of(model);
-    Ok(Certificate { layers, merged })
+    Ok(Certificate {
+        layers,
+        merged: Fingerprint::of(model),
+        probe: None,
+    })
+}
+
+/// [`merge_with`], with the logits of `probe` compared before and after.
+///
+/// # Errors
+/// As [`merge_with`], or [`Error::Token`] if the model does not have a token of the batch.
+pub fn merge_probed<M: CausalLm>(
+    model: &mut M,
+    off_grid: OffGrid,
+    probe: &Batch,
+) -> Result<Certificate> {
+    probe.check(model.vocab_size())?;
+    let logits = |model: &M| {
+        let logits = model.forward(probe.tokens()).into_data().convert::<f32>();
+        logits.try_into_vec::<f32>().expect("converted to f32")
+    };
+    let adapted = logits(model);
+    let mut base = model.clone();
+    for (_, linear) in base.linears_mut() {
+        linear.adapter = None;
+    }
+    let base = logits(&base);
+    let certificate = merge_with(model, off_grid)?;
+    let merged = logits(model);
+
+    let change = |a: &[f32], b: &[f32]| {
+        let changes = a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b));
+        changes.map(f64::abs).fold(0.0, f64::max)
+    };
+    let probe = Probe {
+        n_logits: adapted.len(),
+        max_adapter_change: change(&adapted, &base),
+        max_merge_change: change(&merged, &adapted),
+        retention: retention(&base, &adapted, &merged),
+    };
+    Ok(Certificate {
+        probe: Some(probe),
+        ..certificate
+    })
+}
+
+/// `⟨m - b, a - b⟩ / ‖a - b‖²`; 1 where the adapter does nothing.
+fn retention(base: &[f32], adapted: &[f32], merged: &[f32]) -> f64 {
+    let (mut kept, mut all) = (0.0, 0.0);
+    for ((&base, &adapted), &merged) in base.iter().zip(adapted).zip(merged) {
+        let [base, adapted, merged] = [base, adapted, merged].map(f64::from);
+        kept += (merged - base) * (adapted - base);
+        all += (adapted - base) * (adapted - base);
+    }
+    if all == 0.0 { 1.0 } else { kept / all }
+}
+
+fn merge_layer(
+    path: &str,
+    adapter: &Adapter,
+    weight: &Weight,
+    off_grid: OffGrid,
+) -> Result<(Weight, Exactness)> {
+    let packed = match weight {
+        Weight::Quant(packed) => adapter.on_codes(path, packed),
+        Weight::Dense(_) => return dense(path, adapter, weight),
+    };
+    match (packed, off_grid) {
+        (Err(Error::MergeIntoPacked { .. }), OffGrid::Dense) => dense(path, adapter, weight),
+        (Err(Error::MergeIntoPacked { .. }), OffGrid::Round(quantizer)) => {
+            let (packed, exactness) = rounded(path, adapter, weight, quantizer)?;
+            Ok((Weight::Quant(packed), exactness))
+        }
+        (packed, _) => packed.map(|(packed, exactness)| (Weight::Quant(packed), exactness)),
+    }
+}
+
+fn dense(path: &str, adapter: &Adapter, weight: &Weight) -> Result<(Weight, Exactness)> {
+    let (sum, exactness) = adapter.to_dense(weight);
+    let sum = finite(path, sum)?;
+    let trains = matches!(weight, Weight::Dense(weight) if weight.is_require_grad());
+    let sum = Param::from_tensor(sum).set_require_grad(trains);
+    Ok((Weight::Dense(sum), exactness))
+}
+
+fn rounded(
+    path: &str,
+    adapter: &Adapter,
+    weight: &Weight,
+    quantizer: &dyn Quantizer,
+) -> Result<(QuantTensor, Exactness)> {
+    let (sum, _) = adapter.to_dense(weight);
+    let sum = finite(path, sum)?;
+    let packed = quantizer.quantize(sum.clone(), None);
+    let packed = packed.map_err(|source| Error::Quant {
+        path: path.into(),
+        source,
+    })?;
+    let values = |tensor: Tensor<2>| {
+        let values = tensor.into_data().convert::<f32>();
+        values.try_into_vec::<f32>().expect("converted to f32")
+    };
+    let packed = packed.weight;
+    let exactness = Exactness::Rounded {
+        relative_error: packed.distortion(sum.clone()).relative,
+        retention: retention(
+            &values(weight.to_dense()),
+            &values(sum),
+            &values(packed.dequantize()),
+        ),
+    };
+    Ok((packed, exactness))
+}
+
+/// `sum`, of the layer at `path`, if it is finite.
+fn finite(path: &str, sum: Tensor<2>) -> Result<Tensor<2>> {
+    let sum = sum.detach();
+    let d_out = sum.dims()[1];
+    let values = sum.to_data().convert::<f32>();
+    let values = values.as_slice::<f32>().expect("converted to f32");
+    match values.iter().position(|value| !value.is_finite()) {
+        None => Ok(sum),
+        Some(at) => Err(Error::Quant {
+            path: path.into(),
+            source: quant_core::Error::NonFinite {
+                what: "the merged weight",
+                value: values[at],
+                row: at / d_out,
+                column: at % d_out,
+                count: values.iter().filter(|value| !value.is_finite()).count(),
+            },
+        }),
+    }
 }

@@ -73,6 +73,7 @@ impl Targets {
     }
 }
 
-fn last_name(path: &str) -> &str {
+/// The last part of a path.
+pub(crate) fn last_name(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }

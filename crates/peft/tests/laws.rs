@@ -6,14 +6,15 @@ use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use peft::files::LazyTensor;
 use peft::{
     Adapter, Adapters, Batch, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear, Linears,
-    Lora, Method, Peqa, Schedule, Targets, Weight, fit, token_nll,
+    Lora, Method, OffGrid, Peqa, Pooling, Schedule, Targets, TaskPack, Tasks, Tile, TileMethod,
+    Weight, fit, token_nll,
 };
 use proptest::prelude::*;
-use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
+use quant_core::{DoubleQuant, Grid, NormalFloat, Quantizer, Rtn};
 
 const VOCAB: usize = 11;
-const HIDDEN: usize = 16;
-const WIDTH: usize = 20;
+const HIDDEN: usize = 128;
+const WIDTH: usize = 256;
 
 /// Predicts a token from the one before it, in two blocks and with the embedding for a head.
 #[derive(Module, Debug)]
@@ -87,9 +88,10 @@ fn numbers(seed: u64, n: usize) -> Vec<f32> {
         .collect()
 }
 
+/// Of such a size that products keep the magnitude of their inputs.
 fn tensor(seed: u64, dims: [usize; 2]) -> Tensor<2> {
     let values = TensorData::new(numbers(seed, dims[0] * dims[1]), dims);
-    Tensor::from_data(values, &Device::flex())
+    Tensor::<2>::from_data(values, &Device::flex()) * (3.0 / dims[0] as f32).sqrt()
 }
 
 fn dense(seed: u64) -> Bigram {
@@ -131,17 +133,6 @@ fn logits(model: &Bigram) -> Vec<u32> {
         .collect()
 }
 
-fn codes(model: &Bigram) -> Vec<(Vec<u8>, Option<Vec<f32>>)> {
-    let parts = model
-        .linears()
-        .into_iter()
-        .map(|(_, linear)| match linear.weight() {
-            Weight::Quant(weight) => (weight.codes(), weight.to_parts().zeros),
-            Weight::Dense(_) => panic!("the weight is not packed"),
-        });
-    parts.collect()
-}
-
 /// Ten steps at a rate that moves every scale.
 fn tune(model: &mut Bigram, seed: u64) {
     let batches: Vec<Batch> = (0..5).map(|at| batch(seed + at, [2, 9])).collect();
@@ -152,25 +143,7 @@ fn tune(model: &mut Bigram, seed: u64) {
     fit(model, &batches, &config, |_| {}).unwrap();
 }
 
-fn formats() -> impl Strategy<Value = Rtn> {
-    let bits = prop::sample::select(vec![2, 3, 4, 8]);
-    // Groups that divide, that leave a short one, and one per channel.
-    let group_size = prop::sample::select(vec![None, Some(4), Some(7), Some(16)]);
-    (bits, group_size, any::<bool>()).prop_map(|(bits, group_size, symmetric)| {
-        Rtn::new()
-            .with_bits(bits)
-            .with_group_size(group_size)
-            .with_symmetric(symmetric)
-    })
-}
-
-/// An adapter and a base that it can be attached to.
-#[derive(Clone, Debug)]
-enum Case {
-    Peqa(Rtn),
-    Lora(Lora, Base),
-}
-
+/// What a layer is quantized to, if it is.
 #[derive(Clone, Debug)]
 enum Base {
     Dense,
@@ -178,79 +151,199 @@ enum Base {
     NormalFloat(NormalFloat),
 }
 
+impl Base {
+    fn model(&self, seed: u64) -> Bigram {
+        match self {
+            Base::Dense => dense(seed),
+            Base::Rtn(rtn) => quantized(seed, rtn),
+            Base::NormalFloat(nf) => quantized(seed, nf),
+        }
+    }
+}
+
+/// Widths of codes, groups that divide, that leave a short one, and one per channel.
+fn bases() -> impl Strategy<Value = Base> {
+    let bits = prop::sample::select(vec![2, 3, 4, 8]);
+    let group_size = prop::sample::select(vec![None, Some(32), Some(64), Some(128), Some(48)]);
+    let rtn = (bits, group_size.clone(), prop::bool::weighted(0.25)).prop_map(
+        |(bits, group_size, symmetric)| {
+            let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
+            Base::Rtn(rtn.with_symmetric(symmetric))
+        },
+    );
+    let nf = (group_size, any::<bool>()).prop_map(|(block_size, double)| {
+        let nf = NormalFloat::new().with_block_size(block_size);
+        Base::NormalFloat(match double {
+            true => nf.with_double_quant(DoubleQuant::dynamic()),
+            false => nf,
+        })
+    });
+    prop_oneof![1 => Just(Base::Dense), 6 => rtn, 1 => nf]
+}
+
+#[derive(Clone, Debug)]
+enum Tuning {
+    Peqa(Peqa),
+    Lora(Lora, /* DoRA */ bool),
+    Tile(Tile, TileMethod),
+}
+
+fn tunings() -> impl Strategy<Value = Tuning> {
+    let alpha = prop::sample::select(vec![0.7, 4.0, 16.0]);
+    let lora = (1..=HIDDEN, alpha.clone(), any::<(u64, bool, bool)>()).prop_map(
+        |(rank, alpha, (seed, rank_stabilized, dora))| {
+            let lora = Lora::new(rank).with_alpha(alpha).with_seed(seed);
+            let lora = lora.with_rank_stabilized(rank_stabilized).with_dora(dora);
+            Tuning::Lora(lora, dora)
+        },
+    );
+    let pooling = prop::sample::select(vec![Pooling::Sum, Pooling::Mean, Pooling::Peft]);
+    let tile = (0..4usize, 1..=4usize, alpha, pooling, any::<u64>()).prop_map(
+        |(method, rank, alpha, pooling, seed)| {
+            let (tile, method) = match method {
+                // The least rank: a group of -1 leaves one pool.
+                0 => (Tile::qa_lora(1), TileMethod::QaLora),
+                1 => (Tile::q_bara(rank), TileMethod::QBara),
+                2 => (
+                    Tile::qa_hira().with_repeat(rank.next_power_of_two()),
+                    TileMethod::QaHira,
+                ),
+                _ => (Tile::qa_blora(1), TileMethod::QaBlora),
+            };
+            let tile = tile.with_alpha(alpha).with_pooling(pooling).with_seed(seed);
+            Tuning::Tile(tile, method)
+        },
+    );
+    prop_oneof![
+        2 => any::<bool>().prop_map(|zeros| Tuning::Peqa(Peqa::new().with_zeros(zeros))),
+        2 => lora,
+        4 => tile,
+    ]
+}
+
+/// An adapter and a base.
+#[derive(Clone, Debug)]
+struct Case {
+    tuning: Tuning,
+    base: Base,
+}
+
+/// How an adapter merges into its base.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Merge {
+    Exact,
+    Bounded,
+    OffGrid,
+}
+
+fn any_cases() -> impl Strategy<Value = Case> {
+    (tunings(), bases()).prop_map(|(tuning, base)| Case { tuning, base })
+}
+
+/// Two methods that merge into the codes of one base.
+fn tasks() -> impl Strategy<Value = (Rtn, [Tuning; 2])> {
+    let bits = prop::sample::select(vec![2, 3, 4, 8]);
+    let group_size = prop::sample::select(vec![None, Some(32), Some(128)]);
+    let tuning = || {
+        tunings().prop_filter("stays off the grid", |tuning| {
+            !matches!(
+                tuning,
+                Tuning::Lora(..) | Tuning::Tile(_, TileMethod::QBara)
+            )
+        })
+    };
+    (bits, group_size, tuning(), tuning()).prop_map(|(bits, group_size, first, second)| {
+        let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
+        (rtn, [first, second])
+    })
+}
+
+/// Those that may be attached.
+fn cases() -> impl Strategy<Value = Case> {
+    any_cases().prop_filter("refused", |case| case.merge().is_some())
+}
+
 impl Case {
-    fn base(&self, seed: u64) -> Bigram {
-        match self {
-            Case::Peqa(rtn) | Case::Lora(_, Base::Rtn(rtn)) => quantized(seed, rtn),
-            Case::Lora(_, Base::NormalFloat(nf)) => quantized(seed, nf),
-            Case::Lora(_, Base::Dense) => dense(seed),
-        }
-    }
-
     fn method(&self, targets: impl Into<Targets>) -> Box<dyn Method> {
-        match self {
-            Case::Peqa(_) => Box::new(Peqa::new().with_targets(targets)),
-            Case::Lora(lora, _) => Box::new(lora.clone().with_targets(targets)),
+        match &self.tuning {
+            Tuning::Peqa(peqa) => Box::new(peqa.clone().with_targets(targets)),
+            Tuning::Lora(lora, _) => Box::new(lora.clone().with_targets(targets)),
+            Tuning::Tile(tile, _) => Box::new(tile.clone().with_targets(targets)),
         }
     }
 
-    fn attach(&self, model: &mut Bigram) {
-        peft::attach(model, &*self.method(Targets::All)).unwrap();
+    /// What the papers say of this method on this base; none where it has no place.
+    fn merge(&self) -> Option<Merge> {
+        let affine = match &self.base {
+            Base::Rtn(rtn) => rtn.format().unwrap().grid() == Grid::Affine,
+            _ => false,
+        };
+        match (&self.tuning, &self.base) {
+            (Tuning::Peqa(_), Base::Dense) => None,
+            (Tuning::Peqa(peqa), _) if *peqa == Peqa::new().with_zeros(true) && !affine => None,
+            (Tuning::Peqa(_), _) => Some(Merge::Exact),
+            (Tuning::Lora(..) | Tuning::Tile(_, TileMethod::QBara), base) => match base {
+                Base::Dense => Some(Merge::Bounded),
+                _ => Some(Merge::OffGrid),
+            },
+            (Tuning::Tile(..), Base::Rtn(rtn)) => {
+                let group = rtn.format().unwrap().group_size();
+                let divides =
+                    group.is_none_or(|n| HIDDEN.is_multiple_of(n) && WIDTH.is_multiple_of(n));
+                (affine && divides).then_some(Merge::Bounded)
+            }
+            (Tuning::Tile(..), _) => None,
+        }
+    }
+
+    fn adapted(&self, seed: u64) -> Bigram {
+        let mut model = self.base.model(seed);
+        peft::attach(&mut model, &*self.method(Targets::All)).unwrap();
+        model
     }
 
     /// Parameters of each layer's adapter.
     fn n_parameters(&self) -> usize {
-        match self {
-            Case::Peqa(_) => 1,
-            Case::Lora(..) => 2,
+        match &self.tuning {
+            Tuning::Peqa(peqa) => 1 + usize::from(*peqa == Peqa::new().with_zeros(true)),
+            Tuning::Lora(_, dora) => 2 + usize::from(*dora),
+            Tuning::Tile(_, TileMethod::QaHira) => 1,
+            Tuning::Tile(..) => 2,
         }
     }
 }
 
-fn loras() -> impl Strategy<Value = Lora> {
-    let alpha = prop::sample::select(vec![0.7, 4.0, 16.0]);
-    (1..=HIDDEN, alpha, any::<u64>())
-        .prop_map(|(rank, alpha, seed)| Lora::new(rank).with_alpha(alpha).with_seed(seed))
-}
+/// Codes, scales and zeros.
+type OnGrid = (Vec<u8>, Vec<f32>, Option<Vec<f32>>);
 
-fn cases() -> impl Strategy<Value = Case> {
-    let nf = NormalFloat::new().with_block_size(4);
-    let nf = nf.with_double_quant(DoubleQuant::dynamic());
-    let base = prop_oneof![
-        Just(Base::Dense),
-        Just(Base::NormalFloat(nf)),
-        formats().prop_map(Base::Rtn),
-    ];
-    prop_oneof![
-        formats().prop_map(Case::Peqa),
-        (loras(), base).prop_map(|(lora, base)| Case::Lora(lora, base)),
-    ]
-}
-
-/// What a row of outputs can differ by, for each of `n` of them: the sums of the magnitudes of their
-/// terms.
-fn magnitudes(linear: &Linear, x: &[f32]) -> Vec<f64> {
-    let (Weight::Dense(weight), Some(Adapter::Lora(lora))) = (linear.weight(), linear.adapter())
-    else {
-        panic!("not LoRA on a dense weight");
-    };
+/// What the packed layers hold.
+fn codes(model: &Bigram) -> Vec<OnGrid> {
+    let linears = model.linears().into_iter();
+    let packed = linears.filter_map(|(_, linear)| match linear.weight() {
+        Weight::Quant(weight) => Some(weight.clone()),
+        Weight::Dense(_) => None,
+    });
     let values = |tensor: Tensor<2>| tensor.into_data().try_into_vec::<f32>().unwrap();
-    let [w, a, b] = [weight.val(), lora.a(), lora.b()].map(values);
-    let abs = |value: f32| f64::from(value).abs();
-    let (rank, d_out) = (lora.rank(), linear.weight().dims()[1]);
-    let product = |i: usize, j: usize| -> f64 {
-        (0..rank)
-            .map(|k| abs(a[i * rank + k]) * abs(b[k * d_out + j]))
-            .sum()
-    };
-    let element = |i, j| abs(w[i * d_out + j]) + abs(lora.scale()) * product(i, j);
-    (0..d_out)
-        .map(|j| {
-            (x.iter().enumerate())
-                .map(|(i, &x)| abs(x) * element(i, j))
-                .sum()
+    packed
+        .map(|weight| {
+            (
+                weight.codes(),
+                values(weight.scales()),
+                weight.zeros().map(values),
+            )
         })
         .collect()
+}
+
+/// The largest difference of two models' logits, relative to the largest logit.
+fn difference(a: &Bigram, b: &Bigram) -> f32 {
+    let (a, b) = (logits(a), logits(b));
+    let (a, b) = (
+        a.into_iter().map(f32::from_bits),
+        b.into_iter().map(f32::from_bits),
+    );
+    let largest = a.clone().fold(0.0, |most: f32, v| most.max(v.abs()));
+    a.zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
 }
 
 /// The paths of the parameters that have a gradient, and of those that have none.
@@ -288,91 +381,120 @@ impl ModuleVisitor for Gradients<'_> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Attaching changes no bit; merging changes none, and keeps codes and zeros.
+    /// Attaching changes no bit, or is refused and changes nothing.
     #[test]
-    fn merging_is_exact_and_stays_on_the_codes(rtn in formats(), seed in 0..1000u64) {
-        let mut model = quantized(seed, &rtn);
-        let (base, before, on_grid) = (Fingerprint::of(&model), logits(&model), codes(&model));
-        let attached = peft::attach(&mut model, &Peqa::new()).unwrap();
-        prop_assert_eq!(attached.paths, ["mlp.up", "mlp.down"]);
-        prop_assert_eq!(logits(&model), before.clone());
-
-        tune(&mut model, seed);
-        let tuned = logits(&model);
-        prop_assert_ne!(&tuned, &before);
+    fn attaching_is_neutral(case in any_cases(), seed in 0..1000u64) {
+        let mut model = case.base.model(seed);
+        let (base, before) = (Fingerprint::of(&model), logits(&model));
+        let attached = peft::attach(&mut model, &*case.method(Targets::All));
+        prop_assert_eq!(attached.is_ok(), case.merge().is_some(), "{:?}", attached);
         prop_assert_eq!(Fingerprint::of(&model), base);
+        prop_assert_eq!(logits(&model), before);
+        match attached {
+            Ok(attached) => {
+                prop_assert_eq!(attached.paths, ["mlp.up", "mlp.down"]);
+                prop_assert!(attached.n_trainable > 0);
+            }
+            Err(error) => {
+                prop_assert!(matches!(
+                    &error,
+                    Error::NeedsQuantized { path, .. } | Error::Tiles { path, .. } | Error::Zeros { path, .. }
+                        if path == "mlp.up"
+                ), "{}", error);
+                prop_assert!(model.linears().iter().all(|(_, linear)| linear.adapter().is_none()));
+            }
+        }
+    }
 
-        let certificate = peft::merge(&mut model).unwrap();
-        prop_assert!(certificate.is_exact());
-        prop_assert_eq!(logits(&model), tuned);
-        prop_assert_eq!(codes(&model), on_grid);
+    /// A merge changes no bit where it is exact, and nothing that f32 could tell where it is bounded;
+    /// codes and scales stay. What codes cannot hold is refused, and merges in the ways that are
+    /// asked for by name.
+    #[test]
+    fn merging_keeps_what_was_tuned(case in cases(), seed in 0..1000u64) {
+        let mut model = case.adapted(seed);
+        let (base, before, on_grid) = (Fingerprint::of(&model), logits(&model), codes(&model));
+        tune(&mut model, seed);
+        let adapted = model.clone();
+        prop_assert_ne!(logits(&adapted), before.clone());
+        // The base is frozen.
+        prop_assert_eq!(Fingerprint::of(&model), base.clone());
+        let merge = case.merge().unwrap();
+        if merge == Merge::OffGrid {
+            let error = peft::merge(&mut model).unwrap_err();
+            let named = matches!(&error, Error::MergeIntoPacked { path, .. } if path == "mlp.up");
+            prop_assert!(named, "{}", error);
+            prop_assert_eq!(logits(&model), logits(&adapted));
+            let dense = peft::merge_with(&mut model, OffGrid::Dense).unwrap();
+            prop_assert!(dense.layers.iter().all(|layer| layer.format.is_none()));
+            prop_assert_eq!(dense.kind(), "bounded");
+            prop_assert!(difference(&adapted, &model) < 1e-5);
+
+            let mut rounded = adapted.clone();
+            let eight = Rtn::new().with_bits(8).with_group_size(32);
+            let probe = batch(99, [2, 9]);
+            let certificate = peft::merge_probed(&mut rounded, OffGrid::Round(&eight), &probe).unwrap();
+            prop_assert_eq!(certificate.kind(), "rounded");
+            certificate.verify(&rounded).unwrap();
+            for layer in &certificate.layers {
+                let Exactness::Rounded { relative_error, retention } = layer.exactness else {
+                    panic!("{:?}", layer.exactness);
+                };
+                prop_assert_eq!(layer.format, Some(eight.format().unwrap()));
+                prop_assert!(relative_error > 0.0 && relative_error < 0.02, "{}", relative_error);
+                prop_assert!(retention > 0.2 && retention < 1.8, "{}", retention);
+            }
+            prop_assert!(certificate.probe.unwrap().max_merge_change > 0.0);
+            return Ok(());
+        }
+        let probe = batch(99, [2, 9]);
+        let certificate = peft::merge_probed(&mut model, OffGrid::Refuse, &probe).unwrap();
+        let measured = certificate.probe.unwrap();
+        prop_assert_eq!(measured.n_logits, before.len());
+        prop_assert!(measured.max_adapter_change > 0.0);
+        match merge {
+            Merge::Exact => {
+                prop_assert!(certificate.is_exact());
+                prop_assert_eq!(certificate.kind(), "exact");
+                prop_assert_eq!(logits(&model), logits(&adapted));
+                prop_assert_eq!((measured.max_merge_change, measured.retention), (0.0, 1.0));
+            }
+            _ => {
+                prop_assert_eq!(certificate.kind(), "bounded");
+                prop_assert!(difference(&adapted, &model) < 1e-5, "{}", certificate);
+                prop_assert!((measured.retention - 1.0).abs() < 1e-3, "{}", certificate);
+                for layer in &certificate.layers {
+                    let Exactness::Bounded { max_weight_error, max_weight } = layer.exactness else {
+                        panic!("{:?}", layer.exactness);
+                    };
+                    // What LoRA states is a bound, what the tiles state is measured.
+                    let bound = match case.tuning {
+                        Tuning::Tile(..) => 1e-6,
+                        _ => 1e-4,
+                    };
+                    prop_assert!(max_weight_error <= bound * max_weight, "{}", certificate);
+                }
+            }
+        }
+        // The same codes; of scales and zeros, only those that the method trains are others.
+        let zeros_train = matches!(case.tuning, Tuning::Tile(..)) || case.n_parameters() == 2;
+        for (before, after) in on_grid.iter().zip(codes(&model)) {
+            prop_assert_eq!(&before.0, &after.0);
+            prop_assert_eq!(before.1 == after.1, matches!(case.tuning, Tuning::Tile(..)));
+            prop_assert_eq!(before.2 == after.2, !zeros_train);
+        }
         certificate.verify(&model).unwrap();
         let mut other = model.clone();
         other.embedding = other.embedding.map(|embedding| embedding + 1e-3);
-        for stranger in [quantized(seed, &rtn), other] {
+        for stranger in [case.base.model(seed), other] {
             let refused = matches!(certificate.verify(&stranger), Err(Error::NotMerged { .. }));
             prop_assert!(refused);
         }
         prop_assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
     }
 
-    /// Attaching changes no output; merging into a dense weight none by more than the certificate
-    /// says, and merging into a packed one is refused.
-    #[test]
-    fn lora_merges_within_its_certificate((lora, seed) in (loras(), 0..1000u64)) {
-        let mut model = dense(seed);
-        let (base, before) = (Fingerprint::of(&model), logits(&model));
-        let attached = peft::attach(&mut model, &lora).unwrap();
-        prop_assert_eq!(attached.paths, ["mlp.up", "mlp.down"]);
-        prop_assert_eq!(logits(&model), before.clone());
-        tune(&mut model, seed);
-        let adapted = model.clone();
-        prop_assert_ne!(logits(&adapted), before);
-        prop_assert_eq!(Fingerprint::of(&model), base.clone());
-
-        let certificate = peft::merge(&mut model).unwrap();
-        prop_assert!(!certificate.is_exact());
-        prop_assert!(certificate.to_string().starts_with("bounded merge of 2 layers (lora); 0 of them"));
-        certificate.verify(&model).unwrap();
-        prop_assert_ne!(Fingerprint::of(&model), base);
-        for (at, layer) in certificate.layers.iter().enumerate() {
-            let (before, after) = (adapted.linears()[at].1, model.linears()[at].1);
-            prop_assert!(after.adapter().is_none());
-            prop_assert_eq!(layer.format, None);
-            prop_assert_ne!(layer.exactness, Exactness::Exact);
-            let x = numbers(seed + 7, before.weight().dims()[0]);
-            let y = |linear: &Linear| {
-                let x = Tensor::<1>::from_floats(x.as_slice(), &Device::flex()).unsqueeze::<2>();
-                linear.forward(x).into_data().try_into_vec::<f32>().unwrap()
-            };
-            for ((before, after), terms) in y(before).into_iter().zip(y(after)).zip(magnitudes(before, &x)) {
-                let (before, after) = (f64::from(before), f64::from(after));
-                // The bias is added with a rounding each.
-                let bias = (before.abs() + after.abs()) * 2f64.powi(-24);
-                let bound = layer.exactness.bound() * terms + bias;
-                prop_assert!((before - after).abs() <= bound, "{} {} {}", before, after, bound);
-            }
-        }
-    }
-
-    #[test]
-    fn lora_stays_beside_a_packed_weight(lora in loras(), rtn in formats(), seed in 0..1000u64) {
-        let mut model = quantized(seed, &rtn);
-        let before = logits(&model);
-        peft::attach(&mut model, &lora).unwrap();
-        prop_assert_eq!(logits(&model), before);
-        tune(&mut model, seed);
-        let tuned = logits(&model);
-        let error = peft::merge(&mut model).unwrap_err();
-        let named = matches!(&error, Error::MergeIntoPacked { path, .. } if path == "mlp.up");
-        prop_assert!(named, "{}", error);
-        prop_assert_eq!(logits(&model), tuned);
-    }
-
     #[test]
     fn only_adapters_have_gradients(case in cases(), seed in 0..1000u64) {
-        let mut model = case.base(seed);
-        case.attach(&mut model);
+        let mut model = case.adapted(seed);
         // A fresh `B` of LoRA gives `A` a gradient of zero.
         tune(&mut model, seed);
         let model = model.train();
@@ -388,9 +510,9 @@ proptest! {
     /// Blocks that are run again give the same losses, gradients and parameters, whatever trains.
     #[test]
     fn checkpointing_changes_no_bit(case in cases(), seed in 0..1000u64, trained in 0..4usize) {
-        let mut model = case.base(seed);
+        let mut model = case.base.model(seed);
         match trained {
-            0 => case.attach(&mut model),
+            0 => drop(peft::attach(&mut model, &*case.method(Targets::All)).unwrap()),
             1 => drop(peft::attach(&mut model, &*case.method(["down"])).unwrap()),
             // Below, and above as the head.
             _ => model.embedding = model.embedding.set_require_grad(true),
@@ -416,11 +538,11 @@ proptest! {
     #[test]
     fn adapters_are_saved_and_switched_bit_for_bit(case in cases(), seed in 0..1000u64) {
         let dir = tempfile::tempdir().unwrap();
-        let base = case.base(seed);
+        let base = case.base.model(seed);
         let mut tasks = Vec::new();
         for task in 0..2 {
             let mut model = base.clone();
-            case.attach(&mut model);
+            peft::attach(&mut model, &*case.method(Targets::All)).unwrap();
             tune(&mut model, seed + 10 * task);
             let path = dir.path().join(format!("task-{task}"));
             Adapters::of(&model).unwrap().save(&path).unwrap();
@@ -436,6 +558,56 @@ proptest! {
         prop_assert_eq!(logits(&model), tasks[0].1.clone());
         peft::activate(&mut model, &none).unwrap();
         prop_assert_eq!(logits(&model), logits(&base));
+    }
+
+    /// Tasks on one base: each is the merged model, bit for bit, whatever was there before it.
+    #[test]
+    fn tasks_are_the_merged_models(cases in tasks(), seed in 0..1000u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let (rtn, tunings) = cases;
+        let base = quantized(seed, &rtn);
+        let fingerprint = Fingerprint::of(&base);
+        let mut served = Tasks::new(base.clone()).unwrap();
+        let mut merged = Vec::new();
+        for (at, tuning) in tunings.iter().enumerate() {
+            let case = Case { tuning: tuning.clone(), base: Base::Rtn(rtn.clone()) };
+            let mut model = base.clone();
+            // A task may leave layers as they are.
+            let targets = match at {
+                0 => Targets::All,
+                _ => Targets::from(["down"]),
+            };
+            peft::attach(&mut model, &*case.method(targets)).unwrap();
+            tune(&mut model, seed + at as u64);
+            let pack = TaskPack::of(&model).unwrap();
+            prop_assert_eq!(pack.base(), &fingerprint);
+            let path = dir.path().join(format!("{at}"));
+            pack.save(&path).unwrap();
+            prop_assert_eq!(&TaskPack::load(&path).unwrap(), &pack);
+            let (rounded, change) = pack.clone().rounded_to_f16().unwrap();
+            prop_assert!(change <= 2f64.powi(-11), "{}", change);
+            prop_assert_eq!(rounded.n_values(), pack.n_values());
+            let half = dir.path().join(format!("{at}-f16"));
+            rounded.save(&half).unwrap();
+            let n_bytes = |dir: &std::path::Path| {
+                std::fs::metadata(dir.join("task.safetensors")).unwrap().len() as usize
+            };
+            prop_assert!(n_bytes(&half) < n_bytes(&path));
+            prop_assert_eq!(TaskPack::load(&half).unwrap(), rounded);
+            served.insert(format!("{at}"), pack).unwrap();
+            peft::merge(&mut model).unwrap();
+            merged.push(model);
+        }
+        for at in [1, 0, 1] {
+            served.activate(Some(&format!("{at}"))).unwrap();
+            prop_assert_eq!(Fingerprint::of(served.model()), Fingerprint::of(&merged[at]));
+            prop_assert_eq!(logits(served.model()), logits(&merged[at]));
+        }
+        let error = served.activate(Some("2")).unwrap_err();
+        let named = matches!(&error, Error::UnknownTask { name, names } if name == "2" && names == &["0", "1"]);
+        prop_assert!(named, "{}", error);
+        served.activate(None).unwrap();
+        prop_assert_eq!(Fingerprint::of(served.model()), fingerprint);
     }
 }
 
@@ -663,22 +835,145 @@ fn damaged_adapter_directories_are_refused() {
     assert!(
         matches!(&error, Error::MissingTensor { tensor, .. } if tensor.starts_with("mlp.gate"))
     );
-    let error = config("extra", "\"mlp.up\": \"peqa\"", "\"mlp.down\": \"peqa\"");
+    let error = config("extra", "\"mlp.up\":", "\"mlp.down\":");
     assert!(
         matches!(&error, Error::Tensor { tensor, .. } if tensor.starts_with("mlp.up")),
         "{error}"
     );
+    let error = config("method", "\"peqa\"", "\"ia3\"").to_string();
+    assert!(error.contains("unknown variant `ia3`"), "{error}");
+    let error = config("setting", "\"zeros\":", "\"zero\":").to_string();
+    assert!(error.contains("unknown field `zero`"), "{error}");
     assert!(
-        config("method", "peqa", "ia3")
+        config("version", "\"format_version\": 2", "\"format_version\": 1")
             .to_string()
-            .contains("unknown adapter method `ia3`")
-    );
-    assert!(
-        config("version", "\"format_version\": 1", "\"format_version\": 2")
-            .to_string()
-            .contains("is 2")
+            .contains("is 1")
     );
     assert!(matches!(config("json", "{", "["), Error::File { .. }));
+}
+
+#[test]
+fn damaged_and_strange_tasks_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = adapted(1);
+    tune(&mut model, 1);
+    let pack = TaskPack::of(&model).unwrap();
+    let stranger = quantized(2, &Rtn::new().with_bits(3).with_group_size(4));
+    let mut tasks = Tasks::new(stranger).unwrap();
+    let error = tasks.insert("task", pack.clone()).unwrap_err();
+    assert!(matches!(error, Error::OtherBase { .. }), "{error}");
+    assert!(matches!(
+        Tasks::new(model),
+        Err(Error::AlreadyAdapted { .. })
+    ));
+    assert!(matches!(TaskPack::of(&dense(1)), Err(Error::NoAdapters)));
+    let mut lora = quantized(1, &Rtn::new());
+    peft::attach(&mut lora, &Lora::new(1)).unwrap();
+    assert!(matches!(
+        TaskPack::of(&lora),
+        Err(Error::MergeIntoPacked { .. })
+    ));
+    let mut lora = dense(1);
+    peft::attach(&mut lora, &Lora::new(1)).unwrap();
+    assert!(matches!(
+        TaskPack::of(&lora),
+        Err(Error::NeedsQuantized { .. })
+    ));
+
+    let edited = |name: &str, from: &str, to: &str| {
+        let path = dir.path().join(name);
+        pack.save(&path).unwrap();
+        let file = path.join("task.json");
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(&file, text.replacen(from, to, 1)).unwrap();
+        TaskPack::load(&path)
+    };
+    assert!(edited("same", "scales", "scales").is_ok());
+    for (name, from, to) in [
+        ("part", "scales", "biases"),
+        ("layer", "mlp.down", "mlp.gate"),
+        ("version", "\"format_version\": 1", "\"format_version\": 7"),
+        ("json", "{", "["),
+    ] {
+        let error = edited(name, from, to).unwrap_err();
+        let refused = matches!(error, Error::File { .. } | Error::MissingTensor { .. });
+        assert!(refused, "{name}: {error}");
+    }
+    let path = dir.path().join("extra");
+    pack.save(&path).unwrap();
+    let values = || vec![0.5; 4];
+    let tensors = ["mlp.up.scales", "mlp.down.scales", "mlp.gate.scales"]
+        .map(|name| (name.to_string(), LazyTensor::f32([2, 2], values)));
+    peft::files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
+    let error = TaskPack::load(&path).unwrap_err();
+    assert!(matches!(error, Error::Tensor { .. }), "{error}");
+    // Of the right base, with a layer of another shape.
+    let tensors = ["mlp.up.scales", "mlp.down.scales"]
+        .map(|name| (name.to_string(), LazyTensor::f32([2, 2], values)));
+    peft::files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
+    let small = TaskPack::load(&path).unwrap();
+    let mut tasks = Tasks::new(quantized(1, &Rtn::new().with_bits(3).with_group_size(4))).unwrap();
+    let error = tasks.insert("small", small).unwrap_err();
+    assert!(matches!(error, Error::Shape { .. }), "{error}");
+    assert!(tasks.insert("task", pack).unwrap().is_none());
+    assert_eq!(tasks.names().collect::<Vec<_>>(), ["task"]);
+}
+
+/// LoRA+ gives `B` its own rate: the first step of AdamW moves each value by its rate.
+#[test]
+fn lora_plus_gives_b_its_own_rate() {
+    let mut model = dense(1);
+    peft::attach(&mut model, &Lora::new(2).with_dora(true)).unwrap();
+    tune(&mut model, 1);
+    let values = |model: &Bigram| {
+        let Some(Adapter::Lora(lora)) = model.up.adapter() else {
+            panic!("no LoRA");
+        };
+        let magnitude = lora.magnitude().unwrap().unsqueeze();
+        [lora.a(), lora.b(), magnitude].map(|t| t.into_data().try_into_vec::<f32>().unwrap())
+    };
+    let before = values(&model);
+    let config = FitConfig::new()
+        .with_learning_rate(1e-3)
+        .with_schedule(Schedule::Constant)
+        .with_lora_plus_ratio(16.0)
+        .with_steps(Some(1));
+    fit(&mut model, &[batch(1, [2, 9])], &config, |_| {}).unwrap();
+    let moved = before.iter().zip(values(&model)).map(|(before, after)| {
+        let moves = before
+            .iter()
+            .zip(after)
+            .map(|(before, after)| (after - before).abs());
+        moves.fold(0.0, f32::max)
+    });
+    for (moved, expected) in moved.zip([1e-3, 1.6e-2, 1.6e-2]) {
+        assert!((moved / expected - 1.0).abs() < 1e-2, "{moved} {expected}");
+    }
+    let config = config.with_lora_plus_ratio(0.0);
+    assert!(matches!(config.check(), Err(Error::Setting { .. })));
+}
+
+/// Dropout changes what is trained, by its seed alone, and nothing once training is over.
+#[test]
+fn dropout_follows_its_seed() {
+    let run = |probability, seed, checkpoint_blocks| {
+        let mut model = quantized(3, &Rtn::new().with_group_size(32));
+        let tile = Tile::qa_lora(2).with_dropout(probability);
+        peft::attach(&mut model, &tile).unwrap();
+        let batches: Vec<Batch> = (0..3).map(|at| batch(at, [2, 9])).collect();
+        let config = FitConfig::new()
+            .with_learning_rate(0.02)
+            .with_steps(Some(6))
+            .with_seed(seed)
+            .with_checkpoint_blocks(checkpoint_blocks);
+        fit(&mut model, &batches, &config, |_| {}).unwrap();
+        assert_eq!(logits(&model), logits(&model));
+        logits(&model)
+    };
+    assert_eq!(run(0.5, 1, false), run(0.5, 1, true));
+    assert_ne!(run(0.5, 1, false), run(0.0, 1, false));
+    assert_ne!(run(0.5, 1, false), run(0.5, 2, false));
 }
 
 /// Files of LoRA whose tensors do not belong together.
@@ -693,33 +988,43 @@ fn damaged_lora_files_are_refused() {
     let path = dir.path().join("lora");
     lora(2).save(&path).unwrap();
     let file = path.join("adapter_model.safetensors");
-    let write = |[a, b]: [[usize; 2]; 2], alpha: Vec<f32>| {
-        let mut tensors = Vec::new();
-        for (name, dims) in [("a", a), ("b", b), ("alpha", [alpha.len(), 1])] {
-            let alpha = alpha.clone();
-            let values = move || match name {
-                "alpha" => alpha.clone(),
-                _ => vec![0.5; dims[0] * dims[1]],
-            };
-            let tensor = match name {
-                "alpha" => LazyTensor::f32([dims[0]], values),
-                _ => LazyTensor::f32(dims, values),
-            };
-            tensors.push((format!("mlp.down.{name}"), tensor));
-        }
+    let write = |[a, b]: [[usize; 2]; 2]| {
+        let tensors = [("a", a), ("b", b)].map(|(name, dims)| {
+            let values = move || vec![0.5; dims[0] * dims[1]];
+            (format!("mlp.down.{name}"), LazyTensor::f32(dims, values))
+        });
         peft::files::write_tensors(&file, tensors).unwrap();
         Adapters::load(&path, &Device::flex()).unwrap_err()
     };
-    for (dims, alpha, bad) in [
-        ([[20, 2], [3, 16]], vec![1.0], "mlp.down.b"),
-        ([[20, 0], [0, 16]], vec![1.0], "mlp.down.b"),
-        ([[20, 2], [2, 16]], vec![], "mlp.down.alpha"),
-        ([[20, 2], [2, 16]], vec![1.0, 1.0], "mlp.down.alpha"),
-        ([[20, 2], [2, 16]], vec![-1.0], "mlp.down.alpha"),
-    ] {
-        let error = write(dims, alpha);
-        let named = matches!(&error, Error::Tensor { tensor, .. } if tensor == bad);
-        assert!(named, "{bad}: {error}");
+    for dims in [[[WIDTH, 2], [3, HIDDEN]], [[WIDTH, 0], [0, HIDDEN]]] {
+        let error = write(dims);
+        let named = matches!(&error, Error::Tensor { tensor, .. } if tensor == "mlp.down.b");
+        assert!(named, "{error}");
+    }
+    let error = write([[WIDTH, 2], [2, HIDDEN]]);
+    let named = matches!(&error, Error::MissingTensor { tensor, .. } if tensor == "mlp.up.a");
+    assert!(named, "{error}");
+    for (at, (setting, value)) in [("alpha", "-1.0"), ("dropout", "1.0")]
+        .into_iter()
+        .enumerate()
+    {
+        let dir = dir.path().join(format!("setting-{at}"));
+        lora(2).save(&dir).unwrap();
+        let config = dir.join("adapter_config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        let old = match setting {
+            "alpha" => "\"alpha\": 2.0",
+            _ => "\"dropout\": 0.0",
+        };
+        assert!(text.contains(old), "{text}");
+        std::fs::write(
+            &config,
+            text.replace(old, &format!("\"{setting}\": {value}")),
+        )
+        .unwrap();
+        let error = Adapters::load(&dir, &Device::flex()).unwrap_err();
+        let named = matches!(error, Error::Setting { setting: found, .. } if found == setting);
+        assert!(named, "{error}");
     }
     // Adapters of other dimensions than the layer's, with the fingerprint of its base.
     let fit = |dims: [usize; 2]| {

@@ -232,21 +232,35 @@ impl QuantTensor {
         words.expect("words are u32")
     }
 
-    /// The same codes and zeros with other scales, `[n_groups, d_out]`, which are frozen floats.
+    /// The same codes on another grid: scales `[n_groups, d_out]`, and zeros of the same shape where
+    /// the format has them. Both are frozen floats from then on.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if a scale is NaN or infinite.
+    /// [`Error::NonFinite`] if a scale or a zero is NaN or infinite, [`Error::Zeros`] if there are
+    /// zeros on a grid that has none, or none on one that has.
     ///
     /// # Panics
-    /// If `scales` has another shape.
-    pub fn with_scales(mut self, scales: Tensor<2>) -> Result<Self> {
-        assert_eq!(
-            scales.dims(),
-            self.layout.grid_shape(),
-            "the shape of the scales"
-        );
-        non_finite("the scales", &floats(scales.clone()), self.layout.d_out())?;
+    /// If `scales` or `zeros` have another shape.
+    pub fn with_grid(mut self, scales: Tensor<2>, zeros: Option<Tensor<2>>) -> Result<Self> {
+        let (grid, found) = (self.format.grid(), zeros.is_some());
+        if found != (grid == Grid::Affine) {
+            return Err(Error::Zeros { grid, found });
+        }
+        let d_out = self.layout.d_out();
+        let check = |what, values: &Tensor<2>| {
+            assert_eq!(
+                values.dims(),
+                self.layout.grid_shape(),
+                "the shape of {what}"
+            );
+            non_finite(what, &floats(values.clone()), d_out)
+        };
+        check("the scales", &scales)?;
+        if let Some(zeros) = &zeros {
+            check("the zeros", zeros)?;
+        }
         self.scales = ScaleParams::Float(frozen(scales));
+        self.zeros = zeros.map(frozen);
         self.format = self.format.without_double_quant();
         Ok(self)
     }
@@ -271,14 +285,25 @@ impl QuantTensor {
     /// # Panics
     /// If `x` has other inputs.
     pub fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.matmul_scaled(x, self.scales())
+        self.matmul_on_grid(x, self.scales(), self.zeros())
     }
 
-    /// `x · w` with other scales, `[n_groups, d_out]`; differentiable in both.
+    /// `x · w` with the same codes on another grid; differentiable in `x`, `scales` and `zeros`.
+    ///
+    /// # Shapes
+    /// - `x`: `[.., d_in]`
+    /// - `scales`, `zeros`: `[n_groups, d_out]`; no zeros on a grid that has none
+    /// - result: `[.., d_out]`
     ///
     /// # Panics
-    /// If `x` has other inputs, or `scales` another shape.
-    pub fn matmul_scaled<const D: usize>(&self, x: Tensor<D>, scales: Tensor<2>) -> Tensor<D> {
+    /// If `x` has other inputs, `scales` or `zeros` another shape, or there are zeros where the
+    /// format has none, or none where it has.
+    pub fn matmul_on_grid<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        scales: Tensor<2>,
+        zeros: Option<Tensor<2>>,
+    ) -> Tensor<D> {
         let x = match &self.order {
             Some(order) => x.select(D - 1, order.inputs.val()),
             None => x,
@@ -287,7 +312,7 @@ impl QuantTensor {
             x,
             self.words.val(),
             scales,
-            self.zeros(),
+            zeros,
             self.layout,
             self.precision,
         )

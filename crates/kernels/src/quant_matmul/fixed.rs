@@ -219,11 +219,14 @@ impl<'a> Grid<'a> {
         let group = self.groups[block];
         // SAFETY: the caller has AVX-512.
         unsafe {
-            let center = _mm512_set1_ps(self.w.layout.center());
             let zeros = match self.w.zeros {
-                None => center,
-                Some(zeros) => _mm512_add_ps(center, self.columns.read(zeros, group, part)),
+                None => _mm512_setzero_ps(),
+                Some(zeros) => self.columns.read(zeros, group, part),
             };
+            // What is left of a zero keeps its digits: only whole numbers are added to it.
+            let nearest = _mm512_roundscale_ps::<0>(zeros);
+            let left = _mm512_sub_ps(zeros, nearest);
+            let whole = _mm512_add_ps(nearest, _mm512_set1_ps(self.w.layout.center()));
             // Less 64, all but codes of 8 bits are signed bytes.
             let most = _mm512_set1_ps(if self.w.layout.bits() == 8 {
                 255.0
@@ -231,13 +234,12 @@ impl<'a> Grid<'a> {
                 64.0
             });
             let least = _mm512_sub_ps(_mm512_setzero_ps(), most);
-            let center = _mm512_roundscale_ps::<0>(zeros);
-            let center = _mm512_max_ps(least, _mm512_min_ps(most, center));
+            let center = _mm512_max_ps(least, _mm512_min_ps(most, whole));
             Part {
                 group,
                 scales: self.columns.read(self.w.scales, group, part),
                 center,
-                zeros: _mm512_sub_ps(zeros, center),
+                zeros: _mm512_add_ps(_mm512_sub_ps(whole, center), left),
             }
         }
     }

@@ -1,38 +1,58 @@
 //! LoRA: a product of two thin matrices is added to the weight; over a packed weight it is QLoRA.
 //!
 //! Hu et al. 2021, arXiv:2106.09685, and Dettmers et al. 2023, arXiv:2305.14314:
-//! `y = x W + σ (x A) B` with `σ = α / r` and `W` frozen. `A` begins uniform in `±1 / √d_in`, as in
-//! PEFT (Kaiming with `a = √5`), and `B` at zero.
+//! `y = x W + σ (x A) B` with `W` frozen. `σ = α / r`, or `α / √r` as rsLoRA has it (Kalajdzievski
+//! 2023, arXiv:2312.03732). `A` begins uniform in `±1 / √d_in`, as in PEFT (Kaiming with `a = √5`),
+//! and `B` at zero.
+//!
+//! DoRA (Liu et al. 2024, arXiv:2402.09353) trains the norms of the outputs' weights apart from
+//! their directions: `y = (m / ‖W + σ A B‖) (x W + σ (x A) B)`, with a norm and an `m` for each output
+//! and the norm taken for a constant in the backward pass, as in PEFT. Of the norm,
+//! `‖w + σ A b‖² = ‖w‖² + 2 σ (wᵀ A) b + σ² bᵀ (AᵀA) b`: it takes a product of the weight with `r`
+//! rows, and no dense update.
 
-use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::module::{Module, Param, ParamId};
+use burn::tensor::{DType, Device, Tensor};
+use quant_core::QuantTensor;
 use rand::RngExt;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use sha2::{Digest, Sha256};
+use serde::{Deserialize, Serialize};
 
-use super::{Adapter, Method, check_shape, read_param, stored};
+use super::{
+    Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_rank,
+    check_shape, largest, layer_rng, of_roundings, read_param, stored, trained,
+};
 use crate::files::{LazyTensor, TensorFile};
 use crate::linear::dense_matmul;
 use crate::{Error, Exactness, Result, Targets, Weight};
 
+#[cfg(test)]
+mod tests;
+
 /// Trains a matrix of low rank beside each layer's weight, dense or packed.
 ///
 /// It merges into a dense weight within a bound that the certificate states. The sum with a packed
-/// weight has no codes: that merge is refused, and the adapters stay beside the base.
+/// weight has no codes: that merge is refused unless it is asked for by name
+/// ([`OffGrid`](crate::OffGrid)), and the adapters stay beside the base.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lora {
     rank: usize,
-    alpha: f32,
+    alpha: Option<f32>,
+    rank_stabilized: bool,
+    dora: bool,
+    dropout: f32,
     targets: Targets,
     seed: u64,
 }
 
 impl Lora {
-    /// Of this rank `r` on every linear layer, with `α = r`, that is `σ = 1`.
+    /// Of this rank `r` on every linear layer, with `σ = 1`.
     pub fn new(rank: usize) -> Self {
         Self {
             rank,
-            alpha: rank as f32,
+            alpha: None,
+            rank_stabilized: false,
+            dora: false,
+            dropout: 0.0,
             targets: Targets::All,
             seed: 0,
         }
@@ -40,7 +60,25 @@ impl Lora {
 
     /// With this `α`: the product is multiplied by `σ = α / r`.
     pub fn with_alpha(mut self, alpha: f32) -> Self {
-        self.alpha = alpha;
+        self.alpha = Some(alpha);
+        self
+    }
+
+    /// rsLoRA: `σ = α / √r`.
+    pub fn with_rank_stabilized(mut self, rank_stabilized: bool) -> Self {
+        self.rank_stabilized = rank_stabilized;
+        self
+    }
+
+    /// DoRA: with a trained norm for each output.
+    pub fn with_dora(mut self, dora: bool) -> Self {
+        self.dora = dora;
+        self
+    }
+
+    /// Drops inputs of `A` with this probability while [`fit`](crate::fit()) trains.
+    pub fn with_dropout(mut self, probability: f32) -> Self {
+        self.dropout = probability;
         self
     }
 
@@ -55,27 +93,6 @@ impl Lora {
         self.seed = seed;
         self
     }
-
-    fn check(&self) -> Result<()> {
-        let refuse = |setting, value: String, expected| {
-            Err(Error::Setting {
-                setting,
-                value,
-                expected,
-            })
-        };
-        if self.rank == 0 {
-            return refuse("rank", "0".into(), "at least 1");
-        }
-        if !is_positive(self.alpha) {
-            return refuse("alpha", self.alpha.to_string(), "a positive number");
-        }
-        Ok(())
-    }
-}
-
-fn is_positive(alpha: f32) -> bool {
-    alpha.is_finite() && alpha > 0.0
 }
 
 impl Method for Lora {
@@ -84,32 +101,41 @@ impl Method for Lora {
     }
 
     fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
-        self.check()?;
+        check_count("rank", self.rank)?;
         check_dtype(path, weight)?;
         let (rank, [d_in, d_out]) = (self.rank, weight.dims());
-        if rank > d_in.min(d_out) {
-            return Err(Error::Rank {
-                path: path.into(),
-                rank,
-                dims: [d_in, d_out],
-            });
-        }
-        // A layer's numbers do not depend on which others are adapted.
-        let seed = Sha256::digest(format!("{} {path}", self.seed));
-        let mut rng = ChaCha8Rng::from_seed(seed.into());
-        let bound = 1.0 / (d_in as f32).sqrt();
-        let a: Vec<f32> = (0..d_in * rank)
-            .map(|_| rng.random_range(-bound..bound))
-            .collect();
+        check_rank(path, rank, [d_in, d_out])?;
+        let settings = LoraSettings {
+            alpha: self.alpha.unwrap_or(match self.rank_stabilized {
+                true => (rank as f32).sqrt(),
+                false => rank as f32,
+            }),
+            rank_stabilized: self.rank_stabilized,
+            dora: self.dora,
+            dropout: self.dropout,
+        };
         let device = weight.device();
-        let a = Tensor::from_data(TensorData::new(a, [d_in, rank]), (&device, DType::F32));
+        let a = kaiming(self.seed, path, [d_in, rank], &device);
         let b = Tensor::zeros([rank, d_out], (&device, DType::F32));
-        Ok(Adapter::Lora(LoraAdapter {
-            a: Param::from_tensor(a),
-            b: Param::from_tensor(b),
-            alpha: self.alpha,
-        }))
+        let magnitude = self
+            .dora
+            .then(|| Param::from_tensor(column_squares(weight).sqrt()));
+        let adapter = LoraAdapter::new(a, Param::from_tensor(b), magnitude, settings)?;
+        Ok(Adapter::Lora(adapter.bound_to(weight)))
     }
+}
+
+/// Uniform in `±1 / √d_in`, `[d_in, r]`.
+pub(super) fn kaiming(
+    seed: u64,
+    path: &str,
+    dims: [usize; 2],
+    device: &Device,
+) -> Param<Tensor<2>> {
+    let mut rng = layer_rng(seed, path);
+    let bound = 1.0 / (dims[0] as f32).sqrt();
+    let values = (0..dims[0] * dims[1]).map(|_| rng.random_range(-bound..bound));
+    trained(values.collect(), dims, device)
 }
 
 /// The factors of what is added to one layer's weight.
@@ -117,11 +143,80 @@ impl Method for Lora {
 pub struct LoraAdapter {
     a: Param<Tensor<2>>,
     b: Param<Tensor<2>>,
-    alpha: f32,
+    magnitude: Option<Magnitude>,
+    #[module(skip)]
+    settings: LoraSettings,
+    #[module(skip)]
+    dropout: Dropout,
+}
+
+/// The trained norms of DoRA.
+#[derive(Module, Debug)]
+struct Magnitude {
+    /// `[d_out]`.
+    m: Param<Tensor<1>>,
+    /// The squares of the norms of the weight itself, `[d_out]`, once the weight is known.
+    squares: Option<Tensor<1>>,
+}
+
+/// What a [`LoraAdapter`] is beside its tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct LoraSettings {
+    pub(crate) alpha: f32,
+    pub(crate) rank_stabilized: bool,
+    pub(crate) dora: bool,
+    pub(crate) dropout: f32,
 }
 
 impl LoraAdapter {
-    pub(super) const NAME: &'static str = "lora";
+    /// Of these factors, `[d_in, r]` and `[r, d_out]`, whose product is multiplied by `scale`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the rank is 0 or `scale` is no positive number.
+    ///
+    /// # Panics
+    /// If the factors have not one rank.
+    pub fn from_factors(a: Tensor<2>, b: Tensor<2>, scale: f32) -> Result<Self> {
+        let rank = a.dims()[1];
+        assert_eq!(rank, b.dims()[0], "the rank of the factors");
+        check_count("rank", rank)?;
+        check_positive("scale", scale)?;
+        let settings = LoraSettings {
+            alpha: scale * rank as f32,
+            rank_stabilized: false,
+            dora: false,
+            dropout: 0.0,
+        };
+        Self::new(Param::from_tensor(a), Param::from_tensor(b), None, settings)
+    }
+
+    /// The ranks of the factors must be the same and above 0.
+    pub(crate) fn new(
+        a: Param<Tensor<2>>,
+        b: Param<Tensor<2>>,
+        magnitude: Option<Param<Tensor<1>>>,
+        settings: LoraSettings,
+    ) -> Result<Self> {
+        check_positive("alpha", settings.alpha)?;
+        let dropout = Dropout::new(settings.dropout);
+        dropout.check()?;
+        Ok(Self {
+            a,
+            b,
+            magnitude: magnitude.map(|m| Magnitude { m, squares: None }),
+            settings,
+            dropout,
+        })
+    }
+
+    pub(super) fn method(&self) -> &'static str {
+        match (&self.magnitude, self.settings.rank_stabilized) {
+            (Some(_), _) => "DoRA",
+            (None, true) => "rsLoRA",
+            (None, false) => "LoRA",
+        }
+    }
 
     /// The factor on the side of the inputs, `[d_in, r]`.
     pub fn a(&self) -> Tensor<2> {
@@ -133,9 +228,14 @@ impl LoraAdapter {
         self.b.val()
     }
 
+    /// The norms that DoRA trains, `[d_out]`.
+    pub fn magnitude(&self) -> Option<Tensor<1>> {
+        self.magnitude.as_ref().map(|magnitude| magnitude.m.val())
+    }
+
     /// `α`.
     pub fn alpha(&self) -> f32 {
-        self.alpha
+        self.settings.alpha
     }
 
     /// `r`.
@@ -143,360 +243,130 @@ impl LoraAdapter {
         self.a().dims()[1]
     }
 
-    /// `σ = α / r`.
+    /// `σ`: `α / r`, or `α / √r` if it is rank-stabilized.
     pub fn scale(&self) -> f32 {
-        self.alpha / self.rank() as f32
+        let rank = self.rank() as f32;
+        match self.settings.rank_stabilized {
+            true => self.settings.alpha / rank.sqrt(),
+            false => self.settings.alpha / rank,
+        }
+    }
+
+    pub(super) fn dropout_mut(&mut self) -> &mut Dropout {
+        &mut self.dropout
+    }
+
+    /// `B`, and DoRA's norms.
+    pub(super) fn fast_params(&self) -> Vec<ParamId> {
+        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.m.id);
+        [self.b.id].into_iter().chain(magnitude).collect()
     }
 
     pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
         // Of all factors, `x A` has the fewest numbers to scale, unless rows are many.
-        let low = dense_matmul(x.clone(), self.a()) * self.scale();
-        weight.matmul(x) + dense_matmul(low, self.b())
+        let low = dense_matmul(self.dropout.apply(x.clone()), self.a()) * self.scale();
+        let y = weight.matmul(x) + dense_matmul(low, self.b());
+        match self.factors(weight) {
+            Some(factors) => y * factors.unsqueeze(),
+            None => y,
+        }
+    }
+
+    /// What DoRA multiplies each output by, `[d_out]`.
+    fn factors(&self, weight: &Weight) -> Option<Tensor<1>> {
+        let magnitude = self.magnitude.as_ref()?;
+        let squares = magnitude.squares.clone();
+        let squares = squares.unwrap_or_else(|| column_squares(weight));
+        let (a, b) = (self.a().detach(), self.b().detach());
+        let scale = self.scale();
+        let cross = weight.matmul(a.clone().transpose()) * b.clone();
+        let square = a.clone().transpose().matmul(a).matmul(b.clone()) * b;
+        let sum = |terms: Tensor<2>| terms.sum_dim(0).squeeze_dim::<1>(0);
+        let norm = squares + sum(cross) * (2.0 * scale) + sum(square) * (scale * scale);
+        // An output without weights has no direction: it stays at 0 times its sum.
+        let norm = norm.clamp_min(f32::MIN_POSITIVE).sqrt().detach();
+        Some(magnitude.m.val() / norm)
     }
 
     pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
         check_dtype(path, weight)?;
         let (rank, [d_in, d_out]) = (self.rank(), weight.dims());
         check_shape(path, [d_in, rank], self.a().dims())?;
-        check_shape(path, [rank, d_out], self.b().dims())
+        check_shape(path, [rank, d_out], self.b().dims())?;
+        match self.magnitude() {
+            Some(magnitude) => check_shape(path, [d_out], magnitude.dims()),
+            None => Ok(()),
+        }
     }
 
-    pub(super) fn merge(&self, path: &str, weight: &Weight) -> Result<(Weight, Exactness)> {
-        self.check(path, weight)?;
-        let weight = match weight {
-            Weight::Dense(weight) => weight,
-            Weight::Quant(_) => {
-                return Err(Error::MergeIntoPacked {
-                    method: "LoRA",
-                    path: path.into(),
-                });
-            }
-        };
-        let update = (self.a() * self.scale()).matmul(self.b());
-        let merged = (weight.val() + update).detach();
-        let values = merged.to_data().convert::<f32>();
-        let values = values.as_slice::<f32>().expect("converted to f32");
-        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            let d_out = self.b().dims()[1];
-            return Err(Error::Quant {
-                path: path.into(),
-                source: quant_core::Error::NonFinite {
-                    what: "the merged weight",
-                    value: values[at],
-                    row: at / d_out,
-                    column: at % d_out,
-                    count: values.iter().filter(|value| !value.is_finite()).count(),
-                },
-            });
+    pub(super) fn bound_to(mut self, weight: &Weight) -> Self {
+        if let Some(magnitude) = &mut self.magnitude {
+            magnitude.squares = Some(column_squares(weight));
         }
-        let merged = Param::from_tensor(merged).set_require_grad(weight.is_require_grad());
-        // Both the adapted and the merged layer round each product at most as often as it is a term
-        // of a sum over inputs and over ranks, and for the scale and the addition.
-        let roundings = 2 * (merged.val().dims()[0] + self.rank() + 2);
-        Ok((Weight::Dense(merged), Exactness::Bounded { roundings }))
+        self
+    }
+
+    pub(super) fn on_codes(&self, path: &str) -> Result<(QuantTensor, Exactness)> {
+        Err(Error::MergeIntoPacked {
+            method: self.method(),
+            path: path.into(),
+            reason: "what it adds differs from weight to weight inside a group".into(),
+        })
+    }
+
+    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+        let (w, a, b) = (weight.to_dense(), self.a().detach(), self.b().detach());
+        let scale = self.scale();
+        let merged = w.clone() + (a.clone() * scale).matmul(b.clone());
+        let magnitudes = w.abs() + (a.abs() * scale).matmul(b.abs());
+        // Each product is rounded as often as it is a term of the sum over the ranks, and for the
+        // scale and the addition; with DoRA once more.
+        let roundings = self.rank() + 2;
+        let (merged, magnitudes, roundings) = match self.factors(weight) {
+            Some(factors) => {
+                let factors = factors.detach().unsqueeze::<2>();
+                let magnitudes = magnitudes * factors.clone().abs();
+                (merged * factors, magnitudes, roundings + 1)
+            }
+            None => (merged, magnitudes, roundings),
+        };
+        let exactness = Exactness::Bounded {
+            max_weight_error: of_roundings(roundings) * largest(magnitudes),
+            max_weight: largest(merged.clone()),
+        };
+        (merged, exactness)
+    }
+
+    pub(crate) fn settings(&self) -> LoraSettings {
+        self.settings.clone()
     }
 
     pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
-        let alpha = LazyTensor::floats([1], || vec![self.alpha]);
-        vec![
-            ("a", stored(&self.a)),
-            ("b", stored(&self.b)),
-            ("alpha", alpha),
-        ]
+        let mut tensors = vec![("a", stored(&self.a)), ("b", stored(&self.b))];
+        if let Some(magnitude) = &self.magnitude {
+            tensors.push(("magnitude", stored(&magnitude.m)));
+        }
+        tensors
     }
 
-    pub(super) fn read(path: &str, file: &mut TensorFile, device: &Device) -> Result<Self> {
+    pub(super) fn read(
+        settings: LoraSettings,
+        path: &str,
+        file: &mut TensorFile,
+        device: &Device,
+    ) -> Result<Self> {
         let name = |tensor: &str| format!("{path}.{tensor}");
-        let a = read_param(&name("a"), file, device)?;
-        let b = read_param(&name("b"), file, device)?;
-        let (rank, b_rank) = (a.val().dims()[1], b.val().dims()[0]);
-        if rank == 0 || rank != b_rank {
-            let problem = format!("has {b_rank} rows where `{}` has {rank} columns", name("a"));
-            return Err(file.refuse(&name("b"), problem));
-        }
-        let (alpha, _) = file.floats::<1>(&name("alpha"))?;
-        match alpha[..] {
-            [alpha] if is_positive(alpha) => Ok(Self { a, b, alpha }),
-            _ => Err(file.refuse(
-                &name("alpha"),
-                format!("is {alpha:?}, not one positive number"),
-            )),
-        }
+        let a = read_param::<2>(&name("a"), file, device)?;
+        let b = read_param::<2>(&name("b"), file, device)?;
+        check_inner(&name, &a, &b, file)?;
+        let magnitude = settings
+            .dora
+            .then(|| read_param(&name("magnitude"), file, device));
+        Self::new(a, b, magnitude.transpose()?, settings)
     }
 }
 
-/// Checks that a dense weight is of the dtype in which adapters are trained.
-fn check_dtype(path: &str, weight: &Weight) -> Result<()> {
-    match weight {
-        Weight::Dense(weight) if weight.val().dtype() != DType::F32 => Err(Error::NotF32 {
-            path: path.into(),
-            found: weight.val().dtype(),
-        }),
-        _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use quant_core::{Quantizer, Rtn};
-
-    use super::*;
-    use crate::Linear;
-
-    /// A matrix in f64, row by row.
-    #[derive(Clone)]
-    struct Matrix {
-        dims: [usize; 2],
-        values: Vec<f64>,
-    }
-
-    impl Matrix {
-        fn new(dims: [usize; 2], at: impl Fn(usize, usize) -> f64) -> Self {
-            let values = (0..dims[0] * dims[1]).map(|n| at(n / dims[1], n % dims[1]));
-            let values = values.collect();
-            Self { dims, values }
-        }
-
-        fn of(tensor: Tensor<2>) -> Self {
-            let dims = tensor.dims();
-            let values = tensor.into_data().try_into_vec::<f32>().unwrap();
-            Self::new(dims, |i, j| f64::from(values[i * dims[1] + j]))
-        }
-
-        fn at(&self, i: usize, j: usize) -> f64 {
-            self.values[i * self.dims[1] + j]
-        }
-
-        fn t(&self) -> Self {
-            Self::new([self.dims[1], self.dims[0]], |i, j| self.at(j, i))
-        }
-
-        fn times(&self, other: &Self) -> Self {
-            assert_eq!(self.dims[1], other.dims[0]);
-            Self::new([self.dims[0], other.dims[1]], |i, j| {
-                (0..self.dims[1])
-                    .map(|k| self.at(i, k) * other.at(k, j))
-                    .sum()
-            })
-        }
-
-        fn plus(&self, factor: f64, other: &Self) -> Self {
-            assert_eq!(self.dims, other.dims);
-            Self::new(self.dims, |i, j| self.at(i, j) + factor * other.at(i, j))
-        }
-
-        fn abs(&self) -> Self {
-            Self::new(self.dims, |i, j| self.at(i, j).abs())
-        }
-
-        /// Whether `found` is no further from this than `roundings` may take it, in sums of terms
-        /// whose magnitudes add up to `magnitudes`.
-        fn is_near(&self, found: &Self, roundings: usize, magnitudes: &Self) -> bool {
-            let bound = Exactness::Bounded { roundings }.bound();
-            assert_eq!(self.dims, found.dims);
-            assert_eq!(self.dims, magnitudes.dims);
-            (self.values.iter().zip(&found.values))
-                .zip(&magnitudes.values)
-                .all(|((value, found), magnitude)| (value - found).abs() <= bound * magnitude)
-        }
-    }
-
-    #[derive(Debug)]
-    struct Case {
-        weight: Tensor<2>,
-        adapter: LoraAdapter,
-        x: Tensor<2>,
-        /// The gradient of the output.
-        dy: Tensor<2>,
-    }
-
-    fn cases() -> impl Strategy<Value = Case> {
-        let alpha = prop::sample::select(vec![0.3f32, 1.0, 32.0]);
-        let dims = (1..40usize, 1..40usize, 1..9usize);
-        (dims, 1..=8usize, alpha, any::<u64>()).prop_map(
-            |((d_in, d_out, rows), rank, alpha, seed)| {
-                let rank = rank.min(d_in).min(d_out);
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
-                let mut random = |dims: [usize; 2]| {
-                    let n = dims[0] * dims[1];
-                    let values: Vec<f32> = (0..n).map(|_| rng.random_range(-1.0..1.0)).collect();
-                    Tensor::<2>::from_data(TensorData::new(values, dims), &Device::flex())
-                };
-                Case {
-                    weight: random([d_in, d_out]),
-                    adapter: LoraAdapter {
-                        a: Param::from_tensor(random([d_in, rank])),
-                        b: Param::from_tensor(random([rank, d_out])),
-                        alpha,
-                    },
-                    x: random([rows, d_in]),
-                    dy: random([rows, d_out]),
-                }
-            },
-        )
-    }
-
-    fn refused(lora: &Lora, dims: [usize; 2]) -> Error {
-        let weight = Weight::frozen(Tensor::zeros(dims, &Device::flex()));
-        lora.init("mlp.up", &weight).unwrap_err()
-    }
-
-    proptest! {
-        /// Outputs, adapted and merged, and the merged weight against sums in f64.
-        #[test]
-        fn outputs_are_those_of_the_sum(case in cases()) {
-            let Case { weight, adapter, x, .. } = case;
-            let (d_in, rank) = (weight.dims()[0], adapter.rank());
-            let scale = f64::from(adapter.alpha() / rank as f32);
-            let [w, a, b, rows] = [weight.clone(), adapter.a(), adapter.b(), x.clone()].map(Matrix::of);
-            let sum = w.plus(scale, &a.times(&b));
-            let magnitudes = w.abs().plus(scale, &a.abs().times(&b.abs()));
-            let y = rows.times(&sum);
-            let y_magnitudes = rows.abs().times(&magnitudes);
-
-            let base = Weight::frozen(weight);
-            let adapted = Matrix::of(adapter.forward(&base, x.clone()));
-            prop_assert!(y.is_near(&adapted, d_in + rank + 2, &y_magnitudes));
-            let (merged, exactness) = adapter.merge("mlp.up", &base).unwrap();
-            let roundings = 2 * (d_in + rank + 2);
-            prop_assert_eq!(exactness, Exactness::Bounded { roundings });
-            let Weight::Dense(found) = &merged else { panic!("a dense weight was packed") };
-            prop_assert!(!found.is_require_grad());
-            prop_assert!(sum.is_near(&Matrix::of(found.val()), rank + 2, &magnitudes));
-            let found = Matrix::of(Linear::new(merged, None).forward(x));
-            prop_assert!(y.is_near(&found, d_in + rank + 2, &y_magnitudes));
-            prop_assert!(adapted.is_near(&found, roundings, &y_magnitudes));
-        }
-
-        /// Gradients against sums in f64.
-        #[test]
-        fn gradients_are_those_of_the_sum(case in cases()) {
-            let Case { weight, adapter, x, dy } = case;
-            let (rank, [rows, d_in]) = (adapter.rank(), x.dims());
-            let (d_out, scale) = (weight.dims()[1], f64::from(adapter.scale()));
-            let x = x.autodiff().require_grad();
-            let base = Weight::frozen(weight.clone());
-            let tracked = adapter.clone().train();
-            let loss = (tracked.forward(&base, x.clone()) * dy.clone().autodiff()).sum();
-            let gradients = loss.backward();
-            let found = [
-                tracked.a().grad(&gradients),
-                tracked.b().grad(&gradients),
-                x.grad(&gradients),
-            ];
-            let found = found.map(|gradient| Matrix::of(gradient.unwrap()));
-
-            let [w, a, b, x, dy] =
-                [weight, adapter.a(), adapter.b(), x.inner(), dy].map(Matrix::of);
-            let expected = |[w, a, b, x, dy]: [&Matrix; 5]| {
-                let zero = |m: &Matrix| Matrix::new(m.dims, |_, _| 0.0);
-                [
-                    zero(a).plus(scale, &x.t().times(&dy.times(&b.t()))),
-                    zero(b).plus(scale, &x.times(a).t().times(dy)),
-                    dy.times(&w.t()).plus(scale, &dy.times(&b.t()).times(&a.t())),
-                ]
-            };
-            let exact = expected([&w, &a, &b, &x, &dy]);
-            let magnitudes = expected([&w.abs(), &a.abs(), &b.abs(), &x.abs(), &dy.abs()]);
-            let roundings = [d_out + rows + 1, d_in + rows + 1, d_out + rank + 2];
-            for (at, n) in roundings.into_iter().enumerate() {
-                prop_assert!(exact[at].is_near(&found[at], n, &magnitudes[at]), "gradient {}", at);
-            }
-        }
-
-        /// Over a packed weight: its product, and the same update as over a dense one.
-        #[test]
-        fn over_a_packed_weight_it_is_qlora(case in cases()) {
-            let Case { weight, adapter, x, .. } = case;
-            let zeros = Weight::frozen(weight.zeros_like());
-            let rtn = Rtn::new().with_bits(3).with_group_size(weight.dims()[0].min(5));
-            let packed = rtn.quantize(weight, None).unwrap();
-            let packed = Weight::Quant(packed.weight);
-            let expected = packed.matmul(x.clone()) + adapter.forward(&zeros, x.clone());
-            let found = adapter.forward(&packed, x);
-            let [found, expected] = [found, expected].map(|y| y.into_data().try_into_vec::<f32>().unwrap());
-            prop_assert_eq!(found, expected);
-            let error = adapter.merge("mlp.up", &packed).unwrap_err();
-            let named = matches!(&error, Error::MergeIntoPacked { path, .. } if path == "mlp.up");
-            prop_assert!(named);
-        }
-    }
-
-    #[test]
-    fn a_merge_that_overflows_is_refused() {
-        let weight = Weight::frozen(Tensor::zeros([3, 2], &Device::flex()));
-        let large =
-            |shape: [usize; 2]| Param::from_tensor(Tensor::full(shape, 1e20, &Device::flex()));
-        let adapter = LoraAdapter {
-            a: large([3, 1]),
-            b: large([1, 2]),
-            alpha: 1.0,
-        };
-        let error = adapter.merge("mlp.up", &weight).unwrap_err();
-        let named = matches!(
-            &error,
-            Error::Quant { path, source: quant_core::Error::NonFinite { count: 6, .. } } if path == "mlp.up"
-        );
-        assert!(named, "{error}");
-    }
-
-    #[test]
-    fn fresh_factors_are_uniform_and_follow_seed_and_path() {
-        let weight = Weight::frozen(Tensor::zeros([400, 300], &Device::flex()));
-        let a = |lora: &Lora, path| {
-            let Adapter::Lora(adapter) = lora.init(path, &weight).unwrap() else {
-                panic!("another method");
-            };
-            assert_eq!(adapter.scale(), 2.0);
-            assert_eq!(adapter.b().dims(), [50, 300]);
-            assert!(Matrix::of(adapter.b()).values.iter().all(|&b| b == 0.0));
-            Matrix::of(adapter.a()).values
-        };
-        let lora = Lora::new(50).with_alpha(100.0);
-        let found = a(&lora, "mlp.up");
-        assert_eq!(a(&lora, "mlp.up"), found);
-        assert_ne!(a(&lora, "mlp.down"), found);
-        assert_ne!(a(&lora.clone().with_seed(1), "mlp.up"), found);
-        // The bound is 1/20, the variance a third of its square; within four standard deviations.
-        let n = found.len() as f64;
-        assert!(found.iter().all(|a| a.abs() <= 0.05 + 1e-9));
-        let (sum, squares) = (found.iter()).fold((0.0, 0.0), |(s, q), a| (s + a, q + a * a));
-        let variance = 0.05f64.powi(2) / 3.0;
-        assert!((sum / n).abs() < 4.0 * (variance / n).sqrt());
-        assert!((squares / n / variance - 1.0).abs() < 4.0 * (0.8 / n).sqrt());
-    }
-
-    #[test]
-    fn settings_out_of_range_are_refused() {
-        let dims = [6, 4];
-        for alpha in [0.0, -1.0, f32::NAN, f32::INFINITY] {
-            let error = refused(&Lora::new(2).with_alpha(alpha), dims);
-            let named = matches!(
-                error,
-                Error::Setting {
-                    setting: "alpha",
-                    ..
-                }
-            );
-            assert!(named, "{error}");
-        }
-        let error = refused(&Lora::new(0).with_alpha(1.0), dims);
-        let named = matches!(
-            error,
-            Error::Setting {
-                setting: "rank",
-                ..
-            }
-        );
-        assert!(named, "{error}");
-        for dims in [dims, [4, 6]] {
-            let error = refused(&Lora::new(5), dims);
-            let named = matches!(&error, Error::Rank { path, rank: 5, .. } if path == "mlp.up");
-            assert!(named, "{error}");
-        }
-        let halves = Tensor::<2>::zeros(dims, (&Device::flex(), DType::BF16));
-        let error = Lora::new(1).init("mlp.up", &Weight::frozen(halves));
-        assert!(matches!(error, Err(Error::NotF32 { .. })));
-    }
+/// The squares of the norms of the outputs' weights, `[d_out]`.
+fn column_squares(weight: &Weight) -> Tensor<1> {
+    weight.to_dense().square().sum_dim(0).squeeze_dim(0)
 }

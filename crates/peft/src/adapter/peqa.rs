@@ -1,12 +1,14 @@
 //! PEQA: the scales of a quantized weight are the trainable parameters.
 //!
-//! Kim et al. 2023, arXiv:2305.14152: `y = x · (s₀ + Δs)(q - z)`, with codes and zeros frozen. Here
-//! the trained parameter is the factor `f` of `s₀ + Δs = s₀ f`, from 1 on: scales differ by orders of
-//! magnitude between layers and bit widths, and with factors one learning rate serves them all.
+//! Kim et al. 2023, arXiv:2305.14152: `y = x · (s₀ + Δs)(q - z)`, with the codes frozen. Here the
+//! trained parameter is the logarithm `φ` of the factor of `s₀ + Δs = s₀ exp(φ)`, from 0 on: scales
+//! differ by orders of magnitude between layers and bit widths, with factors one learning rate serves
+//! them all, and a scale keeps its sign. The zeros may train too, `z = z₀ + δ` in units of a code.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use quant_core::QuantTensor;
+use quant_core::{Grid, QuantTensor};
+use serde::{Deserialize, Serialize};
 
 use super::{Adapter, Method, check_shape, quantized, read_param, stored};
 use crate::files::{LazyTensor, TensorFile};
@@ -14,10 +16,11 @@ use crate::{Error, Exactness, Result, Targets, Weight};
 
 /// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
 ///
-/// Merging is exact: the trained scales become the weight's, and codes and zeros stay.
+/// Merging is exact: the trained scales become the weight's, and the codes stay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peqa {
     targets: Targets,
+    zeros: bool,
 }
 
 impl Default for Peqa {
@@ -31,12 +34,19 @@ impl Peqa {
     pub fn new() -> Self {
         Self {
             targets: Targets::All,
+            zeros: false,
         }
     }
 
     /// On these layers only.
     pub fn with_targets(mut self, targets: impl Into<Targets>) -> Self {
         self.targets = targets.into();
+        self
+    }
+
+    /// With the zeros trained too, on an affine grid.
+    pub fn with_zeros(mut self, zeros: bool) -> Self {
+        self.zeros = zeros;
         self
     }
 }
@@ -48,65 +58,137 @@ impl Method for Peqa {
 
     fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
         let weight = quantized(METHOD, path, weight)?;
+        if self.zeros {
+            check_zeros(path, weight)?;
+        }
+        let zeros = || Param::from_tensor(weight.scales().zeros_like());
         Ok(Adapter::Peqa(PeqaAdapter {
-            factors: Param::from_tensor(weight.scales().ones_like()),
+            log_factors: zeros(),
+            zero_shifts: self.zeros.then(zeros),
         }))
     }
 }
 
-/// The trained factors of one layer's scales.
+/// The trained factors of one layer's scales, and the shifts of its zeros.
 #[derive(Module, Debug)]
 pub struct PeqaAdapter {
-    factors: Param<Tensor<2>>,
+    log_factors: Param<Tensor<2>>,
+    zero_shifts: Option<Param<Tensor<2>>>,
 }
 
-const METHOD: &str = "PEQA";
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PeqaSettings {
+    zeros: bool,
+}
+
+pub(super) const METHOD: &str = "PEQA";
 
 impl PeqaAdapter {
-    pub(super) const NAME: &'static str = "peqa";
-
     /// What each scale is multiplied by, `[n_groups, d_out]`.
     pub fn factors(&self) -> Tensor<2> {
-        self.factors.val()
+        self.log_factors.val().exp()
     }
 
-    /// The weight's scales with the factors, `[n_groups, d_out]`.
-    fn scales(&self, weight: &QuantTensor) -> Tensor<2> {
-        weight.scales() * self.factors()
+    /// What is added to each zero, in units of a code, `[n_groups, d_out]`, if zeros are trained.
+    pub fn zero_shifts(&self) -> Option<Tensor<2>> {
+        self.zero_shifts.as_ref().map(|shifts| shifts.val())
+    }
+
+    /// The weight's scales and zeros with what was trained, `[n_groups, d_out]` each.
+    fn grid(&self, weight: &QuantTensor) -> (Tensor<2>, Option<Tensor<2>>) {
+        let zeros = match (weight.zeros(), self.zero_shifts()) {
+            (Some(zeros), Some(shifts)) => Some(zeros + shifts),
+            (zeros, _) => zeros,
+        };
+        (weight.scales() * self.factors(), zeros)
     }
 
     /// # Panics
     /// If the weight is dense, which [`PeqaAdapter::check`] refuses beforehand.
     pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
-        match weight {
-            Weight::Quant(weight) => weight.matmul_scaled(x, self.scales(weight)),
-            Weight::Dense(_) => panic!("PEQA on a dense weight"),
-        }
+        let weight = packed(weight);
+        let (scales, zeros) = self.grid(weight);
+        weight.matmul_on_grid(x, scales, zeros)
     }
 
     pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
-        let expected = quantized(METHOD, path, weight)?.layout().grid_shape();
-        check_shape(path, expected, self.factors().dims())
+        let weight = quantized(METHOD, path, weight)?;
+        let expected = weight.layout().grid_shape();
+        check_shape(path, expected, self.log_factors.val().dims())?;
+        if let Some(shifts) = &self.zero_shifts {
+            check_zeros(path, weight)?;
+            check_shape(path, expected, shifts.val().dims())?;
+        }
+        Ok(())
     }
 
-    pub(super) fn merge(&self, path: &str, weight: &Weight) -> Result<(Weight, Exactness)> {
-        self.check(path, weight)?;
-        let weight = quantized(METHOD, path, weight)?;
-        let scales = self.scales(weight);
-        let merged = weight.clone().with_scales(scales);
+    pub(super) fn on_codes(
+        &self,
+        path: &str,
+        weight: &QuantTensor,
+    ) -> Result<(QuantTensor, Exactness)> {
+        let (scales, zeros) = self.grid(weight);
+        let merged = weight
+            .clone()
+            .with_grid(scales.detach(), zeros.map(Tensor::detach));
         let merged = merged.map_err(|source| Error::Quant {
             path: path.into(),
             source,
         })?;
-        Ok((Weight::Quant(merged), Exactness::Exact))
+        Ok((merged, Exactness::Exact))
+    }
+
+    /// # Panics
+    /// If the weight is dense, or the trained grid is not finite.
+    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+        let (merged, exactness) = self.on_codes("", packed(weight)).expect("a finite grid");
+        (merged.dequantize(), exactness)
+    }
+
+    /// The trained parameters of which a task consists.
+    pub(super) fn settings(&self) -> PeqaSettings {
+        PeqaSettings {
+            zeros: self.zero_shifts.is_some(),
+        }
     }
 
     pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
-        vec![("factors", stored(&self.factors))]
+        let mut tensors = vec![("log_factors", stored(&self.log_factors))];
+        if let Some(shifts) = &self.zero_shifts {
+            tensors.push(("zero_shifts", stored(shifts)));
+        }
+        tensors
     }
 
-    pub(super) fn read(path: &str, file: &mut TensorFile, device: &Device) -> Result<Self> {
-        let factors = read_param(&format!("{path}.factors"), file, device)?;
-        Ok(Self { factors })
+    pub(super) fn read(
+        settings: PeqaSettings,
+        path: &str,
+        file: &mut TensorFile,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut read = |name: &str| read_param(&format!("{path}.{name}"), file, device);
+        Ok(Self {
+            log_factors: read("log_factors")?,
+            zero_shifts: settings.zeros.then(|| read("zero_shifts")).transpose()?,
+        })
     }
+}
+
+fn packed(weight: &Weight) -> &QuantTensor {
+    match weight {
+        Weight::Quant(weight) => weight,
+        Weight::Dense(_) => panic!("PEQA on a dense weight"),
+    }
+}
+
+fn check_zeros(path: &str, weight: &QuantTensor) -> Result<()> {
+    let format = weight.format();
+    if format.grid() == Grid::Affine {
+        return Ok(());
+    }
+    Err(Error::Zeros {
+        path: path.into(),
+        format,
+    })
 }

@@ -1,0 +1,472 @@
+//! LoRA and rsLoRA against PEFT (`tests/golden/README.md`), and adapters of every method on a model
+//! that is saved and loaded again.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
+use models::{Llama, Pretrained};
+use peft::files::{LazyTensor, TensorFile};
+use peft::{
+    Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
+    OffGrid, Peqa, Schedule, Tile, fit, token_nll,
+};
+use quant_core::Rtn;
+
+const CASES: [&str; 2] = ["lora_llama_all", "lora_llama_rslora"];
+/// DoRA, with patterns of ranks and alphas.
+const DORA: &str = "lora_llama_dora";
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+/// The base of both cases.
+fn base() -> Pretrained {
+    models::load(golden("llama_gqa"), &Device::flex()).unwrap()
+}
+
+fn reference(case: &str) -> TensorFile {
+    TensorFile::open(&golden(case).join("reference.safetensors")).unwrap()
+}
+
+fn expected<const D: usize>(case: &str, name: &str) -> Vec<f32> {
+    reference(case).floats::<D>(name).unwrap().0
+}
+
+fn tokens(case: &str) -> Tensor<2, Int> {
+    let bytes = std::fs::read(golden(case).join("reference.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let ids = file.tensor("input_ids").unwrap();
+    let (chunks, _) = ids.data().as_chunks::<8>();
+    let values: Vec<i32> = chunks
+        .iter()
+        .map(|&id| i64::from_le_bytes(id) as i32)
+        .collect();
+    let shape = [ids.shape()[0], ids.shape()[1]];
+    Tensor::from_data(TensorData::new(values, shape), &Device::flex())
+}
+
+fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().try_into_vec().unwrap()
+}
+
+fn logits(model: &Llama, tokens: Tensor<2, Int>) -> Vec<f32> {
+    values(model.forward(tokens))
+}
+
+fn difference(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max)
+}
+
+/// The trained tensors, or their gradients, under PEFT's names: factors `[out, in]`, norms `[out]`.
+fn trained(model: &Llama, gradients: Option<&Gradients>) -> BTreeMap<String, Vec<f32>> {
+    fn of<const D: usize>(tensor: Tensor<D>, gradients: Option<&Gradients>) -> Tensor<D> {
+        match gradients {
+            Some(gradients) => tensor.grad(gradients).unwrap(),
+            None => tensor,
+        }
+    }
+    let mut all = BTreeMap::new();
+    for (path, linear) in model.linears() {
+        let Some(Adapter::Lora(lora)) = linear.adapter() else {
+            continue;
+        };
+        let mut insert = |name: &str, values: Vec<f32>| {
+            let name = format!("base_model.model.{path}.{name}.default.weight");
+            all.insert(name, values);
+        };
+        insert("lora_A", values(of(lora.a(), gradients).transpose()));
+        insert("lora_B", values(of(lora.b(), gradients).transpose()));
+        if let Some(magnitude) = lora.magnitude() {
+            insert("lora_magnitude_vector", values(of(magnitude, gradients)));
+        }
+    }
+    all
+}
+
+/// A tensor of the reference, which has a dimension or two.
+fn expected_flat(case: &str, name: &str) -> Vec<f32> {
+    match reference(case).shape(name).map(<[usize]>::len) {
+        Some(1) => expected::<1>(case, name),
+        _ => expected::<2>(case, name),
+    }
+}
+
+#[test]
+fn loras_of_peft_are_loaded_disabled_and_merged() {
+    for case in CASES {
+        let mut model = base().model;
+        let tokens = tokens(case);
+        let adapters = Adapters::load_hf(golden(case), &model).unwrap();
+        let none = peft::activate(&mut model, &adapters).unwrap();
+        let adapted = logits(&model, tokens.clone());
+        assert!(
+            difference(&adapted, &expected::<3>(case, "logits")) < 1e-4,
+            "{case}"
+        );
+        let before = peft::activate(&mut model, &none).unwrap();
+        let disabled = logits(&model, tokens.clone());
+        for name in ["base_logits", "disabled_logits"] {
+            assert!(
+                difference(&disabled, &expected::<3>(case, name)) < 1e-4,
+                "{case}"
+            );
+        }
+        assert!(
+            difference(&adapted, &disabled) > 1e-2,
+            "{case}: the adapter does nothing"
+        );
+
+        peft::activate(&mut model, &before).unwrap();
+        let probe = Batch::new(tokens.clone()).unwrap();
+        let certificate = peft::merge_probed(&mut model, OffGrid::Refuse, &probe).unwrap();
+        let merged = logits(&model, tokens);
+        assert!(
+            difference(&merged, &expected::<3>(case, "merged_logits")) < 1e-4,
+            "{case}"
+        );
+        assert!((certificate.probe.unwrap().retention - 1.0).abs() < 1e-4);
+        for (path, linear) in model.linears() {
+            let name = format!("merged.{path}.weight");
+            if reference(case).contains(&name) {
+                let merged = values(linear.weight().to_dense().transpose());
+                assert!(
+                    difference(&merged, &expected::<2>(case, &name)) < 1e-6,
+                    "{name}"
+                );
+            }
+        }
+    }
+}
+
+/// DoRA, with ranks and alphas that patterns give; written again, with each layer's own.
+#[test]
+fn dora_of_peft_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = base().model;
+    let adapters = Adapters::load_hf(golden(DORA), &model).unwrap();
+    let again = dir.path().join("again");
+    adapters.save_hf(&again, &model).unwrap();
+    for adapters in [&adapters, &Adapters::load_hf(&again, &model).unwrap()] {
+        peft::activate(&mut model, adapters).unwrap();
+        let found = logits(&model, tokens(DORA));
+        assert!(difference(&found, &expected::<3>(DORA, "logits")) < 1e-4);
+    }
+    let ranks = adapters.layers().map(|(path, adapter)| match adapter {
+        Adapter::Lora(lora) => (path, lora.rank(), lora.alpha()),
+        _ => panic!("`{path}` has no LoRA"),
+    });
+    let expected = [
+        ("model.layers.0.mlp.down_proj", 4, 8.0),
+        ("model.layers.0.self_attn.q_proj", 4, 3.0),
+        ("model.layers.0.self_attn.v_proj", 2, 8.0),
+        ("model.layers.1.mlp.down_proj", 6, 8.0),
+        ("model.layers.1.self_attn.q_proj", 4, 8.0),
+        ("model.layers.1.self_attn.v_proj", 2, 8.0),
+    ];
+    assert_eq!(ranks.collect::<Vec<_>>(), expected);
+}
+
+/// What this program cannot honour, it names.
+#[test]
+fn what_peft_has_and_this_has_not_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = base().model;
+    let mut n = 0;
+    let mut load = |edit: &dyn Fn(&mut serde_json::Value)| {
+        n += 1;
+        let path = dir.path().join(format!("{n}"));
+        std::fs::create_dir(&path).unwrap();
+        let mut config: serde_json::Value =
+            peft::files::read_json(&golden(CASES[0]).join("adapter_config.json")).unwrap();
+        edit(&mut config);
+        peft::files::write_json(&path.join("adapter_config.json"), &config).unwrap();
+        let tensors = "adapter_model.safetensors";
+        std::fs::copy(golden(CASES[0]).join(tensors), path.join(tensors)).unwrap();
+        Adapters::load_hf(&path, &model)
+    };
+    assert!(load(&|_| ()).is_ok());
+    for (key, value) in [
+        ("peft_type", "\"IA3\""),
+        ("modules_to_save", "[\"lm_head\"]"),
+        ("target_parameters", "[\"mlp.experts\"]"),
+        ("trainable_token_indices", "[1, 2]"),
+        ("init_lora_weights", "\"pissa\""),
+        ("bias", "\"all\""),
+        ("lora_bias", "true"),
+        ("use_bdlora", "{\"nblocks\": 2}"),
+        ("layer_replication", "[[0, 2]]"),
+        ("a_flag_of_tomorrow", "true"),
+    ] {
+        let value: serde_json::Value = serde_json::from_str(value).unwrap();
+        let error = load(&|config| config[key] = value.clone()).unwrap_err();
+        assert!(matches!(error, Error::File { .. }), "{error}");
+        assert!(error.to_string().contains(key), "{error}");
+    }
+    // What a flag of tomorrow says if it is off.
+    assert!(load(&|config| config["a_flag_of_tomorrow"] = false.into()).is_ok());
+
+    let rank = load(&|config| config["r"] = 4.into()).unwrap_err();
+    assert!(matches!(rank, Error::Tensor { .. }), "{rank}");
+    let rank = load(&|config| config["rank_pattern"] = serde_json::json!({"q_proj": 2}));
+    assert!(rank.unwrap_err().to_string().contains("rank 2"));
+    let dora = load(&|config| config["use_dora"] = true.into()).unwrap_err();
+    assert!(matches!(dora, Error::MissingTensor { .. }), "{dora}");
+    let alpha = load(&|config| config["lora_alpha"] = (-1).into()).unwrap_err();
+    assert!(
+        matches!(
+            alpha,
+            Error::Setting {
+                setting: "alpha",
+                ..
+            }
+        ),
+        "{alpha}"
+    );
+    let none = load(&|config| config["peft_type"] = serde_json::Value::Null).unwrap_err();
+    assert!(none.to_string().contains("Adapters::load"), "{none}");
+
+    // A target without tensors, and tensors of a layer that the model does not have.
+    let partial = |name: &str, keep: &dyn Fn(&str) -> Option<String>| {
+        let path = dir.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        let config = "adapter_config.json";
+        std::fs::copy(golden(CASES[0]).join(config), path.join(config)).unwrap();
+        let source = golden(CASES[0]).join("adapter_model.safetensors");
+        let mut file = TensorFile::open(&source).unwrap();
+        let tensors = file.names().into_iter().filter_map(|old| {
+            let name = keep(&old)?;
+            let (values, dims) = file.floats::<2>(&old).unwrap();
+            Some((name, LazyTensor::f32(dims, move || values.clone())))
+        });
+        let tensors: Vec<_> = tensors.collect();
+        peft::files::write_tensors(&path.join("adapter_model.safetensors"), tensors).unwrap();
+        Adapters::load_hf(&path, &model).unwrap_err()
+    };
+    let error = partial("missing", &|name| {
+        (!name.contains("layers.1.mlp.up_proj")).then(|| name.into())
+    });
+    let named = matches!(&error, Error::MissingTensor { tensor, .. } if tensor.contains("up_proj"));
+    assert!(named, "{error}");
+    let error = partial("half", &|name| {
+        (!name.contains("layers.1.mlp.up_proj.lora_B")).then(|| name.into())
+    });
+    let named = matches!(&error, Error::MissingTensor { tensor, .. } if tensor.contains("lora_B"));
+    assert!(named, "{error}");
+    let error = partial("unknown", &|name| {
+        Some(name.replace("layers.1", "layers.9"))
+    });
+    let named = matches!(&error, Error::UnknownLayer { path } if path.contains("layers.9"));
+    assert!(named, "{error}");
+    let error = partial("extra", &|name| {
+        Some(name.replace("lora_A.weight", "lora_C.weight"))
+    });
+    let named = matches!(&error, Error::Tensor { tensor, .. } if tensor.contains("lora_C"));
+    assert!(named, "{error}");
+    let error = partial("shape", &|name| {
+        Some(match name.contains("down_proj") {
+            true => name.replace("down_proj", "up_proj"),
+            false => name.replace("up_proj", "down_proj"),
+        })
+    });
+    let named = matches!(&error, Error::Shape { path, .. } if path.contains("_proj"));
+    assert!(named, "{error}");
+
+    // And what PEFT has not.
+    let mut model = base().model;
+    models::quantize(&mut model, &Rtn::new().with_group_size(32), &[], |_| {}).unwrap();
+    let methods: [&dyn Method; 4] = [
+        &Peqa::new(),
+        &Tile::qa_hira(),
+        &Tile::q_bara(1),
+        &Tile::qa_lora(2),
+    ];
+    for method in methods {
+        let mut model = model.clone();
+        peft::attach(&mut model, method).unwrap();
+        let adapters = Adapters::of(&model).unwrap();
+        let error = adapters
+            .save_hf(dir.path().join("none"), &model)
+            .unwrap_err();
+        assert!(matches!(error, Error::NotForPeft { .. }), "{error}");
+    }
+}
+
+#[test]
+fn loras_train_as_in_peft() {
+    for case in [CASES[0], CASES[1], DORA] {
+        let mut model = base().model;
+        let adapters = Adapters::load_hf(golden(case), &model).unwrap();
+        peft::activate(&mut model, &adapters).unwrap();
+        let batch = Batch::new(tokens(case)).unwrap();
+
+        let tracked = model.clone().train();
+        let loss = token_nll(&tracked, &batch).mean();
+        let expected_loss = reference(case).floats::<0>("loss").unwrap().0[0];
+        assert!((loss.clone().inner().into_scalar::<f32>() - expected_loss).abs() < 1e-4);
+        let gradients = loss.backward();
+        let tracked = trained(&tracked, Some(&gradients));
+        assert!(!tracked.is_empty());
+        for (name, found) in tracked {
+            let expected = expected_flat(case, &format!("grad.{name}"));
+            let largest = expected.iter().fold(0.0, |most: f32, v| most.max(v.abs()));
+            assert!(
+                difference(&found, &expected) <= 1e-3 * largest,
+                "{case}: {name}"
+            );
+        }
+
+        let config = FitConfig::new()
+            .with_learning_rate(0.01)
+            .with_weight_decay(0.01)
+            .with_schedule(Schedule::Constant)
+            .with_max_grad_norm(None)
+            .with_steps(Some(5));
+        let mut losses = Vec::new();
+        fit(&mut model, &[batch], &config, |step| {
+            losses.push(step.loss as f32)
+        })
+        .unwrap();
+        let found = difference(&losses, &expected::<1>(case, "train_losses"));
+        assert!(found < 1e-4, "{case}: {losses:?}");
+        if case == DORA {
+            let batch = tokens(case);
+            let found = logits(&model, batch.clone());
+            assert!(difference(&found, &expected::<3>(case, "after5_logits")) < 1e-3);
+            peft::merge(&mut model).unwrap();
+            let found = logits(&model, batch);
+            assert!(difference(&found, &expected::<3>(case, "after5_merged_logits")) < 1e-3);
+            continue;
+        }
+        for (name, found) in trained(&model, None) {
+            let expected = expected_flat(case, &format!("after5.{name}"));
+            // AdamW moves each value by about 0.01 a step, whatever the size of its gradient.
+            assert!(difference(&found, &expected) < 2e-3, "{case}: {name}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_for_peft_is_what_it_wrote() {
+    let dir = tempfile::tempdir().unwrap();
+    for case in CASES {
+        let model = base().model;
+        let adapters = Adapters::load_hf(golden(case), &model).unwrap();
+        let path = dir.path().join(case);
+        adapters.save_hf(&path, &model).unwrap();
+        let read = |dir: &Path| {
+            let mut file = TensorFile::open(&dir.join("adapter_model.safetensors")).unwrap();
+            let names = file.names();
+            let tensors = names
+                .into_iter()
+                .map(|name| (file.floats::<2>(&name).unwrap(), name));
+            tensors.collect::<Vec<_>>()
+        };
+        assert_eq!(read(&path), read(&golden(case)));
+        let config = |dir: &Path| -> serde_json::Value {
+            peft::files::read_json(&dir.join("adapter_config.json")).unwrap()
+        };
+        assert_eq!(config(&path), config(&golden(case)));
+    }
+}
+
+/// Tuned, merged, saved, loaded again: the packed model that was tuned.
+#[test]
+fn merged_models_are_proved_on_the_reloaded_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let methods: [(&str, Box<dyn Method>); 6] = [
+        ("peqa", Box::new(Peqa::new())),
+        ("peqa-zeros", Box::new(Peqa::new().with_zeros(true))),
+        ("qa-lora", Box::new(Tile::qa_lora(2))),
+        ("qa-hira", Box::new(Tile::qa_hira())),
+        ("qa-blora", Box::new(Tile::qa_blora(2))),
+        ("lora", Box::new(Lora::new(2))),
+    ];
+    let tokens = tokens(CASES[0]);
+    let batch = Batch::new(tokens.clone()).unwrap();
+    for bits in [2, 3, 4, 8] {
+        for (name, method) in &methods {
+            let mut lm = base();
+            let rtn = Rtn::new().with_bits(bits).with_group_size(32);
+            models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+            let rounded = logits(&lm.model, tokens.clone());
+            peft::attach(&mut lm.model, &**method).unwrap();
+            let config = FitConfig::new()
+                .with_learning_rate(5e-3)
+                .with_steps(Some(5));
+            fit(&mut lm.model, &[batch.clone()], &config, |_| {}).unwrap();
+            let tuned = logits(&lm.model, tokens.clone());
+            assert!(
+                difference(&tuned, &rounded) > 1e-3,
+                "{name}: nothing was learned"
+            );
+            // LoRA has no codes; rounded to 8 bits, it is near.
+            let finer = Rtn::new().with_bits(8).with_group_size(32);
+            let off_grid = match *name {
+                "lora" => OffGrid::Round(&finer),
+                _ => OffGrid::Refuse,
+            };
+            let certificate = peft::merge_probed(&mut lm.model, off_grid, &batch).unwrap();
+            let path = dir.path().join(format!("{name}-{bits}"));
+            models::save(&lm, &path).unwrap();
+            let merged = logits(&lm.model, tokens.clone());
+
+            let reloaded = models::load(&path, &Device::flex()).unwrap();
+            certificate.verify(&reloaded.model).unwrap();
+            assert_eq!(logits(&reloaded.model, tokens.clone()), merged, "{name}");
+            let largest = tuned.iter().fold(0.0, |most: f32, v| most.max(v.abs()));
+            let change = difference(&merged, &tuned) / largest;
+            let retention = certificate.probe.unwrap().retention;
+            match certificate.layers[0].exactness {
+                Exactness::Exact => assert_eq!((change, retention), (0.0, 1.0), "{name}"),
+                Exactness::Bounded { .. } => {
+                    assert!(change < 1e-5, "{name}: {change}");
+                    assert!((retention - 1.0).abs() < 1e-3, "{name}: {retention}");
+                }
+                _ => assert_eq!(certificate.kind(), "rounded"),
+            }
+            let json = serde_json::to_string(&certificate).unwrap();
+            let again: peft::Certificate = serde_json::from_str(&json).unwrap();
+            assert_eq!(again, certificate);
+        }
+    }
+}
+
+/// A sum of LoRAs is the sum of what they add.
+#[test]
+fn loras_are_combined() {
+    let mut model = base().model;
+    let of = |case: &str| Adapters::load_hf(golden(case), &model).unwrap();
+    let (first, second) = (of(CASES[0]), of(CASES[1]));
+    let combined = Adapters::combined(&[(&first, 0.75), (&second, -0.5)]).unwrap();
+    let dense = |adapters: &Adapters| {
+        let mut model = model.clone();
+        peft::activate(&mut model, adapters).unwrap();
+        peft::merge(&mut model).unwrap();
+        let linears = model.linears().into_iter();
+        linears
+            .map(|(_, linear)| linear.weight().to_dense())
+            .collect::<Vec<_>>()
+    };
+    let (first, second, sum) = (dense(&first), dense(&second), dense(&combined));
+    for (at, (_, linear)) in model.linears().into_iter().enumerate() {
+        let base = linear.weight().to_dense();
+        let expected = base.clone()
+            + (first[at].clone() - base.clone()) * 0.75
+            + (second[at].clone() - base) * -0.5;
+        assert!(difference(&values(sum[at].clone()), &values(expected)) < 1e-5);
+    }
+    for (path, adapter) in combined.layers() {
+        let Adapter::Lora(lora) = adapter else {
+            panic!("`{path}` has no LoRA");
+        };
+        assert_eq!((lora.rank(), lora.scale()), (16, 1.0));
+    }
+    peft::activate(&mut model, &combined).unwrap();
+}

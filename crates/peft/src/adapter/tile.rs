@@ -1,0 +1,614 @@
+//! The tile adapter: what is added to the weight is constant over tiles of `p_in × p_out` weights.
+//!
+//! `y = x W + c · repeat(pool(x) F)`, where `pool` sums each `p_in` inputs, `repeat` gives each output
+//! to `p_out` in a row, and `F`, `[d_in / p_in, d_out / p_out]`, is a product of two factors or one
+//! matrix. On an affine grid `w = s (q - z)` whose groups lie inside tiles, the sum is on the grid
+//! again, with the same codes and scales: `z' = z - c F / s`. So it merges; the zeros are then
+//! fractions, which a format with integer zeros (GPTQ) does not hold.
+//!
+//! | method | pool | repeat | `F` | source |
+//! |---|---|---|---|---|
+//! | QA-LoRA | a group | 1 | `A B`, rank `r` | Xu et al. 2023, arXiv:2309.14717 |
+//! | Q-BaRA | 2 | 2 | `A B`, as many parameters as LoRA of rank `r`, so rank `2 r` | Q-BLoRA's published code |
+//! | QA-HiRA | a group | 1 | one matrix | ours, see below |
+//! | QA-BLoRA | a group | 2 | `A B`, rank `r` | ours, see below |
+//!
+//! The published code of QA-HiRA pools 4 inputs, repeats 8 outputs, and has neither a quantized base
+//! nor a merge nor an initialisation that its own reset accepts. Tiles of 4 × 8 do not merge into
+//! groups that run along the inputs, which all formats here and in GPTQ have; 32 × 1 has as many
+//! parameters and does. So ours pools whole groups, begins at zero, which changes no output, and
+//! merges by the rule above. QA-BLoRA is known by its abstract: pooled inputs and repeated outputs
+//! aligned to blocks. `Tile::with_pool` and `Tile::with_repeat` take other tiles.
+
+use burn::module::{Module, Param, ParamId};
+use burn::tensor::{DType, Device, Tensor};
+use quant_core::{Grid, QuantTensor};
+use serde::{Deserialize, Serialize};
+
+use super::lora::kaiming;
+use super::{
+    Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_rank,
+    check_shape, floats, largest, of_roundings, read_param, stored, trained,
+};
+use crate::files::{LazyTensor, TensorFile};
+use crate::linear::dense_matmul;
+use crate::{Error, Exactness, Result, Targets, Weight};
+
+#[cfg(test)]
+mod tests;
+
+/// The published methods of which the tile adapter is the general form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TileMethod {
+    /// A group of inputs, pooled; a product of low rank.
+    QaLora,
+    /// Pairs of inputs and of outputs; a product of twice the rank, over any base.
+    QBara,
+    /// A group of inputs, pooled; one matrix.
+    QaHira,
+    /// A group of inputs, pooled, and pairs of outputs; a product of low rank.
+    QaBlora,
+}
+
+impl TileMethod {
+    /// The name in the literature.
+    pub fn name(self) -> &'static str {
+        match self {
+            TileMethod::QaLora => "QA-LoRA",
+            TileMethod::QBara => "Q-BaRA",
+            TileMethod::QaHira => "QA-HiRA",
+            TileMethod::QaBlora => "QA-BLoRA",
+        }
+    }
+
+    /// Whether it is meant to merge into the packed weight, and so refuses one that it could not.
+    fn merges(self) -> bool {
+        !matches!(self, TileMethod::QBara)
+    }
+}
+
+/// How inputs are pooled: three factors of one sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// The sum, as the paper of QA-LoRA has it.
+    Sum,
+    /// The mean, as its code has it: gradients are smaller by the size of a tile.
+    Mean,
+    /// The mean times the number of pools of the layer, as PEFT's `use_qalora` has it.
+    Peft,
+}
+
+impl Pooling {
+    /// What the sum over a pool is multiplied by.
+    fn factor(self, pool: usize, n_pools: usize) -> f32 {
+        match self {
+            Pooling::Sum => 1.0,
+            Pooling::Mean => 1.0 / pool as f32,
+            Pooling::Peft => n_pools as f32 / pool as f32,
+        }
+    }
+}
+
+/// Trains a matrix that is constant over tiles of each layer's weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tile {
+    method: TileMethod,
+    pool: Option<usize>,
+    repeat: usize,
+    /// Of the product; none for one matrix.
+    rank: Option<usize>,
+    alpha: f32,
+    pooling: Pooling,
+    dropout: f32,
+    targets: Targets,
+    seed: u64,
+}
+
+impl Tile {
+    fn new(method: TileMethod, rank: Option<usize>) -> Self {
+        Self {
+            method,
+            pool: None,
+            repeat: 1,
+            rank,
+            alpha: rank.unwrap_or(1) as f32,
+            pooling: Pooling::Sum,
+            dropout: 0.0,
+            targets: Targets::All,
+            seed: 0,
+        }
+    }
+
+    /// QA-LoRA of this rank on every linear layer: groups of the base are pooled, `σ = 1`.
+    pub fn qa_lora(rank: usize) -> Self {
+        Self::new(TileMethod::QaLora, Some(rank))
+    }
+
+    /// Q-BaRA with as many parameters as LoRA of this rank, on every linear layer: pairs of inputs
+    /// are averaged, each output is given to two, `σ = 1`.
+    pub fn q_bara(rank: usize) -> Self {
+        Self {
+            pool: Some(2),
+            repeat: 2,
+            pooling: Pooling::Mean,
+            ..Self::new(TileMethod::QBara, Some(rank))
+        }
+    }
+
+    /// QA-HiRA on every linear layer: a number for each group and output.
+    pub fn qa_hira() -> Self {
+        Self::new(TileMethod::QaHira, None)
+    }
+
+    /// QA-BLoRA of this rank on every linear layer: groups of the base are pooled, each output is
+    /// given to two, `σ = 1`.
+    pub fn qa_blora(rank: usize) -> Self {
+        Self {
+            repeat: 2,
+            ..Self::new(TileMethod::QaBlora, Some(rank))
+        }
+    }
+
+    /// With tiles of this many inputs, instead of the groups of the base. To merge, each group must
+    /// lie inside a tile.
+    pub fn with_pool(mut self, inputs: usize) -> Self {
+        self.pool = Some(inputs);
+        self
+    }
+
+    /// With tiles of this many outputs.
+    pub fn with_repeat(mut self, outputs: usize) -> Self {
+        self.repeat = outputs;
+        self
+    }
+
+    /// With this `α`: what is added is multiplied by `σ = α / r`, with the rank that the method was
+    /// given, and 1 for the one matrix of QA-HiRA.
+    pub fn with_alpha(mut self, alpha: f32) -> Self {
+        self.alpha = alpha;
+        self
+    }
+
+    /// With inputs pooled in this way.
+    pub fn with_pooling(mut self, pooling: Pooling) -> Self {
+        self.pooling = pooling;
+        self
+    }
+
+    /// Drops pooled inputs with this probability while [`fit`](crate::fit()) trains.
+    pub fn with_dropout(mut self, probability: f32) -> Self {
+        self.dropout = probability;
+        self
+    }
+
+    /// On these layers only.
+    pub fn with_targets(mut self, targets: impl Into<Targets>) -> Self {
+        self.targets = targets.into();
+        self
+    }
+
+    /// With `A` drawn from this seed, and from the path of the layer.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// The rank of the product of a layer with so many pools and outputs before they are repeated.
+    fn rank_of(&self, [d_in, d_out]: [usize; 2], [n_pools, n_out]: [usize; 2]) -> Option<usize> {
+        let rank = self.rank?;
+        Some(match self.method {
+            // As many parameters as LoRA.
+            TileMethod::QBara => rank * (d_in + d_out) / (n_pools + n_out),
+            _ => rank,
+        })
+    }
+}
+
+impl Method for Tile {
+    fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
+        check_dtype(path, weight)?;
+        let name = self.method.name();
+        let pool = match (self.pool, weight) {
+            (Some(pool), _) => pool,
+            (None, Weight::Quant(weight)) => weight.layout().group_size(),
+            (None, Weight::Dense(_)) => {
+                return Err(Error::NeedsQuantized {
+                    method: name,
+                    path: path.into(),
+                });
+            }
+        };
+        let dims = weight.dims();
+        let settings = TileSettings {
+            tiles: self.method,
+            pool,
+            repeat: self.repeat,
+            pooling: self.pooling,
+            alpha: self.alpha,
+            rank: self.rank.unwrap_or(1),
+            one_matrix: self.rank.is_none(),
+            dropout: self.dropout,
+        };
+        settings.check()?;
+        let n_tiles = settings.n_tiles(path, dims)?;
+        if let Weight::Quant(weight) = weight
+            && self.method.merges()
+        {
+            settings.check_groups(path, weight)?;
+        }
+        let device = weight.device();
+        let zeros =
+            |dims: [usize; 2]| Param::from_tensor(Tensor::zeros(dims, (&device, DType::F32)));
+        let factor = match self.rank_of(dims, n_tiles) {
+            Some(rank) => {
+                check_rank(path, rank, n_tiles)?;
+                Factor::Product(Product {
+                    a: kaiming(self.seed, path, [n_tiles[0], rank], &device),
+                    b: zeros([rank, n_tiles[1]]),
+                })
+            }
+            None => Factor::Matrix(zeros(n_tiles)),
+        };
+        Ok(Adapter::Tile(TileAdapter::new(factor, settings)))
+    }
+}
+
+/// What is added to one layer's weight, tile by tile.
+#[derive(Module, Debug)]
+pub struct TileAdapter {
+    factor: Factor,
+    #[module(skip)]
+    settings: TileSettings,
+    #[module(skip)]
+    dropout: Dropout,
+}
+
+/// `F`.
+#[derive(Module, Debug)]
+enum Factor {
+    Product(Product),
+    Matrix(Param<Tensor<2>>),
+}
+
+#[derive(Module, Debug)]
+struct Product {
+    /// `[d_in / pool, r]`.
+    a: Param<Tensor<2>>,
+    /// `[r, d_out / repeat]`.
+    b: Param<Tensor<2>>,
+}
+
+/// What a [`TileAdapter`] is beside its tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct TileSettings {
+    pub(crate) tiles: TileMethod,
+    pub(crate) pool: usize,
+    pub(crate) repeat: usize,
+    pub(crate) pooling: Pooling,
+    pub(crate) alpha: f32,
+    /// By which `α` is divided.
+    pub(crate) rank: usize,
+    pub(crate) one_matrix: bool,
+    pub(crate) dropout: f32,
+}
+
+impl TileSettings {
+    fn check(&self) -> Result<()> {
+        check_count("rank", self.rank)?;
+        check_count("pool", self.pool)?;
+        check_count("repeat", self.repeat)?;
+        check_positive("alpha", self.alpha)?;
+        Dropout::new(self.dropout).check()
+    }
+
+    /// Tiles along the inputs and along the outputs of the layer at `path`.
+    fn n_tiles(&self, path: &str, dims: [usize; 2]) -> Result<[usize; 2]> {
+        let tile = [self.pool, self.repeat];
+        if dims[0].is_multiple_of(tile[0]) && dims[1].is_multiple_of(tile[1]) {
+            return Ok([dims[0] / tile[0], dims[1] / tile[1]]);
+        }
+        Err(Error::Tiles {
+            method: self.tiles.name(),
+            path: path.into(),
+            problem: format!("tiles of {tile:?} do not divide its weight, {dims:?}"),
+        })
+    }
+
+    /// Checks that each group of the packed weight lies inside a tile, on a grid with zeros.
+    fn check_groups(&self, path: &str, weight: &QuantTensor) -> Result<()> {
+        match self.groups_outside(weight) {
+            None => Ok(()),
+            Some(problem) => Err(Error::Tiles {
+                method: self.tiles.name(),
+                path: path.into(),
+                problem,
+            }),
+        }
+    }
+
+    /// Why the weight's groups could not take on what is added, if so.
+    fn groups_outside(&self, weight: &QuantTensor) -> Option<String> {
+        let format = weight.format();
+        if format.grid() != Grid::Affine {
+            return Some(format!(
+                "{format} has no zeros, which are what could hold it"
+            ));
+        }
+        let (group, d_in) = (weight.layout().group_size(), weight.dims()[0]);
+        let order = weight.input_order();
+        let tile = |row: usize| {
+            let input = order.as_ref().map_or(row, |order| order[row] as usize);
+            input / self.pool
+        };
+        (0..d_in)
+            .find(|&row| tile(row) != tile(row / group * group))
+            .map(|_| match &order {
+                Some(_) => "its groups gather inputs of several tiles (`desc_act`)".into(),
+                None => format!(
+                    "groups of {group} inputs straddle tiles of {} inputs",
+                    self.pool
+                ),
+            })
+    }
+}
+
+impl TileAdapter {
+    fn new(factor: Factor, settings: TileSettings) -> Self {
+        let dropout = Dropout::new(settings.dropout);
+        Self {
+            factor,
+            settings,
+            dropout,
+        }
+    }
+
+    /// Of these factors, `[d_in / pool, r]` and `[r, d_out / repeat]`.
+    pub(crate) fn of_product(
+        a: Param<Tensor<2>>,
+        b: Param<Tensor<2>>,
+        settings: TileSettings,
+    ) -> Result<Self> {
+        settings.check()?;
+        Ok(Self::new(Factor::Product(Product { a, b }), settings))
+    }
+
+    /// The published method.
+    pub fn method(&self) -> TileMethod {
+        self.settings.tiles
+    }
+
+    /// Inputs and outputs of a tile.
+    pub fn tile(&self) -> [usize; 2] {
+        [self.settings.pool, self.settings.repeat]
+    }
+
+    /// The factors `[d_in / pool, r]` and `[r, d_out / repeat]`, unless it is one matrix.
+    pub fn factors(&self) -> Option<(Tensor<2>, Tensor<2>)> {
+        match &self.factor {
+            Factor::Product(product) => Some((product.a.val(), product.b.val())),
+            Factor::Matrix(_) => None,
+        }
+    }
+
+    /// `F`, `[d_in / pool, d_out / repeat]`.
+    pub fn matrix(&self) -> Tensor<2> {
+        match &self.factor {
+            Factor::Product(product) => product.a.val().matmul(product.b.val()),
+            Factor::Matrix(matrix) => matrix.val(),
+        }
+    }
+
+    /// Tiles along the inputs and along the outputs.
+    fn n_tiles(&self) -> [usize; 2] {
+        match &self.factor {
+            Factor::Product(product) => [product.a.val().dims()[0], product.b.val().dims()[1]],
+            Factor::Matrix(matrix) => matrix.val().dims(),
+        }
+    }
+
+    /// `c`: what the product of a sum over a pool with `F` is multiplied by.
+    pub fn scale(&self) -> f32 {
+        let TileSettings {
+            pool,
+            pooling,
+            alpha,
+            rank,
+            ..
+        } = self.settings;
+        alpha / rank as f32 * pooling.factor(pool, self.n_tiles()[0])
+    }
+
+    pub(super) fn dropout_mut(&mut self) -> &mut Dropout {
+        &mut self.dropout
+    }
+
+    /// `B`.
+    pub(super) fn fast_params(&self) -> Vec<ParamId> {
+        match &self.factor {
+            Factor::Product(product) => vec![product.b.id],
+            Factor::Matrix(_) => Vec::new(),
+        }
+    }
+
+    pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
+        let ([pool, repeat], [n_pools, n_out]) = (self.tile(), self.n_tiles());
+        let mut dims = x.dims();
+        let rows = dims[..D - 1].iter().product::<usize>();
+        let pooled = x.clone().reshape([rows, n_pools, pool]).sum_dim(2);
+        let pooled = self.dropout.apply(pooled.reshape([rows, n_pools])) * self.scale();
+        let low = match &self.factor {
+            Factor::Product(product) => {
+                dense_matmul(dense_matmul(pooled, product.a.val()), product.b.val())
+            }
+            Factor::Matrix(matrix) => dense_matmul(pooled, matrix.val()),
+        };
+        dims[D - 1] = n_out * repeat;
+        let added = match repeat {
+            1 => low.reshape(dims),
+            _ => low
+                .reshape([rows, n_out, 1])
+                .expand([rows, n_out, repeat])
+                .reshape(dims),
+        };
+        weight.matmul(x) + added
+    }
+
+    pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
+        check_dtype(path, weight)?;
+        let n_tiles = self.settings.n_tiles(path, weight.dims())?;
+        check_shape(path, n_tiles, self.n_tiles())?;
+        match weight {
+            Weight::Quant(weight) if self.settings.tiles.merges() => {
+                self.settings.check_groups(path, weight)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn on_codes(
+        &self,
+        path: &str,
+        weight: &QuantTensor,
+    ) -> Result<(QuantTensor, Exactness)> {
+        let refuse = |reason: String| Error::MergeIntoPacked {
+            method: self.method().name(),
+            path: path.into(),
+            reason,
+        };
+        if let Some(problem) = self.settings.groups_outside(weight) {
+            return Err(refuse(problem));
+        }
+        let Some(zeros) = weight.zeros() else {
+            return Err(refuse("its grid has no zeros".into()));
+        };
+        let scales = floats(weight.scales());
+        if let Some(at) = scales.iter().position(|&scale| scale == 0.0) {
+            let [group, output] = [at / weight.dims()[1], at % weight.dims()[1]];
+            return Err(refuse(format!(
+                "the scale of group {group} of output {output} is 0"
+            )));
+        }
+        // In f64, so that each zero is rounded once.
+        let (added, zeros) = (self.added_to_groups(weight), floats(zeros));
+        let mut merged = Vec::with_capacity(zeros.len());
+        let mut max_error = 0f64;
+        for ((&scale, &zero), &added) in scales.iter().zip(&zeros).zip(&added) {
+            let (scale, zero) = (f64::from(scale), f64::from(zero));
+            let shifted = (zero - added / scale) as f32;
+            let error = scale * (zero - f64::from(shifted)) - added;
+            max_error = max_error.max(error.abs());
+            merged.push(shifted);
+        }
+        let grid = weight.layout().grid_shape();
+        let device = weight.scales().device();
+        let zeros = trained(merged, grid, &device).val().detach();
+        let merged = weight.clone().with_grid(weight.scales(), Some(zeros));
+        let merged = merged.map_err(|source| Error::Quant {
+            path: path.into(),
+            source,
+        })?;
+        let exactness = Exactness::Bounded {
+            max_weight_error: max_error,
+            max_weight: largest(merged.dequantize()),
+        };
+        Ok((merged, exactness))
+    }
+
+    /// `c F` for each group and output of the weight, whose groups lie inside tiles.
+    fn added_to_groups(&self, weight: &QuantTensor) -> Vec<f64> {
+        let ([pool, repeat], [_, n_out]) = (self.tile(), self.n_tiles());
+        let scale = f64::from(self.scale());
+        let widened = |values: Tensor<2>| floats(values).into_iter().map(f64::from);
+        let matrix: Vec<f64> = match &self.factor {
+            Factor::Matrix(matrix) => widened(matrix.val()).collect(),
+            Factor::Product(product) => {
+                let a: Vec<f64> = widened(product.a.val()).collect();
+                let b: Vec<f64> = widened(product.b.val()).collect();
+                let rank = b.len() / n_out;
+                let mut matrix = vec![0.0; a.len() / rank * n_out];
+                for (row, a) in matrix.chunks_exact_mut(n_out).zip(a.chunks_exact(rank)) {
+                    for (b, a) in b.chunks_exact(n_out).zip(a) {
+                        row.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+                    }
+                }
+                matrix
+            }
+        };
+        let order = weight.input_order();
+        let layout = weight.layout();
+        let [n_groups, d_out] = layout.grid_shape();
+        let mut added = Vec::with_capacity(n_groups * d_out);
+        for group in 0..n_groups {
+            let row = group * layout.group_size();
+            let input = order.as_ref().map_or(row, |order| order[row] as usize);
+            let tiles = &matrix[input / pool * n_out..][..n_out];
+            added.extend((0..d_out).map(|output| scale * tiles[output / repeat]));
+        }
+        added
+    }
+
+    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+        let ([pool, repeat], [n_pools, n_out]) = (self.tile(), self.n_tiles());
+        let spread = |matrix: Tensor<2>| {
+            matrix
+                .reshape([n_pools, 1, n_out, 1])
+                .expand([n_pools, pool, n_out, repeat])
+                .reshape([n_pools * pool, n_out * repeat])
+        };
+        let scale = self.scale();
+        let (magnitudes, rank) = match &self.factor {
+            Factor::Product(product) => {
+                let (a, b) = (product.a.val().detach(), product.b.val().detach());
+                let rank = a.dims()[1];
+                (a.abs().matmul(b.abs()), rank)
+            }
+            Factor::Matrix(matrix) => (matrix.val().detach().abs(), 1),
+        };
+        let w = weight.to_dense();
+        let merged = w.clone() + spread(self.matrix().detach() * scale);
+        let magnitudes = w.abs() + spread(magnitudes * scale);
+        let exactness = Exactness::Bounded {
+            max_weight_error: of_roundings(rank + 2) * largest(magnitudes),
+            max_weight: largest(merged.clone()),
+        };
+        (merged, exactness)
+    }
+
+    pub(crate) fn settings(&self) -> TileSettings {
+        self.settings.clone()
+    }
+
+    pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
+        match &self.factor {
+            Factor::Product(product) => vec![("a", stored(&product.a)), ("b", stored(&product.b))],
+            Factor::Matrix(matrix) => vec![("matrix", stored(matrix))],
+        }
+    }
+
+    pub(super) fn read(
+        settings: TileSettings,
+        path: &str,
+        file: &mut TensorFile,
+        device: &Device,
+    ) -> Result<Self> {
+        settings.check()?;
+        let name = |tensor: &str| format!("{path}.{tensor}");
+        let factor = match settings.one_matrix {
+            true => Factor::Matrix(read_param(&name("matrix"), file, device)?),
+            false => {
+                let a = read_param::<2>(&name("a"), file, device)?;
+                let b = read_param::<2>(&name("b"), file, device)?;
+                check_inner(&name, &a, &b, file)?;
+                Factor::Product(Product { a, b })
+            }
+        };
+        Ok(Self::new(factor, settings))
+    }
+}

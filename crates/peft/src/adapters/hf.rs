@@ -1,0 +1,640 @@
+//! Directories of Hugging Face's PEFT, both ways, as its version 0.21.2 writes and reads them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use burn::module::Param;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use regex::Regex;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{Adapters, CONFIG, TENSORS};
+use crate::adapter::{LoraSettings, TileSettings, floats};
+use crate::files::{self, LazyTensor, TensorFile};
+use crate::targets::last_name;
+use crate::{
+    Adapter, Error, Fingerprint, Linear, Linears, LoraAdapter, Pooling, Result, TileAdapter,
+    TileMethod,
+};
+
+/// Before the paths of layers.
+const PREFIX: &str = "base_model.model.";
+
+/// The keys that are read. What PEFT writes beside them must be neutral, or one of [`IGNORED`].
+#[derive(Deserialize)]
+#[serde(default)]
+struct LoraConfig {
+    peft_type: String,
+    r: usize,
+    lora_alpha: f32,
+    lora_dropout: f32,
+    use_rslora: bool,
+    use_dora: bool,
+    use_qalora: bool,
+    qalora_group_size: usize,
+    rank_pattern: Map<String, Value>,
+    alpha_pattern: Map<String, Value>,
+    bias: String,
+    target_modules: Option<Names>,
+    exclude_modules: Option<Names>,
+    layers_to_transform: Option<Layers>,
+    layers_pattern: Option<Names>,
+    init_lora_weights: Value,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            peft_type: String::new(),
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            use_dora: false,
+            use_qalora: false,
+            qalora_group_size: 16,
+            rank_pattern: Map::new(),
+            alpha_pattern: Map::new(),
+            bias: "none".into(),
+            target_modules: None,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
+            init_lora_weights: Value::Bool(true),
+        }
+    }
+}
+
+/// A list of the ends of paths, or one regular expression for whole paths.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Names {
+    Pattern(String),
+    Ends(Vec<String>),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Layers {
+    One(usize),
+    Some(Vec<usize>),
+}
+
+/// Keys of [`LoraConfig`].
+const READ: [&str; 16] = [
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "use_dora",
+    "use_qalora",
+    "use_rslora",
+];
+
+/// Keys that say nothing of what an adapter computes: where it comes from, how it was initialised,
+/// how a weight lies in a file.
+const IGNORED: [&str; 14] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+];
+
+impl Adapters {
+    /// Reads a directory that PEFT wrote, for `model`: LoRA, rsLoRA, DoRA, and QA-LoRA. The file says
+    /// nothing of its base: it is taken to be this model.
+    ///
+    /// # Errors
+    /// [`Error::File`] for what this program does not know, by its name: another type of adapter, a
+    /// setting that changes what an adapter computes, an initialisation that changed the base
+    /// (PiSSA, OLoRA, …). [`Error::UnknownLayer`], [`Error::MissingTensor`], [`Error::Tensor`] or
+    /// [`Error::Shape`] if the tensors are not those that the configuration and the model ask for.
+    pub fn load_hf(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
+        let path = dir.as_ref().join(CONFIG);
+        let refuse = |problem: String| Error::File {
+            path: path.clone(),
+            problem,
+        };
+        let config: Map<String, Value> = files::read_json(&path)?;
+        check_keys(&config).map_err(&refuse)?;
+        let config: LoraConfig = serde_json::from_value(Value::Object(config))
+            .map_err(|error| refuse(error.to_string()))?;
+        let patterns = Patterns::new(&config).map_err(&refuse)?;
+
+        let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
+        let linears: BTreeMap<String, &Linear> = model.linears().into_iter().collect();
+        let mut parts: BTreeMap<String, BTreeSet<Part>> = BTreeMap::new();
+        for name in file.names() {
+            let (path, part) = part(&name)
+                .ok_or_else(|| file.refuse(&name, "is no tensor of an adapter of LoRA".into()))?;
+            if !linears.contains_key(path) {
+                return Err(Error::UnknownLayer { path: path.into() });
+            }
+            parts.entry(path.into()).or_default().insert(part);
+        }
+        let targets = linears.keys().filter(|path| patterns.targets(path));
+        for path in targets {
+            parts.entry(path.clone()).or_default();
+        }
+        let mut layers = BTreeMap::new();
+        for (path, parts) in parts {
+            let linear = linears[&path];
+            let (r, alpha) = patterns.rank_and_alpha(&path).map_err(&refuse)?;
+            let adapter = read(&path, &parts, linear, &config, r, alpha, &mut file)?;
+            adapter.check(&path, &linear.weight)?;
+            layers.insert(path, adapter);
+        }
+        if layers.is_empty() {
+            return Err(refuse("targets no layer of the model".into()));
+        }
+        Ok(Self {
+            base: Fingerprint::of(model),
+            layers,
+        })
+    }
+
+    /// Writes a new directory for PEFT, whole or not at all. `model` is the base, which says for
+    /// which layers a name stands.
+    ///
+    /// # Errors
+    /// [`Error::OtherBase`]; [`Error::NotForPeft`] if PEFT has no such adapter, or not in one
+    /// directory with the others; [`Error::OutputExists`] if `dir` holds something, [`Error::Io`] if
+    /// it cannot be written.
+    pub fn save_hf(&self, dir: impl AsRef<Path>, model: &impl Linears) -> Result<()> {
+        self.check_base(model)?;
+        let config = self.hf_config(model)?;
+        files::write_directory(dir.as_ref(), |dir| {
+            let tensors = self.layers.iter().flat_map(|(path, adapter)| {
+                hf_tensors(adapter)
+                    .into_iter()
+                    .map(move |(name, tensor)| (format!("{PREFIX}{path}.{name}"), tensor))
+            });
+            files::write_tensors(&dir.join(TENSORS), tensors)?;
+            files::write_json(&dir.join(CONFIG), &config)
+        })
+    }
+
+    fn hf_config(&self, model: &impl Linears) -> Result<Value> {
+        let mut kinds = Vec::new();
+        for (path, adapter) in &self.layers {
+            let refuse = |problem: &str| Error::NotForPeft {
+                path: path.clone(),
+                problem: problem.into(),
+            };
+            kinds.push((path, Kind::of(adapter).map_err(refuse)?));
+        }
+        // What most layers have is the rule, the others are exceptions.
+        let mut counts: BTreeMap<(usize, u32), usize> = BTreeMap::new();
+        for (_, kind) in &kinds {
+            *counts.entry((kind.rank, kind.alpha.to_bits())).or_default() += 1;
+        }
+        let most = counts.iter().max_by_key(|(_, count)| **count);
+        let Some((&(r, alpha), _)) = most else {
+            return Err(Error::NoAdapters);
+        };
+        let alpha = f32::from_bits(alpha);
+        let (mut ranks, mut alphas) = (Map::new(), Map::new());
+        let (_, first) = &kinds[0];
+        for (path, kind) in &kinds {
+            if kind.switches() != first.switches() {
+                return Err(Error::NotForPeft {
+                    path: path.to_string(),
+                    problem: "differs from the other layers in method, dropout or group size"
+                        .into(),
+                });
+            }
+            if kind.rank != r {
+                ranks.insert(path.to_string(), json!(kind.rank));
+            }
+            if kind.alpha != alpha {
+                alphas.insert(path.to_string(), number(kind.alpha));
+            }
+        }
+        let all = model.linears();
+        let is_whole = |name: &str| {
+            let mut named = all.iter().filter(|(path, _)| last_name(path) == name);
+            named.all(|(path, _)| self.layers.contains_key(path))
+        };
+        let targets: BTreeSet<&str> = self
+            .layers
+            .keys()
+            .map(|path| match last_name(path) {
+                name if is_whole(name) => name,
+                _ => path,
+            })
+            .collect();
+        Ok(json!({
+            "alora_invocation_tokens": null,
+            "alpha_pattern": alphas,
+            "arrow_config": null,
+            "auto_mapping": null,
+            "base_model_name_or_path": null,
+            "bias": "none",
+            "corda_config": null,
+            "ensure_weight_tying": false,
+            "eva_config": null,
+            "exclude_modules": null,
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+            "kasa_config": null,
+            "layer_replication": null,
+            "layers_pattern": null,
+            "layers_to_transform": null,
+            "loftq_config": {},
+            "lora_alpha": number(alpha),
+            "lora_bias": false,
+            "lora_dropout": number(first.dropout),
+            "lora_ga_config": null,
+            "megatron_config": null,
+            "megatron_core": "megatron.core",
+            "modules_to_save": null,
+            "monteclora_config": null,
+            "peft_type": "LORA",
+            "peft_version": "0.21.2",
+            "qalora_group_size": first.group_size.unwrap_or(16),
+            "r": r,
+            "rank_pattern": ranks,
+            "revision": null,
+            "target_modules": targets,
+            "target_parameters": null,
+            "task_type": "CAUSAL_LM",
+            "trainable_token_indices": null,
+            "use_bdlora": null,
+            "use_dora": first.dora,
+            "use_qalora": first.group_size.is_some(),
+            "use_rslora": first.rank_stabilized,
+            "velora_config": null,
+        }))
+    }
+}
+
+/// A whole number without a point, as Python writes it, and `f32` in its own digits.
+fn number(value: f32) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e9 && value != 0.0 {
+        return json!(value as i64);
+    }
+    let shortest = value.to_string().parse::<f64>();
+    json!(shortest.unwrap_or(f64::from(value)))
+}
+
+/// What PEFT says of an adapter in its configuration.
+struct Kind {
+    rank: usize,
+    alpha: f32,
+    dropout: f32,
+    rank_stabilized: bool,
+    dora: bool,
+    /// Of QA-LoRA.
+    group_size: Option<usize>,
+}
+
+impl Kind {
+    fn of(adapter: &Adapter) -> Result<Self, &'static str> {
+        match adapter {
+            Adapter::Lora(lora) => {
+                let settings = lora.settings();
+                Ok(Self {
+                    rank: lora.rank(),
+                    alpha: settings.alpha,
+                    dropout: settings.dropout,
+                    rank_stabilized: settings.rank_stabilized,
+                    dora: settings.dora,
+                    group_size: None,
+                })
+            }
+            Adapter::Tile(tile) => {
+                let settings = tile.settings();
+                let is_qa_lora = settings.tiles == TileMethod::QaLora && settings.repeat == 1;
+                if !is_qa_lora {
+                    return Err("PEFT has no such tiles; use `Adapters::save`");
+                }
+                if settings.pooling != Pooling::Peft {
+                    return Err("PEFT knows no pooling but `Pooling::Peft`");
+                }
+                Ok(Self {
+                    rank: settings.rank,
+                    alpha: settings.alpha,
+                    dropout: settings.dropout,
+                    rank_stabilized: false,
+                    dora: false,
+                    group_size: Some(settings.pool),
+                })
+            }
+            Adapter::Peqa(_) => Err("PEFT has no PEQA; use `Adapters::save`"),
+        }
+    }
+
+    fn switches(&self) -> (u32, bool, bool, Option<usize>) {
+        let dropout = self.dropout.to_bits();
+        (dropout, self.rank_stabilized, self.dora, self.group_size)
+    }
+}
+
+/// Tensors under PEFT's names, `[out, in]`, in `f32`.
+fn hf_tensors(adapter: &Adapter) -> Vec<(&'static str, LazyTensor<'_>)> {
+    let factor = |factor: Tensor<2>| {
+        let [d_in, d_out] = factor.dims();
+        LazyTensor::f32([d_out, d_in], move || floats(factor.clone().transpose()))
+    };
+    let factors = match adapter {
+        Adapter::Lora(lora) => Some((lora.a(), lora.b())),
+        Adapter::Tile(tile) => tile.factors(),
+        Adapter::Peqa(_) => None,
+    };
+    let Some((a, b)) = factors else {
+        return Vec::new();
+    };
+    let mut tensors = vec![("lora_A.weight", factor(a)), ("lora_B.weight", factor(b))];
+    if let Adapter::Lora(lora) = adapter
+        && let Some(m) = lora.magnitude()
+    {
+        let magnitude = LazyTensor::f32(m.dims(), move || floats(m.clone()));
+        tensors.push(("lora_magnitude_vector", magnitude));
+    }
+    tensors
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    A,
+    B,
+    Magnitude,
+    /// With `.weight`, as versions before the current one had it.
+    MagnitudeWeight,
+}
+
+impl Part {
+    const ALL: [Self; 4] = [Self::A, Self::B, Self::Magnitude, Self::MagnitudeWeight];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Part::A => "lora_A.weight",
+            Part::B => "lora_B.weight",
+            Part::Magnitude => "lora_magnitude_vector",
+            Part::MagnitudeWeight => "lora_magnitude_vector.weight",
+        }
+    }
+}
+
+/// The layer that a tensor belongs to, and what it is to it.
+fn part(name: &str) -> Option<(&str, Part)> {
+    let name = name.strip_prefix(PREFIX)?;
+    Part::ALL.into_iter().find_map(|part| {
+        let path = name.strip_suffix(part.suffix())?.strip_suffix('.')?;
+        Some((path, part))
+    })
+}
+
+/// The adapter of the layer at `path`, of which the file has `parts`.
+fn read(
+    path: &str,
+    parts: &BTreeSet<Part>,
+    linear: &Linear,
+    config: &LoraConfig,
+    r: usize,
+    alpha: f32,
+    file: &mut TensorFile,
+) -> Result<Adapter> {
+    let device = linear.weight.device();
+    let name = |part: Part| format!("{PREFIX}{path}.{}", part.suffix());
+    let mut factor = |part: Part| -> Result<Tensor<2>> {
+        let (values, [rows, columns]) = file.floats::<2>(&name(part))?;
+        let rank = match part {
+            Part::A => rows,
+            _ => columns,
+        };
+        if rank != r || rank == 0 {
+            let shape = [rows, columns];
+            let problem = format!("is {shape:?}, where `{CONFIG}` says rank {r}");
+            return Err(file.refuse(&name(part), problem));
+        }
+        Ok(tensor(values, [rows, columns], &device).transpose())
+    };
+    let (a, b) = (factor(Part::A)?, factor(Part::B)?);
+    let pools = linear.weight.dims()[0] / config.qalora_group_size.max(1);
+    // PEFT takes QA-LoRA for LoRA on layers that are not GPTQ's.
+    if config.use_qalora && a.dims()[0] == pools {
+        let alpha = match config.use_rslora {
+            true => alpha * (r as f32).sqrt(),
+            false => alpha,
+        };
+        let settings = TileSettings {
+            tiles: TileMethod::QaLora,
+            pool: config.qalora_group_size,
+            repeat: 1,
+            pooling: Pooling::Peft,
+            alpha,
+            rank: r,
+            one_matrix: false,
+            dropout: config.lora_dropout,
+        };
+        let [a, b] = [a, b].map(Param::from_tensor);
+        return Ok(Adapter::Tile(TileAdapter::of_product(a, b, settings)?));
+    }
+    let mut magnitude = None;
+    if config.use_dora {
+        let part = match parts.contains(&Part::MagnitudeWeight) {
+            true => Part::MagnitudeWeight,
+            false => Part::Magnitude,
+        };
+        let (values, dims) = file.floats::<1>(&name(part))?;
+        magnitude = Some(Param::from_tensor(tensor(values, dims, &device)));
+    } else if let Some(&part) = parts.iter().find(|&&part| part > Part::B) {
+        let problem = format!("belongs to DoRA, which `{CONFIG}` does not name");
+        return Err(file.refuse(&name(part), problem));
+    }
+    let settings = LoraSettings {
+        alpha,
+        rank_stabilized: config.use_rslora,
+        dora: config.use_dora,
+        dropout: config.lora_dropout,
+    };
+    let [a, b] = [a, b].map(Param::from_tensor);
+    Ok(Adapter::Lora(LoraAdapter::new(a, b, magnitude, settings)?))
+}
+
+fn tensor<const D: usize>(values: Vec<f32>, dims: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(values, dims), (device, DType::F32))
+}
+
+/// Refuses what would change the meaning of an adapter and is not known here.
+fn check_keys(config: &Map<String, Value>) -> Result<(), String> {
+    match config.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") => (),
+        Some(other) => return Err(format!("peft_type is {other}; only LORA can be read")),
+        None => return Err("has no peft_type: it is not a configuration of PEFT; for a directory of this program, use `Adapters::load`".into()),
+    }
+    for (key, value) in config {
+        let neutral = match value {
+            Value::Null => true,
+            Value::Bool(on) => !on,
+            Value::Array(values) => values.is_empty(),
+            Value::Object(values) => values.is_empty(),
+            Value::String(text) => text.is_empty(),
+            Value::Number(_) => false,
+        };
+        let known = READ.contains(&key.as_str()) || IGNORED.contains(&key.as_str());
+        if !known && !neutral {
+            return Err(format!(
+                "`{key}` is {value}, which this program cannot honour"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Which layers are meant, and with which rank and alpha.
+struct Patterns<'a> {
+    config: &'a LoraConfig,
+    targets: Option<Matcher>,
+    excluded: Option<Matcher>,
+    in_layer: Vec<Regex>,
+    ranks: Vec<(Regex, &'a Value)>,
+    alphas: Vec<(Regex, &'a Value)>,
+}
+
+enum Matcher {
+    Pattern(Regex),
+    Ends(Vec<String>),
+}
+
+impl Matcher {
+    fn new(names: &Names) -> Result<Self, String> {
+        Ok(match names {
+            Names::Pattern(pattern) if pattern.eq_ignore_ascii_case("all-linear") => {
+                Self::Pattern(regex(".*")?)
+            }
+            Names::Pattern(pattern) => Self::Pattern(regex(&format!("^(?:{pattern})$"))?),
+            Names::Ends(names) => Self::Ends(names.clone()),
+        })
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Matcher::Pattern(pattern) => pattern.is_match(path),
+            Matcher::Ends(names) => names.iter().any(|name| is_end(path, name)),
+        }
+    }
+}
+
+/// Whether `path` is `name` or ends in it after a dot.
+fn is_end(path: &str, name: &str) -> bool {
+    let rest = path.strip_suffix(name);
+    rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+fn regex(pattern: &str) -> Result<Regex, String> {
+    Regex::new(pattern).map_err(|error| error.to_string())
+}
+
+impl<'a> Patterns<'a> {
+    fn new(config: &'a LoraConfig) -> Result<Self, String> {
+        match &config.init_lora_weights {
+            Value::Bool(_) => (),
+            Value::String(name) if ["gaussian", "eva", "orthogonal"].contains(&name.as_str()) => (),
+            other => {
+                return Err(format!(
+                    "init_lora_weights is {other}, which changed the base: convert the adapter to a plain LoRA in PEFT, and save it again"
+                ));
+            }
+        }
+        if config.bias != "none" {
+            return Err(format!(
+                "bias is {:?}: trained biases cannot be read, only \"none\"",
+                config.bias
+            ));
+        }
+        let matcher = |names: &Option<Names>| names.as_ref().map(Matcher::new).transpose();
+        let each = |patterns: &'a Map<String, Value>| {
+            let patterns = patterns.iter();
+            patterns
+                .map(|(key, value)| Ok((regex(&format!(r"^(?:.*\.)?(?:{key})$"))?, value)))
+                .collect::<Result<Vec<_>, String>>()
+        };
+        let in_layer = match &config.layers_pattern {
+            None => vec![r"^.*?\.[^.]*\.(\d+)\.".to_string()],
+            Some(Names::Pattern(name)) => vec![format!(r"(?:^|^.*?\.){name}\.(\d+)\.")],
+            Some(Names::Ends(names)) => names
+                .iter()
+                .map(|name| format!(r"(?:^|^.*?\.){name}\.(\d+)\."))
+                .collect(),
+        };
+        Ok(Self {
+            config,
+            targets: matcher(&config.target_modules)?,
+            excluded: matcher(&config.exclude_modules)?,
+            in_layer: in_layer
+                .iter()
+                .map(|pattern| regex(pattern))
+                .collect::<Result<_, _>>()?,
+            ranks: each(&config.rank_pattern)?,
+            alphas: each(&config.alpha_pattern)?,
+        })
+    }
+
+    /// Whether the layer at `path` is to have an adapter.
+    fn targets(&self, path: &str) -> bool {
+        let meant = self.targets.as_ref();
+        let excluded = self.excluded.as_ref();
+        meant.is_some_and(|targets| targets.matches(path))
+            && !excluded.is_some_and(|excluded| excluded.matches(path))
+            && self.is_layer(path)
+    }
+
+    fn is_layer(&self, path: &str) -> bool {
+        let layers = match &self.config.layers_to_transform {
+            None => return true,
+            Some(Layers::One(index)) => std::slice::from_ref(index),
+            Some(Layers::Some(indices)) if indices.is_empty() => return true,
+            Some(Layers::Some(indices)) => indices,
+        };
+        let index = self.in_layer.iter().find_map(|pattern| {
+            let index = pattern.captures(path)?.get(1)?;
+            index.as_str().parse::<usize>().ok()
+        });
+        index.is_some_and(|index| layers.contains(&index))
+    }
+
+    fn rank_and_alpha(&self, path: &str) -> Result<(usize, f32), String> {
+        let find = |patterns: &[(Regex, &'a Value)]| {
+            let found = patterns.iter().find(|(pattern, _)| pattern.is_match(path));
+            found.map(|(_, value)| *value)
+        };
+        let rank = match find(&self.ranks) {
+            None => self.config.r,
+            Some(value) => value
+                .as_u64()
+                .and_then(|rank| usize::try_from(rank).ok())
+                .ok_or_else(|| format!("rank_pattern says {value} for `{path}`, not a rank"))?,
+        };
+        let alpha = match find(&self.alphas) {
+            None => self.config.lora_alpha,
+            Some(value) => value
+                .as_f64()
+                .ok_or_else(|| format!("alpha_pattern says {value} for `{path}`, not a number"))?
+                as f32,
+        };
+        Ok((rank, alpha))
+    }
+}

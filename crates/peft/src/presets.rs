@@ -1,0 +1,141 @@
+//! The settings of the papers: base, adapter and training, each with its source.
+//!
+//! What no source gives is marked as ours. Steps, batches and texts are the user's.
+//!
+//! ```
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use peft::{Linear, Method, Weight, presets};
+//! use quant_core::Quantizer;
+//!
+//! let preset = presets::qlora();
+//! let weight = Tensor::random([128, 128], Distribution::Normal(0.0, 0.1), &Device::flex());
+//! let packed = preset.quantizer.quantize(weight, None)?.weight;
+//! let adapter = preset.method.init("proj", &Weight::Quant(packed))?;
+//! assert_eq!(adapter.method(), "LoRA");
+//! assert_eq!(preset.fit.learning_rate, 2e-4);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use quant_core::{DoubleQuant, NormalFloat, Optq, Range, Rtn};
+
+use crate::{FitConfig, Lora, Peqa, Pooling, Schedule, Tile};
+
+/// How a paper quantizes, what it trains, and how.
+#[derive(Clone, Debug)]
+pub struct Preset<Q, M> {
+    /// Of the base.
+    pub quantizer: Q,
+    /// What is attached.
+    pub method: M,
+    /// How it is trained: rates, clipping and decay; the steps are those of one epoch.
+    pub fit: FitConfig,
+}
+
+/// QLoRA (Dettmers et al. 2023, arXiv:2305.14314, and its published code).
+///
+/// | setting | value | source |
+/// |---|---|---|
+/// | base | NF4, blocks of 64, double quantization in blocks of 256, all layers but the head | paper |
+/// | `r`, `α` | 64, 16 | `qlora.py` |
+/// | dropout | 0 | `qlora.py`; the scripts of Guanaco have 0.1 at 7 B, 0.05 above |
+/// | learning rate | 2e-4, constant | `qlora.py`; 1e-4 from 33 B on in the scripts |
+/// | gradient norm | clipped at 0.3 | `qlora.py` |
+/// | AdamW | `β₂` 0.999, no decay | `qlora.py` |
+///
+/// Its warm-up of 3 % of the steps is the user's to set; its schedule there is constant. Pages of
+/// optimizer states are an allocation of CUDA's, which changes no result.
+pub fn qlora() -> Preset<NormalFloat, Lora> {
+    Preset {
+        quantizer: NormalFloat::new()
+            .with_block_size(64)
+            .with_double_quant(DoubleQuant::dynamic()),
+        method: Lora::new(64).with_alpha(16.0),
+        fit: as_qlora(2e-4),
+    }
+}
+
+/// QA-LoRA (Xu et al. 2023, arXiv:2309.14717, and its published code).
+///
+/// | setting | value | source |
+/// |---|---|---|
+/// | base | OPTQ, 4 bits, asymmetric, groups of 32, no act-order | paper |
+/// | `r`, `α` | 64, 16 | code |
+/// | pooling | sum | paper; its code has the mean ([`Pooling::Mean`]), whose gradients are 32 times smaller |
+/// | learning rate | 2e-5, constant; 1e-5 from 33 B on | paper |
+/// | gradient norm, AdamW | as QLoRA | code |
+///
+/// With the mean, and in few steps, that rate hardly trains; 1e-3 is ours then.
+pub fn qa_lora() -> Preset<Optq, Tile> {
+    Preset {
+        quantizer: Optq::new().with_bits(4).with_group_size(32),
+        method: Tile::qa_lora(64)
+            .with_alpha(16.0)
+            .with_pooling(Pooling::Sum),
+        fit: as_qlora(2e-5),
+    }
+}
+
+/// Q-BaRA, published as Q-BLoRA (its code: `layer.py`, `bnb.py`, and its run script).
+///
+/// | setting | value | source |
+/// |---|---|---|
+/// | base | NF4 with double quantization, as QLoRA | code |
+/// | tiles | means of 2 inputs, outputs given to 2, rank `2 r` | code |
+/// | `r`, `α` | 64, 16; `σ = α / r` with the `r` before it is doubled | code |
+/// | learning rate, clipping, AdamW | as QLoRA | run script |
+pub fn q_bara() -> Preset<NormalFloat, Tile> {
+    Preset {
+        method: Tile::q_bara(64).with_alpha(16.0),
+        quantizer: qlora().quantizer,
+        fit: as_qlora(2e-4),
+    }
+}
+
+/// QA-HiRA. Its published code has one matrix over tiles of 4 inputs and 8 outputs, no quantized base
+/// and no merge.
+///
+/// | setting | value | source |
+/// |---|---|---|
+/// | parameters | one for 32 weights | code |
+/// | tiles | groups of 32 inputs × 1 output, which merge into groups | ours |
+/// | base | as QA-LoRA | ours |
+/// | pooling, `σ` | sum, 1 | ours: the code's mean and 16 / 64 make steps 128 times smaller |
+/// | initialisation | zero | ours: what else changes no output |
+/// | learning rate, clipping, AdamW | as QLoRA | run script |
+pub fn qa_hira() -> Preset<Optq, Tile> {
+    Preset {
+        method: Tile::qa_hira(),
+        quantizer: qa_lora().quantizer,
+        fit: as_qlora(2e-4),
+    }
+}
+
+/// PEQA (Kim et al. 2023, arXiv:2305.14152).
+///
+/// | setting | value | source |
+/// |---|---|---|
+/// | base | rounded to nearest, 4 bits, asymmetric, per channel | paper |
+/// | range | searched for the least error | paper: the least squares; the norm of 2.4 is OPTQ's code |
+/// | trained | scales | paper; as logarithms of factors: ours |
+/// | learning rate | 2e-5 | EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062), which trains the same |
+/// | schedule, clipping | linear to zero, at norm 1 | ours |
+///
+/// On factors a step is relative: a model of a few million parameters takes 2e-3.
+pub fn peqa() -> Preset<Rtn, Peqa> {
+    Preset {
+        quantizer: Rtn::new().with_bits(4).with_range(Range::Clipped),
+        method: Peqa::new(),
+        fit: FitConfig::new()
+            .with_learning_rate(2e-5)
+            .with_schedule(Schedule::Linear),
+    }
+}
+
+/// The training of `qlora.py`.
+fn as_qlora(learning_rate: f64) -> FitConfig {
+    FitConfig::new()
+        .with_learning_rate(learning_rate)
+        .with_schedule(Schedule::Constant)
+        .with_beta_2(0.999)
+        .with_max_grad_norm(Some(0.3))
+}

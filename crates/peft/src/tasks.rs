@@ -1,0 +1,344 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::tensor::{DType, Tensor, TensorData};
+use half::f16;
+use quant_core::QuantTensor;
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::floats;
+use crate::files::{self, LazyTensor, TensorFile};
+use crate::{Error, Fingerprint, Linears, Result, Weight};
+
+const CONFIG: &str = "task.json";
+const TENSORS: &str = "task.safetensors";
+const FORMAT_VERSION: u32 = 1;
+
+/// A task as what it changes of a packed model: scales and zeros of layers, the codes being those of
+/// the base. Adapters that merge into codes (PEQA, QA-LoRA, QA-HiRA, QA-BLoRA) become one.
+///
+/// In a directory: `task.json` and `task.safetensors`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TaskPack {
+    base: Fingerprint,
+    layers: BTreeMap<String, Grids>,
+}
+
+/// What a task changes of one layer, `[n_groups, d_out]` each.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Grids {
+    scales: Option<Vec<f32>>,
+    zeros: Option<Vec<f32>>,
+    dims: [usize; 2],
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Config {
+    format_version: u32,
+    /// The base whose codes the task shares.
+    base: Fingerprint,
+    /// What the task changes of each layer: `scales`, `zeros`.
+    layers: BTreeMap<String, Vec<String>>,
+}
+
+impl TaskPack {
+    /// The task of the adapters that a packed model wears.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapters`], [`Error::NeedsQuantized`], or [`Error::MergeIntoPacked`] if codes cannot
+    /// hold an adapter.
+    pub fn of(model: &impl Linears) -> Result<Self> {
+        let mut layers = BTreeMap::new();
+        for (path, linear) in model.linears() {
+            let Some(adapter) = &linear.adapter else {
+                continue;
+            };
+            let weight = packed(&path, &linear.weight)?;
+            let (merged, _) = adapter.on_codes(&path, weight)?;
+            let changed = |before: Vec<f32>, after: Vec<f32>| (before != after).then_some(after);
+            let grids = Grids {
+                scales: changed(floats(weight.scales()), floats(merged.scales())),
+                zeros: match (weight.zeros(), merged.zeros()) {
+                    (Some(before), Some(after)) => changed(floats(before), floats(after)),
+                    _ => None,
+                },
+                dims: weight.layout().grid_shape(),
+            };
+            layers.insert(path, grids);
+        }
+        if layers.is_empty() {
+            return Err(Error::NoAdapters);
+        }
+        Ok(Self {
+            base: Fingerprint::of(model),
+            layers,
+        })
+    }
+
+    /// The base whose codes the task shares.
+    pub fn base(&self) -> &Fingerprint {
+        &self.base
+    }
+
+    /// Scales and zeros in the pack.
+    pub fn n_values(&self) -> usize {
+        let values = self.values().map(|values| values.len());
+        values.sum()
+    }
+
+    fn values(&self) -> impl Iterator<Item = &Vec<f32>> {
+        let layers = self.layers.values();
+        layers.flat_map(|grids| [&grids.scales, &grids.zeros].into_iter().flatten())
+    }
+
+    /// The task rounded to `f16`, half as large in a file, and the largest relative change of a value:
+    /// 2⁻¹¹ at most, where `f16` does not run out of digits.
+    ///
+    /// # Errors
+    /// [`Error::Quant`] if a value is above what `f16` holds.
+    pub fn rounded_to_f16(mut self) -> Result<(Self, f64)> {
+        let mut most = 0f64;
+        for (path, grids) in &mut self.layers {
+            let d_out = grids.dims[1];
+            let parts = [
+                ("the scales", &mut grids.scales),
+                ("the zeros", &mut grids.zeros),
+            ];
+            for (what, values) in parts {
+                for (at, value) in values.iter_mut().flatten().enumerate() {
+                    let rounded = f16::from_f32(*value).to_f32();
+                    if rounded.is_infinite() {
+                        return Err(Error::Quant {
+                            path: path.clone(),
+                            source: quant_core::Error::NonFinite {
+                                what,
+                                value: rounded,
+                                row: at / d_out,
+                                column: at % d_out,
+                                count: 1,
+                            },
+                        });
+                    }
+                    if *value != 0.0 {
+                        most = most.max((f64::from(rounded) / f64::from(*value) - 1.0).abs());
+                    }
+                    *value = rounded;
+                }
+            }
+        }
+        Ok((self, most))
+    }
+
+    /// Writes a new directory, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`] if `dir` holds something, [`Error::Io`] if it cannot be written.
+    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        let names = |grids: &Grids| {
+            let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
+            let parts = parts.into_iter().filter(|(_, values)| values.is_some());
+            parts.map(|(name, _)| name.to_string()).collect()
+        };
+        let config = Config {
+            format_version: FORMAT_VERSION,
+            base: self.base.clone(),
+            layers: (self.layers.iter())
+                .map(|(path, grids)| (path.clone(), names(grids)))
+                .collect(),
+        };
+        files::write_directory(dir.as_ref(), |dir| {
+            let tensors = self.layers.iter().flat_map(|(path, grids)| {
+                let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
+                parts.into_iter().filter_map(move |(name, values)| {
+                    let values = values.as_ref()?;
+                    let tensor = LazyTensor::floats(grids.dims, || values.clone());
+                    Some((format!("{path}.{name}"), tensor))
+                })
+            });
+            files::write_tensors(&dir.join(TENSORS), tensors)?;
+            files::write_json(&dir.join(CONFIG), &config)
+        })
+    }
+
+    /// Reads a directory.
+    ///
+    /// # Errors
+    /// If a file is missing or not what it should be, or the tensors are not those that `task.json`
+    /// lists.
+    pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
+        let config_path = dir.as_ref().join(CONFIG);
+        let config: Config = files::read_json(&config_path)?;
+        files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
+        let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
+        let mut expected = Vec::new();
+        let mut layers = BTreeMap::new();
+        for (path, names) in config.layers {
+            let mut grids = Grids::default();
+            for name in names {
+                let place = match name.as_str() {
+                    "scales" => &mut grids.scales,
+                    "zeros" => &mut grids.zeros,
+                    _ => {
+                        return Err(Error::File {
+                            path: config_path,
+                            problem: format!("`{path}` has `{name}`, neither scales nor zeros"),
+                        });
+                    }
+                };
+                let tensor = format!("{path}.{name}");
+                let (values, dims) = file.floats::<2>(&tensor)?;
+                *place = Some(values);
+                let both = grids.scales.is_some() && grids.zeros.is_some();
+                if both && dims != grids.dims {
+                    let problem = format!("is {dims:?}, its layer's scales are {:?}", grids.dims);
+                    return Err(file.refuse(&tensor, problem));
+                }
+                grids.dims = dims;
+                expected.push(tensor);
+            }
+            layers.insert(path, grids);
+        }
+        file.check_names(&expected, CONFIG)?;
+        Ok(Self {
+            base: config.base,
+            layers,
+        })
+    }
+}
+
+/// A packed model and the tasks that it serves, one at a time: to go from one to another is to put
+/// other scales and zeros beside the same codes.
+#[derive(Debug)]
+pub struct Tasks<M> {
+    model: M,
+    fingerprint: Fingerprint,
+    base: BTreeMap<String, Weight>,
+    packs: BTreeMap<String, TaskPack>,
+}
+
+impl<M: Linears> Tasks<M> {
+    /// Serves tasks from this base, which is read once for its fingerprint.
+    ///
+    /// # Errors
+    /// [`Error::AlreadyAdapted`] if it wears an adapter.
+    pub fn new(model: M) -> Result<Self> {
+        let mut base = BTreeMap::new();
+        for (path, linear) in model.linears() {
+            if linear.adapter.is_some() {
+                return Err(Error::AlreadyAdapted { path });
+            }
+            base.insert(path, linear.weight.clone());
+        }
+        Ok(Self {
+            fingerprint: Fingerprint::of(&model),
+            model,
+            base,
+            packs: BTreeMap::new(),
+        })
+    }
+
+    /// Adds a task, in the place of another of this name, which is returned.
+    ///
+    /// # Errors
+    /// [`Error::OtherBase`], [`Error::UnknownLayer`], [`Error::NeedsQuantized`] or [`Error::Shape`] if
+    /// it was not made for this base.
+    pub fn insert(&mut self, name: impl Into<String>, pack: TaskPack) -> Result<Option<TaskPack>> {
+        if pack.base != self.fingerprint {
+            return Err(Error::OtherBase {
+                expected: pack.base,
+                found: self.fingerprint.clone(),
+            });
+        }
+        for (path, grids) in &pack.layers {
+            let Some(weight) = self.base.get(path) else {
+                return Err(Error::UnknownLayer { path: path.clone() });
+            };
+            with_grids(path, weight, grids)?;
+        }
+        Ok(self.packs.insert(name.into(), pack))
+    }
+
+    /// The names of the tasks.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.packs.keys().map(String::as_str)
+    }
+
+    /// Makes the model that of the task, or the base with `None`.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTask`]; then the model is as it was.
+    pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
+        let pack = match name {
+            None => None,
+            Some(name) => match self.packs.get(name) {
+                Some(pack) => Some(pack),
+                None => {
+                    return Err(Error::UnknownTask {
+                        name: name.into(),
+                        names: self.packs.keys().cloned().collect(),
+                    });
+                }
+            },
+        };
+        let mut weights = self.base.clone();
+        for (path, grids) in pack.iter().flat_map(|pack| &pack.layers) {
+            let weight = with_grids(path, &self.base[path], grids)?;
+            weights.insert(path.clone(), Weight::Quant(weight));
+        }
+        for (path, linear) in self.model.linears_mut() {
+            if let Some(weight) = weights.remove(&path) {
+                linear.weight = weight;
+            }
+        }
+        Ok(())
+    }
+
+    /// The model as it is.
+    pub fn model(&self) -> &M {
+        &self.model
+    }
+}
+
+fn packed<'a>(path: &str, weight: &'a Weight) -> Result<&'a QuantTensor> {
+    match weight {
+        Weight::Quant(weight) => Ok(weight),
+        Weight::Dense(_) => Err(Error::NeedsQuantized {
+            method: "a task pack",
+            path: path.into(),
+        }),
+    }
+}
+
+/// The weight of the layer at `path` with the scales and zeros of a task.
+fn with_grids(path: &str, weight: &Weight, grids: &Grids) -> Result<QuantTensor> {
+    let weight = packed(path, weight)?;
+    let expected = weight.layout().grid_shape();
+    let changes = grids.scales.is_some() || grids.zeros.is_some();
+    if changes && grids.dims != expected {
+        return Err(Error::Shape {
+            path: path.into(),
+            expected: expected.into(),
+            found: grids.dims.into(),
+        });
+    }
+    let device = weight.scales().device();
+    let tensor = |values: &Vec<f32>| {
+        let values = TensorData::new(values.clone(), expected);
+        Tensor::from_data(values, (&device, DType::F32))
+    };
+    let scales = grids.scales.as_ref().map(tensor);
+    let zeros = grids.zeros.as_ref().map(tensor);
+    if !changes {
+        return Ok(weight.clone());
+    }
+    let weight = weight.clone();
+    let scales = scales.unwrap_or_else(|| weight.scales());
+    let zeros = zeros.or_else(|| weight.zeros());
+    weight
+        .with_grid(scales, zeros)
+        .map_err(|source| Error::Quant {
+            path: path.into(),
+            source,
+        })
+}

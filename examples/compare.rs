@@ -1,0 +1,455 @@
+//! Tunes one quantized model with every method, under one budget of trainable parameters, merges,
+//! saves, reloads, and prints one table.
+//!
+//! `cargo run --release --example compare` takes some minutes; `-- --help` lists its options.
+
+#![expect(clippy::print_stdout, reason = "a program says what it did")]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use burn::tensor::Device;
+use clap::Parser;
+use examples::device::DeviceArg;
+use examples::method::MethodName;
+use examples::table::{self, number};
+use examples::tuning::{Cut, Perplexities, Result, Texts, bits, report_error, weights_bytes};
+use examples::{embedded, memory};
+use models::{Llama, Pretrained};
+use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
+use plotters::prelude::*;
+use quant_core::{Format, Quantizer, Rtn};
+use serde::Serialize;
+
+/// Tune one quantized model with every method under one budget, and compare what is left of it
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Bits of a weight: 2, 3, 4
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    bits: usize,
+    /// Weights that share a scale
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    group_size: usize,
+    /// Trainable parameters that no method may exceed
+    #[arg(long, value_name = "N", default_value_t = 31_000)]
+    budget: usize,
+    /// Optimizer steps
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    steps: usize,
+    /// Windows of each text to evaluate on [default: all]
+    #[arg(long, value_name = "N")]
+    eval_windows: Option<usize>,
+    /// Seed of the adapters and of the order of the windows
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// New directory for compare.md, compare.json and compare.svg
+    #[arg(long, value_name = "DIR", default_value = "compare")]
+    out: PathBuf,
+    #[command(flatten)]
+    device: DeviceArg,
+}
+
+/// All of them; at twice the group size, scales and zeros are as many parameters as scales.
+const METHODS: [(MethodName, usize); 10] = [
+    (MethodName::Peqa, 1),
+    (MethodName::PeqaZeros, 2),
+    (MethodName::QaHira, 1),
+    (MethodName::QaLora, 1),
+    (MethodName::QaBLora, 1),
+    (MethodName::Lora, 1),
+    (MethodName::RsLora, 1),
+    (MethodName::Dora, 1),
+    (MethodName::QLora, 1),
+    (MethodName::QBara, 1),
+];
+
+/// One way of keeping a tuned model.
+#[derive(Debug, Serialize)]
+struct Row {
+    method: String,
+    format: Format,
+    rank: Option<usize>,
+    n_trainable: usize,
+    /// Perplexities before tuning.
+    rounded: Perplexities,
+    /// Of the model that is kept, loaded again.
+    kept: Perplexities,
+    /// Bytes of the files that are kept.
+    n_bytes: u64,
+    /// Peak resident memory of the process from quantizing to the end of tuning.
+    peak_bytes: Option<u64>,
+    /// From quantizing to the end of tuning.
+    seconds: f64,
+    /// How it is kept: `exact`, `bounded`, `rounded`, `dense`, or `beside` the base.
+    merge: String,
+    /// The part of what the adapters do to the logits that is left.
+    retention: f64,
+    certificate: Option<Certificate>,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    perplexity_protocol: &'static str,
+    bits: usize,
+    group_size: usize,
+    budget: usize,
+    steps: usize,
+    seed: u64,
+    device: String,
+    n_bytes: u64,
+    full_precision: Perplexities,
+    rows: Vec<Row>,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report_error(&*error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    for (method, groups) in METHODS {
+        method
+            .quantizer(args.bits, Some(groups * args.group_size), false)
+            .format()?;
+    }
+    fit_config(args, MethodName::Peqa).check()?;
+    if args.eval_windows == Some(0) {
+        return Err("--eval-windows is 0; it must be at least 1".into());
+    }
+    peft::files::check_output(&args.out)?;
+    let device = args.device.open();
+    let scratch = tempfile::tempdir()?;
+    let source = scratch.path().join("embedded");
+    std::fs::create_dir(&source)?;
+    embedded::write(&source)?;
+    let lm = models::load(&source, &device)?;
+    let cut = Cut {
+        files: None,
+        seq_len: 128,
+        batch: 8,
+        eval_windows: args.eval_windows.unwrap_or(usize::MAX),
+        seed: args.seed,
+    };
+    let texts = Texts::new(&cut, &lm, &device)?;
+    let mut report = Report {
+        perplexity_protocol: "gptq",
+        bits: args.bits,
+        group_size: args.group_size,
+        budget: args.budget,
+        steps: args.steps,
+        seed: args.seed,
+        device: args.device.name.clone(),
+        n_bytes: weights_bytes(&source)?,
+        full_precision: texts.perplexities(&lm.model)?,
+        rows: Vec::new(),
+    };
+    for (method, groups) in METHODS {
+        let group_size = groups * args.group_size;
+        let rows = tune(
+            args,
+            method,
+            group_size,
+            &lm,
+            &texts,
+            scratch.path(),
+            &device,
+        )?;
+        for row in &rows {
+            println!(
+                "{}: {}, task perplexity {:.3}",
+                row.method, row.merge, row.kept.task
+            );
+        }
+        report.rows.extend(rows);
+    }
+    let text = markdown(&report);
+    println!("\n{text}");
+    peft::files::write_directory(&args.out, |out| {
+        let io = |path: &Path, source| peft::Error::Io {
+            path: path.into(),
+            source,
+        };
+        let path = out.join("compare.md");
+        std::fs::write(&path, &text).map_err(|source| io(&path, source))?;
+        peft::files::write_json(&out.join("compare.json"), &report)?;
+        let path = out.join("compare.svg");
+        std::fs::write(&path, chart(&report)).map_err(|source| io(&path, source))
+    })?;
+    println!("table, figures and chart: {}", args.out.display());
+    Ok(())
+}
+
+fn fit_config(args: &Args, method: MethodName) -> FitConfig {
+    FitConfig::new()
+        .with_learning_rate(method.learning_rate())
+        .with_steps(Some(args.steps))
+        .with_warmup_steps(args.steps / 20)
+        .with_seed(args.seed)
+}
+
+/// Attaches the method with the largest rank that the budget and the layers allow.
+fn attach(args: &Args, method: MethodName, model: &mut Llama) -> Result<(Option<usize>, usize)> {
+    let mut best = None;
+    for rank in 1.. {
+        let mut larger = model.clone();
+        let method_of_rank = method.method(rank, None, &Targets::All, args.seed);
+        match peft::attach(&mut larger, &*method_of_rank) {
+            Ok(attached) if attached.n_trainable <= args.budget => {
+                best = Some((larger, rank, attached.n_trainable));
+            }
+            // More pools or outputs than that a layer does not have.
+            Ok(_) | Err(peft::Error::Rank { .. }) => break,
+            Err(error) => return Err(error.into()),
+        }
+        if !method.has_rank() {
+            break;
+        }
+    }
+    let Some((adapted, rank, n_trainable)) = best else {
+        return Err(format!(
+            "{} does not fit into {} parameters",
+            method.name(),
+            args.budget
+        )
+        .into());
+    };
+    *model = adapted;
+    Ok((method.has_rank().then_some(rank), n_trainable))
+}
+
+/// Quantizes and tunes, and keeps the result in each way that the method has.
+fn tune(
+    args: &Args,
+    method: MethodName,
+    group_size: usize,
+    source: &Pretrained,
+    texts: &Texts,
+    scratch: &Path,
+    device: &Device,
+) -> Result<Vec<Row>> {
+    memory::reset_peak();
+    let start = Instant::now();
+    let quantizer = method.quantizer(args.bits, Some(group_size), false);
+    let mut lm = source.clone();
+    models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
+    let mut adapted = lm.model.clone();
+    let (rank, n_trainable) = attach(args, method, &mut adapted)?;
+    peft::fit(
+        &mut adapted,
+        &texts.train,
+        &fit_config(args, method),
+        |_| {},
+    )?;
+    let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
+    let rounded = texts.perplexities(&lm.model)?;
+    let row = |merge: &str, kept, n_bytes, retention, certificate| Row {
+        method: method.name(),
+        format: quantizer.format().expect("checked at the start"),
+        rank,
+        n_trainable,
+        rounded,
+        kept,
+        n_bytes,
+        peak_bytes,
+        seconds,
+        merge: merge.into(),
+        retention,
+        certificate,
+    };
+    let tuned = texts.probe(&adapted);
+    let dir = |kind: &str| scratch.join(format!("{}-{kind}", method.name()));
+
+    let rounding = Rtn::new().with_bits(args.bits).with_group_size(group_size);
+    let ways = [
+        ("codes", OffGrid::Refuse),
+        ("dense", OffGrid::Dense),
+        ("rounded", OffGrid::Round(&rounding)),
+    ];
+    let mut rows = Vec::new();
+    for (kind, off_grid) in ways {
+        let mut merged = lm.clone();
+        merged.model = adapted.clone();
+        let dir = dir(kind);
+        match peft::merge_probed(&mut merged.model, off_grid, &texts.task[0]) {
+            Ok(certificate) => {
+                models::save(&merged, &dir)?;
+                let reloaded = models::load(&dir, device)?;
+                certificate.verify(&reloaded.model)?;
+                let probe = certificate.probe.as_ref();
+                let retention = probe.map_or(f64::NAN, |probe| probe.retention);
+                let is_dense = certificate
+                    .layers
+                    .iter()
+                    .all(|layer| layer.format.is_none());
+                let merge = match is_dense {
+                    true => "dense",
+                    false => certificate.kind(),
+                };
+                let kept = texts.perplexities(&reloaded.model)?;
+                let n_bytes = weights_bytes(&dir)?;
+                let is_kept = kind == "codes";
+                rows.push(row(merge, kept, n_bytes, retention, Some(certificate)));
+                if is_kept {
+                    // It is the low-bit model: there is no reason for another.
+                    break;
+                }
+            }
+            Err(peft::Error::MergeIntoPacked { .. }) => {
+                let beside = dir.join("adapters");
+                Adapters::of(&adapted)?.save(&beside)?;
+                let base = dir.join("base");
+                models::save(&lm, &base)?;
+                let mut reloaded = models::load(&base, device)?;
+                let adapters = Adapters::load(&beside, device)?;
+                peft::activate(&mut reloaded.model, &adapters)?;
+                if bits(&texts.probe(&reloaded.model)) != bits(&tuned) {
+                    return Err(format!("{}: reloaded, it is another", method.name()).into());
+                }
+                let kept = texts.perplexities(&reloaded.model)?;
+                let n_bytes = weights_bytes(&base)? + weights_bytes(&beside)?;
+                rows.push(row("beside", kept, n_bytes, 1.0, None));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(rows)
+}
+
+fn markdown(report: &Report) -> String {
+    let header = [
+        "method",
+        "base",
+        "rank",
+        "trainable",
+        "kept as",
+        "task text",
+        "base text",
+        "retention",
+        "bytes",
+        "peak MiB",
+        "seconds",
+    ];
+    let mut rows = vec![header.map(String::from)];
+    let dash = || "-".to_string();
+    let full = &report.full_precision;
+    let plain = |method: &str, base: String, of: &Perplexities, bytes: Option<u64>| {
+        [
+            method.into(),
+            base,
+            dash(),
+            dash(),
+            dash(),
+            number(Some(of.task), 3),
+            number(of.base, 3),
+            dash(),
+            bytes.map_or(dash(), |bytes| bytes.to_string()),
+            dash(),
+            dash(),
+        ]
+    };
+    rows.push(plain("none", "bf16".into(), full, Some(report.n_bytes)));
+    let mut bases = Vec::new();
+    for row in &report.rows {
+        if !bases.contains(&row.format) {
+            bases.push(row.format);
+            rows.push(plain("none", base(&row.format), &row.rounded, None));
+        }
+    }
+    for row in &report.rows {
+        rows.push([
+            row.method.clone(),
+            base(&row.format),
+            row.rank.map_or(dash(), |rank| rank.to_string()),
+            row.n_trainable.to_string(),
+            row.merge.clone(),
+            number(Some(row.kept.task), 3),
+            number(row.kept.base, 3),
+            number(Some(row.retention), 4),
+            row.n_bytes.to_string(),
+            row.peak_bytes.map_or(dash(), |n| (n >> 20).to_string()),
+            format!("{:.1}", row.seconds),
+        ]);
+    }
+    table::markdown(&rows)
+}
+
+/// A format in a few words.
+fn base(format: &Format) -> String {
+    let grid = match format.double_quant() {
+        Some(_) => "NF, double",
+        None => "affine",
+    };
+    let group_size = format.group_size().map_or("-".into(), |n| n.to_string());
+    format!("{}-bit {grid}, {group_size}", format.bits())
+}
+
+/// The perplexities of the task as bars, in the colour of what the model is kept as.
+fn chart(report: &Report) -> String {
+    let colour = |merge: &str| match merge {
+        "exact" => RGBColor(0x1b, 0x7a, 0x43),
+        "bounded" => RGBColor(0x6f, 0xb7, 0x6f),
+        "rounded" => RGBColor(0xc4, 0x4e, 0x42),
+        "dense" => RGBColor(0x8c, 0x8c, 0x8c),
+        _ => RGBColor(0x4a, 0x78, 0xb5),
+    };
+    let (left, top, bar, width) = (190, 96, 24, 900);
+    let height = top + bar * (report.rows.len() as i32 + 1) + 30;
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (width as u32, height as u32));
+        let area = area.into_drawing_area();
+        let text = |size: i32| ("sans-serif", size).into_font().color(&BLACK);
+        let small = text(14);
+        let draw = || -> std::result::Result<(), DrawingAreaErrorKind<_>> {
+            area.fill(&WHITE)?;
+            let title = format!(
+                "Task perplexity after {} steps, {} bits, at most {} trainable parameters",
+                report.steps, report.bits, report.budget
+            );
+            area.draw(&Text::new(title, (20, 14), text(18)))?;
+            let kinds = ["exact", "bounded", "rounded", "dense", "beside"];
+            for (at, kind) in kinds.iter().enumerate() {
+                let x = left + 130 * at as i32;
+                let box_ = [(x, 50), (x + 14, 64)];
+                area.draw(&Rectangle::new(box_, colour(kind).filled()))?;
+                area.draw(&Text::new(*kind, (x + 20, 50), small.clone()))?;
+            }
+            // From 1, the perplexity of who knows every token.
+            let values = report.rows.iter().map(|row| row.kept.task);
+            let (from, most) = (1.0, values.fold(report.full_precision.task, f64::max));
+            let scale = f64::from(width - left - 120) / (most - from);
+            let x = |value: f64| left + ((value - from) * scale) as i32;
+            for (at, row) in report.rows.iter().enumerate() {
+                let y = top + bar * at as i32;
+                let label = match row.rank {
+                    Some(rank) => format!("{} (rank {rank})", row.method),
+                    None => row.method.clone(),
+                };
+                area.draw(&Text::new(label, (20, y + 2), small.clone()))?;
+                let box_ = [(left, y), (x(row.kept.task), y + bar - 6)];
+                area.draw(&Rectangle::new(box_, colour(&row.merge).filled()))?;
+                let value = format!("{:.3}", row.kept.task);
+                area.draw(&Text::new(
+                    value,
+                    (x(row.kept.task) + 6, y + 2),
+                    small.clone(),
+                ))?;
+            }
+            let full = x(report.full_precision.task);
+            let end = top + bar * report.rows.len() as i32;
+            area.draw(&PathElement::new([(full, top - 6), (full, end)], BLACK))?;
+            let label = format!("untuned, full precision: {:.3}", report.full_precision.task);
+            area.draw(&Text::new(label, (full - 200, end + 8), small.clone()))?;
+            area.present()
+        };
+        draw().expect("a string takes what is drawn");
+    }
+    svg
+}
