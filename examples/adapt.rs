@@ -16,7 +16,7 @@ use examples::device::DeviceArg;
 use examples::method::MethodName;
 use examples::table;
 use examples::tuning::{
-    Cut, Perplexities, Result, Texts, bits, max_difference, n_windows, report_error, weights_bytes,
+    Cut, Perplexities, Result, Texts, bits, exit, max_difference, n_windows, weights_bytes,
 };
 use examples::{embedded, memory};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -185,13 +185,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report_error(&*error);
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -225,12 +219,7 @@ fn run(args: &Args) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let source = match &args.model {
         Some(dir) => dir.clone(),
-        None => {
-            let dir = scratch.path().join("embedded");
-            std::fs::create_dir(&dir)?;
-            embedded::write(&dir)?;
-            dir
-        }
+        None => embedded::write(scratch.path())?,
     };
     let lm = models::load(&source, &device)?;
     let files = match (&args.train, &args.eval) {

@@ -14,7 +14,7 @@ use clap::Parser;
 use examples::device::DeviceArg;
 use examples::method::MethodName;
 use examples::table::{self, number};
-use examples::tuning::{Cut, Perplexities, Result, Texts, bits, report_error, weights_bytes};
+use examples::tuning::{Cut, Perplexities, Result, Texts, bits, exit, weights_bytes};
 use examples::{embedded, memory};
 use models::{Llama, Pretrained};
 use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
@@ -104,13 +104,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report_error(&*error);
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -126,9 +120,7 @@ fn run(args: &Args) -> Result<()> {
     peft::files::check_output(&args.out)?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = scratch.path().join("embedded");
-    std::fs::create_dir(&source)?;
-    embedded::write(&source)?;
+    let source = embedded::write(scratch.path())?;
     let lm = models::load(&source, &device)?;
     let cut = Cut {
         files: None,

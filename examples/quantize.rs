@@ -15,12 +15,11 @@ use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded;
+use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{CheckpointFormat, GptqVersion, perplexity};
 use peft::Batch;
 use quant_core::{DoubleQuant, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// Quantize a LLaMA and measure what it costs
 ///
@@ -192,19 +191,7 @@ impl Name {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprint!("error: {error}");
-            let mut cause = error.source();
-            while let Some(error) = cause {
-                eprint!(": {error}");
-                cause = error.source();
-            }
-            eprintln!();
-            ExitCode::FAILURE
-        }
-    }
+    exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -223,10 +210,7 @@ fn run(args: &Args) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let source = match &args.model {
         Some(dir) => dir.clone(),
-        None => {
-            embedded::write(scratch.path())?;
-            scratch.path().into()
-        }
+        None => embedded::write(scratch.path())?,
     };
     match single {
         Some(method) => one(args, &*method, &source, &device),

@@ -12,27 +12,19 @@ use burn::tensor::Device;
 use examples::corpus::{self, Dialect};
 use examples::embedded;
 use examples::table::{self, number};
-use examples::tuning::{Result, report_error, weights_bytes};
+use examples::tuning::{Result, exit, weights_bytes};
 use models::perplexity;
 use peft::{Batch, Fingerprint, FitConfig, Peqa, TaskPack, Tasks};
 use quant_core::Rtn;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report_error(&*error);
-            ExitCode::FAILURE
-        }
-    }
+    exit(run())
 }
 
 fn run() -> Result<()> {
     let device = Device::flex();
     let scratch = tempfile::tempdir()?;
-    let source = scratch.path().join("embedded");
-    std::fs::create_dir(&source)?;
-    embedded::write(&source)?;
+    let source = embedded::write(scratch.path())?;
     let mut lm = models::load(&source, &device)?;
     models::quantize(
         &mut lm.model,

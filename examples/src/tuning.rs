@@ -1,6 +1,7 @@
 //! What a tuning run is measured with: texts in windows, perplexities, logits, bytes.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use burn::tensor::Device;
 use models::{Pretrained, Windows, perplexity};
@@ -153,8 +154,11 @@ pub fn weights_bytes(dir: &Path) -> Result<u64> {
     Ok(n_bytes)
 }
 
-/// Says what went wrong, with all causes.
-pub fn report_error(error: &dyn std::error::Error) {
+/// How a program ends: a failure is said with all its causes.
+pub fn exit(result: Result<()>) -> ExitCode {
+    let Err(error) = result else {
+        return ExitCode::SUCCESS;
+    };
     eprint!("error: {error}");
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -162,4 +166,5 @@ pub fn report_error(error: &dyn std::error::Error) {
         cause = error.source();
     }
     eprintln!();
+    ExitCode::FAILURE
 }

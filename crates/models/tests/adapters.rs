@@ -2,10 +2,10 @@
 //! that is saved and loaded again.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::module::Module;
-use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
+use burn::tensor::{Device, Gradients, Int, Tensor};
 use models::{Llama, Pretrained};
 use peft::files::{LazyTensor, TensorFile};
 use peft::{
@@ -14,44 +14,29 @@ use peft::{
 };
 use quant_core::Rtn;
 
+mod reference;
+
+use reference::{golden, values};
+
 const CASES: [&str; 2] = ["lora_llama_all", "lora_llama_rslora"];
 /// DoRA, with patterns of ranks and alphas.
 const DORA: &str = "lora_llama_dora";
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name)
-}
 
 /// The base of both cases.
 fn base() -> Pretrained {
     models::load(golden("llama_gqa"), &Device::flex()).unwrap()
 }
 
-fn reference(case: &str) -> TensorFile {
+fn reference_of(case: &str) -> TensorFile {
     TensorFile::open(&golden(case).join("reference.safetensors")).unwrap()
 }
 
 fn expected<const D: usize>(case: &str, name: &str) -> Vec<f32> {
-    reference(case).floats::<D>(name).unwrap().0
+    reference_of(case).floats::<D>(name).unwrap().0
 }
 
 fn tokens(case: &str) -> Tensor<2, Int> {
-    let bytes = std::fs::read(golden(case).join("reference.safetensors")).unwrap();
-    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let ids = file.tensor("input_ids").unwrap();
-    let (chunks, _) = ids.data().as_chunks::<8>();
-    let values: Vec<i32> = chunks
-        .iter()
-        .map(|&id| i64::from_le_bytes(id) as i32)
-        .collect();
-    let shape = [ids.shape()[0], ids.shape()[1]];
-    Tensor::from_data(TensorData::new(values, shape), &Device::flex())
-}
-
-fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_into_vec().unwrap()
+    reference::tokens(&golden(case).join("reference.safetensors"))
 }
 
 fn logits(model: &Llama, tokens: Tensor<2, Int>) -> Vec<f32> {
@@ -92,7 +77,7 @@ fn trained(model: &Llama, gradients: Option<&Gradients>) -> BTreeMap<String, Vec
 
 /// A tensor of the reference, which has a dimension or two.
 fn expected_flat(case: &str, name: &str) -> Vec<f32> {
-    match reference(case).shape(name).map(<[usize]>::len) {
+    match reference_of(case).shape(name).map(<[usize]>::len) {
         Some(1) => expected::<1>(case, name),
         _ => expected::<2>(case, name),
     }
@@ -134,7 +119,7 @@ fn loras_of_peft_are_loaded_disabled_and_merged() {
         assert!((certificate.probe.unwrap().retention - 1.0).abs() < 1e-4);
         for (path, linear) in model.linears() {
             let name = format!("merged.{path}.weight");
-            if reference(case).contains(&name) {
+            if reference_of(case).contains(&name) {
                 let merged = values(linear.weight().to_dense().transpose());
                 assert!(
                     difference(&merged, &expected::<2>(case, &name)) < 1e-6,
@@ -308,7 +293,7 @@ fn loras_train_as_in_peft() {
 
         let tracked = model.clone().train();
         let loss = token_nll(&tracked, &batch).mean();
-        let expected_loss = reference(case).floats::<0>("loss").unwrap().0[0];
+        let expected_loss = reference_of(case).floats::<0>("loss").unwrap().0[0];
         assert!((loss.clone().inner().into_scalar::<f32>() - expected_loss).abs() < 1e-4);
         let gradients = loss.backward();
         let tracked = trained(&tracked, Some(&gradients));
@@ -400,7 +385,7 @@ fn merged_models_are_proved_on_the_reloaded_file() {
             let config = FitConfig::new()
                 .with_learning_rate(5e-3)
                 .with_steps(Some(5));
-            fit(&mut lm.model, &[batch.clone()], &config, |_| {}).unwrap();
+            fit(&mut lm.model, std::slice::from_ref(&batch), &config, |_| {}).unwrap();
             let tuned = logits(&lm.model, tokens.clone());
             assert!(
                 difference(&tuned, &rounded) > 1e-3,

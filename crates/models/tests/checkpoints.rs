@@ -21,13 +21,17 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+mod reference;
+
+use reference::{golden, tokens, values};
+
 const GPTQ: &str = "llama_gptq_w4_g32_sym";
 const NF4: &str = "llama_nf4_dq";
 
 /// The project's own directory and, where it is beside it, the shared one.
 fn directories(name: &str) -> Vec<PathBuf> {
+    let mut all = vec![golden(name)];
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut all = vec![root.join("tests/golden").join(name)];
     let shared = root.join("../../../shared/golden").join(name);
     if shared.exists() {
         all.push(shared);
@@ -35,10 +39,6 @@ fn directories(name: &str) -> Vec<PathBuf> {
         eprintln!("skipped: no shared golden files beside the project");
     }
     all
-}
-
-fn golden(name: &str) -> PathBuf {
-    directories(name).swap_remove(0)
 }
 
 /// Type, shape and bytes of each tensor.
@@ -74,23 +74,6 @@ fn floats(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
             .collect(),
         _ => fours.iter().map(|&b| f32::from_le_bytes(b)).collect(),
     }
-}
-
-fn tokens(reference: &Path) -> Tensor<2, Int> {
-    let bytes = fs::read(reference).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let ids = file.tensor("input_ids").unwrap();
-    let (chunks, _) = ids.data().as_chunks::<8>();
-    let values: Vec<i32> = chunks
-        .iter()
-        .map(|&id| i64::from_le_bytes(id) as i32)
-        .collect();
-    let shape = [ids.shape()[0], ids.shape()[1]];
-    Tensor::from_data(TensorData::new(values, shape), &Device::flex())
-}
-
-fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
-    t.into_data().try_into_vec().unwrap()
 }
 
 fn parts(model: &Llama) -> Vec<(String, Option<(Format, Parts)>)> {

@@ -570,7 +570,7 @@ proptest! {
         let mut served = Tasks::new(base.clone()).unwrap();
         let mut merged = Vec::new();
         for (at, tuning) in tunings.iter().enumerate() {
-            let case = Case { tuning: tuning.clone(), base: Base::Rtn(rtn.clone()) };
+            let case = Case { tuning: tuning.clone(), base: Base::Rtn(rtn) };
             let mut model = base.clone();
             // A task may leave layers as they are.
             let targets = match at {
