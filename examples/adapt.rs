@@ -21,7 +21,7 @@ use examples::tuning::{
 use examples::{embedded, memory};
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{Adapters, Certificate, Exactness, FitConfig, OffGrid, Targets};
-use quant_core::{Format, Quantizer, Rtn};
+use quant_core::{Format, Quantizer};
 use serde::Serialize;
 
 /// Quantize a LLaMA, tune it on a text, merge, save, reload, and prove the merge
@@ -194,18 +194,21 @@ fn run(args: &Args) -> Result<()> {
     let mut bits = args.bits.clone();
     bits.sort_unstable_by(|a, b| b.cmp(a));
     bits.dedup();
-    let quantizers: Vec<Box<dyn Quantizer>> = bits
+    let quantizers = bits
         .into_iter()
         .map(|bits| {
             let group_size = args.group_size.0;
             args.method.quantizer(bits, group_size, args.symmetric)
         })
-        .collect();
+        .collect::<Result<Vec<_>>>()?;
     for quantizer in &quantizers {
         quantizer.format()?;
     }
     if args.eval_windows == Some(0) {
         return Err("--eval-windows is 0; it must be at least 1".into());
+    }
+    if args.rank == 0 {
+        return Err("--rank is 0; it must be at least 1".into());
     }
     if args.batch == 0 {
         return Err("--batch is 0; it must be at least 1".into());
@@ -340,13 +343,10 @@ fn tune(
     let name = format!("{}-bit", format.bits());
     let adapters = out.join(format!("{name}-adapters"));
     Adapters::of(&lm.model)?.save(&adapters)?;
-    let rounding = Rtn::new()
-        .with_bits(format.bits())
-        .with_group_size(args.group_size.0);
     let off_grid = match args.merge {
         Merge::Codes => OffGrid::Refuse,
         Merge::Dense => OffGrid::Dense,
-        Merge::Round => OffGrid::Round(&rounding),
+        Merge::Round => OffGrid::Round(quantizer),
     };
     let certificate = match peft::merge_probed(&mut lm.model, off_grid, &texts.task[0]) {
         Ok(certificate) => Some(certificate),

@@ -19,7 +19,7 @@ use examples::{embedded, memory};
 use models::{Llama, Pretrained};
 use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
 use plotters::prelude::*;
-use quant_core::{Format, Quantizer, Rtn};
+use quant_core::{Format, Quantizer};
 use serde::Serialize;
 
 /// Tune one quantized model with every method under one budget, and compare what is left of it
@@ -110,7 +110,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     for (method, groups) in METHODS {
         method
-            .quantizer(args.bits, Some(groups * args.group_size), false)
+            .quantizer(args.bits, Some(groups * args.group_size), false)?
             .format()?;
     }
     fit_config(args, MethodName::Peqa).check()?;
@@ -197,7 +197,8 @@ fn attach(args: &Args, method: MethodName, model: &mut Llama) -> Result<(Option<
                 best = Some((larger, rank, attached.n_trainable));
             }
             // More pools or outputs than that a layer does not have.
-            Ok(_) | Err(peft::Error::Rank { .. }) => break,
+            Ok(_) => break,
+            Err(peft::Error::Rank { .. } | peft::Error::Tiles { .. }) if best.is_some() => break,
             Err(error) => return Err(error.into()),
         }
         if !method.has_rank() {
@@ -228,7 +229,7 @@ fn tune(
 ) -> Result<Vec<Row>> {
     memory::reset_peak();
     let start = Instant::now();
-    let quantizer = method.quantizer(args.bits, Some(group_size), false);
+    let quantizer = method.quantizer(args.bits, Some(group_size), false)?;
     let mut lm = source.clone();
     models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
     let mut adapted = lm.model.clone();
@@ -258,11 +259,10 @@ fn tune(
     let tuned = texts.probe(&adapted);
     let dir = |kind: &str| scratch.join(format!("{}-{kind}", method.name()));
 
-    let rounding = Rtn::new().with_bits(args.bits).with_group_size(group_size);
     let ways = [
         ("codes", OffGrid::Refuse),
         ("dense", OffGrid::Dense),
-        ("rounded", OffGrid::Round(&rounding)),
+        ("rounded", OffGrid::Round(&*quantizer)),
     ];
     let mut rows = Vec::new();
     for (kind, off_grid) in ways {

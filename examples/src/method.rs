@@ -5,6 +5,8 @@ use peft::{Lora, Method, Peqa, Targets, Tile};
 use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 use serde::Serialize;
 
+use crate::tuning::Result;
+
 /// What is trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -52,22 +54,30 @@ impl MethodName {
     }
 
     /// What the method's base is quantized with.
+    ///
+    /// # Errors
+    /// If normal floats are asked to be symmetric, which they are not.
     pub fn quantizer(
         self,
         bits: usize,
         group_size: Option<usize>,
         symmetric: bool,
-    ) -> Box<dyn Quantizer> {
+    ) -> Result<Box<dyn Quantizer>> {
         match self {
+            Self::QLora | Self::QBara if symmetric => Err(format!(
+                "{} is over normal floats, which take no --symmetric",
+                self.name()
+            )
+            .into()),
             Self::QLora | Self::QBara => {
                 let nf = NormalFloat::new()
                     .with_bits(bits)
                     .with_block_size(group_size);
-                Box::new(nf.with_double_quant(DoubleQuant::dynamic()))
+                Ok(Box::new(nf.with_double_quant(DoubleQuant::dynamic())))
             }
             _ => {
                 let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-                Box::new(rtn.with_symmetric(symmetric))
+                Ok(Box::new(rtn.with_symmetric(symmetric)))
             }
         }
     }

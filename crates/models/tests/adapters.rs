@@ -203,16 +203,56 @@ fn what_peft_has_and_this_has_not_is_refused() {
     assert!(rank.unwrap_err().to_string().contains("rank 2"));
     let dora = load(&|config| config["use_dora"] = true.into()).unwrap_err();
     assert!(matches!(dora, Error::MissingTensor { .. }), "{dora}");
-    let alpha = load(&|config| config["lora_alpha"] = (-1).into()).unwrap_err();
-    assert!(
-        matches!(
-            alpha,
-            Error::Setting {
-                setting: "alpha",
-                ..
-            }
+    for (key, value, part) in [
+        ("lora_alpha", serde_json::json!(-1), "alpha is -1"),
+        (
+            "alpha_pattern",
+            serde_json::json!({"q_proj": -1}),
+            "q_proj`, alpha is -1",
         ),
-        "{alpha}"
+        ("lora_dropout", serde_json::json!(1.5), "dropout is 1.5"),
+        ("r", serde_json::json!("8"), "`r` is \"8\""),
+        (
+            "target_modules",
+            serde_json::json!(7),
+            "`target_modules` is 7",
+        ),
+        (
+            "target_modules",
+            serde_json::json!("(?!x)y"),
+            "target_modules: ",
+        ),
+        (
+            "rank_pattern",
+            serde_json::json!({"q_proj": "two"}),
+            "rank_pattern says \"two\"",
+        ),
+    ] {
+        let error = load(&|config| config[key] = value.clone()).unwrap_err();
+        assert!(matches!(error, Error::File { .. }), "{error}");
+        assert!(error.to_string().contains(part), "{part}: {error}");
+    }
+    let both = load(&|config| {
+        config["use_dora"] = true.into();
+        config["use_qalora"] = true.into();
+    });
+    assert!(both.unwrap_err().to_string().contains("exclude each other"));
+    let empty = load(&|config| {
+        config["use_qalora"] = true.into();
+        config["qalora_group_size"] = 0.into();
+    });
+    assert!(
+        empty
+            .unwrap_err()
+            .to_string()
+            .contains("qalora_group_size is 0")
+    );
+    // PEFT takes it for LoRA where the factors are those of LoRA.
+    let plain = load(&|config| config["use_qalora"] = true.into()).unwrap();
+    assert!(
+        plain
+            .layers()
+            .all(|(_, adapter)| adapter.method() == "LoRA")
     );
     let none = load(&|config| config["peft_type"] = serde_json::Value::Null).unwrap_err();
     assert!(none.to_string().contains("Adapters::load"), "{none}");

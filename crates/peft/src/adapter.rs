@@ -183,7 +183,11 @@ impl Adapter {
 }
 
 /// The packed weight of the layer at `path`, which `method` needs.
-fn quantized<'a>(method: &'static str, path: &str, weight: &'a Weight) -> Result<&'a QuantTensor> {
+pub(crate) fn quantized<'a>(
+    method: &'static str,
+    path: &str,
+    weight: &'a Weight,
+) -> Result<&'a QuantTensor> {
     match weight {
         Weight::Quant(weight) => Ok(weight),
         Weight::Dense(_) => Err(Error::NeedsQuantized {
@@ -260,7 +264,7 @@ fn layer_rng(seed: u64, path: &str) -> ChaCha8Rng {
 }
 
 /// A trained parameter of these values.
-fn trained<const D: usize>(
+pub(crate) fn trained<const D: usize>(
     values: Vec<f32>,
     dims: [usize; D],
     device: &Device,

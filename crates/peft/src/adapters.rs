@@ -42,8 +42,11 @@ impl Adapters {
     /// # Errors
     /// [`Error::NoAdapters`] if it wears none.
     pub fn of(model: &impl Linears) -> Result<Self> {
-        let adapter =
-            |(path, linear): (String, &crate::Linear)| Some((path, linear.adapter.clone()?));
+        let adapter = |(path, linear): (String, &crate::Linear)| {
+            let mut adapter = linear.adapter.clone()?;
+            adapter.seed_dropout(&path, None);
+            Some((path, adapter))
+        };
         let layers: BTreeMap<_, _> = model.linears().into_iter().filter_map(adapter).collect();
         if layers.is_empty() {
             return Err(Error::NoAdapters);
@@ -81,13 +84,21 @@ impl Adapters {
     ///
     /// # Errors
     /// [`Error::NoAdapters`] if there are none, [`Error::OtherBase`] if they are not of one base,
-    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms.
+    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms, [`Error::Setting`]
+    /// for a weight that is not finite.
     pub fn combined(parts: &[(&Adapters, f32)]) -> Result<Self> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::NoAdapters);
         };
         let mut factors: BTreeMap<&String, [Vec<Tensor<2>>; 2]> = BTreeMap::new();
         for (adapters, weight) in parts {
+            if !weight.is_finite() {
+                return Err(Error::Setting {
+                    setting: "the weight of an adapter",
+                    value: weight.to_string(),
+                    expected: "a finite number",
+                });
+            }
             if adapters.base != first.base {
                 return Err(Error::OtherBase {
                     expected: first.base.clone(),

@@ -29,7 +29,8 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
             return Err(Error::AlreadyAdapted { path });
         }
         let adapter = method.init(&path, &linear.weight)?;
-        adapters.insert(path, adapter);
+        adapter.check(&path, &linear.weight)?;
+        adapters.insert(path, adapter.bound_to(&linear.weight));
     }
     let n_trainable = adapters.values().map(Module::num_params).sum();
     for (path, linear) in model.linears_mut() {

@@ -121,6 +121,14 @@ pub enum Error {
         /// Its method.
         method: &'static str,
     },
+    /// A value of a task that `f16` does not hold.
+    #[error("{value} of layer `{path}` is out of the range of f16; keep the task in f32")]
+    NotF16 {
+        /// The layer.
+        path: String,
+        /// The value.
+        value: f32,
+    },
     /// A task that is not among those that are served.
     #[error("there is no task `{name}`; there are {names:?}")]
     UnknownTask {

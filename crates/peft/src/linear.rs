@@ -56,6 +56,18 @@ impl Weight {
         }
     }
 
+    /// Whether training would change it. Packed codes never train.
+    pub(crate) fn trains(&self) -> bool {
+        match self {
+            // What a parameter on a plain device is to do shows when training begins.
+            Weight::Dense(weight) if !weight.val().device().is_autodiff() => {
+                weight.clone().train().is_require_grad()
+            }
+            Weight::Dense(weight) => weight.is_require_grad(),
+            Weight::Quant(_) => false,
+        }
+    }
+
     pub(crate) fn device(&self) -> Device {
         match self {
             Weight::Dense(weight) => weight.val().device(),

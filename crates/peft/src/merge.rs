@@ -6,6 +6,7 @@ use burn::tensor::Tensor;
 use quant_core::{Format, QuantTensor, Quantizer};
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::floats;
 use crate::{Adapter, Batch, CausalLm, Error, Fingerprint, Linears, Result, Weight};
 
 /// What [`merge_with`] does where the codes of a packed weight cannot hold its adapter.
@@ -28,9 +29,10 @@ pub enum Exactness {
     /// The merged weight is computed from the same numbers by the same operations: on the CPU every
     /// output is bit-equal.
     Exact,
-    /// The merged weight is the sum of weight and adapter, rounded to `f32`.
+    /// The merged weight is the sum of weight and adapter, rounded to `f32`: with DoRA, the sum times
+    /// the factors that the adapted layer computes.
     Bounded {
-        /// No element is further from the exact sum.
+        /// No element is further from the exact result.
         max_weight_error: f64,
         /// The largest magnitude of an element.
         max_weight: f64,
@@ -228,10 +230,8 @@ pub fn merge_probed<M: CausalLm>(
     probe: &Batch,
 ) -> Result<Certificate> {
     probe.check(model.vocab_size())?;
-    let logits = |model: &M| {
-        let logits = model.forward(probe.tokens()).into_data().convert::<f32>();
-        logits.try_into_vec::<f32>().expect("converted to f32")
-    };
+    model.set_dropout(None);
+    let logits = |model: &M| floats(model.forward(probe.tokens()));
     let adapted = logits(model);
     let mut base = model.clone();
     for (_, linear) in base.linears_mut() {
@@ -291,8 +291,7 @@ fn merge_layer(
 fn dense(path: &str, adapter: &Adapter, weight: &Weight) -> Result<(Weight, Exactness)> {
     let (sum, exactness) = adapter.to_dense(weight);
     let sum = finite(path, sum)?;
-    let trains = matches!(weight, Weight::Dense(weight) if weight.is_require_grad());
-    let sum = Param::from_tensor(sum).set_require_grad(trains);
+    let sum = Param::from_tensor(sum).set_require_grad(weight.trains());
     Ok((Weight::Dense(sum), exactness))
 }
 
@@ -309,17 +308,16 @@ fn rounded(
         path: path.into(),
         source,
     })?;
-    let values = |tensor: Tensor<2>| {
-        let values = tensor.into_data().convert::<f32>();
-        values.try_into_vec::<f32>().expect("converted to f32")
+    let packed = match weight {
+        Weight::Quant(weight) => packed.weight.with_precision(weight.precision()),
+        Weight::Dense(_) => packed.weight,
     };
-    let packed = packed.weight;
     let exactness = Exactness::Rounded {
         relative_error: packed.distortion(sum.clone()).relative,
         retention: retention(
-            &values(weight.to_dense()),
-            &values(sum),
-            &values(packed.dequantize()),
+            &floats(weight.to_dense()),
+            &floats(sum),
+            &floats(packed.dequantize()),
         ),
     };
     Ok((packed, exactness))
@@ -329,19 +327,29 @@ fn rounded(
 fn finite(path: &str, sum: Tensor<2>) -> Result<Tensor<2>> {
     let sum = sum.detach();
     let d_out = sum.dims()[1];
-    let values = sum.to_data().convert::<f32>();
-    let values = values.as_slice::<f32>().expect("converted to f32");
-    match values.iter().position(|value| !value.is_finite()) {
-        None => Ok(sum),
-        Some(at) => Err(Error::Quant {
+    let values = floats(sum.clone());
+    quant_core::check_finite("the merged weight", &values, d_out).map_err(|source| {
+        Error::Quant {
             path: path.into(),
-            source: quant_core::Error::NonFinite {
-                what: "the merged weight",
-                value: values[at],
-                row: at / d_out,
-                column: at % d_out,
-                count: values.iter().filter(|value| !value.is_finite()).count(),
-            },
-        }),
+            source,
+        }
+    })?;
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retention_is_the_part_along_what_was_added() {
+        let base = [1.0, 1.0, 1.0];
+        let adapted = [3.0, 1.0, 1.0];
+        // A quarter of the way, and as far again to the sides.
+        assert_eq!(retention(&base, &adapted, &[1.5, 9.0, -4.0]), 0.25);
+        assert_eq!(retention(&base, &adapted, &adapted), 1.0);
+        assert_eq!(retention(&base, &adapted, &base), 0.0);
+        assert_eq!(retention(&base, &adapted, &[-1.0, 1.0, 1.0]), -1.0);
+        assert_eq!(retention(&base, &base, &adapted), 1.0);
     }
 }

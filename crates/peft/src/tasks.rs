@@ -6,13 +6,14 @@ use half::f16;
 use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::floats;
+use crate::adapter::{floats, quantized};
 use crate::files::{self, LazyTensor, TensorFile};
 use crate::{Error, Fingerprint, Linears, Result, Weight};
 
 const CONFIG: &str = "task.json";
 const TENSORS: &str = "task.safetensors";
 const FORMAT_VERSION: u32 = 1;
+const METHOD: &str = "a task pack";
 
 /// A task as what it changes of a packed model: scales and zeros of layers, the codes being those of
 /// the base. Adapters that merge into codes (PEQA, QA-LoRA, QA-HiRA, QA-BLoRA) become one.
@@ -54,16 +55,26 @@ impl TaskPack {
             let Some(adapter) = &linear.adapter else {
                 continue;
             };
-            let weight = packed(&path, &linear.weight)?;
+            let weight = quantized(METHOD, &path, &linear.weight)?;
             let (merged, _) = adapter.on_codes(&path, weight)?;
             let changed = |before: Vec<f32>, after: Vec<f32>| (before != after).then_some(after);
+            let scales = floats(merged.scales());
             let grids = Grids {
-                scales: changed(floats(weight.scales()), floats(merged.scales())),
+                // Those of a merged layer are floats, also where they were double-quantized.
+                scales: match merged.format() == weight.format() {
+                    true => changed(floats(weight.scales()), scales),
+                    false => Some(scales),
+                },
                 zeros: match (weight.zeros(), merged.zeros()) {
                     (Some(before), Some(after)) => changed(floats(before), floats(after)),
                     _ => None,
                 },
                 dims: weight.layout().grid_shape(),
+            };
+            // A layer that the task leaves as it is has no shape in a file.
+            let grids = match (&grids.scales, &grids.zeros) {
+                (None, None) => Grids::default(),
+                _ => grids,
             };
             layers.insert(path, grids);
         }
@@ -96,35 +107,24 @@ impl TaskPack {
     /// 2⁻¹¹ at most, where `f16` does not run out of digits.
     ///
     /// # Errors
-    /// [`Error::Quant`] if a value is above what `f16` holds.
+    /// [`Error::NotF16`] if a value is too large or too small for `f16`.
     pub fn rounded_to_f16(mut self) -> Result<(Self, f64)> {
         let mut most = 0f64;
         for (path, grids) in &mut self.layers {
-            let d_out = grids.dims[1];
-            let parts = [
-                ("the scales", &mut grids.scales),
-                ("the zeros", &mut grids.zeros),
-            ];
-            for (what, values) in parts {
-                for (at, value) in values.iter_mut().flatten().enumerate() {
-                    let rounded = f16::from_f32(*value).to_f32();
-                    if rounded.is_infinite() {
-                        return Err(Error::Quant {
-                            path: path.clone(),
-                            source: quant_core::Error::NonFinite {
-                                what,
-                                value: rounded,
-                                row: at / d_out,
-                                column: at % d_out,
-                                count: 1,
-                            },
-                        });
-                    }
-                    if *value != 0.0 {
-                        most = most.max((f64::from(rounded) / f64::from(*value) - 1.0).abs());
-                    }
-                    *value = rounded;
+            let values = [&mut grids.scales, &mut grids.zeros];
+            for value in values.into_iter().flatten().flatten() {
+                let rounded = f16::from_f32(*value).to_f32();
+                if *value == 0.0 {
+                    continue;
                 }
+                if rounded.is_infinite() || rounded == 0.0 {
+                    return Err(Error::NotF16 {
+                        path: path.clone(),
+                        value: *value,
+                    });
+                }
+                most = most.max((f64::from(rounded) / f64::from(*value) - 1.0).abs());
+                *value = rounded;
             }
         }
         Ok((self, most))
@@ -300,19 +300,9 @@ impl<M: Linears> Tasks<M> {
     }
 }
 
-fn packed<'a>(path: &str, weight: &'a Weight) -> Result<&'a QuantTensor> {
-    match weight {
-        Weight::Quant(weight) => Ok(weight),
-        Weight::Dense(_) => Err(Error::NeedsQuantized {
-            method: "a task pack",
-            path: path.into(),
-        }),
-    }
-}
-
 /// The weight of the layer at `path` with the scales and zeros of a task.
 fn with_grids(path: &str, weight: &Weight, grids: &Grids) -> Result<QuantTensor> {
-    let weight = packed(path, weight)?;
+    let weight = quantized(METHOD, path, weight)?;
     let expected = weight.layout().grid_shape();
     let changes = grids.scales.is_some() || grids.zeros.is_some();
     if changes && grids.dims != expected {

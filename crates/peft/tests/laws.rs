@@ -201,7 +201,7 @@ fn tunings() -> impl Strategy<Value = Tuning> {
     let tile = (0..4usize, 1..=4usize, alpha, pooling, any::<u64>()).prop_map(
         |(method, rank, alpha, pooling, seed)| {
             let (tile, method) = match method {
-                // The least rank: a group of -1 leaves one pool.
+                // A group of -1 leaves one pool, whose product has rank 1.
                 0 => (Tile::qa_lora(1), TileMethod::QaLora),
                 1 => (Tile::q_bara(rank), TileMethod::QBara),
                 2 => (
@@ -335,6 +335,18 @@ fn codes(model: &Bigram) -> Vec<OnGrid> {
         .collect()
 }
 
+/// The part of the way from `base` to `sum` that `found` has gone.
+fn kept(base: &[f32], sum: &[f32], found: &[f32]) -> f64 {
+    let along = |to: &[f32]| -> f64 {
+        let steps = (0..base.len()).map(|at| {
+            let [base, sum, to] = [base[at], sum[at], to[at]].map(f64::from);
+            (to - base) * (sum - base)
+        });
+        steps.sum()
+    };
+    along(found) / along(sum)
+}
+
 /// The largest difference of two models' logits, relative to the largest logit.
 fn difference(a: &Bigram, b: &Bigram) -> f32 {
     let (a, b) = (logits(a), logits(b));
@@ -435,15 +447,38 @@ proptest! {
             let certificate = peft::merge_probed(&mut rounded, OffGrid::Round(&eight), &probe).unwrap();
             prop_assert_eq!(certificate.kind(), "rounded");
             certificate.verify(&rounded).unwrap();
-            for layer in &certificate.layers {
+            let weights = |model: &Bigram| -> Vec<Vec<f32>> {
+                let linears = model.linears().into_iter();
+                let dense = linears.map(|(_, linear)| linear.weight().to_dense());
+                dense.map(|weight| weight.into_data().try_into_vec().unwrap()).collect()
+            };
+            let [base, sum, found] = [&adapted, &model, &rounded].map(weights);
+            for (at, layer) in certificate.layers.iter().enumerate() {
                 let Exactness::Rounded { relative_error, retention } = layer.exactness else {
                     panic!("{:?}", layer.exactness);
                 };
                 prop_assert_eq!(layer.format, Some(eight.format().unwrap()));
-                prop_assert!(relative_error > 0.0 && relative_error < 0.02, "{}", relative_error);
-                prop_assert!(retention > 0.2 && retention < 1.8, "{}", retention);
+                let [error, all] = [&found[at], &vec![0.0; sum[at].len()]].map(|other| {
+                    let differences = sum[at].iter().zip(other).map(|(a, b)| f64::from(a - b));
+                    differences.map(|d| d * d).sum::<f64>().sqrt()
+                });
+                prop_assert!((relative_error - error / all).abs() < 1e-5, "{}", relative_error);
+                let expected = kept(&base[at], &sum[at], &found[at]);
+                prop_assert!((retention - expected).abs() < 1e-5, "{} {}", retention, expected);
             }
-            prop_assert!(certificate.probe.unwrap().max_merge_change > 0.0);
+            let measured = certificate.probe.unwrap();
+            let mut plain = adapted.clone();
+            peft::detach(&mut plain).unwrap();
+            let [base, sum, found] = [&plain, &adapted, &rounded].map(|model| {
+                logits(model).into_iter().map(f32::from_bits).collect::<Vec<_>>()
+            });
+            prop_assert!((measured.retention - kept(&base, &sum, &found)).abs() < 1e-9);
+            let change = |a: &[f32], b: &[f32]| {
+                let changes = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
+                changes.fold(0.0, f64::max)
+            };
+            prop_assert_eq!(measured.max_adapter_change, change(&base, &sum));
+            prop_assert_eq!(measured.max_merge_change, change(&sum, &found));
             return Ok(());
         }
         let probe = batch(99, [2, 9]);

@@ -1,6 +1,6 @@
 use burn::tensor::{Device, Tensor};
 
-use crate::quant_tensor::non_finite;
+use crate::quant_tensor::check_finite;
 use crate::{Error, Result};
 
 /// The running second moment of a layer's inputs, `Σ x xᵀ` over tokens.
@@ -124,7 +124,7 @@ impl Gram {
             return Err(Error::EmptyGram);
         }
         kernels::with_values(self.sum(), |sum| {
-            non_finite("the Gram", sum, d_in)?;
+            check_finite("the Gram", sum, d_in)?;
             let moments = (0..d_in).map(|i| (i, sum[i * d_in + i]));
             match moments.into_iter().find(|(_, moment)| *moment < 0.0) {
                 Some((input, value)) => Err(Error::NegativeMoment { input, value }),
@@ -133,7 +133,7 @@ impl Gram {
         })?;
         match self.drift() {
             Some(drift) => {
-                kernels::with_values(drift, |sum| non_finite("the Gram's drift", sum, d_in))
+                kernels::with_values(drift, |sum| check_finite("the Gram's drift", sum, d_in))
             }
             None => Ok(()),
         }

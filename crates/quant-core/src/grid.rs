@@ -7,7 +7,7 @@ use half::f16;
 use kernels::{Cost, Layout};
 use serde::{Deserialize, Serialize};
 
-use crate::quant_tensor::non_finite;
+use crate::quant_tensor::check_finite;
 use crate::{Error, Format, Grid, Result};
 
 /// What part of a group's range its grid spans.
@@ -156,7 +156,7 @@ pub(crate) struct Grids {
 pub(crate) fn finite_ranges(weight: &[f32], layout: &Layout) -> Result<(Vec<f32>, Vec<f32>)> {
     let (low, high) = kernels::group_ranges(weight, layout);
     if low.iter().chain(&high).any(|value| !value.is_finite()) {
-        non_finite("the weight", weight, layout.d_out())?;
+        check_finite("the weight", weight, layout.d_out())?;
     }
     Ok((low, high))
 }

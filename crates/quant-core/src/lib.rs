@@ -65,6 +65,6 @@ pub use grid::Range;
 pub use kernels::{Layout, Precision};
 pub use normal_float::NormalFloat;
 pub use optq::{Optq, Order};
-pub use quant_tensor::{Parts, QuantTensor, Scales};
+pub use quant_tensor::{Parts, QuantTensor, Scales, check_finite};
 pub use quantizer::{Needs, Note, Quantized, Quantizer};
 pub use rtn::Rtn;

@@ -123,7 +123,7 @@ impl QuantTensor {
         }
         if let Some(zeros) = &parts.zeros {
             check_length("zeros", n_grid, zeros.len())?;
-            non_finite("the zeros", zeros, layout.d_out())?;
+            check_finite("the zeros", zeros, layout.d_out())?;
         }
 
         let grid = |values: Vec<f32>| {
@@ -133,7 +133,7 @@ impl QuantTensor {
         let scales = match (parts.scales, format.double_quant()) {
             (Scales::Float(scales), None) => {
                 check_length("scales", n_grid, scales.len())?;
-                non_finite("the scales", &scales, layout.d_out())?;
+                check_finite("the scales", &scales, layout.d_out())?;
                 ScaleParams::Float(grid(scales))
             }
             (Scales::Double(scales), Some(double)) => {
@@ -253,7 +253,7 @@ impl QuantTensor {
                 self.layout.grid_shape(),
                 "the shape of {what}"
             );
-            non_finite(what, &floats(values.clone()), d_out)
+            check_finite(what, &floats(values.clone()), d_out)
         };
         check("the scales", &scales)?;
         if let Some(zeros) = &zeros {
@@ -354,13 +354,13 @@ impl DoubleParams {
         let n_blocks = n.div_ceil(format.block_size);
         check_length("scale codes", n, scales.codes.len())?;
         check_length("absmax", n_blocks, scales.absmax.len())?;
-        non_finite("the absmax of the scales", &scales.absmax, 1)?;
-        non_finite("the offset of the scales", &[scales.offset], 1)?;
+        check_finite("the absmax of the scales", &scales.absmax, 1)?;
+        check_finite("the offset of the scales", &[scales.offset], 1)?;
         let n_levels = scale_levels(format.levels).len();
         if let Some(&code) = scales.codes.iter().find(|&&c| usize::from(c) >= n_levels) {
             return Err(Error::ScaleCode { code, n_levels });
         }
-        non_finite("the scales", &scales.dequantize(1, format), 1)?;
+        check_finite("the scales", &scales.dequantize(1, format), 1)?;
         let mut bytes = scales.codes;
         bytes.resize(n.next_multiple_of(4), 0);
         let (words, _) = bytes.as_chunks::<4>();
@@ -453,8 +453,11 @@ pub(crate) fn floats<const D: usize>(t: Tensor<D>) -> Vec<f32> {
     values.expect("converted to f32")
 }
 
-/// [`Error::NonFinite`] if there is a NaN or an infinity among `values`, rows of `d_out`.
-pub(crate) fn non_finite(what: &'static str, values: &[f32], d_out: usize) -> Result<()> {
+/// Checks `values`, rows of `d_out`, for what is not a number.
+///
+/// # Errors
+/// [`Error::NonFinite`] if there is a NaN or an infinity.
+pub fn check_finite(what: &'static str, values: &[f32], d_out: usize) -> Result<()> {
     match values.iter().position(|v| !v.is_finite()) {
         None => Ok(()),
         Some(at) => Err(Error::NonFinite {

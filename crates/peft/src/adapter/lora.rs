@@ -9,7 +9,8 @@
 //! their directions: `y = (m / ‖W + σ A B‖) (x W + σ (x A) B)`, with a norm and an `m` for each output
 //! and the norm taken for a constant in the backward pass, as in PEFT. Of the norm,
 //! `‖w + σ A b‖² = ‖w‖² + 2 σ (wᵀ A) b + σ² bᵀ (AᵀA) b`: it takes a product of the weight with `r`
-//! rows, and no dense update.
+//! rows, and no dense update. Where weight and update cancel to less than a thousandth of what they
+//! are, these squares have no digits left, and the norm is taken for that thousandth.
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor};
@@ -115,25 +116,26 @@ impl Method for Lora {
             dropout: self.dropout,
         };
         let device = weight.device();
-        let a = kaiming(self.seed, path, [d_in, rank], &device);
+        let bound = 1.0 / (d_in as f32).sqrt();
+        let a = uniform(self.seed, path, [d_in, rank], bound, &device);
         let b = Tensor::zeros([rank, d_out], (&device, DType::F32));
         let magnitude = self
             .dora
             .then(|| Param::from_tensor(column_squares(weight).sqrt()));
         let adapter = LoraAdapter::new(a, Param::from_tensor(b), magnitude, settings)?;
-        Ok(Adapter::Lora(adapter.bound_to(weight)))
+        Ok(Adapter::Lora(adapter))
     }
 }
 
-/// Uniform in `±1 / √d_in`, `[d_in, r]`.
-pub(super) fn kaiming(
+/// Uniform in `±bound`.
+pub(super) fn uniform(
     seed: u64,
     path: &str,
     dims: [usize; 2],
+    bound: f32,
     device: &Device,
 ) -> Param<Tensor<2>> {
     let mut rng = layer_rng(seed, path);
-    let bound = 1.0 / (dims[0] as f32).sqrt();
     let values = (0..dims[0] * dims[1]).map(|_| rng.random_range(-bound..bound));
     trained(values.collect(), dims, device)
 }
@@ -155,7 +157,7 @@ pub struct LoraAdapter {
 struct Magnitude {
     /// `[d_out]`.
     m: Param<Tensor<1>>,
-    /// The squares of the norms of the weight itself, `[d_out]`, once the weight is known.
+    /// The squares of the norms of the weight itself, `[d_out]`, once a frozen weight is known.
     squares: Option<Tensor<1>>,
 }
 
@@ -282,7 +284,9 @@ impl LoraAdapter {
         let cross = weight.matmul(a.clone().transpose()) * b.clone();
         let square = a.clone().transpose().matmul(a).matmul(b.clone()) * b;
         let sum = |terms: Tensor<2>| terms.sum_dim(0).squeeze_dim::<1>(0);
-        let norm = squares + sum(cross) * (2.0 * scale) + sum(square) * (scale * scale);
+        let parts = squares + sum(square) * (scale * scale);
+        let norm = parts.clone() + sum(cross) * (2.0 * scale);
+        let norm = norm.max_pair(parts * 1e-6);
         // An output without weights has no direction: it stays at 0 times its sum.
         let norm = norm.clamp_min(f32::MIN_POSITIVE).sqrt().detach();
         Some(magnitude.m.val() / norm)
@@ -301,7 +305,7 @@ impl LoraAdapter {
 
     pub(super) fn bound_to(mut self, weight: &Weight) -> Self {
         if let Some(magnitude) = &mut self.magnitude {
-            magnitude.squares = Some(column_squares(weight));
+            magnitude.squares = (!weight.trains()).then(|| column_squares(weight));
         }
         self
     }

@@ -19,16 +19,19 @@
 //! parameters and does. So ours pools whole groups, begins at zero, which changes no output, and
 //! merges by the rule above. QA-BLoRA is known by its abstract: pooled inputs and repeated outputs
 //! aligned to blocks. `Tile::with_pool` and `Tile::with_repeat` take other tiles.
+//!
+//! `B` and the one matrix begin at zero. `A` begins uniform: as Xavier has it in QA-LoRA, and so in
+//! QA-BLoRA, which is ours; in `±1 / √(d_in / 2)`, as in LoRA, in Q-BaRA.
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor};
 use quant_core::{Grid, QuantTensor};
 use serde::{Deserialize, Serialize};
 
-use super::lora::kaiming;
+use super::lora::uniform;
 use super::{
-    Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_rank,
-    check_shape, floats, largest, of_roundings, read_param, stored, trained,
+    Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_shape,
+    floats, largest, of_roundings, read_param, stored, trained,
 };
 use crate::files::{LazyTensor, TensorFile};
 use crate::linear::dense_matmul;
@@ -196,12 +199,29 @@ impl Tile {
     }
 
     /// The rank of the product of a layer with so many pools and outputs before they are repeated.
-    fn rank_of(&self, [d_in, d_out]: [usize; 2], [n_pools, n_out]: [usize; 2]) -> Option<usize> {
-        let rank = self.rank?;
-        Some(match self.method {
+    fn rank_of(
+        &self,
+        path: &str,
+        [d_in, d_out]: [usize; 2],
+        [n_pools, n_out]: [usize; 2],
+    ) -> Result<Option<usize>> {
+        let Some(asked) = self.rank else {
+            return Ok(None);
+        };
+        let rank = match self.method {
             // As many parameters as LoRA.
-            TileMethod::QBara => rank * (d_in + d_out) / (n_pools + n_out),
-            _ => rank,
+            TileMethod::QBara => asked.saturating_mul(d_in + d_out) / (n_pools + n_out),
+            _ => asked,
+        };
+        if rank <= n_pools.min(n_out) {
+            return Ok(Some(rank));
+        }
+        Err(Error::Tiles {
+            method: self.method.name(),
+            path: path.into(),
+            problem: format!(
+                "rank {asked} asks for a product of rank {rank}, which {n_pools} pools and {n_out} outputs do not have"
+            ),
         })
     }
 }
@@ -232,7 +252,6 @@ impl Method for Tile {
             pooling: self.pooling,
             alpha: self.alpha,
             rank: self.rank.unwrap_or(1),
-            one_matrix: self.rank.is_none(),
             dropout: self.dropout,
         };
         settings.check()?;
@@ -245,11 +264,14 @@ impl Method for Tile {
         let device = weight.device();
         let zeros =
             |dims: [usize; 2]| Param::from_tensor(Tensor::zeros(dims, (&device, DType::F32)));
-        let factor = match self.rank_of(dims, n_tiles) {
+        let factor = match self.rank_of(path, dims, n_tiles)? {
             Some(rank) => {
-                check_rank(path, rank, n_tiles)?;
+                let bound = match self.method {
+                    TileMethod::QBara => 1.0 / (n_tiles[0] as f32).sqrt(),
+                    _ => (6.0 / (n_tiles[0] + rank) as f32).sqrt(),
+                };
                 Factor::Product(Product {
-                    a: kaiming(self.seed, path, [n_tiles[0], rank], &device),
+                    a: uniform(self.seed, path, [n_tiles[0], rank], bound, &device),
                     b: zeros([rank, n_tiles[1]]),
                 })
             }
@@ -295,7 +317,6 @@ pub(crate) struct TileSettings {
     pub(crate) alpha: f32,
     /// By which `α` is divided.
     pub(crate) rank: usize,
-    pub(crate) one_matrix: bool,
     pub(crate) dropout: f32,
 }
 
@@ -341,7 +362,15 @@ impl TileSettings {
                 "{format} has no zeros, which are what could hold it"
             ));
         }
-        let (group, d_in) = (weight.layout().group_size(), weight.dims()[0]);
+        let [d_in, d_out] = weight.dims();
+        let mut scales = floats(weight.scales()).into_iter();
+        if let Some(at) = scales.position(|scale| scale == 0.0) {
+            let [group, output] = [at / d_out, at % d_out];
+            return Some(format!(
+                "the scale of group {group} of output {output} is 0"
+            ));
+        }
+        let group = weight.layout().group_size();
         let order = weight.input_order();
         let tile = |row: usize| {
             let input = order.as_ref().map_or(row, |order| order[row] as usize);
@@ -463,13 +492,7 @@ impl TileAdapter {
     pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
         check_dtype(path, weight)?;
         let n_tiles = self.settings.n_tiles(path, weight.dims())?;
-        check_shape(path, n_tiles, self.n_tiles())?;
-        match weight {
-            Weight::Quant(weight) if self.settings.tiles.merges() => {
-                self.settings.check_groups(path, weight)
-            }
-            _ => Ok(()),
-        }
+        check_shape(path, n_tiles, self.n_tiles())
     }
 
     pub(super) fn on_codes(
@@ -489,12 +512,6 @@ impl TileAdapter {
             return Err(refuse("its grid has no zeros".into()));
         };
         let scales = floats(weight.scales());
-        if let Some(at) = scales.iter().position(|&scale| scale == 0.0) {
-            let [group, output] = [at / weight.dims()[1], at % weight.dims()[1]];
-            return Err(refuse(format!(
-                "the scale of group {group} of output {output} is 0"
-            )));
-        }
         // In f64, so that each zero is rounded once.
         let (added, zeros) = (self.added_to_groups(weight), floats(zeros));
         let mut merged = Vec::with_capacity(zeros.len());
@@ -514,9 +531,11 @@ impl TileAdapter {
             path: path.into(),
             source,
         })?;
+        let max_weight = largest(merged.dequantize());
         let exactness = Exactness::Bounded {
-            max_weight_error: max_error,
-            max_weight: largest(merged.dequantize()),
+            // A weight in f32 is rounded twice, when the zero is taken off and when it is scaled.
+            max_weight_error: max_error + of_roundings(2) * max_weight,
+            max_weight,
         };
         Ok((merged, exactness))
     }
@@ -600,12 +619,17 @@ impl TileAdapter {
     ) -> Result<Self> {
         settings.check()?;
         let name = |tensor: &str| format!("{path}.{tensor}");
-        let factor = match settings.one_matrix {
-            true => Factor::Matrix(read_param(&name("matrix"), file, device)?),
-            false => {
+        let factor = match settings.tiles {
+            TileMethod::QaHira => Factor::Matrix(read_param(&name("matrix"), file, device)?),
+            _ => {
                 let a = read_param::<2>(&name("a"), file, device)?;
                 let b = read_param::<2>(&name("b"), file, device)?;
                 check_inner(&name, &a, &b, file)?;
+                let rank = a.val().dims()[1];
+                if settings.tiles != TileMethod::QBara && rank != settings.rank {
+                    let problem = format!("has rank {rank}, its settings say {}", settings.rank);
+                    return Err(file.refuse(&name("a"), problem));
+                }
                 Factor::Product(Product { a, b })
             }
         };

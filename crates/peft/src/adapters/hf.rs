@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use burn::module::Param;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::Tensor;
 use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{Adapters, CONFIG, TENSORS};
-use crate::adapter::{LoraSettings, TileSettings, floats};
+use crate::adapter::{LoraSettings, TileSettings, floats, trained};
 use crate::files::{self, LazyTensor, TensorFile};
 use crate::targets::last_name;
 use crate::{
@@ -63,6 +63,19 @@ impl Default for LoraConfig {
             layers_pattern: None,
             init_lora_weights: Value::Bool(true),
         }
+    }
+}
+
+impl LoraConfig {
+    fn read(config: Map<String, Value>) -> Result<Self, String> {
+        // One after the other, so that an error names its key.
+        for (key, value) in &config {
+            let alone = Map::from_iter([(key.clone(), value.clone())]);
+            if let Err(error) = serde_json::from_value::<Self>(Value::Object(alone)) {
+                return Err(format!("`{key}` is {value}: {error}"));
+            }
+        }
+        serde_json::from_value(Value::Object(config)).map_err(|error| error.to_string())
     }
 }
 
@@ -124,11 +137,16 @@ impl Adapters {
     /// Reads a directory that PEFT wrote, for `model`: LoRA, rsLoRA, DoRA, and QA-LoRA. The file says
     /// nothing of its base: it is taken to be this model.
     ///
+    /// What was trained is computed as in PEFT. Trained on with dropout, it differs: here QA-LoRA
+    /// drops pooled inputs, as its paper does, and DoRA's product with the weight drops none.
+    ///
     /// # Errors
     /// [`Error::File`] for what this program does not know, by its name: another type of adapter, a
     /// setting that changes what an adapter computes, an initialisation that changed the base
-    /// (PiSSA, OLoRA, …). [`Error::UnknownLayer`], [`Error::MissingTensor`], [`Error::Tensor`] or
-    /// [`Error::Shape`] if the tensors are not those that the configuration and the model ask for.
+    /// (PiSSA, OLoRA, …), a value out of its range. [`Error::UnknownLayer`],
+    /// [`Error::MissingTensor`], [`Error::Tensor`] or [`Error::Shape`] if the tensors are not those
+    /// that the configuration and the model ask for, [`Error::NotF32`] for a dense layer of another
+    /// dtype.
     pub fn load_hf(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
         let path = dir.as_ref().join(CONFIG);
         let refuse = |problem: String| Error::File {
@@ -137,8 +155,7 @@ impl Adapters {
         };
         let config: Map<String, Value> = files::read_json(&path)?;
         check_keys(&config).map_err(&refuse)?;
-        let config: LoraConfig = serde_json::from_value(Value::Object(config))
-            .map_err(|error| refuse(error.to_string()))?;
+        let config = LoraConfig::read(config).map_err(&refuse)?;
         let patterns = Patterns::new(&config).map_err(&refuse)?;
 
         let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
@@ -160,7 +177,11 @@ impl Adapters {
         for (path, parts) in parts {
             let linear = linears[&path];
             let (r, alpha) = patterns.rank_and_alpha(&path).map_err(&refuse)?;
-            let adapter = read(&path, &parts, linear, &config, r, alpha, &mut file)?;
+            let adapter = read(&path, &parts, linear, &config, r, alpha, &mut file);
+            let adapter = adapter.map_err(|error| match error {
+                Error::Setting { .. } => refuse(format!("for layer `{path}`, {error}")),
+                other => other,
+            })?;
             adapter.check(&path, &linear.weight)?;
             layers.insert(path, adapter);
         }
@@ -380,7 +401,7 @@ enum Part {
     A,
     B,
     Magnitude,
-    /// With `.weight`, as versions before the current one had it.
+    /// With `.weight`, which PEFT reads too.
     MagnitudeWeight,
 }
 
@@ -429,24 +450,42 @@ fn read(
             let problem = format!("is {shape:?}, where `{CONFIG}` says rank {r}");
             return Err(file.refuse(&name(part), problem));
         }
-        Ok(tensor(values, [rows, columns], &device).transpose())
+        Ok(trained(values, [rows, columns], &device)
+            .val()
+            .detach()
+            .transpose())
     };
     let (a, b) = (factor(Part::A)?, factor(Part::B)?);
-    let pools = linear.weight.dims()[0] / config.qalora_group_size.max(1);
+    let magnitudes: Vec<Part> = parts
+        .iter()
+        .copied()
+        .filter(|&part| part > Part::B)
+        .collect();
+    match (config.use_dora, &magnitudes[..]) {
+        (false, []) | (true, [] | [_]) => (),
+        (false, [part, ..]) => {
+            let problem = format!("belongs to DoRA, which `{CONFIG}` does not name");
+            return Err(file.refuse(&name(*part), problem));
+        }
+        (true, [_, part, ..]) => {
+            return Err(file.refuse(&name(*part), "is there under two names".into()));
+        }
+    }
     // PEFT takes QA-LoRA for LoRA on layers that are not GPTQ's.
-    if config.use_qalora && a.dims()[0] == pools {
+    let d_in = linear.weight.dims()[0];
+    let group_size = config.qalora_group_size;
+    if config.use_qalora && group_size > 1 && a.dims()[0] == d_in / group_size {
         let alpha = match config.use_rslora {
             true => alpha * (r as f32).sqrt(),
             false => alpha,
         };
         let settings = TileSettings {
             tiles: TileMethod::QaLora,
-            pool: config.qalora_group_size,
+            pool: group_size,
             repeat: 1,
             pooling: Pooling::Peft,
             alpha,
             rank: r,
-            one_matrix: false,
             dropout: config.lora_dropout,
         };
         let [a, b] = [a, b].map(Param::from_tensor);
@@ -454,15 +493,9 @@ fn read(
     }
     let mut magnitude = None;
     if config.use_dora {
-        let part = match parts.contains(&Part::MagnitudeWeight) {
-            true => Part::MagnitudeWeight,
-            false => Part::Magnitude,
-        };
+        let part = magnitudes.first().copied().unwrap_or(Part::Magnitude);
         let (values, dims) = file.floats::<1>(&name(part))?;
-        magnitude = Some(Param::from_tensor(tensor(values, dims, &device)));
-    } else if let Some(&part) = parts.iter().find(|&&part| part > Part::B) {
-        let problem = format!("belongs to DoRA, which `{CONFIG}` does not name");
-        return Err(file.refuse(&name(part), problem));
+        magnitude = Some(trained(values, dims, &device));
     }
     let settings = LoraSettings {
         alpha,
@@ -472,10 +505,6 @@ fn read(
     };
     let [a, b] = [a, b].map(Param::from_tensor);
     Ok(Adapter::Lora(LoraAdapter::new(a, b, magnitude, settings)?))
-}
-
-fn tensor<const D: usize>(values: Vec<f32>, dims: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::from_data(TensorData::new(values, dims), (device, DType::F32))
 }
 
 /// Refuses what would change the meaning of an adapter and is not known here.
@@ -559,13 +588,22 @@ impl<'a> Patterns<'a> {
                 ));
             }
         }
+        if config.use_qalora && config.use_dora {
+            return Err("use_qalora and use_dora exclude each other".into());
+        }
+        if config.use_qalora && config.qalora_group_size == 0 {
+            return Err("qalora_group_size is 0; it must be at least 1".into());
+        }
         if config.bias != "none" {
             return Err(format!(
                 "bias is {:?}: trained biases cannot be read, only \"none\"",
                 config.bias
             ));
         }
-        let matcher = |names: &Option<Names>| names.as_ref().map(Matcher::new).transpose();
+        let matcher = |key: &str, names: &Option<Names>| {
+            let matcher = names.as_ref().map(Matcher::new).transpose();
+            matcher.map_err(|error| format!("{key}: {error}"))
+        };
         let each = |patterns: &'a Map<String, Value>| {
             let patterns = patterns.iter();
             patterns
@@ -573,17 +611,22 @@ impl<'a> Patterns<'a> {
                 .collect::<Result<Vec<_>, String>>()
         };
         let in_layer = match &config.layers_pattern {
-            None => vec![r"^.*?\.[^.]*\.(\d+)\.".to_string()],
-            Some(Names::Pattern(name)) => vec![format!(r"(?:^|^.*?\.){name}\.(\d+)\.")],
-            Some(Names::Ends(names)) => names
-                .iter()
-                .map(|name| format!(r"(?:^|^.*?\.){name}\.(\d+)\."))
-                .collect(),
+            Some(Names::Pattern(name)) if !name.is_empty() => std::slice::from_ref(name),
+            Some(Names::Ends(names)) => names,
+            _ => &[],
+        };
+        let in_layer: Vec<String> = match in_layer {
+            [] => vec![r"^.*?\.[^.]*\.(\d+)\.".into()],
+            names => {
+                let names = names.iter();
+                let each = names.map(|name| format!(r"^(?:|.*?\.)(?:{name})\.(\d+)\."));
+                each.collect()
+            }
         };
         Ok(Self {
             config,
-            targets: matcher(&config.target_modules)?,
-            excluded: matcher(&config.exclude_modules)?,
+            targets: matcher("target_modules", &config.target_modules)?,
+            excluded: matcher("exclude_modules", &config.exclude_modules)?,
             in_layer: in_layer
                 .iter()
                 .map(|pattern| regex(pattern))
@@ -636,5 +679,108 @@ impl<'a> Patterns<'a> {
                 as f32,
         };
         Ok((rank, alpha))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(value: Value) -> LoraConfig {
+        let Value::Object(value) = value else {
+            panic!("not an object");
+        };
+        LoraConfig::read(value).unwrap()
+    }
+
+    /// Which of some layers a configuration targets, as PEFT's `check_target_module_exists` has it.
+    #[test]
+    fn targets_are_those_of_peft() {
+        let paths = [
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.10.self_attn.q_proj",
+            "model.layers.1.mlp.up_proj",
+            "q_proj",
+            "model.layers.1.self_attn.fooq_proj",
+        ];
+        let only = |names: Value, more: Value| {
+            let mut config = json!({ "target_modules": names });
+            for (key, value) in more.as_object().unwrap() {
+                config[key] = value.clone();
+            }
+            config
+        };
+        let q = || json!(["q_proj"]);
+        let all = || json!("All-Linear");
+        let cases = [
+            (only(q(), json!({})), vec![0, 1, 3]),
+            (only(json!(["self_attn.q_proj"]), json!({})), vec![0, 1]),
+            (only(json!(["roj"]), json!({})), vec![]),
+            (only(json!(r".*\.1\..*proj"), json!({})), vec![0, 2, 4]),
+            (only(json!("q_proj"), json!({})), vec![3]),
+            (only(all(), json!({})), vec![0, 1, 2, 3, 4]),
+            (
+                only(all(), json!({"exclude_modules": ["q_proj"]})),
+                vec![2, 4],
+            ),
+            (
+                only(q(), json!({"exclude_modules": r".*layers\.1\..*"})),
+                vec![1, 3],
+            ),
+            (only(q(), json!({"layers_to_transform": 1})), vec![0]),
+            (only(q(), json!({"layers_to_transform": [10, 2]})), vec![1]),
+            (only(q(), json!({"layers_to_transform": []})), vec![0, 1, 3]),
+            (
+                only(
+                    q(),
+                    json!({"layers_to_transform": 1, "layers_pattern": "layers"}),
+                ),
+                vec![0],
+            ),
+            (
+                only(
+                    q(),
+                    json!({"layers_to_transform": 1, "layers_pattern": ["h"]}),
+                ),
+                vec![],
+            ),
+            (
+                only(q(), json!({"layers_to_transform": 1, "layers_pattern": []})),
+                vec![0],
+            ),
+            (json!({}), vec![]),
+        ];
+        for (case, expected) in cases {
+            let config = config(case.clone());
+            let patterns = Patterns::new(&config).unwrap();
+            let found: Vec<usize> = (0..paths.len())
+                .filter(|&at| patterns.targets(paths[at]))
+                .collect();
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
+    /// PEFT's `get_pattern_key`.
+    #[test]
+    fn patterns_are_those_of_peft() {
+        let config = config(json!({
+            "r": 8,
+            "lora_alpha": 16,
+            "rank_pattern": {"q_proj": 2, "layers.1.*": 3, "^model.layers.2.mlp.up_proj": 4},
+            "alpha_pattern": {"mlp.*": 0.5},
+        }));
+        let patterns = Patterns::new(&config).unwrap();
+        let of = |path| patterns.rank_and_alpha(path).unwrap();
+        assert_eq!(of("model.layers.0.self_attn.q_proj"), (2, 16.0));
+        assert_eq!(of("model.layers.0.self_attn.fooq_proj"), (8, 16.0));
+        assert_eq!(of("model.layers.10.mlp.up_proj"), (3, 0.5));
+        assert_eq!(of("model.layers.3.mlp.up_proj"), (8, 0.5));
+    }
+
+    #[test]
+    fn numbers_are_written_as_python_writes_them() {
+        for (value, text) in [(16.0, "16"), (0.1, "0.1"), (0.0, "0.0"), (2.5, "2.5")] {
+            assert_eq!(number(value).to_string(), text);
+        }
     }
 }

@@ -210,7 +210,7 @@ proptest! {
     fn dora_is_its_formula(case in cases()) {
         let adapter = dora(&case);
         let scale = f64::from(adapter.scale());
-        let (d_out, rank) = (case.weight.dims()[1], adapter.rank());
+        let d_out = case.weight.dims()[1];
         let [w, a, b, x, dy] = [
             case.weight.clone(), adapter.a(), adapter.b(), case.x.clone(), case.dy.clone()
         ].map(Matrix::of);
@@ -236,8 +236,17 @@ proptest! {
         let base = Weight::frozen(case.weight.clone());
         let found = Matrix::of(adapter.forward(&base, case.x.clone()));
         prop_assert!(near(&by_output(&x.times(&sum)), &found));
-        let (merged, _) = adapter.to_dense(&base);
-        prop_assert!(near(&by_output(&sum), &Matrix::of(merged)));
+        let (merged, exactness) = adapter.to_dense(&base);
+        let found = Matrix::of(merged);
+        prop_assert!(near(&by_output(&sum), &found));
+        // With the factors that the adapted layer computes, within the bound.
+        let factors: Vec<f32> = adapter.factors(&base).unwrap().into_data().try_into_vec().unwrap();
+        let Exactness::Bounded { max_weight_error, .. } = exactness else { panic!("{exactness:?}") };
+        let most = (0..found.values.len()).map(|at| {
+            let (i, j) = (at / d_out, at % d_out);
+            (sum.at(i, j) * f64::from(factors[j]) - found.at(i, j)).abs()
+        });
+        prop_assert!(most.fold(0.0, f64::max) <= max_weight_error);
 
         let tracked = adapter.clone().train();
         let loss = (tracked.forward(&base, case.x.autodiff()) * case.dy.autodiff()).sum();
@@ -254,7 +263,48 @@ proptest! {
         });
         let found = tracked.magnitude().unwrap().grad(&gradients).unwrap();
         prop_assert!(near(&dm, &Matrix::of(found.unsqueeze())));
-        prop_assert_eq!(rank, tracked.rank());
+    }
+}
+
+#[test]
+fn dora_stays_finite_where_the_weight_is_cancelled() {
+    let weight = (0..300)
+        .map(|at| ((at * 37 % 101) as f32 - 50.0) / 50.0)
+        .collect();
+    let weight = trained::<2>(weight, [300, 1], &Device::flex())
+        .val()
+        .detach();
+    let b = Tensor::from_data([[-1.0f32]], &Device::flex());
+    let adapter = LoraAdapter::from_factors(weight.clone(), b, 1.0).unwrap();
+    let base = Weight::frozen(weight);
+    let m = trained::<1>(vec![1.0], [1], &Device::flex());
+    let settings = LoraSettings {
+        dora: true,
+        ..adapter.settings()
+    };
+    let adapter = LoraAdapter::new(adapter.a, adapter.b, Some(m), settings).unwrap();
+    let factor = adapter.factors(&base).unwrap().into_scalar::<f32>();
+    // The norm is taken for a thousandth of that of both parts.
+    let norm = column_squares(&base).into_scalar::<f32>().sqrt();
+    assert!(
+        (factor * norm * 2f32.sqrt() / 1e3 - 1.0).abs() < 1e-3,
+        "{factor} {norm}"
+    );
+}
+
+/// A dense weight that trains beside DoRA has new norms at each step.
+#[test]
+fn dora_keeps_norms_of_frozen_weights_alone() {
+    let lora = Lora::new(1).with_dora(true);
+    for trains in [false, true] {
+        let weight = trained::<2>(vec![0.5, -1.0, 2.0, 0.25], [2, 2], &Device::flex());
+        let weight = Weight::Dense(weight.set_require_grad(trains));
+        assert_eq!(weight.trains(), trains);
+        let Adapter::Lora(adapter) = lora.init("up", &weight).unwrap() else {
+            panic!("another method");
+        };
+        let adapter = adapter.bound_to(&weight);
+        assert_eq!(adapter.magnitude.unwrap().squares.is_none(), trains);
     }
 }
 
