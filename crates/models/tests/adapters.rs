@@ -21,10 +21,20 @@ use reference::{golden, values};
 const CASES: [&str; 2] = ["lora_llama_all", "lora_llama_rslora"];
 /// DoRA, with patterns of ranks and alphas.
 const DORA: &str = "lora_llama_dora";
+/// With trained biases, over a base that has some.
+const BIAS: &str = "lora_llama_bias";
 
-/// The base of both cases.
+/// The base of most cases.
 fn base() -> Pretrained {
-    models::load(golden("llama_gqa"), &Device::flex()).unwrap()
+    base_of(DORA)
+}
+
+fn base_of(case: &str) -> Pretrained {
+    let dir = match case {
+        BIAS => golden(BIAS).join("base"),
+        _ => golden("llama_gqa"),
+    };
+    models::load(dir, &Device::flex()).unwrap()
 }
 
 fn reference_of(case: &str) -> TensorFile {
@@ -70,6 +80,10 @@ fn trained(model: &Llama, gradients: Option<&Gradients>) -> BTreeMap<String, Vec
         insert("lora_B", values(of(lora.b(), gradients).transpose()));
         if let Some(magnitude) = lora.magnitude() {
             insert("lora_magnitude_vector", values(of(magnitude, gradients)));
+        }
+        if let Some(bias) = linear.adapter().and_then(Adapter::bias) {
+            let name = format!("base_model.model.{path}.base_layer.bias");
+            all.insert(name, values(of(bias, gradients)));
         }
     }
     all
@@ -158,6 +172,63 @@ fn dora_of_peft_is_loaded() {
     assert_eq!(ranks.collect::<Vec<_>>(), expected);
 }
 
+/// Biases that are trained beside LoRA, in the places of the layers'.
+#[test]
+fn trained_biases_of_peft_are_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = base_of(BIAS).model;
+    let disabled = logits(&model, tokens(BIAS));
+    let adapters = Adapters::load_hf(golden(BIAS), &model).unwrap();
+    let with_bias = adapters
+        .layers()
+        .filter(|(_, adapter)| adapter.bias().is_some());
+    let with_bias: Vec<&str> = with_bias.map(|(path, _)| path).collect();
+    assert_eq!(with_bias.len(), 4);
+    assert!(with_bias.iter().all(|path| path.contains("self_attn")));
+    let ours = dir.path().join("ours");
+    adapters.save(&ours).unwrap();
+    let peft = dir.path().join("peft");
+    adapters.save_hf(&peft, &model).unwrap();
+    let mut read = TensorFile::open(&peft.join("adapter_model.safetensors")).unwrap();
+    let mut expected_file =
+        TensorFile::open(&golden(BIAS).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(read.names(), expected_file.names());
+    for name in read.names().iter().filter(|name| name.ends_with(".bias")) {
+        assert_eq!(
+            read.floats::<1>(name).unwrap(),
+            expected_file.floats::<1>(name).unwrap()
+        );
+    }
+    let reloaded = [
+        Adapters::load(&ours, &Device::flex()).unwrap(),
+        Adapters::load_hf(&peft, &model).unwrap(),
+    ];
+    for adapters in [adapters].iter().chain(&reloaded) {
+        let none = peft::activate(&mut model, adapters).unwrap();
+        let found = logits(&model, tokens(BIAS));
+        assert!(difference(&found, &expected::<3>(BIAS, "logits")) < 1e-4);
+        peft::activate(&mut model, &none).unwrap();
+        assert_eq!(logits(&model, tokens(BIAS)), disabled);
+    }
+    // A layer without a bias takes none.
+    let (path, adapter) = reloaded[0]
+        .layers()
+        .find(|(_, a)| a.bias().is_some())
+        .unwrap();
+    assert_eq!(adapter.method(), "LoRA");
+    let text = std::fs::read_to_string(ours.join("adapter_config.json")).unwrap();
+    assert!(text.contains("\"bias\": true"), "{path}");
+    peft::attach(&mut model, &Lora::new(1).with_bias(true)).unwrap();
+    let attached = Adapters::of(&model).unwrap();
+    for (path, adapter) in attached.layers() {
+        assert_eq!(
+            adapter.bias().is_some(),
+            path.contains("self_attn"),
+            "{path}"
+        );
+    }
+}
+
 /// What this program cannot honour, it names.
 #[test]
 fn what_peft_has_and_this_has_not_is_refused() {
@@ -183,7 +254,7 @@ fn what_peft_has_and_this_has_not_is_refused() {
         ("target_parameters", "[\"mlp.experts\"]"),
         ("trainable_token_indices", "[1, 2]"),
         ("init_lora_weights", "\"pissa\""),
-        ("bias", "\"all\""),
+        ("bias", "\"some\""),
         ("lora_bias", "true"),
         ("use_bdlora", "{\"nblocks\": 2}"),
         ("layer_replication", "[[0, 2]]"),
@@ -325,8 +396,8 @@ fn what_peft_has_and_this_has_not_is_refused() {
 
 #[test]
 fn loras_train_as_in_peft() {
-    for case in [CASES[0], CASES[1], DORA] {
-        let mut model = base().model;
+    for case in [CASES[0], CASES[1], DORA, BIAS] {
+        let mut model = base_of(case).model;
         let adapters = Adapters::load_hf(golden(case), &model).unwrap();
         peft::activate(&mut model, &adapters).unwrap();
         let batch = Batch::new(tokens(case)).unwrap();
@@ -360,7 +431,7 @@ fn loras_train_as_in_peft() {
         .unwrap();
         let found = difference(&losses, &expected::<1>(case, "train_losses"));
         assert!(found < 1e-4, "{case}: {losses:?}");
-        if case == DORA {
+        if [DORA, BIAS].contains(&case) {
             let batch = tokens(case);
             let found = logits(&model, batch.clone());
             assert!(difference(&found, &expected::<3>(case, "after5_logits")) < 1e-3);

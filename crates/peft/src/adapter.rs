@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::files::{LazyTensor, TensorFile};
-use crate::{Error, Exactness, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight};
 
 mod dropout;
 mod lora;
@@ -34,8 +34,8 @@ pub trait Method {
     /// A fresh adapter for the layer at `path`, which changes no output.
     ///
     /// # Errors
-    /// If the method cannot adapt such a weight.
-    fn init(&self, path: &str, weight: &Weight) -> Result<Adapter>;
+    /// If the method cannot adapt such a layer.
+    fn init(&self, path: &str, linear: &Linear) -> Result<Adapter>;
 }
 
 /// The trainable part of an adapted layer.
@@ -81,12 +81,20 @@ impl Adapter {
         }
     }
 
-    /// Whether this adapter fits the weight of the layer at `path`.
-    pub(crate) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
+    /// The bias that is trained in the place of the layer's, `[d_out]`.
+    pub fn bias(&self) -> Option<Tensor<1>> {
         match self {
-            Adapter::Lora(adapter) => adapter.check(path, weight),
-            Adapter::Peqa(adapter) => adapter.check(path, weight),
-            Adapter::Tile(adapter) => adapter.check(path, weight),
+            Adapter::Lora(adapter) => adapter.bias(),
+            Adapter::Peqa(_) | Adapter::Tile(_) => None,
+        }
+    }
+
+    /// Whether this adapter fits the layer at `path`.
+    pub(crate) fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+        match self {
+            Adapter::Lora(adapter) => adapter.check(path, linear),
+            Adapter::Peqa(adapter) => adapter.check(path, linear.weight()),
+            Adapter::Tile(adapter) => adapter.check(path, linear.weight()),
         }
     }
 

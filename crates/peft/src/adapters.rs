@@ -84,7 +84,7 @@ impl Adapters {
     ///
     /// # Errors
     /// [`Error::NoAdapters`] if there are none, [`Error::OtherBase`] if they are not of one base,
-    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms, [`Error::Setting`]
+    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms or a bias, [`Error::Setting`]
     /// for a weight that is not finite.
     pub fn combined(parts: &[(&Adapters, f32)]) -> Result<Self> {
         let Some((first, _)) = parts.first() else {
@@ -107,7 +107,11 @@ impl Adapters {
             }
             for (path, adapter) in &adapters.layers {
                 let lora = match adapter {
-                    Adapter::Lora(lora) if lora.magnitude().is_none() => lora,
+                    Adapter::Lora(lora)
+                        if lora.magnitude().is_none() && adapter.bias().is_none() =>
+                    {
+                        lora
+                    }
                     other => {
                         return Err(Error::NotCombined {
                             path: path.clone(),

@@ -28,8 +28,8 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
         if linear.adapter.is_some() {
             return Err(Error::AlreadyAdapted { path });
         }
-        let adapter = method.init(&path, &linear.weight)?;
-        adapter.check(&path, &linear.weight)?;
+        let adapter = method.init(&path, linear)?;
+        adapter.check(&path, linear)?;
         adapters.insert(path, adapter.bound_to(&linear.weight));
     }
     let n_trainable = adapters.values().map(Module::num_params).sum();
@@ -65,7 +65,7 @@ pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapte
         let Some((_, linear)) = linears.iter().find(|(other, _)| other == path) else {
             return Err(Error::UnknownLayer { path: path.clone() });
         };
-        adapter.check(path, &linear.weight)?;
+        adapter.check(path, linear)?;
     }
     let mut before = Adapters {
         base: adapters.base.clone(),

@@ -114,12 +114,18 @@ pub enum Error {
         problem: String,
     },
     /// An adapter that is no term of a sum.
-    #[error("the adapter of layer `{path}` is {method}; only LoRA can be combined")]
+    #[error("the adapter of layer `{path}` is {method}; only LoRA without a bias can be combined")]
     NotCombined {
         /// The layer.
         path: String,
         /// Its method.
         method: &'static str,
+    },
+    /// A trained bias for a layer that has none.
+    #[error("the adapter of layer `{path}` has a bias, the layer has none")]
+    NoBias {
+        /// The layer.
+        path: String,
     },
     /// A value of a task that `f16` does not hold.
     #[error("{value} of layer `{path}` is out of the range of f16; keep the task in f32")]

@@ -224,10 +224,16 @@ impl Linear {
             Some(adapter) => adapter.forward(&self.weight, x),
             None => self.weight.matmul(x),
         };
-        match &self.bias {
-            Some(bias) => y + bias.val().unsqueeze(),
+        let tuned = self.adapter.as_ref().and_then(Adapter::bias);
+        match tuned.or_else(|| self.bias()) {
+            Some(bias) => y + bias.unsqueeze(),
             None => y,
         }
+    }
+
+    /// With a frozen bias, `[d_out]`.
+    pub(crate) fn set_bias(&mut self, bias: Tensor<1>) {
+        self.bias = Some(Param::from_tensor(bias).set_require_grad(false));
     }
 
     pub(crate) fn set_precision(&mut self, precision: Precision) {
@@ -239,7 +245,7 @@ impl Linear {
         &self.weight
     }
 
-    /// The bias, `[d_out]`.
+    /// The bias without the adapter, `[d_out]`.
     pub fn bias(&self) -> Option<Tensor<1>> {
         self.bias.as_ref().map(|bias| bias.val())
     }

@@ -194,7 +194,7 @@ pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certif
         let Some(adapter) = &linear.adapter else {
             continue;
         };
-        adapter.check(&path, &linear.weight)?;
+        adapter.check(&path, linear)?;
         let (weight, exactness) = merge_layer(&path, adapter, &linear.weight, off_grid)?;
         layers.push(MergedLayer {
             path: path.clone(),
@@ -210,7 +210,9 @@ pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certif
     for (path, linear) in model.linears_mut() {
         if let Some(weight) = weights.remove(&path) {
             linear.weight = weight;
-            linear.adapter = None;
+            if let Some(bias) = linear.adapter.take().and_then(|adapter| adapter.bias()) {
+                linear.set_bias(bias.detach());
+            }
         }
     }
     Ok(Certificate {

@@ -10,7 +10,7 @@
 //! let preset = presets::qlora();
 //! let weight = Tensor::random([128, 128], Distribution::Normal(0.0, 0.1), &Device::flex());
 //! let packed = preset.quantizer.quantize(weight, None)?.weight;
-//! let adapter = preset.method.init("proj", &Weight::Quant(packed))?;
+//! let adapter = preset.method.init("proj", &Linear::new(Weight::Quant(packed), None))?;
 //! assert_eq!(adapter.method(), "LoRA");
 //! assert_eq!(preset.fit.learning_rate, 2e-4);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -145,7 +145,7 @@ mod tests {
     use quant_core::{Gram, Quantizer};
 
     use super::*;
-    use crate::{Method, Weight};
+    use crate::{Linear, Method, Weight};
 
     /// Each of them quantizes a layer, attaches, and has settings that can be trained with.
     #[test]
@@ -160,7 +160,8 @@ mod tests {
         let check = |quantizer: &dyn Quantizer, method: &dyn Method, fit: &FitConfig| {
             let packed = quantizer.quantize(weight.clone(), Some(&gram)).unwrap();
             fit.check().unwrap();
-            let adapter = method.init("proj", &Weight::Quant(packed.weight)).unwrap();
+            let linear = Linear::new(Weight::Quant(packed.weight), None);
+            let adapter = method.init("proj", &linear).unwrap();
             let n_trainable = burn::module::Module::num_params(&adapter);
             (adapter.method(), n_trainable)
         };

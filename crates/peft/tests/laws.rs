@@ -184,7 +184,7 @@ fn bases() -> impl Strategy<Value = Base> {
 #[derive(Clone, Debug)]
 enum Tuning {
     Peqa(Peqa),
-    Lora(Lora, /* DoRA */ bool),
+    Lora(Lora, /* parameters */ usize),
     Tile(Tile, TileMethod),
 }
 
@@ -194,7 +194,10 @@ fn tunings() -> impl Strategy<Value = Tuning> {
         |(rank, alpha, (seed, rank_stabilized, dora))| {
             let lora = Lora::new(rank).with_alpha(alpha).with_seed(seed);
             let lora = lora.with_rank_stabilized(rank_stabilized).with_dora(dora);
-            Tuning::Lora(lora, dora)
+            // The bias of `up` trains, `down` has none.
+            let bias = rank.is_multiple_of(2);
+            let n_parameters = 4 + 2 * usize::from(dora) + usize::from(bias);
+            Tuning::Lora(lora.with_bias(bias), n_parameters)
         },
     );
     let pooling = prop::sample::select(vec![Pooling::Sum, Pooling::Mean, Pooling::Peft]);
@@ -302,13 +305,21 @@ impl Case {
         model
     }
 
-    /// Parameters of each layer's adapter.
+    /// Parameters of both layers' adapters.
     fn n_parameters(&self) -> usize {
         match &self.tuning {
-            Tuning::Peqa(peqa) => 1 + usize::from(*peqa == Peqa::new().with_zeros(true)),
-            Tuning::Lora(_, dora) => 2 + usize::from(*dora),
-            Tuning::Tile(_, TileMethod::QaHira) => 1,
-            Tuning::Tile(..) => 2,
+            Tuning::Peqa(_) => 2 + 2 * usize::from(self.trains_zeros()),
+            Tuning::Lora(_, n_parameters) => *n_parameters,
+            Tuning::Tile(_, TileMethod::QaHira) => 2,
+            Tuning::Tile(..) => 4,
+        }
+    }
+
+    fn trains_zeros(&self) -> bool {
+        match &self.tuning {
+            Tuning::Peqa(peqa) => *peqa == Peqa::new().with_zeros(true),
+            Tuning::Lora(..) => false,
+            Tuning::Tile(..) => true,
         }
     }
 }
@@ -511,11 +522,10 @@ proptest! {
             }
         }
         // The same codes; of scales and zeros, only those that the method trains are others.
-        let zeros_train = matches!(case.tuning, Tuning::Tile(..)) || case.n_parameters() == 2;
         for (before, after) in on_grid.iter().zip(codes(&model)) {
             prop_assert_eq!(&before.0, &after.0);
             prop_assert_eq!(before.1 == after.1, matches!(case.tuning, Tuning::Tile(..)));
-            prop_assert_eq!(before.2 == after.2, !zeros_train);
+            prop_assert_eq!(before.2 == after.2, !case.trains_zeros());
         }
         certificate.verify(&model).unwrap();
         let mut other = model.clone();
@@ -537,7 +547,7 @@ proptest! {
         let gradients = burn::optim::GradientsParams::from_grads(loss.backward(), &model);
         let mut visitor = Gradients { gradients: &gradients, path: vec![], with: vec![], without: vec![] };
         model.visit(&mut visitor);
-        prop_assert_eq!(visitor.with.len(), 2 * case.n_parameters());
+        prop_assert_eq!(visitor.with.len(), case.n_parameters());
         prop_assert!(visitor.with.iter().all(|path| path.contains("adapter")));
         prop_assert!(visitor.without.iter().all(|path| !path.contains("adapter")));
     }

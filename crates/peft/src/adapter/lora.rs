@@ -24,7 +24,7 @@ use super::{
 };
 use crate::files::{LazyTensor, TensorFile};
 use crate::linear::dense_matmul;
-use crate::{Error, Exactness, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight};
 
 #[cfg(test)]
 mod tests;
@@ -40,6 +40,7 @@ pub struct Lora {
     alpha: Option<f32>,
     rank_stabilized: bool,
     dora: bool,
+    bias: bool,
     dropout: f32,
     targets: Targets,
     seed: u64,
@@ -53,6 +54,7 @@ impl Lora {
             alpha: None,
             rank_stabilized: false,
             dora: false,
+            bias: false,
             dropout: 0.0,
             targets: Targets::All,
             seed: 0,
@@ -74,6 +76,12 @@ impl Lora {
     /// DoRA: with a trained norm for each output.
     pub fn with_dora(mut self, dora: bool) -> Self {
         self.dora = dora;
+        self
+    }
+
+    /// With the bias trained too, of the layers that have one: PEFT's `lora_only`.
+    pub fn with_bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
         self
     }
 
@@ -101,7 +109,8 @@ impl Method for Lora {
         &self.targets
     }
 
-    fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
+    fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
+        let weight = linear.weight();
         check_count("rank", self.rank)?;
         check_dtype(path, weight)?;
         let (rank, [d_in, d_out]) = (self.rank, weight.dims());
@@ -113,6 +122,7 @@ impl Method for Lora {
             }),
             rank_stabilized: self.rank_stabilized,
             dora: self.dora,
+            bias: self.bias && linear.bias().is_some(),
             dropout: self.dropout,
         };
         let device = weight.device();
@@ -122,7 +132,9 @@ impl Method for Lora {
         let magnitude = self
             .dora
             .then(|| Param::from_tensor(column_squares(weight).sqrt()));
-        let adapter = LoraAdapter::new(a, Param::from_tensor(b), magnitude, settings)?;
+        let bias = linear.bias().filter(|_| self.bias);
+        let bias = bias.map(|bias| Param::from_tensor(bias.detach()));
+        let adapter = LoraAdapter::new(a, Param::from_tensor(b), magnitude, bias, settings)?;
         Ok(Adapter::Lora(adapter))
     }
 }
@@ -146,6 +158,8 @@ pub struct LoraAdapter {
     a: Param<Tensor<2>>,
     b: Param<Tensor<2>>,
     magnitude: Option<Magnitude>,
+    /// `[d_out]`.
+    bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
     settings: LoraSettings,
     #[module(skip)]
@@ -168,6 +182,7 @@ pub(crate) struct LoraSettings {
     pub(crate) alpha: f32,
     pub(crate) rank_stabilized: bool,
     pub(crate) dora: bool,
+    pub(crate) bias: bool,
     pub(crate) dropout: f32,
 }
 
@@ -188,9 +203,11 @@ impl LoraAdapter {
             alpha: scale * rank as f32,
             rank_stabilized: false,
             dora: false,
+            bias: false,
             dropout: 0.0,
         };
-        Self::new(Param::from_tensor(a), Param::from_tensor(b), None, settings)
+        let [a, b] = [a, b].map(Param::from_tensor);
+        Self::new(a, b, None, None, settings)
     }
 
     /// The ranks of the factors must be the same and above 0.
@@ -198,6 +215,7 @@ impl LoraAdapter {
         a: Param<Tensor<2>>,
         b: Param<Tensor<2>>,
         magnitude: Option<Param<Tensor<1>>>,
+        bias: Option<Param<Tensor<1>>>,
         settings: LoraSettings,
     ) -> Result<Self> {
         check_positive("alpha", settings.alpha)?;
@@ -207,6 +225,7 @@ impl LoraAdapter {
             a,
             b,
             magnitude: magnitude.map(|m| Magnitude { m, squares: None }),
+            bias,
             settings,
             dropout,
         })
@@ -235,6 +254,10 @@ impl LoraAdapter {
         self.magnitude.as_ref().map(|magnitude| magnitude.m.val())
     }
 
+    pub(super) fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val())
+    }
+
     /// `α`.
     pub fn alpha(&self) -> f32 {
         self.settings.alpha
@@ -258,10 +281,15 @@ impl LoraAdapter {
         &mut self.dropout
     }
 
-    /// `B`, and DoRA's norms.
+    /// `B`, DoRA's norms, and the bias.
     pub(super) fn fast_params(&self) -> Vec<ParamId> {
         let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.m.id);
-        [self.b.id].into_iter().chain(magnitude).collect()
+        let bias = self.bias.as_ref().map(|bias| bias.id);
+        [self.b.id]
+            .into_iter()
+            .chain(magnitude)
+            .chain(bias)
+            .collect()
     }
 
     pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
@@ -292,8 +320,15 @@ impl LoraAdapter {
         Some(magnitude.m.val() / norm)
     }
 
-    pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
+    pub(super) fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+        let weight = linear.weight();
         check_dtype(path, weight)?;
+        if let Some(bias) = self.bias() {
+            let Some(base) = linear.bias() else {
+                return Err(Error::NoBias { path: path.into() });
+            };
+            check_shape(path, base.dims(), bias.dims())?;
+        }
         let (rank, [d_in, d_out]) = (self.rank(), weight.dims());
         check_shape(path, [d_in, rank], self.a().dims())?;
         check_shape(path, [rank, d_out], self.b().dims())?;
@@ -350,6 +385,9 @@ impl LoraAdapter {
         if let Some(magnitude) = &self.magnitude {
             tensors.push(("magnitude", stored(&magnitude.m)));
         }
+        if let Some(bias) = &self.bias {
+            tensors.push(("bias", stored(bias)));
+        }
         tensors
     }
 
@@ -363,10 +401,13 @@ impl LoraAdapter {
         let a = read_param::<2>(&name("a"), file, device)?;
         let b = read_param::<2>(&name("b"), file, device)?;
         check_inner(&name, &a, &b, file)?;
-        let magnitude = settings
-            .dora
-            .then(|| read_param(&name("magnitude"), file, device));
-        Self::new(a, b, magnitude.transpose()?, settings)
+        let mut vector = |asked: bool, tensor: &str| {
+            let read = asked.then(|| read_param(&name(tensor), file, device));
+            read.transpose()
+        };
+        let magnitude = vector(settings.dora, "magnitude")?;
+        let bias = vector(settings.bias, "bias")?;
+        Self::new(a, b, magnitude, bias, settings)
     }
 }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Adapter, Method, check_shape, quantized, read_param, stored};
 use crate::files::{LazyTensor, TensorFile};
-use crate::{Error, Exactness, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight};
 
 /// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
 ///
@@ -56,7 +56,8 @@ impl Method for Peqa {
         &self.targets
     }
 
-    fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
+    fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
+        let weight = linear.weight();
         let weight = quantized(METHOD, path, weight)?;
         if self.zeros {
             check_zeros(path, weight)?;

@@ -35,7 +35,7 @@ use super::{
 };
 use crate::files::{LazyTensor, TensorFile};
 use crate::linear::dense_matmul;
-use crate::{Error, Exactness, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight};
 
 #[cfg(test)]
 mod tests;
@@ -231,7 +231,8 @@ impl Method for Tile {
         &self.targets
     }
 
-    fn init(&self, path: &str, weight: &Weight) -> Result<Adapter> {
+    fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
+        let weight = linear.weight();
         check_dtype(path, weight)?;
         let name = self.method.name();
         let pool = match (self.pool, weight) {

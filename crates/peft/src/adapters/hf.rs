@@ -182,7 +182,7 @@ impl Adapters {
                 Error::Setting { .. } => refuse(format!("for layer `{path}`, {error}")),
                 other => other,
             })?;
-            adapter.check(&path, &linear.weight)?;
+            adapter.check(&path, linear)?;
             layers.insert(path, adapter);
         }
         if layers.is_empty() {
@@ -270,7 +270,7 @@ impl Adapters {
             "arrow_config": null,
             "auto_mapping": null,
             "base_model_name_or_path": null,
-            "bias": "none",
+            "bias": if kinds.iter().any(|(_, kind)| kind.bias) { "lora_only" } else { "none" },
             "corda_config": null,
             "ensure_weight_tying": false,
             "eva_config": null,
@@ -326,6 +326,7 @@ struct Kind {
     dropout: f32,
     rank_stabilized: bool,
     dora: bool,
+    bias: bool,
     /// Of QA-LoRA.
     group_size: Option<usize>,
 }
@@ -341,6 +342,7 @@ impl Kind {
                     dropout: settings.dropout,
                     rank_stabilized: settings.rank_stabilized,
                     dora: settings.dora,
+                    bias: settings.bias,
                     group_size: None,
                 })
             }
@@ -359,6 +361,7 @@ impl Kind {
                     dropout: settings.dropout,
                     rank_stabilized: false,
                     dora: false,
+                    bias: false,
                     group_size: Some(settings.pool),
                 })
             }
@@ -393,6 +396,10 @@ fn hf_tensors(adapter: &Adapter) -> Vec<(&'static str, LazyTensor<'_>)> {
         let magnitude = LazyTensor::f32(m.dims(), move || floats(m.clone()));
         tensors.push(("lora_magnitude_vector", magnitude));
     }
+    if let Some(bias) = adapter.bias() {
+        let bias = LazyTensor::f32(bias.dims(), move || floats(bias.clone()));
+        tensors.push(("base_layer.bias", bias));
+    }
     tensors
 }
 
@@ -403,10 +410,18 @@ enum Part {
     Magnitude,
     /// With `.weight`, which PEFT reads too.
     MagnitudeWeight,
+    /// Of the layer, trained.
+    Bias,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::A, Self::B, Self::Magnitude, Self::MagnitudeWeight];
+    const ALL: [Self; 5] = [
+        Self::A,
+        Self::B,
+        Self::Magnitude,
+        Self::MagnitudeWeight,
+        Self::Bias,
+    ];
 
     fn suffix(self) -> &'static str {
         match self {
@@ -414,6 +429,7 @@ impl Part {
             Part::B => "lora_B.weight",
             Part::Magnitude => "lora_magnitude_vector",
             Part::MagnitudeWeight => "lora_magnitude_vector.weight",
+            Part::Bias => "base_layer.bias",
         }
     }
 }
@@ -456,11 +472,8 @@ fn read(
             .transpose())
     };
     let (a, b) = (factor(Part::A)?, factor(Part::B)?);
-    let magnitudes: Vec<Part> = parts
-        .iter()
-        .copied()
-        .filter(|&part| part > Part::B)
-        .collect();
+    let is_magnitude = |part: &Part| matches!(part, Part::Magnitude | Part::MagnitudeWeight);
+    let magnitudes: Vec<Part> = parts.iter().copied().filter(is_magnitude).collect();
     match (config.use_dora, &magnitudes[..]) {
         (false, []) | (true, [] | [_]) => (),
         (false, [part, ..]) => {
@@ -471,10 +484,19 @@ fn read(
             return Err(file.refuse(&name(*part), "is there under two names".into()));
         }
     }
+    let mut bias = None;
+    if parts.contains(&Part::Bias) {
+        let (values, dims) = file.floats::<1>(&name(Part::Bias))?;
+        bias = Some(trained(values, dims, &device));
+    }
     // PEFT takes QA-LoRA for LoRA on layers that are not GPTQ's.
     let d_in = linear.weight.dims()[0];
     let group_size = config.qalora_group_size;
     if config.use_qalora && group_size > 1 && a.dims()[0] == d_in / group_size {
+        if bias.is_some() {
+            let problem = "is trained beside QA-LoRA, which this program does not do".into();
+            return Err(file.refuse(&name(Part::Bias), problem));
+        }
         let alpha = match config.use_rslora {
             true => alpha * (r as f32).sqrt(),
             false => alpha,
@@ -501,10 +523,12 @@ fn read(
         alpha,
         rank_stabilized: config.use_rslora,
         dora: config.use_dora,
+        bias: bias.is_some(),
         dropout: config.lora_dropout,
     };
     let [a, b] = [a, b].map(Param::from_tensor);
-    Ok(Adapter::Lora(LoraAdapter::new(a, b, magnitude, settings)?))
+    let adapter = LoraAdapter::new(a, b, magnitude, bias, settings)?;
+    Ok(Adapter::Lora(adapter))
 }
 
 /// Refuses what would change the meaning of an adapter and is not known here.
@@ -594,9 +618,9 @@ impl<'a> Patterns<'a> {
         if config.use_qalora && config.qalora_group_size == 0 {
             return Err("qalora_group_size is 0; it must be at least 1".into());
         }
-        if config.bias != "none" {
+        if !["none", "lora_only", "all"].contains(&config.bias.as_str()) {
             return Err(format!(
-                "bias is {:?}: trained biases cannot be read, only \"none\"",
+                "bias is {:?}, not none, lora_only or all",
                 config.bias
             ));
         }

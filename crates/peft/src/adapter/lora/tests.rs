@@ -39,9 +39,13 @@ fn cases() -> impl Strategy<Value = Case> {
     })
 }
 
+fn plain(weight: &Weight) -> Linear {
+    Linear::new(weight.clone(), None)
+}
+
 fn refused(lora: &Lora, dims: [usize; 2]) -> Error {
     let weight = Weight::frozen(Tensor::zeros(dims, &Device::flex()));
-    lora.init("mlp.up", &weight).unwrap_err()
+    lora.init("mlp.up", &Linear::new(weight, None)).unwrap_err()
 }
 
 proptest! {
@@ -130,7 +134,7 @@ proptest! {
 fn fresh_factors_are_uniform_and_follow_seed_and_path() {
     let weight = Weight::frozen(Tensor::zeros([400, 300], &Device::flex()));
     let a = |lora: &Lora, path| {
-        let Adapter::Lora(adapter) = lora.init(path, &weight).unwrap() else {
+        let Adapter::Lora(adapter) = lora.init(path, &plain(&weight)).unwrap() else {
             panic!("another method");
         };
         assert_eq!(adapter.scale(), 2.0);
@@ -181,7 +185,7 @@ fn settings_out_of_range_are_refused() {
         assert!(named, "{error}");
     }
     let halves = Tensor::<2>::zeros(dims, (&Device::flex(), DType::BF16));
-    let error = Lora::new(1).init("mlp.up", &Weight::frozen(halves));
+    let error = Lora::new(1).init("mlp.up", &plain(&Weight::frozen(halves)));
     assert!(matches!(error, Err(Error::NotF32 { .. })));
 }
 
@@ -196,7 +200,7 @@ fn dora(case: &Case) -> LoraAdapter {
         ..case.adapter.settings()
     };
     let (a, b) = (case.adapter.a.clone(), case.adapter.b.clone());
-    let adapter = LoraAdapter::new(a, b, Some(m), settings).unwrap();
+    let adapter = LoraAdapter::new(a, b, Some(m), None, settings).unwrap();
     // With the norms of the weight at hand, and without.
     match d_out % 2 {
         0 => adapter,
@@ -282,7 +286,7 @@ fn dora_stays_finite_where_the_weight_is_cancelled() {
         dora: true,
         ..adapter.settings()
     };
-    let adapter = LoraAdapter::new(adapter.a, adapter.b, Some(m), settings).unwrap();
+    let adapter = LoraAdapter::new(adapter.a, adapter.b, Some(m), None, settings).unwrap();
     let factor = adapter.factors(&base).unwrap().into_scalar::<f32>();
     // The norm is taken for a thousandth of that of both parts.
     let norm = column_squares(&base).into_scalar::<f32>().sqrt();
@@ -300,7 +304,7 @@ fn dora_keeps_norms_of_frozen_weights_alone() {
         let weight = trained::<2>(vec![0.5, -1.0, 2.0, 0.25], [2, 2], &Device::flex());
         let weight = Weight::Dense(weight.set_require_grad(trains));
         assert_eq!(weight.trains(), trains);
-        let Adapter::Lora(adapter) = lora.init("up", &weight).unwrap() else {
+        let Adapter::Lora(adapter) = lora.init("up", &plain(&weight)).unwrap() else {
             panic!("another method");
         };
         let adapter = adapter.bound_to(&weight);
@@ -312,7 +316,7 @@ fn dora_keeps_norms_of_frozen_weights_alone() {
 fn ranks_are_stabilized_by_their_root() {
     let weight = Weight::frozen(Tensor::zeros([40, 30], &Device::flex()));
     let scale = |lora: Lora| {
-        let Adapter::Lora(adapter) = lora.init("up", &weight).unwrap() else {
+        let Adapter::Lora(adapter) = lora.init("up", &plain(&weight)).unwrap() else {
             panic!("another method");
         };
         adapter.scale()
@@ -329,7 +333,7 @@ fn ranks_are_stabilized_by_their_root() {
 fn dropout_drops_its_share_while_a_seed_is_set() {
     let weight = Weight::frozen(Tensor::zeros([64, 1], &Device::flex()));
     let lora = Lora::new(1).with_dropout(0.3);
-    let Adapter::Lora(mut adapter) = lora.init("up", &weight).unwrap() else {
+    let Adapter::Lora(mut adapter) = lora.init("up", &plain(&weight)).unwrap() else {
         panic!("another method");
     };
     adapter.a = Param::from_tensor(Tensor::ones([64, 1], &Device::flex()));

@@ -187,6 +187,10 @@ fn settings(pool: usize, repeat: usize) -> TileSettings {
     }
 }
 
+fn plain(weight: &Weight) -> Linear {
+    Linear::new(weight.clone(), None)
+}
+
 fn weight(dims: [usize; 2]) -> Tensor<2> {
     let n = dims[0] * dims[1];
     let values: Vec<f32> = (0..n)
@@ -233,7 +237,7 @@ fn groups_that_tiles_do_not_hold_are_refused() {
         assert!(adapter.check("mlp.up", &packed).is_ok());
         let error = Tile::qa_hira()
             .with_pool(pool)
-            .init("mlp.up", &packed)
+            .init("mlp.up", &plain(&packed))
             .unwrap_err();
         let named = matches!(&error, Error::Tiles { path, problem: found, .. }
             if path == "mlp.up" && found.contains(problem));
@@ -261,7 +265,7 @@ fn settings_out_of_range_are_refused() {
         .quantize(weight([24, 6]), None);
     let packed = Weight::Quant(packed.unwrap().weight);
     let dense = Weight::frozen(weight([24, 6]));
-    let refused = |tile: Tile, weight: &Weight| tile.init("mlp.up", weight).unwrap_err();
+    let refused = |tile: Tile, weight: &Weight| tile.init("mlp.up", &plain(weight)).unwrap_err();
     for tile in [
         Tile::qa_lora(0),
         Tile::qa_hira().with_pool(0),
@@ -319,7 +323,12 @@ fn settings_out_of_range_are_refused() {
         ),
         "{error}"
     );
-    assert!(Tile::qa_lora(2).with_pool(8).init("mlp.up", &dense).is_ok());
+    assert!(
+        Tile::qa_lora(2)
+            .with_pool(8)
+            .init("mlp.up", &plain(&dense))
+            .is_ok()
+    );
 }
 
 #[test]
@@ -328,7 +337,7 @@ fn ranks_and_parameters_are_those_of_the_papers() {
         .with_group_size(Some(32))
         .quantize(weight([256, 128]), None);
     let packed = Weight::Quant(packed.unwrap().weight);
-    let adapter = |tile: Tile| match tile.init("mlp.up", &packed).unwrap() {
+    let adapter = |tile: Tile| match tile.init("mlp.up", &plain(&packed)).unwrap() {
         Adapter::Tile(adapter) => adapter,
         other => panic!("{}", other.method()),
     };
