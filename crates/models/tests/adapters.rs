@@ -479,17 +479,22 @@ fn merged_models_are_proved_on_the_reloaded_file() {
     let methods: [(&str, Box<dyn Method>); 6] = [
         ("peqa", Box::new(Peqa::new())),
         ("peqa-zeros", Box::new(Peqa::new().with_zeros(true))),
-        ("qa-lora", Box::new(Tile::qa_lora(2))),
+        // One group for each output leaves one pool.
+        ("qa-lora", Box::new(Tile::qa_lora(1))),
         ("qa-hira", Box::new(Tile::qa_hira())),
-        ("qa-blora", Box::new(Tile::qa_blora(2))),
+        ("qa-blora", Box::new(Tile::qa_blora(1))),
         ("lora", Box::new(Lora::new(2))),
     ];
     let tokens = tokens(CASES[0]);
     let batch = Batch::new(tokens.clone()).unwrap();
-    for bits in [2, 3, 4, 8] {
+    let groups = [Some(32), Some(16), None];
+    for (bits, group_size) in [2, 3, 4, 8]
+        .into_iter()
+        .flat_map(|b| groups.map(|g| (b, g)))
+    {
         for (name, method) in &methods {
             let mut lm = base();
-            let rtn = Rtn::new().with_bits(bits).with_group_size(32);
+            let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
             models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
             let rounded = logits(&lm.model, tokens.clone());
             peft::attach(&mut lm.model, &**method).unwrap();
@@ -509,7 +514,7 @@ fn merged_models_are_proved_on_the_reloaded_file() {
                 _ => OffGrid::Refuse,
             };
             let certificate = peft::merge_probed(&mut lm.model, off_grid, &batch).unwrap();
-            let path = dir.path().join(format!("{name}-{bits}"));
+            let path = dir.path().join(format!("{name}-{bits}-{group_size:?}"));
             models::save(&lm, &path).unwrap();
             let merged = logits(&lm.model, tokens.clone());
 

@@ -11,6 +11,15 @@
 //! | [`detach`] | takes the adapters off |
 //! | [`merge`] | folds the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
 //!
+//! | method | what is trained | merges into a packed weight |
+//! |---|---|---|
+//! | [`Peqa`] | scales, zeros if asked | exactly |
+//! | [`Tile`]: QA-LoRA, QA-HiRA, QA-BLoRA | what is added to tiles of the weight | into the zeros |
+//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA | what is added to the weight | no: [`merge_with`] makes it dense, or rounds it and says what is left |
+//!
+//! [`presets`] has the settings of the papers, [`Adapters`] reads and writes directories, PEFT's too,
+//! and [`Tasks`] serves tasks that share their codes.
+//!
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
 //! use peft::{Linear, Linears, Peqa, Weight};
