@@ -1,4 +1,4 @@
-//! LoRA and rsLoRA against PEFT (`tests/golden/README.md`), and adapters of every method on a model
+//! LoRA, rsLoRA, DoRA and trained biases against PEFT (`tests/golden/README.md`), and adapters of every method on a model
 //! that is saved and loaded again.
 
 use std::collections::BTreeMap;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor};
-use models::{Llama, Pretrained};
+use models::{Llama, LlamaConfig, Pretrained};
 use peft::files::{LazyTensor, TensorFile};
 use peft::{
     Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
@@ -55,6 +55,7 @@ fn logits(model: &Llama, tokens: Tensor<2, Int>) -> Vec<f32> {
 
 fn difference(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
+    assert!(found.iter().all(|value| value.is_finite()));
     let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
     differences.fold(0.0, f32::max)
 }
@@ -211,13 +212,15 @@ fn trained_biases_of_peft_are_loaded() {
         assert_eq!(logits(&model, tokens(BIAS)), disabled);
     }
     // A layer without a bias takes none.
-    let (path, adapter) = reloaded[0]
-        .layers()
-        .find(|(_, a)| a.bias().is_some())
-        .unwrap();
-    assert_eq!(adapter.method(), "LoRA");
-    let text = std::fs::read_to_string(ours.join("adapter_config.json")).unwrap();
-    assert!(text.contains("\"bias\": true"), "{path}");
+    let config = LlamaConfig {
+        attention_bias: false,
+        ..model.config().clone()
+    };
+    let without = Llama::init(&config, 0, &Device::flex());
+    let error = Adapters::load_hf(golden(BIAS), &without).unwrap_err();
+    let named = matches!(&error, Error::NoBias { path } if path.contains("self_attn"));
+    assert!(named, "{error}");
+
     peft::attach(&mut model, &Lora::new(1).with_bias(true)).unwrap();
     let attached = Adapters::of(&model).unwrap();
     for (path, adapter) in attached.layers() {
@@ -530,7 +533,10 @@ fn merged_models_are_proved_on_the_reloaded_file() {
                     assert!(change < 1e-5, "{name}: {change}");
                     assert!((retention - 1.0).abs() < 1e-3, "{name}: {retention}");
                 }
-                _ => assert_eq!(certificate.kind(), "rounded"),
+                _ => {
+                    assert_eq!(certificate.kind(), "rounded");
+                    assert!((retention - 1.0).abs() < 0.5, "{name}: {retention}");
+                }
             }
             let json = serde_json::to_string(&certificate).unwrap();
             let again: peft::Certificate = serde_json::from_str(&json).unwrap();

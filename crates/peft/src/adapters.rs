@@ -34,7 +34,7 @@ struct Config {
     layers: BTreeMap<String, Settings>,
 }
 
-const FORMAT_VERSION: u32 = 2;
+const FORMAT_VERSION: u32 = 3;
 
 impl Adapters {
     /// The adapters that a model wears.
@@ -85,7 +85,7 @@ impl Adapters {
     /// # Errors
     /// [`Error::NoAdapters`] if there are none, [`Error::OtherBase`] if they are not of one base,
     /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms or a bias, [`Error::Setting`]
-    /// for a weight that is not finite.
+    /// for a weight that is not finite, [`Error::Shape`] if they are of layers of other dimensions.
     pub fn combined(parts: &[(&Adapters, f32)]) -> Result<Self> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::NoAdapters);
@@ -120,8 +120,19 @@ impl Adapters {
                     }
                 };
                 let [a, b] = factors.entry(path).or_default();
-                a.push(lora.a() * (lora.scale() * weight));
-                b.push(lora.b());
+                let dims = |a: &Tensor<2>, b: &Tensor<2>| [a.dims()[0], b.dims()[1]];
+                let found = dims(&lora.a(), &lora.b());
+                if let (Some(a), Some(b)) = (a.first(), b.first())
+                    && dims(a, b) != found
+                {
+                    return Err(Error::Shape {
+                        path: path.clone(),
+                        expected: dims(a, b).into(),
+                        found: found.into(),
+                    });
+                }
+                a.push((lora.a() * (lora.scale() * weight)).detach());
+                b.push(lora.b().detach());
             }
         }
         let mut layers = BTreeMap::new();

@@ -56,8 +56,9 @@ pub fn detach<M: Linears>(model: &mut M) -> Result<Adapters> {
 /// Puts `adapters` in the place of all that the model has, and returns those.
 ///
 /// # Errors
-/// [`Error::OtherBase`] unless the adapters were made for this base, [`Error::UnknownLayer`] or
-/// [`Error::Shape`] if one does not fit. Then the model is as it was.
+/// [`Error::OtherBase`] unless the adapters were made for this base, [`Error::UnknownLayer`],
+/// [`Error::Shape`], [`Error::NoBias`] or what else one has against its layer. Then the model is as it
+/// was.
 pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapters> {
     adapters.check_base(model)?;
     for (path, adapter) in &adapters.layers {

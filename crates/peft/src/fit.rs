@@ -58,8 +58,8 @@ pub struct FitConfig {
     /// Gradients are scaled down to this norm, taken over all parameters together.
     #[config(default = "Some(1.0)")]
     pub max_grad_norm: Option<f64>,
-    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): `B` of LoRA and of tiles, and DoRA's norms, learn
-    /// at the rate times this.
+    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): `B` of LoRA and of tiles, DoRA's norms and
+    /// LoRA's biases learn at the rate times this.
     #[config(default = 1.0)]
     pub lora_plus_ratio: f64,
     /// The seed of the order of the batches, and of dropout.

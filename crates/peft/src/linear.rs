@@ -231,9 +231,9 @@ impl Linear {
         }
     }
 
-    /// With a frozen bias, `[d_out]`.
-    pub(crate) fn set_bias(&mut self, bias: Tensor<1>) {
-        self.bias = Some(Param::from_tensor(bias).set_require_grad(false));
+    /// Puts these values, `[d_out]`, in the place of those of the bias, which trains or not as before.
+    pub(crate) fn replace_bias(&mut self, values: Tensor<1>) {
+        self.bias = self.bias.take().map(|bias| bias.map(|_| values));
     }
 
     pub(crate) fn set_precision(&mut self, precision: Precision) {

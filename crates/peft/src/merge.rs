@@ -211,7 +211,7 @@ pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certif
         if let Some(weight) = weights.remove(&path) {
             linear.weight = weight;
             if let Some(bias) = linear.adapter.take().and_then(|adapter| adapter.bias()) {
-                linear.set_bias(bias.detach());
+                linear.replace_bias(bias.detach());
             }
         }
     }
@@ -232,20 +232,24 @@ pub fn merge_probed<M: CausalLm>(
     probe: &Batch,
 ) -> Result<Certificate> {
     probe.check(model.vocab_size())?;
-    model.set_dropout(None);
     let logits = |model: &M| floats(model.forward(probe.tokens()));
-    let adapted = logits(model);
-    let mut base = model.clone();
-    for (_, linear) in base.linears_mut() {
+    let mut before = model.clone();
+    before.set_dropout(None);
+    let adapted = logits(&before);
+    for (_, linear) in before.linears_mut() {
         linear.adapter = None;
     }
-    let base = logits(&base);
+    let base = logits(&before);
     let certificate = merge_with(model, off_grid)?;
     let merged = logits(model);
 
     let change = |a: &[f32], b: &[f32]| {
         let changes = a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b));
-        changes.map(f64::abs).fold(0.0, f64::max)
+        // What is not a number is the largest change.
+        changes.fold(0.0, |most: f64, change| match change.abs() {
+            change if change > most || change.is_nan() => change,
+            _ => most,
+        })
     };
     let probe = Probe {
         n_logits: adapted.len(),

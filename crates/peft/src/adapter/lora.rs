@@ -131,7 +131,7 @@ impl Method for Lora {
         let b = Tensor::zeros([rank, d_out], (&device, DType::F32));
         let magnitude = self
             .dora
-            .then(|| Param::from_tensor(column_squares(weight).sqrt()));
+            .then(|| Param::from_tensor(column_squares(weight).sqrt().detach()));
         let bias = linear.bias().filter(|_| self.bias);
         let bias = bias.map(|bias| Param::from_tensor(bias.detach()));
         let adapter = LoraAdapter::new(a, Param::from_tensor(b), magnitude, bias, settings)?;

@@ -145,8 +145,9 @@ impl Adapters {
     /// setting that changes what an adapter computes, an initialisation that changed the base
     /// (PiSSA, OLoRA, …), a value out of its range. [`Error::UnknownLayer`],
     /// [`Error::MissingTensor`], [`Error::Tensor`] or [`Error::Shape`] if the tensors are not those
-    /// that the configuration and the model ask for, [`Error::NotF32`] for a dense layer of another
-    /// dtype.
+    /// that the configuration and the model ask for, [`Error::Tiles`] if groups do not divide a
+    /// layer, [`Error::NoBias`] if a layer has no bias for a trained one, [`Error::NotF32`] for a
+    /// dense layer of another dtype.
     pub fn load_hf(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
         let path = dir.as_ref().join(CONFIG);
         let refuse = |problem: String| Error::File {
@@ -352,6 +353,9 @@ impl Kind {
                 if !is_qa_lora {
                     return Err("PEFT has no such tiles; use `Adapters::save`");
                 }
+                if settings.pool < 2 {
+                    return Err("in PEFT's files, pools of one input are those of LoRA");
+                }
                 if settings.pooling != Pooling::Peft {
                     return Err("PEFT knows no pooling but `Pooling::Peft`");
                 }
@@ -492,7 +496,7 @@ fn read(
     // PEFT takes QA-LoRA for LoRA on layers that are not GPTQ's.
     let d_in = linear.weight.dims()[0];
     let group_size = config.qalora_group_size;
-    if config.use_qalora && group_size > 1 && a.dims()[0] == d_in / group_size {
+    if config.use_qalora && a.dims()[0] == d_in / group_size {
         if bias.is_some() {
             let problem = "is trained beside QA-LoRA, which this program does not do".into();
             return Err(file.refuse(&name(Part::Bias), problem));
@@ -615,8 +619,8 @@ impl<'a> Patterns<'a> {
         if config.use_qalora && config.use_dora {
             return Err("use_qalora and use_dora exclude each other".into());
         }
-        if config.use_qalora && config.qalora_group_size == 0 {
-            return Err("qalora_group_size is 0; it must be at least 1".into());
+        if config.use_qalora && config.qalora_group_size < 2 {
+            return Err("qalora_group_size is 0; it must be at least 2".into());
         }
         if !["none", "lora_only", "all"].contains(&config.bias.as_str()) {
             return Err(format!(
@@ -628,10 +632,14 @@ impl<'a> Patterns<'a> {
             let matcher = names.as_ref().map(Matcher::new).transpose();
             matcher.map_err(|error| format!("{key}: {error}"))
         };
-        let each = |patterns: &'a Map<String, Value>| {
+        let each = |setting: &str, patterns: &'a Map<String, Value>| {
             let patterns = patterns.iter();
             patterns
-                .map(|(key, value)| Ok((regex(&format!(r"^(?:.*\.)?(?:{key})$"))?, value)))
+                .map(|(key, value)| {
+                    let pattern = regex(&format!(r"^(?:.*\.)?(?:{key})$"));
+                    let pattern = pattern.map_err(|error| format!("{setting}: {error}"));
+                    Ok((pattern?, value))
+                })
                 .collect::<Result<Vec<_>, String>>()
         };
         let in_layer = match &config.layers_pattern {
@@ -654,9 +662,10 @@ impl<'a> Patterns<'a> {
             in_layer: in_layer
                 .iter()
                 .map(|pattern| regex(pattern))
-                .collect::<Result<_, _>>()?,
-            ranks: each(&config.rank_pattern)?,
-            alphas: each(&config.alpha_pattern)?,
+                .collect::<Result<_, _>>()
+                .map_err(|error| format!("layers_pattern: {error}"))?,
+            ranks: each("rank_pattern", &config.rank_pattern)?,
+            alphas: each("alpha_pattern", &config.alpha_pattern)?,
         })
     }
 
@@ -666,7 +675,15 @@ impl<'a> Patterns<'a> {
         let excluded = self.excluded.as_ref();
         meant.is_some_and(|targets| targets.matches(path))
             && !excluded.is_some_and(|excluded| excluded.matches(path))
-            && self.is_layer(path)
+            && (self.is_whole_target(path) || self.is_layer(path))
+    }
+
+    /// PEFT asks for the layer's index only where the end of a path is meant.
+    fn is_whole_target(&self, path: &str) -> bool {
+        match &self.targets {
+            Some(Matcher::Ends(names)) => names.iter().any(|name| name == path),
+            _ => false,
+        }
     }
 
     fn is_layer(&self, path: &str) -> bool {
@@ -751,26 +768,29 @@ mod tests {
                 only(q(), json!({"exclude_modules": r".*layers\.1\..*"})),
                 vec![1, 3],
             ),
-            (only(q(), json!({"layers_to_transform": 1})), vec![0]),
-            (only(q(), json!({"layers_to_transform": [10, 2]})), vec![1]),
+            (only(q(), json!({"layers_to_transform": 1})), vec![0, 3]),
+            (
+                only(q(), json!({"layers_to_transform": [10, 2]})),
+                vec![1, 3],
+            ),
             (only(q(), json!({"layers_to_transform": []})), vec![0, 1, 3]),
             (
                 only(
                     q(),
                     json!({"layers_to_transform": 1, "layers_pattern": "layers"}),
                 ),
-                vec![0],
+                vec![0, 3],
             ),
             (
                 only(
                     q(),
                     json!({"layers_to_transform": 1, "layers_pattern": ["h"]}),
                 ),
-                vec![],
+                vec![3],
             ),
             (
                 only(q(), json!({"layers_to_transform": 1, "layers_pattern": []})),
-                vec![0],
+                vec![0, 3],
             ),
             (json!({}), vec![]),
         ];
