@@ -147,7 +147,6 @@ impl PeqaAdapter {
         (merged.dequantize(), exactness)
     }
 
-    /// The trained parameters of which a task consists.
     pub(super) fn settings(&self) -> PeqaSettings {
         PeqaSettings {
             zeros: self.zero_shifts.is_some(),
