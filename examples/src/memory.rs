@@ -10,8 +10,17 @@ pub fn reset_peak() {
 
 /// The largest resident set since [`reset_peak`], in bytes.
 pub fn peak_bytes() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// The resident set now, in bytes.
+pub fn resident_bytes() -> Option<u64> {
+    status("VmRSS:")
+}
+
+fn status(field: &str) -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }

@@ -63,6 +63,7 @@ mod host;
 mod isa;
 mod layout;
 mod loss;
+mod low_rank;
 #[cfg(feature = "flex")]
 mod math;
 mod memory;
@@ -81,6 +82,7 @@ pub use encode::{
 };
 pub use layout::{Layout, Levels, TABLE, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
 pub use loss::linear_cross_entropy;
+pub use low_rank::add_low_rank;
 pub use norm::rms_norm;
 pub use quant_matmul::{Precision, dequantize, quant_matmul};
 pub use rope::rotate_half;

@@ -2,9 +2,45 @@
 //!
 //! A low-rank adapter usually starts at zero, so that the quantized model starts with all of its
 //! rounding error. The methods of this crate choose the packed weight `Q` and the factors `A`, `B`
-//! together, so that `Q + σBA` is near the dense weight `W` from the first step on: LoftQ (Li et al.
-//! 2023, arXiv:2310.08659) alternates between quantizing `W - σBA` and factoring `W - Q`.
+//! together, so that `Q + σ A B` is near the dense weight `W` from the first step on, or what a layer makes
+//! of its inputs near what the dense one made of them.
 //!
-//! No method is here yet.
+//! | type | what it makes small | how | source |
+//! |---|---|---|---|
+//! | [`peft::Lora`] | the error of `Q` alone | `B = 0`: QLoRA | arXiv:2305.14314 |
+//! | [`Loftq`] | `‖W - Q - σ A B‖` | quantizing and factoring in turn | arXiv:2310.08659 |
+//! | [`Pissa`] | the same | the largest singular values first | arXiv:2404.02948 |
+//! | [`LqLora`] | the same, or weighed by the [`Fisher`] information | in turn, the low rank first | arXiv:2311.12023 |
+//! | [`Qera`] | `‖X (W - Q - σ A B)‖` | in closed form, from the Gram; CLoQ with [`quant_core::Optq`] | arXiv:2410.06040 |
+//! | [`Apiq`] | `‖X' W - X (Q + σ A B)‖` | gradients, ranges of the grid too | arXiv:2402.05147 |
+//! | [`ApiqBlock`] | the error of a block's output | the same | arXiv:2402.05147 |
+//! | [`Rilq`] | the error of the last hidden state, and the loss | gradients of all adapters together | arXiv:2412.01129 |
+//!
+//! [`init`] runs each of them over a model, with any quantizer of [`quant_core`], or another for each
+//! layer ([`peft::Recipe`]). Of what is published `σ = α / r` is left out in places, so that a model
+//! starts at `Q + σ² A B` of its own factors; here it starts where it is said to, whatever `α` is
+//! ([`Lora::init_at`](peft::Lora::init_at)).
 
 #![forbid(unsafe_code)]
+
+mod apiq;
+mod error;
+mod fisher;
+mod loftq;
+mod lq_lora;
+mod method;
+mod qera;
+mod rilq;
+mod svd;
+
+pub use apiq::{Apiq, ApiqBlock};
+pub use error::{Error, Result};
+pub use fisher::{Fisher, FisherRoots};
+pub use loftq::Loftq;
+pub use lq_lora::{LqLora, Pissa};
+pub use method::{
+    Initialization, InitializedLayer, Layer, LayerError, LayerMethod, Start, init, sensitivities,
+};
+pub use qera::Qera;
+pub use rilq::Rilq;
+pub use svd::{LowRank, Truncation};

@@ -182,17 +182,6 @@ pub enum Error {
         /// Tokens of another.
         found: usize,
     },
-    /// A quantizer that needs to see inputs, and none to see.
-    #[error(
-        "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"
-    )]
-    NoCalibration,
-    /// A layer that a recipe names and the model does not have.
-    #[error("the model has no projection `{path}`, which the recipe names")]
-    NoLayer {
-        /// The path.
-        path: String,
-    },
     /// Layers that cannot be quantized as planned.
     #[error("the plan does not work for these layers:{}", list(layers))]
     Plan {

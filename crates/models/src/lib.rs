@@ -45,7 +45,6 @@ mod generate;
 mod llama;
 mod quantize;
 mod rope;
-mod stages;
 mod tokenizer;
 
 pub use checkpoint::{
@@ -56,6 +55,5 @@ pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, greedy};
 pub use llama::Llama;
-pub use quantize::{PerLayer, QuantizedLayer, Recipe, quantize, quantize_head, sensitivities};
-pub use stages::Stages;
+pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
 pub use tokenizer::{Tokenizer, Windows};

@@ -4,13 +4,13 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft::{CausalLm, Linear, Linears, Weight};
+use peft::{CausalLm, Linear, Linears, Stages, Weight};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rand_distr::{Distribution, Normal};
 
+use crate::LlamaConfig;
 use crate::generate::Past;
 use crate::rope::Rope;
-use crate::{LlamaConfig, Stages};
 
 #[cfg(test)]
 mod golden;
@@ -145,6 +145,10 @@ impl Stages for Llama {
             STAGES.map(|stage| stage.start + n_linears * block..stage.end + n_linears * block)
         };
         (0..self.layers.len()).flat_map(of_block).collect()
+    }
+
+    fn block_stages(&self, block: usize) -> Range<usize> {
+        STAGES.len() * block..STAGES.len() * (block + 1)
     }
 
     fn start(&self, tokens: Tensor<2, Int>) -> State {

@@ -1,43 +1,10 @@
-use std::collections::BTreeMap;
 use std::time::Instant;
 
-use peft::{Batch, Cost, Weight};
-use quant_core::{Candidate, Format, Gram, Needs, Quantizer};
+use peft::{Batch, CausalLm, Cost, Recipe, Stages, Streams, Weight, check_recipe};
+use quant_core::{Candidate, Format, Needs, Quantizer};
 
 use crate::llama::HEAD;
-use crate::{Error, Llama, Result, Stages};
-
-/// Which quantizer each projection gets. A [`Quantizer`] is the recipe that gives itself to all.
-pub trait Recipe {
-    /// The quantizer of the layer at `path`; none leaves it dense.
-    fn quantizer(&self, path: &str) -> Option<&dyn Quantizer>;
-
-    /// The layers that it names, which the model must have; none if it takes what there is.
-    fn paths(&self) -> Vec<&str> {
-        Vec::new()
-    }
-}
-
-impl<Q: Quantizer> Recipe for Q {
-    fn quantizer(&self, _: &str) -> Option<&dyn Quantizer> {
-        Some(self)
-    }
-}
-
-/// A quantizer for each layer by its path, such as [`quant_core::allocate`] chose them. Layers that
-/// are not listed stay dense.
-#[derive(Default)]
-pub struct PerLayer(pub BTreeMap<String, Box<dyn Quantizer>>);
-
-impl Recipe for PerLayer {
-    fn quantizer(&self, path: &str) -> Option<&dyn Quantizer> {
-        self.0.get(path).map(Box::as_ref)
-    }
-
-    fn paths(&self) -> Vec<&str> {
-        self.0.keys().map(String::as_str).collect()
-    }
-}
+use crate::{Llama, Result};
 
 /// What quantizing one layer gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,18 +35,18 @@ pub struct QuantizedLayer {
 ///
 /// # Errors
 /// [`peft::Error::Quant`] with the layer that its quantizer refuses, an error for a layer that is
-/// quantized or adapted already, [`Error::NoLayer`] if the recipe names one that the model lacks,
-/// [`Error::NoCalibration`] for a quantizer that needs what is not there, or [`peft::Error::Token`]
+/// quantized or adapted already, [`peft::Error::NoLayer`] if the recipe names one that the model lacks,
+/// [`peft::Error::NoCalibration`] for a quantizer that needs what is not there, or [`peft::Error::Token`]
 /// for a token that the model lacks.
-pub fn quantize<M: Stages + peft::CausalLm>(
+pub fn quantize<M: Stages + CausalLm>(
     model: &mut M,
     recipe: &impl Recipe,
     calibration: &[Batch],
     mut on_layer: impl FnMut(&QuantizedLayer),
 ) -> Result<Vec<QuantizedLayer>> {
-    let needs = check(model, recipe, calibration)?;
+    let needs = check_recipe(model, recipe, calibration)?;
     let mut layers = Vec::new();
-    let mut streams = Streams::start(model, calibration, needs);
+    let mut streams = Streams::start(model, calibration, needs == Needs::Drift);
     for (stage, range) in model.stages().into_iter().enumerate() {
         let gram = streams.gram(model, &range);
         streams.advance_dense(model, stage);
@@ -131,27 +98,27 @@ pub fn quantize_head(model: &mut Llama, quantizer: &dyn Quantizer) -> Result<Cos
 /// layer being dense. The model stays as it is.
 ///
 /// # Errors
-/// As [`quantize`]; [`Error::NoCalibration`] without any.
-pub fn sensitivities<M: Stages + peft::CausalLm>(
+/// As [`quantize`]; [`peft::Error::NoCalibration`] without any.
+pub fn sensitivities<M: Stages + CausalLm>(
     model: &M,
     quantizers: &[&dyn Quantizer],
     calibration: &[Batch],
 ) -> Result<Vec<(String, Vec<Candidate>)>> {
     if calibration.is_empty() {
-        return Err(Error::NoCalibration);
+        return Err(peft::Error::NoCalibration.into());
     }
     for (path, linear) in model.linears() {
         linear.check_plain(&path)?;
     }
     let mut needs = Needs::Gram;
     for quantizer in quantizers {
-        needs = needs.max(check(model, quantizer, calibration)?);
+        needs = needs.max(check_recipe(model, quantizer, calibration)?);
     }
     for batch in calibration {
         batch.check(model.vocab_size())?;
     }
     let mut all = Vec::new();
-    let mut streams = Streams::start(model, calibration, needs);
+    let mut streams = Streams::start(model, calibration, needs == Needs::Drift);
     for (stage, range) in model.stages().into_iter().enumerate() {
         let gram = streams.gram(model, &range).expect("there is calibration");
         for (path, linear) in &model.linears()[range] {
@@ -177,89 +144,4 @@ pub fn sensitivities<M: Stages + peft::CausalLm>(
         streams.advance(model, stage);
     }
     Ok(all)
-}
-
-/// Checks layers, formats and calibration, and says what the recipe needs of them.
-fn check<M: Stages + peft::CausalLm>(
-    model: &M,
-    recipe: &impl Recipe,
-    calibration: &[Batch],
-) -> Result<Needs> {
-    let mut needs = Needs::Nothing;
-    let layers: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
-    check_paths(recipe, &layers)?;
-    for (path, linear) in model.linears() {
-        let Some(quantizer) = recipe.quantizer(&path) else {
-            continue;
-        };
-        linear.check_plain(&path)?;
-        let layout = quantizer
-            .format()
-            .and_then(|format| format.layout(linear.weight().dims()));
-        layout.map_err(|source| peft::Error::Quant { path, source })?;
-        needs = needs.max(quantizer.needs());
-    }
-    if calibration.is_empty() && needs > Needs::Nothing {
-        return Err(Error::NoCalibration);
-    }
-    for batch in calibration {
-        batch.check(model.vocab_size())?;
-    }
-    Ok(needs)
-}
-
-/// Checks that a model of these layers has those that the recipe names.
-pub(crate) fn check_paths(recipe: &impl Recipe, layers: &[String]) -> Result<()> {
-    let named = recipe.paths();
-    match named
-        .into_iter()
-        .find(|path| !layers.iter().any(|layer| layer == path))
-    {
-        Some(path) => Err(Error::NoLayer { path: path.into() }),
-        None => Ok(()),
-    }
-}
-
-/// The calibration on its way through the model.
-struct Streams<M: Stages> {
-    /// Through the layers as they are now.
-    states: Vec<M::State>,
-    /// Through the dense layers, for quantizers that ask for the drift.
-    dense: Option<Vec<M::State>>,
-}
-
-impl<M: Stages> Streams<M> {
-    fn start(model: &M, calibration: &[Batch], needs: Needs) -> Self {
-        let states = calibration.iter().map(|batch| model.start(batch.tokens()));
-        let states: Vec<_> = states.collect();
-        let dense = (needs == Needs::Drift).then(|| states.clone());
-        Self { states, dense }
-    }
-
-    /// The Gram of the inputs of a stage's layers, if there is any calibration.
-    fn gram(&self, model: &M, range: &std::ops::Range<usize>) -> Option<Gram> {
-        let first = M::input(self.states.first()?);
-        let [d_in, _] = model.linears()[range.start].1.weight().dims();
-        let mut gram = Gram::new(d_in, &first.device());
-        for (at, state) in self.states.iter().enumerate() {
-            match &self.dense {
-                Some(dense) => gram.update_with_drift(M::input(state), M::input(&dense[at])),
-                None => gram.update(M::input(state)),
-            }
-        }
-        Some(gram)
-    }
-
-    /// Before the layers of a stage are packed.
-    fn advance_dense(&mut self, model: &M, stage: usize) {
-        for state in self.dense.iter_mut().flatten() {
-            *state = model.advance(stage, state.clone());
-        }
-    }
-
-    fn advance(&mut self, model: &M, stage: usize) {
-        for state in &mut self.states {
-            *state = model.advance(stage, state.clone());
-        }
-    }
 }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use models::{
-    CheckpointFormat, Error, GptqVersion, Llama, LlamaConfig, PerLayer, Pretrained, RopeScaling,
-    Stages, load, plan, quantize, save, save_as, sensitivities,
+    CheckpointFormat, Error, GptqVersion, Llama, LlamaConfig, Pretrained, RopeScaling, load, plan,
+    quantize, save, save_as, sensitivities,
 };
-use peft::{Batch, CausalLm, Fingerprint, Linears, Weight};
+use peft::{Batch, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
 use quant_core::{Gram, NormalFloat, Note, Optq, Order, Quantizer, Range, Rtn, allocate};
 
 fn config() -> LlamaConfig {
@@ -164,7 +164,10 @@ fn weights_alone_need_no_calibration() {
 
     let mut model = model();
     let error = quantize(&mut model, &Optq::new(), &[], |_| {}).unwrap_err();
-    assert!(matches!(error, Error::NoCalibration), "{error}");
+    assert!(
+        matches!(error, Error::Peft(peft::Error::NoCalibration)),
+        "{error}"
+    );
     assert!(sensitivities(&model, &[&nf4], &[]).is_err());
     let error = sensitivities(&with, &[], &batches(1)).unwrap_err();
     let quantized = matches!(error, Error::Peft(peft::Error::AlreadyQuantized { .. }));
@@ -177,7 +180,10 @@ fn weights_alone_need_no_calibration() {
         .0
         .insert("model.layers.0.q_proj".into(), Box::new(nf4));
     let error = quantize(&mut model, &recipe, &[], |_| {}).unwrap_err();
-    assert!(matches!(error, Error::NoLayer { .. }), "{error}");
+    assert!(
+        matches!(error, Error::Peft(peft::Error::NoLayer { .. })),
+        "{error}"
+    );
     let tokens = Tensor::<2, Int>::full([1, 4], 48, &Device::flex());
     let wrong = [Batch::new(tokens).unwrap()];
     let error = quantize(&mut model, &Optq::new(), &wrong, |_| {}).unwrap_err();

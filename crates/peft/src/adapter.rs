@@ -206,7 +206,11 @@ pub(crate) fn quantized<'a>(
 }
 
 /// Checks that a tensor of the adapter of the layer at `path` has this shape.
-fn check_shape<const D: usize>(path: &str, expected: [usize; D], found: [usize; D]) -> Result<()> {
+pub(crate) fn check_shape<const D: usize>(
+    path: &str,
+    expected: [usize; D],
+    found: [usize; D],
+) -> Result<()> {
     if expected == found {
         Ok(())
     } else {

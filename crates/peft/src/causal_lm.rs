@@ -133,13 +133,17 @@ impl Batch {
 
 /// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`.
 pub fn token_nll<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<2> {
-    let positions = batch.positions(model);
-    let x = run_blocks(model, batch.tokens(), &positions, |_, _| ());
-    nll_of_output(model, x, batch)
+    nll_of_output(model, last_output(model, batch), batch)
 }
 
-/// [`token_nll`] from the output of the last block.
-pub(crate) fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Tensor<2> {
+/// The output of the last block, `[batch, seq, hidden]`.
+pub fn last_output<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<3> {
+    let positions = batch.positions(model);
+    run_blocks(model, batch.tokens(), &positions, |_, _| ())
+}
+
+/// [`token_nll`] from the output of the last block, `[batch, seq, hidden]`.
+pub fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Tensor<2> {
     let [n, seq, hidden] = x.dims();
     let x = model.norm(x.slice([0..n, 0..seq - 1]));
     let x = x.reshape([n * (seq - 1), hidden]);

@@ -4,7 +4,7 @@
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-use crate::causal_lm::{nll_of_output, run_blocks};
+use crate::causal_lm::run_blocks;
 use crate::{Batch, CausalLm, Result};
 
 /// The lowest part with a parameter that trains: 0 is the embedding, `1 ..= n_blocks` are the
@@ -23,13 +23,13 @@ pub(crate) fn lowest_trained<M: CausalLm>(model: &M, batch: &Batch) -> usize {
     model.n_blocks() + usize::from(!x.is_tracked())
 }
 
-/// The gradients of `loss` of [`token_nll`](crate::token_nll), whatever it makes of it; `lowest` is
+/// The gradients of `loss` of the output of the last block, whatever it makes of it; `lowest` is
 /// [`lowest_trained`].
 pub(crate) fn backward_by_block<M: CausalLm>(
     model: &M,
     batch: &Batch,
     lowest: usize,
-    loss: impl FnOnce(Tensor<2>) -> Result<Tensor<1>>,
+    loss: impl FnOnce(Tensor<3>) -> Result<Tensor<1>>,
 ) -> Result<GradientsParams> {
     let positions = batch.positions(model);
     let mut inputs = Vec::new();
@@ -46,7 +46,7 @@ pub(crate) fn backward_by_block<M: CausalLm>(
 
     let mut total = GradientsAccumulator::new();
     let x = input(model.n_blocks() + 1, x);
-    let mut gradients = loss(nll_of_output(model, x.clone(), batch))?.backward();
+    let mut gradients = loss(x.clone())?.backward();
     let mut dx = x.grad_remove(&mut gradients);
     total.accumulate(model, GradientsParams::from_grads(gradients, model));
     for index in (0..model.n_blocks()).rev() {

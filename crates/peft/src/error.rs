@@ -156,6 +156,17 @@ pub enum Error {
         /// What the adapter has.
         found: Vec<usize>,
     },
+    /// A quantizer that needs to see inputs, and none to see.
+    #[error(
+        "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"
+    )]
+    NoCalibration,
+    /// A layer that a recipe names and the model does not have.
+    #[error("the model has no projection `{path}`, which the recipe names")]
+    NoLayer {
+        /// The path.
+        path: String,
+    },
     /// An adapter for a layer that the model does not have.
     #[error("the adapters are for a layer `{path}`, which the model does not have")]
     UnknownLayer {

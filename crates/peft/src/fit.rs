@@ -8,7 +8,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpointing::{backward_by_block, lowest_trained};
-use crate::{Batch, CausalLm, Error, Result, token_nll};
+use crate::{Batch, CausalLm, Error, Result, last_output, nll_of_output};
 
 /// How the learning rate goes on after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,6 +168,23 @@ pub fn fit<M: CausalLm>(
     model: &mut M,
     batches: &[Batch],
     config: &FitConfig,
+    on_step: impl FnMut(&Step),
+) -> Result<()> {
+    let loss = |model: &M, x, at: usize| nll_of_output(model, x, &batches[at]);
+    fit_with(model, batches, config, loss, on_step)
+}
+
+/// [`fit`] on another loss. `loss(model, x, at)` is the loss of each predicted token of `batches[at]`,
+/// `[batch, seq - 1]`, where `x`, `[batch, seq, hidden]`, is the output of the model's last block: see
+/// [`nll_of_output`].
+///
+/// # Errors
+/// As [`fit`].
+pub fn fit_with<M: CausalLm>(
+    model: &mut M,
+    batches: &[Batch],
+    config: &FitConfig,
+    loss_of: impl Fn(&M, Tensor<3>, usize) -> Tensor<2>,
     mut on_step: impl FnMut(&Step),
 ) -> Result<()> {
     config.check()?;
@@ -229,8 +246,8 @@ pub fn fit<M: CausalLm>(
         for &at in chosen {
             let batch = &batches[at];
             tuned.set_dropout(Some(masks.next_u64()));
-            let mut mean = |nll: Tensor<2>| {
-                let nll = nll.sum() / n_targets as f32;
+            let mut mean = |x: Tensor<3>| {
+                let nll = loss_of(&tuned, x, at).sum() / n_targets as f32;
                 loss += f64::from(nll.clone().inner().into_scalar::<f32>());
                 if loss.is_finite() {
                     Ok(nll)
@@ -244,7 +261,7 @@ pub fn fit<M: CausalLm>(
             let gradients = match lowest {
                 Some(lowest) => backward_by_block(&tuned, batch, lowest, mean)?,
                 None => {
-                    let loss = mean(token_nll(&tuned, batch))?;
+                    let loss = mean(last_output(&tuned, batch))?;
                     GradientsParams::from_grads(loss.backward(), &tuned)
                 }
             };

@@ -62,6 +62,7 @@
 mod adapter;
 mod adapters;
 mod attach;
+mod calibration;
 mod causal_lm;
 mod checkpointing;
 mod error;
@@ -72,6 +73,7 @@ mod linear;
 mod linears;
 mod merge;
 pub mod presets;
+mod recipe;
 mod targets;
 mod tasks;
 
@@ -80,14 +82,16 @@ pub use adapter::{
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};
-pub use causal_lm::{Batch, CausalLm, token_nll};
+pub use calibration::{Stages, Streams};
+pub use causal_lm::{Batch, CausalLm, last_output, nll_of_output, token_nll};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
-pub use fit::{FitConfig, Schedule, Step, fit};
+pub use fit::{FitConfig, Schedule, Step, fit, fit_with};
 pub use linear::{Cost, Linear, Weight};
 pub use linears::Linears;
 pub use merge::{
     Certificate, Exactness, MergedLayer, OffGrid, Probe, merge, merge_probed, merge_with,
 };
+pub use recipe::{PerLayer, Recipe, check_paths, check_recipe};
 pub use targets::Targets;
 pub use tasks::{TaskPack, Tasks};

@@ -2,6 +2,7 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use quant_core::{Distortion, Format, Gram, Note, Precision, QuantTensor, Quantized, Quantizer};
 
+use crate::adapter::check_shape;
 use crate::{Adapter, Error, Result};
 
 /// The weight of a [`Linear`], `[d_in, d_out]`.
@@ -266,6 +267,31 @@ impl Linear {
             (Weight::Quant(_), None) => Err(Error::AlreadyQuantized { path }),
             (Weight::Dense(_), None) => Ok(()),
         }
+    }
+
+    /// Puts another weight of the same shape in the place of the dense one, and an adapter beside it:
+    /// an initialisation that chooses both together. Errors name the layer by `path`.
+    ///
+    /// # Errors
+    /// As [`Linear::check_plain`]; [`Error::Shape`] or what else is against weight or adapter. Then the
+    /// layer is as it was.
+    pub fn replace(&mut self, path: &str, weight: Weight, adapter: Option<Adapter>) -> Result<()> {
+        self.check_plain(path)?;
+        check_shape(path, self.weight.dims(), weight.dims())?;
+        let replaced = Self {
+            adapter: None,
+            bias: self.bias.clone(),
+            weight,
+        };
+        if let Some(adapter) = &adapter {
+            adapter.check(path, &replaced)?;
+        }
+        let adapter = adapter.map(|adapter| adapter.bound_to(&replaced.weight));
+        *self = Self {
+            adapter,
+            ..replaced
+        };
+        Ok(())
     }
 
     /// Packs the dense weight, and says what that cost. Errors name the layer by `path`.

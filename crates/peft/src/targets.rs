@@ -43,7 +43,7 @@ impl Targets {
     ///
     /// # Errors
     /// [`Error::NoTarget`] if a name matches no layer, or there is none.
-    pub(crate) fn paths(&self, model: &impl Linears) -> Result<Vec<String>> {
+    pub fn paths(&self, model: &impl Linears) -> Result<Vec<String>> {
         let all: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
         let matches = |name: &String| all.iter().any(|path| last_name(path) == name);
         let unmatched: Vec<String> = match self {

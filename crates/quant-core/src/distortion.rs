@@ -1,5 +1,7 @@
 use std::fmt;
 
+use burn::tensor::Tensor;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// The distance of a quantized weight from the dense one.
@@ -42,6 +44,25 @@ impl Distortion {
     pub fn sqnr_db(&self) -> f64 {
         -20.0 * self.relative.log10()
     }
+}
+
+/// The sum of the squares of a tensor's elements, in `f64`: the same bits for any number of threads.
+pub fn sum_of_squares<const D: usize>(tensor: Tensor<D>) -> f64 {
+    const PART: usize = 1 << 16;
+    kernels::with_values(tensor, |values| {
+        let squares = |part: &[f32]| {
+            // Sums side by side, for vectors.
+            let mut sums = [0.0f64; 16];
+            for chunk in part.chunks(sums.len()) {
+                for (sum, &value) in sums.iter_mut().zip(chunk) {
+                    *sum += f64::from(value) * f64::from(value);
+                }
+            }
+            sums.iter().sum::<f64>()
+        };
+        let parts: Vec<f64> = values.par_chunks(PART).map(squares).collect();
+        parts.iter().sum()
+    })
 }
 
 impl fmt::Display for Distortion {

@@ -116,6 +116,11 @@ pub enum Error {
     /// Statistics of nothing.
     #[error("the Gram has seen no token; calibrate on some text")]
     EmptyGram,
+    /// A Gram without a Cholesky factor.
+    #[error(
+        "the Gram is not that of any inputs: it has no Cholesky factor; calibrate on more text"
+    )]
+    NotPositive,
     /// A sum of squares below zero.
     #[error("the Gram has {value} for the square of input {input}, which no inputs give")]
     NegativeMoment {

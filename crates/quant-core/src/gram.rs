@@ -1,7 +1,7 @@
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::quant_tensor::check_finite;
-use crate::{Error, Result};
+use crate::{Error, Result, linalg};
 
 /// The running second moment of a layer's inputs, `Σ x xᵀ` over tokens.
 ///
@@ -108,6 +108,38 @@ impl Gram {
         kernels::with_values(product.sum_dim(0), |columns| {
             columns.iter().map(|&sum| f64::from(sum)).sum()
         })
+    }
+
+    /// A square root: the upper triangular `R`, `[d_in, d_in]`, with `Rᵀ R = G + δ I`, so that
+    /// `‖R E‖² = Σ ‖x E‖²` but for `δ ‖E‖²`. `δ` is the least of 10⁻⁶, 10⁻⁴ and 10⁻² of the mean of the
+    /// diagonal with which there is a Cholesky factor, in double precision: directions that no token
+    /// has seen count by it. The root of a Gram of zeros is the identity.
+    ///
+    /// # Errors
+    /// Those of [`Gram::check`]; [`Error::NotPositive`] if there is none.
+    pub fn root(&self) -> Result<Tensor<2>> {
+        let d_in = self.d_in();
+        self.check(d_in)?;
+        let mut sum: Vec<f64> = kernels::with_values(self.sum(), |sum| {
+            sum.iter().map(|&value| f64::from(value)).collect()
+        });
+        let trace: f64 = sum.iter().step_by(d_in + 1).sum();
+        let mean = match trace / d_in as f64 {
+            0.0 => 1.0,
+            mean => mean,
+        };
+        let mut damped = 0.0;
+        for damping in [1e-6, 1e-4, 1e-2] {
+            for moment in sum.iter_mut().step_by(d_in + 1) {
+                *moment += (damping - damped) * mean;
+            }
+            damped = damping;
+            if let Ok(root) = linalg::root(sum.clone(), d_in) {
+                let root = TensorData::new(root, [d_in, d_in]);
+                return Ok(Tensor::from_data(root, &self.sum.device()));
+            }
+        }
+        Err(Error::NotPositive)
     }
 
     /// Checks that this is the Gram of a layer of `d_in` inputs, and holds numbers that one can have.

@@ -56,13 +56,14 @@ mod quantizer;
 mod rtn;
 
 pub use allocate::{Allocation, AllocationError, Candidate, Uniform, allocate};
-pub use distortion::Distortion;
+pub use distortion::{Distortion, sum_of_squares};
 pub use double_quant::{DoubleScales, scale_levels};
 pub use error::{Error, Result};
 pub use format::{DoubleQuant, Format, Grid, ScaleLevels};
 pub use gram::Gram;
 pub use grid::Range;
 pub use kernels::{Layout, Precision};
+pub use linalg::{full_svd, symmetric_eigen};
 pub use normal_float::NormalFloat;
 pub use optq::{Optq, Order};
 pub use quant_tensor::{Parts, QuantTensor, Scales, check_finite};

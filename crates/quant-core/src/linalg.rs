@@ -1,12 +1,15 @@
-//! The one file that names the linear algebra library. Matrices are row by row; every result has the
+//! What quantizers and initialisations need beside products: the one file that names the linear algebra library. Matrices are row by row; every result has the
 //! same bits for any number of threads: work is split into parts of fixed sizes, one thread to each.
 
+use faer::col::ColMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{
     LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
 };
+use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
+use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::traits::RealField;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -59,6 +62,68 @@ pub(crate) fn inverse_cholesky<T: Real>(mut a: Vec<T>, n: usize) -> Result<Vec<T
     invert_lower(&a, &mut inverse, n);
     match inverse.par_iter().all(|value| value.is_finite()) {
         true => Ok(inverse),
+        false => Err(NotPositive),
+    }
+}
+
+/// The eigenvalues of a symmetric matrix `[n, n]`, whose lower triangle is read, from the smallest to
+/// the largest, and their vectors, `[n, n]`, one in each column. Small matrices: on one thread. `None`
+/// if it does not converge, or `a` is not finite.
+pub fn symmetric_eigen(a: &[f64], n: usize) -> Option<(Vec<f64>, Vec<f64>)> {
+    if a.iter().any(|value| !value.is_finite()) {
+        return None;
+    }
+    let a = MatRef::from_row_major_slice(a, n, n);
+    let (mut values, mut vectors) = (vec![0.0; n], vec![0.0; n * n]);
+    let scratch =
+        self_adjoint_evd_scratch::<f64>(n, ComputeEigenvectors::Yes, Par::Seq, Default::default());
+    let mut memory = MemBuffer::new(scratch);
+    let diagonal = ColMut::from_slice_mut(&mut values).as_diagonal_mut();
+    let u = MatMut::from_row_major_slice_mut(&mut vectors, n, n);
+    let stack = MemStack::new(&mut memory);
+    self_adjoint_evd(a, diagonal, Some(u), Par::Seq, stack, Default::default()).ok()?;
+    Some((values, vectors))
+}
+
+/// The full singular value decomposition of `a`, `[m, n]`: `k = min(m, n)` left vectors, `[m, k]`, the
+/// singular values from the largest on, and the right vectors, `[n, k]`. On one thread: for `n = 4096`
+/// this takes minutes. `None` if it does not converge, or `a` is not finite.
+pub fn full_svd(a: &[f32], m: usize, n: usize) -> Option<[Vec<f32>; 3]> {
+    if a.iter().any(|value| !value.is_finite()) {
+        return None;
+    }
+    let k = m.min(n);
+    let a = MatRef::from_row_major_slice(a, m, n);
+    let (mut u, mut s, mut v) = (vec![0.0; m * k], vec![0.0; k], vec![0.0; n * k]);
+    let vectors = ComputeSvdVectors::Thin;
+    let scratch = svd_scratch::<f32>(m, n, vectors, vectors, Par::Seq, Default::default());
+    let mut memory = MemBuffer::new(scratch);
+    svd(
+        a,
+        ColMut::from_slice_mut(&mut s).as_diagonal_mut(),
+        Some(MatMut::from_row_major_slice_mut(&mut u, m, k)),
+        Some(MatMut::from_row_major_slice_mut(&mut v, n, k)),
+        Par::Seq,
+        MemStack::new(&mut memory),
+        Default::default(),
+    )
+    .ok()?;
+    Some([u, s, v])
+}
+
+/// The upper triangular `R` with `Rᵀ R = a`, row by row with zeros below: the transposed lower
+/// Cholesky factor of `a`, `[n, n]`, symmetric, whose lower triangle is read.
+pub(crate) fn root(mut a: Vec<f64>, n: usize) -> Result<Vec<f32>, NotPositive> {
+    cholesky(&mut a, n)?;
+    let mut root = vec![0.0f32; n * n];
+    let rows = root.par_chunks_exact_mut(n).enumerate();
+    rows.for_each(|(i, row)| {
+        for (j, value) in row.iter_mut().enumerate().skip(i) {
+            *value = a[j * n + i] as f32;
+        }
+    });
+    match root.par_iter().all(|value| value.is_finite()) {
+        true => Ok(root),
         false => Err(NotPositive),
     }
 }

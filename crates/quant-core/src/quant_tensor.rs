@@ -159,6 +159,42 @@ impl QuantTensor {
         })
     }
 
+    /// `weight`, `[d_in, d_out]`, rounded to the nearest codes of a uniform grid that was found elsewhere.
+    ///
+    /// # Shapes
+    /// - `scales`, `zeros`: `[n_groups, d_out]`; no zeros on a symmetric grid
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`], [`Error::Zeros`], [`Error::Scales`] for a format of codebooks, and those of
+    /// [`Format::layout`].
+    ///
+    /// # Panics
+    /// If `scales` or `zeros` have another shape.
+    pub fn on_grid(
+        weight: Tensor<2>,
+        format: Format,
+        scales: Tensor<2>,
+        zeros: Option<Tensor<2>>,
+    ) -> Result<Self> {
+        let (dims, device) = (weight.dims(), weight.device());
+        let layout = format.layout(dims)?;
+        let grid = format.grid();
+        if zeros.is_some() != (grid == Grid::Affine) {
+            let found = zeros.is_some();
+            return Err(Error::Zeros { grid, found });
+        }
+        if !matches!(grid, Grid::Affine | Grid::Symmetric) {
+            return Err(Error::Scales { format });
+        }
+        assert_eq!(scales.dims(), layout.grid_shape(), "the shape of scales");
+        let (scales, zeros) = (floats(scales), zeros.map(floats));
+        let words = kernels::with_values(weight, |weight| -> Result<_> {
+            check_finite("the weight", weight, layout.d_out())?;
+            Ok(kernels::encode(weight, &scales, zeros.as_deref(), &layout))
+        })?;
+        Self::from_parts(Parts::new(words, scales, zeros), format, dims, &device)
+    }
+
     /// The numbers of this weight.
     pub fn to_parts(&self) -> Parts {
         Parts {

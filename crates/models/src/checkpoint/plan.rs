@@ -3,14 +3,13 @@
 use std::fmt;
 use std::path::Path;
 
-use peft::files;
+use peft::{Recipe, check_paths, files};
 use quant_core::Format;
 use serde_json::{Map, Value};
 
 use super::CONFIG;
 use super::shards::Shards;
-use crate::quantize::check_paths;
-use crate::{Error, LlamaConfig, Recipe, Result};
+use crate::{Error, LlamaConfig, Result};
 
 /// What [`plan`] found.
 #[derive(Clone, Debug, PartialEq)]

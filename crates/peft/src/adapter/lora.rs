@@ -102,14 +102,53 @@ impl Lora {
         self.seed = seed;
         self
     }
-}
 
-impl Method for Lora {
-    fn targets(&self) -> &Targets {
-        &self.targets
+    /// `r`.
+    pub fn rank(&self) -> usize {
+        self.rank
     }
 
-    fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The adapter of the layer at `path` that starts by adding `a · b`, `[d_in, r]` and `[r, d_out]`:
+    /// each factor has the same norm at each rank, and is divided by `√σ`, so that `σ A B = a b`
+    /// whatever `α` is. DoRA's norms start as those of the sum with the layer's weight.
+    ///
+    /// # Errors
+    /// As [`Method::init`]; [`Error::Shape`] if the factors do not fit.
+    pub fn init_at(
+        &self,
+        path: &str,
+        linear: &Linear,
+        a: Tensor<2>,
+        b: Tensor<2>,
+    ) -> Result<LoraAdapter> {
+        let [d_in, d_out] = linear.weight().dims();
+        check_shape(path, [d_in, self.rank], a.dims())?;
+        check_shape(path, [self.rank, d_out], b.dims())?;
+        let mut adapter = self.adapter(path, linear)?;
+        // A rank that adds nothing leaves its other factor as it is, to be trained.
+        let norm = |squares: Tensor<1>| squares.clamp_min(f32::MIN_POSITIVE).sqrt();
+        let of_a = norm(a.clone().square().sum_dim(0).squeeze_dim(0));
+        let of_b = norm(b.clone().square().sum_dim(1).squeeze_dim(1));
+        let balance = (of_b.log() - of_a.log()) * 0.5;
+        let balance = balance.clamp(-20.0, 20.0).exp().unsqueeze_dim::<2>(0);
+        let root = adapter.scale().sqrt();
+        let (a, b) = (a * balance.clone(), b / balance.transpose());
+        if let Some(magnitude) = &mut adapter.magnitude {
+            let sum = linear.weight().to_dense() + a.clone().matmul(b.clone());
+            let squares = sum.square().sum_dim(0).squeeze_dim(0);
+            magnitude.m = Param::from_tensor(squares.sqrt().detach());
+        }
+        adapter.a = Param::from_tensor((a / root).detach());
+        adapter.b = Param::from_tensor((b / root).detach());
+        Ok(adapter)
+    }
+
+    fn adapter(&self, path: &str, linear: &Linear) -> Result<LoraAdapter> {
         let weight = linear.weight();
         check_count("rank", self.rank)?;
         check_dtype(path, weight)?;
@@ -134,8 +173,24 @@ impl Method for Lora {
             .then(|| Param::from_tensor(column_squares(weight).sqrt().detach()));
         let bias = linear.bias().filter(|_| self.bias);
         let bias = bias.map(|bias| Param::from_tensor(bias.detach()));
-        let adapter = LoraAdapter::new(a, Param::from_tensor(b), magnitude, bias, settings)?;
-        Ok(Adapter::Lora(adapter))
+        LoraAdapter::new(a, Param::from_tensor(b), magnitude, bias, settings)
+    }
+}
+
+impl From<usize> for Lora {
+    /// Of this rank on every linear layer.
+    fn from(rank: usize) -> Self {
+        Self::new(rank)
+    }
+}
+
+impl Method for Lora {
+    fn targets(&self) -> &Targets {
+        &self.targets
+    }
+
+    fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
+        self.adapter(path, linear).map(Adapter::Lora)
     }
 }
 

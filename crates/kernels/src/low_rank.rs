@@ -1,0 +1,120 @@
+//! A matrix and a product of two thin ones.
+
+use burn::tensor::Tensor;
+
+/// `weight + a · b`, for factors of a low rank `r`: no matrix is made of the product alone.
+///
+/// On the CPU in `f32` it is one pass over the weight; elsewhere, and for tensors with gradients, the
+/// operations are burn's.
+///
+/// # Shapes
+/// - `weight`: `[m, n]`
+/// - `a`: `[m, r]`
+/// - `b`: `[r, n]`
+///
+/// # Panics
+/// If the shapes are others.
+pub fn add_low_rank(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+    let ([m, n], [rank, of_b]) = (weight.dims(), b.dims());
+    assert_eq!(a.dims(), [m, rank], "the left factor");
+    assert_eq!(of_b, n, "the outputs of the right factor");
+    #[cfg(feature = "flex")]
+    if let Some(sum) = flex::add_low_rank(&weight, &a, &b) {
+        return sum;
+    }
+    weight + a.matmul(b)
+}
+
+#[cfg(feature = "flex")]
+mod flex {
+    use burn::backend::Flex;
+    use burn::tensor::Tensor;
+    use rayon::prelude::*;
+
+    use crate::dense::{Matrix, Read, multiply_add};
+    use crate::host::{all_f32, contiguous, floats, tensor};
+    use crate::memory::zeroed;
+
+    /// Rows of a task.
+    const ROWS: usize = 128;
+
+    pub(super) fn add_low_rank(
+        weight: &Tensor<2>,
+        a: &Tensor<2>,
+        b: &Tensor<2>,
+    ) -> Option<Tensor<2>> {
+        let ([m, n], rank) = (weight.dims(), b.dims()[0]);
+        let primitive = |tensor: &Tensor<2>| tensor.clone().try_into_primitive::<Flex>().ok();
+        let (weight, a, b) = (primitive(weight)?, primitive(a)?, primitive(b)?);
+        if !all_f32([&weight, &a, &b]) || m * n == 0 {
+            return None;
+        }
+        let [weight, a, b] = [weight, a, b].map(contiguous);
+        let weight = floats(&weight);
+        let a = &Read(Matrix::new(floats(&a).as_ptr(), rank, 1));
+        let b = &Read(Matrix::new(floats(&b).as_ptr(), n, 1));
+        let mut sum = zeroed::<f32>(m * n);
+        let parts = sum.par_chunks_mut(ROWS * n).enumerate();
+        parts.for_each(|(part, sum)| {
+            let first = part * ROWS;
+            sum.copy_from_slice(&weight[first * n..][..sum.len()]);
+            let dims = [sum.len() / n, rank, n];
+            // SAFETY: the rows of `a` and `sum` from `first` on, and all of `b`, which outlive this
+            // call; `sum` is this task's alone.
+            unsafe { multiply_add(dims, a.0.at(first, 0), b.0, sum.as_mut_ptr(), n, true) }
+        });
+        Some(Tensor::from_primitive::<Flex>(tensor(sum, [m, n])))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::testing::Random;
+
+    #[test]
+    fn the_sum_is_that_of_the_product() {
+        for [m, rank, n] in [[1, 1, 1], [130, 3, 70], [300, 16, 257]] {
+            let device = Device::flex();
+            let mut random = Random::new(3);
+            let mut matrix = |rows: usize, columns: usize| {
+                let values = random.floats(rows * columns, -1.0, 1.0);
+                Tensor::<1>::from_floats(&values[..], &device).reshape([rows, columns])
+            };
+            let (w, a, b) = (matrix(m, n), matrix(m, rank), matrix(n, rank).transpose());
+            let composed = w.clone() + a.clone().matmul(b.clone());
+            let found = add_low_rank(w.clone(), a.clone(), b.clone());
+            let error = (found - composed).abs().max().into_scalar::<f32>();
+            assert!(error <= 4e-7 * rank as f32, "{error} at {m}, {rank}, {n}");
+            // With gradients it is burn's.
+            let a = a.autodiff().require_grad();
+            let gradients = add_low_rank(w.autodiff(), a.clone(), b.clone().autodiff())
+                .sum()
+                .backward();
+            let found = a.grad(&gradients).expect("a gradient");
+            let expected = b.sum_dim(1).transpose().expand([m, rank]);
+            let error = (found - expected).abs().max().into_scalar::<f32>();
+            assert!(error < 1e-4, "{error}");
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let device = Device::flex();
+        let mut random = Random::new(5);
+        let mut matrix = |rows: usize, columns: usize| {
+            let values = random.floats(rows * columns, -1.0, 1.0);
+            Tensor::<1>::from_floats(&values[..], &device).reshape([rows, columns])
+        };
+        let (w, a, b) = (matrix(400, 90), matrix(400, 7), matrix(7, 90));
+        let on = |n_threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads);
+            let pool = pool.build().expect("threads");
+            let sum = pool.install(|| add_low_rank(w.clone(), a.clone(), b.clone()));
+            sum.into_data().to_vec::<f32>().expect("f32")
+        };
+        assert_eq!(on(1), on(3));
+    }
+}

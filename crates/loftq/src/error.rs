@@ -1,0 +1,48 @@
+use quant_core::Format;
+
+/// What can be wrong with an initialisation.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A layer, a quantizer, calibration or a setting.
+    #[error(transparent)]
+    Peft(#[from] peft::Error),
+    /// A matrix whose singular vectors are not found.
+    #[error(
+        "the singular value decomposition of layer `{path}` does not converge; its weight may be out of the range of f32"
+    )]
+    NoSvd {
+        /// The layer.
+        path: String,
+    },
+    /// A format without a range to clip.
+    #[error(
+        "ApiQ learns the range of a uniform grid, which {format} has not (layer `{path}`); quantize with `Rtn` or `Optq` in groups of inputs as they come"
+    )]
+    NoRange {
+        /// The layer.
+        path: String,
+        /// Its format.
+        format: Format,
+    },
+    /// NaN or infinity where none can be.
+    #[error("{what} of layer `{path}` is not finite")]
+    NonFinite {
+        /// What is not.
+        what: &'static str,
+        /// The layer.
+        path: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn quant(path: &str) -> impl FnOnce(quant_core::Error) -> Self {
+        |source| {
+            let path = path.into();
+            Self::Peft(peft::Error::Quant { path, source })
+        }
+    }
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,413 @@
+use std::time::Instant;
+
+use burn::module::Param;
+use burn::tensor::{DType, Tensor};
+use peft::{
+    Adapter, Batch, CausalLm, Linear, Lora, Method, Recipe, Stages, Streams, Weight, check_recipe,
+};
+use quant_core::{
+    Candidate, Format, Gram, Needs, Note, QuantTensor, Quantized, Quantizer, sum_of_squares,
+};
+
+use crate::{Error, Fisher, FisherRoots, Result};
+
+/// A way to choose packed weights and adapters of a model together.
+pub trait Initialization<M: CausalLm + Stages> {
+    /// As [`init`], which calls it.
+    ///
+    /// # Errors
+    /// As [`init`].
+    fn run(
+        &self,
+        model: &mut M,
+        recipe: &dyn Recipe,
+        calibration: &[Batch],
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>>;
+}
+
+/// Packs the layers of a dense model as the recipe says, and gives those that the method targets an
+/// adapter that makes up for what packing took.
+///
+/// Methods that look at one layer at a time go through the model stage by stage: a layer's dense weight
+/// is freed when its packed one is there, and the tokens of `calibration` reach the next stage through
+/// packed weights and adapters, as [`models::quantize`] does it. Without `calibration` nothing is run,
+/// for those that look at weights alone; with it the errors of outputs are reported too.
+///
+/// A targeted layer that the recipe leaves dense gets a fresh adapter, which adds nothing; PiSSA splits
+/// its weight. `on_layer` hears of each layer when it is done.
+///
+/// # Errors
+/// Those of [`peft::check_recipe`] and of the method's targets, before anything is changed. What is
+/// met in a layer ([`Error::NoSvd`], what its quantizer has against it) leaves the layers before it
+/// changed.
+///
+/// [`models::quantize`]: https://docs.rs/models
+pub fn init<M: CausalLm + Stages>(
+    model: &mut M,
+    method: &(impl Initialization<M> + ?Sized),
+    recipe: &impl Recipe,
+    calibration: &[Batch],
+    mut on_layer: impl FnMut(&InitializedLayer),
+) -> Result<Vec<InitializedLayer>> {
+    method.run(model, recipe, calibration, &mut on_layer)
+}
+
+/// What an initialisation made of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InitializedLayer {
+    /// The layer.
+    pub path: String,
+    /// The format of its weight; none if it is dense.
+    pub format: Option<Format>,
+    /// The rank of its adapter, if it has one.
+    pub rank: Option<usize>,
+    /// With its weight quantized alone.
+    pub before: LayerError,
+    /// With the weight and the adapter that were chosen.
+    pub after: LayerError,
+    /// Which of the rounds of the method was kept, counted from 1; 0 for a layer that it does not
+    /// target.
+    pub round: usize,
+    /// Bytes of the weight.
+    pub n_bytes: usize,
+    /// Seconds that the method took.
+    pub seconds: f64,
+    /// What the quantizer has to say.
+    pub notes: Vec<Note>,
+}
+
+/// How far a layer is from the dense one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LayerError {
+    /// `‖W - Ŵ‖ / ‖W‖`.
+    pub weight: f64,
+    /// `‖X (W - Ŵ)‖ / ‖X W‖` over the calibration, if there is one.
+    pub output: Option<f64>,
+}
+
+impl LayerError {
+    pub(crate) fn between(dense: &Tensor<2>, found: Tensor<2>, gram: Option<&Gram>) -> Self {
+        let ratio = |error: f64, of: f64| match error > 0.0 {
+            true => (error / of).sqrt(),
+            // Rounding can leave a little less than nothing.
+            false => 0.0,
+        };
+        let difference = found - dense.clone();
+        let output = gram.map(|gram| {
+            let of = gram.energy(dense.clone());
+            ratio(gram.energy(difference.clone()), of)
+        });
+        Self {
+            weight: ratio(sum_of_squares(difference), sum_of_squares(dense.clone())),
+            output,
+        }
+    }
+}
+
+/// A dense layer before its initialisation.
+#[derive(Clone, Debug)]
+pub struct Layer<'a> {
+    /// Its path.
+    pub path: &'a str,
+    /// Its weight, `[d_in, d_out]`.
+    pub weight: Tensor<2>,
+    /// The Gram of its inputs, if there is calibration.
+    pub gram: Option<&'a Gram>,
+    /// The Fisher information of its weight, if the method asks for it.
+    pub fisher: Option<&'a FisherRoots>,
+}
+
+impl Layer<'_> {
+    /// The weight quantized, and what it is then.
+    pub(crate) fn quantize(
+        &self,
+        weight: Tensor<2>,
+        quantizer: &dyn Quantizer,
+    ) -> Result<(Quantized, Tensor<2>)> {
+        let quantized = quantizer.quantize(weight, self.gram);
+        let quantized = quantized.map_err(Error::quant(self.path))?;
+        let dense = quantized.weight.dequantize();
+        Ok((quantized, dense))
+    }
+
+    pub(crate) fn no_svd(&self) -> Error {
+        Error::NoSvd {
+            path: self.path.into(),
+        }
+    }
+}
+
+/// How a layer starts.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Its weight.
+    pub weight: Weight,
+    /// `[d_in, r]` and `[r, d_out]`, whose product the adapter adds; none for one that adds nothing.
+    pub factors: Option<[Tensor<2>; 2]>,
+    /// The weight quantized alone, where the method made it.
+    pub plain: Option<QuantTensor>,
+    /// Which round was kept, counted from 1.
+    pub round: usize,
+    /// The squared error that the method made small, in whatever it measures it by.
+    pub error: f64,
+    /// What the quantizer has to say.
+    pub notes: Vec<Note>,
+}
+
+/// An [`Initialization`] that looks at one layer at a time.
+pub trait LayerMethod {
+    /// The adapters: rank, `α`, targets and the rest.
+    fn lora(&self) -> &Lora;
+
+    /// What it must know of a layer's inputs.
+    fn needs(&self) -> Needs {
+        Needs::Nothing
+    }
+
+    /// Whether it must know the [`Fisher`] information of the weights.
+    fn needs_fisher(&self) -> bool {
+        false
+    }
+
+    /// How a layer starts whose weight is packed by `quantizer`.
+    ///
+    /// # Errors
+    /// [`Error::NoSvd`], or what the quantizer has against the weight.
+    fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start>;
+
+    /// How a layer starts that stays dense.
+    ///
+    /// # Errors
+    /// [`Error::NoSvd`].
+    fn start_dense(&self, layer: &Layer<'_>) -> Result<Start> {
+        Ok(Start {
+            weight: Weight::frozen(layer.weight.clone()),
+            factors: None,
+            plain: None,
+            round: 1,
+            error: 0.0,
+            notes: Vec::new(),
+        })
+    }
+}
+
+/// What QLoRA does: the weight is quantized, and the adapter adds nothing.
+impl LayerMethod for Lora {
+    fn lora(&self) -> &Lora {
+        self
+    }
+
+    fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
+        let (quantized, dense) = layer.quantize(layer.weight.clone(), quantizer)?;
+        Ok(Start {
+            error: sum_of_squares(layer.weight.clone() - dense),
+            plain: Some(quantized.weight.clone()),
+            weight: Weight::Quant(quantized.weight),
+            factors: None,
+            round: 1,
+            notes: quantized.notes,
+        })
+    }
+}
+
+impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for L {
+    fn run(
+        &self,
+        model: &mut M,
+        recipe: &dyn Recipe,
+        calibration: &[Batch],
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>> {
+        let known = Known::of(self, model, recipe, calibration)?;
+        let mut layers = Vec::new();
+        let mut streams = Streams::start(model, calibration, known.needs == Needs::Drift);
+        for (stage, range) in model.stages().into_iter().enumerate() {
+            let gram = streams.gram(model, &range);
+            streams.advance_dense(model, stage);
+            for at in range {
+                let (path, linear) = model.linears_mut().swap_remove(at);
+                let quantizer = recipe.quantizer(&path);
+                let targeted = known.targets.contains(&path);
+                if quantizer.is_none() && !targeted {
+                    continue;
+                }
+                let dense = dense(linear);
+                let layer = Layer {
+                    path: &path,
+                    weight: dense.clone(),
+                    gram: gram.as_ref(),
+                    fisher: known.fisher.as_ref().and_then(|fisher| fisher.of(&path)),
+                };
+                let clock = Instant::now();
+                let mut start = match (quantizer, targeted) {
+                    (Some(quantizer), true) => self.start(&layer, quantizer)?,
+                    (Some(quantizer), false) => self.lora().start(&layer, quantizer)?,
+                    (None, _) => self.start_dense(&layer)?,
+                };
+                let seconds = clock.elapsed().as_secs_f64();
+                let plain = match (start.plain.take(), quantizer) {
+                    (Some(plain), _) => plain.dequantize(),
+                    (None, Some(quantizer)) => layer.quantize(dense.clone(), quantizer)?.1,
+                    (None, None) => dense.clone(),
+                };
+                let before = LayerError::between(&dense, plain, gram.as_ref());
+                let round = if targeted { start.round } else { 0 };
+                let notes = std::mem::take(&mut start.notes);
+                let lora = targeted.then_some(self.lora());
+                place(linear, &path, start, lora)?;
+                let done = InitializedLayer {
+                    format: linear.weight().format(),
+                    rank: targeted.then(|| self.lora().rank()),
+                    before,
+                    after: LayerError::between(&dense, sum(linear), gram.as_ref()),
+                    round,
+                    n_bytes: linear.weight().n_bytes(),
+                    seconds,
+                    notes,
+                    path,
+                };
+                on_layer(&done);
+                layers.push(done);
+            }
+            streams.advance(model, stage);
+        }
+        Ok(layers)
+    }
+}
+
+/// What is known before the first layer.
+pub(crate) struct Known {
+    pub(crate) needs: Needs,
+    pub(crate) targets: Vec<String>,
+    fisher: Option<Fisher>,
+}
+
+impl Known {
+    pub(crate) fn of<M: CausalLm + Stages>(
+        method: &impl LayerMethod,
+        model: &M,
+        recipe: &dyn Recipe,
+        calibration: &[Batch],
+    ) -> Result<Self> {
+        let lora = method.lora();
+        let targets = lora.targets().paths(model)?;
+        for (path, linear) in model.linears() {
+            if targets.contains(&path) {
+                linear.check_plain(&path)?;
+                // What the adapter has against the layer.
+                lora.init(&path, linear)?;
+            }
+        }
+        let needs = check_recipe(model, recipe, calibration)?.max(method.needs());
+        let blind = needs > Needs::Nothing || method.needs_fisher();
+        if calibration.is_empty() && blind {
+            return Err(peft::Error::NoCalibration.into());
+        }
+        let fisher = match method.needs_fisher() {
+            true => Some(Fisher::sum(model, calibration)?),
+            false => None,
+        };
+        Ok(Self {
+            needs,
+            targets,
+            fisher,
+        })
+    }
+}
+
+/// What each layer would cost with each of several quantizers, for [`quant_core::allocate`]: bytes of
+/// the weight, and the squared error that the method leaves, in whatever it measures it by; every other
+/// layer being dense. Layers that are not targeted have the errors of their weights alone. The model
+/// stays as it is.
+///
+/// For [`LqLora`](crate::LqLora) this is the table of its integer program.
+///
+/// # Errors
+/// As [`init`].
+pub fn sensitivities<M: CausalLm + Stages>(
+    model: &M,
+    method: &impl LayerMethod,
+    quantizers: &[&dyn Quantizer],
+    calibration: &[Batch],
+) -> Result<Vec<(String, Vec<Candidate>)>> {
+    let Some(first) = quantizers.first() else {
+        return Ok(Vec::new());
+    };
+    let known = Known::of(method, model, first, calibration)?;
+    let mut needs = known.needs;
+    for quantizer in quantizers {
+        needs = needs.max(check_recipe(model, quantizer, calibration)?);
+    }
+    let mut all = Vec::new();
+    let mut streams = Streams::start(model, calibration, needs == Needs::Drift);
+    for (stage, range) in model.stages().into_iter().enumerate() {
+        let gram = streams.gram(model, &range);
+        for (path, linear) in &model.linears()[range] {
+            let layer = Layer {
+                path,
+                weight: dense(linear),
+                gram: gram.as_ref(),
+                fisher: known.fisher.as_ref().and_then(|fisher| fisher.of(path)),
+            };
+            let candidate = |quantizer: &&dyn Quantizer| {
+                let start = match known.targets.contains(path) {
+                    true => method.start(&layer, *quantizer)?,
+                    false => method.lora().start(&layer, *quantizer)?,
+                };
+                Ok(Candidate {
+                    n_bytes: start.weight.n_bytes() as u64,
+                    error: start.error,
+                })
+            };
+            let candidates: Result<_> = quantizers.iter().map(candidate).collect();
+            all.push((path.clone(), candidates?));
+        }
+        streams.advance_dense(model, stage);
+        streams.advance(model, stage);
+    }
+    Ok(all)
+}
+
+/// A frozen layer with another weight and no adapter.
+pub(crate) fn with_weight(linear: &Linear, weight: Weight) -> Linear {
+    let bias = linear.bias();
+    let bias = bias.map(|bias| Param::from_tensor(bias).set_require_grad(false));
+    Linear::new(weight, bias)
+}
+
+/// The weight of a dense layer, in `f32`.
+pub(crate) fn dense(linear: &Linear) -> Tensor<2> {
+    linear.weight().to_dense().cast(DType::F32)
+}
+
+/// The weight of a layer with what its adapter adds.
+pub(crate) fn sum(linear: &Linear) -> Tensor<2> {
+    let weight = linear.weight().to_dense();
+    match linear.adapter() {
+        Some(Adapter::Lora(adapter)) => {
+            weight + (adapter.a() * adapter.scale()).matmul(adapter.b()).detach()
+        }
+        _ => weight,
+    }
+}
+
+/// Puts what was chosen into a layer; an adapter if there is a `lora`.
+pub(crate) fn place(
+    linear: &mut Linear,
+    path: &str,
+    start: Start,
+    lora: Option<&Lora>,
+) -> Result<()> {
+    let adapter = match (lora, start.factors) {
+        (None, _) => None,
+        (Some(lora), factors) => {
+            let layer = with_weight(linear, start.weight.clone());
+            Some(match factors {
+                Some([a, b]) => Adapter::Lora(lora.init_at(path, &layer, a, b)?),
+                None => lora.init(path, &layer)?,
+            })
+        }
+    };
+    Ok(linear.replace(path, start.weight, adapter)?)
+}

@@ -1,0 +1,106 @@
+//! RILQ (Lee et al. 2025, arXiv:2412.01129): all adapters together, against the dense model.
+//!
+//! At 2 bits the error of a weight is of high rank, and what adapters can do about it layer by layer is
+//! little; tuned together they make up for each other. The loss is half the mean squared error of the
+//! last hidden state and half the cross-entropy of the next token, on calibration text.
+
+use burn::tensor::Tensor;
+use peft::{
+    Batch, CausalLm, FitConfig, Lora, Recipe, Schedule, Stages, Step, Streams, fit_with,
+    last_output, nll_of_output,
+};
+
+use crate::method::{LayerError, dense, sum};
+use crate::{Initialization, InitializedLayer, LayerMethod, Result};
+
+/// Tunes the adapters of another method together, until the last hidden state is near the dense
+/// model's.
+///
+/// The dense model stays in memory for the report. The seconds of a layer are those of the first
+/// method.
+#[derive(Clone, Debug)]
+pub struct Rilq<L = Lora> {
+    first: L,
+    fit: FitConfig,
+}
+
+impl Rilq {
+    /// From adapters that add nothing, of this rank or with these settings.
+    pub fn new(lora: impl Into<Lora>) -> Self {
+        Self::after(lora.into())
+    }
+}
+
+impl<L: LayerMethod> Rilq<L> {
+    /// From where another method begins; 100 steps at a rate of 10⁻⁴ without decay, as published but
+    /// for their number, which there depends on held-out text.
+    pub fn after(first: L) -> Self {
+        let fit = FitConfig::new()
+            .with_learning_rate(1e-4)
+            .with_steps(Some(100))
+            .with_schedule(Schedule::Constant)
+            .with_seed(first.lora().seed());
+        Self { first, fit }
+    }
+
+    /// How the adapters are tuned.
+    pub fn with_fit(mut self, fit: FitConfig) -> Self {
+        self.fit = fit;
+        self
+    }
+}
+
+impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
+    fn run(
+        &self,
+        model: &mut M,
+        recipe: &dyn Recipe,
+        calibration: &[Batch],
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>> {
+        self.fit.check()?;
+        if calibration.is_empty() {
+            return Err(peft::Error::NoCalibration.into());
+        }
+        for batch in calibration {
+            batch.check(model.vocab_size())?;
+        }
+        let teacher = model.clone();
+        let hidden = |batch: &Batch| teacher.norm(last_output(&teacher, batch));
+        let targets: Vec<Tensor<3>> = calibration.iter().map(hidden).collect();
+        let mut student = model.clone();
+        let mut layers = self
+            .first
+            .run(&mut student, recipe, calibration, &mut |_| {})?;
+        // In units of the mean square of a hidden state, which differs from model to model.
+        let scale: f32 = (targets.iter())
+            .map(|target| target.clone().square().mean().into_scalar::<f32>())
+            .sum::<f32>()
+            / targets.len() as f32;
+        let loss = |model: &M, x: Tensor<3>, at: usize| {
+            let [n, seq, hidden] = x.dims();
+            let predicting = |x: Tensor<3>| x.slice([0..n, 0..seq - 1, 0..hidden]);
+            let difference = model.norm(predicting(x.clone())) - predicting(targets[at].clone());
+            let square = difference.square().mean_dim(2).squeeze_dim::<2>(2) / scale;
+            (square + nll_of_output(model, x, &calibration[at])) * 0.5
+        };
+        fit_with(&mut student, calibration, &self.fit, loss, |_: &Step| {})?;
+        *model = student;
+
+        let mut streams = Streams::start(model, calibration, false);
+        let originals = teacher.linears();
+        for (stage, range) in model.stages().into_iter().enumerate() {
+            let gram = streams.gram(model, &range);
+            for at in range {
+                let (path, linear) = model.linears().swap_remove(at);
+                if let Some(layer) = layers.iter_mut().find(|layer| layer.path == path) {
+                    let original = dense(originals[at].1);
+                    layer.after = LayerError::between(&original, sum(linear), gram.as_ref());
+                    on_layer(layer);
+                }
+            }
+            streams.advance(model, stage);
+        }
+        Ok(layers)
+    }
+}
