@@ -4,6 +4,8 @@
 //! `cargo bench --bench loftq -- --noplot`; a smaller weight with the variable `WIDTH`. Before each
 //! measurement it prints the relative error that is reached, and the memory that it took.
 
+#![expect(clippy::print_stdout, reason = "what the times were spent on")]
+
 use std::hint::black_box;
 
 use burn::tensor::{Device, Distribution, Tensor};
@@ -16,7 +18,7 @@ fn width() -> usize {
     std::env::var("WIDTH").map_or(4096, |width| width.parse().expect("WIDTH is a number"))
 }
 
-fn initialisations(criterion: &mut Criterion) {
+fn initializations(criterion: &mut Criterion) {
     let (device, width) = (Device::flex(), width());
     device.seed(0);
     let normal = Distribution::Normal(0.0, 0.02);
@@ -88,7 +90,7 @@ fn initialisations(criterion: &mut Criterion) {
         ("lq-lora nf4 rank 16", Box::new(LqLora::new(16)), nf(4)),
         ("cloq 2 bits g64 rank 16", Box::new(Qera::new(16)), optq()),
     ];
-    let mut group = criterion.benchmark_group(format!("initialise {width}x{width}"));
+    let mut group = criterion.benchmark_group(format!("initialize {width}x{width}"));
     group.sample_size(10);
     group.throughput(Throughput::Bytes(n_bytes as u64));
     for (name, method, quantizer) in &cases {
@@ -124,6 +126,6 @@ fn initialisations(criterion: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default();
-    targets = initialisations
+    targets = initializations
 }
 criterion_main!(benches);

@@ -113,7 +113,7 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads);
             let pool = pool.build().expect("threads");
             let sum = pool.install(|| add_low_rank(w.clone(), a.clone(), b.clone()));
-            sum.into_data().to_vec::<f32>().expect("f32")
+            sum.into_data().try_into_vec::<f32>().expect("f32")
         };
         assert_eq!(on(1), on(3));
     }

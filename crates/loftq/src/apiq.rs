@@ -408,9 +408,9 @@ struct Learned {
     factors: Option<Factors>,
     /// `[n_groups, group_size, d_out]`, with zeros in a short last group.
     weight: Tensor<3>,
-    /// The upper ends of the quantizer's ranges, `[n_groups, 1, d_out]`.
+    /// The upper ends of the quantizer's ranges, `[n_groups, 1, d_out]`; its scales on a symmetric grid.
     high: Tensor<3>,
-    /// Their lower ends; none on a symmetric grid.
+    /// The lower ends; none on a symmetric grid.
     low: Option<Tensor<3>>,
     format: Format,
     dims: [usize; 2],
@@ -463,7 +463,7 @@ impl Learned {
                 scales.clone() * (zeros.clone().neg() + max_code),
                 Some(scales * zeros.neg()),
             ),
-            None => (scales * (max_code / 2.0), None),
+            None => (scales, None),
         };
         let grouped = |values: Tensor<2>| values.unsqueeze_dim::<3>(1);
         let logits = |of: &Tensor<3>| Param::from_tensor((of.zeros_like() + START).autodiff());
@@ -500,7 +500,8 @@ impl Learned {
     fn grid(&self) -> (Tensor<3>, Option<Tensor<3>>) {
         let max_code = max_code(self.format);
         let kept = |logits: &Param<Tensor<3>>, end: &Tensor<3>| {
-            let whole = 1.0 / (1.0 + (-START).exp());
+            // Exactly one where they begin.
+            let whole = sigmoid(end.zeros_like() + START).autodiff();
             sigmoid(logits.val()) / whole * end.clone().autodiff()
         };
         let high = kept(&self.ranges.high, &self.high);
@@ -511,7 +512,7 @@ impl Learned {
                 let zeros = straight_through(low.neg() / scales.clone(), Tensor::round);
                 (scales, Some(zeros.clamp(0.0, max_code)))
             }
-            _ => (high * (2.0 / max_code), None),
+            _ => (high, None),
         }
     }
 

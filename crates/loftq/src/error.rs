@@ -1,6 +1,6 @@
 use quant_core::Format;
 
-/// What can be wrong with an initialisation.
+/// What can be wrong with an initialization.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -1,4 +1,4 @@
-//! Adapter initialisations that undo the quantization error.
+//! Adapter initializations that undo the quantization error.
 //!
 //! A low-rank adapter usually starts at zero, so that the quantized model starts with all of its
 //! rounding error. The methods of this crate choose the packed weight `Q` and the factors `A`, `B`

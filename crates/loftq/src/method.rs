@@ -46,14 +46,14 @@ pub trait Initialization<M: CausalLm + Stages> {
 pub fn init<M: CausalLm + Stages>(
     model: &mut M,
     method: &(impl Initialization<M> + ?Sized),
-    recipe: &impl Recipe,
+    recipe: &dyn Recipe,
     calibration: &[Batch],
     mut on_layer: impl FnMut(&InitializedLayer),
 ) -> Result<Vec<InitializedLayer>> {
     method.run(model, recipe, calibration, &mut on_layer)
 }
 
-/// What an initialisation made of one layer.
+/// What an initialization made of one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InitializedLayer {
     /// The layer.
@@ -105,7 +105,7 @@ impl LayerError {
     }
 }
 
-/// A dense layer before its initialisation.
+/// A dense layer before its initialization.
 #[derive(Clone, Debug)]
 pub struct Layer<'a> {
     /// Its path.

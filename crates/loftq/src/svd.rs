@@ -59,7 +59,7 @@ impl LowRank {
 
     /// Takes an error that is the difference of two large numbers from the matrix itself.
     fn refine_error(&mut self, matrix: &Tensor<2>, power: f64) {
-        if self.error < power * 1e-3 {
+        if self.error < power * 0.25 {
             self.error = sum_of_squares(self.taken_from(matrix.clone()));
         }
     }

@@ -270,7 +270,7 @@ impl Linear {
     }
 
     /// Puts another weight of the same shape in the place of the dense one, and an adapter beside it:
-    /// an initialisation that chooses both together. Errors name the layer by `path`.
+    /// an initialization that chooses both together. Errors name the layer by `path`.
     ///
     /// # Errors
     /// As [`Linear::check_plain`]; [`Error::Shape`] or what else is against weight or adapter. Then the

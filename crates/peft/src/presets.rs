@@ -61,7 +61,7 @@ pub fn qlora() -> Preset<NormalFloat, Lora> {
 /// | base | OPTQ, 4 bits, asymmetric, groups of 32, no act-order | paper |
 /// | `r`, `α` | 64, 16 | code |
 /// | pooling | sum | paper; its code has the mean ([`Pooling::Mean`]), whose gradients are 32 times smaller |
-/// | initialisation | `A` as Xavier has it, `B` zero | code |
+/// | initialization | `A` as Xavier has it, `B` zero | code |
 /// | learning rate | 2e-5, constant; 1e-5 from 33 B on | paper |
 /// | gradient norm, AdamW | as QLoRA | code |
 ///
@@ -102,7 +102,7 @@ pub fn q_bara() -> Preset<NormalFloat, Tile> {
 /// | tiles | groups of 32 inputs × 1 output, which merge into groups | ours |
 /// | base | as QA-LoRA | ours |
 /// | pooling, `σ` | sum, 1 | ours: the code's mean and 16 / 64 make steps 128 times smaller |
-/// | initialisation | zero | ours: what else changes no output |
+/// | initialization | zero | ours: what else changes no output |
 /// | learning rate, clipping, AdamW | as QLoRA | run script |
 pub fn qa_hira() -> Preset<Optq, Tile> {
     Preset {

@@ -1,4 +1,4 @@
-//! What quantizers and initialisations need beside products: the one file that names the linear algebra library. Matrices are row by row; every result has the
+//! What quantizers and initializations need beside products: the one file that names the linear algebra library. Matrices are row by row; every result has the
 //! same bits for any number of threads: work is split into parts of fixed sizes, one thread to each.
 
 use faer::col::ColMut;

@@ -14,7 +14,7 @@
 //! | QA-BLoRA | a group | 2 | `A B`, rank `r` | ours, see below |
 //!
 //! The published code of QA-HiRA pools 4 inputs, repeats 8 outputs, and has neither a quantized base
-//! nor a merge nor an initialisation that its own reset accepts. Tiles of 4 × 8 do not merge into
+//! nor a merge nor an initialization that its own reset accepts. Tiles of 4 × 8 do not merge into
 //! groups that run along the inputs, which all formats here and in GPTQ have; 32 × 1 has as many
 //! parameters and does. So ours pools whole groups, begins at zero, which changes no output, and
 //! merges by the rule above. QA-BLoRA is known by its abstract: pooled inputs and repeated outputs

@@ -114,7 +114,7 @@ const READ: [&str; 16] = [
     "use_rslora",
 ];
 
-/// Keys that say nothing of what an adapter computes: where it comes from, how it was initialised,
+/// Keys that say nothing of what an adapter computes: where it comes from, how it was initialized,
 /// how a weight lies in a file.
 const IGNORED: [&str; 14] = [
     "auto_mapping",
@@ -142,7 +142,7 @@ impl Adapters {
     ///
     /// # Errors
     /// [`Error::File`] for what this program does not know, by its name: another type of adapter, a
-    /// setting that changes what an adapter computes, an initialisation that changed the base
+    /// setting that changes what an adapter computes, an initialization that changed the base
     /// (PiSSA, OLoRA, …), a value out of its range. [`Error::UnknownLayer`],
     /// [`Error::MissingTensor`], [`Error::Tensor`] or [`Error::Shape`] if the tensors are not those
     /// that the configuration and the model ask for, [`Error::Tiles`] if groups do not divide a
