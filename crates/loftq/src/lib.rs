@@ -29,6 +29,7 @@ mod fisher;
 mod loftq;
 mod lq_lora;
 mod method;
+pub mod presets;
 mod qera;
 mod rilq;
 mod svd;

@@ -2,7 +2,8 @@
 //!
 //! At 2 bits the error of a weight is of high rank, and what adapters can do about it layer by layer is
 //! little; tuned together they make up for each other. The loss is half the mean squared error of the
-//! last hidden state and half the cross-entropy of the next token, on calibration text.
+//! last hidden state, here in units of the dense model's mean square, and half the cross-entropy of the
+//! next token, on calibration text.
 
 use burn::tensor::Tensor;
 use peft::{
@@ -22,6 +23,7 @@ use crate::{Initialization, InitializedLayer, LayerMethod, Result};
 pub struct Rilq<L = Lora> {
     first: L,
     fit: FitConfig,
+    cross_entropy: f32,
 }
 
 impl Rilq {
@@ -40,7 +42,18 @@ impl<L: LayerMethod> Rilq<L> {
             .with_steps(Some(100))
             .with_schedule(Schedule::Constant)
             .with_seed(first.lora().seed());
-        Self { first, fit }
+        Self {
+            first,
+            fit,
+            cross_entropy: 0.5,
+        }
+    }
+
+    /// The share of the cross-entropy in the loss, from 0 to 1; the rest is that of the hidden state.
+    /// One half as published.
+    pub fn with_cross_entropy(mut self, share: f32) -> Self {
+        self.cross_entropy = share;
+        self
     }
 
     /// How the adapters are tuned.
@@ -59,6 +72,15 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         on_layer: &mut dyn FnMut(&InitializedLayer),
     ) -> Result<Vec<InitializedLayer>> {
         self.fit.check()?;
+        if !(0.0..=1.0).contains(&self.cross_entropy) {
+            let value = self.cross_entropy.to_string();
+            return Err(peft::Error::Setting {
+                setting: "cross_entropy",
+                value,
+                expected: "from 0 to 1",
+            }
+            .into());
+        }
         if calibration.is_empty() {
             return Err(peft::Error::NoCalibration.into());
         }
@@ -82,7 +104,11 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             let predicting = |x: Tensor<3>| x.slice([0..n, 0..seq - 1, 0..hidden]);
             let difference = model.norm(predicting(x.clone())) - predicting(targets[at].clone());
             let square = difference.square().mean_dim(2).squeeze_dim::<2>(2) / scale;
-            (square + nll_of_output(model, x, &calibration[at])) * 0.5
+            let share = self.cross_entropy;
+            if share == 0.0 {
+                return square;
+            }
+            square * (1.0 - share) + nll_of_output(model, x, &calibration[at]) * share
         };
         fit_with(&mut student, calibration, &self.fit, loss, |_: &Step| {})?;
         *model = student;

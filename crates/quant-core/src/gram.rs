@@ -120,21 +120,19 @@ impl Gram {
     pub fn root(&self) -> Result<Tensor<2>> {
         let d_in = self.d_in();
         self.check(d_in)?;
-        let mut sum: Vec<f64> = kernels::with_values(self.sum(), |sum| {
-            sum.iter().map(|&value| f64::from(value)).collect()
-        });
-        let trace: f64 = sum.iter().step_by(d_in + 1).sum();
-        let mean = match trace / d_in as f64 {
-            0.0 => 1.0,
-            mean => mean,
-        };
-        let mut damped = 0.0;
         for damping in [1e-6, 1e-4, 1e-2] {
+            let mut sum: Vec<f64> = kernels::with_values(self.sum(), |sum| {
+                sum.iter().map(|&value| f64::from(value)).collect()
+            });
+            let trace: f64 = sum.iter().step_by(d_in + 1).sum();
+            let mean = match trace / d_in as f64 {
+                0.0 => 1.0,
+                mean => mean,
+            };
             for moment in sum.iter_mut().step_by(d_in + 1) {
-                *moment += (damping - damped) * mean;
+                *moment += damping * mean;
             }
-            damped = damping;
-            if let Ok(root) = linalg::root(sum.clone(), d_in) {
+            if let Ok(root) = linalg::root(sum, d_in) {
                 let root = TensorData::new(root, [d_in, d_in]);
                 return Ok(Tensor::from_data(root, &self.sum.device()));
             }
