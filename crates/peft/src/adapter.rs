@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::files::{LazyTensor, TensorFile};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight};
 
+mod bayesian;
 mod dropout;
 mod lora;
 mod peqa;
@@ -17,10 +18,12 @@ mod peqa;
 mod testing;
 mod tile;
 
+pub use bayesian::{Bayesian, BayesianAdapter};
 pub use lora::{Lora, LoraAdapter};
 pub use peqa::{Peqa, PeqaAdapter};
 pub use tile::{Pooling, Tile, TileAdapter, TileMethod};
 
+use bayesian::BayesianSettings;
 use dropout::Dropout;
 pub(crate) use lora::LoraSettings;
 use peqa::PeqaSettings;
@@ -51,6 +54,8 @@ pub enum Adapter {
     Peqa(PeqaAdapter),
     /// A matrix that is constant over tiles of the weight.
     Tile(TileAdapter),
+    /// A matrix of low rank that learns its rank and its bits.
+    Bayesian(BayesianAdapter),
 }
 
 /// What an adapter is beside its tensors, as files hold it.
@@ -60,6 +65,7 @@ pub(crate) enum Settings {
     Lora(LoraSettings),
     Peqa(PeqaSettings),
     Tile(TileSettings),
+    Bayesian(BayesianSettings),
 }
 
 impl Adapter {
@@ -69,6 +75,7 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.method(),
             Adapter::Peqa(_) => peqa::METHOD,
             Adapter::Tile(adapter) => adapter.method().name(),
+            Adapter::Bayesian(_) => bayesian::METHOD,
         }
     }
 
@@ -78,6 +85,7 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.forward(weight, x),
             Adapter::Peqa(adapter) => adapter.forward(weight, x),
             Adapter::Tile(adapter) => adapter.forward(weight, x),
+            Adapter::Bayesian(adapter) => adapter.forward(weight, x),
         }
     }
 
@@ -85,7 +93,7 @@ impl Adapter {
     pub fn bias(&self) -> Option<Tensor<1>> {
         match self {
             Adapter::Lora(adapter) => adapter.bias(),
-            Adapter::Peqa(_) | Adapter::Tile(_) => None,
+            Adapter::Peqa(_) | Adapter::Tile(_) | Adapter::Bayesian(_) => None,
         }
     }
 
@@ -95,6 +103,7 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.check(path, linear),
             Adapter::Peqa(adapter) => adapter.check(path, linear.weight()),
             Adapter::Tile(adapter) => adapter.check(path, linear.weight()),
+            Adapter::Bayesian(adapter) => adapter.check(path, linear),
         }
     }
 
@@ -119,6 +128,7 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.on_codes(path),
             Adapter::Peqa(adapter) => adapter.on_codes(path, weight),
             Adapter::Tile(adapter) => adapter.on_codes(path, weight),
+            Adapter::Bayesian(adapter) => adapter.on_codes(path),
         }
     }
 
@@ -129,6 +139,7 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.to_dense(weight),
             Adapter::Peqa(adapter) => adapter.to_dense(weight),
             Adapter::Tile(adapter) => adapter.to_dense(weight),
+            Adapter::Bayesian(adapter) => adapter.to_dense(weight),
         }
     }
 
@@ -138,17 +149,26 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.fast_params(),
             Adapter::Peqa(_) => Vec::new(),
             Adapter::Tile(adapter) => adapter.fast_params(),
+            Adapter::Bayesian(adapter) => adapter.fast_params(),
         }
     }
 
-    /// From now on, inputs are dropped as this seed says; none with `None`.
+    /// What the training loss has for this layer beside that of the tokens, `[1]`.
+    pub(crate) fn penalty(&self) -> Option<Tensor<1>> {
+        match self {
+            Adapter::Bayesian(adapter) => Some(adapter.penalty()),
+            Adapter::Lora(_) | Adapter::Peqa(_) | Adapter::Tile(_) => None,
+        }
+    }
+
+    /// From now on, inputs are dropped, or gates drawn, as this seed says; none with `None`.
     pub(crate) fn seed_dropout(&mut self, path: &str, seed: Option<u64>) {
-        let dropout = match self {
-            Adapter::Lora(adapter) => adapter.dropout_mut(),
-            Adapter::Peqa(_) => return,
-            Adapter::Tile(adapter) => adapter.dropout_mut(),
-        };
-        dropout.seed(path, seed);
+        match self {
+            Adapter::Lora(adapter) => adapter.dropout_mut().seed(path, seed),
+            Adapter::Peqa(_) => {}
+            Adapter::Tile(adapter) => adapter.dropout_mut().seed(path, seed),
+            Adapter::Bayesian(adapter) => adapter.seed_noise(path, seed),
+        }
     }
 
     /// What files hold beside the tensors.
@@ -157,6 +177,7 @@ impl Adapter {
             Adapter::Lora(adapter) => Settings::Lora(adapter.settings()),
             Adapter::Peqa(adapter) => Settings::Peqa(adapter.settings()),
             Adapter::Tile(adapter) => Settings::Tile(adapter.settings()),
+            Adapter::Bayesian(adapter) => Settings::Bayesian(adapter.settings()),
         }
     }
 
@@ -166,6 +187,7 @@ impl Adapter {
             Adapter::Lora(adapter) => adapter.tensors(),
             Adapter::Peqa(adapter) => adapter.tensors(),
             Adapter::Tile(adapter) => adapter.tensors(),
+            Adapter::Bayesian(adapter) => adapter.tensors(),
         }
     }
 
@@ -185,6 +207,9 @@ impl Adapter {
             }
             Settings::Tile(settings) => {
                 Self::Tile(TileAdapter::read(settings, path, file, device)?)
+            }
+            Settings::Bayesian(settings) => {
+                Self::Bayesian(BayesianAdapter::read(settings, path, file, device)?)
             }
         })
     }

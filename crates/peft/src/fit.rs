@@ -145,7 +145,7 @@ pub struct Step {
     pub index: usize,
     /// Steps in all.
     pub n_steps: usize,
-    /// The mean loss over the step's tokens before it, in nats.
+    /// The mean loss over the step's tokens before it, in nats, without penalties of adapters.
     pub loss: f64,
     /// The norm of all gradients before clipping.
     pub grad_norm: f64,
@@ -265,6 +265,14 @@ pub fn fit_with<M: CausalLm>(
                     GradientsParams::from_grads(loss.backward(), &tuned)
                 }
             };
+            accumulated.accumulate(&tuned, gradients);
+        }
+        let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
+            let adapter = linear.adapter.as_ref();
+            adapter.and_then(|adapter| adapter.penalty())
+        });
+        if let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) {
+            let gradients = GradientsParams::from_grads(penalty.backward(), &tuned);
             accumulated.accumulate(&tuned, gradients);
         }
         let mut gradients = accumulated.grads();

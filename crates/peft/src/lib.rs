@@ -78,7 +78,8 @@ mod targets;
 mod tasks;
 
 pub use adapter::{
-    Adapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter, Pooling, Tile, TileAdapter, TileMethod,
+    Adapter, Bayesian, BayesianAdapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter, Pooling,
+    Tile, TileAdapter, TileMethod,
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};

@@ -5,9 +5,9 @@ use burn::tensor::activation::silu;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use peft::files::LazyTensor;
 use peft::{
-    Adapter, Adapters, Batch, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear, Linears,
-    Lora, Method, OffGrid, Peqa, Pooling, Schedule, Targets, TaskPack, Tasks, Tile, TileMethod,
-    Weight, fit, token_nll,
+    Adapter, Adapters, Batch, Bayesian, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear,
+    Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Targets, TaskPack, Tasks, Tile,
+    TileMethod, Weight, fit, token_nll,
 };
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Grid, NormalFloat, Quantizer, Rtn};
@@ -186,6 +186,7 @@ enum Tuning {
     Peqa(Peqa),
     Lora(Lora, /* parameters */ usize),
     Tile(Tile, TileMethod),
+    Bayesian(Bayesian),
 }
 
 fn tunings() -> impl Strategy<Value = Tuning> {
@@ -217,7 +218,11 @@ fn tunings() -> impl Strategy<Value = Tuning> {
             Tuning::Tile(tile, method)
         },
     );
+    let bayesian = (1..=HIDDEN, any::<u64>()).prop_map(|(rank, seed)| {
+        Tuning::Bayesian(Bayesian::new(rank).with_alpha(4.0).with_seed(seed))
+    });
     prop_oneof![
+        1 => bayesian,
         2 => any::<bool>().prop_map(|zeros| Tuning::Peqa(Peqa::new().with_zeros(zeros))),
         2 => lora,
         4 => tile,
@@ -251,7 +256,7 @@ fn tasks() -> impl Strategy<Value = (Rtn, [Tuning; 2])> {
         tunings().prop_filter("stays off the grid", |tuning| {
             !matches!(
                 tuning,
-                Tuning::Lora(..) | Tuning::Tile(_, TileMethod::QBara)
+                Tuning::Lora(..) | Tuning::Bayesian(_) | Tuning::Tile(_, TileMethod::QBara)
             )
         })
     };
@@ -272,6 +277,7 @@ impl Case {
             Tuning::Peqa(peqa) => Box::new(peqa.clone().with_targets(targets)),
             Tuning::Lora(lora, _) => Box::new(lora.clone().with_targets(targets)),
             Tuning::Tile(tile, _) => Box::new(tile.clone().with_targets(targets)),
+            Tuning::Bayesian(method) => Box::new(method.clone().with_targets(targets)),
         }
     }
 
@@ -285,10 +291,12 @@ impl Case {
             (Tuning::Peqa(_), Base::Dense) => None,
             (Tuning::Peqa(peqa), _) if *peqa == Peqa::new().with_zeros(true) && !affine => None,
             (Tuning::Peqa(_), _) => Some(Merge::Exact),
-            (Tuning::Lora(..) | Tuning::Tile(_, TileMethod::QBara), base) => match base {
-                Base::Dense => Some(Merge::Bounded),
-                _ => Some(Merge::OffGrid),
-            },
+            (Tuning::Lora(..) | Tuning::Bayesian(_) | Tuning::Tile(_, TileMethod::QBara), base) => {
+                match base {
+                    Base::Dense => Some(Merge::Bounded),
+                    _ => Some(Merge::OffGrid),
+                }
+            }
             (Tuning::Tile(..), Base::Rtn(rtn)) => {
                 let group = rtn.format().unwrap().group_size();
                 let divides =
@@ -312,13 +320,14 @@ impl Case {
             Tuning::Lora(_, n_parameters) => *n_parameters,
             Tuning::Tile(_, TileMethod::QaHira) => 2,
             Tuning::Tile(..) => 4,
+            Tuning::Bayesian(_) => 10,
         }
     }
 
     fn trains_zeros(&self) -> bool {
         match &self.tuning {
             Tuning::Peqa(peqa) => *peqa == Peqa::new().with_zeros(true),
-            Tuning::Lora(..) => false,
+            Tuning::Lora(..) | Tuning::Bayesian(_) => false,
             Tuning::Tile(..) => true,
         }
     }
@@ -1000,6 +1009,27 @@ fn lora_plus_gives_b_its_own_rate() {
 }
 
 /// Dropout changes what is trained, by its seed alone, and nothing once training is over.
+/// A price on what is open shuts gates; without one, what the task needs stays open.
+#[test]
+fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
+    let tuned = |penalty: f32| {
+        let mut model = dense(3);
+        peft::attach(&mut model, &Bayesian::new(4).with_penalty(penalty)).unwrap();
+        let config = FitConfig::new()
+            .with_learning_rate(2e-2)
+            .with_steps(Some(60));
+        peft::fit(&mut model, &[batch(4, [4, 12])], &config, |_| {}).unwrap();
+        let Some(Adapter::Bayesian(adapter)) = model.up.adapter() else {
+            panic!("attached");
+        };
+        (adapter.rank(), adapter.bits())
+    };
+    let (rank, bits) = tuned(0.0);
+    assert!(rank >= 3 && bits[0] >= 8, "{rank} {bits:?}");
+    let (rank, bits) = tuned(30.0);
+    assert!(rank == 0 || bits == [0, 0], "{rank} {bits:?}");
+}
+
 #[test]
 fn dropout_follows_its_seed() {
     let run = |probability, seed, checkpoint_blocks| {

@@ -370,6 +370,9 @@ impl Kind {
                 })
             }
             Adapter::Peqa(_) => Err("PEFT has no PEQA; use `Adapters::save`"),
+            Adapter::Bayesian(_) => {
+                Err("PEFT has no Bayesian-LoRA; use `Adapters::save`, or save what `to_lora` gives")
+            }
         }
     }
 
@@ -388,7 +391,7 @@ fn hf_tensors(adapter: &Adapter) -> Vec<(&'static str, LazyTensor<'_>)> {
     let factors = match adapter {
         Adapter::Lora(lora) => Some((lora.a(), lora.b())),
         Adapter::Tile(tile) => tile.factors(),
-        Adapter::Peqa(_) => None,
+        Adapter::Peqa(_) | Adapter::Bayesian(_) => None,
     };
     let Some((a, b)) = factors else {
         return Vec::new();
