@@ -153,12 +153,12 @@ impl Name {
             Self::Pissa => Box::new(Pissa::new(lora)),
             Self::LqLora => Box::new(lq_lora(lora)),
             Self::Qera | Self::Cloq => Box::new(Qera::new(lora)),
-            Self::Apiq => Box::new(Apiq::new(lora)),
-            Self::ApiqBlock => Box::new(ApiqBlock::new(lora)),
+            // Rates for a model of a million parameters, and for few steps.
+            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(1e-2, 5e-3)),
+            Self::ApiqBlock => Box::new(ApiqBlock::new(lora).with_learning_rates(1e-2, 5e-3)),
             Self::Rilq => {
-                // For a model of a million parameters.
                 let fit = FitConfig::new()
-                    .with_learning_rate(1e-3)
+                    .with_learning_rate(3e-3)
                     .with_steps(Some(60))
                     .with_seed(lora.seed());
                 Box::new(Rilq::new(lora).with_fit(fit))

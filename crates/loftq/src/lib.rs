@@ -20,6 +20,28 @@
 //! layer ([`peft::Recipe`]). Of what is published `σ = α / r` is left out in places, so that a model
 //! starts at `Q + σ² A B` of its own factors; here it starts where it is said to, whatever `α` is
 //! ([`Lora::init_at`](peft::Lora::init_at)).
+//!
+//! ```
+//! use burn::tensor::{Device, Distribution, Tensor};
+//! use loftq::{Layer, LayerMethod, Loftq};
+//! use peft::Lora;
+//! use quant_core::NormalFloat;
+//!
+//! // One weight; `init` does it for all of a model.
+//! let normal = Distribution::Normal(0.0, 0.02);
+//! let weight = Tensor::<2>::random([256, 128], normal, &Device::flex());
+//! let layer = Layer {
+//!     path: "proj",
+//!     weight,
+//!     gram: None,
+//!     fisher: None,
+//! };
+//! let quantizer = NormalFloat::new();
+//! let qlora = Lora::new(16).start(&layer, &quantizer)?;
+//! let loftq = Loftq::new(16).start(&layer, &quantizer)?;
+//! assert!(loftq.error < 0.8 * qlora.error);
+//! # Ok::<(), loftq::Error>(())
+//! ```
 
 #![forbid(unsafe_code)]
 
