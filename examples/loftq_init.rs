@@ -22,7 +22,6 @@ use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pi
 use models::{CheckpointFormat, Llama, Pretrained, perplexity};
 use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Quantizer, Rtn, allocate};
-use serde::Serialize;
 
 /// Start adapters where they make up for the quantization error
 ///
@@ -66,7 +65,7 @@ struct Args {
     /// Alpha: what is added is multiplied by alpha / rank [default: the rank]
     #[arg(long, value_name = "X")]
     alpha: Option<f32>,
-    /// Bits of a weight on average, scales and zeros too: LQ-LoRA chooses from --bits and
+    /// Bits of a weight on average, scales and zeros in f32 too: LQ-LoRA chooses from --bits and
     /// --group-size for each layer
     #[arg(long, value_name = "X")]
     average_bits: Option<f64>,
@@ -108,8 +107,7 @@ fn seq_len(value: &str) -> std::result::Result<usize, String> {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Name {
     /// Adapters that add nothing
     Qlora,
@@ -159,7 +157,7 @@ impl Name {
             Self::Rilq => {
                 let fit = FitConfig::new()
                     .with_learning_rate(3e-3)
-                    .with_steps(Some(60))
+                    .with_steps(Some(40))
                     .with_seed(lora.seed());
                 Box::new(Rilq::new(lora).with_fit(fit))
             }
@@ -199,8 +197,7 @@ fn lq_lora(lora: Lora) -> LqLora {
     LqLora::new(lora).with_fisher(true)
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum GridName {
     /// Uniform, with zero-points
     Affine,
@@ -251,12 +248,11 @@ impl Texts {
 }
 
 /// One model, initialized and tuned.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 struct Run {
     method: Name,
     bits: usize,
     group_size: usize,
-    seed: u64,
     /// Perplexity as it starts.
     before: f64,
     /// Perplexity after tuning.
@@ -281,8 +277,11 @@ fn run(args: &Args) -> Result<()> {
     }
     let single = args.method.len() == 1 && args.seed.len() == 1;
     let several = args.bits.len() * args.group_size.len() > 1;
-    if args.average_bits.is_some() && args.method != [Name::LqLora] {
-        return Err("--average-bits is for --method lq-lora alone".into());
+    if args.average_bits.is_some() && (args.method != [Name::LqLora] || !single) {
+        return Err("--average-bits is for --method lq-lora and one --seed".into());
+    }
+    if !args.method.iter().any(|method| method.fits(args.grid)) {
+        return Err("these methods need a uniform grid".into());
     }
     if args.out.is_some() && (!single || several && args.average_bits.is_none()) {
         return Err(
@@ -290,9 +289,6 @@ fn run(args: &Args) -> Result<()> {
         );
     }
     for &method in &args.method {
-        if args.method.len() == 1 && !method.fits(args.grid) {
-            return Err(format!("{} needs a uniform grid", method.title()).into());
-        }
         for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
             method.quantizer(args.grid, bits, group_size).format()?;
         }
@@ -376,7 +372,7 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
         println!("perplexity {tuned:.4} after {} steps of tuning", args.steps);
     }
     if let Some(out) = &args.out {
-        save(args, out, &base, &adapters, device)?;
+        save(args, out, &base, &adapters, &layers, device)?;
     }
     Ok(())
 }
@@ -387,6 +383,7 @@ fn save(
     out: &Path,
     base: &Pretrained,
     adapters: &Adapters,
+    layers: &[InitializedLayer],
     device: &Device,
 ) -> Result<()> {
     let format = match args.format {
@@ -397,6 +394,7 @@ fn save(
     let (to_base, to_adapter) = (out.join("base"), out.join("adapter"));
     models::save_as(base, &to_base, format)?;
     adapters.save_hf(&to_adapter, &base.model)?;
+    peft::files::write_json(&out.join("report.json"), &layers)?;
     let mut again = models::load(&to_base, device)?;
     let adapters = Adapters::load_hf(&to_adapter, &again.model)?;
     peft::activate(&mut again.model, &adapters)?;
@@ -479,7 +477,6 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
                     method,
                     bits,
                     group_size,
-                    seed,
                     before,
                     after,
                     seconds,

@@ -1,7 +1,7 @@
 //! The methods that the examples tune with.
 
 use clap::ValueEnum;
-use peft::{Lora, Method, Peqa, Targets, Tile};
+use peft::{Bayesian, Lora, Method, Peqa, Targets, Tile};
 use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 use serde::Serialize;
 
@@ -23,6 +23,8 @@ pub enum MethodName {
     RsLora,
     /// LoRA with trained norms (DoRA)
     Dora,
+    /// LoRA that learns its rank and the bits of its factors (Bayesian-LoRA)
+    Bayesian,
     /// LoRA over normal floats with double quantization (QLoRA)
     #[value(name = "qlora")]
     #[serde(rename = "qlora")]
@@ -105,6 +107,10 @@ impl MethodName {
             Self::Lora | Self::QLora => Box::new(lora()),
             Self::RsLora => Box::new(lora().with_rank_stabilized(true)),
             Self::Dora => Box::new(lora().with_dora(true)),
+            Self::Bayesian => {
+                let bayesian = Bayesian::new(rank).with_alpha(alpha).with_seed(seed);
+                Box::new(bayesian.with_targets(targets.clone()))
+            }
             Self::QaLora => tile(Tile::qa_lora(rank).with_alpha(alpha)),
             Self::QBara => tile(Tile::q_bara(rank).with_alpha(alpha)),
             Self::QaHira => tile(Tile::qa_hira()),

@@ -19,10 +19,12 @@ use burn::module::{Module, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Gradients, Tensor};
-use peft::{Adapter, Batch, CausalLm, Linear, Lora, Method, Recipe, Stages, Streams, Weight};
-use quant_core::{Format, Grid, Needs, Note, QuantTensor, Quantizer, sum_of_squares};
+use peft::{
+    Adapter, Batch, CausalLm, Linear, Linears, Lora, Method, Recipe, Stages, Streams, Weight,
+};
+use quant_core::{Format, Gram, Grid, Needs, Note, QuantTensor, Quantizer, sum_of_squares};
 
-use crate::method::{Known, LayerError, dense, place, sum, with_weight};
+use crate::method::{Known, LayerError, dense, place, with_weight};
 use crate::{Error, Initialization, InitializedLayer, Layer, LayerMethod, Result, Start};
 
 /// Where the logits of the ranges begin.
@@ -46,6 +48,30 @@ impl Learning {
             of_ranges: 5e-3,
             of_factors: 5e-4,
             weight_decay: 0.1,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |setting, value: f64, expected| {
+            let value = value.to_string();
+            Err(Error::Peft(peft::Error::Setting {
+                setting,
+                value,
+                expected,
+            }))
+        };
+        for (setting, rate) in [
+            ("of_ranges", self.of_ranges),
+            ("of_factors", self.of_factors),
+        ] {
+            if !(rate.is_finite() && rate > 0.0) {
+                return refuse(setting, rate, "a positive number");
+            }
+        }
+        let decay = f64::from(self.weight_decay);
+        match decay.is_finite() && decay >= 0.0 {
+            true => Ok(()),
+            false => refuse("weight_decay", decay, "0 or more"),
         }
     }
 
@@ -115,7 +141,17 @@ impl LayerMethod for Apiq {
         Needs::Drift
     }
 
+    fn check(&self, path: &str, format: Format) -> Result<()> {
+        self.0.check()?;
+        check_range(path, format)
+    }
+
+    fn measure(&self, layer: &Layer<'_>, found: Tensor<2>) -> f64 {
+        layer.output_error(found)
+    }
+
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
+        self.0.check()?;
         let gram = layer.gram.ok_or(peft::Error::NoCalibration)?;
         gram.check(layer.weight.dims()[0])
             .map_err(Error::quant(layer.path))?;
@@ -124,7 +160,7 @@ impl LayerMethod for Apiq {
         let mut learned = Learned::new(Some(&self.0.lora), layer.path, &linear, &quantized.weight)?;
         let weight = layer.weight.clone();
         // So that learning rates mean the same for all layers.
-        let energy = gram.energy(weight.clone()).max(f64::MIN_POSITIVE) as f32;
+        let energy = unless_zero(gram.energy(weight.clone()));
         let moment = gram.sum() / energy;
         let drift = gram.drift();
         let drift = drift.map(|drift| drift.transpose().matmul(weight.clone()) * (2.0 / energy));
@@ -169,8 +205,10 @@ impl LayerMethod for Apiq {
 
 /// Learns the ranges and adapters of all layers of a block together: ApiQ-bw.
 ///
-/// In memory are the inputs of one block for all of the calibration, twice, and the dense and the
-/// learned weights of one block.
+/// In memory are, for all of the calibration, the inputs of a block through packed and through dense
+/// layers, what the dense block makes of them, and the tokens on their way to the report; and the dense
+/// and the learned weights of the block. A layer whose range is learned with the others but that is not
+/// targeted has no adapter.
 #[derive(Clone, Debug)]
 pub struct ApiqBlock(Learning);
 
@@ -205,7 +243,14 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
         on_layer: &mut dyn FnMut(&InitializedLayer),
     ) -> Result<Vec<InitializedLayer>> {
         let first = Apiq(self.0.clone());
-        let known = Known::of(&first, model, recipe, calibration)?;
+        // It looks at the inputs themselves, and takes no drift of its own.
+        let known = Known::of(&first, Needs::Gram, model, recipe, calibration)?;
+        for (path, _) in model.linears() {
+            if let Some(quantizer) = recipe.quantizer(&path) {
+                let format = quantizer.format().map_err(Error::quant(&path))?;
+                check_range(&path, format)?;
+            }
+        }
         let stages = model.stages();
         let positions = |model: &M, batch: &Batch| {
             let tokens = batch.tokens();
@@ -237,7 +282,7 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
                 targets,
             };
             let rounds = self.learn(&learning, &mut learners)?;
-            let Block { targets, .. } = learning;
+            let targets = learning.targets;
             let seconds = clock.elapsed().as_secs_f64() / learners.len().max(1) as f64;
 
             let mut learners = learners.into_iter().peekable();
@@ -245,7 +290,16 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
                 let stage = model.block_stages(block).start + offset;
                 let gram = streams.gram(model, range);
                 streams.advance_dense(model, stage);
-                while let Some(learner) = learners.next_if(|learner| range.contains(&learner.at)) {
+                for at in range.clone() {
+                    let (path, _) = &model.linears()[at];
+                    if recipe.quantizer(path).is_none() && known.targets.contains(path) {
+                        let done = first.leave_dense(model, at, gram.as_ref())?;
+                        on_layer(&done);
+                        layers.push(done);
+                    }
+                    let Some(learner) = learners.next_if(|learner| learner.at == at) else {
+                        continue;
+                    };
                     let (path, linear) = model.linears_mut().swap_remove(learner.at);
                     let start = learner.learned.finish(&path, rounds)?;
                     place(
@@ -259,8 +313,8 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
                         format: linear.weight().format(),
                         rank: learner.targeted.then(|| self.0.lora.rank()),
                         before: LayerError::between(dense, plain, gram.as_ref()),
-                        after: LayerError::between(dense, sum(linear), gram.as_ref()),
-                        round: rounds,
+                        after: LayerError::between(dense, linear.to_dense(), gram.as_ref()),
+                        round: if learner.targeted { rounds } else { 0 },
                         n_bytes: linear.weight().n_bytes(),
                         seconds,
                         notes: learner.notes,
@@ -307,6 +361,41 @@ impl<M: CausalLm> Block<M> {
         let x = self.inputs[at].clone().autodiff();
         let y = model.block(self.index, x, &self.positions[at]);
         (y - self.targets[at].clone().autodiff()).square().sum()
+    }
+}
+
+impl Apiq {
+    /// The layer at a place in the model with its dense weight and a fresh adapter.
+    fn leave_dense<M: Linears>(
+        &self,
+        model: &mut M,
+        at: usize,
+        gram: Option<&Gram>,
+    ) -> Result<InitializedLayer> {
+        let clock = Instant::now();
+        let (path, linear) = model.linears_mut().swap_remove(at);
+        let weight = dense(linear);
+        let layer = Layer {
+            path: &path,
+            weight: weight.clone(),
+            gram,
+            fisher: None,
+        };
+        let start = self.start_dense(&layer)?;
+        let round = start.round;
+        place(linear, &path, start, Some(self.lora()))?;
+        let none = LayerError::between(&weight, weight.clone(), gram);
+        Ok(InitializedLayer {
+            format: None,
+            rank: Some(self.lora().rank()),
+            before: none,
+            after: none,
+            round,
+            n_bytes: linear.weight().n_bytes(),
+            seconds: clock.elapsed().as_secs_f64(),
+            notes: Vec::new(),
+            path,
+        })
     }
 }
 
@@ -359,9 +448,12 @@ impl ApiqBlock {
 
     /// Learns a block; returns the rounds, 0 if they made it no better.
     fn learn<M: CausalLm>(&self, block: &Block<M>, learners: &mut [Learner]) -> Result<usize> {
+        if learners.is_empty() {
+            return Ok(0);
+        }
         let power =
             |targets: &[Tensor<3>]| targets.iter().cloned().map(sum_of_squares).sum::<f64>();
-        let scale = 1.0 / power(&block.targets).max(f64::MIN_POSITIVE) as f32;
+        let scale = 1.0 / unless_zero(power(&block.targets));
         let total = |learners: &[Learner]| {
             (0..block.inputs.len())
                 .map(|at| block.error(at, learners).inner().into_scalar::<f32>())
@@ -439,8 +531,8 @@ impl Learned {
         quantized: &QuantTensor,
     ) -> Result<Self> {
         let (format, dims) = (quantized.format(), quantized.dims());
-        let uniform = matches!(format.grid(), Grid::Affine | Grid::Symmetric);
-        if !uniform || quantized.input_order().is_some() {
+        check_range(path, format)?;
+        if quantized.input_order().is_some() {
             let path = path.into();
             return Err(Error::NoRange { path, format });
         }
@@ -554,6 +646,24 @@ impl Learned {
             error: 0.0,
             notes: Vec::new(),
         })
+    }
+}
+
+/// A denominator.
+fn unless_zero(energy: f64) -> f32 {
+    match energy as f32 {
+        energy if energy > 0.0 => energy,
+        _ => 1.0,
+    }
+}
+
+fn check_range(path: &str, format: Format) -> Result<()> {
+    match format.grid() {
+        Grid::Affine | Grid::Symmetric => Ok(()),
+        _ => Err(Error::NoRange {
+            path: path.into(),
+            format,
+        }),
     }
 }
 

@@ -20,7 +20,7 @@ pub struct Fisher {
 pub struct FisherRoots {
     /// `√mean_o F`, `[d_in]`.
     pub of_inputs: Tensor<1>,
-    /// `√mean_i F`, `[d_out]`.
+    /// `√(mean_i F / mean F)`, `[d_out]`.
     pub of_outputs: Tensor<1>,
 }
 
@@ -49,10 +49,10 @@ impl Fisher {
                     let Weight::Dense(weight) = linear.weight() else {
                         unreachable!("made dense above");
                     };
+                    // None for a layer that this sequence did not pass through.
                     let gradient = weight.val().grad(&gradients);
-                    let squares = gradient
-                        .expect("every layer is on the way to the loss")
-                        .square();
+                    let gradient = gradient.unwrap_or_else(|| weight.val().inner().zeros_like());
+                    let squares = gradient.square();
                     let of_inputs = squares.clone().mean_dim(1).squeeze_dim::<1>(1);
                     let of_outputs = squares.mean_dim(0).squeeze_dim::<1>(0);
                     let new = [of_inputs, of_outputs];
@@ -73,9 +73,10 @@ impl Fisher {
                 let what = "the Fisher information";
                 return Err(Error::NonFinite { what, path });
             }
+            let mean = of_inputs.clone().mean().clamp_min(f32::MIN_POSITIVE);
             let roots = FisherRoots {
                 of_inputs: of_inputs.sqrt(),
-                of_outputs: of_outputs.sqrt(),
+                of_outputs: (of_outputs / mean).sqrt(),
             };
             layers.insert(path, roots);
         }

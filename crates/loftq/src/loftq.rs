@@ -61,8 +61,7 @@ impl Loftq {
             let (quantized, dense) = layer.quantize(target, quantizer)?;
             let residual = layer.weight.clone() - dense;
             let start = low.take().map(|low| low.directions);
-            let next = self.truncation.of(residual, rank, start);
-            let next = next.ok_or_else(|| layer.no_svd())?;
+            let next = layer.cut(&self.truncation, residual, rank, start)?;
             errors.push(next.error);
             if round == 1 {
                 plain = Some(quantized.weight.clone());

@@ -7,13 +7,14 @@
 //!
 //! LQ-LoRA can weigh the errors by the diagonal Fisher information `F` of the weights, in the form in
 //! which a singular value decomposition can take it: `‖diag(ρ) (W - Q - L) diag(κ)‖` with
-//! `ρ_i = √mean_o F`, `κ_o = √mean_i F`.
+//! `ρ_i = √mean_o F`, `κ_o = √(mean_i F / mean F)`: in the unit of `‖√F ∘ (W - Q - L)‖`, so that errors of
+//! layers can be compared.
 
 use burn::tensor::Tensor;
 use peft::{Lora, Weight};
 use quant_core::{Quantizer, sum_of_squares};
 
-use crate::{Layer, LayerMethod, LowRank, Result, Start, Truncation};
+use crate::{FisherRoots, Layer, LayerMethod, LowRank, Result, Start, Truncation};
 
 /// Factors and quantizes in turn until the error rises, and keeps the best round.
 ///
@@ -68,6 +69,11 @@ impl LayerMethod for LqLora {
 
     fn needs_fisher(&self) -> bool {
         self.fisher
+    }
+
+    fn measure(&self, layer: &Layer<'_>, found: Tensor<2>) -> f64 {
+        let weights = layer.fisher.and_then(weights);
+        sum_of_squares(weighed(layer.weight.clone() - found, &weights))
     }
 
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
@@ -126,10 +132,12 @@ impl LayerMethod for Pissa {
     }
 
     fn start_dense(&self, layer: &Layer<'_>) -> Result<Start> {
-        let low = self
-            .truncation
-            .of(layer.weight.clone(), self.lora.rank(), None);
-        let low = low.ok_or_else(|| layer.no_svd())?;
+        let low = layer.cut(
+            &self.truncation,
+            layer.weight.clone(),
+            self.lora.rank(),
+            None,
+        )?;
         let rest = low.taken_from(layer.weight.clone());
         Ok(Start {
             weight: Weight::frozen(rest),
@@ -149,23 +157,9 @@ fn low_rank_first(
     rounds: usize,
     truncation: &Truncation,
 ) -> Result<Start> {
-    let weights = layer.fisher.map(|fisher| {
-        // An input without gradients still counts a little: it is divided by.
-        let floor = |roots: Tensor<1>| {
-            let least = roots.clone().max().into_scalar::<f32>() * 1e-3;
-            roots.clamp_min(least.max(f32::MIN_POSITIVE))
-        };
-        let rows = floor(fisher.of_inputs.clone()).unsqueeze_dim::<2>(1);
-        let columns = floor(fisher.of_outputs.clone()).unsqueeze_dim::<2>(0);
-        [rows, columns]
-    });
-    let weighed = |matrix: Tensor<2>| match &weights {
-        Some([rows, columns]) => matrix * rows.clone() * columns.clone(),
-        None => matrix,
-    };
+    let weights = layer.fisher.and_then(weights);
     let factor = |residual: Tensor<2>, start| -> Result<LowRank> {
-        let low = truncation.of(weighed(residual), rank, start);
-        let mut low = low.ok_or_else(|| layer.no_svd())?;
+        let mut low = layer.cut(truncation, weighed(residual, &weights), rank, start)?;
         if let Some([rows, columns]) = &weights {
             low.left = low.left / rows.clone();
             low.right = low.right / columns.clone();
@@ -179,7 +173,7 @@ fn low_rank_first(
         let low = factor(residual, directions.take())?;
         let rest = low.taken_from(layer.weight.clone());
         let (quantized, dense) = layer.quantize(rest.clone(), quantizer)?;
-        let error = sum_of_squares(weighed(rest - dense.clone()));
+        let error = sum_of_squares(weighed(rest - dense.clone(), &weights));
         if best.as_ref().is_some_and(|best| error >= best.error) {
             break;
         }
@@ -195,4 +189,23 @@ fn low_rank_first(
         directions = Some(low.directions);
     }
     Ok(best.expect("there is a round"))
+}
+
+/// What the rows and the columns of an error are multiplied by; none where there were no gradients.
+fn weights(fisher: &FisherRoots) -> Option<[Tensor<2>; 2]> {
+    let floor = |roots: Tensor<1>| {
+        let most = roots.clone().max().into_scalar::<f32>();
+        // An input without gradients still counts a little: it is divided by.
+        (most > 0.0).then(|| roots.clamp_min(most * 1e-3))
+    };
+    let rows = floor(fisher.of_inputs.clone())?.unsqueeze_dim::<2>(1);
+    let columns = floor(fisher.of_outputs.clone())?.unsqueeze_dim::<2>(0);
+    Some([rows, columns])
+}
+
+fn weighed(matrix: Tensor<2>, weights: &Option<[Tensor<2>; 2]>) -> Tensor<2> {
+    match weights {
+        Some([rows, columns]) => matrix * rows.clone() * columns.clone(),
+        None => matrix,
+    }
 }

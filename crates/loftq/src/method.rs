@@ -8,8 +8,9 @@ use peft::{
 use quant_core::{
     Candidate, Format, Gram, Needs, Note, QuantTensor, Quantized, Quantizer, sum_of_squares,
 };
+use serde::Serialize;
 
-use crate::{Error, Fisher, FisherRoots, Result};
+use crate::{Error, Fisher, FisherRoots, LowRank, Result, Truncation};
 
 /// A way to choose packed weights and adapters of a model together.
 pub trait Initialization<M: CausalLm + Stages> {
@@ -54,7 +55,7 @@ pub fn init<M: CausalLm + Stages>(
 }
 
 /// What an initialization made of one layer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct InitializedLayer {
     /// The layer.
     pub path: String,
@@ -66,8 +67,8 @@ pub struct InitializedLayer {
     pub before: LayerError,
     /// With the weight and the adapter that were chosen.
     pub after: LayerError,
-    /// Which of the rounds of the method was kept, counted from 1; 0 for a layer that it does not
-    /// target.
+    /// Which of the rounds of the method was kept, counted from 1; 0 where none was better than the
+    /// weight quantized alone, and for a layer that the method does not target.
     pub round: usize,
     /// Bytes of the weight.
     pub n_bytes: usize,
@@ -78,7 +79,7 @@ pub struct InitializedLayer {
 }
 
 /// How far a layer is from the dense one.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct LayerError {
     /// `‖W - Ŵ‖ / ‖W‖`.
     pub weight: f64,
@@ -88,10 +89,10 @@ pub struct LayerError {
 
 impl LayerError {
     pub(crate) fn between(dense: &Tensor<2>, found: Tensor<2>, gram: Option<&Gram>) -> Self {
-        let ratio = |error: f64, of: f64| match error > 0.0 {
-            true => (error / of).sqrt(),
-            // Rounding can leave a little less than nothing.
-            false => 0.0,
+        // Rounding can leave a little less than nothing.
+        let ratio = |error: f64, of: f64| match error <= 0.0 {
+            true => 0.0,
+            false => (error / of).sqrt(),
         };
         let difference = found - dense.clone();
         let output = gram.map(|gram| {
@@ -131,9 +132,36 @@ impl Layer<'_> {
         Ok((quantized, dense))
     }
 
-    pub(crate) fn no_svd(&self) -> Error {
-        Error::NoSvd {
-            path: self.path.into(),
+    /// `matrix`, of the layer's size, cut down to a rank that the layer can have.
+    pub(crate) fn cut(
+        &self,
+        truncation: &Truncation,
+        matrix: Tensor<2>,
+        rank: usize,
+        start: Option<Tensor<2>>,
+    ) -> Result<LowRank> {
+        let (path, dims) = (self.path.to_string(), self.weight.dims());
+        if rank == 0 {
+            return Err(peft::Error::Setting {
+                setting: "rank",
+                value: "0".into(),
+                expected: "at least 1",
+            }
+            .into());
+        }
+        if rank > dims[0].min(dims[1]) {
+            return Err(peft::Error::Rank { path, rank, dims }.into());
+        }
+        let low = truncation.of(matrix, rank, start);
+        low.ok_or(Error::NoSvd { path })
+    }
+
+    /// `‖X (W - Ŵ)‖²`, or `‖W - Ŵ‖²` without calibration.
+    pub(crate) fn output_error(&self, found: Tensor<2>) -> f64 {
+        let difference = self.weight.clone() - found;
+        match self.gram {
+            Some(gram) => gram.energy(difference).max(0.0),
+            None => sum_of_squares(difference),
         }
     }
 }
@@ -149,10 +177,22 @@ pub struct Start {
     pub plain: Option<QuantTensor>,
     /// Which round was kept, counted from 1.
     pub round: usize,
-    /// The squared error that the method made small, in whatever it measures it by.
+    /// The squared error that the method made small, in what it measures it by; ApiQ's without what no
+    /// weight can change.
     pub error: f64,
     /// What the quantizer has to say.
     pub notes: Vec<Note>,
+}
+
+impl Start {
+    /// The weight with what the adapter adds, `[d_in, d_out]`.
+    pub fn sum(&self) -> Tensor<2> {
+        let weight = self.weight.to_dense();
+        match &self.factors {
+            Some([a, b]) => kernels::add_low_rank(weight, a.clone(), b.clone()),
+            None => weight,
+        }
+    }
 }
 
 /// An [`Initialization`] that looks at one layer at a time.
@@ -168,6 +208,21 @@ pub trait LayerMethod {
     /// Whether it must know the [`Fisher`] information of the weights.
     fn needs_fisher(&self) -> bool {
         false
+    }
+
+    /// Whether it has an adapter for a layer of this format.
+    ///
+    /// # Errors
+    /// [`Error::NoRange`] from methods that learn the range of a grid.
+    fn check(&self, path: &str, format: Format) -> Result<()> {
+        let _ = (path, format);
+        Ok(())
+    }
+
+    /// The squared error that a layer has with the weight `found`, `[d_in, d_out]`, in what the method
+    /// measures it by.
+    fn measure(&self, layer: &Layer<'_>, found: Tensor<2>) -> f64 {
+        sum_of_squares(layer.weight.clone() - found)
     }
 
     /// How a layer starts whose weight is packed by `quantizer`.
@@ -219,7 +274,7 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for L {
         calibration: &[Batch],
         on_layer: &mut dyn FnMut(&InitializedLayer),
     ) -> Result<Vec<InitializedLayer>> {
-        let known = Known::of(self, model, recipe, calibration)?;
+        let known = Known::of(self, self.needs(), model, recipe, calibration)?;
         let mut layers = Vec::new();
         let mut streams = Streams::start(model, calibration, known.needs == Needs::Drift);
         for (stage, range) in model.stages().into_iter().enumerate() {
@@ -260,7 +315,7 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for L {
                     format: linear.weight().format(),
                     rank: targeted.then(|| self.lora().rank()),
                     before,
-                    after: LayerError::between(&dense, sum(linear), gram.as_ref()),
+                    after: LayerError::between(&dense, linear.to_dense(), gram.as_ref()),
                     round,
                     n_bytes: linear.weight().n_bytes(),
                     seconds,
@@ -286,6 +341,7 @@ pub(crate) struct Known {
 impl Known {
     pub(crate) fn of<M: CausalLm + Stages>(
         method: &impl LayerMethod,
+        needs: Needs,
         model: &M,
         recipe: &dyn Recipe,
         calibration: &[Batch],
@@ -299,7 +355,13 @@ impl Known {
                 lora.init(&path, linear)?;
             }
         }
-        let needs = check_recipe(model, recipe, calibration)?.max(method.needs());
+        let needs = check_recipe(model, recipe, calibration)?.max(needs);
+        for path in &targets {
+            if let Some(quantizer) = recipe.quantizer(path) {
+                let format = quantizer.format().map_err(Error::quant(path))?;
+                method.check(path, format)?;
+            }
+        }
         let blind = needs > Needs::Nothing || method.needs_fisher();
         if calibration.is_empty() && blind {
             return Err(peft::Error::NoCalibration.into());
@@ -317,9 +379,8 @@ impl Known {
 }
 
 /// What each layer would cost with each of several quantizers, for [`quant_core::allocate`]: bytes of
-/// the weight, and the squared error that the method leaves, in whatever it measures it by; every other
-/// layer being dense. Layers that are not targeted have the errors of their weights alone. The model
-/// stays as it is.
+/// the weight, and the squared error that is left, as the method measures it
+/// ([`LayerMethod::measure`]), every other layer being dense. The model stays as it is.
 ///
 /// For [`LqLora`](crate::LqLora) this is the table of its integer program.
 ///
@@ -334,7 +395,7 @@ pub fn sensitivities<M: CausalLm + Stages>(
     let Some(first) = quantizers.first() else {
         return Ok(Vec::new());
     };
-    let known = Known::of(method, model, first, calibration)?;
+    let known = Known::of(method, method.needs(), model, first, calibration)?;
     let mut needs = known.needs;
     for quantizer in quantizers {
         needs = needs.max(check_recipe(model, quantizer, calibration)?);
@@ -355,10 +416,9 @@ pub fn sensitivities<M: CausalLm + Stages>(
                     true => method.start(&layer, *quantizer)?,
                     false => method.lora().start(&layer, *quantizer)?,
                 };
-                Ok(Candidate {
-                    n_bytes: start.weight.n_bytes() as u64,
-                    error: start.error,
-                })
+                let n_bytes = start.weight.n_bytes() as u64;
+                let error = method.measure(&layer, start.sum());
+                Ok(Candidate { n_bytes, error })
             };
             let candidates: Result<_> = quantizers.iter().map(candidate).collect();
             all.push((path.clone(), candidates?));
@@ -379,17 +439,6 @@ pub(crate) fn with_weight(linear: &Linear, weight: Weight) -> Linear {
 /// The weight of a dense layer, in `f32`.
 pub(crate) fn dense(linear: &Linear) -> Tensor<2> {
     linear.weight().to_dense().cast(DType::F32)
-}
-
-/// The weight of a layer with what its adapter adds.
-pub(crate) fn sum(linear: &Linear) -> Tensor<2> {
-    let weight = linear.weight().to_dense();
-    match linear.adapter() {
-        Some(Adapter::Lora(adapter)) => {
-            weight + (adapter.a() * adapter.scale()).matmul(adapter.b()).detach()
-        }
-        _ => weight,
-    }
 }
 
 /// Puts what was chosen into a layer; an adapter if there is a `lora`.

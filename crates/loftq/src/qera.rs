@@ -5,9 +5,11 @@
 //! square root of the Gram, `Rᵀ R = Σ x xᵀ`, and `(·)_r` cuts down to rank `r`. With the right singular
 //! vectors `V` of `R E` that is `L = E V Vᵀ`: `R`, a Cholesky factor, is never inverted.
 
+use burn::tensor::Tensor;
 use peft::{Lora, Weight};
 use quant_core::{Needs, Quantizer};
 
+use crate::svd::{orthonormal, padded};
 use crate::{Layer, LayerMethod, Result, Start, Truncation};
 
 /// Quantizes, and gives the adapter that makes the error of the layer's output least.
@@ -48,19 +50,28 @@ impl LayerMethod for Qera {
         Needs::Gram
     }
 
+    fn measure(&self, layer: &Layer<'_>, found: Tensor<2>) -> f64 {
+        layer.output_error(found)
+    }
+
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
+        let rank = self.lora.rank();
         let gram = layer.gram.ok_or(peft::Error::NoCalibration)?;
+        gram.check(layer.weight.dims()[0])
+            .map_err(crate::Error::quant(layer.path))?;
         let root = gram.root().map_err(crate::Error::quant(layer.path))?;
         let (quantized, dense) = layer.quantize(layer.weight.clone(), quantizer)?;
         let error = layer.weight.clone() - dense;
-        let low = self
-            .truncation
-            .of(root.matmul(error.clone()), self.lora.rank(), None);
-        let low = low.ok_or_else(|| layer.no_svd())?;
-        // The rows of `right` are `s vᵀ`.
-        let squares = low.right.clone().square().sum_dim(1);
-        let right = low.right / squares.clamp_min(f32::MIN_POSITIVE).sqrt();
-        let left = error.matmul(right.clone().transpose());
+        let low = layer.cut(&self.truncation, root.matmul(error.clone()), rank, None)?;
+        // The rows of `right` are `s vᵀ`; where `s` is the rounding of the largest, its row is too.
+        let norms = low.right.clone().square().sum_dim(1).sqrt();
+        let least = norms.clone().max().into_scalar::<f32>() * 1e-6;
+        let kept = norms.clone().greater_elem(least).float();
+        let rows = low.right / norms.clamp_min(f32::MIN_POSITIVE) * kept;
+        let v = orthonormal(rows.transpose(), 0.0);
+        let v = v.unwrap_or_else(|| Tensor::zeros([layer.weight.dims()[1], 1], &error.device()));
+        let left = padded(error.matmul(v.clone()), rank, 1);
+        let right = padded(v.transpose(), rank, 0);
         Ok(Start {
             plain: Some(quantized.weight.clone()),
             weight: Weight::Quant(quantized.weight),

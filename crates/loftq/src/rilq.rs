@@ -7,17 +7,19 @@
 
 use burn::tensor::Tensor;
 use peft::{
-    Batch, CausalLm, FitConfig, Lora, Recipe, Schedule, Stages, Step, Streams, fit_with,
-    last_output, nll_of_output,
+    Adapters, Batch, CausalLm, FitConfig, Lora, Recipe, Schedule, Stages, Step, Streams,
+    check_recipe, fit_with, last_output, nll_of_output,
 };
+use quant_core::Needs;
 
-use crate::method::{LayerError, dense, sum};
-use crate::{Initialization, InitializedLayer, LayerMethod, Result};
+use crate::method::{LayerError, dense};
+use crate::{Error, Initialization, InitializedLayer, LayerMethod, Result};
 
 /// Tunes the adapters of another method together, until the last hidden state is near the dense
 /// model's.
 ///
-/// The dense model stays in memory for the report. The seconds of a layer are those of the first
+/// Only the adapters are tuned. The dense model stays in memory, for its hidden states and the report;
+/// an error leaves the model as it was. The seconds of a layer are those of the first
 /// method.
 #[derive(Clone, Debug)]
 pub struct Rilq<L = Lora> {
@@ -110,23 +112,39 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             }
             square * (1.0 - share) + nll_of_output(model, x, &calibration[at]) * share
         };
-        fit_with(&mut student, calibration, &self.fit, loss, |_: &Step| {})?;
-        *model = student;
+        // Whatever else of the model trains, here it does not.
+        let mut tuned = student.clone().no_grad();
+        peft::activate(&mut tuned, &Adapters::of(&student)?)?;
+        fit_with(&mut tuned, calibration, &self.fit, loss, |_: &Step| {})?;
+        peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 
-        let mut streams = Streams::start(model, calibration, false);
+        let drift = check_recipe(&teacher, recipe, calibration)? == Needs::Drift;
+        let mut streams = Streams::start(&student, calibration, drift);
         let originals = teacher.linears();
-        for (stage, range) in model.stages().into_iter().enumerate() {
-            let gram = streams.gram(model, &range);
+        for (stage, range) in teacher.stages().into_iter().enumerate() {
+            let gram = streams.gram(&student, &range);
+            streams.advance_dense(&teacher, stage);
             for at in range {
-                let (path, linear) = model.linears().swap_remove(at);
+                let (path, linear) = student.linears().swap_remove(at);
                 if let Some(layer) = layers.iter_mut().find(|layer| layer.path == path) {
                     let original = dense(originals[at].1);
-                    layer.after = LayerError::between(&original, sum(linear), gram.as_ref());
+                    let plain = match recipe.quantizer(&path) {
+                        Some(quantizer) => {
+                            let quantized = quantizer.quantize(original.clone(), gram.as_ref());
+                            quantized.map_err(Error::quant(&path))?.weight.dequantize()
+                        }
+                        None => original.clone(),
+                    };
+                    // On the inputs that the tuned layers before this one give.
+                    let gram = gram.as_ref();
+                    layer.before = LayerError::between(&original, plain, gram);
+                    layer.after = LayerError::between(&original, linear.to_dense(), gram);
                     on_layer(layer);
                 }
             }
-            streams.advance(model, stage);
+            streams.advance(&student, stage);
         }
+        *model = student;
         Ok(layers)
     }
 }

@@ -19,8 +19,9 @@ const NOISE: f64 = 1e-6;
 ///
 /// The residual of a quantizer has a flat spectrum, in which no iteration finds the very singular
 /// vectors soon. What it loses by that is what counts: it ends when a step lowers the squared error by
-/// less than [`tolerance`](Truncation::tolerance) of it. If it never does, and for matrices not much
-/// larger than the rank, there is a full decomposition, on one thread of the host.
+/// less than [`tolerance`](Truncation::tolerance) of it, or than 10⁻⁷ of the matrix's own squares, which
+/// is the rounding of `f32`. If it never does, and for matrices not much larger than the rank, there is a
+/// full decomposition, on one thread of the host.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Truncation {
     /// The part of the squared error that a step must gain for there to be another.
@@ -92,12 +93,20 @@ impl Truncation {
         if !power.is_finite() {
             return None;
         }
+        if power == 0.0 {
+            return Some(nothing(&matrix, rank, power, self.seed));
+        }
+        // Squares of what is very large or small are none in f32.
+        let size = (power / (m * n) as f64).sqrt();
+        if !(1e-12..1e12).contains(&size) {
+            let mut low = self.of(matrix / size, rank, start)?;
+            low.right = low.right * size;
+            low.error *= size * size;
+            return Some(low);
+        }
         let width = rank + OVERSAMPLING;
         if m.min(n) <= 3 * width {
             return full(matrix, rank, power);
-        }
-        if power == 0.0 {
-            return Some(nothing(&matrix, rank, power, self.seed));
         }
         let mut start = start.unwrap_or_else(|| random([n, width], self.seed, &matrix.device()));
         for _ in 0..RESTARTS {
@@ -216,7 +225,7 @@ impl Ritz {
 }
 
 /// Zeros after a matrix whose rank is lower than what was asked for.
-fn padded(matrix: Tensor<2>, rank: usize, dim: usize) -> Tensor<2> {
+pub(crate) fn padded(matrix: Tensor<2>, rank: usize, dim: usize) -> Tensor<2> {
     let mut dims = matrix.dims();
     let missing = rank - dims[dim];
     if missing == 0 {
@@ -284,7 +293,7 @@ fn grow(basis: &mut Option<Tensor<2>>, block: Tensor<2>) {
 
 /// An orthonormal basis of the columns of `block`, without those whose squared lengths are `least` or
 /// next to nothing beside the longest; none if that is all of them.
-fn orthonormal(mut block: Tensor<2>, least: f64) -> Option<Tensor<2>> {
+pub(crate) fn orthonormal(mut block: Tensor<2>, least: f64) -> Option<Tensor<2>> {
     let mut least = least;
     for _ in 0..4 {
         let size = block.dims()[1];

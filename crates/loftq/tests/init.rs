@@ -59,11 +59,13 @@ fn distance(model: &Llama, dense: &Llama, batches: &[Batch]) -> f64 {
     batches.iter().map(of).sum::<f64>() / batches.len() as f64
 }
 
+/// By multiplying the layer's inputs one at a time.
 fn sum(linear: &peft::Linear) -> Tensor<2> {
-    let weight = linear.weight().to_dense();
-    match linear.adapter() {
-        Some(Adapter::Lora(lora)) => weight + (lora.a() * lora.scale()).matmul(lora.b()),
-        _ => weight,
+    let [d_in, _] = linear.weight().dims();
+    let y = linear.forward(Tensor::<2>::eye(d_in, &Device::flex()));
+    match linear.bias() {
+        Some(bias) => y - bias.unsqueeze(),
+        None => y,
     }
 }
 
@@ -165,6 +167,21 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
             _ => assert!(with < without, "{name}: {with} of {without}"),
         }
 
+        // Only adapters were tuned.
+        let others = |model: &Llama| {
+            let head = model.head().into_data().try_into_vec::<f32>().unwrap();
+            let tokens = calibration[0].tokens();
+            let embedded = model
+                .embed(tokens)
+                .into_data()
+                .try_into_vec::<f32>()
+                .unwrap();
+            (head, embedded)
+        };
+        assert!(
+            others(&model) == others(&dense),
+            "{name} changed more than the layers"
+        );
         let mut again = dense.clone();
         init(&mut again, &*method, &rtn(2), &calibration, |_| {}).unwrap();
         let bits = |model: &Llama| {
@@ -220,6 +237,7 @@ fn layers_have_their_own_bits_and_some_no_adapter() {
         Box::new(Loftq::new(Lora::new(2).with_targets(["q_proj", "up_proj"])))
             as Box<dyn Initialization<Llama>>,
         Box::new(ApiqBlock::new(Lora::new(2).with_targets(["q_proj", "up_proj"])).with_rounds(2)),
+        Box::new(Rilq::new(Lora::new(2).with_targets(["q_proj", "up_proj"]))),
     ] {
         let mut model = dense.clone();
         let layers = init(&mut model, &*method, &recipe, &calibration, |_| {}).unwrap();
@@ -231,6 +249,72 @@ fn layers_have_their_own_bits_and_some_no_adapter() {
             assert_eq!(linear.weight().format().unwrap().bits(), bits);
         }
     }
+}
+
+/// A block of which nothing is packed, and a layer that is targeted but stays dense.
+#[test]
+fn blocks_may_stay_dense() {
+    let (dense, calibration) = (model(), batches(1));
+    let mut recipe = PerLayer::default();
+    recipe
+        .0
+        .insert("model.layers.1.mlp.up_proj".into(), Box::new(rtn(2)));
+    let targets = ["up_proj", "q_proj"];
+    for method in [
+        Box::new(Apiq::new(Lora::new(2).with_targets(targets)).with_rounds(3))
+            as Box<dyn Initialization<Llama>>,
+        Box::new(ApiqBlock::new(Lora::new(2).with_targets(targets)).with_rounds(3)),
+        Box::new(Rilq::new(Lora::new(2).with_targets(targets))),
+    ] {
+        let mut model = dense.clone();
+        let layers = init(&mut model, &*method, &recipe, &calibration, |_| {}).unwrap();
+        let paths: Vec<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
+        let expected = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.mlp.up_proj",
+        ];
+        assert_eq!(paths, expected);
+        let packed: Vec<bool> = layers.iter().map(|layer| layer.format.is_some()).collect();
+        assert_eq!(packed, [false, false, false, true]);
+        for (path, linear) in model.linears() {
+            assert_eq!(linear.adapter().is_some(), paths.contains(&path.as_str()));
+        }
+    }
+}
+
+/// What ApiQ makes small is the error of each block's output, for its own inputs.
+#[test]
+fn apiq_lowers_the_error_of_a_block() {
+    let (dense, calibration) = (model(), batches(3));
+    let error = |model: &Llama| {
+        let mut sum = 0.0;
+        for batch in &calibration {
+            let positions = model.positions(24, &Device::flex());
+            let x = model.embed(batch.tokens());
+            let y = model.block(0, x.clone(), &positions);
+            let difference = y - dense.block(0, x, &positions);
+            sum += f64::from(difference.square().sum().into_scalar::<f32>());
+        }
+        sum
+    };
+    let with = |rounds: usize| {
+        let mut model = dense.clone();
+        let apiq = ApiqBlock::new(3).with_learning_rates(1e-2, 5e-3);
+        let apiq = apiq.with_rounds(rounds);
+        init(&mut model, &apiq, &rtn(2), &calibration, |_| {}).unwrap();
+        error(&model)
+    };
+    let mut plain = dense.clone();
+    init(&mut plain, &Lora::new(3), &rtn(2), &calibration, |_| {}).unwrap();
+    let plain = error(&plain);
+    let (none, some, more) = (with(0), with(10), with(60));
+    assert!((none - plain).abs() < 1e-3 * plain, "{none} {plain}");
+    assert!(
+        some < 0.9 * plain && more < 0.7 * plain && more < some,
+        "{plain} {some} {more}"
+    );
 }
 
 #[test]
@@ -293,39 +377,52 @@ fn the_fisher_information_is_the_square_of_gradients() {
     let fisher = Fisher::sum(&model, &calibration).unwrap();
     let path = "model.layers.1.mlp.down_proj";
     let found = fisher.of(path).unwrap();
+    let of_outputs: Vec<f32> = found.of_outputs.clone().into_data().try_into_vec().unwrap();
     let found: Vec<f32> = found.of_inputs.clone().into_data().try_into_vec().unwrap();
     assert_eq!(found.len(), 40);
     assert!(fisher.of("model.layers.9.mlp.down_proj").is_none());
     let tokens = calibration[0].tokens();
     let (input, step) = (7, 2e-2f32);
-    let mut sum = 0.0;
+    let gradient = |one: &Batch, input: usize, output: usize| {
+        let loss = |by: f32| {
+            let mut moved = model.clone();
+            for (other, linear) in moved.linears_mut() {
+                if other != path {
+                    continue;
+                }
+                let mut one = vec![0.0f32; 40 * 32];
+                one[input * 32 + output] = by;
+                let one = Tensor::<1>::from_floats(&one[..], &Device::flex());
+                let weight = linear.weight().to_dense() + one.reshape([40, 32]);
+                linear.replace(path, Weight::frozen(weight), None).unwrap();
+            }
+            f64::from(token_nll(&moved, one).mean().into_scalar::<f32>())
+        };
+        (loss(step) - loss(-step)) / f64::from(2.0 * step)
+    };
+    let (mut sum, mut of_output) = (0.0, 0.0);
     for sequence in 0..4 {
         let one = Batch::new(tokens.clone().slice([sequence..sequence + 1, 0..24])).unwrap();
         for output in 0..32 {
-            let loss = |by: f32| {
-                let mut moved = model.clone();
-                for (other, linear) in moved.linears_mut() {
-                    if other != path {
-                        continue;
-                    }
-                    let mut one = vec![0.0f32; 40 * 32];
-                    one[input * 32 + output] = by;
-                    let one = Tensor::<1>::from_floats(&one[..], &Device::flex());
-                    let weight = linear.weight().to_dense() + one.reshape([40, 32]);
-                    linear.replace(path, Weight::frozen(weight), None).unwrap();
-                }
-                f64::from(token_nll(&moved, &one).mean().into_scalar::<f32>())
-            };
-            let gradient = (loss(step) - loss(-step)) / f64::from(2.0 * step);
-            sum += gradient * gradient;
+            sum += gradient(&one, input, output).powi(2);
+        }
+        for input in 0..40 {
+            of_output += gradient(&one, input, 5).powi(2);
         }
     }
     let expected = (sum / 32.0).sqrt();
-    let found = f64::from(found[input]);
-    assert!(
-        (found - expected).abs() < 0.02 * expected,
-        "{found} for {expected}"
-    );
+    // What stands for an output is relative to the mean of all weights.
+    let square = |roots: &[f32]| {
+        let squares = roots.iter().map(|&root| f64::from(root).powi(2));
+        squares.sum::<f64>() / roots.len() as f64
+    };
+    assert!((square(&of_outputs) - 1.0).abs() < 1e-4);
+    let of_output = (of_output / 40.0 / square(&found)).sqrt();
+    for (found, expected) in [(found[input], expected), (of_outputs[5], of_output)] {
+        let found = f64::from(found);
+        let near = (found - expected).abs() < 0.02 * expected;
+        assert!(near, "{found} for {expected}");
+    }
 }
 
 #[test]
@@ -375,6 +472,22 @@ fn what_cannot_be_is_refused_before_anything_changes() {
     ] {
         let nf = NormalFloat::new().with_block_size(8);
         let error = refused(&*method, &nf, &calibration);
+        assert!(matches!(error, Error::NoRange { .. }), "{error}");
+    }
+    // Also where only the last layer has none.
+    let mut last = PerLayer::default();
+    for (path, _) in dense.linears() {
+        let quantizer: Box<dyn Quantizer> = match path.ends_with("1.mlp.down_proj") {
+            true => Box::new(NormalFloat::new().with_block_size(8)),
+            false => Box::new(rtn(2)),
+        };
+        last.0.insert(path, quantizer);
+    }
+    for method in [
+        Box::new(Apiq::new(2)) as Box<dyn Initialization<Llama>>,
+        Box::new(ApiqBlock::new(2)),
+    ] {
+        let error = refused(&*method, &last, &calibration);
         assert!(matches!(error, Error::NoRange { .. }), "{error}");
     }
     // Twice.

@@ -52,13 +52,8 @@ fn gram(x: &Tensor<2>) -> Gram {
     gram
 }
 
-/// The weight with what the adapter adds.
 fn sum(start: &Start) -> Tensor<2> {
-    let weight = start.weight.to_dense();
-    match &start.factors {
-        Some([a, b]) => weight + a.clone().matmul(b.clone()),
-        None => weight,
-    }
+    start.sum()
 }
 
 fn quantizers() -> Vec<Box<dyn Quantizer>> {
@@ -289,17 +284,31 @@ fn the_fisher_information_says_what_matters() {
     assert!(with < 0.95 * without, "{with} of {without}");
     assert!((with - seeing.error).abs() < 1e-5 * with);
 
-    // Alike for all, it changes nothing but the unit.
+    // Alike for all, it changes nothing but the unit: F = 4.
     let alike = FisherRoots {
         of_inputs: roots(|_| 2.0, 64),
-        of_outputs: roots(|_| 0.5, 48),
+        of_outputs: roots(|_| 1.0, 48),
     };
     let layer = Layer {
         fisher: Some(&alike),
         ..layer(&weight)
     };
-    let alike = lq.with_fisher(true).start(&layer, &quantizer).unwrap();
-    assert!((alike.error - blind.error).abs() < 1e-5 * blind.error);
+    let alike = lq.clone().with_fisher(true);
+    let start = alike.start(&layer, &quantizer).unwrap();
+    assert!((start.error - 4.0 * blind.error).abs() < 1e-4 * blind.error);
+    assert!((alike.measure(&layer, start.sum()) - start.error).abs() < 1e-4 * start.error);
+
+    // No gradient at all is no information.
+    let none = FisherRoots {
+        of_inputs: roots(|_| 0.0, 64),
+        of_outputs: roots(|_| 0.0, 48),
+    };
+    let layer = Layer {
+        fisher: Some(&none),
+        ..self::layer(&weight)
+    };
+    let start = alike.start(&layer, &quantizer).unwrap();
+    assert_eq!(start.error, blind.error);
 }
 
 /// `R⁻¹ (R E)_r` in f64, with the symmetric square root `R` of the Gram.
@@ -396,6 +405,40 @@ fn the_closed_form_is_the_least_error_of_the_output() {
     }
 }
 
+/// An error of a lower rank than the adapter's: what is left over of the rank adds nothing.
+#[test]
+fn an_error_of_low_rank_is_undone_whole() {
+    let x = inputs(48, 12);
+    let gram = gram(&x);
+    // On the grid but for one output.
+    let quantizer = Rtn::new().with_bits(4);
+    let exact = quantizer
+        .quantize(random([48, 40], 3), None)
+        .unwrap()
+        .weight;
+    let packed = exact.dequantize();
+    let one = Tensor::<2>::zeros([48, 39], &Device::flex());
+    let off = Tensor::cat(vec![one, random([48, 1], 5) * 0.01], 1);
+    let weight = packed + off;
+    for rank in [8, 16] {
+        let layer = Layer {
+            gram: Some(&gram),
+            ..layer(&weight)
+        };
+        let plain = Lora::new(rank).start(&layer, &quantizer).unwrap();
+        let start = Qera::new(rank).start(&layer, &quantizer).unwrap();
+        let error = |found: Tensor<2>| sum_of_squares(x.clone().matmul(weight.clone() - found));
+        let (with, without) = (error(start.sum()), error(plain.sum()));
+        assert!(with < 1e-6 * without, "{with} of {without}");
+        // Such a layer can be trained at every rank.
+        let [a, b] = start.factors.unwrap();
+        let linear = Linear::new(start.weight, None);
+        let adapter = Lora::new(rank).init_at("proj", &linear, a, b).unwrap();
+        let of_a = floats(adapter.a().square().sum_dim(0).sqrt());
+        assert!(of_a.iter().all(|&norm| norm > 1e-6), "{of_a:?}");
+    }
+}
+
 #[test]
 fn few_tokens_and_dead_inputs_have_a_closed_form_too() {
     let weight = random([48, 40], 11);
@@ -469,6 +512,28 @@ fn apiq_follows_the_inputs_of_the_dense_model() {
         assert!(last < qera, "{last} of {qera}");
     }
 
+    // A layer that gives nothing is left as it is.
+    let zeros = Tensor::<2>::zeros([48, 40], &weight.device());
+    let still = Layer {
+        weight: zeros.clone(),
+        ..layer.clone()
+    };
+    let start = Apiq::new(4)
+        .with_rounds(3)
+        .start(&still, &Rtn::new())
+        .unwrap();
+    assert_eq!(square_error(&zeros, start.sum()), 0.0);
+
+    for (of_ranges, of_factors, decay) in [
+        (f64::NAN, 1e-3, 0.1),
+        (1e-3, -1.0, 0.1),
+        (1e-3, 1e-3, f32::INFINITY),
+    ] {
+        let apiq = Apiq::new(4).with_learning_rates(of_ranges, of_factors);
+        let refused = apiq.with_weight_decay(decay).start(&layer, &Rtn::new());
+        let expected = matches!(refused, Err(Error::Peft(peft::Error::Setting { .. })));
+        assert!(expected, "{refused:?}");
+    }
     let refused = Apiq::new(4).start(&layer, &NormalFloat::new().with_block_size(16));
     assert!(matches!(refused, Err(Error::NoRange { .. })));
     let blind = Apiq::new(4).start(&self::layer(&weight), &Rtn::new());
@@ -490,6 +555,25 @@ fn what_is_not_finite_is_named() {
     for method in methods {
         let error = method.start(&layer(&weight), &quantizer).unwrap_err();
         assert!(error.to_string().contains("proj"), "{error}");
+    }
+    let weight = random([48, 40], 1);
+    let narrow = gram(&random([60, 47], 1));
+    for (method, gram, expected) in [
+        (
+            Box::new(Loftq::new(0)) as Box<dyn LayerMethod>,
+            None,
+            "rank is 0",
+        ),
+        (Box::new(LqLora::new(41)), None, "a rank of 41"),
+        (Box::new(Qera::new(4)), Some(&narrow), "layer `proj`"),
+        (Box::new(Apiq::new(4)), Some(&narrow), "layer `proj`"),
+    ] {
+        let layer = Layer {
+            gram,
+            ..layer(&weight)
+        };
+        let error = method.start(&layer, &quantizer).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
     }
 }
 

@@ -124,8 +124,15 @@ fn zeros_and_what_is_not_finite() {
         assert!(Truncation::default().of(matrix, 4, None).is_none());
     }
     // Squares that f32 does not hold.
-    let huge = random([300, 200], 3) * 1e30;
-    assert!(Truncation::default().of(huge, 4, None).is_none());
+    let plain = Truncation::default().of(random([300, 200], 3), 4, None);
+    let plain = plain.unwrap().error;
+    for scale in [1e30, 1e-30] {
+        let matrix = random([300, 200], 3) * scale;
+        let found = Truncation::default().of(matrix, 4, None).unwrap();
+        let expected = plain * f64::from(scale as f32).powi(2);
+        assert!((found.error - expected).abs() < 1e-4 * expected, "{scale}");
+        assert!(floats(found.right).iter().any(|value| *value != 0.0));
+    }
 }
 
 #[test]

@@ -256,6 +256,15 @@ impl Linear {
         self.adapter.as_ref()
     }
 
+    /// The weight in floats, with what the adapter makes of it: what [`Linear::forward`] multiplies by,
+    /// `[d_in, d_out]`.
+    pub fn to_dense(&self) -> Tensor<2> {
+        match &self.adapter {
+            Some(adapter) => adapter.to_dense(&self.weight).0.detach(),
+            None => self.weight.to_dense(),
+        }
+    }
+
     /// Checks that the weight is dense and has no adapter, as [`Linear::quantize`] needs it.
     ///
     /// # Errors

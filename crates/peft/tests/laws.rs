@@ -1008,7 +1008,6 @@ fn lora_plus_gives_b_its_own_rate() {
     assert!(matches!(config.check(), Err(Error::Setting { .. })));
 }
 
-/// Dropout changes what is trained, by its seed alone, and nothing once training is over.
 /// A price on what is open shuts gates; without one, what the task needs stays open.
 #[test]
 fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
@@ -1030,6 +1029,7 @@ fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
     assert!(rank == 0 || bits == [0, 0], "{rank} {bits:?}");
 }
 
+/// Dropout changes what is trained, by its seed alone, and nothing once training is over.
 #[test]
 fn dropout_follows_its_seed() {
     let run = |probability, seed, checkpoint_blocks| {

@@ -116,6 +116,20 @@ pub enum Error {
     /// Statistics of nothing.
     #[error("the Gram has seen no token; calibrate on some text")]
     EmptyGram,
+    /// A grid to which weights cannot be rounded.
+    #[error(
+        "{what} holds {value} at [{row}, {column}]; weights are rounded to positive scales and whole zeros"
+    )]
+    NoGrid {
+        /// The scales or the zeros.
+        what: &'static str,
+        /// The first such value.
+        value: f32,
+        /// Its group.
+        row: usize,
+        /// Its output.
+        column: usize,
+    },
     /// A Gram without a Cholesky factor.
     #[error(
         "the Gram is not that of any inputs: it has no Cholesky factor; calibrate on more text"

@@ -113,7 +113,7 @@ impl Gram {
     /// A square root: the upper triangular `R`, `[d_in, d_in]`, with `Rᵀ R = G + δ I`, so that
     /// `‖R E‖² = Σ ‖x E‖²` but for `δ ‖E‖²`. `δ` is the least of 10⁻⁶, 10⁻⁴ and 10⁻² of the mean of the
     /// diagonal with which there is a Cholesky factor, in double precision: directions that no token
-    /// has seen count by it. The root of a Gram of zeros is the identity.
+    /// has seen count by it. The root of a Gram of zeros is a multiple of the identity.
     ///
     /// # Errors
     /// Those of [`Gram::check`]; [`Error::NotPositive`] if there is none.

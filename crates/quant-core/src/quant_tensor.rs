@@ -165,6 +165,7 @@ impl QuantTensor {
     /// - `scales`, `zeros`: `[n_groups, d_out]`; no zeros on a symmetric grid
     ///
     /// # Errors
+    /// [`Error::NoGrid`] with a scale that is not positive or a zero that is a fraction,
     /// [`Error::NonFinite`], [`Error::Zeros`], [`Error::Scales`] for a format of codebooks, and those of
     /// [`Format::layout`].
     ///
@@ -188,6 +189,21 @@ impl QuantTensor {
         }
         assert_eq!(scales.dims(), layout.grid_shape(), "the shape of scales");
         let (scales, zeros) = (floats(scales), zeros.map(floats));
+        let refused = |what, values: &[f32], fits: fn(f32) -> bool| {
+            let at = values.iter().position(|&value| !fits(value));
+            at.map_or(Ok(()), |at| {
+                Err(Error::NoGrid {
+                    what,
+                    value: values[at],
+                    row: at / layout.d_out(),
+                    column: at % layout.d_out(),
+                })
+            })
+        };
+        refused("the scales", &scales, |scale| scale > 0.0)?;
+        refused("the zeros", zeros.as_deref().unwrap_or_default(), |zero| {
+            zero.fract() == 0.0
+        })?;
         let words = kernels::with_values(weight, |weight| -> Result<_> {
             check_finite("the weight", weight, layout.d_out())?;
             Ok(kernels::encode(weight, &scales, zeros.as_deref(), &layout))

@@ -629,3 +629,114 @@ fn parts_that_do_not_fit_are_refused() {
     let error = make(parts, [usize::MAX, 2]).unwrap_err();
     assert!(matches!(error, Error::Size { .. }));
 }
+
+/// `Rᵀ R = G + δ I`, upper triangular; of too few tokens, of none that is not zero, and of no inputs.
+#[test]
+fn a_gram_has_a_root() {
+    let device = Device::flex();
+    let values = |n: usize| (0..n).map(|at| ((at * 7919 % 1009) as f32 - 504.0) / 504.0);
+    for (n_tokens, d_in, damping) in [(40, 12, 1e-6), (5, 12, 1e-4), (700, 300, 1e-6)] {
+        let x: Vec<f32> = values(n_tokens * d_in).collect();
+        let x = Tensor::<1>::from_floats(&x[..], &device).reshape([n_tokens, d_in]);
+        let mut gram = Gram::new(d_in, &device);
+        gram.update(x);
+        let root = gram.root().unwrap();
+        let product = root.clone().transpose().matmul(root.clone());
+        let found: Vec<f32> = product.into_data().try_into_vec().unwrap();
+        let sum: Vec<f32> = gram.sum().into_data().try_into_vec().unwrap();
+        let mean = sum.iter().step_by(d_in + 1).sum::<f32>() / d_in as f32;
+        for (at, (found, sum)) in found.iter().zip(&sum).enumerate() {
+            // The least damping that serves, and the rounding of a product in f32.
+            let on_diagonal = at % (d_in + 1) == 0;
+            let damping = if on_diagonal { damping * mean } else { 0.0 };
+            assert!(
+                (found - sum - damping).abs() < 4e-6 * mean,
+                "{found} for {sum}"
+            );
+        }
+        let root: Vec<f32> = root.into_data().try_into_vec().unwrap();
+        assert!((0..d_in * d_in).all(|at| at / d_in <= at % d_in || root[at] == 0.0));
+    }
+    let mut zeros = Gram::new(3, &device);
+    zeros.update(Tensor::<2>::zeros([4, 3], &device));
+    let root = zeros.root().unwrap();
+    let root: Vec<f32> = root.into_data().try_into_vec().unwrap();
+    assert!(root[0] > 0.0 && root[0] == root[4] && root[1] == 0.0);
+    assert_eq!(Gram::new(3, &device).root().unwrap_err(), Error::EmptyGram);
+    let sum = Tensor::<2>::from_floats([[1.0, 3.0], [3.0, 1.0]], &device);
+    let impossible = Gram::from_sum(sum, 2).unwrap();
+    assert_eq!(impossible.root().unwrap_err(), Error::NotPositive);
+}
+
+/// On the grid that a quantizer found, a weight has the quantizer's codes.
+#[test]
+fn a_weight_is_rounded_to_a_grid_found_elsewhere() {
+    let device = Device::flex();
+    let values: Vec<f32> = (0..30 * 8)
+        .map(|at| ((at * 7919 % 1009) as f32 - 504.0) / 504.0)
+        .collect();
+    let weight = Tensor::<1>::from_floats(&values[..], &device).reshape([30, 8]);
+    for symmetric in [false, true] {
+        let rtn = Rtn::new()
+            .with_bits(3)
+            .with_group_size(8)
+            .with_symmetric(symmetric);
+        let packed = rtn.quantize(weight.clone(), None).unwrap().weight;
+        let on_grid =
+            |scales, zeros| QuantTensor::on_grid(weight.clone(), packed.format(), scales, zeros);
+        let found = on_grid(packed.scales(), packed.zeros()).unwrap();
+        assert_eq!(found.codes(), packed.codes());
+        let error = on_grid(packed.scales() * 0.0, packed.zeros()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::NoGrid {
+                    what: "the scales",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        match packed.zeros() {
+            Some(zeros) => {
+                let error = on_grid(packed.scales(), Some(zeros + 0.5)).unwrap_err();
+                assert!(
+                    matches!(
+                        error,
+                        Error::NoGrid {
+                            what: "the zeros",
+                            ..
+                        }
+                    ),
+                    "{error}"
+                );
+                let error = on_grid(packed.scales(), None).unwrap_err();
+                assert!(matches!(error, Error::Zeros { .. }), "{error}");
+            }
+            None => {
+                let error = on_grid(packed.scales(), Some(packed.scales())).unwrap_err();
+                assert!(matches!(error, Error::Zeros { .. }), "{error}");
+            }
+        }
+    }
+    let nf = NormalFloat::new().with_block_size(8);
+    let packed = nf.quantize(weight.clone(), None).unwrap().weight;
+    let error = QuantTensor::on_grid(weight.clone(), packed.format(), packed.scales(), None);
+    assert!(matches!(error.unwrap_err(), Error::Scales { .. }));
+    let rtn = Rtn::new().quantize(weight.clone(), None).unwrap().weight;
+    let nan = weight * f32::NAN;
+    let error = QuantTensor::on_grid(nan, rtn.format(), rtn.scales(), rtn.zeros());
+    assert!(matches!(error.unwrap_err(), Error::NonFinite { .. }));
+}
+
+#[test]
+fn squares_are_summed_in_double_precision() {
+    let n = (1 << 16) + 77;
+    let values = Tensor::<1>::full([n], 0.1f32, &Device::flex());
+    let expected = n as f64 * f64::from(0.1f32).powi(2);
+    let found = quant_core::sum_of_squares(values);
+    assert!(
+        (found - expected).abs() < 1e-12 * expected,
+        "{found} {expected}"
+    );
+}

@@ -345,12 +345,11 @@ fn rounded(factor: Tensor<2>, gates: Tensor<1>) -> Tensor<2> {
     };
     let range = factor.clone().detach().abs().max();
     let range = range.clamp_min(f32::MIN_POSITIVE * 1e12).unsqueeze::<2>();
-    // Just inside of the range, so that no code is beyond its last step.
-    let inside = range.clone() * (1.0 - 1e-6);
-    let factor = factor
-        .clone()
-        .max_pair(inside.clone().neg().expand(factor.dims()));
-    let factor = factor.clone().min_pair(inside.expand(factor.dims()));
+    // Just inside of the range, so that no code is beyond its last step; gradients pass through.
+    let inside = (range.clone() * (1.0 - 1e-6)).expand(factor.dims());
+    let plain = factor.clone().detach();
+    let clipped = plain.clone().max_pair(inside.clone().neg());
+    let factor = factor + (clipped.min_pair(inside) - plain);
     let mut step = range * (2.0 / 3.0);
     let mut parts = vec![round(factor.clone() / step.clone()) * step.clone()];
     let mut so_far = parts[0].clone();
@@ -464,6 +463,52 @@ mod tests {
         let open = super::super::floats(self::adapter(&Bayesian::new(3)).penalty())[0];
         let shut = super::super::floats(adapter.penalty())[0];
         assert!(shut < open && open < 0.02, "{shut} {open}");
+    }
+
+    /// The formulas at logits of 0 and 1.5, by hand.
+    #[test]
+    fn gates_are_hard_concrete() {
+        // P(z > 0) = sigmoid(φ - 2/3 ln(0.1 / 1.1)): 0.831822 at 0, 0.956835 at 1.5.
+        let gates = logits(&[0.0, 0.15]);
+        let found = super::super::floats(probability(&gates));
+        assert!((found[0] - 0.831822).abs() < 1e-5, "{found:?}");
+        assert!((found[1] - 0.956835).abs() < 1e-5, "{found:?}");
+        // Open while P(z = 0) < 0.34: φ > ln(0.66 / 0.34) - 1.598597 = -0.935303.
+        assert_eq!(open(&logits(&[-0.0934, -0.0936])), [true, false]);
+
+        let mut adapter = adapter(&Bayesian::new(2).with_penalty(2.0));
+        adapter.rank_gates = gates;
+        adapter.a_gates = logits(&[0.0, 0.0, 100.0, 0.0]);
+        adapter.b_gates = logits(&[100.0, 100.0, 100.0, 100.0]);
+        let p = 0.831822f32;
+        let of_a = (2.0 * p + 2.0 * p * p + 4.0 * p * p + 8.0 * p * p * p) / 16.0;
+        let expected = 2.0 * ((p + 0.956835) / 2.0 + (of_a + 1.0) / 2.0);
+        let found = super::super::floats(adapter.penalty())[0];
+        assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+
+        // Drawn, shares of them are at 0 and at 1 exactly: P(z = 0) as above, P(z = 1) at 0 the same
+        // by symmetry.
+        let n = 20_000;
+        let gates = Param::from_tensor(Tensor::<1>::zeros([n], &Device::flex()));
+        let mut noise = Some(layer_rng(3, ""));
+        let drawn = super::super::floats(super::gates(&gates, &mut noise));
+        for end in [0.0, 1.0] {
+            let share = drawn.iter().filter(|&&gate| gate == end).count() as f32 / n as f32;
+            assert!((share - (1.0 - p)).abs() < 0.01, "{share} at {end}");
+        }
+    }
+
+    /// Gradients of what the factors become reach each of their elements, the largest too.
+    #[test]
+    fn gradients_pass_through_rounding() {
+        let factor = factor().autodiff().require_grad();
+        let gates = Tensor::<1>::ones([4], &Device::flex()).autodiff();
+        let gradients = rounded(factor.clone(), gates).sum().backward();
+        let found = super::super::floats(factor.grad(&gradients).unwrap());
+        assert!(
+            found.iter().all(|&gradient| (gradient - 1.0).abs() < 1e-6),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -114,8 +114,9 @@ impl Lora {
     }
 
     /// The adapter of the layer at `path` that starts by adding `a · b`, `[d_in, r]` and `[r, d_out]`:
-    /// each factor has the same norm at each rank, and is divided by `√σ`, so that `σ A B = a b`
-    /// whatever `α` is. DoRA's norms start as those of the sum with the layer's weight.
+    /// at each rank both factors have the same norm, and are divided by `√σ`, so that `σ A B = a b`
+    /// whatever `α` is. A rank whose product is zero starts as [`Method::init`] has it. DoRA's norms
+    /// start as those of the sum with the layer's weight.
     ///
     /// # Errors
     /// As [`Method::init`]; [`Error::Shape`] if the factors do not fit.
@@ -130,14 +131,16 @@ impl Lora {
         check_shape(path, [d_in, self.rank], a.dims())?;
         check_shape(path, [self.rank, d_out], b.dims())?;
         let mut adapter = self.adapter(path, linear)?;
-        // A rank that adds nothing leaves its other factor as it is, to be trained.
-        let norm = |squares: Tensor<1>| squares.clamp_min(f32::MIN_POSITIVE).sqrt();
-        let of_a = norm(a.clone().square().sum_dim(0).squeeze_dim(0));
-        let of_b = norm(b.clone().square().sum_dim(1).squeeze_dim(1));
-        let balance = (of_b.log() - of_a.log()) * 0.5;
-        let balance = balance.clamp(-20.0, 20.0).exp().unsqueeze_dim::<2>(0);
+        let of_a = a.clone().square().sum_dim(0).sqrt();
+        let of_b = b.clone().square().sum_dim(1).sqrt().transpose();
+        // A rank that adds nothing begins as LoRA's do, to be trained: `A` at random, `B` at zero.
+        let adds = (of_a.clone() * of_b.clone()).greater_elem(0.0).float();
+        let log = |norm: Tensor<2>| norm.clamp_min(f32::MIN_POSITIVE).log();
+        let balance = ((log(of_b) - log(of_a)) * 0.5).exp();
         let root = adapter.scale().sqrt();
-        let (a, b) = (a * balance.clone(), b / balance.transpose());
+        let fresh = adapter.a() * (adds.ones_like() - adds.clone()) * root;
+        let a = a * balance.clone() * adds.clone() + fresh;
+        let b = b / balance.transpose() * adds.transpose();
         if let Some(magnitude) = &mut adapter.magnitude {
             let sum = linear.weight().to_dense() + a.clone().matmul(b.clone());
             let squares = sum.square().sum_dim(0).squeeze_dim(0);
