@@ -15,7 +15,7 @@ use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
-use examples::tuning::{Result, exit};
+use examples::tuning::{Result, exit, max_difference};
 use examples::{embedded, table};
 use indicatif::{ProgressBar, ProgressStyle};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
@@ -366,13 +366,23 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     println!(
         "\nperplexity {full:.4} dense, {bare:.4} of the base, {started:.4} with its adapters; {n_bytes} bytes in packed layers"
     );
+    if let Some(out) = &args.out {
+        let again = save(args, out, &base, &adapters, &layers, device)?;
+        let probe = |model: &Llama| {
+            let logits = peft::CausalLm::forward(model, texts.eval[0].tokens()).into_data();
+            logits.convert::<f32>().try_into_vec::<f32>()
+        };
+        let (started, again) = (probe(&lm.model), probe(&again.model));
+        let difference = max_difference(&started.expect("f32"), &again.expect("f32"));
+        if difference > 1e-4 {
+            return Err(format!("read again, logits differ by {difference:e}").into());
+        }
+        println!("read again, logits differ by {difference:e} at most");
+    }
     if args.steps > 0 {
         peft::fit(&mut lm.model, &texts.train, &fit_config(args, seed), |_| {})?;
         let tuned = perplexity(&lm.model, &texts.eval)?.value();
         println!("perplexity {tuned:.4} after {} steps of tuning", args.steps);
-    }
-    if let Some(out) = &args.out {
-        save(args, out, &base, &adapters, &layers, device)?;
     }
     Ok(())
 }
@@ -385,7 +395,7 @@ fn save(
     adapters: &Adapters,
     layers: &[InitializedLayer],
     device: &Device,
-) -> Result<()> {
+) -> Result<Pretrained> {
     let format = match args.format {
         Format::QuantCore => CheckpointFormat::QuantCore,
         Format::Bitsandbytes => CheckpointFormat::Bitsandbytes,
@@ -398,12 +408,8 @@ fn save(
     let mut again = models::load(&to_base, device)?;
     let adapters = Adapters::load_hf(&to_adapter, &again.model)?;
     peft::activate(&mut again.model, &adapters)?;
-    println!(
-        "saved, and read again: {} and {}",
-        to_base.display(),
-        to_adapter.display()
-    );
-    Ok(())
+    println!("saved: {}, {}", to_base.display(), to_adapter.display());
+    Ok(again)
 }
 
 /// The bits and groups of each layer by LQ-LoRA's errors, under the budget.
