@@ -87,7 +87,11 @@ fn initializations(criterion: &mut Criterion) {
             nf(2),
         ),
         ("pissa nf4 rank 16", Box::new(Pissa::new(16)), nf(4)),
-        ("lq-lora nf4 rank 16", Box::new(LqLora::new(16)), nf(4)),
+        (
+            "lq-lora nf4 rank 16, 10 rounds",
+            Box::new(LqLora::new(16).with_max_rounds(10)),
+            nf(4),
+        ),
         ("cloq 2 bits g64 rank 16", Box::new(Qera::new(16)), optq()),
     ];
     let mut group = criterion.benchmark_group(format!("initialize {width}x{width}"));

@@ -5,8 +5,10 @@ use quant_core::{full_svd, sum_of_squares, symmetric_eigen};
 use rand::RngExt;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-/// Directions beside those that are asked for, which make the iteration converge.
+/// Directions beside those that are asked for, at least, which make the iteration converge.
 const OVERSAMPLING: usize = 8;
+/// Products of more columns than this are the faster for whole registers of them.
+const REGISTERS: usize = 32;
 /// Blocks of a Krylov space, before it begins again from its best directions.
 const BLOCKS: usize = 8;
 /// Times that it begins again, before there is a full decomposition.
@@ -104,11 +106,11 @@ impl Truncation {
             low.error *= size * size;
             return Some(low);
         }
-        let width = rank + OVERSAMPLING;
-        if m.min(n) <= 3 * width {
+        if m.min(n) <= 3 * width(rank) {
             return full(matrix, rank, power);
         }
-        let mut start = start.unwrap_or_else(|| random([n, width], self.seed, &matrix.device()));
+        let mut start =
+            start.unwrap_or_else(|| random([n, width(rank)], self.seed, &matrix.device()));
         for _ in 0..RESTARTS {
             match self.krylov(&matrix, rank, start, power)? {
                 (found, true) => return Some(found),
@@ -212,7 +214,7 @@ impl Ritz {
         let kept = columns(rank);
         let left = lefts.matmul(kept.clone());
         let right = images.clone().matmul(kept).transpose();
-        let directions = images.matmul(columns(rank + OVERSAMPLING));
+        let directions = images.matmul(columns(width(rank)));
         let mut low = LowRank {
             error: (power - sum_of_squares(right.clone())).max(0.0),
             left: padded(left, rank, 1),
@@ -243,7 +245,7 @@ fn nothing(matrix: &Tensor<2>, rank: usize, power: f64, seed: u64) -> LowRank {
         left: Tensor::zeros([m, rank], &device),
         right: Tensor::zeros([rank, n], &device),
         error: power,
-        directions: random([n, rank + OVERSAMPLING], seed, &device),
+        directions: random([n, width(rank)], seed, &device),
     }
 }
 
@@ -263,10 +265,18 @@ fn full(matrix: Tensor<2>, rank: usize, power: f64) -> Option<LowRank> {
         error: (power - sum_of_squares(right.clone())).max(0.0),
         left,
         right,
-        directions: first(&v, n, (rank + OVERSAMPLING).min(k)),
+        directions: first(&v, n, width(rank).min(k)),
     };
     low.refine_error(&matrix, power);
     Some(low)
+}
+
+/// Columns of a block for this rank.
+fn width(rank: usize) -> usize {
+    match rank + OVERSAMPLING {
+        width if width > REGISTERS => width.next_multiple_of(16),
+        width => width,
+    }
 }
 
 /// `block` without what of it `basis` spans; none if nothing is left of it.
