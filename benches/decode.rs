@@ -11,7 +11,7 @@ use std::time::Instant;
 use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
 use burn::tensor::Device;
 use examples::memory;
-use models::Llama;
+use models::Model;
 use quant_core::{Quantizer, Rtn};
 
 const PROMPT: u32 = 128;
@@ -24,14 +24,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rtn = Rtn::new().with_bits(4).with_group_size(128);
     models::quantize(&mut model, &rtn, &[], |_| {})?;
     let config = model.config();
-    let dims = [config.hidden_size, config.vocab_size];
+    let dims = [config.hidden_size(), config.vocab_size()];
     decode("head in f32", &model, 4 * (dims[0] * dims[1]) as u64)?;
     models::quantize_head(&mut model, &rtn)?;
     decode("head in 4 bits", &model, rtn.format()?.n_bytes(dims)?)
 }
 
 /// Decodes with a head of `n_bytes`.
-fn decode(head: &str, model: &Llama, n_bytes: u64) -> Result<(), Box<dyn std::error::Error>> {
+fn decode(head: &str, model: &Model, n_bytes: u64) -> Result<(), Box<dyn std::error::Error>> {
     let prompt: Vec<u32> = (0..PROMPT).map(|at| at * 241 % 32_000).collect();
     memory::reset_peak();
     // The first run warms up.

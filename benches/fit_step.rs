@@ -15,7 +15,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use examples::memory;
-use models::Llama;
+use models::Model;
 use peft::{Batch, FitConfig, Linears, Lora, Method, Peqa};
 use quant_core::{DoubleQuant, NormalFloat, Precision, Quantizer, Rtn};
 
@@ -116,10 +116,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-fn measure(name: &str, mut model: Llama, n_trainable: usize, args: &Args) -> peft::Result<()> {
+fn measure(name: &str, mut model: Model, n_trainable: usize, args: &Args) -> peft::Result<()> {
     let device = Device::flex();
     device.seed(0);
-    let vocab = model.config().vocab_size as f64;
+    let vocab = model.config().vocab_size() as f64;
     let tokens = Tensor::<2>::random([BATCH, SEQ], Distribution::Uniform(0.0, vocab), &device);
     let batch = Batch::new(tokens.int())?;
     let packed = packed_bytes(&model);

@@ -16,7 +16,7 @@ use examples::method::MethodName;
 use examples::table::{self, number};
 use examples::tuning::{Cut, Perplexities, Result, Texts, bits, exit, weights_bytes};
 use examples::{embedded, memory};
-use models::{Llama, Pretrained};
+use models::{Model, Pretrained};
 use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
 use plotters::prelude::*;
 use quant_core::{Format, Quantizer};
@@ -187,7 +187,7 @@ fn fit_config(args: &Args, method: MethodName) -> FitConfig {
 }
 
 /// Attaches the method with the largest rank that the budget and the layers allow.
-fn attach(args: &Args, method: MethodName, model: &mut Llama) -> Result<(Option<usize>, usize)> {
+fn attach(args: &Args, method: MethodName, model: &mut Model) -> Result<(Option<usize>, usize)> {
     let mut best = None;
     for rank in 1.. {
         let mut larger = model.clone();

@@ -19,7 +19,7 @@ use examples::tuning::{Result, exit, max_difference};
 use examples::{embedded, table};
 use indicatif::{ProgressBar, ProgressStyle};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
-use models::{CheckpointFormat, Llama, Pretrained, perplexity};
+use models::{CheckpointFormat, Model, Pretrained, perplexity};
 use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Quantizer, Rtn, allocate};
 
@@ -144,7 +144,7 @@ impl Name {
         }
     }
 
-    fn method(self, lora: Lora) -> Box<dyn Initialization<Llama>> {
+    fn method(self, lora: Lora) -> Box<dyn Initialization<Model>> {
         match self {
             Self::Qlora => Box::new(lora),
             Self::Loftq => Box::new(Loftq::new(lora)),
@@ -368,7 +368,7 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     );
     if let Some(out) = &args.out {
         let again = save(args, out, &base, &adapters, &layers, device)?;
-        let probe = |model: &Llama| {
+        let probe = |model: &Model| {
             let logits = peft::CausalLm::forward(model, texts.eval[0].tokens()).into_data();
             logits.convert::<f32>().try_into_vec::<f32>()
         };
@@ -413,7 +413,7 @@ fn save(
 }
 
 /// The bits and groups of each layer by LQ-LoRA's errors, under the budget.
-fn chosen(args: &Args, average: f64, model: &Llama, texts: &Texts) -> Result<PerLayer> {
+fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<PerLayer> {
     let quantizers: Vec<Box<dyn Quantizer>> = pairs(&args.bits, &args.group_size)
         .map(|(&bits, &group_size)| Name::LqLora.quantizer(args.grid, bits, group_size))
         .collect();

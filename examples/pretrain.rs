@@ -14,7 +14,7 @@ use clap::Parser;
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use indicatif::{ProgressBar, ProgressStyle};
-use models::{Llama, LlamaConfig, Pretrained, RopeScaling, Windows};
+use models::{LlamaConfig, Model, Pretrained, RopeScaling, Windows};
 use peft::{FitConfig, Schedule};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -74,10 +74,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: false,
+        attention_output_bias: false,
         mlp_bias: false,
         tie_word_embeddings: false,
     };
-    let model = Llama::init(&config, args.seed, &device);
+    let model = Model::init(&config, args.seed, &device);
     println!("{} parameters", model.num_params());
     let mut lm = Pretrained::new(model, &tokenizer)?;
 

@@ -9,11 +9,11 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
-use models::{Llama, LlamaConfig, RopeScaling};
+use models::{LlamaConfig, Model, RopeScaling};
 use peft::Linears;
 
 /// A LLaMA of 109.5 million random parameters, frozen as a loaded one is.
-pub fn llama(device: &Device) -> Llama {
+pub fn llama(device: &Device) -> Model {
     let config = LlamaConfig {
         vocab_size: 32_000,
         hidden_size: 768,
@@ -27,14 +27,15 @@ pub fn llama(device: &Device) -> Llama {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: false,
+        attention_output_bias: false,
         mlp_bias: false,
         tie_word_embeddings: true,
     };
-    Llama::init(&config, 0, device).no_grad()
+    Model::init(&config, 0, device).no_grad()
 }
 
 /// Bytes of the packed projections.
-pub fn packed_bytes(model: &Llama) -> usize {
+pub fn packed_bytes(model: &Model) -> usize {
     let linears = model.linears().into_iter();
     linears.map(|(_, linear)| linear.weight().n_bytes()).sum()
 }

@@ -1,7 +1,10 @@
 //! Causal attention: an extension of burn's backends.
 
-use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
-use burn::tensor::Tensor;
+use burn::backend::{
+    Backend, Dispatch, ExtensionType, backend_extension,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{Int, Tensor};
 
 mod autodiff;
 mod composed;
@@ -9,6 +12,16 @@ mod composed;
 mod flex;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
+
+/// The first key that each query sees. (burn's extensions take no `Option` of a tensor.)
+#[derive(ExtensionType, Clone, Debug)]
+#[extension_type(fusion: cfg(feature = "cubecl"))]
+pub(crate) enum Starts<B: Backend> {
+    /// The first of all.
+    First,
+    /// `[batch, seq_q]`.
+    Each(IntTensor<B>),
+}
 
 /// Operations on queries `[batch, seq_q, heads, dim]` with keys and values
 /// `[batch, seq_k, kv_heads, dim]`, composed from burn's primitive operations unless a backend
@@ -27,9 +40,10 @@ pub(crate) trait AttentionOps: Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        #[extension_type] starts: Starts<Self>,
         scale: f64,
     ) -> FloatTensor<Self> {
-        Self::causal_attention_forward(q, k, v, scale).0
+        Self::causal_attention_forward(q, k, v, starts, scale).0
     }
 
     /// The output, and the logarithm of the sum of the exponentials of the scaled scores of each
@@ -39,9 +53,10 @@ pub(crate) trait AttentionOps: Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        #[extension_type] starts: Starts<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed::forward::<Self>(q, k, v, scale)
+        composed::forward::<Self>(q, k, v, starts, scale)
     }
 
     /// The gradients for `q`, `k` and `v`, from what the forward pass was given and gave.
@@ -53,12 +68,13 @@ pub(crate) trait AttentionOps: Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        #[extension_type] starts: Starts<Self>,
         y: FloatTensor<Self>,
         lse: FloatTensor<Self>,
         dy: FloatTensor<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed::backward::<Self>(q, k, v, y, lse, dy, scale)
+        composed::backward::<Self>(q, k, v, starts, y, lse, dy, scale)
     }
 }
 
@@ -72,19 +88,27 @@ impl AttentionOps for burn_cubecl::CubeBackend {}
 /// all three.
 ///
 /// The queries are the last `seq_q` positions of `seq_k`: query `i` sees the keys
-/// `0 ..= seq_k - seq_q + i`. Head `h` reads the keys and values of head `h / (heads / kv_heads)`
+/// `starts[i] ..= seq_k - seq_q + i`, from the first of all on without `starts`. Several texts one
+/// after the other, and fillings before or after a text, are told apart so. Head `h` reads the keys and values of head `h / (heads / kv_heads)`
 /// (grouped queries: Ainslie et al. 2023, arXiv:2305.13245). On the CPU no matrix of scores is held;
 /// backward computes the probabilities again (Dao 2023, arXiv:2307.08691).
 ///
 /// # Shapes
 /// - `q`: `[batch, seq_q, heads, dim]`
 /// - `k`, `v`: `[batch, seq_k, kv_heads, dim]`
+/// - `starts`: `[batch, seq_q]`, none after the query's own position
 /// - result: `[batch, seq_q, heads, dim]`
 ///
 /// # Panics
 /// If the shapes do not fit, there are no heads or no values in one, `kv_heads` does not divide
 /// `heads`, there are fewer keys than queries, or the scale is not above zero.
-pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) -> Tensor<4> {
+pub fn causal_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    starts: Option<Tensor<2, Int>>,
+    scale: f64,
+) -> Tensor<4> {
     let ([batch, seq_q, heads, dim], [_, seq_k, kv_heads, _]) = (q.dims(), k.dims());
     let of_keys = [batch, seq_k, kv_heads, dim];
     assert_eq!(k.dims(), of_keys, "the shape of the keys");
@@ -96,6 +120,13 @@ pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, scale: f64) ->
     assert!(seq_q <= seq_k, "{seq_q} queries have {seq_k} keys");
     assert!(heads * dim > 0, "{heads} heads of {dim}");
     assert!(scale > 0.0, "a scale of {scale}");
+    let starts = match starts {
+        Some(starts) => {
+            assert_eq!(starts.dims(), [batch, seq_q], "the shape of the starts");
+            Starts::Each(starts.into_dispatch())
+        }
+        None => Starts::First,
+    };
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, scale))
+    Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, starts, scale))
 }

@@ -1,10 +1,11 @@
 //! Tensors of the CPU backend as slices.
 
 use burn::backend::{
-    DType,
+    DType, Flex,
     flex::{FlexTensor, Layout},
+    ops::IntTensorOps,
 };
-use burn::tensor::{Bytes, Shape};
+use burn::tensor::{Bytes, IntDType, Shape};
 
 /// Row by row, copied only if it is not so already.
 pub(crate) fn contiguous(t: FlexTensor) -> FlexTensor {
@@ -17,6 +18,17 @@ pub(crate) fn contiguous(t: FlexTensor) -> FlexTensor {
 /// The values of a tensor that is known to be contiguous and `F32`.
 pub(crate) fn floats(t: &FlexTensor) -> &[f32] {
     t.as_slice().expect("a contiguous f32 tensor")
+}
+
+/// The values of a tensor of integers.
+///
+/// # Panics
+/// If one is negative.
+pub(crate) fn integers(t: FlexTensor) -> Vec<usize> {
+    let t = contiguous(Flex::int_cast(t, IntDType::I64));
+    let values = t.as_slice::<i64>().expect("cast to i64").iter();
+    let index = |&value: &i64| usize::try_from(value).expect("an index is not negative");
+    values.map(index).collect()
 }
 
 pub(crate) fn all_f32<const N: usize>(tensors: [&FlexTensor; N]) -> bool {

@@ -252,13 +252,10 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
             }
         }
         let stages = model.stages();
-        let positions = |model: &M, batch: &Batch| {
-            let tokens = batch.tokens();
-            model.positions(tokens.dims()[1], &tokens.device())
-        };
+        let positions = |model: &M, batch: &Batch| model.positions(batch.spans());
         // Inputs of the block: through packed blocks, and through dense ones.
         let mut inputs: Vec<[Tensor<3>; 2]> = (calibration.iter())
-            .map(|batch| model.embed(batch.tokens()))
+            .map(|batch| model.embed(batch.tokens(), &positions(model, batch)))
             .map(|x| [x.clone(), x])
             .collect();
         let mut streams = Streams::start(model, calibration, known.needs == Needs::Drift);
@@ -407,7 +404,7 @@ impl ApiqBlock {
         model: &M,
         recipe: &dyn Recipe,
         known: &Known,
-        streams: &Streams<M>,
+        streams: &Streams<'_, M>,
         block: usize,
         stages: &[Range<usize>],
     ) -> Result<Vec<Learner>> {

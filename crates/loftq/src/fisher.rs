@@ -40,11 +40,14 @@ impl Fisher {
         let tracked = tracked.train();
         let mut sums = BTreeMap::<String, [Tensor<1>; 2]>::new();
         for batch in calibration {
-            batch.check(model.vocab_size()).map_err(Error::Peft)?;
-            let [n, seq] = batch.tokens().dims();
-            for at in 0..n {
-                let one = Batch::new(batch.tokens().slice([at..at + 1, 0..seq]))?;
-                let gradients = token_nll(&tracked, &one).mean().backward();
+            batch.check(model).map_err(Error::Peft)?;
+            for at in 0..batch.tokens().dims()[0] {
+                // A sequence without targets has no gradient.
+                let Ok(one) = batch.sequence(at) else {
+                    continue;
+                };
+                let nll = token_nll(&tracked, &one).sum() / one.n_targets() as f32;
+                let gradients = nll.backward();
                 for (path, linear) in tracked.linears() {
                     let Weight::Dense(weight) = linear.weight() else {
                         unreachable!("made dense above");

@@ -87,7 +87,7 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             return Err(peft::Error::NoCalibration.into());
         }
         for batch in calibration {
-            batch.check(model.vocab_size())?;
+            batch.check(model)?;
         }
         let teacher = model.clone();
         let hidden = |batch: &Batch| teacher.norm(last_output(&teacher, batch));

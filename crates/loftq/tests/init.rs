@@ -5,7 +5,7 @@ use loftq::{
     Apiq, ApiqBlock, Error, Fisher, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera,
     Rilq, init, sensitivities,
 };
-use models::{Llama, LlamaConfig, RopeScaling};
+use models::{LlamaConfig, Model, RopeScaling};
 use peft::{
     Adapter, Batch, CausalLm, Fingerprint, FitConfig, Linears, Lora, PerLayer, Weight, last_output,
     token_nll,
@@ -26,13 +26,14 @@ fn config() -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: true,
+        attention_output_bias: true,
         mlp_bias: false,
         tie_word_embeddings: false,
     }
 }
 
-fn model() -> Llama {
-    Llama::init(&config(), 3, &Device::flex())
+fn model() -> Model {
+    Model::init(&config(), 3, &Device::flex())
 }
 
 fn batches(n: usize) -> Vec<Batch> {
@@ -50,8 +51,8 @@ fn rtn(bits: usize) -> Rtn {
 }
 
 /// The mean squared distance of last hidden states from those of the dense model.
-fn distance(model: &Llama, dense: &Llama, batches: &[Batch]) -> f64 {
-    let hidden = |model: &Llama, batch: &Batch| model.norm(last_output(model, batch));
+fn distance(model: &Model, dense: &Model, batches: &[Batch]) -> f64 {
+    let hidden = |model: &Model, batch: &Batch| model.norm(last_output(model, batch));
     let of = |batch: &Batch| {
         let difference = hidden(model, batch) - hidden(dense, batch);
         f64::from(difference.square().mean().into_scalar::<f32>())
@@ -74,7 +75,7 @@ fn relative(dense: Tensor<2>, found: Tensor<2>) -> f64 {
     (square(found - dense.clone()) / square(dense)).sqrt()
 }
 
-type Case = (&'static str, Box<dyn Initialization<Llama>>);
+type Case = (&'static str, Box<dyn Initialization<Model>>);
 
 fn cases() -> Vec<Case> {
     let lora = || Lora::new(3).with_alpha(5.0);
@@ -168,11 +169,11 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
         }
 
         // Only adapters were tuned.
-        let others = |model: &Llama| {
+        let others = |model: &Model| {
             let head = model.head().into_data().try_into_vec::<f32>().unwrap();
             let tokens = calibration[0].tokens();
             let embedded = model
-                .embed(tokens)
+                .embed(tokens, &model.positions(calibration[0].spans()))
                 .into_data()
                 .try_into_vec::<f32>()
                 .unwrap();
@@ -184,7 +185,7 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
         );
         let mut again = dense.clone();
         init(&mut again, &*method, &rtn(2), &calibration, |_| {}).unwrap();
-        let bits = |model: &Llama| {
+        let bits = |model: &Model| {
             let logits = model.forward(calibration[0].tokens()).into_data();
             logits.try_into_vec::<f32>().unwrap()
         };
@@ -213,7 +214,7 @@ fn later_layers_see_what_earlier_ones_became() {
         (0.0, 0.0)
     );
     assert_eq!(layers[1].path, path);
-    let factor = |model: &Llama| {
+    let factor = |model: &Model| {
         let linears = model.linears();
         let (_, linear) = linears.iter().find(|(other, _)| other == path).unwrap();
         let Some(Adapter::Lora(lora)) = linear.adapter() else {
@@ -235,7 +236,7 @@ fn layers_have_their_own_bits_and_some_no_adapter() {
     }
     for method in [
         Box::new(Loftq::new(Lora::new(2).with_targets(["q_proj", "up_proj"])))
-            as Box<dyn Initialization<Llama>>,
+            as Box<dyn Initialization<Model>>,
         Box::new(ApiqBlock::new(Lora::new(2).with_targets(["q_proj", "up_proj"])).with_rounds(2)),
         Box::new(Rilq::new(Lora::new(2).with_targets(["q_proj", "up_proj"]))),
     ] {
@@ -262,7 +263,7 @@ fn blocks_may_stay_dense() {
     let targets = ["up_proj", "q_proj"];
     for method in [
         Box::new(Apiq::new(Lora::new(2).with_targets(targets)).with_rounds(3))
-            as Box<dyn Initialization<Llama>>,
+            as Box<dyn Initialization<Model>>,
         Box::new(ApiqBlock::new(Lora::new(2).with_targets(targets)).with_rounds(3)),
         Box::new(Rilq::new(Lora::new(2).with_targets(targets))),
     ] {
@@ -288,11 +289,11 @@ fn blocks_may_stay_dense() {
 #[test]
 fn apiq_lowers_the_error_of_a_block() {
     let (dense, calibration) = (model(), batches(3));
-    let error = |model: &Llama| {
+    let error = |model: &Model| {
         let mut sum = 0.0;
         for batch in &calibration {
-            let positions = model.positions(24, &Device::flex());
-            let x = model.embed(batch.tokens());
+            let positions = model.positions(batch.spans());
+            let x = model.embed(batch.tokens(), &positions);
             let y = model.block(0, x.clone(), &positions);
             let difference = y - dense.block(0, x, &positions);
             sum += f64::from(difference.square().sum().into_scalar::<f32>());
@@ -324,7 +325,7 @@ fn pissa_splits_what_stays_dense() {
     let dense_recipe = PerLayer::default();
     let layers = init(&mut model, &Pissa::new(4), &dense_recipe, &[], |_| {}).unwrap();
     assert_eq!(layers.len(), dense.linears().len());
-    let logits = |model: &Llama| model.forward(batch.tokens());
+    let logits = |model: &Model| model.forward(batch.tokens());
     let difference = (logits(&model) - logits(&dense)).abs().max();
     assert!(difference.into_scalar::<f32>() < 1e-4);
     let mut base = model.clone();
@@ -332,7 +333,7 @@ fn pissa_splits_what_stays_dense() {
     let difference = (logits(&base) - logits(&dense)).abs().max();
     assert!(difference.into_scalar::<f32>() > 1e-2, "the base lost them");
     // It trains on from there.
-    let loss = |model: &Llama| f64::from(token_nll(model, batch).mean().into_scalar::<f32>());
+    let loss = |model: &Model| f64::from(token_nll(model, batch).mean().into_scalar::<f32>());
     let before = loss(&model);
     let config = FitConfig::new().with_steps(Some(5));
     peft::fit(&mut model, &batches(1), &config, |_| {}).unwrap();
@@ -429,13 +430,13 @@ fn the_fisher_information_is_the_square_of_gradients() {
 fn what_cannot_be_is_refused_before_anything_changes() {
     let (dense, calibration) = (model(), batches(1));
     let refused =
-        |method: &dyn Initialization<Llama>, recipe: &dyn peft::Recipe, calibration: &[Batch]| {
+        |method: &dyn Initialization<Model>, recipe: &dyn peft::Recipe, calibration: &[Batch]| {
             let mut model = dense.clone();
             let error = init(&mut model, method, recipe, calibration, |_| {}).unwrap_err();
             assert_eq!(Fingerprint::of(&model), Fingerprint::of(&dense), "{error}");
             error
         };
-    let blind: [Box<dyn Initialization<Llama>>; 5] = [
+    let blind: [Box<dyn Initialization<Model>>; 5] = [
         Box::new(Qera::new(2)),
         Box::new(Apiq::new(2)),
         Box::new(ApiqBlock::new(2)),
@@ -467,7 +468,7 @@ fn what_cannot_be_is_refused_before_anything_changes() {
     assert!(matches!(error, Error::Peft(peft::Error::Token { .. })));
     // Normal floats have no range to learn.
     for method in [
-        Box::new(Apiq::new(2)) as Box<dyn Initialization<Llama>>,
+        Box::new(Apiq::new(2)) as Box<dyn Initialization<Model>>,
         Box::new(ApiqBlock::new(2)),
     ] {
         let nf = NormalFloat::new().with_block_size(8);
@@ -484,7 +485,7 @@ fn what_cannot_be_is_refused_before_anything_changes() {
         last.0.insert(path, quantizer);
     }
     for method in [
-        Box::new(Apiq::new(2)) as Box<dyn Initialization<Llama>>,
+        Box::new(Apiq::new(2)) as Box<dyn Initialization<Model>>,
         Box::new(ApiqBlock::new(2)),
     ] {
         let error = refused(&*method, &last, &calibration);

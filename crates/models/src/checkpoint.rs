@@ -15,8 +15,9 @@ use peft::{Linear, Linears, Weight};
 use quant_core::{DoubleScales, QuantTensor, Scales};
 use serde_json::{Map, Value};
 
-use crate::llama::{HEAD, Source};
-use crate::{Error, Llama, LlamaConfig, Result, Tokenizer, Windows};
+use crate::model::Table;
+use crate::source::{HEAD, Source};
+use crate::{Config, Error, Model, Result, Tokenizer, Windows};
 
 mod bitsandbytes;
 mod exact;
@@ -49,7 +50,7 @@ const CARRIED: [&str; 4] = [
 #[derive(Clone, Debug)]
 pub struct Pretrained {
     /// The model.
-    pub model: Llama,
+    pub model: Model,
     /// Its tokenizer, if the directory has one.
     pub tokenizer: Option<Tokenizer>,
     dir: PathBuf,
@@ -126,7 +127,7 @@ trait LayerFormat {
     }
 }
 
-/// The projections of a model to be written, and its head if that is packed.
+/// The weights of a model to be written that may be packed, and its head if it is.
 struct Projections<'a> {
     packed: Vec<(String, &'a QuantTensor)>,
     dense: Vec<String>,
@@ -137,10 +138,13 @@ struct Projections<'a> {
 type Refusals = Vec<(String, String)>;
 
 impl<'a> Projections<'a> {
-    fn of(model: &'a Llama) -> Self {
+    fn of(model: &'a Model) -> Self {
         let (mut packed, mut dense) = (Vec::new(), Vec::new());
-        for (path, linear) in model.linears() {
-            match linear.weight() {
+        let linears = model.linears().into_iter();
+        let linears = linears.map(|(path, linear)| (path, linear.weight()));
+        let others = model.other_weights().into_iter();
+        for (path, weight) in linears.chain(others.filter(|(path, _)| path != HEAD)) {
+            match weight {
                 Weight::Quant(weight) => packed.push((path, weight)),
                 Weight::Dense(_) => dense.push(path),
             }
@@ -208,8 +212,8 @@ impl Pretrained {
     /// If the tokenizer cannot be read.
     ///
     /// # Panics
-    /// If the model has a rope scaling: see [`LlamaConfig::to_json`].
-    pub fn new(model: Llama, tokenizer: &Path) -> Result<Self> {
+    /// If the model has a rope scaling: see [`Config::to_json`].
+    pub fn new(model: Model, tokenizer: &Path) -> Result<Self> {
         let bytes = read(tokenizer)?;
         Ok(Self {
             config: model.config().to_json(),
@@ -237,7 +241,7 @@ impl Pretrained {
             return Err(Error::NoTokenizer { dir });
         };
         let tokens = tokenizer.encode(text)?;
-        let vocab_size = config.vocab_size;
+        let vocab_size = config.vocab_size();
         if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
             return Err(Error::Token { token, vocab_size });
         }
@@ -263,7 +267,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = files::read_json(&config_path)?;
     let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
-    let shape = LlamaConfig::from_json(&config, &config_path)?;
+    let shape = Config::from_json(&config, &config_path)?;
     let tokenizer = match dir.join(TOKENIZER).exists() {
         true => Some(Tokenizer::open(&dir.join(TOKENIZER))?),
         false => None,
@@ -282,7 +286,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         format,
         device: device.clone(),
     };
-    let model = Llama::build(shape, &mut checkpoint)?;
+    let model = Model::build(shape, &mut checkpoint)?;
     if let Some(format) = &checkpoint.format {
         let linears = model.linears().into_iter().map(|(path, _)| path);
         let others = model.other_weights().into_iter().map(|(path, _)| path);
@@ -370,21 +374,14 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
 }
 
 /// The tensors of a model under Hugging Face's names.
-fn tensors<'a>(model: &'a Llama, layers: &dyn LayerFormat) -> Vec<(String, LazyTensor<'a>)> {
-    let mut all = vec![
-        (
-            "model.embed_tokens.weight".into(),
-            floats(&model.embed_tokens),
-        ),
-        ("model.norm.weight".into(), floats(&model.norm.weight)),
-    ];
-    for (layer, block) in model.layers.iter().enumerate() {
-        let path = format!("model.layers.{layer}");
-        let name = format!("{path}.input_layernorm.weight");
-        all.push((name, floats(&block.input_layernorm.weight)));
-        let name = format!("{path}.post_attention_layernorm.weight");
-        all.push((name, floats(&block.post_attention_layernorm.weight)));
-    }
+fn tensors<'a>(model: &'a Model, layers: &dyn LayerFormat) -> Vec<(String, LazyTensor<'a>)> {
+    let tables = model.tables().into_iter();
+    let mut all: Vec<_> = tables
+        .map(|(name, table)| match table {
+            Table::Vector(table) => (name, floats(table)),
+            Table::Matrix(table) => (name, floats(table)),
+        })
+        .collect();
     for (path, weight) in model.other_weights() {
         all.extend(weight_tensors(&path, weight, layers));
     }
@@ -543,7 +540,7 @@ impl Checkpoint {
     }
 
     /// Refuses tensors that the model has not taken, but for those that say nothing new.
-    fn check_leftovers(&mut self, model: &Llama) -> Result<()> {
+    fn check_leftovers(&mut self, model: &Model) -> Result<()> {
         let linears: HashSet<String> = model.linears().into_iter().map(|(path, _)| path).collect();
         for name in self.tensors.shards.names() {
             if self.tensors.taken.contains(&name) || name.ends_with(".rotary_emb.inv_freq") {

@@ -10,7 +10,9 @@ pub enum Error {
     #[error(transparent)]
     Peft(#[from] peft::Error),
     /// A model of another architecture.
-    #[error("unsupported model type `{model_type}` in `{path}`; supported: llama")]
+    #[error(
+        "unsupported model type `{model_type}` in `{path}`; supported: llama, mistral, qwen2, opt"
+    )]
     Architecture {
         /// The configuration.
         path: PathBuf,

@@ -36,7 +36,7 @@ pub fn perplexity<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Perplexit
             let expected = seq_len;
             return Err(Error::MixedWindows { expected, found });
         }
-        batch.check(model.vocab_size())?;
+        batch.check(model)?;
         let nll = token_nll(model, batch).into_data().convert::<f32>();
         let nll = nll.as_slice::<f32>().expect("converted to f32");
         let n_targets = seq_len - 1;

@@ -1,12 +1,12 @@
 //! A text token by token: what was computed for the tokens before stays in a cache.
 
 use burn::tensor::{Int, Tensor, TensorData};
-use peft::CausalLm;
+use peft::{CausalLm, Spans};
 
-use crate::rope::Rope;
-use crate::{Error, Llama, Result, RopeScaling};
+use crate::positions::Positions;
+use crate::{Config, Error, Model, Result, RopeScaling};
 
-/// The keys and values of the tokens that a [`Llama`] has read, made by [`Llama::cache`].
+/// The keys and values of the tokens that a [`Model`] has read, made by [`Model::cache`].
 ///
 /// Its memory grows with the text, to twice the size at a time; between that, a token is written in
 /// its place and nothing is copied.
@@ -14,7 +14,7 @@ use crate::{Error, Llama, Result, RopeScaling};
 pub struct Cache {
     blocks: Vec<Past>,
     /// Of `capacity` positions; none before the first token.
-    rope: Option<Rope>,
+    positions: Option<Positions>,
     capacity: usize,
     len: usize,
     max_len: usize,
@@ -80,22 +80,27 @@ impl Past {
     }
 }
 
-impl Llama {
-    /// An empty cache for texts of up to `max_len` tokens. They may be more than the model was made
-    /// for, as transformers has it.
+impl Model {
+    /// An empty cache for texts of up to `max_len` tokens. They may be more than a model with rotary
+    /// embeddings was made for, as transformers has it.
     ///
     /// # Errors
+    /// [`peft::Error::TooLong`] for more than [`CausalLm::max_positions`];
     /// [`Error::DynamicRope`] for a `dynamic` rope scaling that `max_len` would bring into effect: it
     /// turns all tokens anew for each length, and a cache holds them as they were turned.
     pub fn cache(&self, max_len: usize) -> Result<Cache> {
-        let config = self.config();
-        let max = config.max_position_embeddings;
-        if matches!(config.rope_scaling, RopeScaling::Dynamic { .. }) && max_len > max {
-            return Err(Error::DynamicRope { max_len, max });
+        if let Some(max) = self.max_positions().filter(|&max| max_len > max) {
+            return Err(peft::Error::TooLong { len: max_len, max }.into());
+        }
+        if let Config::Llama(config) = self.config() {
+            let max = config.max_position_embeddings;
+            if matches!(config.rope_scaling, RopeScaling::Dynamic { .. }) && max_len > max {
+                return Err(Error::DynamicRope { max_len, max });
+            }
         }
         Ok(Cache {
-            blocks: vec![Past::default(); config.num_hidden_layers],
-            rope: None,
+            blocks: vec![Past::default(); self.n_blocks()],
+            positions: None,
             capacity: 0,
             len: 0,
             max_len,
@@ -126,19 +131,20 @@ impl Llama {
         if len > max_len {
             return Err(Error::CacheFull { len, max_len });
         }
-        assert_eq!(cache.blocks.len(), self.layers.len(), "blocks of the cache");
-        if len > cache.capacity || cache.rope.is_none() {
+        assert_eq!(cache.blocks.len(), self.n_blocks(), "blocks of the cache");
+        if len > cache.capacity || cache.positions.is_none() {
             cache.capacity = len.max(2 * cache.capacity).max(64).min(max_len);
             // Of a length for which no scaling depends on it.
-            let rope = Rope::new(self.config(), cache.capacity, &tokens.device());
-            cache.rope = Some(rope);
+            let spans = Spans::whole(cache.capacity, &tokens.device());
+            cache.positions = Some(self.positions(&spans));
         }
-        let rope = cache.rope.as_ref().expect("made above").narrow(start, seq);
+        let positions = cache.positions.as_ref().expect("made above");
+        let positions = positions.narrow(start, seq);
         let logits = kernels::among_threads(&tokens.device(), || {
-            let mut x = self.embed(tokens);
-            for (block, past) in self.layers.iter().zip(&mut cache.blocks) {
+            let mut x = self.embed(tokens, &positions);
+            for (block, past) in self.blocks().iter().zip(&mut cache.blocks) {
                 past.capacity = cache.capacity;
-                x = block.forward(x, &rope, Some(past));
+                x = block.forward(x, &positions, Some(past));
             }
             let x = self.norm(x.narrow(1, seq - 1, 1)).squeeze_dim::<2>(1);
             self.logits(x)
@@ -154,9 +160,9 @@ impl Llama {
 ///
 /// # Errors
 /// [`Error::NoTokens`] for an empty prompt, [`peft::Error::Token`] for a token that the model lacks,
-/// [`Error::DynamicRope`] as [`Llama::cache`], or [`Error::NonFiniteLogits`].
+/// [`Error::DynamicRope`] as [`Model::cache`], or [`Error::NonFiniteLogits`].
 pub fn greedy(
-    model: &Llama,
+    model: &Model,
     prompt: &[u32],
     n_new: usize,
     stop: Option<u32>,

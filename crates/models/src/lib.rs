@@ -1,4 +1,4 @@
-//! LLaMA models to quantize, adapt, evaluate and save.
+//! LLaMA and OPT models to quantize, adapt, evaluate and save.
 //!
 //! | item | what it does |
 //! |---|---|
@@ -37,23 +37,30 @@
 
 #![forbid(unsafe_code)]
 
+mod attention;
 mod checkpoint;
 mod config;
 mod error;
 mod evaluate;
 mod generate;
 mod llama;
+mod model;
+mod norm;
+mod opt;
+mod positions;
 mod quantize;
 mod rope;
+mod source;
 mod tokenizer;
 
 pub use checkpoint::{
     CheckpointFormat, GptqVersion, Plan, PlannedLayer, Pretrained, load, plan, save, save_as,
 };
-pub use config::{LlamaConfig, RopeScaling};
+pub use config::{Activation, Config, LlamaConfig, OptConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, greedy};
-pub use llama::Llama;
+pub use model::{Model, State};
+pub use positions::Positions;
 pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
 pub use tokenizer::{Tokenizer, Windows};

@@ -3,8 +3,8 @@ use std::time::Instant;
 use peft::{Batch, CausalLm, Cost, Recipe, Stages, Streams, Weight, check_recipe};
 use quant_core::{Candidate, Format, Needs, Quantizer};
 
-use crate::llama::HEAD;
-use crate::{Llama, Result};
+use crate::source::HEAD;
+use crate::{Model, Result};
 
 /// What quantizing one layer gave.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,7 +81,7 @@ pub fn quantize<M: Stages + CausalLm>(
 /// # Errors
 /// [`peft::Error::AlreadyQuantized`], or [`peft::Error::Quant`] with what the quantizer has against
 /// the head, or that it needs inputs. Then the model is as it was.
-pub fn quantize_head(model: &mut Llama, quantizer: &dyn Quantizer) -> Result<Cost> {
+pub fn quantize_head(model: &mut Model, quantizer: &dyn Quantizer) -> Result<Cost> {
     if let Some(head) = &mut model.lm_head {
         return Ok(head.quantize(HEAD, quantizer, None)?);
     }
@@ -89,7 +89,7 @@ pub fn quantize_head(model: &mut Llama, quantizer: &dyn Quantizer) -> Result<Cos
     let mut head = Weight::frozen(embedding.transpose());
     let cost = head.quantize(HEAD, quantizer, None)?;
     model.lm_head = Some(head);
-    model.config.tie_word_embeddings = false;
+    model.config.untie();
     Ok(cost)
 }
 
@@ -115,7 +115,7 @@ pub fn sensitivities<M: Stages + CausalLm>(
         needs = needs.max(check_recipe(model, quantizer, calibration)?);
     }
     for batch in calibration {
-        batch.check(model.vocab_size())?;
+        batch.check(model)?;
     }
     let mut all = Vec::new();
     let mut streams = Streams::start(model, calibration, needs == Needs::Drift);

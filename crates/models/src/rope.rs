@@ -3,25 +3,54 @@
 use std::f64::consts::PI;
 
 use burn::tensor::{Device, Tensor, TensorData};
+use peft::Spans;
 
 use crate::{LlamaConfig, RopeScaling};
 
-/// The cosines and sines of the positions of a sequence, `[seq, head_dim]` each.
+/// The cosines and sines of the places of tokens: `[seq, head_dim]` each if they are those of all
+/// sequences, otherwise `[batch * seq, head_dim]`.
 #[derive(Clone, Debug)]
-pub struct Rope {
+pub(crate) struct Rope {
     cos: Tensor<2>,
     sin: Tensor<2>,
 }
 
 impl Rope {
-    pub(crate) fn new(config: &LlamaConfig, seq: usize, device: &Device) -> Self {
+    pub(crate) fn new(config: &LlamaConfig, spans: &Spans) -> Self {
         let magnitude = match config.rope_scaling {
             RopeScaling::Yarn {
                 attention_factor, ..
             } => attention_factor as f32,
             _ => 1.0,
         };
-        Self::of(&frequencies(config, seq), magnitude, seq, device)
+        let seq = spans.seq();
+        let is_dynamic = matches!(config.rope_scaling, RopeScaling::Dynamic { .. });
+        let longest = match spans.starts() {
+            // The one scaling for which the length of the texts counts.
+            Some(_) if is_dynamic => spans.positions().max().into_scalar::<i64>() as usize + 1,
+            _ => seq,
+        };
+        let rope = Self::of(
+            &frequencies(config, longest),
+            magnitude,
+            seq,
+            spans.device(),
+        );
+        rope.of_spans(spans)
+    }
+
+    /// Of places `0 .. seq`, those of the tokens of some texts.
+    pub(crate) fn of_spans(self, spans: &Spans) -> Self {
+        if spans.starts().is_none() {
+            return self;
+        }
+        let places = spans.positions();
+        let [batch, seq] = places.dims();
+        let places = places.reshape([batch * seq]);
+        Self {
+            cos: self.cos.select(0, places.clone()),
+            sin: self.sin.select(0, places),
+        }
     }
 
     /// Of these angles per position, with cosines and sines multiplied by `magnitude`.
@@ -54,7 +83,12 @@ impl Rope {
 
     /// Turns queries or keys, `[batch, seq, heads, head_dim]`.
     pub(crate) fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        kernels::rotate_half(x, self.cos.clone(), self.sin.clone())
+        let dims @ [batch, seq, heads, dim] = x.dims();
+        let x = match self.cos.dims()[0] == seq {
+            true => x,
+            false => x.reshape([1, batch * seq, heads, dim]),
+        };
+        kernels::rotate_half(x, self.cos.clone(), self.sin.clone()).reshape(dims)
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor};
-use models::{Llama, LlamaConfig, Pretrained};
+use models::{Config, LlamaConfig, Model, Pretrained};
 use peft::files::{LazyTensor, TensorFile};
 use peft::{
     Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
@@ -49,7 +49,7 @@ fn tokens(case: &str) -> Tensor<2, Int> {
     reference::tokens(&golden(case).join("reference.safetensors"))
 }
 
-fn logits(model: &Llama, tokens: Tensor<2, Int>) -> Vec<f32> {
+fn logits(model: &Model, tokens: Tensor<2, Int>) -> Vec<f32> {
     values(model.forward(tokens))
 }
 
@@ -61,7 +61,7 @@ fn difference(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 /// The trained tensors, or their gradients, under PEFT's names: factors `[out, in]`, norms `[out]`.
-fn trained(model: &Llama, gradients: Option<&Gradients>) -> BTreeMap<String, Vec<f32>> {
+fn trained(model: &Model, gradients: Option<&Gradients>) -> BTreeMap<String, Vec<f32>> {
     fn of<const D: usize>(tensor: Tensor<D>, gradients: Option<&Gradients>) -> Tensor<D> {
         match gradients {
             Some(gradients) => tensor.grad(gradients).unwrap(),
@@ -212,11 +212,15 @@ fn trained_biases_of_peft_are_loaded() {
         assert_eq!(logits(&model, tokens(BIAS)), disabled);
     }
     // A layer without a bias takes none.
+    let Config::Llama(config) = model.config() else {
+        panic!("a LLaMA");
+    };
     let config = LlamaConfig {
         attention_bias: false,
-        ..model.config().clone()
+        attention_output_bias: false,
+        ..config.clone()
     };
-    let without = Llama::init(&config, 0, &Device::flex());
+    let without = Model::init(config, 0, &Device::flex());
     let error = Adapters::load_hf(golden(BIAS), &without).unwrap_err();
     let named = matches!(&error, Error::NoBias { path } if path.contains("self_attn"));
     assert!(named, "{error}");

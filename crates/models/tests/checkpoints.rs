@@ -9,7 +9,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use models::CheckpointFormat::{Bitsandbytes, Gptq, QuantCore};
 use models::GptqVersion::{V1, V2};
 use models::{
-    CheckpointFormat, Error, Llama, LlamaConfig, Pretrained, RopeScaling, load, save, save_as,
+    CheckpointFormat, Error, LlamaConfig, Model, Pretrained, RopeScaling, load, save, save_as,
 };
 use peft::files::{LazyTensor, TensorFile, write_tensors};
 use peft::{Batch, CausalLm, Fingerprint, FitConfig, Linear, Linears, Peqa, Weight};
@@ -76,7 +76,7 @@ fn floats(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     }
 }
 
-fn parts(model: &Llama) -> Vec<(String, Option<(Format, Parts)>)> {
+fn parts(model: &Model) -> Vec<(String, Option<(Format, Parts)>)> {
     let linears = model.linears().into_iter();
     linears
         .map(|(path, linear)| match linear.weight() {
@@ -108,7 +108,7 @@ fn assert_says(message: impl ToString, parts: &[&str]) {
 
 /// The weights of the golden GPTQ checkpoint as transformers had them for the reference: in the
 /// model's `bf16`, scales and products.
-fn round_to_bf16(model: &mut Llama) {
+fn round_to_bf16(model: &mut Model) {
     let round = |value: f32| half::bf16::from_f32(value).to_f32();
     for (_, linear) in model.linears_mut() {
         change(linear, |parts, format| {
@@ -129,7 +129,7 @@ fn round_to_bf16(model: &mut Llama) {
 
 /// The scales of the golden bitsandbytes checkpoint as its CPU kernel takes them: in each row from
 /// `row * (160 / 64)` on, though the blocks straddle rows.
-fn misplace_blocks(model: &mut Llama) {
+fn misplace_blocks(model: &mut Model) {
     for (path, linear) in model.linears_mut() {
         if path.ends_with("down_proj") {
             let [n_groups, repeated] = [160 / 32, 64 / 32];
@@ -148,7 +148,7 @@ fn misplace_blocks(model: &mut Llama) {
     }
 }
 
-fn logits_differ_by(model: &Llama, dir: &Path, name: &str) -> Option<f32> {
+fn logits_differ_by(model: &Model, dir: &Path, name: &str) -> Option<f32> {
     let path = dir.join("reference.safetensors");
     let mut reference = TensorFile::open(&path).unwrap();
     reference.contains(name).then(|| {
@@ -172,7 +172,7 @@ fn logits_are_those_of_the_numbers_in_the_files() {
 #[test]
 fn logits_are_those_of_the_programs_that_packed_them() {
     for (name, as_they_do) in [
-        (GPTQ, round_to_bf16 as fn(&mut Llama)),
+        (GPTQ, round_to_bf16 as fn(&mut Model)),
         (NF4, misplace_blocks),
     ] {
         for dir in directories(name) {
@@ -295,6 +295,7 @@ fn config(hidden: usize, inner: usize) -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: true,
+        attention_output_bias: true,
         mlp_bias: false,
         tie_word_embeddings: false,
     }
@@ -325,7 +326,7 @@ fn pretrained(config: &LlamaConfig) -> (TempDir, Pretrained) {
     );
     let path = dir.path().join("tokenizer.json");
     fs::write(&path, tokenizer).unwrap();
-    let model = Llama::init(config, 3, &Device::flex()).map(&mut Unround);
+    let model = Model::init(config, 3, &Device::flex()).map(&mut Unround);
     let lm = Pretrained::new(model, &path).unwrap();
     (dir, lm)
 }
@@ -354,7 +355,7 @@ fn change(linear: &mut Linear, change: impl FnOnce(&mut Parts, Format) -> Format
 }
 
 /// Scales that `f16` holds, and zeros that GPTQ v1 does.
-fn round_to_gptq(model: &mut Llama) {
+fn round_to_gptq(model: &mut Model) {
     for (_, linear) in model.linears_mut() {
         change(linear, |parts, format| {
             if let Scales::Float(scales) = &mut parts.scales {
@@ -371,7 +372,7 @@ fn round_to_gptq(model: &mut Llama) {
 }
 
 /// The inputs backwards, in pairs.
-fn reorder(model: &mut Llama) {
+fn reorder(model: &mut Model) {
     for (_, linear) in model.linears_mut() {
         let [d_in, _] = linear.weight().dims();
         change(linear, |parts, format| {
@@ -869,7 +870,7 @@ fn cannot_hold(lm: &Pretrained, format: CheckpointFormat) -> (Vec<(String, Strin
 #[test]
 fn models_that_gptq_does_not_hold_are_refused() {
     let rtn = Rtn::new().with_group_size(8);
-    let refused = |make: &dyn Fn(&mut Llama), version| {
+    let refused = |make: &dyn Fn(&mut Model), version| {
         let (_dir, mut lm) = quantized(&config(32, 64), &rtn);
         round_to_gptq(&mut lm.model);
         make(&mut lm.model);
@@ -877,7 +878,7 @@ fn models_that_gptq_does_not_hold_are_refused() {
     };
     // Changes the zeros of two layers.
     let zeros = |value: f32| {
-        move |model: &mut Llama| {
+        move |model: &mut Model| {
             for (path, linear) in model.linears_mut() {
                 if path.ends_with("k_proj") || path.ends_with("up_proj") {
                     change(linear, |parts, format| {
@@ -1016,7 +1017,7 @@ fn heads_are_packed_in_the_exact_format_alone() {
 
 #[test]
 fn models_that_bitsandbytes_does_not_hold_are_refused() {
-    let refused = |quantizer: &dyn Quantizer, make: &dyn Fn(&mut Llama)| {
+    let refused = |quantizer: &dyn Quantizer, make: &dyn Fn(&mut Model)| {
         let (_dir, mut lm) = pretrained(&config(32, 64));
         for (path, linear) in lm.model.linears_mut() {
             linear.quantize(&path, quantizer, None).unwrap();
@@ -1024,7 +1025,7 @@ fn models_that_bitsandbytes_does_not_hold_are_refused() {
         make(&mut lm.model);
         cannot_hold(&lm, Bitsandbytes)
     };
-    let unchanged = |_: &mut Llama| ();
+    let unchanged = |_: &mut Model| ();
     let (layers, instead) = refused(&Rtn::new().with_group_size(8), &unchanged);
     assert_eq!((layers.len(), instead.as_str()), (7, "quant-core"));
     assert_says(&layers[0].1, &["4-bit affine", "NF4 and FP4"]);

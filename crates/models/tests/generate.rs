@@ -1,7 +1,7 @@
 //! A text token by token is what the whole text gives.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{Error, Llama, LlamaConfig, RopeScaling, greedy};
+use models::{Error, LlamaConfig, Model, RopeScaling, greedy};
 use peft::CausalLm;
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Rtn};
@@ -22,6 +22,7 @@ fn config(n_kv: usize, rope_scaling: RopeScaling) -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling,
         attention_bias: n_kv == 2,
+        attention_output_bias: n_kv == 2,
         mlp_bias: false,
         tie_word_embeddings: n_kv == 1,
     }
@@ -51,7 +52,7 @@ fn ropes() -> impl Strategy<Value = RopeScaling> {
 
 /// Random weights, large enough for attention to matter: dense, or packed in one of two formats,
 /// without the head or with it.
-fn model(config: &LlamaConfig, seed: u64, format: usize) -> Llama {
+fn model(config: &LlamaConfig, seed: u64, format: usize) -> Model {
     use burn::module::{Module, ModuleMapper, Param};
     struct Louder;
     impl ModuleMapper for Louder {
@@ -59,7 +60,7 @@ fn model(config: &LlamaConfig, seed: u64, format: usize) -> Llama {
             param.map(|values| if D == 2 { values * 10.0 } else { values })
         }
     }
-    let mut model = Llama::init(config, seed, &Device::flex()).map(&mut Louder);
+    let mut model = Model::init(config, seed, &Device::flex()).map(&mut Louder);
     match format {
         0 => {}
         2 => {
@@ -83,7 +84,7 @@ fn tokens(ids: &[u32], n: usize) -> Tensor<2, Int> {
 }
 
 /// The logits after the last token of each of `n` texts, all of their tokens read at once.
-fn last_logits(model: &Llama, ids: &[u32], n: usize) -> Vec<f32> {
+fn last_logits(model: &Model, ids: &[u32], n: usize) -> Vec<f32> {
     let all: Vec<f32> = model
         .forward(tokens(ids, n))
         .into_data()

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use models::{
-    Error, Llama, LlamaConfig, Pretrained, RopeScaling, Windows, load, perplexity, quantize_head,
+    Error, LlamaConfig, Model, Pretrained, RopeScaling, Windows, load, perplexity, quantize_head,
     save,
 };
-use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Weight};
+use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Spans, Weight};
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Format, NormalFloat, Optq, Precision, Quantizer, Rtn};
 use tempfile::TempDir;
@@ -28,6 +28,7 @@ fn config(n_kv: usize, bias: bool, tied: bool) -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: bias,
+        attention_output_bias: bias,
         mlp_bias: bias,
         tie_word_embeddings: tied,
     }
@@ -38,7 +39,7 @@ fn pretrained(config: &LlamaConfig, seed: u64) -> (TempDir, Pretrained) {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = dir.path().join("tokenizer.json");
     write_tokenizer(&tokenizer, 16);
-    let model = Llama::init(config, seed, &Device::flex()).map(&mut Unround);
+    let model = Model::init(config, seed, &Device::flex()).map(&mut Unround);
     let lm = Pretrained::new(model, &tokenizer).unwrap();
     (dir, lm)
 }
@@ -74,7 +75,7 @@ fn tokens(ids: &[i32], n: usize) -> Tensor<2, Int> {
     )
 }
 
-fn logits(model: &Llama, ids: &[i32], n: usize) -> Vec<f32> {
+fn logits(model: &Model, ids: &[i32], n: usize) -> Vec<f32> {
     model
         .forward(tokens(ids, n))
         .into_data()
@@ -117,7 +118,7 @@ proptest! {
     /// Another token changes no logit before it, and some after it.
     #[test]
     fn no_token_sees_the_future(config in configs(), at in 0..12usize, seed in 0..100u64) {
-        let model = Llama::init(&config, seed, &Device::flex());
+        let model = Model::init(&config, seed, &Device::flex());
         let mut other = PROBE;
         other[at] = 15 - other[at];
         let (first, second) = (logits(&model, &PROBE, 1), logits(&model, &other, 1));
@@ -132,7 +133,7 @@ proptest! {
     /// A sequence has the same logits beside another one.
     #[test]
     fn sequences_of_a_batch_are_independent(config in configs(), seed in 0..100u64) {
-        let model = Llama::init(&config, seed, &Device::flex());
+        let model = Model::init(&config, seed, &Device::flex());
         let reversed: Vec<i32> = PROBE.iter().rev().copied().collect();
         let alone = [logits(&model, &PROBE, 1), logits(&model, &reversed, 1)].concat();
         let together = logits(&model, &[PROBE.to_vec(), reversed].concat(), 2);
@@ -144,7 +145,7 @@ proptest! {
     /// Blocks that are run again train the model to the same bits: its adapters, or all of it.
     #[test]
     fn checkpointing_changes_no_bit(config in configs(), seed in 0..100u64, packed in any::<bool>()) {
-        let mut model = Llama::init(&config, seed, &Device::flex());
+        let mut model = Model::init(&config, seed, &Device::flex());
         if packed {
             let rtn = Rtn::new().with_group_size(8);
             models::quantize(&mut model, &rtn, &[], |_| {}).unwrap();
@@ -169,10 +170,10 @@ proptest! {
     /// taken back without a trace.
     #[test]
     fn the_precision_of_products_is_a_setting(config in configs(), seed in 0..100u64) {
-        let mut model = Llama::init(&config, seed, &Device::flex()).map(&mut Unround);
+        let mut model = Model::init(&config, seed, &Device::flex()).map(&mut Unround);
         let rtn = Rtn::new().with_group_size(16);
         quantize_head(&mut model, &rtn).unwrap();
-        let of_head = |model: &Llama| logits(model, &PROBE, 1);
+        let of_head = |model: &Model| logits(model, &PROBE, 1);
         let full = of_head(&model);
         model.set_precision(Precision::Fast);
         let fast = of_head(&model);
@@ -199,14 +200,14 @@ proptest! {
         quantizer in 0..3usize,
         seed in 0..100u64,
     ) {
-        let mut model = Llama::init(&config, seed, &Device::flex()).map(&mut Unround);
+        let mut model = Model::init(&config, seed, &Device::flex()).map(&mut Unround);
         let quantizer = head_quantizer(quantizer);
         let x = output(&model);
         let expected = quantizer.quantize(model.head(), None).unwrap().weight;
         let cost = quantize_head(&mut model, &quantizer).unwrap();
         prop_assert_eq!(cost.distortion, expected.distortion(dense_head(&config, seed)));
         prop_assert_eq!(head_format(&model), Some(quantizer.format().unwrap()));
-        prop_assert!(!model.config().tie_word_embeddings);
+        prop_assert!(!model.config().tie_word_embeddings());
         let head: Vec<f32> = model.head().into_data().try_into_vec().unwrap();
         let unpacked: Vec<f32> = expected.dequantize().into_data().try_into_vec().unwrap();
         prop_assert_eq!(bits(head.clone()), bits(unpacked));
@@ -259,19 +260,19 @@ proptest! {
 }
 
 /// What the head reads of the probe.
-fn output(model: &Llama) -> Vec<f32> {
-    let rope = model.positions(PROBE.len(), &Device::flex());
-    let x = model.embed(tokens(&PROBE, 1));
-    let x = (0..model.n_blocks()).fold(x, |x, block| model.block(block, x, &rope));
+fn output(model: &Model) -> Vec<f32> {
+    let positions = model.positions(&Spans::whole(PROBE.len(), &Device::flex()));
+    let x = model.embed(tokens(&PROBE, 1), &positions);
+    let x = (0..model.n_blocks()).fold(x, |x, block| model.block(block, x, &positions));
     model.norm(x).into_data().try_into_vec().unwrap()
 }
 
 fn dense_head(config: &LlamaConfig, seed: u64) -> Tensor<2> {
-    let model = Llama::init(config, seed, &Device::flex());
+    let model = Model::init(config, seed, &Device::flex());
     model.map(&mut Unround).head()
 }
 
-fn head_format(model: &Llama) -> Option<Format> {
+fn head_format(model: &Model) -> Option<Format> {
     let weights = model.other_weights();
     weights.first().and_then(|(_, head)| head.format())
 }
@@ -783,7 +784,7 @@ fn a_head_that_cannot_be_quantized_stays_as_it_is() {
             assert_eq!(path, "lm_head");
             assert_says(source.to_string(), &[reason]);
             assert_eq!(peft::Fingerprint::of(&lm.model), before);
-            assert_eq!(lm.model.config().tie_word_embeddings, tied);
+            assert_eq!(lm.model.config().tie_word_embeddings(), tied);
         }
         quantize_head(&mut lm.model, &Rtn::new()).unwrap();
         let packed = peft::Fingerprint::of(&lm.model);

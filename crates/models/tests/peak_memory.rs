@@ -5,7 +5,7 @@ mod counting;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use models::{Llama, LlamaConfig, RopeScaling};
+use models::{LlamaConfig, Model, RopeScaling};
 use peft::{Batch, CausalLm, FitConfig, Peqa};
 use quant_core::Rtn;
 
@@ -13,7 +13,7 @@ const HIDDEN: usize = 64;
 const N: usize = 32;
 const SEQ: usize = 64;
 
-fn llama(num_hidden_layers: usize, vocab_size: usize) -> Llama {
+fn llama(num_hidden_layers: usize, vocab_size: usize) -> Model {
     let config = LlamaConfig {
         vocab_size,
         hidden_size: HIDDEN,
@@ -27,15 +27,16 @@ fn llama(num_hidden_layers: usize, vocab_size: usize) -> Llama {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: false,
+        attention_output_bias: false,
         mlp_bias: false,
         tie_word_embeddings: true,
     };
-    let mut model = Llama::init(&config, 1, &Device::flex()).no_grad();
+    let mut model = Model::init(&config, 1, &Device::flex()).no_grad();
     models::quantize(&mut model, &Rtn::new(), &[], |_| {}).unwrap();
     model
 }
 
-fn peqa(num_hidden_layers: usize) -> Llama {
+fn peqa(num_hidden_layers: usize) -> Model {
     let mut model = llama(num_hidden_layers, 32);
     peft::attach(&mut model, &Peqa::new()).unwrap();
     model

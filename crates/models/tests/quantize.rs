@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use models::{
-    CheckpointFormat, Error, GptqVersion, Llama, LlamaConfig, Pretrained, RopeScaling, load, plan,
+    CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, Pretrained, RopeScaling, load, plan,
     quantize, save, save_as, sensitivities,
 };
 use peft::{Batch, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
@@ -24,13 +24,14 @@ fn config() -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,
         attention_bias: true,
+        attention_output_bias: true,
         mlp_bias: false,
         tie_word_embeddings: false,
     }
 }
 
-fn model() -> Llama {
-    Llama::init(&config(), 3, &Device::flex())
+fn model() -> Model {
+    Model::init(&config(), 3, &Device::flex())
 }
 
 fn batches(n: usize) -> Vec<Batch> {
@@ -47,7 +48,7 @@ fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
     t.into_data().try_into_vec().unwrap()
 }
 
-fn weights(model: &Llama) -> Vec<Vec<f32>> {
+fn weights(model: &Model) -> Vec<Vec<f32>> {
     let weight = |(_, linear): (String, &peft::Linear)| match linear.weight() {
         Weight::Dense(weight) => values(weight.val()),
         Weight::Quant(weight) => values(weight.dequantize()),
@@ -58,24 +59,24 @@ fn weights(model: &Llama) -> Vec<Vec<f32>> {
 #[test]
 fn the_stages_are_the_forward_pass() {
     let (model, batch) = (model(), &batches(1)[0]);
-    let embedding = model.start(batch.tokens());
+    let embedding = model.start(&batch);
     let stages = model.stages();
     let all: Vec<usize> = stages.iter().cloned().flatten().collect();
     assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
-    let mut state = model.start(batch.tokens());
+    let mut state = model.start(&batch);
     for (stage, range) in stages.iter().enumerate() {
-        let [_, _, d_in] = Llama::input(&state).dims();
+        let [_, _, d_in] = Model::input(&state).dims();
         for (path, linear) in &model.linears()[range.clone()] {
             assert_eq!(linear.weight().dims()[0], d_in, "{path}");
         }
         let next = model.advance(stage, state.clone());
         // A stage is a function of its state and of its own layers.
         let again = model.advance(stage, state);
-        assert!(values(Llama::input(&next)) == values(Llama::input(&again)));
+        assert!(values(Model::input(&next)) == values(Model::input(&again)));
         state = next;
     }
-    assert!(values(Llama::input(&state)) != values(Llama::input(&embedding)));
-    let [_, _, hidden] = Llama::input(&state).dims();
+    assert!(values(Model::input(&state)) != values(Model::input(&embedding)));
+    let [_, _, hidden] = Model::input(&state).dims();
     assert_eq!(hidden, config().hidden_size);
 }
 
@@ -112,11 +113,11 @@ fn layers_are_calibrated_on_the_packed_ones_before_them() {
     quantize(&mut partly, &PerLayer(first), &batches, |_| {}).unwrap();
     let mut gram = Gram::new(40, &Device::flex());
     for batch in &batches {
-        let mut state = partly.start(batch.tokens());
+        let mut state = partly.start(&batch);
         for stage in 0..3 {
             state = partly.advance(stage, state);
         }
-        gram.update(Llama::input(&state));
+        gram.update(Model::input(&state));
     }
     assert_eq!(gram.n_tokens(), 6 * 4 * 24);
     let linears = partly.linears();

@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Tensor;
 use quant_core::Gram;
 
 use crate::{Batch, Linears};
@@ -20,8 +20,8 @@ pub trait Stages: Linears {
     /// The stages of one block of the model.
     fn block_stages(&self, block: usize) -> Range<usize>;
 
-    /// The state of a batch of tokens, `[batch, seq]`, before the first stage.
-    fn start(&self, tokens: Tensor<2, Int>) -> Self::State;
+    /// The state of a batch before the first stage.
+    fn start(&self, batch: &Batch) -> Self::State;
 
     /// The input of the projections of the next stage, `[batch, seq, d_in]`.
     fn input(state: &Self::State) -> Tensor<3>;
@@ -33,31 +33,38 @@ pub trait Stages: Linears {
 /// A calibration on its way through a model whose layers change as it passes: each stage brings to
 /// the next what its layers, as they are then, make of the tokens.
 #[derive(Clone)]
-pub struct Streams<M: Stages> {
+pub struct Streams<'a, M: Stages> {
+    calibration: &'a [Batch],
     /// Through the layers as they are now.
     states: Vec<M::State>,
     /// Through the dense layers, for quantizers that ask for the drift.
     dense: Option<Vec<M::State>>,
 }
 
-impl<M: Stages> Streams<M> {
+impl<'a, M: Stages> Streams<'a, M> {
     /// Before the first stage; `dense` for a second stream through the dense layers.
-    pub fn start(model: &M, calibration: &[Batch], dense: bool) -> Self {
-        let states = calibration.iter().map(|batch| model.start(batch.tokens()));
+    pub fn start(model: &M, calibration: &'a [Batch], dense: bool) -> Self {
+        let states = calibration.iter().map(|batch| model.start(batch));
         let states: Vec<_> = states.collect();
         let dense = dense.then(|| states.clone());
-        Self { states, dense }
+        Self {
+            calibration,
+            states,
+            dense,
+        }
     }
 
-    /// The Gram of the inputs of a stage's layers, if there is any calibration.
+    /// The Gram of the inputs of a stage's layers, if there is any calibration; what only fills sequences
+    /// up is left out.
     pub fn gram(&self, model: &M, range: &Range<usize>) -> Option<Gram> {
         let first = M::input(self.states.first()?);
         let [d_in, _] = model.linears()[range.start].1.weight().dims();
         let mut gram = Gram::new(d_in, &first.device());
-        for (at, state) in self.states.iter().enumerate() {
+        for (at, (batch, state)) in self.calibration.iter().zip(&self.states).enumerate() {
+            let input = |state| batch.of_text(M::input(state));
             match &self.dense {
-                Some(dense) => gram.update_with_drift(M::input(state), M::input(&dense[at])),
-                None => gram.update(M::input(state)),
+                Some(dense) => gram.update_with_drift(input(state), input(&dense[at])),
+                None => gram.update(input(state)),
             }
         }
         Some(gram)

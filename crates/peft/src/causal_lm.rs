@@ -1,7 +1,7 @@
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Int, Tensor};
 use kernels::linear_cross_entropy;
 
-use crate::{Error, Linears, Result};
+use crate::{Batch, Linears, Spans};
 
 /// A language model that predicts each token from those before it, in parts: an embedding, blocks
 /// one after the other, a norm, and a head.
@@ -10,24 +10,30 @@ use crate::{Error, Linears, Result};
 /// [`token_nll`] none of them, and [`fit`](crate::fit()) with
 /// [`checkpoint_blocks`](crate::FitConfig::checkpoint_blocks) the inputs of the blocks alone.
 pub trait CausalLm: Linears {
-    /// What the blocks know of the positions of a sequence, made once for all of them: tables of
-    /// rotary embeddings for example. `()` for a model whose embedding says it all.
+    /// What the embedding and the blocks know of the places of tokens, made once for all of them: which
+    /// tokens see each other, tables of rotary embeddings. `()` for a model that needs neither.
     type Positions;
 
     /// Tokens that the model has: it takes `0 .. vocab_size`.
     fn vocab_size(&self) -> usize;
 
+    /// The longest text that the model has places for, in tokens; none if any length can be computed,
+    /// as with rotary embeddings.
+    fn max_positions(&self) -> Option<usize> {
+        None
+    }
+
     /// Blocks.
     fn n_blocks(&self) -> usize;
 
-    /// The positions of sequences of `seq` tokens.
-    fn positions(&self, seq: usize, device: &Device) -> Self::Positions;
+    /// The places of the tokens of sequences.
+    fn positions(&self, spans: &Spans) -> Self::Positions;
 
     /// The input of the first block, `[batch, seq, hidden]`, of tokens `[batch, seq]`.
     ///
     /// # Panics
     /// If a token is not in the vocabulary.
-    fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3>;
+    fn embed(&self, tokens: Tensor<2, Int>, positions: &Self::Positions) -> Tensor<3>;
 
     /// `x`, `[batch, seq, hidden]`, through block `index`: a function of its arguments and the
     /// block's parameters, which may be run again.
@@ -51,7 +57,7 @@ pub trait CausalLm: Linears {
         x.matmul(self.head())
     }
 
-    /// The logits of the token after each of `tokens`.
+    /// The logits of the token after each of `tokens`, each sequence being one text.
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`
@@ -60,7 +66,16 @@ pub trait CausalLm: Linears {
     /// # Panics
     /// If a token is not in the vocabulary.
     fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
-        let positions = self.positions(tokens.dims()[1], &tokens.device());
+        let spans = Spans::whole(tokens.dims()[1], &tokens.device());
+        self.forward_spans(tokens, &spans)
+    }
+
+    /// [`forward`](CausalLm::forward) where the sequences are made up of texts.
+    ///
+    /// # Panics
+    /// If a token is not in the vocabulary, or the spans are those of other sequences.
+    fn forward_spans(&self, tokens: Tensor<2, Int>, spans: &Spans) -> Tensor<3> {
+        let positions = self.positions(spans);
         let x = self.norm(run_blocks(self, tokens, &positions, |_, _| ()));
         let [batch, seq, hidden] = x.dims();
         let logits = self.logits(x.reshape([batch * seq, hidden]));
@@ -76,7 +91,7 @@ pub(crate) fn run_blocks<M: CausalLm>(
     positions: &M::Positions,
     mut on_input: impl FnMut(usize, &Tensor<3>),
 ) -> Tensor<3> {
-    let mut x = model.embed(tokens);
+    let mut x = model.embed(tokens, positions);
     for index in 0..model.n_blocks() {
         on_input(index, &x);
         x = model.block(index, x, positions);
@@ -84,70 +99,25 @@ pub(crate) fn run_blocks<M: CausalLm>(
     x
 }
 
-/// Sequences of one length, `[batch, seq]`, whose tokens after the first are to be predicted.
-#[derive(Clone, Debug)]
-pub struct Batch {
-    tokens: Tensor<2, Int>,
-}
-
-impl Batch {
-    /// # Errors
-    /// [`Error::EmptyBatch`] unless there is a sequence of two tokens.
-    pub fn new(tokens: Tensor<2, Int>) -> Result<Self> {
-        let [batch, seq] = tokens.dims();
-        if batch == 0 || seq < 2 {
-            return Err(Error::EmptyBatch { batch, seq });
-        }
-        Ok(Self { tokens })
-    }
-
-    /// `[batch, seq]`.
-    pub fn tokens(&self) -> Tensor<2, Int> {
-        self.tokens.clone()
-    }
-
-    pub(crate) fn positions<M: CausalLm>(&self, model: &M) -> M::Positions {
-        model.positions(self.tokens.dims()[1], &self.tokens.device())
-    }
-
-    /// Checks that the model has all tokens.
-    ///
-    /// # Errors
-    /// [`Error::Token`] with one that is not below `vocab_size`.
-    pub fn check(&self, vocab_size: usize) -> Result<()> {
-        let least = self.tokens.clone().min().into_scalar::<i64>();
-        let most = self.tokens.clone().max().into_scalar::<i64>();
-        let has = |token: i64| usize::try_from(token).is_ok_and(|token| token < vocab_size);
-        match [least, most].into_iter().find(|&token| !has(token)) {
-            Some(token) => Err(Error::Token { token, vocab_size }),
-            None => Ok(()),
-        }
-    }
-
-    /// Tokens to be predicted.
-    pub fn n_targets(&self) -> usize {
-        let [batch, seq] = self.tokens.dims();
-        batch * (seq - 1)
-    }
-}
-
-/// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`.
+/// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`; nothing for
+/// tokens that are not to be predicted.
 pub fn token_nll<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<2> {
     nll_of_output(model, last_output(model, batch), batch)
 }
 
 /// The output of the last block, `[batch, seq, hidden]`.
 pub fn last_output<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<3> {
-    let positions = batch.positions(model);
+    let positions = model.positions(batch.spans());
     run_blocks(model, batch.tokens(), &positions, |_, _| ())
 }
 
 /// [`token_nll`] from the output of the last block, `[batch, seq, hidden]`.
 pub fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Tensor<2> {
-    let [n, seq, hidden] = x.dims();
+    let [n, seq, _] = x.dims();
     let x = model.norm(x.slice([0..n, 0..seq - 1]));
+    let [_, _, hidden] = x.dims();
     let x = x.reshape([n * (seq - 1), hidden]);
     let targets = batch.tokens().slice([0..n, 1..seq]);
     let targets = targets.reshape([n * (seq - 1)]);
-    linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1])
+    batch.of_targets(linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1]))
 }

@@ -5,15 +5,15 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
 use crate::causal_lm::run_blocks;
-use crate::{Batch, CausalLm, Result};
+use crate::{Batch, CausalLm, Result, Spans};
 
 /// The lowest part with a parameter that trains: 0 is the embedding, `1 ..= n_blocks` are the
 /// blocks, and what is above them is `n_blocks + 1`. No gradient has to pass through a part below.
 pub(crate) fn lowest_trained<M: CausalLm>(model: &M, batch: &Batch) -> usize {
     // One token shows what is tracked.
     let token = batch.tokens().slice([0..1, 0..1]);
-    let positions = model.positions(1, &token.device());
-    let mut x = model.embed(token);
+    let positions = model.positions(&Spans::whole(1, &token.device()));
+    let mut x = model.embed(token, &positions);
     for index in 0..model.n_blocks() {
         if x.is_tracked() {
             return index;
@@ -31,7 +31,7 @@ pub(crate) fn backward_by_block<M: CausalLm>(
     lowest: usize,
     loss: impl FnOnce(Tensor<3>) -> Result<Tensor<1>>,
 ) -> Result<GradientsParams> {
-    let positions = batch.positions(model);
+    let positions = model.positions(batch.spans());
     let mut inputs = Vec::new();
     // With autodiff on, though nothing is tracked: burn computes some functions in other ways
     // without it, and the blocks are to give the same bits again.
@@ -60,7 +60,7 @@ pub(crate) fn backward_by_block<M: CausalLm>(
         total.accumulate(model, GradientsParams::from_grads(gradients, model));
     }
     if let Some(dy) = dx {
-        let x = model.embed(batch.tokens());
+        let x = model.embed(batch.tokens(), &positions);
         let gradients = (x * dy.autodiff()).sum().backward();
         total.accumulate(model, GradientsParams::from_grads(gradients, model));
     }

@@ -273,6 +273,32 @@ pub enum Error {
         /// Tokens in each.
         seq: usize,
     },
+    /// A text that the model has no places for.
+    #[error(
+        "a text of {len} tokens; the model has places for {max}: cut it, or use shorter windows"
+    )]
+    TooLong {
+        /// Tokens of the text.
+        len: usize,
+        /// Places of the model.
+        max: usize,
+    },
+    /// Texts that are not cut as a batch needs it.
+    #[error("{problem}; texts lie one after the other, and each token of one has its beginning")]
+    Spans {
+        /// What is wrong.
+        problem: String,
+    },
+    /// A batch none of whose tokens is to be predicted.
+    #[error(
+        "no token of a batch of {batch} sequences of {seq} tokens is to be predicted; leave such texts out"
+    )]
+    NoTargets {
+        /// Sequences.
+        batch: usize,
+        /// Tokens in each.
+        seq: usize,
+    },
 }
 
 /// A result with this crate's [`Error`].

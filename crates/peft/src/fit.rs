@@ -174,8 +174,8 @@ pub fn fit<M: CausalLm>(
     fit_with(model, batches, config, loss, on_step)
 }
 
-/// [`fit`] on another loss. `loss(model, x, at)` is the loss of each predicted token of `batches[at]`,
-/// `[batch, seq - 1]`, where `x`, `[batch, seq, hidden]`, is the output of the model's last block: see
+/// [`fit`] on another loss. `loss(model, x, at)` is the loss of each token after the first of
+/// `batches[at]`, `[batch, seq - 1]`, of which those count that are to be predicted, where `x`, `[batch, seq, hidden]`, is the output of the model's last block: see
 /// [`nll_of_output`].
 ///
 /// # Errors
@@ -191,9 +191,7 @@ pub fn fit_with<M: CausalLm>(
     if batches.is_empty() {
         return Err(Error::NoBatches);
     }
-    batches
-        .iter()
-        .try_for_each(|batch| batch.check(model.vocab_size()))?;
+    batches.iter().try_for_each(|batch| batch.check(model))?;
     let mut tuned = model.clone().train();
     let mut trainable = Trainable::default();
     tuned.visit(&mut trainable);
@@ -247,7 +245,7 @@ pub fn fit_with<M: CausalLm>(
             let batch = &batches[at];
             tuned.set_dropout(Some(masks.next_u64()));
             let mut mean = |x: Tensor<3>| {
-                let nll = loss_of(&tuned, x, at).sum() / n_targets as f32;
+                let nll = batch.of_targets(loss_of(&tuned, x, at)).sum() / n_targets as f32;
                 loss += f64::from(nll.clone().inner().into_scalar::<f32>());
                 if loss.is_finite() {
                     Ok(nll)

@@ -62,6 +62,7 @@
 mod adapter;
 mod adapters;
 mod attach;
+mod batch;
 mod calibration;
 mod causal_lm;
 mod checkpointing;
@@ -83,8 +84,9 @@ pub use adapter::{
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};
+pub use batch::{Batch, Spans};
 pub use calibration::{Stages, Streams};
-pub use causal_lm::{Batch, CausalLm, last_output, nll_of_output, token_nll};
+pub use causal_lm::{CausalLm, last_output, nll_of_output, token_nll};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fit::{FitConfig, Schedule, Step, fit, fit_with};

@@ -231,8 +231,8 @@ pub fn merge_probed<M: CausalLm>(
     off_grid: OffGrid,
     probe: &Batch,
 ) -> Result<Certificate> {
-    probe.check(model.vocab_size())?;
-    let logits = |model: &M| floats(model.forward(probe.tokens()));
+    probe.check(model)?;
+    let logits = |model: &M| floats(model.forward_spans(probe.tokens(), probe.spans()));
     let mut before = model.clone();
     before.set_dropout(None);
     let adapted = logits(&before);

@@ -65,7 +65,7 @@ pub fn check_recipe<M: CausalLm>(
         return Err(Error::NoCalibration);
     }
     for batch in calibration {
-        batch.check(model.vocab_size())?;
+        batch.check(model)?;
     }
     Ok(needs)
 }

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use peft::files::LazyTensor;
 use peft::{
     Adapter, Adapters, Batch, Bayesian, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear,
-    Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Targets, TaskPack, Tasks, Tile,
+    Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Spans, Targets, TaskPack, Tasks, Tile,
     TileMethod, Weight, fit, token_nll,
 };
 use proptest::prelude::*;
@@ -48,9 +48,9 @@ impl CausalLm for Bigram {
         2
     }
 
-    fn positions(&self, _: usize, _: &Device) {}
+    fn positions(&self, _: &Spans) {}
 
-    fn embed(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
+    fn embed(&self, tokens: Tensor<2, Int>, (): &()) -> Tensor<3> {
         let [batch, seq] = tokens.dims();
         let x = self
             .embedding

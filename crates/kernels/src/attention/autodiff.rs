@@ -10,24 +10,25 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 
-use super::AttentionOps;
+use super::{AttentionOps, Starts};
 
 #[derive(Debug)]
 struct CausalAttention;
 
 #[derive(Clone, Debug)]
-struct State<T> {
-    q: T,
-    k: T,
-    v: T,
-    y: T,
-    lse: T,
+struct State<B: AttentionOps> {
+    q: FloatTensor<B>,
+    k: FloatTensor<B>,
+    v: FloatTensor<B>,
+    starts: Starts<B>,
+    y: FloatTensor<B>,
+    lse: FloatTensor<B>,
     scale: f64,
 }
 
 /// Parents: queries, keys and values.
 impl<B: AttentionOps> Backward<B, 3> for CausalAttention {
-    type State = State<FloatTensor<B>>;
+    type State = State<B>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
@@ -35,11 +36,12 @@ impl<B: AttentionOps> Backward<B, 3> for CausalAttention {
             q,
             k,
             v,
+            starts,
             y,
             lse,
             scale,
         } = ops.state;
-        let (dq, dk, dv) = B::causal_attention_backward(q, k, v, y, lse, dy, scale);
+        let (dq, dk, dv) = B::causal_attention_backward(q, k, v, starts, y, lse, dy, scale);
         for (parent, gradient) in ops.parents.into_iter().zip([dq, dk, dv]) {
             if let Some(parent) = parent {
                 grads.register::<B>(parent.id, gradient);
@@ -53,8 +55,13 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Starts<Self>,
         scale: f64,
     ) -> FloatTensor<Self> {
+        let starts = match starts {
+            Starts::First => Starts::First,
+            Starts::Each(starts) => Starts::Each(starts),
+        };
         let parents = [q.node(), k.node(), v.node()];
         let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
         match CausalAttention
@@ -63,18 +70,25 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
             .stateful()
         {
             OpsKind::Tracked(prep) => {
-                let (y, lse) = B::causal_attention_forward(q.clone(), k.clone(), v.clone(), scale);
+                let (y, lse) = B::causal_attention_forward(
+                    q.clone(),
+                    k.clone(),
+                    v.clone(),
+                    starts.clone(),
+                    scale,
+                );
                 let state = State {
                     q,
                     k,
                     v,
+                    starts,
                     y: y.clone(),
                     lse,
                     scale,
                 };
                 prep.finish(state, y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, k, v, scale)),
+            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, k, v, starts, scale)),
         }
     }
 }

@@ -5,6 +5,8 @@ use std::ops::Range;
 use burn::backend::{Backend, TensorMetadata, get_device_settings, tensor::FloatTensor};
 use burn::tensor::Shape;
 
+use super::Starts;
+
 /// The sizes of a call.
 struct Sizes {
     batch: usize,
@@ -55,13 +57,14 @@ impl Sizes {
         &self,
         q: FloatTensor<B>,
         k: FloatTensor<B>,
+        starts: Starts<B>,
         scale: f64,
     ) -> FloatTensor<B> {
         let device = q.device();
         let k = B::float_permute(k, &[0, 2, 3, 1]);
         let scores = B::float_mul_scalar(B::float_matmul(self.stack::<B>(q), k), scale.into());
         let scores = B::float_reshape(scores, self.of_scores());
-        if self.seq_q == 1 {
+        if self.seq_q == 1 && matches!(starts, Starts::First) {
             return scores;
         }
         let settings = get_device_settings::<B>(&device);
@@ -72,9 +75,21 @@ impl Sizes {
         };
         let keys = positions(0..self.seq_k, [1, 1, 1, self.seq_k]);
         let queries = positions(self.seq_k - self.seq_q..self.seq_k, [1, 1, self.seq_q, 1]);
-        let hidden = B::int_greater(keys, queries, settings.bool_dtype);
-        let hidden = B::bool_expand(hidden, self.of_scores());
-        B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
+        let later = B::int_greater(keys.clone(), queries, settings.bool_dtype);
+        let hide = |scores, hidden| {
+            let hidden = B::bool_expand(hidden, self.of_scores());
+            B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
+        };
+        let scores = hide(scores, later);
+        match starts {
+            Starts::First => scores,
+            Starts::Each(starts) => {
+                let starts = B::int_cast(starts, settings.int_dtype);
+                let shape = Shape::new([self.batch, 1, self.seq_q, 1]);
+                let starts = B::int_reshape(starts, shape);
+                hide(scores, B::int_lower(keys, starts, settings.bool_dtype))
+            }
+        }
     }
 }
 
@@ -83,10 +98,11 @@ pub(super) fn forward<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
+    starts: Starts<B>,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let sizes = Sizes::of::<B>(&q, &k);
-    let scores = sizes.scores::<B>(q, k, scale);
+    let scores = sizes.scores::<B>(q, k, starts, scale);
     let most = B::float_max_dim(scores.clone(), 3);
     let p = B::float_exp(B::float_sub(scores, most.clone()));
     let sum = B::float_sum_dim(p.clone(), 3);
@@ -102,13 +118,14 @@ pub(super) fn backward<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
+    starts: Starts<B>,
     y: FloatTensor<B>,
     lse: FloatTensor<B>,
     dy: FloatTensor<B>,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let sizes = Sizes::of::<B>(&q, &k);
-    let scores = sizes.scores::<B>(q.clone(), k.clone(), scale);
+    let scores = sizes.scores::<B>(q.clone(), k.clone(), starts, scale);
     let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
     let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
     let p = B::float_reshape(p, sizes.stacked(sizes.seq_k));

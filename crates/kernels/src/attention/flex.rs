@@ -7,9 +7,9 @@
 use burn::backend::{Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
 use rayon::prelude::*;
 
-use super::{AttentionOps, composed};
+use super::{AttentionOps, Starts, composed};
 use crate::dense::{Matrix, Shared, multiply_add};
-use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::host::{all_f32, contiguous, floats, integers, tensor};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
 use crate::memory::zeroed;
@@ -27,13 +27,14 @@ impl AttentionOps for Flex {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Starts<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !all_f32([&q, &k, &v]) {
-            return composed::forward::<Self>(q, k, v, scale);
+            return composed::forward::<Self>(q, k, v, starts, scale);
         }
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
-        let call = Call::new(&q, &k, &v, scale);
+        let call = Call::new(&q, &k, &v, starts, scale);
         let (y, lse) = match call.seq_q {
             1 => call.one_query(),
             _ => call.forward(),
@@ -46,17 +47,18 @@ impl AttentionOps for Flex {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        starts: Starts<Self>,
         y: FloatTensor<Self>,
         lse: FloatTensor<Self>,
         dy: FloatTensor<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !all_f32([&q, &k, &v, &y, &lse, &dy]) {
-            return composed::backward::<Self>(q, k, v, y, lse, dy, scale);
+            return composed::backward::<Self>(q, k, v, starts, y, lse, dy, scale);
         }
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
         let (y, dy, lse) = (whole_heads(y), whole_heads(dy), contiguous(lse));
-        let call = Call::new(&q, &k, &v, scale);
+        let call = Call::new(&q, &k, &v, starts, scale);
         let [dq, dk, dv] = call.backward(&Heads::of(&y), &Heads::of(&dy), floats(&lse));
         (
             tensor(dq, q.shape()),
@@ -141,6 +143,8 @@ struct Call<'a> {
     q: Heads<'a>,
     k: Heads<'a>,
     v: Heads<'a>,
+    /// The first key that each query of each sequence sees; none if it is the first of all.
+    starts: Option<Vec<usize>>,
     scale: f32,
     batch: usize,
     seq_q: usize,
@@ -156,18 +160,38 @@ struct Block {
     n_queries: usize,
     keys: usize,
     n_keys: usize,
-    /// Keys of the sequence that the first query of the block sees.
+    /// Keys of the sequence that the first query of the block does not come before.
     visible: usize,
+    /// The first key that each query sees, if that is not the first of all.
+    starts: Option<[usize; QUERIES]>,
+    /// Whether no query of the block sees an earlier key.
+    is_first: bool,
 }
 
 impl<'a> Call<'a> {
-    fn new(q: &'a FlexTensor, k: &'a FlexTensor, v: &'a FlexTensor, scale: f64) -> Self {
+    fn new(
+        q: &'a FlexTensor,
+        k: &'a FlexTensor,
+        v: &'a FlexTensor,
+        starts: Starts<Flex>,
+        scale: f64,
+    ) -> Self {
         let [batch, seq_q, heads, dim] = q.shape().dims();
         let [_, seq_k, kv_heads, _] = k.shape().dims();
+        let starts = match starts {
+            Starts::First => None,
+            Starts::Each(starts) => {
+                let own = (0..batch * seq_q).map(|at| seq_k - seq_q + at % seq_q);
+                let starts = integers(starts).into_iter().zip(own);
+                // No query is left without a key.
+                Some(starts.map(|(start, own)| start.min(own)).collect())
+            }
+        };
         Self {
             q: Heads::of(q),
             k: Heads::of(k),
             v: Heads::of(v),
+            starts,
             scale: scale as f32,
             batch,
             seq_q,
@@ -183,16 +207,30 @@ impl<'a> Call<'a> {
         head / (self.heads / self.kv_heads)
     }
 
+    /// The first key that query `at` of a sequence sees.
+    fn start(&self, batch: usize, at: usize) -> usize {
+        let starts = self.starts.as_ref();
+        starts.map_or(0, |starts| starts[batch * self.seq_q + at])
+    }
+
     /// The blocks of keys that a query from `queries` on sees.
-    fn blocks(&self, queries: usize) -> impl Iterator<Item = Block> {
+    fn blocks(&self, batch: usize, queries: usize) -> impl Iterator<Item = Block> {
         let n_queries = QUERIES.min(self.seq_q - queries);
         let visible = self.seq_k - self.seq_q + queries + 1;
         let end = visible + n_queries - 1;
-        (0..end).step_by(KEYS).map(move |keys| Block {
+        let starts = self.starts.as_ref().map(|_| {
+            let last = n_queries - 1;
+            std::array::from_fn(|i| self.start(batch, queries + i.min(last)))
+        });
+        let first = starts.map_or(0, |starts| starts.into_iter().min().unwrap_or(0));
+        (first..end).step_by(KEYS).map(move |keys| Block {
             n_queries,
             keys,
             n_keys: KEYS.min(end - keys),
             visible,
+            // All of them see what lies after the last start.
+            starts: starts.filter(|starts| starts.iter().any(|&start| start > keys)),
+            is_first: keys == first,
         })
     }
 
@@ -236,15 +274,16 @@ impl<'a> Call<'a> {
                 let kv_head = self.kv_head(head);
                 self.q
                     .turn(batch, queries, lse.len(), head, self.scale, turned);
-                let mut most = [f32::NEG_INFINITY; QUERIES];
+                // Not infinite: a query may see no key of its first blocks.
+                let mut most = [f32::MIN; QUERIES];
                 let mut sum = [0.0; QUERIES];
-                for block in self.blocks(queries) {
+                for block in self.blocks(batch, queries) {
                     let k = self.k.rows(batch, block.keys, block.n_keys, kv_head);
                     let v = self.v.rows(batch, block.keys, block.n_keys, kv_head);
                     self.products(&block, k, turned, scores);
                     let mut shrink = [1.0; QUERIES];
                     softmax(block, scores, &mut most, &mut sum, &mut shrink);
-                    if block.keys > 0 {
+                    if !block.is_first {
                         for (mixed, shrink) in mixed.chunks_exact_mut(dim.max(1)).zip(shrink) {
                             math::scale(mixed, shrink);
                         }
@@ -257,7 +296,7 @@ impl<'a> Call<'a> {
                             v,
                             mixed.as_mut_ptr(),
                             dim,
-                            block.keys > 0,
+                            !block.is_first,
                         );
                     }
                 }
@@ -348,8 +387,13 @@ impl<'a> Call<'a> {
                             .turn(batch, queries, n_queries, head, self.scale, turned_q);
                         dy.turn(batch, queries, n_queries, head, 1.0, turned_dy);
                         let dy = dy.rows(batch, queries, n_queries, head);
-                        for block in self.blocks(queries) {
-                            let Block { keys, n_keys, .. } = block;
+                        for block in self.blocks(batch, queries) {
+                            let Block {
+                                keys,
+                                n_keys,
+                                is_first,
+                                ..
+                            } = block;
                             let k = self.k.rows(batch, keys, n_keys, kv_head);
                             let v = self.v.rows(batch, keys, n_keys, kv_head);
                             self.products(&block, k, turned_q, p);
@@ -369,7 +413,7 @@ impl<'a> Call<'a> {
                                 multiply_add(of_keys, ds, q, dk, k_width, true);
                                 let of_queries = [n_queries, n_keys, dim];
                                 let dq = shared_dq.offset(at_q);
-                                multiply_add(of_queries, ds.transpose(), k, dq, q_width, keys > 0);
+                                multiply_add(of_queries, ds.transpose(), k, dq, q_width, !is_first);
                             }
                         }
                     }
@@ -417,6 +461,13 @@ fn softmax_body<I: Isa>(
     let mut largest = before;
     for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
         scores[..block.hidden_from(j)].fill(f32::NEG_INFINITY);
+        if let Some(starts) = &block.starts {
+            for i in 0..QUERIES {
+                if starts[i] > block.keys + j {
+                    scores[i] = f32::NEG_INFINITY;
+                }
+            }
+        }
         for i in 0..QUERIES {
             largest[i] = math::larger(scores[i], largest[i]);
         }
@@ -465,6 +516,13 @@ fn gradient_body<I: Isa>(
         let hidden = block.hidden_from(j);
         p[..hidden].fill(0.0);
         dp[..hidden].fill(0.0);
+        if let Some(starts) = &block.starts {
+            for i in 0..QUERIES {
+                if starts[i] > block.keys + j {
+                    (p[i], dp[i]) = (0.0, 0.0);
+                }
+            }
+        }
     }
 }
 
@@ -490,11 +548,13 @@ fn attend_body<I: Isa>(
     y: &mut [f32],
     lse: &mut [f32],
 ) {
-    let (n_keys, group) = (call.seq_k, call.heads / call.kv_heads);
+    let (start, group) = (call.start(batch, 0), call.heads / call.kv_heads);
+    let n_keys = call.seq_k - start;
+    let scores = &mut scores[..lse.len() * n_keys];
     for j in 0..n_keys {
         for head in 0..lse.len() {
             let q = call.q.row(batch, 0, kv_head * group + head);
-            let k = call.k.row(batch, j, kv_head + head / group);
+            let k = call.k.row(batch, start + j, kv_head + head / group);
             dot(q, k, &mut scores[head * n_keys + j]);
         }
     }
@@ -506,7 +566,7 @@ fn attend_body<I: Isa>(
     }
     for j in 0..n_keys {
         for (head, y) in y.chunks_exact_mut(call.dim).enumerate() {
-            let v = call.v.row(batch, j, kv_head + head / group);
+            let v = call.v.row(batch, start + j, kv_head + head / group);
             math::add_scaled(y, scores[head * n_keys + j], v);
         }
     }

@@ -1,10 +1,10 @@
 //! Against f64, against the composed operations and through autodiff.
 
 use burn::backend::Flex;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
-use super::{AttentionOps, causal_attention, composed};
+use super::{AttentionOps, Starts, causal_attention, composed};
 use crate::testing::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -15,15 +15,40 @@ struct Sizes {
     kv_heads: usize,
     group: usize,
     dim: usize,
+    /// Tokens of the texts of the first sequence, one more in each sequence after it; 0 for one text.
+    text: usize,
 }
 
 impl Sizes {
+    /// The first key that a query sees.
+    fn start(&self, batch: usize, query: usize) -> usize {
+        let own = self.seq_k - self.seq_q + query;
+        match self.text {
+            0 => 0,
+            text => own - own % (text + batch),
+        }
+    }
+
+    fn starts(&self) -> Option<Tensor<2, Int>> {
+        let of = |batch| (0..self.seq_q).map(move |query| self.start(batch, query) as i64);
+        let starts: Vec<i64> = (0..self.batch).flat_map(of).collect();
+        let starts = TensorData::new(starts, [self.batch, self.seq_q]);
+        (self.text > 0).then(|| Tensor::from_data(starts, &Device::flex()))
+    }
+
     fn of_queries(&self) -> [usize; 4] {
         [self.batch, self.seq_q, self.kv_heads * self.group, self.dim]
     }
 
     fn of_keys(&self) -> [usize; 4] {
         [self.batch, self.seq_k, self.kv_heads, self.dim]
+    }
+
+    fn primitive_starts(&self) -> Starts<Flex> {
+        match self.starts() {
+            Some(starts) => Starts::Each(starts.try_into_primitive::<Flex>().unwrap()),
+            None => Starts::First,
+        }
     }
 
     fn scale(&self) -> f64 {
@@ -43,15 +68,18 @@ impl Sizes {
             );
             let row = ((b * self.seq_q + i) * heads + h) * dim;
             let key = |j: usize| ((b * self.seq_k + j) * self.kv_heads + h / self.group) * dim;
+            let first = self.start(b, i);
             let n = self.seq_k - self.seq_q + i + 1;
-            let exp: Vec<f64> = (0..n)
+            let exp: Vec<f64> = (first..n)
                 .map(|j| (0..dim).map(|d| q[row + d] * k[key(j) + d]).sum::<f64>())
                 .map(|score| (score * scale).exp())
                 .collect();
             let sum: f64 = exp.iter().sum();
             lse.push(sum.ln());
             for d in 0..dim {
-                y[row + d] = (0..n).map(|j| exp[j] / sum * v[key(j) + d]).sum();
+                y[row + d] = (first..n)
+                    .map(|j| exp[j - first] / sum * v[key(j) + d])
+                    .sum();
             }
         }
         (y, lse)
@@ -63,14 +91,17 @@ fn sizes(
     more_keys: impl Strategy<Value = usize>,
     dim: impl Strategy<Value = usize>,
 ) -> impl Strategy<Value = Sizes> {
-    (1..4usize, seq_q, more_keys, 1..4usize, 1..4usize, dim).prop_map(
-        |(batch, seq_q, more_keys, kv_heads, group, dim)| Sizes {
+    let text = prop::sample::select(vec![0, 1, 2, 50, 131]);
+    let heads = (1..4usize, 1..4usize);
+    (1..4usize, seq_q, more_keys, heads, dim, text).prop_map(
+        |(batch, seq_q, more_keys, (kv_heads, group), dim, text)| Sizes {
             batch,
             seq_q,
             seq_k: seq_q + more_keys,
             kv_heads,
             group,
             dim,
+            text,
         },
     )
 }
@@ -108,17 +139,23 @@ fn as_views([q, k, v, dy]: [Tensor<4>; 4]) -> [Tensor<4>; 4] {
 }
 
 /// Output, logarithms of sums and gradients.
-fn native(t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
+fn native(sizes: &Sizes, t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
     let [q, k, v, dy] = t.each_ref().map(primitive);
-    let (y, lse) = Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), scale);
-    let (dq, dk, dv) = Flex::causal_attention_backward(q, k, v, y.clone(), lse.clone(), dy, scale);
+    let starts = sizes.primitive_starts();
+    let (y, lse) =
+        Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), starts.clone(), scale);
+    let (y_, lse_) = (y.clone(), lse.clone());
+    let (dq, dk, dv) = Flex::causal_attention_backward(q, k, v, starts, y_, lse_, dy, scale);
     [y, lse, dq, dk, dv].map(primitive_values).to_vec()
 }
 
-fn by_composition(t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
+fn by_composition(sizes: &Sizes, t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
     let [q, k, v, dy] = t.each_ref().map(primitive);
-    let (y, lse) = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), scale);
-    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, y.clone(), lse.clone(), dy, scale);
+    let starts = sizes.primitive_starts();
+    let (y, lse) =
+        composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), starts.clone(), scale);
+    let (y_, lse_) = (y.clone(), lse.clone());
+    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, starts, y_, lse_, dy, scale);
     [y, lse, dq, dk, dv].map(primitive_values).to_vec()
 }
 
@@ -142,7 +179,7 @@ proptest! {
             slopes(&k, |k| loss(&dq, k, &dv)),
             slopes(&v, |v| loss(&dq, &dk, v)),
         ];
-        for found in [native(&t, sizes.scale()), by_composition(&t, sizes.scale())] {
+        for found in [native(&sizes, &t, sizes.scale()), by_composition(&sizes, &t, sizes.scale())] {
             for (found, expected) in found.iter().zip(&expected) {
                 assert_close(found, expected, 1e-5);
             }
@@ -154,11 +191,11 @@ proptest! {
         let mut t = tensors(&sizes, seed);
         let [q, k, v] = [&t[0], &t[1], &t[2]].map(|t| doubles(&values(t)));
         let (y, lse) = sizes.reference(&q, &k, &v, sizes.scale());
-        let composed = by_composition(&t, sizes.scale());
+        let composed = by_composition(&sizes, &t, sizes.scale());
         if views {
             t = as_views(t);
         }
-        let found = native(&t, sizes.scale());
+        let found = native(&sizes, &t, sizes.scale());
         assert_close(&found[0], &y, 2e-6);
         assert_close(&found[1], &lse, 2e-6);
         for (found, composed) in found.iter().zip(&composed) {
@@ -169,10 +206,10 @@ proptest! {
     #[test]
     fn backward_gives_the_gradients_of_each_parent(sizes in small(), seed: u64) {
         let t = tensors(&sizes, seed);
-        let expected = native(&t, sizes.scale());
+        let expected = native(&sizes, &t, sizes.scale());
         let [q, k, v, dy] = t;
         let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
-        let y = causal_attention(q.clone(), k.clone(), v.clone(), sizes.scale());
+        let y = causal_attention(q.clone(), k.clone(), v.clone(), sizes.starts(), sizes.scale());
         let grads = (y * dy.autodiff()).sum().backward();
         for (leaf, expected) in [q, k, v].iter().zip(&expected[2..]) {
             prop_assert_eq!(bits(&values(&leaf.grad(&grads).unwrap())), bits(expected));
@@ -190,6 +227,7 @@ fn the_future_is_not_seen() {
         kv_heads: 2,
         group: 2,
         dim: 12,
+        text: 0,
     };
     let [q, k, v, _] = tensors(&sizes, 8);
     let at = 100;
@@ -205,7 +243,7 @@ fn the_future_is_not_seen() {
         )
     };
     let query = |k, v| {
-        let y = causal_attention(q.clone(), k, v, sizes.scale());
+        let y = causal_attention(q.clone(), k, v, sizes.starts(), sizes.scale());
         bits(&values(&y.narrow(1, at, 1)))
     };
     let y = query(k.clone(), v.clone());
@@ -223,11 +261,18 @@ fn decoding_agrees_with_a_whole_sequence() {
         kv_heads: 2,
         group: 3,
         dim: 40,
+        text: 0,
     };
     let [q, k, v, _] = tensors(&sizes, 9);
-    let whole = causal_attention(q.clone(), k.clone(), v.clone(), sizes.scale());
+    let whole = causal_attention(
+        q.clone(),
+        k.clone(),
+        v.clone(),
+        sizes.starts(),
+        sizes.scale(),
+    );
     let expected = doubles(&values(&whole.narrow(1, 299, 1)));
-    let one = causal_attention(q.narrow(1, 299, 1), k, v, sizes.scale());
+    let one = causal_attention(q.narrow(1, 299, 1), k, v, sizes.starts(), sizes.scale());
     assert_close(&values(&one), &expected, 2e-6);
 }
 
@@ -241,6 +286,7 @@ fn large_scores_do_not_overflow() {
         kv_heads: 1,
         group: 1,
         dim: 8,
+        text: 0,
     };
     let [q, k, v, dy] = tensors(&sizes, 10);
     let t = [(q * 20.0).round(), (k * 20.0).round(), v, dy];
@@ -248,10 +294,10 @@ fn large_scores_do_not_overflow() {
     let scale = 0.5;
     let (y, lse) = sizes.reference(&q, &k, &v, scale);
     assert!(lse.iter().any(|&lse| lse > 100.0));
-    let found = native(&t, scale);
+    let found = native(&sizes, &t, scale);
     assert_close(&found[0], &y, 1e-6);
     assert_close(&found[1], &lse, 1e-6);
-    for (found, composed) in found.iter().zip(&by_composition(&t, scale)) {
+    for (found, composed) in found.iter().zip(&by_composition(&sizes, &t, scale)) {
         assert_close(found, &doubles(composed), 1e-5);
     }
 }
@@ -265,12 +311,13 @@ fn other_dtypes_take_the_composed_operations() {
         kv_heads: 2,
         group: 2,
         dim: 3,
+        text: 0,
     };
     let t = tensors(&sizes, 7);
     let [q, k, v, dy] = t.each_ref().map(|t| doubles(&values(t)));
     let leaves = [&t[0], &t[1], &t[2]].map(|t| leaf(&wide(t)));
     let [tq, tk, tv] = leaves.clone();
-    let y = causal_attention(tq, tk, tv, sizes.scale());
+    let y = causal_attention(tq, tk, tv, sizes.starts(), sizes.scale());
     let grads = (y.clone() * wide(&t[3]).autodiff()).sum().backward();
     let expected = sizes.reference(&q, &k, &v, sizes.scale()).0;
     assert_close(&wide_values(y.inner()), &expected, 1e-14);
@@ -298,8 +345,9 @@ fn the_number_of_threads_changes_no_bit() {
             kv_heads: 3,
             group: 2,
             dim: 20,
+            text: 40,
         };
         let t = tensors(&sizes, 11);
-        assert_same_on_any_threads(|| native(&t, sizes.scale()));
+        assert_same_on_any_threads(|| native(&sizes, &t, sizes.scale()));
     }
 }

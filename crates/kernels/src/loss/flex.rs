@@ -11,15 +11,13 @@ use std::ops::Range;
 use burn::backend::{
     Flex, TensorMetadata,
     flex::FlexTensor,
-    ops::IntTensorOps,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::IntDType;
 use rayon::prelude::*;
 
 use super::{LossOps, SLICE, composed};
 use crate::dense::{Matrix, product};
-use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::host::{all_f32, contiguous, floats, integers, tensor};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
 use crate::memory::zeroed;
@@ -118,12 +116,10 @@ impl<'a> Call<'a> {
     fn new(x: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor) -> Self {
         let [hidden, vocab] = head.shape().dims();
         let strides = head.layout().strides();
-        let targets = contiguous(Flex::int_cast(targets, IntDType::I64));
-        let targets = targets.as_slice::<i64>().expect("cast to i64").iter();
-        let index = |&target: &i64| match usize::try_from(target) {
-            Ok(target) if target < vocab => target,
-            _ => panic!("target {target} of {vocab} tokens"),
-        };
+        let targets = integers(targets);
+        if let Some(target) = targets.iter().find(|&&target| target >= vocab) {
+            panic!("target {target} of {vocab} tokens");
+        }
         Self {
             x: floats(x),
             head: Matrix {
@@ -132,7 +128,7 @@ impl<'a> Call<'a> {
                 column_stride: strides[1],
             },
             borrowed: PhantomData,
-            targets: targets.map(index).collect(),
+            targets,
             rows: x.shape()[0],
             hidden,
             vocab,

@@ -10,7 +10,7 @@ use crate::{On, Uniform};
 type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
 
 pub(crate) fn conform(on: &On) {
-    let all: [(&str, &[[usize; 4]], Operation); 5] = [
+    let all: [(&str, &[[usize; 4]], Operation); 6] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
@@ -30,7 +30,18 @@ pub(crate) fn conform(on: &On) {
         (
             "causal_attention",
             &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
-            |t| causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), 0.35),
+            |t| causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), None, 0.35),
+        ),
+        // Texts of three tokens, one after the other.
+        (
+            "causal_attention over texts",
+            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
+            |t| {
+                let starts = [0i64, 3, 3, 3, 6, 6, 6].repeat(2);
+                let starts = TensorData::new(starts, [2, 7]);
+                let starts = Tensor::from_data(starts, &t[0].device().inner());
+                causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), Some(starts), 0.35)
+            },
         ),
         (
             "linear_cross_entropy",

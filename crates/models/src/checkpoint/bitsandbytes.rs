@@ -33,7 +33,7 @@ use super::{
     LayerFormat, Projections, Refusals, Tensors, double_scales, quant_error, refuse_config, values,
 };
 use crate::Result;
-use crate::llama::HEAD;
+use crate::source::HEAD;
 
 pub(super) const METHOD: &str = "bitsandbytes";
 

@@ -24,7 +24,7 @@ use serde_json::Value;
 
 use super::{LayerFormat, Projections, Tensors, double_scales, quant_error, refuse_config, values};
 use crate::Result;
-use crate::llama::HEAD;
+use crate::source::HEAD;
 
 pub(super) const METHOD: &str = "quant-core";
 const VERSION: u32 = 1;

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::packing::{pack, transpose, unpack};
 use super::{CONFIG, LayerFormat, Projections, Refusals, Tensors, quant_error, values};
-use crate::llama::HEAD;
+use crate::source::HEAD;
 use crate::{Error, GptqVersion, Result};
 
 pub(super) const METHOD: &str = "gptq";

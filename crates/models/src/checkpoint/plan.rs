@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::CONFIG;
 use super::shards::Shards;
-use crate::{Error, LlamaConfig, Result};
+use crate::{Config, Error, Result};
 
 /// What [`plan`] found.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,7 +77,7 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let config: Map<String, Value> = files::read_json(&config_path)?;
-    let config = LlamaConfig::from_json(&config, &config_path)?;
+    let config = Config::from_json(&config, &config_path)?;
     let mut shards = Shards::open(dir)?;
     let paths: Vec<String> = config
         .projections()

@@ -1,0 +1,284 @@
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::{CausalLm, Error, Result};
+
+/// Which tokens of some sequences make up a text: a token sees those of its own text up to itself.
+///
+/// Texts lie one after the other. What fills a sequence up, before or after its text, is one more of
+/// them, which no other token sees.
+#[derive(Clone, Debug)]
+pub struct Spans {
+    seq: usize,
+    starts: Option<Tensor<2, Int>>,
+    device: Device,
+}
+
+impl Spans {
+    /// Sequences of `seq` tokens, each one text.
+    pub fn whole(seq: usize, device: &Device) -> Self {
+        Self {
+            seq,
+            starts: None,
+            device: device.clone(),
+        }
+    }
+
+    /// Tokens of a sequence.
+    pub fn seq(&self) -> usize {
+        self.seq
+    }
+
+    /// The device of the tokens.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Where in its sequence the text of each token begins, `[batch, seq]`; none if each sequence is
+    /// one text.
+    pub fn starts(&self) -> Option<Tensor<2, Int>> {
+        self.starts.clone()
+    }
+
+    /// The place of each token in its text, `[batch, seq]`, or `[1, seq]` if each sequence is one.
+    pub fn positions(&self) -> Tensor<2, Int> {
+        let own = Tensor::<1, Int>::arange(0..self.seq as i64, &self.device).unsqueeze();
+        match self.starts() {
+            Some(starts) => own - starts,
+            None => own,
+        }
+    }
+}
+
+/// Sequences of one length, `[batch, seq]`, whose tokens are to be predicted from those before: all
+/// after the first, or those that [`Batch::with_targets`] says.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    tokens: Tensor<2, Int>,
+    spans: Spans,
+    /// For each token after the first of each sequence, `batch * (seq - 1)`; none if it is all.
+    targets: Option<Vec<bool>>,
+    /// For each token, `batch * seq`; none if all are.
+    is_text: Option<Vec<bool>>,
+}
+
+impl Batch {
+    /// Sequences each of which is one text, all of it to be predicted.
+    ///
+    /// # Errors
+    /// [`Error::EmptyBatch`] unless there is a sequence of two tokens.
+    pub fn new(tokens: Tensor<2, Int>) -> Result<Self> {
+        let [batch, seq] = tokens.dims();
+        if batch == 0 || seq < 2 {
+            return Err(Error::EmptyBatch { batch, seq });
+        }
+        Ok(Self {
+            spans: Spans::whole(seq, &tokens.device()),
+            tokens,
+            targets: None,
+            is_text: None,
+        })
+    }
+
+    /// The sequences as several texts one after the other: `starts`, `batch * seq`, says for each token
+    /// where in its sequence its text begins. The first token of a text is not predicted.
+    ///
+    /// # Errors
+    /// [`Error::Spans`] if `starts` has another length or is not the beginning of texts,
+    /// [`Error::NoTargets`] if nothing is left to predict.
+    pub fn with_starts(mut self, starts: &[usize]) -> Result<Self> {
+        let dims @ [batch, seq] = self.tokens.dims();
+        self.check_len("starts", starts.len())?;
+        for (row, starts) in starts.chunks_exact(seq).enumerate() {
+            for (at, &start) in starts.iter().enumerate() {
+                // A text goes on, or begins.
+                if start != at && (at == 0 || start != starts[at - 1]) {
+                    let problem = format!("token {at} of sequence {row} has the start {start}");
+                    return Err(Error::Spans { problem });
+                }
+            }
+        }
+        let values: Vec<i64> = starts.iter().map(|&start| start as i64).collect();
+        let values = TensorData::new(values, [batch, seq]);
+        self.spans.starts = Some(Tensor::from_data(values, &self.tokens.device()));
+        let mut is_target = self.take_targets();
+        for (at, is_target) in is_target.iter_mut().enumerate() {
+            let (row, place) = (at / (seq - 1), at % (seq - 1) + 1);
+            *is_target &= starts[row * seq + place] != place;
+        }
+        self.put_targets(is_target, dims)
+    }
+
+    /// What the tokens are beside a text: `is_text`, `batch * seq`, is false for those that fill a
+    /// sequence up, before its text or after (the attention mask of other programs). These are not
+    /// predicted, nothing sees them, and no calibration counts them.
+    ///
+    /// # Errors
+    /// [`Error::Spans`] if `is_text` has another length or a text is interrupted,
+    /// [`Error::NoTargets`] if nothing is left to predict.
+    pub fn with_padding(self, is_text: &[bool]) -> Result<Self> {
+        let dims @ [_, seq] = self.tokens.dims();
+        self.check_len("marks", is_text.len())?;
+        let mut starts = Vec::with_capacity(is_text.len());
+        for (row, marks) in is_text.chunks_exact(seq).enumerate() {
+            let mut start = 0;
+            let mut n_texts = usize::from(marks[0]);
+            for (at, mark) in marks.iter().enumerate() {
+                if at > 0 && *mark != marks[at - 1] {
+                    start = at;
+                    n_texts += usize::from(*mark);
+                }
+                starts.push(start);
+            }
+            if n_texts > 1 {
+                let problem = format!("the text of sequence {row} is interrupted");
+                return Err(Error::Spans { problem });
+            }
+        }
+        let mut batch = self.with_starts(&starts)?;
+        let mut is_target = batch.take_targets();
+        for (at, is_target) in is_target.iter_mut().enumerate() {
+            *is_target &= is_text[at / (seq - 1) * seq + at % (seq - 1) + 1];
+        }
+        batch.is_text = Some(is_text.to_vec());
+        batch.put_targets(is_target, dims)
+    }
+
+    /// Only the tokens are to be predicted for which `is_target`, `batch * seq`, is true, of those
+    /// that are predicted at all.
+    ///
+    /// # Errors
+    /// [`Error::Spans`] if `is_target` has another length, [`Error::NoTargets`] if nothing is left.
+    pub fn with_targets(mut self, is_target: &[bool]) -> Result<Self> {
+        let dims @ [_, seq] = self.tokens.dims();
+        self.check_len("marks", is_target.len())?;
+        let mut kept = self.take_targets();
+        for (at, kept) in kept.iter_mut().enumerate() {
+            *kept &= is_target[at / (seq - 1) * seq + at % (seq - 1) + 1];
+        }
+        self.put_targets(kept, dims)
+    }
+
+    fn check_len(&self, what: &str, found: usize) -> Result<()> {
+        let [batch, seq] = self.tokens.dims();
+        match found == batch * seq {
+            true => Ok(()),
+            false => Err(Error::Spans {
+                problem: format!("{found} {what} for {batch} sequences of {seq} tokens"),
+            }),
+        }
+    }
+
+    fn take_targets(&mut self) -> Vec<bool> {
+        let [batch, seq] = self.tokens.dims();
+        let all = || vec![true; batch * (seq - 1)];
+        self.targets.take().unwrap_or_else(all)
+    }
+
+    fn put_targets(mut self, targets: Vec<bool>, [batch, seq]: [usize; 2]) -> Result<Self> {
+        if !targets.contains(&true) {
+            return Err(Error::NoTargets { batch, seq });
+        }
+        self.targets = Some(targets);
+        Ok(self)
+    }
+
+    /// `[batch, seq]`.
+    pub fn tokens(&self) -> Tensor<2, Int> {
+        self.tokens.clone()
+    }
+
+    /// Which tokens make up a text.
+    pub fn spans(&self) -> &Spans {
+        &self.spans
+    }
+
+    /// Whether each token after the first of its sequence is to be predicted, `batch * (seq - 1)`, row
+    /// by row; none if all are.
+    pub fn targets(&self) -> Option<&[bool]> {
+        self.targets.as_deref()
+    }
+
+    /// One of the sequences. [`Error::NoTargets`] if there is nothing to predict in it.
+    ///
+    /// # Errors
+    /// As said.
+    ///
+    /// # Panics
+    /// If there is no sequence `at`.
+    pub fn sequence(&self, at: usize) -> Result<Self> {
+        let [_, seq] = self.tokens.dims();
+        let part = |marks: &Vec<bool>, n: usize| marks[at * n..(at + 1) * n].to_vec();
+        let one = Self {
+            tokens: self.tokens().narrow(0, at, 1),
+            spans: Spans {
+                starts: self.spans.starts().map(|starts| starts.narrow(0, at, 1)),
+                ..self.spans.clone()
+            },
+            is_text: self.is_text.as_ref().map(|marks| part(marks, seq)),
+            targets: None,
+        };
+        match &self.targets {
+            Some(marks) => one.put_targets(part(marks, seq - 1), [1, seq]),
+            None => Ok(one),
+        }
+    }
+
+    /// `values`, `[batch, seq - 1]`, of each token after the first: nothing for those that are not to
+    /// be predicted.
+    pub fn of_targets(&self, values: Tensor<2>) -> Tensor<2> {
+        let Some(targets) = &self.targets else {
+            return values;
+        };
+        let marks: Vec<f32> = targets.iter().map(|&mark| f32::from(mark)).collect();
+        let place = (&values.device(), values.dtype());
+        let marks = TensorData::new(marks, values.dims());
+        values * Tensor::from_data(marks, place)
+    }
+
+    /// The rows of `x`, `[batch, seq, d]`, without those of tokens that fill a sequence up.
+    pub fn of_text(&self, x: Tensor<3>) -> Tensor<2> {
+        let [batch, seq, d] = x.dims();
+        let x = x.reshape([batch * seq, d]);
+        let Some(is_text) = &self.is_text else {
+            return x;
+        };
+        let rows = (0i64..).zip(is_text).filter(|(_, is_text)| **is_text);
+        let rows: Vec<i64> = rows.map(|(row, _)| row).collect();
+        let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &x.device());
+        x.select(0, rows)
+    }
+
+    /// Checks that the model has all tokens, and places for them.
+    ///
+    /// # Errors
+    /// [`Error::Token`] with one that is not in the vocabulary, [`Error::TooLong`] for a text with more
+    /// tokens than [`CausalLm::max_positions`].
+    pub fn check(&self, model: &impl CausalLm) -> Result<()> {
+        let vocab_size = model.vocab_size();
+        let least = self.tokens.clone().min().into_scalar::<i64>();
+        let most = self.tokens.clone().max().into_scalar::<i64>();
+        let has = |token: i64| usize::try_from(token).is_ok_and(|token| token < vocab_size);
+        if let Some(token) = [least, most].into_iter().find(|&token| !has(token)) {
+            return Err(Error::Token { token, vocab_size });
+        }
+        match model.max_positions() {
+            Some(max) if self.tokens.dims()[1] > max => {
+                let longest = self.spans.positions().max().into_scalar::<i64>() as usize + 1;
+                match longest > max {
+                    true => Err(Error::TooLong { len: longest, max }),
+                    false => Ok(()),
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Tokens to be predicted; at least one.
+    pub fn n_targets(&self) -> usize {
+        let [batch, seq] = self.tokens.dims();
+        match &self.targets {
+            Some(targets) => targets.iter().filter(|&&is_target| is_target).count(),
+            None => batch * (seq - 1),
+        }
+    }
+}
