@@ -6,12 +6,13 @@
 
 #![expect(clippy::print_stdout, reason = "a program says what it measured")]
 
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
 use burn::tensor::Device;
 use examples::memory;
-use models::Model;
+use models::{Generation, Model};
 use quant_core::{Quantizer, Rtn};
 
 const PROMPT: u32 = 128;
@@ -39,8 +40,9 @@ fn decode(head: &str, model: &Model, n_bytes: u64) -> Result<(), Box<dyn std::er
     for _ in 0..3 {
         let start = Instant::now();
         let mut first = None;
-        models::greedy(model, &prompt, NEW, None, |_| {
+        models::generate(model, &prompt, &Generation::new(NEW), |_| {
             first.get_or_insert_with(|| (start.elapsed().as_secs_f64(), cpu_seconds()));
+            ControlFlow::Continue(())
         })?;
         let (first, cpu_before) = first.expect("a token came");
         prefill = prefill.min(first);

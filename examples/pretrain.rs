@@ -1,8 +1,8 @@
-//! Makes the model that the project ships: a tokenizer and a LLaMA of 1.1 million parameters, trained
-//! from scratch on the plain language of `examples::corpus`.
+//! Makes the models that the project ships: a tokenizer, and a LLaMA or an OPT of 1.1 million
+//! parameters, trained from scratch on the plain language of `examples::corpus`.
 //!
 //! `cargo run --release --example pretrain -- --out target/llama` makes the files of
-//! `examples/data/llama` again.
+//! `examples/data/llama` again, with `--architecture opt` those of `examples/data/opt`.
 
 #![expect(clippy::print_stdout, reason = "a program says what it did")]
 
@@ -10,28 +10,31 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use indicatif::{ProgressBar, ProgressStyle};
-use models::{LlamaConfig, Model, Pretrained, RopeScaling, Windows};
+use models::{Activation, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling, Windows};
 use peft::{FitConfig, Schedule};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, TokenizerBuilder};
 
-/// Trains the embedded model from scratch.
+/// Trains an embedded model from scratch.
 #[derive(Parser)]
 struct Args {
     /// The directory to write, which must not exist
     #[arg(long)]
     out: PathBuf,
+    /// What to train
+    #[arg(long, value_enum, default_value_t = Architecture::Llama)]
+    architecture: Architecture,
     /// Optimizer steps
     #[arg(long, default_value_t = 1500)]
     steps: usize,
-    /// Learning rate
-    #[arg(long, default_value_t = 4e-3)]
-    lr: f64,
+    /// Learning rate [default: one for the architecture]
+    #[arg(long)]
+    lr: Option<f64>,
     /// Windows in a step
     #[arg(long, default_value_t = 16)]
     batch: usize,
@@ -44,6 +47,66 @@ struct Args {
 
 const VOCAB: usize = 512;
 const SEQ_LEN: usize = 128;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Architecture {
+    Llama,
+    Opt,
+}
+
+impl Architecture {
+    fn config(self) -> Config {
+        match self {
+            Self::Llama => Config::Llama(LlamaConfig {
+                vocab_size: VOCAB,
+                hidden_size: 128,
+                intermediate_size: 384,
+                num_hidden_layers: 4,
+                num_attention_heads: 4,
+                num_key_value_heads: 2,
+                head_dim: 64,
+                max_position_embeddings: 256,
+                rms_norm_eps: 1e-5,
+                rope_theta: 10_000.0,
+                rope_scaling: RopeScaling::None,
+                attention_bias: false,
+                attention_output_bias: false,
+                mlp_bias: false,
+                tie_word_embeddings: false,
+            }),
+            Self::Opt => Config::Opt(OptConfig {
+                vocab_size: VOCAB,
+                hidden_size: 128,
+                ffn_dim: 512,
+                num_hidden_layers: 5,
+                num_attention_heads: 4,
+                max_position_embeddings: 256,
+                word_embed_proj_dim: 128,
+                do_layer_norm_before: true,
+                remove_final_layer_norm: false,
+                activation: Activation::Relu,
+                enable_bias: true,
+                layer_norm_elementwise_affine: true,
+                tie_word_embeddings: true,
+            }),
+        }
+    }
+
+    fn learning_rate(self) -> f64 {
+        match self {
+            Self::Llama => 4e-3,
+            Self::Opt => 2e-3,
+        }
+    }
+
+    /// As the published checkpoints have it.
+    fn dtype(self) -> DType {
+        match self {
+            Self::Llama => DType::BF16,
+            Self::Opt => DType::F16,
+        }
+    }
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
@@ -61,30 +124,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &tokenizer,
     )?;
 
-    let config = LlamaConfig {
-        vocab_size: VOCAB,
-        hidden_size: 128,
-        intermediate_size: 384,
-        num_hidden_layers: 4,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 64,
-        max_position_embeddings: 256,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: false,
-    };
-    let model = Model::init(&config, args.seed, &device);
+    let model = Model::init(args.architecture.config(), args.seed, &device);
     println!("{} parameters", model.num_params());
     let mut lm = Pretrained::new(model, &tokenizer)?;
 
     let windows = lm.windows(&text, SEQ_LEN)?.take(args.steps * args.batch);
     let fit = FitConfig::new()
-        .with_learning_rate(args.lr)
+        .with_learning_rate(args.lr.unwrap_or(args.architecture.learning_rate()))
         .with_steps(Some(args.steps))
         .with_warmup_steps(args.steps / 20)
         .with_schedule(Schedule::Cosine)
@@ -106,7 +152,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     bar.finish();
 
-    lm.model = lm.model.map(&mut ToBf16);
+    let dtype = args.architecture.dtype();
+    lm.model = lm.model.map(&mut Round(dtype));
     let evaluate = |windows: Windows| models::perplexity(&lm.model, &windows.batches(16, &device));
     let perplexity = evaluate(lm.windows(&held_out, SEQ_LEN)?)?;
     println!(
@@ -149,15 +196,15 @@ fn train_tokenizer(text: &str, path: &Path) -> Result<(), Box<dyn std::error::Er
     Ok(())
 }
 
-/// Rounds all parameters to bf16, in which they will be saved.
-struct ToBf16;
+/// Rounds all parameters to the type in which they will be saved.
+struct Round(DType);
 
-impl ModuleMapper for ToBf16 {
+impl ModuleMapper for Round {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|tensor| {
             let device = tensor.device();
-            // On the host: not every device computes in bf16.
-            let data = tensor.into_data().convert_dtype(DType::BF16);
+            // On the host: not every device computes in 16 bits.
+            let data = tensor.into_data().convert_dtype(self.0);
             Tensor::from_data(data.convert_dtype(DType::F32), &device)
         })
     }

@@ -10,16 +10,17 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft::files::{self, LazyTensor};
+use peft::files::{self, FloatType, LazyTensor, TensorFile};
 use peft::{Linear, Linears, Weight};
 use quant_core::{DoubleScales, QuantTensor, Scales};
 use serde_json::{Map, Value};
 
 use crate::model::Table;
 use crate::source::{HEAD, Source};
-use crate::{Config, Error, Model, Result, Tokenizer, Windows};
+use crate::{Config, Error, Model, Pretrained, Result, Tokenizer};
 
 mod bitsandbytes;
+mod dense;
 mod exact;
 #[cfg(test)]
 mod golden;
@@ -29,35 +30,30 @@ mod plan;
 mod shards;
 
 use bitsandbytes::Bitsandbytes;
+pub use dense::{Rounding, save_dense};
 use exact::Exact;
 use gptq::Gptq;
 use packing::transpose;
 pub use plan::{Plan, PlannedLayer, plan};
 use shards::Shards;
 
-const CONFIG: &str = "config.json";
-const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const GENERATION: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 /// Files that a saved model takes along, where there are any.
-const CARRIED: [&str; 4] = [
+const CARRIED: [&str; 9] = [
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    // What slower tokenizers are made from.
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    GENERATION,
 ];
-
-/// A model with its tokenizer and the files that go along.
-#[derive(Clone, Debug)]
-pub struct Pretrained {
-    /// The model.
-    pub model: Model,
-    /// Its tokenizer, if the directory has one.
-    pub tokenizer: Option<Tokenizer>,
-    dir: PathBuf,
-    /// `config.json`, without a quantization.
-    config: Map<String, Value>,
-    carried: BTreeMap<&'static str, Vec<u8>>,
-}
 
 /// How packed layers lie in a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -186,7 +182,7 @@ impl CheckpointFormat {
     fn open(dir: &Path, json: Option<Value>) -> Result<Option<Box<dyn LayerFormat>>> {
         let config = dir.join(CONFIG);
         let Some(json) = json.filter(|json| !json.is_null()) else {
-            return Ok(match dir.join(gptq::CONFIG_FILE).exists() {
+            return Ok(match files::is_there(&dir.join(gptq::CONFIG_FILE)) {
                 true => Some(Box::new(Gptq::open(dir, None)?)),
                 false => None,
             });
@@ -202,50 +198,6 @@ impl CheckpointFormat {
                 return Err(refuse_config(&config, problem));
             }
         }))
-    }
-}
-
-impl Pretrained {
-    /// A new model with the tokenizer in the file at `tokenizer`.
-    ///
-    /// # Errors
-    /// If the tokenizer cannot be read.
-    ///
-    /// # Panics
-    /// If the model has a rope scaling: see [`Config::to_json`].
-    pub fn new(model: Model, tokenizer: &Path) -> Result<Self> {
-        let bytes = read(tokenizer)?;
-        Ok(Self {
-            config: model.config().to_json(),
-            model,
-            tokenizer: Some(Tokenizer::open(tokenizer)?),
-            dir: tokenizer.parent().unwrap_or(tokenizer).into(),
-            carried: [(TOKENIZER, bytes)].into(),
-        })
-    }
-
-    /// The tokens of `text` in windows of `seq_len`.
-    ///
-    /// # Errors
-    /// [`Error::NoTokenizer`]; [`Error::SeqLen`] if the model was not made for such windows;
-    /// [`Error::ShortText`] if the text does not fill one; [`Error::Token`] if the tokenizer gives
-    /// one that the model lacks.
-    pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
-        let config = self.model.config();
-        let max = config.max_seq_len();
-        if !(2..=max).contains(&seq_len) {
-            return Err(Error::SeqLen { seq_len, max });
-        }
-        let Some(tokenizer) = &self.tokenizer else {
-            let dir = self.dir.clone();
-            return Err(Error::NoTokenizer { dir });
-        };
-        let tokens = tokenizer.encode(text)?;
-        let vocab_size = config.vocab_size();
-        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            return Err(Error::Token { token, vocab_size });
-        }
-        Windows::new(tokens, seq_len)
     }
 }
 
@@ -268,14 +220,14 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let mut config: Map<String, Value> = files::read_json(&config_path)?;
     let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
     let shape = Config::from_json(&config, &config_path)?;
-    let tokenizer = match dir.join(TOKENIZER).exists() {
+    let tokenizer = match files::is_there(&dir.join(TOKENIZER)) {
         true => Some(Tokenizer::open(&dir.join(TOKENIZER))?),
         false => None,
     };
     let mut carried = BTreeMap::new();
     for name in CARRIED {
-        if dir.join(name).exists() {
-            carried.insert(name, read(&dir.join(name))?);
+        if files::is_there(&dir.join(name)) {
+            carried.insert(name, files::read(&dir.join(name))?);
         }
     }
     let mut checkpoint = Checkpoint {
@@ -324,13 +276,7 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
 /// [`save`].
 pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
     let model = &lm.model;
-    let linears = model.linears();
-    if let Some((path, _)) = linears
-        .iter()
-        .find(|(_, linear)| linear.adapter().is_some())
-    {
-        return Err(peft::Error::AlreadyAdapted { path: path.clone() }.into());
-    }
+    check_no_adapters(model)?;
     let projections = Projections::of(model);
     let mut config = lm.config.clone();
     let layers = match format.for_model(&projections, &config) {
@@ -359,16 +305,56 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
         config.insert("tie_word_embeddings".into(), false.into());
     }
 
-    files::write_directory(dir.as_ref(), |dir| {
-        files::write_tensors(&dir.join(WEIGHTS), tensors(model, layers.as_ref()))?;
-        for (name, bytes) in &lm.carried {
+    let tensors = tensors(model, layers.as_ref());
+    if !is_packed {
+        // Readers take all floats for this type.
+        let mut floats = tensors.iter().filter_map(|(_, tensor)| tensor.float_type());
+        let first = floats.next().unwrap_or(FloatType::F32);
+        let one = floats.all(|float| float == first);
+        dense::state_float(&mut config, if one { first } else { FloatType::F32 });
+    }
+    let files = Files {
+        config: &config,
+        carried: &lm.carried,
+        beside: layers.config_file().zip(quantization.as_ref()),
+    };
+    write(dir.as_ref(), tensors, &files)
+}
+
+fn check_no_adapters(model: &Model) -> Result<()> {
+    let linears = model.linears();
+    match linears
+        .iter()
+        .find(|(_, linear)| linear.adapter().is_some())
+    {
+        Some((path, _)) => Err(peft::Error::AlreadyAdapted { path: path.clone() }.into()),
+        None => Ok(()),
+    }
+}
+
+/// The files of a directory beside its tensors.
+struct Files<'a> {
+    config: &'a Map<String, Value>,
+    carried: &'a BTreeMap<&'static str, Vec<u8>>,
+    /// One more configuration.
+    beside: Option<(&'static str, &'a Value)>,
+}
+
+fn write<'a>(
+    dir: &Path,
+    tensors: impl IntoIterator<Item = (String, LazyTensor<'a>)>,
+    files: &Files,
+) -> Result<()> {
+    files::write_directory(dir, |dir| {
+        files::write_tensors(&dir.join(WEIGHTS), tensors)?;
+        for (name, bytes) in files.carried {
             let path = dir.join(name);
             std::fs::write(&path, bytes).map_err(|source| peft::Error::Io { path, source })?;
         }
-        if let Some((name, quantization)) = layers.config_file().zip(quantization) {
-            files::write_json(&dir.join(name), &quantization)?;
+        if let Some((name, config)) = files.beside {
+            files::write_json(&dir.join(name), config)?;
         }
-        files::write_json(&dir.join(CONFIG), &config)
+        files::write_json(&dir.join(CONFIG), files.config)
     })?;
     Ok(())
 }
@@ -469,18 +455,15 @@ impl Tensors {
 
     /// The values of a tensor of these dimensions.
     fn floats<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<f32>> {
-        let found = self.shards.file(name)?.floats::<D>(name)?;
-        self.take(name, expected, found)
+        Ok(self.take(name, expected)?.floats::<D>(name)?.0)
     }
 
     fn words<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u32>> {
-        let found = self.shards.file(name)?.words::<D>(name)?;
-        self.take(name, expected, found)
+        Ok(self.take(name, expected)?.words::<D>(name)?.0)
     }
 
     fn bytes<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u8>> {
-        let found = self.shards.file(name)?.bytes::<D>(name)?;
-        self.take(name, expected, found)
+        Ok(self.take(name, expected)?.bytes::<D>(name)?.0)
     }
 
     /// A tensor of bytes that hold a text of any length.
@@ -490,19 +473,22 @@ impl Tensors {
         Ok(text)
     }
 
-    fn take<const D: usize, T>(
+    /// The file of a tensor, which has these dimensions: known before any of it is read.
+    fn take<const D: usize>(
         &mut self,
         name: &str,
         expected: [usize; D],
-        (values, found): (Vec<T>, [usize; D]),
-    ) -> Result<Vec<T>> {
-        if expected != found {
-            let problem =
-                format!("has the shape {found:?}, the configuration asks for {expected:?}");
-            return Err(self.refuse(name, problem));
-        }
+    ) -> Result<&mut TensorFile> {
         self.taken.insert(name.into());
-        Ok(values)
+        let file = self.shards.file(name)?;
+        match file.shape(name) {
+            Some(found) if found != expected => {
+                let problem =
+                    format!("has the shape {found:?}, the configuration asks for {expected:?}");
+                Err(file.refuse(name, problem).into())
+            }
+            _ => Ok(file),
+        }
     }
 
     /// Where a tensor is.
@@ -605,12 +591,4 @@ impl Source for Checkpoint {
         }
         self.weight(HEAD, dims)
     }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    let bytes = std::fs::read(path).map_err(|source| peft::Error::Io {
-        path: path.into(),
-        source,
-    });
-    Ok(bytes?)
 }

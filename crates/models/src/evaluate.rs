@@ -1,57 +1,39 @@
-use peft::{Batch, CausalLm, token_nll};
-use serde::{Deserialize, Serialize};
+//! What a model is worth: named protocols, and one report for all of them.
+//!
+//! | protocol | what it gives |
+//! |---|---|
+//! | [`perplexity`] | `gptq`: windows of one length, the mean of each, the mean of those |
+//! | [`llama_cpp_perplexity`] | llama.cpp's: the second half of each window of 512 |
+//! | [`word_losses`] | lm-evaluation-harness's rolling log-likelihood: [`word_perplexity`], [`byte_perplexity`], [`bits_per_byte`] |
+//! | [`document_losses`] | each document alone, cut at the model's length |
+//! | [`choices`] | multiple choice by log-likelihood: `acc` and `acc_norm` |
+//! | [`gsm8k`] | exact match of the answers to word problems, strict and flexible |
+//! | [`compare`] | divergence from another model, the full-precision one as a rule, and agreement of the likeliest tokens |
+//! | [`confidences`] | how far the likeliest token's probability is from how often it is right: [`calibration`] |
+//!
+//! Items become an [`Estimate`] with its interval by [`Bootstrap`], and estimates a [`Report`].
 
-use crate::{Error, Result};
+mod agreement;
+mod choice;
+pub mod gsm8k;
+mod perplexity;
+mod report;
+mod rolling;
+mod score;
+mod statistics;
+mod whitespace;
 
-/// Perplexity in the protocol `gptq`: non-overlapping windows, the mean over the `seq_len - 1`
-/// targets of each, the mean of those (Frantar et al. 2023).
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Perplexity {
-    /// The mean negative log-likelihood of a token, in nats.
-    pub nll: f64,
-    /// Windows.
-    pub n_windows: usize,
-    /// Tokens of a window.
-    pub seq_len: usize,
-}
-
-impl Perplexity {
-    /// `exp(nll)`.
-    pub fn value(&self) -> f64 {
-        self.nll.exp()
-    }
-}
-
-/// The perplexity of a model over windows of one length, in the protocol of [`Perplexity`].
-///
-/// # Errors
-/// [`Error::NoWindows`], [`Error::MixedWindows`], [`peft::Error::Token`] for a token that the model
-/// lacks, or [`Error::NonFinite`] with the first window whose loss is not finite.
-pub fn perplexity<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Perplexity> {
-    let seq_len = batches.first().ok_or(Error::NoWindows)?.tokens().dims()[1];
-    let (mut sum, mut n_windows) = (0.0, 0);
-    for batch in batches {
-        let found = batch.tokens().dims()[1];
-        if found != seq_len {
-            let expected = seq_len;
-            return Err(Error::MixedWindows { expected, found });
-        }
-        batch.check(model)?;
-        let nll = token_nll(model, batch).into_data().convert::<f32>();
-        let nll = nll.as_slice::<f32>().expect("converted to f32");
-        let n_targets = seq_len - 1;
-        for window in nll.chunks_exact(n_targets) {
-            let mean = window.iter().map(|&nll| f64::from(nll)).sum::<f64>() / n_targets as f64;
-            if !mean.is_finite() {
-                return Err(Error::NonFinite { window: n_windows });
-            }
-            sum += mean;
-            n_windows += 1;
-        }
-    }
-    Ok(Perplexity {
-        nll: sum / n_windows as f64,
-        n_windows,
-        seq_len,
-    })
-}
+pub use agreement::{Comparison, compare, confidences};
+pub use choice::{ChoiceItem, ChoiceScore, choices, encode_pair};
+pub use perplexity::{
+    Perplexity, document_losses, llama_cpp_perplexity, perplexity, window_losses, word_losses,
+};
+pub use report::{FORMAT_VERSION, Measurement, Report};
+pub use rolling::{
+    ScoredDocument, ScoredWindow, bits_per_byte, byte_perplexity, llama_cpp_windows,
+    rolling_windows, word_count, word_perplexity,
+};
+pub use score::score;
+pub use statistics::{
+    Bootstrap, CALIBRATION_BINS, Calibration, CalibrationBin, Estimate, calibration,
+};

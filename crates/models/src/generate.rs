@@ -1,7 +1,11 @@
 //! A text token by token: what was computed for the tokens before stays in a cache.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Int, Tensor, TensorData};
 use peft::{CausalLm, Spans};
+use rand::RngExt;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use crate::positions::Positions;
 use crate::{Config, Error, Model, Result, RopeScaling};
@@ -154,26 +158,120 @@ impl Model {
     }
 }
 
-/// Continues `prompt` by up to `n_new` tokens, each the one with the largest logit, the first of
-/// them where several have it. Ends after the token `stop`, which is part of the result. `on_token`
-/// sees each token as it comes.
+/// How a text is continued.
+///
+/// The likeliest token is taken each time, unless there is a temperature: then tokens are drawn, by
+/// `seed` alone. Before a draw, logits are divided by the temperature, those of less likely tokens
+/// than the `top_k` likeliest are left out, and then all but the fewest likeliest tokens whose
+/// probabilities add up to `top_p` (Holtzman et al. 2020, arXiv:1904.09751), as transformers does it.
+#[derive(burn::config::Config, Debug, PartialEq)]
+pub struct Generation {
+    /// Tokens to add at most.
+    pub max_new_tokens: usize,
+    /// What logits are divided by; 0 for the likeliest token.
+    #[config(default = 0.0)]
+    pub temperature: f64,
+    /// How many of the likeliest tokens are drawn from; all without.
+    #[config(default = "None")]
+    pub top_k: Option<usize>,
+    /// The probability of the likeliest tokens that are drawn from; 1 for all.
+    #[config(default = 1.0)]
+    pub top_p: f64,
+    /// What the draws depend on.
+    #[config(default = 0)]
+    pub seed: u64,
+    /// Tokens that end the text; the one that did is part of the result.
+    #[config(default = "Vec::new()")]
+    pub stop: Vec<u32>,
+}
+
+impl Generation {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`peft::Error::Setting`] with one that is out of its range.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |setting, value: String, expected| {
+            let error = peft::Error::Setting {
+                setting,
+                value,
+                expected,
+            };
+            Err(error.into())
+        };
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            let value = self.temperature.to_string();
+            return refuse("temperature", value, "a number that is not negative");
+        }
+        if self.top_k == Some(0) {
+            return refuse("top_k", "0".into(), "at least 1");
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return refuse("top_p", self.top_p.to_string(), "above 0 and at most 1");
+        }
+        Ok(())
+    }
+
+    /// The token after these logits.
+    fn next(&self, logits: &[f32], rng: &mut ChaCha8Rng) -> u32 {
+        if self.temperature == 0.0 {
+            return largest(logits);
+        }
+        let kept = self.probabilities(logits);
+        let total: f64 = kept.iter().map(|(_, p)| p).sum();
+        let mut left = rng.random::<f64>() * total;
+        for &(token, p) in &kept {
+            left -= p;
+            if left < 0.0 {
+                return token;
+            }
+        }
+        // Rounding may leave a little.
+        kept[kept.len() - 1].0
+    }
+
+    /// The tokens that are drawn from with their probabilities among all, the likeliest first.
+    fn probabilities(&self, logits: &[f32]) -> Vec<(u32, f64)> {
+        let most = f64::from(logits[largest(logits) as usize]);
+        let weight = |logit: f32| ((f64::from(logit) - most) / self.temperature).exp();
+        let mut all: Vec<(u32, f64)> = (0..).zip(logits.iter().map(|&l| weight(l))).collect();
+        // The first of equal ones before the others.
+        all.sort_by(|(a, p), (b, q)| q.total_cmp(p).then(a.cmp(b)));
+        if let Some(last) = self.top_k.and_then(|k| all.get(k - 1)).map(|&(_, p)| p) {
+            all.truncate(all.partition_point(|&(_, p)| p >= last));
+        }
+        let sum: f64 = all.iter().map(|(_, p)| p).sum();
+        let mut reached = 0.0;
+        let n = all.iter().take_while(|(_, p)| {
+            let is_kept = reached < self.top_p * sum;
+            reached += p;
+            is_kept
+        });
+        let n = n.count().max(1);
+        all.truncate(n);
+        all.into_iter().map(|(token, p)| (token, p / sum)).collect()
+    }
+}
+
+/// Continues `prompt`. `on_token` sees each token as it comes, and may break off after it.
 ///
 /// # Errors
 /// [`Error::NoTokens`] for an empty prompt, [`peft::Error::Token`] for a token that the model lacks,
-/// [`Error::DynamicRope`] as [`Model::cache`], or [`Error::NonFiniteLogits`].
-pub fn greedy(
+/// [`Error::DynamicRope`] or [`peft::Error::TooLong`] as [`Model::cache`], [`peft::Error::Setting`], or
+/// [`Error::NonFiniteLogits`].
+pub fn generate(
     model: &Model,
     prompt: &[u32],
-    n_new: usize,
-    stop: Option<u32>,
-    mut on_token: impl FnMut(u32),
+    settings: &Generation,
+    mut on_token: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>> {
+    settings.check()?;
     let vocab_size = model.vocab_size();
     if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
         let token = token.into();
         return Err(peft::Error::Token { token, vocab_size }.into());
     }
-    let device = model.embed_tokens.val().device();
+    let device = model.device();
     let tokens = |ids: &[u32]| {
         let ids: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
         let shape = [1, ids.len()];
@@ -182,18 +280,23 @@ pub fn greedy(
     if prompt.is_empty() {
         return Err(Error::NoTokens);
     }
+    let n_new = settings.max_new_tokens;
     // The last token is not read.
     let mut cache = model.cache(prompt.len().saturating_add(n_new.saturating_sub(1)))?;
+    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     let mut read = tokens(prompt);
     let mut new = Vec::new();
     while new.len() < n_new {
         let logits = model.forward_cached(read, &mut cache)?;
-        let token = largest(logits).ok_or(Error::NonFiniteLogits {
-            position: cache.len(),
-        })?;
+        let logits = logits.into_data().convert::<f32>();
+        let logits = logits.as_slice::<f32>().expect("converted to f32");
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            let position = cache.len();
+            return Err(Error::NonFiniteLogits { position });
+        }
+        let token = settings.next(logits, &mut rng);
         new.push(token);
-        on_token(token);
-        if stop == Some(token) {
+        if on_token(token).is_break() || settings.stop.contains(&token) {
             break;
         }
         read = tokens(&[token]);
@@ -201,18 +304,95 @@ pub fn greedy(
     Ok(new)
 }
 
-/// The place of the largest of these logits, `[1, vocab]`, if all are finite.
-fn largest(logits: Tensor<2>) -> Option<u32> {
-    let logits = logits.into_data().convert::<f32>();
-    let logits = logits.as_slice::<f32>().expect("converted to f32");
+/// The place of the first of the largest logits.
+fn largest(logits: &[f32]) -> u32 {
     let mut largest = (0, f32::NEG_INFINITY);
     for (token, &logit) in (0..).zip(logits) {
-        if !logit.is_finite() {
-            return None;
-        }
         if logit > largest.1 {
             largest = (token, logit);
         }
     }
-    Some(largest.0)
+    largest.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Logarithms of 8, 4, 2, 1, 1 sixteenths, out of order.
+    fn logits() -> [f32; 5] {
+        [2.0f32, 8.0, 1.0, 4.0, 1.0].map(f32::ln)
+    }
+
+    fn kept(settings: &Generation) -> Vec<(u32, f64)> {
+        let kept = settings.probabilities(&logits());
+        let round = |p: f64| (p * 1e6).round() / 1e6;
+        kept.into_iter()
+            .map(|(token, p)| (token, round(p)))
+            .collect()
+    }
+
+    #[test]
+    fn top_k_and_top_p_leave_the_likeliest() {
+        let all = Generation::new(1).with_temperature(1.0);
+        assert_eq!(
+            kept(&all),
+            [(1, 0.5), (3, 0.25), (0, 0.125), (2, 0.0625), (4, 0.0625)]
+        );
+        let two = all.clone().with_top_k(Some(2));
+        assert_eq!(kept(&two), [(1, 0.666667), (3, 0.333333)]);
+        // Both of those that are equally likely.
+        assert_eq!(kept(&all.clone().with_top_k(Some(4))).len(), 5);
+        assert_eq!(kept(&all.clone().with_top_k(Some(9))).len(), 5);
+        // The fewest that reach it, and the one that crosses it.
+        assert_eq!(kept(&all.clone().with_top_p(0.5)), [(1, 0.5)]);
+        assert_eq!(kept(&all.clone().with_top_p(0.51)), [(1, 0.5), (3, 0.25)]);
+        assert_eq!(kept(&all.clone().with_top_p(1e-9)), [(1, 0.5)]);
+        // Of what top_k has left.
+        assert_eq!(kept(&two.clone().with_top_p(0.6)), [(1, 0.666667)]);
+        // Squares of the probabilities.
+        let cold = all.clone().with_temperature(0.5);
+        assert_eq!(kept(&cold)[..2], [(1, 0.744186), (3, 0.186047)]);
+    }
+
+    #[test]
+    fn draws_are_as_likely_as_they_should_be() {
+        let settings = Generation::new(1).with_temperature(1.0).with_top_k(Some(3));
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        let mut counts = [0usize; 5];
+        for _ in 0..14_000 {
+            counts[settings.next(&logits(), &mut rng) as usize] += 1;
+        }
+        assert_eq!((counts[2], counts[4]), (0, 0));
+        // 2, 8 and 4 of 14 thousand, five deviations at most.
+        for (count, expected) in [(counts[0], 2e3f64), (counts[1], 8e3), (counts[3], 4e3)] {
+            let deviation = (expected * (1.0 - expected / 14e3)).sqrt();
+            assert!(
+                (count as f64 - expected).abs() < 5.0 * deviation,
+                "{counts:?}"
+            );
+        }
+        let greedy = Generation::new(1);
+        assert_eq!(greedy.next(&logits(), &mut rng), 1);
+        assert_eq!(greedy.next(&[3.0, 3.0], &mut rng), 0);
+    }
+
+    #[test]
+    fn settings_out_of_range_are_refused() {
+        let good = Generation::new(3);
+        assert!(good.check().is_ok());
+        for bad in [
+            good.clone().with_temperature(-1.0),
+            good.clone().with_temperature(f64::NAN),
+            good.clone().with_temperature(f64::INFINITY),
+            good.clone().with_top_k(Some(0)),
+            good.clone().with_top_p(0.0),
+            good.clone().with_top_p(1.1),
+            good.clone().with_top_p(f64::NAN),
+        ] {
+            let error = bad.check().unwrap_err();
+            let named = matches!(error, Error::Peft(peft::Error::Setting { .. }));
+            assert!(named, "{error}");
+        }
+    }
 }

@@ -40,27 +40,31 @@
 mod attention;
 mod checkpoint;
 mod config;
+pub mod data;
 mod error;
-mod evaluate;
+pub mod evaluate;
 mod generate;
 mod llama;
 mod model;
 mod norm;
 mod opt;
 mod positions;
+mod pretrained;
 mod quantize;
 mod rope;
 mod source;
 mod tokenizer;
 
 pub use checkpoint::{
-    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Pretrained, load, plan, save, save_as,
+    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, load, plan, save, save_as,
+    save_dense,
 };
 pub use config::{Activation, Config, LlamaConfig, OptConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use evaluate::{Perplexity, perplexity};
-pub use generate::{Cache, greedy};
+pub use generate::{Cache, Generation, generate};
 pub use model::{Model, State};
 pub use positions::Positions;
+pub use pretrained::Pretrained;
 pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
-pub use tokenizer::{Tokenizer, Windows};
+pub use tokenizer::{TextStream, Tokenizer, Windows};

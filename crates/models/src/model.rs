@@ -192,6 +192,11 @@ impl Model {
         &self.config
     }
 
+    /// Where its parameters are.
+    pub fn device(&self) -> Device {
+        self.embed_tokens.val().device()
+    }
+
     pub(crate) fn blocks(&self) -> &[Block] {
         &self.layers
     }

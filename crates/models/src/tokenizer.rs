@@ -1,9 +1,13 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::Batch;
+use peft::{Batch, files};
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use tokenizers::{
+    DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
+    PreTokenizerWrapper,
+};
 
 use crate::{Error, Result};
 
@@ -18,9 +22,9 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if it cannot be read.
+    /// As [`peft::files::read`]; [`Error::Tokenizer`] if it is no tokenizer.
     pub fn open(path: &Path) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_file(path);
+        let inner = tokenizers::Tokenizer::from_bytes(files::read(path)?);
         let mut inner = inner.map_err(|error| refuse(path, error))?;
         // Files may ask for texts to be cut or filled up to one length; a text here is all of it.
         inner.with_padding(None);
@@ -45,6 +49,24 @@ impl Tokenizer {
             .to_vec())
     }
 
+    /// Turns tokens into text as they come.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream {
+            inner: self.inner.decode_stream(true),
+            path: &self.path,
+        }
+    }
+
+    /// What reads texts.
+    pub(crate) fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
+    /// The file that it came from.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The text of some tokens.
     ///
     /// # Errors
@@ -52,6 +74,31 @@ impl Tokenizer {
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = self.inner.decode(tokens, true);
         text.map_err(|error| refuse(&self.path, error))
+    }
+}
+
+/// The text of tokens that come one after the other, made by [`Tokenizer::stream`].
+pub struct TextStream<'a> {
+    inner: DecodeStream<
+        'a,
+        ModelWrapper,
+        NormalizerWrapper,
+        PreTokenizerWrapper,
+        PostProcessorWrapper,
+        DecoderWrapper,
+    >,
+    path: &'a Path,
+}
+
+impl TextStream<'_> {
+    /// What one more token adds to the text; nothing while it is a part of a character.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the token is unknown.
+    pub fn push(&mut self, token: u32) -> Result<String> {
+        let piece = self.inner.step(token);
+        let piece = piece.map_err(|error| refuse(self.path, error))?;
+        Ok(piece.unwrap_or_default())
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor};
 use models::{Config, LlamaConfig, Model, Pretrained};
-use peft::files::{LazyTensor, TensorFile};
+use peft::files::{FloatType, LazyTensor, TensorFile};
 use peft::{
     Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
     OffGrid, Peqa, Schedule, Tile, fit, token_nll,
@@ -346,7 +346,10 @@ fn what_peft_has_and_this_has_not_is_refused() {
         let tensors = file.names().into_iter().filter_map(|old| {
             let name = keep(&old)?;
             let (values, dims) = file.floats::<2>(&old).unwrap();
-            Some((name, LazyTensor::f32(dims, move || values.clone())))
+            Some((
+                name,
+                LazyTensor::floats_as(FloatType::F32, dims, move || values.clone()),
+            ))
         });
         let tensors: Vec<_> = tensors.collect();
         peft::files::write_tensors(&path.join("adapter_model.safetensors"), tensors).unwrap();

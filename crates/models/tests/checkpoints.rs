@@ -11,7 +11,7 @@ use models::GptqVersion::{V1, V2};
 use models::{
     CheckpointFormat, Error, LlamaConfig, Model, Pretrained, RopeScaling, load, save, save_as,
 };
-use peft::files::{LazyTensor, TensorFile, write_tensors};
+use peft::files::{FloatType, LazyTensor, TensorFile, write_tensors};
 use peft::{Batch, CausalLm, Fingerprint, FitConfig, Linear, Linears, Peqa, Weight};
 use proptest::prelude::*;
 use quant_core::{
@@ -620,9 +620,27 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
     });
     assert_says(&error, &["g_idx", "[159]", "[160]"]);
 
+    // Inputs in another order, and no word of which.
+    let error = refusal(GPTQ, |config, all| {
+        config["quantization_config"]["desc_act"] = json!(true);
+        all.remove(&format!("{LAYER}.g_idx"));
+    });
+    let missing = matches!(&error, Error::Peft(peft::Error::MissingTensor { tensor, .. }) if tensor.ends_with("down_proj.g_idx"));
+    assert!(missing, "{error}");
+    // Zero-points read in the wrong way are off by one.
+    let error = refusal(GPTQ, |config, _| {
+        config["quantization_config"]["format"] = json!("gptq_v2");
+        config["quantization_config"]["checkpoint_format"] = json!("gptq_v2");
+    });
+    assert_says(
+        &error,
+        &["qzeros", "zero-point of 7", "`checkpoint_format`"],
+    );
+
     let wrapped = |quantizer: &str| {
         refusal(GPTQ, |config, all| {
             config["quantization_config"]["meta"]["quantizer"] = json!(quantizer);
+            config["quantization_config"]["sym"] = json!(false);
             put(all, "qzeros", 9, 0x7777_77F7);
             // Never reached where the zero-points are read.
             all.remove("model.norm.weight");
@@ -1069,7 +1087,10 @@ fn scales_of_gptq_may_have_any_type_of_float() {
     let out = tempfile::tempdir().unwrap();
     write_tensors(
         &out.path().join("model.safetensors"),
-        [(name.clone(), LazyTensor::f32(shape, move || scales.clone()))],
+        [(
+            name.clone(),
+            LazyTensor::floats_as(FloatType::F32, shape, move || scales.clone()),
+        )],
     )
     .unwrap();
     let mut all = tensors(dir.path());

@@ -1,7 +1,9 @@
 //! A text token by token is what the whole text gives.
 
+use std::ops::ControlFlow;
+
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{Error, LlamaConfig, Model, RopeScaling, greedy};
+use models::{Error, Generation, LlamaConfig, Model, Result, RopeScaling, generate};
 use peft::CausalLm;
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Rtn};
@@ -81,6 +83,21 @@ fn model(config: &LlamaConfig, seed: u64, format: usize) -> Model {
 fn tokens(ids: &[u32], n: usize) -> Tensor<2, Int> {
     let values: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
     Tensor::from_data(TensorData::new(values, [n, ids.len() / n]), &Device::flex())
+}
+
+/// The likeliest tokens, one after the other.
+fn greedy(
+    model: &Model,
+    prompt: &[u32],
+    n_new: usize,
+    stop: Option<u32>,
+    mut on_token: impl FnMut(u32),
+) -> Result<Vec<u32>> {
+    let settings = Generation::new(n_new).with_stop(stop.into_iter().collect());
+    generate(model, prompt, &settings, |token| {
+        on_token(token);
+        ControlFlow::Continue(())
+    })
 }
 
 /// The logits after the last token of each of `n` texts, all of their tokens read at once.

@@ -100,7 +100,7 @@ impl Batch {
         let values: Vec<i64> = starts.iter().map(|&start| start as i64).collect();
         let values = TensorData::new(values, [batch, seq]);
         self.spans.starts = Some(Tensor::from_data(values, &self.tokens.device()));
-        let mut is_target = self.take_targets();
+        let mut is_target = self.targets();
         for (at, is_target) in is_target.iter_mut().enumerate() {
             let (row, place) = (at / (seq - 1), at % (seq - 1) + 1);
             *is_target &= starts[row * seq + place] != place;
@@ -108,34 +108,45 @@ impl Batch {
         self.put_targets(is_target, dims)
     }
 
-    /// What the tokens are beside a text: `is_text`, `batch * seq`, is false for those that fill a
+    /// What the tokens are beside texts: `is_text`, `batch * seq`, is false for those that fill a
     /// sequence up, before its text or after (the attention mask of other programs). These are not
-    /// predicted, nothing sees them, and no calibration counts them.
+    /// predicted, nothing sees them, and no calibration counts them. Without
+    /// [`Batch::with_starts`] a sequence has one text.
     ///
     /// # Errors
-    /// [`Error::Spans`] if `is_text` has another length or a text is interrupted,
+    /// [`Error::Spans`] if `is_text` has another length, or a text is interrupted,
     /// [`Error::NoTargets`] if nothing is left to predict.
     pub fn with_padding(self, is_text: &[bool]) -> Result<Self> {
         let dims @ [_, seq] = self.tokens.dims();
         self.check_len("marks", is_text.len())?;
-        let mut starts = Vec::with_capacity(is_text.len());
-        for (row, marks) in is_text.chunks_exact(seq).enumerate() {
-            let mut start = 0;
-            let mut n_texts = usize::from(marks[0]);
-            for (at, mark) in marks.iter().enumerate() {
-                if at > 0 && *mark != marks[at - 1] {
-                    start = at;
-                    n_texts += usize::from(*mark);
+        let mut batch = match self.spans.starts() {
+            Some(_) => self,
+            None => {
+                let mut starts = Vec::with_capacity(is_text.len());
+                for (row, marks) in is_text.chunks_exact(seq).enumerate() {
+                    let (begins, n_texts) = runs(marks);
+                    if n_texts > 1 {
+                        let problem = format!("the text of sequence {row} is interrupted");
+                        return Err(Error::Spans { problem });
+                    }
+                    starts.extend(begins);
                 }
-                starts.push(start);
+                self.with_starts(&starts)?
             }
-            if n_texts > 1 {
-                let problem = format!("the text of sequence {row} is interrupted");
-                return Err(Error::Spans { problem });
+        };
+        let starts = batch.spans.starts().expect("given above");
+        let starts = starts.into_data().convert::<i64>();
+        let starts = starts.as_slice::<i64>().expect("converted to i64");
+        let rows = starts.chunks_exact(seq).zip(is_text.chunks_exact(seq));
+        for (row, (starts, marks)) in rows.enumerate() {
+            for (at, (&start, &mark)) in starts.iter().zip(marks).enumerate() {
+                if mark != marks[start as usize] {
+                    let problem = format!("token {at} of sequence {row} is unlike its text");
+                    return Err(Error::Spans { problem });
+                }
             }
         }
-        let mut batch = self.with_starts(&starts)?;
-        let mut is_target = batch.take_targets();
+        let mut is_target = batch.targets();
         for (at, is_target) in is_target.iter_mut().enumerate() {
             *is_target &= is_text[at / (seq - 1) * seq + at % (seq - 1) + 1];
         }
@@ -148,10 +159,10 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Spans`] if `is_target` has another length, [`Error::NoTargets`] if nothing is left.
-    pub fn with_targets(mut self, is_target: &[bool]) -> Result<Self> {
+    pub fn with_targets(self, is_target: &[bool]) -> Result<Self> {
         let dims @ [_, seq] = self.tokens.dims();
         self.check_len("marks", is_target.len())?;
-        let mut kept = self.take_targets();
+        let mut kept = self.targets();
         for (at, kept) in kept.iter_mut().enumerate() {
             *kept &= is_target[at / (seq - 1) * seq + at % (seq - 1) + 1];
         }
@@ -166,12 +177,6 @@ impl Batch {
                 problem: format!("{found} {what} for {batch} sequences of {seq} tokens"),
             }),
         }
-    }
-
-    fn take_targets(&mut self) -> Vec<bool> {
-        let [batch, seq] = self.tokens.dims();
-        let all = || vec![true; batch * (seq - 1)];
-        self.targets.take().unwrap_or_else(all)
     }
 
     fn put_targets(mut self, targets: Vec<bool>, [batch, seq]: [usize; 2]) -> Result<Self> {
@@ -193,9 +198,11 @@ impl Batch {
     }
 
     /// Whether each token after the first of its sequence is to be predicted, `batch * (seq - 1)`, row
-    /// by row; none if all are.
-    pub fn targets(&self) -> Option<&[bool]> {
-        self.targets.as_deref()
+    /// by row.
+    pub fn targets(&self) -> Vec<bool> {
+        let [batch, seq] = self.tokens.dims();
+        let all = || vec![true; batch * (seq - 1)];
+        self.targets.clone().unwrap_or_else(all)
     }
 
     /// One of the sequences. [`Error::NoTargets`] if there is nothing to predict in it.
@@ -281,4 +288,17 @@ impl Batch {
             None => batch * (seq - 1),
         }
     }
+}
+
+/// For each mark where its run of equal ones begins, and how many runs are of a text.
+fn runs(marks: &[bool]) -> (Vec<usize>, usize) {
+    let (mut start, mut n_texts) = (0, usize::from(marks[0]));
+    let begins = marks.iter().enumerate().map(|(at, mark)| {
+        if at > 0 && *mark != marks[at - 1] {
+            start = at;
+            n_texts += usize::from(*mark);
+        }
+        start
+    });
+    (begins.collect(), n_texts)
 }

@@ -1,14 +1,17 @@
 //! Tensor files and directories, read with care and written whole or not at all.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, Metadata, View};
-use serde::{Serialize, de::DeserializeOwned};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
+use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Error, Result};
 
@@ -31,39 +34,40 @@ impl TensorFile {
     /// [`Error::Io`] if it cannot be read; [`Error::File`] if it is truncated, too long, or no
     /// safetensors file at all.
     pub fn open(path: &Path) -> Result<Self> {
-        let refuse = |problem: String| Error::File {
-            path: path.into(),
-            problem,
-        };
-        // Before it is opened: opening a pipe waits for its other end.
-        let info = fs::metadata(path).map_err(|source| io(path, source))?;
-        if !info.is_file() {
-            return Err(refuse("is not a regular file".into()));
+        let refuse = |problem: String| refuse(path, problem);
+        let (mut file, n_bytes) = open(path)?;
+        let mut start = Vec::new();
+        (&mut file)
+            .take(IMPOSTOR_BYTES)
+            .read_to_end(&mut start)
+            .map_err(|source| io(path, source))?;
+        if let Some(problem) = impostor(&start) {
+            return Err(refuse(problem.into()));
         }
-        let mut file = File::open(path).map_err(|source| io(path, source))?;
-        let n_bytes = info.len();
-        let mut start = [0; 8];
-        if n_bytes < 8 {
+        let Some((start, _)) = start.split_first_chunk::<8>() else {
             return Err(refuse(format!(
                 "{n_bytes} bytes are no safetensors file; fetch it again"
             )));
-        }
-        file.read_exact(&mut start)
-            .map_err(|source| io(path, source))?;
-        if &start == b"version " {
-            let problem = "is a Git-LFS pointer, not the weights; run `git lfs pull`";
-            return Err(refuse(problem.into()));
-        }
-        let n_header = u64::from_le_bytes(start);
-        if n_header > MAX_HEADER.min(n_bytes - 8) {
+        };
+        let n_header = u64::from_le_bytes(*start);
+        if n_header > n_bytes - 8 {
             return Err(refuse(format!(
                 "claims a header of {n_header} bytes in a file of {n_bytes}: truncated, or no safetensors file"
             )));
         }
+        if n_header > MAX_HEADER {
+            return Err(refuse(format!(
+                "has a header of {n_header} bytes; the format allows {MAX_HEADER}"
+            )));
+        }
         let mut header = vec![0; n_header as usize];
-        file.read_exact(&mut header)
+        file.seek(SeekFrom::Start(8))
+            .and_then(|_| file.read_exact(&mut header))
             .map_err(|source| io(path, source))?;
-        let metadata: Metadata = serde_json::from_slice(&header)
+        if !header.starts_with(b"{") {
+            return Err(refuse("its header does not begin with `{`".into()));
+        }
+        let Header(metadata) = serde_json::from_slice(&header)
             .map_err(|error| refuse(format!("its header is no safetensors header: {error}")))?;
         let data_start = 8 + n_header;
         let claimed = data_start.checked_add(metadata.data_len() as u64);
@@ -175,6 +179,7 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Tensor`] with one that it does not.
     pub(crate) fn check_names(&self, expected: &[String], config: &str) -> Result<()> {
+        let expected: HashSet<&String> = expected.iter().collect();
         let names = self.names();
         match names.iter().find(|name| !expected.contains(name)) {
             None => Ok(()),
@@ -197,6 +202,104 @@ fn read_each<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Ve
     chunks.iter().map(|&chunk| read(chunk)).collect()
 }
 
+/// The header of a safetensors file, in which each name comes once.
+struct Header(Metadata);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("the tensors of a file")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let (mut names, mut tensors) = (HashSet::new(), Vec::new());
+                let mut metadata = None;
+                while let Some(name) = map.next_key::<String>()? {
+                    if !names.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                    }
+                    match name.as_str() {
+                        "__metadata__" => metadata = map.next_value()?,
+                        _ => tensors.push((name, map.next_value::<TensorInfo>()?)),
+                    }
+                }
+                tensors.sort_by_key(|(_, info)| info.data_offsets);
+                let metadata = Metadata::new(metadata, tensors);
+                metadata.map(Header).map_err(A::Error::custom)
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// Opens a regular file, and says how many bytes it has.
+fn open(path: &Path) -> Result<(File, u64)> {
+    // Before it is opened: opening a pipe waits for its other end.
+    let info = fs::metadata(path).map_err(|source| io(path, source))?;
+    if !info.is_file() {
+        return Err(refuse(path, "is not a regular file".into()));
+    }
+    let file = File::open(path).map_err(|source| io(path, source))?;
+    Ok((file, info.len()))
+}
+
+/// Bytes by which [`impostor`] knows a file.
+const IMPOSTOR_BYTES: u64 = 512;
+
+/// What stands in the place of a file, by its first bytes.
+fn impostor(start: &[u8]) -> Option<&'static str> {
+    let text = start.trim_ascii_start();
+    let begins = |what: &[u8]| {
+        let head = text.get(..what.len());
+        head.is_some_and(|head| head.eq_ignore_ascii_case(what))
+    };
+    let has = |what: &[u8]| start.windows(what.len()).any(|part| part == what);
+    if begins(b"version https://git-lfs") {
+        Some("is a Git-LFS pointer, not the file itself; run `git lfs pull`")
+    } else if begins(b"<!doctype html") || begins(b"<html") {
+        Some("is a web page, not the file itself: fetch it again, with a login if it takes one")
+    } else if has(b"/annex/objects/") {
+        Some("is a git-annex link, not the file itself; run `git annex get`")
+    } else if start.starts_with(b"PK\x03\x04") {
+        Some("is a zip archive, as pickled weights are; convert it to safetensors")
+    } else {
+        None
+    }
+}
+
+/// Whether there is something of this name, be it a link that leads nowhere: opening it says what is
+/// wrong.
+pub fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// Reads a file that is held in memory whole.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is no regular file, larger than a
+/// configuration or a tokenizer can be, or a Git-LFS pointer, a web page or the like in place of it.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    const MAX: u64 = 1 << 30;
+    let (file, n_bytes) = open(path)?;
+    let mut bytes = Vec::new();
+    let most = file.take(MAX + 1).read_to_end(&mut bytes);
+    most.map_err(|source| io(path, source))?;
+    if bytes.len() as u64 > MAX {
+        let problem = format!("has {n_bytes} bytes; files of this kind have at most {MAX}");
+        return Err(refuse(path, problem));
+    }
+    match impostor(&bytes[..bytes.len().min(IMPOSTOR_BYTES as usize)]) {
+        Some(problem) => Err(refuse(path, problem.into())),
+        None => Ok(bytes),
+    }
+}
+
 /// A tensor to be written, whose values are made when their turn comes.
 pub struct LazyTensor<'a> {
     dtype: Dtype,
@@ -207,40 +310,45 @@ pub struct LazyTensor<'a> {
 impl<'a> LazyTensor<'a> {
     /// Floats in the shortest of `bf16`, `f16` and `f32` that holds every one of them exactly.
     pub fn floats<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
-        Self::floats_as(shortest(&values()), shape, values)
+        Self::floats_as(FloatType::shortest(&values()), shape, values)
     }
 
-    /// Floats in `f32`, for files whose readers expect it.
-    pub fn f32<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
-        Self::floats_as(Dtype::F32, shape, values)
-    }
-
-    /// Floats in `f16`, rounded where it does not hold them: see [`is_f16`].
-    pub fn f16<const D: usize>(shape: [usize; D], values: impl Fn() -> Vec<f32> + 'a) -> Self {
-        Self::floats_as(Dtype::F16, shape, values)
-    }
-
-    fn floats_as<const D: usize>(
-        dtype: Dtype,
+    /// Floats of one type, rounded where it does not hold them.
+    pub fn floats_as<const D: usize>(
+        float: FloatType,
         shape: [usize; D],
         values: impl Fn() -> Vec<f32> + 'a,
     ) -> Self {
         Self {
-            dtype,
+            dtype: match float {
+                FloatType::F32 => Dtype::F32,
+                FloatType::F16 => Dtype::F16,
+                FloatType::Bf16 => Dtype::BF16,
+            },
             shape: shape.into(),
             bytes: Box::new(move || {
                 let values = values();
                 let values = values.iter();
-                match dtype {
-                    Dtype::BF16 => values
+                match float {
+                    FloatType::Bf16 => values
                         .flat_map(|&v| bf16::from_f32(v).to_le_bytes())
                         .collect(),
-                    Dtype::F16 => values
+                    FloatType::F16 => values
                         .flat_map(|&v| f16::from_f32(v).to_le_bytes())
                         .collect(),
-                    _ => values.flat_map(|v| v.to_le_bytes()).collect(),
+                    FloatType::F32 => values.flat_map(|v| v.to_le_bytes()).collect(),
                 }
             }),
+        }
+    }
+
+    /// The type of its values, if they are floats.
+    pub fn float_type(&self) -> Option<FloatType> {
+        match self.dtype {
+            Dtype::F32 => Some(FloatType::F32),
+            Dtype::F16 => Some(FloatType::F16),
+            Dtype::BF16 => Some(FloatType::Bf16),
+            _ => None,
         }
     }
 
@@ -268,20 +376,37 @@ impl<'a> LazyTensor<'a> {
     }
 }
 
-fn shortest(values: &[f32]) -> Dtype {
-    let is_bf16 = |v: f32| bf16::from_f32(v).to_f32().to_bits() == v.to_bits();
-    if values.iter().all(|&v| is_bf16(v)) {
-        Dtype::BF16
-    } else if values.iter().all(|&v| is_f16(v)) {
-        Dtype::F16
-    } else {
-        Dtype::F32
-    }
+/// The floats of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FloatType {
+    /// 8 bits of exponent, 23 of fraction.
+    F32,
+    /// 5 bits of exponent, 10 of fraction.
+    F16,
+    /// 8 bits of exponent, 7 of fraction.
+    Bf16,
 }
 
-/// Whether `f16` holds a value exactly.
-pub fn is_f16(value: f32) -> bool {
-    f16::from_f32(value).to_f32().to_bits() == value.to_bits()
+impl FloatType {
+    /// The nearest value that it has; infinite beyond its range.
+    pub fn round(self, value: f32) -> f32 {
+        match self {
+            Self::F32 => value,
+            Self::F16 => f16::from_f32(value).to_f32(),
+            Self::Bf16 => bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// Whether it holds a value exactly.
+    pub fn holds(self, value: f32) -> bool {
+        self.round(value).to_bits() == value.to_bits()
+    }
+
+    fn shortest(values: &[f32]) -> Self {
+        let holds_all = |float: &Self| values.iter().all(|&value| float.holds(value));
+        let short = [Self::Bf16, Self::F16].into_iter().find(holds_all);
+        short.unwrap_or(Self::F32)
+    }
 }
 
 impl View for LazyTensor<'_> {
@@ -310,12 +435,17 @@ pub fn write_tensors<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (String, LazyTensor<'a>)>,
 ) -> Result<()> {
+    // It goes through a temporary file, which none but its owner may read; others may read this one
+    // as they may any new file.
+    let permissions = File::create(path).and_then(|file| file.metadata());
+    let permissions = permissions
+        .map_err(|source| io(path, source))?
+        .permissions();
     // transformers asks for this entry.
     let metadata = [("format".to_string(), "pt".to_string())].into();
-    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| Error::File {
-        path: path.into(),
-        problem: error.to_string(),
-    })
+    safetensors::serialize_to_file(tensors, Some(metadata), path)
+        .map_err(|error| refuse(path, error.to_string()))?;
+    fs::set_permissions(path, permissions).map_err(|source| io(path, source))
 }
 
 /// Writes a JSON file, whole or not at all, in the place of one that is there.
@@ -363,13 +493,10 @@ fn staging_name(name: &OsStr, attempt: usize) -> String {
 /// Reads a JSON file.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is not JSON of the expected form.
+/// As [`read`]; [`Error::File`] if it is not JSON of the expected form.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = fs::read(path).map_err(|source| io(path, source))?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::File {
-        path: path.into(),
-        problem: error.to_string(),
-    })
+    let bytes = read(path)?;
+    serde_json::from_slice(&bytes).map_err(|error| refuse(path, error.to_string()))
 }
 
 /// Checks the version of the format that the file at `path` states.
@@ -460,6 +587,13 @@ fn sync_directory(dir: &Path) -> Result<()> {
         dir_file.sync_all().map_err(|source| io(dir, source))?;
     }
     Ok(())
+}
+
+fn refuse(path: &Path, problem: String) -> Error {
+    Error::File {
+        path: path.into(),
+        problem,
+    }
 }
 
 fn io(path: &Path, source: std::io::Error) -> Error {

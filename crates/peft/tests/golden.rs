@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::files::{LazyTensor, TensorFile, write_tensors};
+use peft::files::{FloatType, LazyTensor, TensorFile, write_tensors};
 use peft::{Adapter, Adapters, Exactness, Linear, Linears, Weight};
 use quant_core::{Format, Grid, Parts, QuantTensor};
 
@@ -65,7 +65,10 @@ fn adapted(weight: Weight, dir: &Path) -> Layer {
         let name = format!("base_model.model.proj.{factor}.default.weight");
         let (values, dims) = golden().floats::<2>(&name).unwrap();
         let name = format!("base_model.model.proj.{factor}.weight");
-        (name, LazyTensor::f32(dims, move || values.clone()))
+        (
+            name,
+            LazyTensor::floats_as(FloatType::F32, dims, move || values.clone()),
+        )
     });
     write_tensors(&dir.join("adapter_model.safetensors"), tensors).unwrap();
     let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["proj"],

@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
-use peft::files::LazyTensor;
+use peft::files::{FloatType, LazyTensor};
 use peft::{
     Adapter, Adapters, Batch, Bayesian, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear,
     Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Spans, Targets, TaskPack, Tasks, Tile,
@@ -957,14 +957,22 @@ fn damaged_and_strange_tasks_are_refused() {
     let path = dir.path().join("extra");
     pack.save(&path).unwrap();
     let values = || vec![0.5; 4];
-    let tensors = ["mlp.up.scales", "mlp.down.scales", "mlp.gate.scales"]
-        .map(|name| (name.to_string(), LazyTensor::f32([2, 2], values)));
+    let tensors = ["mlp.up.scales", "mlp.down.scales", "mlp.gate.scales"].map(|name| {
+        (
+            name.to_string(),
+            LazyTensor::floats_as(FloatType::F32, [2, 2], values),
+        )
+    });
     peft::files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
     let error = TaskPack::load(&path).unwrap_err();
     assert!(matches!(error, Error::Tensor { .. }), "{error}");
     // Of the right base, with a layer of another shape.
-    let tensors = ["mlp.up.scales", "mlp.down.scales"]
-        .map(|name| (name.to_string(), LazyTensor::f32([2, 2], values)));
+    let tensors = ["mlp.up.scales", "mlp.down.scales"].map(|name| {
+        (
+            name.to_string(),
+            LazyTensor::floats_as(FloatType::F32, [2, 2], values),
+        )
+    });
     peft::files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
     let small = TaskPack::load(&path).unwrap();
     let mut tasks = Tasks::new(quantized(1, &Rtn::new().with_bits(3).with_group_size(4))).unwrap();
@@ -1066,7 +1074,10 @@ fn damaged_lora_files_are_refused() {
     let write = |[a, b]: [[usize; 2]; 2]| {
         let tensors = [("a", a), ("b", b)].map(|(name, dims)| {
             let values = move || vec![0.5; dims[0] * dims[1]];
-            (format!("mlp.down.{name}"), LazyTensor::f32(dims, values))
+            (
+                format!("mlp.down.{name}"),
+                LazyTensor::floats_as(FloatType::F32, dims, values),
+            )
         });
         peft::files::write_tensors(&file, tensors).unwrap();
         Adapters::load(&path, &Device::flex()).unwrap_err()

@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use peft::files::LazyTensor;
+use peft::files::{FloatType, LazyTensor};
 use quant_core::{
     DoubleQuant, DoubleScales, Format, Grid, Layout, Parts, QuantTensor, ScaleLevels, Scales,
     scale_levels,
@@ -369,7 +369,7 @@ impl LayerFormat for Bitsandbytes {
             (name(""), LazyTensor::bytes([n.div_ceil(2), 1], packed)),
             (
                 name(".quant_map"),
-                LazyTensor::f32([16], move || map.clone()),
+                LazyTensor::floats_as(FloatType::F32, [16], move || map.clone()),
             ),
         ];
         let mut state = format!(
@@ -383,7 +383,10 @@ impl LayerFormat for Bitsandbytes {
                     let scales = transpose(&values(weight.scales()), grid);
                     scales.into_iter().step_by(repeated).collect()
                 };
-                all.push((name(".absmax"), LazyTensor::f32([n_blocks], absmax)));
+                all.push((
+                    name(".absmax"),
+                    LazyTensor::floats_as(FloatType::F32, [n_blocks], absmax),
+                ));
             }
             Some(double) => {
                 let codes = move || {
@@ -395,11 +398,11 @@ impl LayerFormat for Bitsandbytes {
                 all.push((name(".absmax"), LazyTensor::bytes([n_blocks], codes)));
                 all.push((
                     name(".nested_absmax"),
-                    LazyTensor::f32(nested, || double_scales(weight).absmax),
+                    LazyTensor::floats_as(FloatType::F32, nested, || double_scales(weight).absmax),
                 ));
                 all.push((
                     name(".nested_quant_map"),
-                    LazyTensor::f32([map.len()], move || map.clone()),
+                    LazyTensor::floats_as(FloatType::F32, [map.len()], move || map.clone()),
                 ));
                 let offset = python_float(double_scales(weight).offset.into());
                 state += &format!(

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::files::{LazyTensor, TensorFile, write_tensors};
+use peft::files::{FloatType, LazyTensor, TensorFile, write_tensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -85,7 +85,7 @@ fn layers_are_gptqmodels() {
                 ("layer.qzeros".to_string(), words(zero_shape, &qzeros)),
                 (
                     "layer.scales".to_string(),
-                    LazyTensor::f16([n_groups, 64], || scales.clone()),
+                    LazyTensor::floats_as(FloatType::F16, [n_groups, 64], || scales.clone()),
                 ),
                 (
                     "layer.g_idx".to_string(),
@@ -216,7 +216,10 @@ fn blocks_are_bitsandbytes() {
         let (packed, shape) = file.bytes::<2>(&named("packed")).unwrap();
         add("", LazyTensor::bytes(shape, move || packed.clone()));
         let (map, shape) = file.floats::<1>(&named("code")).unwrap();
-        add(".quant_map", LazyTensor::f32(shape, move || map.clone()));
+        add(
+            ".quant_map",
+            LazyTensor::floats_as(FloatType::F32, shape, move || map.clone()),
+        );
         if settings["nested"] == json!(true) {
             let (absmax, shape) = file.bytes::<1>(&named("absmax")).unwrap();
             add(".absmax", LazyTensor::bytes(shape, move || absmax.clone()));
@@ -225,14 +228,20 @@ fn blocks_are_bitsandbytes() {
                 ("nested_code", ".nested_quant_map"),
             ] {
                 let (values, shape) = file.floats::<1>(&named(from)).unwrap();
-                add(to, LazyTensor::f32(shape, move || values.clone()));
+                add(
+                    to,
+                    LazyTensor::floats_as(FloatType::F32, shape, move || values.clone()),
+                );
             }
             let (offset, _) = file.floats::<1>(&named("offset")).unwrap();
             state["nested_blocksize"] = settings["nested_blocksize"].clone();
             state["nested_offset"] = f64::from(offset[0]).into();
         } else {
             let (absmax, shape) = file.floats::<1>(&named("absmax")).unwrap();
-            add(".absmax", LazyTensor::f32(shape, move || absmax.clone()));
+            add(
+                ".absmax",
+                LazyTensor::floats_as(FloatType::F32, shape, move || absmax.clone()),
+            );
         }
         let state = state.to_string().into_bytes();
         add(

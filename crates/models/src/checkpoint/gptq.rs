@@ -12,7 +12,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use peft::files::{self, LazyTensor};
+use peft::files::{self, FloatType, LazyTensor};
 use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -29,13 +29,21 @@ pub(super) const CONFIG_FILE: &str = "quantize_config.json";
 pub(super) struct Gptq {
     bits: usize,
     group_size: Option<usize>,
-    symmetric: bool,
+    symmetric: Symmetry,
     version: GptqVersion,
     wrapping: Wrapping,
-    /// Of a model to be written: whether a layer has its inputs in another order.
+    /// Whether layers have their inputs in another order: of a model to be written, one of them.
     desc_act: bool,
     /// Of a model to be written: the projections that are not packed.
     dense: Vec<String>,
+}
+
+/// Whether all zero-points are the middle of the codes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Symmetry {
+    Yes,
+    No,
+    NotSaid,
 }
 
 /// What became of a zero-point of 0 when it was stored minus one.
@@ -59,6 +67,7 @@ struct Settings {
     bits: Option<u64>,
     group_size: Option<i64>,
     sym: Option<bool>,
+    desc_act: Option<bool>,
     quant_method: Option<String>,
     checkpoint_format: Option<String>,
     /// GPTQModel's name of the same.
@@ -77,7 +86,7 @@ impl Gptq {
             found.push(ConfigFile::new(json, dir.join(CONFIG))?);
         }
         let path = dir.join(CONFIG_FILE);
-        if path.exists() {
+        if files::is_there(&path) {
             found.push(ConfigFile::new(files::read_json(&path)?, path)?);
         }
         if let [first, second] = &found[..] {
@@ -88,14 +97,20 @@ impl Gptq {
         Ok(Self {
             bits: found[0].bits,
             group_size: found[0].group_size,
-            symmetric: found.iter().all(|file| file.settings.sym != Some(false)),
+            symmetric: match found.iter().any(|file| file.settings.sym == Some(false)) {
+                true => Symmetry::No,
+                false if found.iter().any(|file| file.settings.sym == Some(true)) => Symmetry::Yes,
+                false => Symmetry::NotSaid,
+            },
             version: version.ok_or_else(|| Error::GptqVersion { path: path() })?,
             wrapping: match found.iter().any(ConfigFile::is_by_gptqmodel) {
                 true if found[0].bits == 3 => Wrapping::Fields,
                 true => Wrapping::Words,
                 false => Wrapping::Unknown,
             },
-            desc_act: false,
+            desc_act: found
+                .iter()
+                .any(|file| file.settings.desc_act == Some(true)),
             dense: Vec::new(),
         })
     }
@@ -125,7 +140,10 @@ impl Gptq {
         Ok(Self {
             bits: format.map_or(4, |format| format.bits()),
             group_size: format.and_then(|format| format.group_size()),
-            symmetric: format.is_some_and(|format| format.grid() == Grid::Symmetric),
+            symmetric: match format.is_some_and(|format| format.grid() == Grid::Symmetric) {
+                true => Symmetry::Yes,
+                false => Symmetry::No,
+            },
             version,
             wrapping: Wrapping::Unknown,
             desc_act: model.packed.iter().any(|(_, w)| w.input_order().is_some()),
@@ -358,7 +376,7 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
         reasons.push("has its inputs in an order that g_idx does not state".into());
     }
     let scales = values(weight.scales());
-    let inexact = scales.iter().filter(|&&s| !files::is_f16(s)).count();
+    let inexact = scales.iter().filter(|&&s| !FloatType::F16.holds(s)).count();
     if inexact > 0 {
         let n = scales.len();
         reasons.push(format!(
@@ -423,7 +441,7 @@ impl LayerFormat for Gptq {
         let zeros = self.zeros(&qzeros, n_groups);
         let zeros = zeros.map_err(|(group, output)| Error::WrappedZeros {
             path: tensors.path(&qzeros_name),
-            tensor: qzeros_name,
+            tensor: qzeros_name.clone(),
             group,
             output,
         })?;
@@ -438,6 +456,14 @@ impl LayerFormat for Gptq {
                     problem,
                 })?
             }
+            false if self.desc_act => {
+                let path = tensors.path(&qweight);
+                return Err(peft::Error::MissingTensor {
+                    path,
+                    tensor: g_idx,
+                }
+                .into());
+            }
             false => None,
         };
         if let Some(order) = &input_order {
@@ -448,7 +474,14 @@ impl LayerFormat for Gptq {
         }
 
         let middle = 1 << (bits - 1);
-        let (format, zeros) = match self.symmetric && zeros.iter().all(|&zero| zero == middle) {
+        let other = zeros.iter().find(|&&zero| zero != middle);
+        if let (Symmetry::Yes, Some(zero)) = (self.symmetric, other) {
+            let problem = format!(
+                "has a zero-point of {zero}, but `sym` is true, which makes all of them {middle}: `checkpoint_format` is the wrong one, or `sym`"
+            );
+            return Err(tensors.refuse(&qzeros_name, problem));
+        }
+        let (format, zeros) = match self.symmetric != Symmetry::No && other.is_none() {
             true => {
                 let format = Format::new(bits, self.group_size, Grid::Symmetric);
                 (format.map_err(&quant)?, None)
@@ -497,7 +530,7 @@ impl LayerFormat for Gptq {
             ),
             (
                 name("scales"),
-                LazyTensor::f16(grid, || values(weight.scales())),
+                LazyTensor::floats_as(FloatType::F16, grid, || values(weight.scales())),
             ),
             (name("g_idx"), LazyTensor::words([d_in], g_idx)),
         ]
@@ -509,7 +542,7 @@ impl LayerFormat for Gptq {
             "bits": self.bits,
             "group_size": self.group_size.map_or(-1, |size| size as i64),
             "desc_act": self.desc_act,
-            "sym": self.symmetric,
+            "sym": self.symmetric == Symmetry::Yes,
             "lm_head": false,
             "quant_method": METHOD,
             "checkpoint_format": version,

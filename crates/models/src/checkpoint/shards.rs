@@ -24,7 +24,7 @@ struct Index {
 
 impl Shards {
     pub(super) fn open(dir: &Path) -> Result<Self> {
-        if dir.join(WEIGHTS).exists() {
+        if files::is_there(&dir.join(WEIGHTS)) {
             let file = TensorFile::open(&dir.join(WEIGHTS))?;
             let of_tensor = file.names().into_iter().map(|name| (name, 0)).collect();
             return Ok(Self {
@@ -33,9 +33,9 @@ impl Shards {
             });
         }
         let index_path = dir.join(INDEX);
-        if !index_path.exists() {
+        if !files::is_there(&index_path) {
             let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
-            let hint = match pickled.iter().any(|name| dir.join(name).exists()) {
+            let hint = match pickled.iter().any(|name| files::is_there(&dir.join(name))) {
                 true => "; it has a pickled `pytorch_model.bin`: convert it to safetensors first",
                 false => "",
             };
@@ -116,7 +116,7 @@ fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
         .into());
     }
     let path = dir.join(shard);
-    if !path.exists() {
+    if !files::is_there(&path) {
         return Err(Error::MissingShard {
             index: index.into(),
             shard: shard.into(),

@@ -6,6 +6,7 @@
 //! frequencies that were used; the comparison is with those.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
@@ -18,7 +19,7 @@ use safetensors::SafeTensors;
 use super::Model;
 use crate::positions::Positions;
 use crate::rope::{Rope, frequencies};
-use crate::{Config, greedy, load};
+use crate::{Config, Generation, generate, load};
 
 const OWN: [&str; 5] = [
     "llama_gqa",
@@ -283,7 +284,9 @@ fn greedy_continuations_are_transformers() {
             panic!("one text");
         };
         let expected: Vec<u32> = expected.iter().map(|&id| id as u32).collect();
-        let found = greedy(&model, &expected[..8], len - 8, None, |_| {}).unwrap();
+        let settings = Generation::new(len - 8);
+        let go_on = |_| ControlFlow::Continue(());
+        let found = generate(&model, &expected[..8], &settings, go_on).unwrap();
         assert_eq!(found, expected[8..], "{}", dir.display());
         n += 1;
     }

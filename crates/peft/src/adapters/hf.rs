@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Adapters, CONFIG, TENSORS};
 use crate::adapter::{LoraSettings, TileSettings, floats, trained};
-use crate::files::{self, LazyTensor, TensorFile};
+use crate::files::{self, FloatType, LazyTensor, TensorFile};
 use crate::targets::last_name;
 use crate::{
     Adapter, Error, Fingerprint, Linear, Linears, LoraAdapter, Pooling, Result, TileAdapter,
@@ -386,7 +386,9 @@ impl Kind {
 fn hf_tensors(adapter: &Adapter) -> Vec<(&'static str, LazyTensor<'_>)> {
     let factor = |factor: Tensor<2>| {
         let [d_in, d_out] = factor.dims();
-        LazyTensor::f32([d_out, d_in], move || floats(factor.clone().transpose()))
+        LazyTensor::floats_as(FloatType::F32, [d_out, d_in], move || {
+            floats(factor.clone().transpose())
+        })
     };
     let factors = match adapter {
         Adapter::Lora(lora) => Some((lora.a(), lora.b())),
@@ -400,11 +402,11 @@ fn hf_tensors(adapter: &Adapter) -> Vec<(&'static str, LazyTensor<'_>)> {
     if let Adapter::Lora(lora) = adapter
         && let Some(m) = lora.magnitude()
     {
-        let magnitude = LazyTensor::f32(m.dims(), move || floats(m.clone()));
+        let magnitude = LazyTensor::floats_as(FloatType::F32, m.dims(), move || floats(m.clone()));
         tensors.push(("lora_magnitude_vector", magnitude));
     }
     if let Some(bias) = adapter.bias() {
-        let bias = LazyTensor::f32(bias.dims(), move || floats(bias.clone()));
+        let bias = LazyTensor::floats_as(FloatType::F32, bias.dims(), move || floats(bias.clone()));
         tensors.push(("base_layer.bias", bias));
     }
     tensors

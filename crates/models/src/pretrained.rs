@@ -1,0 +1,164 @@
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use peft::files;
+use serde_json::{Map, Value};
+
+use crate::checkpoint::{GENERATION, TOKENIZER};
+use crate::data::SpecialTokens;
+use crate::{Error, Generation, Model, Result, Tokenizer, Windows, generate};
+
+/// A model with its tokenizer and the files that go along.
+#[derive(Clone, Debug)]
+pub struct Pretrained {
+    /// The model.
+    pub model: Model,
+    /// Its tokenizer, if the directory has one.
+    pub tokenizer: Option<Tokenizer>,
+    pub(crate) dir: PathBuf,
+    /// `config.json`, without a quantization.
+    pub(crate) config: Map<String, Value>,
+    pub(crate) carried: BTreeMap<&'static str, Vec<u8>>,
+}
+
+impl Pretrained {
+    /// A new model with the tokenizer in the file at `tokenizer`.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot be read.
+    ///
+    /// # Panics
+    /// If the model has a rope scaling: see [`Config::to_json`](crate::Config::to_json).
+    pub fn new(model: Model, tokenizer: &Path) -> Result<Self> {
+        let bytes = files::read(tokenizer)?;
+        Ok(Self {
+            config: model.config().to_json(),
+            model,
+            tokenizer: Some(Tokenizer::open(tokenizer)?),
+            dir: tokenizer.parent().unwrap_or(tokenizer).into(),
+            carried: [(TOKENIZER, bytes)].into(),
+        })
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`].
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer {
+            dir: self.dir.clone(),
+        })
+    }
+
+    /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or [`Error::Token`] if the tokenizer gives a token
+    /// that the model lacks.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let tokens = self.tokenizer()?.encode(text)?;
+        let vocab_size = self.model.config().vocab_size();
+        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(&token) => Err(Error::Token { token, vocab_size }),
+            None => Ok(tokens),
+        }
+    }
+
+    /// The tokens of `text` in windows of `seq_len`.
+    ///
+    /// # Errors
+    /// [`Error::SeqLen`] if the model was not made for such windows; [`Error::ShortText`] if the text
+    /// does not fill one; as [`Pretrained::encode`].
+    pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
+        let max = self.model.config().max_seq_len();
+        if !(2..=max).contains(&seq_len) {
+            return Err(Error::SeqLen { seq_len, max });
+        }
+        Windows::new(self.encode(text)?, seq_len)
+    }
+
+    /// The special tokens that the directory's files name.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`], or as [`SpecialTokens::read`].
+    pub fn special_tokens(&self) -> Result<SpecialTokens> {
+        SpecialTokens::read(&self.dir, self.tokenizer()?)
+    }
+
+    /// What the first token of a text is predicted from: the token that begins texts, or the one that
+    /// ends them, as lm-evaluation-harness has it.
+    ///
+    /// # Errors
+    /// [`Error::MissingSpecial`] if the files name neither, or as [`Pretrained::special_tokens`].
+    pub fn first_token(&self) -> Result<u32> {
+        let special = self.special_tokens()?;
+        if let Some(eos) = special
+            .bos
+            .is_none()
+            .then_some(special.eos.as_ref())
+            .flatten()
+        {
+            return Ok(eos.id);
+        }
+        Ok(special.need_bos("predicting the first token of a text")?.id)
+    }
+
+    /// The tokens that end a text: `eos_token_id` of `generation_config.json`, or of `config.json`, one
+    /// or several.
+    pub fn stop_tokens(&self) -> Vec<u32> {
+        let generation: Option<Value> = self
+            .carried
+            .get(GENERATION)
+            .and_then(|bytes| serde_json::from_slice(bytes).ok());
+        let of_generation = generation
+            .as_ref()
+            .and_then(|json| json.get("eos_token_id"));
+        let ids = of_generation.or(self.config.get("eos_token_id"));
+        let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+        match ids {
+            Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
+            Some(one) => id(one).into_iter().collect(),
+            None => Vec::new(),
+        }
+    }
+
+    /// Continues a text of tokens. `on_text` sees each piece of text as it comes, and may break off
+    /// after it. Ends at the [`Pretrained::stop_tokens`] too.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or as [`generate`].
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        settings: &Generation,
+        mut on_text: impl FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        let mut settings = settings.clone();
+        settings.stop.extend(self.stop_tokens());
+        let mut stream = self.tokenizer()?.stream();
+        let (mut text, mut failed) = (String::new(), None);
+        generate(&self.model, prompt, &settings, |token| {
+            if settings.stop.contains(&token) {
+                return ControlFlow::Break(());
+            }
+            match stream.push(token) {
+                Ok(piece) => {
+                    text += &piece;
+                    match piece.is_empty() {
+                        true => ControlFlow::Continue(()),
+                        false => on_text(&piece),
+                    }
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    ControlFlow::Break(())
+                }
+            }
+        })?;
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(text),
+        }
+    }
+}
