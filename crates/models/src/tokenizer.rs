@@ -151,6 +151,19 @@ impl Windows {
         }
     }
 
+    /// The windows at these places, in this order.
+    ///
+    /// # Panics
+    /// If there are none, or a window is not there.
+    pub fn select(&self, at: &[usize]) -> Self {
+        assert!(!at.is_empty(), "no windows");
+        let window = |&at: &usize| &self.tokens[at * self.seq_len..][..self.seq_len];
+        Self {
+            tokens: at.iter().flat_map(window).copied().collect(),
+            seq_len: self.seq_len,
+        }
+    }
+
     /// The first `n` windows, or all if there are fewer. At least one is kept.
     pub fn take(mut self, n: usize) -> Self {
         self.tokens.truncate(n.max(1).saturating_mul(self.seq_len));

@@ -3,7 +3,10 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{Error, Generation, LlamaConfig, Model, Result, RopeScaling, generate};
+use models::{
+    Activation, Config, Error, Generation, LlamaConfig, Model, OptConfig, Result, RopeScaling,
+    generate,
+};
 use peft::CausalLm;
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Rtn};
@@ -52,9 +55,33 @@ fn ropes() -> impl Strategy<Value = RopeScaling> {
     ])
 }
 
+/// LLaMAs with every rope, and OPTs of both styles.
+fn configs() -> impl Strategy<Value = Config> {
+    let llama = (prop::sample::select(vec![1, 2, 4]), ropes());
+    let llama = llama.prop_map(|(n_kv, rope)| Config::Llama(config(n_kv, rope)));
+    let opt = (any::<bool>(), any::<bool>()).prop_map(|(is_small, tied)| {
+        Config::Opt(OptConfig {
+            vocab_size: VOCAB,
+            hidden_size: 24,
+            ffn_dim: 40,
+            num_hidden_layers: 3,
+            num_attention_heads: 4,
+            max_position_embeddings: 96,
+            word_embed_proj_dim: if is_small { 24 } else { 16 },
+            do_layer_norm_before: is_small,
+            remove_final_layer_norm: false,
+            activation: Activation::Relu,
+            enable_bias: true,
+            layer_norm_elementwise_affine: true,
+            tie_word_embeddings: tied,
+        })
+    });
+    prop_oneof![llama, opt]
+}
+
 /// Random weights, large enough for attention to matter: dense, or packed in one of two formats,
 /// without the head or with it.
-fn model(config: &LlamaConfig, seed: u64, format: usize) -> Model {
+fn model(config: impl Into<Config>, seed: u64, format: usize) -> Model {
     use burn::module::{Module, ModuleMapper, Param};
     struct Louder;
     impl ModuleMapper for Louder {
@@ -133,14 +160,13 @@ proptest! {
     /// Texts cut anywhere, two at a time, into parts of one token and of several.
     #[test]
     fn a_cache_gives_the_logits_of_the_whole_text(
-        n_kv in prop::sample::select(vec![1, 2, 4]),
-        rope in ropes(),
+        config in configs(),
         format in 0..4usize,
         seed in 0..100u64,
         parts in prop::collection::vec(prop::sample::select(vec![1usize, 1, 1, 2, 5, 33]), 1..8),
         n in 1..3usize,
     ) {
-        let model = model(&config(n_kv, rope), seed, format);
+        let model = model(&config, seed, format);
         let len: usize = parts.iter().sum::<usize>().min(96);
         let ids: Vec<u32> = (0..n * len).map(|at| ((at * at + 7 * at) as u32 + seed as u32) % 32).collect();
         let text = |range: std::ops::Range<usize>| -> Vec<u32> {
@@ -167,13 +193,12 @@ proptest! {
     /// Each token has the largest logit after the whole text before it, up to rounding.
     #[test]
     fn greedy_is_the_largest_logit_again_and_again(
-        n_kv in prop::sample::select(vec![1, 2, 4]),
-        rope in ropes(),
+        config in configs(),
         format in 0..4usize,
         seed in 0..100u64,
         n_prompt in 1..6usize,
     ) {
-        let model = model(&config(n_kv, rope), seed, format);
+        let model = model(&config, seed, format);
         let mut ids: Vec<u32> = (0..n_prompt as u32).map(|at| (at * 11 + seed as u32) % 32).collect();
         let prompt = ids.clone();
         let mut seen = Vec::new();

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use models::{
-    Error, LlamaConfig, Model, Pretrained, RopeScaling, Windows, load, perplexity, quantize_head,
-    save,
+    Activation, Config, Error, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling, Windows,
+    load, perplexity, quantize_head, save,
 };
-use peft::{Batch, CausalLm, FitConfig, Linears, Peqa, Spans, Weight};
+use peft::{Batch, CausalLm, FitConfig, Linears, Lora, Peqa, Spans, Weight};
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Format, NormalFloat, Optq, Precision, Quantizer, Rtn};
 use tempfile::TempDir;
@@ -35,7 +35,7 @@ fn config(n_kv: usize, bias: bool, tied: bool) -> LlamaConfig {
 }
 
 /// A directory with a tokenizer of 16 words, and a model no parameter of which is a round number.
-fn pretrained(config: &LlamaConfig, seed: u64) -> (TempDir, Pretrained) {
+fn pretrained(config: impl Into<Config>, seed: u64) -> (TempDir, Pretrained) {
     let dir = tempfile::tempdir().unwrap();
     let tokenizer = dir.path().join("tokenizer.json");
     write_tokenizer(&tokenizer, 16);
@@ -87,13 +87,45 @@ fn bits(values: Vec<f32>) -> Vec<u32> {
     values.into_iter().map(f32::to_bits).collect()
 }
 
-fn configs() -> impl Strategy<Value = LlamaConfig> {
-    (
-        prop::sample::select(vec![1, 2, 4]),
-        any::<bool>(),
-        any::<bool>(),
-    )
-        .prop_map(|(n_kv, bias, tied)| config(n_kv, bias, tied))
+/// LLaMAs, Qwen2's among them, and OPTs of both styles.
+fn configs() -> impl Strategy<Value = Config> {
+    let n_kv = prop::sample::select(vec![1, 2, 4]);
+    let llama = (n_kv, any::<bool>(), any::<bool>(), any::<bool>());
+    let llama = llama.prop_map(|(n_kv, bias, output_bias, tied)| {
+        Config::Llama(LlamaConfig {
+            // A bias of the last projection alone is no architecture's.
+            attention_output_bias: bias && output_bias,
+            ..config(n_kv, bias, tied)
+        })
+    });
+    let width = prop::sample::select(vec![24, 16]);
+    let activation = prop::sample::select(vec![
+        Activation::Relu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+    ]);
+    let flags = [any::<bool>(); 5];
+    let opt = (width, activation, flags);
+    let opt = opt.prop_map(
+        |(width, activation, [before, remove, bias, affine, tied])| {
+            Config::Opt(OptConfig {
+                vocab_size: 16,
+                hidden_size: 24,
+                ffn_dim: 20,
+                num_hidden_layers: 2,
+                num_attention_heads: 4,
+                max_position_embeddings: 32,
+                word_embed_proj_dim: width,
+                do_layer_norm_before: before,
+                remove_final_layer_norm: remove,
+                activation,
+                enable_bias: bias,
+                layer_norm_elementwise_affine: affine,
+                tie_word_embeddings: tied,
+            })
+        },
+    );
+    prop_oneof![llama, opt]
 }
 
 /// With zeros, without, and with scales as codes.
@@ -122,7 +154,7 @@ proptest! {
         let mut other = PROBE;
         other[at] = 15 - other[at];
         let (first, second) = (logits(&model, &PROBE, 1), logits(&model, &other, 1));
-        let width = config.vocab_size;
+        let width = config.vocab_size();
         for (position, (first, second)) in first.chunks(width).zip(second.chunks(width)).enumerate() {
             let largest = first.iter().zip(second).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             let as_it_should = if position < at { largest < 1e-6 } else { largest > 0.0 };
@@ -139,6 +171,93 @@ proptest! {
         let together = logits(&model, &[PROBE.to_vec(), reversed].concat(), 2);
         for (a, b) in alone.iter().zip(&together) {
             prop_assert!((a - b).abs() < 1e-5);
+        }
+    }
+
+    /// Texts one after the other in a row have the losses that each has alone, and so have texts that
+    /// are filled up on either side; nothing of the others is seen, bit for bit.
+    #[test]
+    fn texts_of_a_row_do_not_see_each_other(
+        config in configs(),
+        cut in 2..10usize,
+        n_fill in 0..3usize,
+        seed in 0..100u64,
+    ) {
+        let model = Model::init(&config, seed, &Device::flex()).map(&mut Unround);
+        let (first, second) = PROBE.split_at(cut);
+        let nll = |batch: &Batch| -> Vec<f32> {
+            peft::token_nll(&model, batch).into_data().try_into_vec().unwrap()
+        };
+        let alone = |text: &[i32]| nll(&Batch::new(tokens(text, 1)).unwrap());
+        let starts: Vec<usize> = (0..12).map(|at| if at < cut { 0 } else { cut }).collect();
+        let packed = Batch::new(tokens(&PROBE, 1)).unwrap().with_starts(&starts).unwrap();
+        prop_assert_eq!(packed.n_targets(), 10);
+        let mut expected = alone(first);
+        expected.push(0.0);
+        expected.extend(alone(second));
+        let found = nll(&packed);
+        let near = |a: &[f32], b: &[f32]| {
+            a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5)
+        };
+        prop_assert!(near(&found, &expected), "{found:?}, {expected:?}");
+
+        // The first text changes nothing of the second one's.
+        let mut other = PROBE;
+        other[..cut].reverse();
+        let other = Batch::new(tokens(&other, 1)).unwrap().with_starts(&starts).unwrap();
+        prop_assert_eq!(bits(nll(&other)[cut..].to_vec()), bits(found[cut..].to_vec()));
+
+        for (before, after) in [(n_fill, 0), (0, n_fill), (n_fill, 1)] {
+            let ids = [&vec![7; before], first, &vec![3; after]].concat();
+            let is_text: Vec<bool> =
+                (0..ids.len()).map(|at| (before..before + cut).contains(&at)).collect();
+            let batch = Batch::new(tokens(&ids, 1)).unwrap().with_padding(&is_text).unwrap();
+            prop_assert_eq!(batch.n_targets(), cut - 1);
+            let found = nll(&batch);
+            let own = &found[before..before + cut - 1];
+            prop_assert!(near(own, &alone(first)), "{found:?}");
+            let rest = found[..before].iter().chain(&found[before + cut - 1..]);
+            prop_assert!(rest.into_iter().all(|&loss| loss == 0.0));
+        }
+    }
+
+    /// A step on texts of one row is a step on the same texts in rows of their own, however the tokens
+    /// to be learned are chosen.
+    #[test]
+    fn a_packed_row_trains_as_its_texts(
+        config in configs(),
+        cut in 3..10usize,
+        first_target in 0..3usize,
+        seed in 0..100u64,
+    ) {
+        let mut model = Model::init(&config, seed, &Device::flex()).map(&mut Unround).no_grad();
+        let lora = Lora::new(2).with_seed(seed);
+        peft::attach(&mut model, &lora).unwrap();
+        let is_target: Vec<bool> = (0..12)
+            .map(|at| (first_target..cut).contains(&at) || at > cut + 1)
+            .collect();
+        let starts: Vec<usize> = (0..12).map(|at| if at < cut { 0 } else { cut }).collect();
+        let packed = Batch::new(tokens(&PROBE, 1)).unwrap();
+        let packed = packed.with_starts(&starts).unwrap().with_targets(&is_target).unwrap();
+        let alone = |range: std::ops::Range<usize>| {
+            let batch = Batch::new(tokens(&PROBE[range.clone()], 1)).unwrap();
+            batch.with_targets(&is_target[range])
+        };
+        let unpacked: Vec<Batch> = [alone(0..cut), alone(cut..12)].into_iter().flatten().collect();
+        let run = |batches: &[Batch]| {
+            let mut model = model.clone();
+            let fit = FitConfig::new().with_steps(Some(1)).with_accumulation(batches.len());
+            let mut steps = Vec::new();
+            peft::fit(&mut model, batches, &fit, |step| steps.push(step.clone())).unwrap();
+            (steps.remove(0), logits(&model, &PROBE, 1))
+        };
+        let ((one, first), (many, second)) = (run(&[packed]), run(&unpacked));
+        prop_assert_eq!(one.n_targets, many.n_targets);
+        prop_assert!((one.loss - many.loss).abs() < 1e-5, "{} {}", one.loss, many.loss);
+        prop_assert!((one.grad_norm / many.grad_norm - 1.0).abs() < 1e-3);
+        // AdamW makes a whole step of any gradient, of rounding too.
+        for (a, b) in first.iter().zip(&second) {
+            prop_assert!((a - b).abs() < 2e-2, "{a} {b}");
         }
     }
 
@@ -213,10 +332,10 @@ proptest! {
         prop_assert_eq!(bits(head.clone()), bits(unpacked));
         prop_assert_eq!(bits(output(&model)), bits(x.clone()));
 
-        let vocab = config.vocab_size;
+        let vocab = config.vocab_size();
         let logits = logits(&model, &PROBE, 1);
         let largest = logits.iter().fold(0.0f32, |max, logit| max.max(logit.abs()));
-        for (row, logits) in x.chunks(config.hidden_size).zip(logits.chunks(vocab)) {
+        for (row, logits) in x.chunks(x.len() / PROBE.len()).zip(logits.chunks(vocab)) {
             for (token, logit) in logits.iter().enumerate() {
                 let column = head[token..].iter().step_by(vocab);
                 let terms = row.iter().zip(column).map(|(&x, &w)| f64::from(x) * f64::from(w));
@@ -267,14 +386,15 @@ fn output(model: &Model) -> Vec<f32> {
     model.norm(x).into_data().try_into_vec().unwrap()
 }
 
-fn dense_head(config: &LlamaConfig, seed: u64) -> Tensor<2> {
+fn dense_head(config: &Config, seed: u64) -> Tensor<2> {
     let model = Model::init(config, seed, &Device::flex());
     model.map(&mut Unround).head()
 }
 
 fn head_format(model: &Model) -> Option<Format> {
     let weights = model.other_weights();
-    weights.first().and_then(|(_, head)| head.format())
+    let head = weights.iter().find(|(path, _)| path == "lm_head");
+    head.and_then(|(_, head)| head.format())
 }
 
 fn text() -> String {

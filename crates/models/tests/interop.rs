@@ -1,0 +1,221 @@
+//! Directories written here compute the same logits when transformers loads them.
+//!
+//! Needs Python with torch, transformers and safetensors, and bitsandbytes for its directories: the
+//! one that `INTEROP_PYTHON` names, or `python3`. Without them the test is skipped.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use burn::module::{Module, ModuleMapper, Param};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use models::CheckpointFormat::{Bitsandbytes, Gptq};
+use models::GptqVersion::{V1, V2};
+use models::{
+    Activation, CheckpointFormat, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling,
+    load, save, save_as, save_dense,
+};
+use peft::CausalLm;
+use peft::files::{FloatType, LazyTensor, write_tensors};
+use quant_core::{NormalFloat, Quantizer, Rtn};
+
+const VOCAB: usize = 64;
+
+/// 24 tokens, of which three are not in the vocabulary, and so are its first.
+const TEXT: &str =
+    "w3 w1 w4 w15 w9 w2 w6 w53 w58 pi, w9 w7 w9 w32 w38 w46 w26 w43 w38 w32 tau w7 w63";
+
+type Write = fn(&mut Pretrained, &Path);
+
+/// Every model is written in every way.
+fn shapes() -> [(&'static str, Config); 5] {
+    [
+        ("llama", llama([false; 3], false).into()),
+        ("llama_biases_tied", llama([true; 3], true).into()),
+        ("qwen2", llama([true, false, false], false).into()),
+        ("opt_125m", opt(64, true).into()),
+        ("opt_350m", opt(32, false).into()),
+    ]
+}
+
+const WAYS: [(&str, Write); 8] = [
+    ("saved", |lm, dir| save(lm, dir).unwrap()),
+    ("f32", |lm, dir| dense(lm, dir, FloatType::F32)),
+    ("f16", |lm, dir| dense(lm, dir, FloatType::F16)),
+    ("bf16", |lm, dir| dense(lm, dir, FloatType::Bf16)),
+    ("gptq_v1", |lm, dir| packed(lm, dir, &rtn(), Gptq(V1))),
+    ("gptq_v2", |lm, dir| packed(lm, dir, &rtn(), Gptq(V2))),
+    ("nf4", |lm, dir| packed(lm, dir, &nf4(), Bitsandbytes)),
+    ("unpacked", |lm, dir| {
+        models::quantize(&mut lm.model, &nf4(), &[], |_| {}).unwrap();
+        dense(lm, dir, FloatType::F32);
+    }),
+];
+
+/// Its inner widths, 64 and 128, fill GPTQ's words and bitsandbytes' blocks; heads are together wider
+/// than the residual stream, and the base of the rotary embedding is not the usual one.
+fn llama([qkv, output, mlp]: [bool; 3], tied: bool) -> LlamaConfig {
+    LlamaConfig {
+        vocab_size: VOCAB,
+        hidden_size: 64,
+        intermediate_size: 128,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 32,
+        max_position_embeddings: 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 5_000.0,
+        rope_scaling: RopeScaling::None,
+        attention_bias: qkv,
+        attention_output_bias: output,
+        mlp_bias: mlp,
+        tie_word_embeddings: tied,
+    }
+}
+
+/// The embedding is projected if its width is not 64.
+fn opt(width: usize, norm_before: bool) -> OptConfig {
+    OptConfig {
+        vocab_size: VOCAB,
+        hidden_size: 64,
+        ffn_dim: 128,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        max_position_embeddings: 32,
+        word_embed_proj_dim: width,
+        do_layer_norm_before: norm_before,
+        remove_final_layer_norm: false,
+        activation: Activation::Relu,
+        enable_bias: true,
+        layer_norm_elementwise_affine: true,
+        tie_word_embeddings: true,
+    }
+}
+
+/// GPTQ's scales are of 16 bits.
+fn rtn() -> Rtn {
+    Rtn::new().with_group_size(32).with_f16_scales(true)
+}
+
+fn nf4() -> NormalFloat {
+    NormalFloat::new().with_block_size(64)
+}
+
+fn dense(lm: &Pretrained, dir: &Path, float: FloatType) {
+    save_dense(lm, dir, float).unwrap();
+}
+
+fn packed(lm: &mut Pretrained, dir: &Path, quantizer: &impl Quantizer, format: CheckpointFormat) {
+    models::quantize(&mut lm.model, quantizer, &[], |_| {}).unwrap();
+    save_as(lm, dir, format).unwrap();
+}
+
+/// Weights large enough for attention to matter, biases that are not zero, norms that are not one;
+/// none is a round number.
+struct Louder;
+
+impl ModuleMapper for Louder {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|values| {
+            if D > 1 {
+                return values * 8.0;
+            }
+            let shape = values.shape();
+            let at = Tensor::<1, Int>::arange(1..shape.num_elements() as i64 + 1, &Device::flex());
+            values + at.float().sin().reshape(shape) * 0.2
+        })
+    }
+}
+
+/// A new model as it is loaded from a directory with all files that go along.
+fn pretrained(config: &Config, dir: &Path) -> Pretrained {
+    fs::create_dir(dir).unwrap();
+    let words: Vec<String> = (0..VOCAB).map(|id| format!("\"w{id}\":{id}")).collect();
+    let tokenizer = format!(
+        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
+        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
+        words.join(",")
+    );
+    let path = dir.join("tokenizer.json");
+    fs::write(&path, tokenizer).unwrap();
+    let model = Model::init(config, 1, &Device::flex()).map(&mut Louder);
+    let new = Pretrained::new(model, &path).unwrap();
+    let saved = dir.join("saved");
+    save(&new, &saved).unwrap();
+    // Without this name transformers makes the tokenizer that it knows for a LLaMA.
+    let tokenizer = r#"{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}"#;
+    fs::write(saved.join("tokenizer_config.json"), tokenizer).unwrap();
+    let generation = r#"{"bos_token_id": 1, "eos_token_id": [2, 7]}"#;
+    fs::write(saved.join("generation_config.json"), generation).unwrap();
+    load(&saved, &Device::flex()).unwrap()
+}
+
+/// What is computed here, beside a directory: of what was written, and so of rounded weights.
+fn write_probe(dir: &Path) {
+    let lm = load(dir, &Device::flex()).unwrap();
+    let ids = lm.encode(TEXT).unwrap();
+    let dims @ [rows, columns] = [2, ids.len() / 2];
+    let tokens: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+    let tokens = Tensor::from_data(TensorData::new(tokens, dims), &Device::flex());
+    let logits = lm.model.forward(tokens).into_data().try_into_vec::<f32>();
+    let logits = logits.unwrap();
+    let stop = lm.stop_tokens();
+    assert_eq!(stop, [2, 7]);
+    let tensors = [
+        ("input_ids", LazyTensor::words(dims, || ids.clone())),
+        (
+            "logits",
+            LazyTensor::floats_as(FloatType::F32, [rows, columns, VOCAB], || logits.clone()),
+        ),
+        ("stop", LazyTensor::words([stop.len()], || stop.clone())),
+        ("text", LazyTensor::bytes([TEXT.len()], || TEXT.into())),
+    ];
+    let tensors = tensors.map(|(name, tensor)| (name.to_string(), tensor));
+    let mut path = dir.to_path_buf();
+    path.as_mut_os_string().push(".probe.safetensors");
+    write_tensors(&path, tensors).unwrap();
+}
+
+/// The Python to run, if it has what is needed.
+fn python() -> Option<String> {
+    let python = env::var("INTEROP_PYTHON").unwrap_or("python3".into());
+    let imports = ["-c", "import torch, transformers, safetensors"];
+    let problem = match Command::new(&python).args(imports).output() {
+        Ok(output) if output.status.success() => return Some(python),
+        Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
+        Err(error) => error.to_string(),
+    };
+    let problem = problem.trim_end().lines().last().unwrap_or_default();
+    eprintln!("skipped: `{python}` has no torch, transformers and safetensors: {problem}");
+    None
+}
+
+#[test]
+fn transformers_computes_the_same_logits() {
+    let Some(python) = python() else { return };
+    let out = tempfile::tempdir().unwrap();
+    let mut dirs: Vec<PathBuf> = Vec::new();
+    for (shape, config) in shapes() {
+        let lm = pretrained(&config, &out.path().join(shape));
+        for (way, write) in WAYS {
+            let dir = out.path().join(format!("{shape}-{way}"));
+            write(&mut lm.clone(), &dir);
+            write_probe(&dir);
+            dirs.push(dir);
+        }
+    }
+    let qwen2 = fs::read_to_string(out.path().join("qwen2-f32/config.json")).unwrap();
+    assert!(qwen2.contains("\"model_type\": \"qwen2\""), "{qwen2}");
+
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/logits.py");
+    let output = Command::new(&python).arg(script).args(&dirs).output();
+    let output = output.unwrap();
+    let differences = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{differences}\n{errors}");
+    eprint!("{differences}");
+    assert_eq!(differences.lines().count(), dirs.len());
+}
