@@ -11,12 +11,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use clap::{Parser, ValueEnum};
+use clap::{ArgGroup, Parser, ValueEnum};
 use examples::device::DeviceArg;
+use examples::embedded::EmbeddedArg;
+use examples::instructions::Instructions;
 use examples::method::MethodName;
 use examples::table;
 use examples::tuning::{
-    Cut, Perplexities, Result, Texts, bits, exit, max_difference, n_windows, weights_bytes,
+    Cut, Perplexities, Result, Source, Texts, bits, exit, max_difference, n_windows, weights_bytes,
 };
 use examples::{embedded, memory};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -31,23 +33,36 @@ use serde::Serialize;
 #[derive(Parser)]
 #[command(
     version,
+    group = ArgGroup::new("tuned_on").args(["train", "data"]),
     after_help = "\
-Example:
+Examples:
   adapt --model Llama-2-7b-hf --train task.txt --eval held-out.txt --bits 4 --group-size 128 \\
-        --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-task"
+        --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-task
+  adapt --model Llama-2-7b-hf --data gsm8k/train.jsonl --template gsm8k --method qa-lora --rank 16 \\
+        --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-gsm8k"
 )]
 struct Args {
-    /// Hugging Face directory of a LLaMA [default: the embedded model]
-    #[arg(long, value_name = "DIR", requires = "train", requires = "eval")]
+    /// Hugging Face directory of a model [default: one that comes with the program]
+    #[arg(long, value_name = "DIR", requires = "tuned_on")]
     model: Option<PathBuf>,
     /// Text to train on
-    #[arg(long, value_name = "FILE", requires = "model")]
+    #[arg(long, value_name = "FILE", requires = "model", requires = "eval")]
     train: Option<PathBuf>,
+    /// Records to train on instead, JSONL or a JSON array: prompts are given, answers learned
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "model",
+        conflicts_with = "train"
+    )]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    instructions: Instructions,
     /// Text of the same task to evaluate on
-    #[arg(long, value_name = "FILE", requires = "model")]
+    #[arg(long, value_name = "FILE", requires = "train")]
     eval: Option<PathBuf>,
     /// Text like those that the model knows, to see what tuning costs there
-    #[arg(long, value_name = "FILE", requires = "model")]
+    #[arg(long, value_name = "FILE", requires = "train")]
     base: Option<PathBuf>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
@@ -95,6 +110,8 @@ struct Args {
     /// [default: none is kept but the report, in adapt-report.json]
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    embedded: EmbeddedArg,
     #[command(flatten)]
     device: DeviceArg,
 }
@@ -168,8 +185,11 @@ struct Run {
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
-    /// `gptq`: non-overlapping windows, mean over the targets of each.
+    /// `gptq`: non-overlapping windows, mean over the targets of each. `targets`: mean over all tokens to
+    /// be learned.
     perplexity_protocol: &'static str,
+    /// What became of instruction data, to train on and to evaluate on.
+    records: Option<[String; 2]>,
     seq_len: usize,
     n_task_windows: usize,
     n_base_windows: usize,
@@ -222,28 +242,33 @@ fn run(args: &Args) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let source = match &args.model {
         Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path())?,
+        None => embedded::write(scratch.path(), args.embedded.architecture)?,
     };
     let lm = models::load(&source, &device)?;
-    let files = match (&args.train, &args.eval) {
-        (Some(train), Some(eval)) => Some((train.as_path(), eval.as_path(), args.base.as_ref())),
-        _ => None,
+    let source_of_texts = match (&args.train, &args.eval, &args.data) {
+        (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_ref()),
+        (_, _, Some(data)) => Source::Instructions(&args.instructions, data),
+        _ => Source::Corpus,
     };
     let cut = Cut {
-        files,
+        source: source_of_texts,
         seq_len: args.seq_len,
         batch: args.batch,
         eval_windows: args.eval_windows.unwrap_or(usize::MAX),
         seed: args.seed,
     };
     let texts = Texts::new(&cut, &lm, &device)?;
+    if let Some([train, eval]) = &texts.records {
+        println!("to train on: {train}\nto evaluate on: {eval}\n");
+    }
     let full_precision = texts.perplexities(&lm.model)?;
     let mut report = Report {
         model: match &args.model {
             Some(dir) => dir.display().to_string(),
             None => "embedded".into(),
         },
-        perplexity_protocol: "gptq",
+        perplexity_protocol: texts.protocol(),
+        records: texts.records.clone(),
         seq_len: args.seq_len,
         n_task_windows: n_windows(&texts.task),
         n_base_windows: n_windows(&texts.base),

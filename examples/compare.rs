@@ -12,9 +12,10 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::Parser;
 use examples::device::DeviceArg;
+use examples::embedded::EmbeddedArg;
 use examples::method::MethodName;
 use examples::table::{self, number};
-use examples::tuning::{Cut, Perplexities, Result, Texts, bits, exit, weights_bytes};
+use examples::tuning::{Cut, Perplexities, Result, Source, Texts, bits, exit, weights_bytes};
 use examples::{embedded, memory};
 use models::{Model, Pretrained};
 use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
@@ -47,6 +48,8 @@ struct Args {
     /// New directory for compare.md, compare.json and compare.svg
     #[arg(long, value_name = "DIR", default_value = "compare")]
     out: PathBuf,
+    #[command(flatten)]
+    embedded: EmbeddedArg,
     #[command(flatten)]
     device: DeviceArg,
 }
@@ -120,10 +123,10 @@ fn run(args: &Args) -> Result<()> {
     peft::files::check_output(&args.out)?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = embedded::write(scratch.path())?;
+    let source = embedded::write(scratch.path(), args.embedded.architecture)?;
     let lm = models::load(&source, &device)?;
     let cut = Cut {
-        files: None,
+        source: Source::Corpus,
         seq_len: 128,
         batch: 8,
         eval_windows: args.eval_windows.unwrap_or(usize::MAX),

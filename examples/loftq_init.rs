@@ -15,6 +15,7 @@ use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
+use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit, max_difference};
 use examples::{embedded, table};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -37,7 +38,7 @@ Example:
              --out Llama-2-7b-loftq --format bitsandbytes"
 )]
 struct Args {
-    /// Hugging Face directory of a LLaMA [default: the embedded model]
+    /// Hugging Face directory of a model [default: one that comes with the program]
     #[arg(long, value_name = "DIR", requires = "train", requires = "eval")]
     model: Option<PathBuf>,
     /// Text to calibrate and to tune on
@@ -96,6 +97,8 @@ struct Args {
     /// What the base is saved as
     #[arg(long, value_enum, default_value_t = Format::QuantCore)]
     format: Format,
+    #[command(flatten)]
+    embedded: EmbeddedArg,
     #[command(flatten)]
     device: DeviceArg,
 }
@@ -303,7 +306,7 @@ fn run(args: &Args) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let source = match &args.model {
         Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path())?,
+        None => embedded::write(scratch.path(), args.embedded.architecture)?,
     };
     match single && (!several || args.average_bits.is_some()) {
         true => one(args, &source, &device),

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
+use examples::embedded::Architecture;
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{Activation, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling, Windows};
 use peft::{FitConfig, Schedule};
@@ -48,66 +49,6 @@ struct Args {
 const VOCAB: usize = 512;
 const SEQ_LEN: usize = 128;
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Architecture {
-    Llama,
-    Opt,
-}
-
-impl Architecture {
-    fn config(self) -> Config {
-        match self {
-            Self::Llama => Config::Llama(LlamaConfig {
-                vocab_size: VOCAB,
-                hidden_size: 128,
-                intermediate_size: 384,
-                num_hidden_layers: 4,
-                num_attention_heads: 4,
-                num_key_value_heads: 2,
-                head_dim: 64,
-                max_position_embeddings: 256,
-                rms_norm_eps: 1e-5,
-                rope_theta: 10_000.0,
-                rope_scaling: RopeScaling::None,
-                attention_bias: false,
-                attention_output_bias: false,
-                mlp_bias: false,
-                tie_word_embeddings: false,
-            }),
-            Self::Opt => Config::Opt(OptConfig {
-                vocab_size: VOCAB,
-                hidden_size: 128,
-                ffn_dim: 512,
-                num_hidden_layers: 5,
-                num_attention_heads: 4,
-                max_position_embeddings: 256,
-                word_embed_proj_dim: 128,
-                do_layer_norm_before: true,
-                remove_final_layer_norm: false,
-                activation: Activation::Relu,
-                enable_bias: true,
-                layer_norm_elementwise_affine: true,
-                tie_word_embeddings: true,
-            }),
-        }
-    }
-
-    fn learning_rate(self) -> f64 {
-        match self {
-            Self::Llama => 4e-3,
-            Self::Opt => 2e-3,
-        }
-    }
-
-    /// As the published checkpoints have it.
-    fn dtype(self) -> DType {
-        match self {
-            Self::Llama => DType::BF16,
-            Self::Opt => DType::F16,
-        }
-    }
-}
-
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     peft::files::check_output(&args.out)?;
@@ -124,13 +65,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         &tokenizer,
     )?;
 
-    let model = Model::init(args.architecture.config(), args.seed, &device);
+    let model = Model::init(config(args.architecture), args.seed, &device);
     println!("{} parameters", model.num_params());
     let mut lm = Pretrained::new(model, &tokenizer)?;
 
     let windows = lm.windows(&text, SEQ_LEN)?.take(args.steps * args.batch);
     let fit = FitConfig::new()
-        .with_learning_rate(args.lr.unwrap_or(args.architecture.learning_rate()))
+        .with_learning_rate(args.lr.unwrap_or(learning_rate(args.architecture)))
         .with_steps(Some(args.steps))
         .with_warmup_steps(args.steps / 20)
         .with_schedule(Schedule::Cosine)
@@ -152,7 +93,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     )?;
     bar.finish();
 
-    let dtype = args.architecture.dtype();
+    let dtype = dtype(args.architecture);
     lm.model = lm.model.map(&mut Round(dtype));
     let evaluate = |windows: Windows| models::perplexity(&lm.model, &windows.batches(16, &device));
     let perplexity = evaluate(lm.windows(&held_out, SEQ_LEN)?)?;
@@ -164,6 +105,58 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     models::save(&lm, &args.out)?;
     println!("wrote {}", args.out.display());
     Ok(())
+}
+
+fn config(architecture: Architecture) -> Config {
+    match architecture {
+        Architecture::Llama => Config::Llama(LlamaConfig {
+            vocab_size: VOCAB,
+            hidden_size: 128,
+            intermediate_size: 384,
+            num_hidden_layers: 4,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 64,
+            max_position_embeddings: 256,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::None,
+            attention_bias: false,
+            attention_output_bias: false,
+            mlp_bias: false,
+            tie_word_embeddings: false,
+        }),
+        Architecture::Opt => Config::Opt(OptConfig {
+            vocab_size: VOCAB,
+            hidden_size: 128,
+            ffn_dim: 512,
+            num_hidden_layers: 5,
+            num_attention_heads: 4,
+            max_position_embeddings: 256,
+            word_embed_proj_dim: 128,
+            do_layer_norm_before: true,
+            remove_final_layer_norm: false,
+            activation: Activation::Relu,
+            enable_bias: true,
+            layer_norm_elementwise_affine: true,
+            tie_word_embeddings: true,
+        }),
+    }
+}
+
+fn learning_rate(architecture: Architecture) -> f64 {
+    match architecture {
+        Architecture::Llama => 4e-3,
+        Architecture::Opt => 2e-3,
+    }
+}
+
+/// As the published checkpoints have it.
+fn dtype(architecture: Architecture) -> DType {
+    match architecture {
+        Architecture::Llama => DType::BF16,
+        Architecture::Opt => DType::F16,
+    }
 }
 
 /// A byte-level BPE.

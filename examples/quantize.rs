@@ -15,6 +15,7 @@ use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded;
+use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{CheckpointFormat, GptqVersion, perplexity};
@@ -34,7 +35,7 @@ Example:
            --quantizer optq --bits 4 --group-size 128 --out Llama-2-7b-4bit --format gptq-v2"
 )]
 struct Args {
-    /// Hugging Face directory of a LLaMA [default: the embedded model]
+    /// Hugging Face directory of a model [default: one that comes with the program]
     #[arg(long, value_name = "DIR", requires = "calibration", requires = "eval")]
     model: Option<PathBuf>,
     /// Text to calibrate on
@@ -75,6 +76,8 @@ struct Args {
     /// What the model is saved as
     #[arg(long, value_enum, default_value_t = Target::QuantCore)]
     format: Target,
+    #[command(flatten)]
+    embedded: EmbeddedArg,
     #[command(flatten)]
     device: DeviceArg,
 }
@@ -210,7 +213,7 @@ fn run(args: &Args) -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let source = match &args.model {
         Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path())?,
+        None => embedded::write(scratch.path(), args.embedded.architecture)?,
     };
     match single {
         Some(method) => one(args, &*method, &source, &device),

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use examples::corpus::{self, Dialect};
-use examples::embedded;
+use examples::embedded::{self, Architecture};
 use examples::table::{self, number};
 use examples::tuning::{Result, exit, weights_bytes};
 use models::perplexity;
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let device = Device::flex();
     let scratch = tempfile::tempdir()?;
-    let source = embedded::write(scratch.path())?;
+    let source = embedded::write(scratch.path(), Architecture::Llama)?;
     let mut lm = models::load(&source, &device)?;
     models::quantize(
         &mut lm.model,

@@ -5,6 +5,7 @@
 pub mod corpus;
 pub mod device;
 pub mod embedded;
+pub mod instructions;
 pub mod memory;
 pub mod method;
 pub mod table;

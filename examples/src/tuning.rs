@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
+use models::evaluate::target_loss;
 use models::{Pretrained, Windows, perplexity};
 use peft::{Batch, CausalLm};
 use serde::Serialize;
 
 use crate::corpus::{self, Dialect};
+use crate::instructions::Instructions;
 
 /// A result of an example.
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -21,13 +23,15 @@ pub struct Texts {
     pub task: Vec<Batch>,
     /// Like those that the model knows, if there is one.
     pub base: Vec<Batch>,
+    /// What became of instruction data: of that to train on, and of that to evaluate on.
+    pub records: Option<[String; 2]>,
 }
 
 /// Where texts come from, and how they are cut.
 pub struct Cut<'a> {
-    /// Training, evaluation and base text; the embedded model's own without.
-    pub files: Option<(&'a Path, &'a Path, Option<&'a PathBuf>)>,
-    /// Tokens in a window.
+    /// What they are.
+    pub source: Source<'a>,
+    /// Tokens in a window, or in a row of instruction data.
     pub seq_len: usize,
     /// Windows in a step.
     pub batch: usize,
@@ -35,6 +39,16 @@ pub struct Cut<'a> {
     pub eval_windows: usize,
     /// The seed of the order of the windows.
     pub seed: u64,
+}
+
+/// What a model is tuned on.
+pub enum Source<'a> {
+    /// The texts of the models that come with the programs.
+    Corpus,
+    /// Training, evaluation and base text.
+    Files(&'a Path, &'a Path, Option<&'a PathBuf>),
+    /// Records with prompts that are not learned.
+    Instructions(&'a Instructions, &'a Path),
 }
 
 /// The perplexities of a model.
@@ -56,13 +70,16 @@ impl Texts {
             Ok(text) => Ok(text),
             Err(error) => Err(format!("cannot read `{}`: {error}", path.display())),
         };
-        let (train, task, base) = match cut.files {
-            Some((train, task, base)) => (
+        let (train, task, base) = match cut.source {
+            Source::Instructions(instructions, data) => {
+                return instructions.texts(data, cut, lm, device);
+            }
+            Source::Files(train, task, base) => (
                 read(train)?,
                 read(task)?,
                 base.map(|base| read(base)).transpose()?,
             ),
-            None => (
+            Source::Corpus => (
                 corpus::text(Dialect::Old, 400_000, 10),
                 corpus::text(Dialect::Old, 25_000, 11),
                 Some(corpus::text(Dialect::Plain, 25_000, 12)),
@@ -86,10 +103,19 @@ impl Texts {
                 Some(base) => evaluate(windows(&base, "--base")?),
                 None => Vec::new(),
             },
+            records: None,
         })
     }
 
-    /// Perplexities in the protocol `gptq`.
+    /// The protocol of [`Texts::perplexities`].
+    pub fn protocol(&self) -> &'static str {
+        match self.records {
+            None => "gptq",
+            Some(_) => "targets",
+        }
+    }
+
+    /// Perplexities: in the protocol `gptq` on texts, of all tokens to be learned on instruction data.
     ///
     /// # Errors
     /// If the model does not have a token of the texts.
@@ -98,14 +124,18 @@ impl Texts {
             true => None,
             false => Some(perplexity(model, &self.base)?.value()),
         };
-        let task = perplexity(model, &self.task)?.value();
+        let task = match self.records {
+            None => perplexity(model, &self.task)?.value(),
+            Some(_) => target_loss(model, &self.task)?.exp(),
+        };
         Ok(Perplexities { base, task })
     }
 
     /// The logits of the first batches of the task.
     pub fn probe(&self, model: &impl CausalLm) -> Vec<f32> {
         let logits = |batch: &Batch| {
-            let logits = model.forward(batch.tokens()).into_data().convert::<f32>();
+            let logits = model.forward_spans(batch.tokens(), batch.spans());
+            let logits = logits.into_data().convert::<f32>();
             logits.try_into_vec::<f32>().expect("converted to f32")
         };
         self.task.iter().take(2).flat_map(logits).collect()

@@ -192,6 +192,14 @@ pub enum Error {
         /// The window, counted from 0.
         window: usize,
     },
+    /// A window some of whose tokens are not to be predicted, in a protocol over whole windows.
+    #[error(
+        "some tokens of the batch at window {window} are not to be predicted; take the mean over targets (`evaluate::target_loss`)"
+    )]
+    PartialWindow {
+        /// The window, counted from 0.
+        window: usize,
+    },
     /// Windows of different lengths, whose perplexities do not compare.
     #[error("windows of {expected} and of {found} tokens; a perplexity takes one length")]
     MixedWindows {

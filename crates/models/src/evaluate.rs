@@ -3,6 +3,7 @@
 //! | protocol | what it gives |
 //! |---|---|
 //! | [`perplexity`] | `gptq`: windows of one length, the mean of each, the mean of those |
+//! | [`target_loss`] | the mean over all tokens that are to be learned, of instruction data for one |
 //! | [`llama_cpp_perplexity`] | llama.cpp's: the second half of each window of 512 |
 //! | [`word_losses`] | lm-evaluation-harness's rolling log-likelihood: [`word_perplexity`], [`byte_perplexity`], [`bits_per_byte`] |
 //! | [`document_losses`] | each document alone, cut at the model's length |
@@ -26,7 +27,8 @@ mod whitespace;
 pub use agreement::{Comparison, compare, confidences};
 pub use choice::{ChoiceItem, ChoiceScore, choices, encode_pair};
 pub use perplexity::{
-    Perplexity, document_losses, llama_cpp_perplexity, perplexity, window_losses, word_losses,
+    Perplexity, document_losses, llama_cpp_perplexity, perplexity, target_loss, window_losses,
+    word_losses,
 };
 pub use report::{FORMAT_VERSION, Measurement, Report};
 pub use rolling::{

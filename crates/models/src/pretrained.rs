@@ -41,6 +41,11 @@ impl Pretrained {
         })
     }
 
+    /// Where its files are, or were.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The tokenizer.
     ///
     /// # Errors

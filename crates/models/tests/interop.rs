@@ -22,13 +22,14 @@ use quant_core::{NormalFloat, Quantizer, Rtn};
 
 const VOCAB: usize = 64;
 
-/// 24 tokens, of which three are not in the vocabulary, and so are its first.
+/// 24 words and signs, three of which the vocabulary lacks.
 const TEXT: &str =
     "w3 w1 w4 w15 w9 w2 w6 w53 w58 pi, w9 w7 w9 w32 w38 w46 w26 w43 w38 w32 tau w7 w63";
 
+/// Writes a model, which it may change before, into a new directory.
 type Write = fn(&mut Pretrained, &Path);
 
-/// Every model is written in every way.
+/// The models; each is written in each of the [`WAYS`].
 fn shapes() -> [(&'static str, Config); 5] {
     [
         ("llama", llama([false; 3], false).into()),
@@ -53,8 +54,9 @@ const WAYS: [(&str, Write); 8] = [
     }),
 ];
 
-/// Its inner widths, 64 and 128, fill GPTQ's words and bitsandbytes' blocks; heads are together wider
-/// than the residual stream, and the base of the rotary embedding is not the usual one.
+/// Its widths, 64 and 128, fill GPTQ's words and bitsandbytes' blocks, whose scales its CPU kernels
+/// mistake where they straddle rows. The heads together are wider than the residual stream, and the
+/// base of the rotary embedding is not the usual one.
 fn llama([qkv, output, mlp]: [bool; 3], tied: bool) -> LlamaConfig {
     LlamaConfig {
         vocab_size: VOCAB,
@@ -145,7 +147,7 @@ fn pretrained(config: &Config, dir: &Path) -> Pretrained {
     let new = Pretrained::new(model, &path).unwrap();
     let saved = dir.join("saved");
     save(&new, &saved).unwrap();
-    // Without this name transformers makes the tokenizer that it knows for a LLaMA.
+    // Without this name transformers takes the tokenizer of any OPT for GPT-2's.
     let tokenizer = r#"{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}"#;
     fs::write(saved.join("tokenizer_config.json"), tokenizer).unwrap();
     let generation = r#"{"bos_token_id": 1, "eos_token_id": [2, 7]}"#;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use models::{
-    CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, Pretrained, RopeScaling, load, plan,
-    quantize, save, save_as, sensitivities,
+    Activation, CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, OptConfig, Pretrained,
+    RopeScaling, load, plan, quantize, save, save_as, sensitivities,
 };
 use peft::{Batch, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
 use quant_core::{Gram, NormalFloat, Note, Optq, Order, Quantizer, Range, Rtn, allocate};
@@ -56,28 +56,76 @@ fn weights(model: &Model) -> Vec<Vec<f32>> {
     model.linears().into_iter().map(weight).collect()
 }
 
+/// Of the style of the model of 125 million parameters, or of that of 350 million.
+fn opt(before: bool) -> Model {
+    let config = OptConfig {
+        vocab_size: 48,
+        hidden_size: 32,
+        ffn_dim: 40,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        max_position_embeddings: 64,
+        word_embed_proj_dim: if before { 32 } else { 24 },
+        do_layer_norm_before: before,
+        remove_final_layer_norm: false,
+        activation: Activation::Relu,
+        enable_bias: true,
+        layer_norm_elementwise_affine: true,
+        tie_word_embeddings: true,
+    };
+    Model::init(config, 3, &Device::flex())
+}
+
 #[test]
 fn the_stages_are_the_forward_pass() {
-    let (model, batch) = (model(), &batches(1)[0]);
-    let embedding = model.start(&batch);
-    let stages = model.stages();
-    let all: Vec<usize> = stages.iter().cloned().flatten().collect();
-    assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
-    let mut state = model.start(&batch);
-    for (stage, range) in stages.iter().enumerate() {
-        let [_, _, d_in] = Model::input(&state).dims();
-        for (path, linear) in &model.linears()[range.clone()] {
-            assert_eq!(linear.weight().dims()[0], d_in, "{path}");
+    let batch = &batches(1)[0];
+    for model in [model(), opt(true), opt(false)] {
+        let stages = model.stages();
+        let all: Vec<usize> = stages.iter().cloned().flatten().collect();
+        assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
+        let mut state = model.start(batch);
+        for (stage, range) in stages.iter().enumerate() {
+            let [_, _, d_in] = Model::input(&state).dims();
+            for (path, linear) in &model.linears()[range.clone()] {
+                assert_eq!(linear.weight().dims()[0], d_in, "{path}");
+            }
+            state = model.advance(stage, state);
         }
-        let next = model.advance(stage, state.clone());
-        // A stage is a function of its state and of its own layers.
-        let again = model.advance(stage, state);
-        assert!(values(Model::input(&next)) == values(Model::input(&again)));
-        state = next;
+        let x = Model::input(&state);
+        let [batch_size, seq, width] = x.dims();
+        let logits = model.logits(x.reshape([batch_size * seq, width]));
+        assert!(values(logits) == values(model.forward(batch.tokens())));
     }
-    assert!(values(Model::input(&state)) != values(Model::input(&embedding)));
-    let [_, _, hidden] = Model::input(&state).dims();
-    assert_eq!(hidden, config().hidden_size);
+}
+
+/// Every projection of an OPT is packed, calibrated on what reaches it, and the packed model is saved
+/// and loaded as it is.
+#[test]
+fn every_projection_of_an_opt_is_packed() {
+    for before in [true, false] {
+        let (mut model, batches) = (opt(before), batches(6));
+        let optq = Optq::new().with_group_size(8);
+        let layers = quantize(&mut model, &optq, &batches, |_| {}).unwrap();
+        let names: Vec<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
+        let expected: Vec<String> = (0..2)
+            .flat_map(|layer| {
+                let names = [
+                    "self_attn.q_proj",
+                    "self_attn.k_proj",
+                    "self_attn.v_proj",
+                    "self_attn.out_proj",
+                    "fc1",
+                    "fc2",
+                ];
+                names.map(|name| format!("model.decoder.layers.{layer}.{name}"))
+            })
+            .collect();
+        assert_eq!(names, expected);
+        assert!(layers.iter().all(|layer| layer.cost.output_error.is_some()));
+        let others = model.other_weights();
+        assert!(others.iter().all(|(_, weight)| weight.format().is_none()));
+        assert_eq!(others.len(), if before { 0 } else { 2 });
+    }
 }
 
 /// A calibration that overflowed is refused, whatever the quantizer.
@@ -113,7 +161,7 @@ fn layers_are_calibrated_on_the_packed_ones_before_them() {
     quantize(&mut partly, &PerLayer(first), &batches, |_| {}).unwrap();
     let mut gram = Gram::new(40, &Device::flex());
     for batch in &batches {
-        let mut state = partly.start(&batch);
+        let mut state = partly.start(batch);
         for stage in 0..3 {
             state = partly.advance(stage, state);
         }

@@ -40,10 +40,11 @@ pub fn perplexity<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Perplexit
     })
 }
 
-/// The mean loss of each window of the protocol of [`Perplexity`], in nats.
+/// The mean loss of each window of the protocol of [`Perplexity`], in nats. Windows have no tokens that
+/// are not to be predicted; for those see [`target_loss`].
 ///
 /// # Errors
-/// [`Error::NoWindows`], [`Error::MixedWindows`], [`peft::Error::Token`] for a token that the model
+/// [`Error::NoWindows`], [`Error::PartialWindow`] for one that has, [`Error::MixedWindows`], [`peft::Error::Token`] for a token that the model
 /// lacks, [`peft::Error::TooLong`] for windows that it has no places for, or [`Error::NonFinite`] with
 /// the first window whose loss is not finite.
 pub fn window_losses<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<f64>> {
@@ -56,6 +57,10 @@ pub fn window_losses<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<f6
             return Err(Error::MixedWindows { expected, found });
         }
         batch.check(model)?;
+        if batch.n_targets() < batch.targets().len() {
+            let window = losses.len();
+            return Err(Error::PartialWindow { window });
+        }
         let nll = token_nll(model, batch).into_data().convert::<f32>();
         let nll = nll.as_slice::<f32>().expect("converted to f32");
         let n_targets = seq_len - 1;
@@ -69,6 +74,28 @@ pub fn window_losses<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<f6
         }
     }
     Ok(losses)
+}
+
+/// The mean loss of all tokens that are to be predicted, in nats.
+///
+/// # Errors
+/// As [`window_losses`], for windows of any lengths.
+pub fn target_loss<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<f64> {
+    if batches.is_empty() {
+        return Err(Error::NoWindows);
+    }
+    let (mut sum, mut n_targets) = (0.0, 0);
+    for (at, batch) in batches.iter().enumerate() {
+        batch.check(model)?;
+        let nll = token_nll(model, batch).into_data().convert::<f32>();
+        let nll = nll.as_slice::<f32>().expect("converted to f32");
+        sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
+        n_targets += batch.n_targets();
+        if !sum.is_finite() {
+            return Err(Error::NonFinite { window: at });
+        }
+    }
+    Ok(sum / n_targets as f64)
 }
 
 /// The perplexity of llama.cpp's `perplexity` tool, by [`llama_cpp_windows`] of `n_ctx` tokens.

@@ -1,0 +1,121 @@
+//! Instruction data: records whose prompts are given, and whose answers are learned.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use clap::{Args, ValueEnum};
+use models::Pretrained;
+use models::data::{
+    Encoded, Limit, Record, Row, Template, TooLong, batch, count_duplicates, encode, pack,
+    read_records,
+};
+use peft::Batch;
+
+use crate::tuning::{Cut, Result, Texts};
+
+/// The options of a program that say how records become texts.
+#[derive(Args, Clone, Debug)]
+pub struct Instructions {
+    /// Records of the same kind to evaluate on [default: every twentieth of --data]
+    #[arg(long, value_name = "FILE", requires = "data")]
+    eval_data: Option<PathBuf>,
+    /// What prompts and answers look like
+    #[arg(long, value_enum, value_name = "NAME", requires = "data")]
+    template: Option<TemplateName>,
+    /// A template of your own for the prompt, in Jinja over the fields of a record
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "completion",
+        conflicts_with = "template"
+    )]
+    prompt: Option<String>,
+    /// The same for the answer
+    #[arg(long, value_name = "TEXT", requires = "prompt")]
+    completion: Option<String>,
+    /// What becomes of records with more tokens than --seq-len
+    #[arg(long, value_enum, value_name = "NAME", default_value_t = Long::Cut, requires = "data")]
+    too_long: Long,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TemplateName {
+    /// instruction, input, output: Stanford Alpaca's prompts
+    Alpaca,
+    /// question, answer: `Question: ..`, `Answer: ..`
+    Gsm8k,
+    /// messages or conversations: the chat template of the model's tokenizer_config.json
+    Chat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Long {
+    /// Their ends are cut off
+    Cut,
+    /// They are left out
+    Drop,
+    /// They are an error
+    Refuse,
+}
+
+impl Instructions {
+    /// The records as rows of texts, packed.
+    pub(crate) fn texts(
+        &self,
+        data: &Path,
+        cut: &Cut,
+        lm: &Pretrained,
+        device: &Device,
+    ) -> Result<Texts> {
+        let max = lm.model.config().max_seq_len();
+        if cut.seq_len > max {
+            let seq_len = cut.seq_len;
+            return Err(models::Error::SeqLen { seq_len, max }.into());
+        }
+        let special = lm.special_tokens()?;
+        let template = match (&self.prompt, &self.completion, self.template) {
+            (Some(prompt), Some(completion), _) => Template::fields(prompt, completion)?,
+            (_, _, Some(TemplateName::Alpaca)) => Template::alpaca(),
+            (_, _, Some(TemplateName::Gsm8k)) => Template::gsm8k(),
+            (_, _, Some(TemplateName::Chat)) => Template::chat(lm.dir(), &special)?,
+            _ => return Err("--data takes a --template, or --prompt and --completion".into()),
+        };
+        let (train, eval): (Vec<Record>, Vec<Record>) = match &self.eval_data {
+            Some(eval) => (read_records(data)?, read_records(eval)?),
+            None => {
+                let all = read_records(data)?.into_iter().enumerate();
+                let (eval, train): (Vec<_>, Vec<_>) = all.partition(|(at, _)| at % 20 == 19);
+                let records = |all: Vec<(usize, Record)>| all.into_iter().map(|(_, of)| of);
+                (records(train).collect(), records(eval).collect())
+            }
+        };
+        let limit = Limit {
+            max_len: cut.seq_len,
+            too_long: match self.too_long {
+                Long::Cut => TooLong::Cut,
+                Long::Drop => TooLong::Drop,
+                Long::Refuse => TooLong::Refuse,
+            },
+        };
+        let encode =
+            |records: &[Record]| encode(records, &template, lm.tokenizer()?, &special, limit);
+        let (train, eval) = (encode(&train)?, encode(&eval)?);
+        let batches = |encoded: &Encoded, size: usize, most: usize| -> Result<Vec<Batch>> {
+            let rows = pack(&encoded.examples, cut.seq_len, special.filler(), cut.seed)?;
+            let rows: Vec<Row> = rows.into_iter().take(most).collect();
+            let batches = rows.chunks(size).map(|rows| batch(rows, device));
+            Ok(batches.collect::<models::Result<_>>()?)
+        };
+        let n_known = count_duplicates(&train.examples, &eval.examples);
+        let known = match n_known {
+            0 => String::new(),
+            n => format!("; {n} of them are among those to train on"),
+        };
+        Ok(Texts {
+            train: batches(&train, cut.batch, usize::MAX)?,
+            task: batches(&eval, (1024 / cut.seq_len).max(1), cut.eval_windows)?,
+            base: Vec::new(),
+            records: Some([train.to_string(), eval.to_string() + &known]),
+        })
+    }
+}
