@@ -60,6 +60,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let held_out = corpus::text(Dialect::Plain, 60_000, args.seed + 1);
     let scratch = tempfile::tempdir()?;
     let tokenizer = scratch.path().join("tokenizer.json");
+    let special = serde_json::json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    });
+    peft::files::write_json(&tokenizer.with_file_name("tokenizer_config.json"), &special)?;
     train_tokenizer(
         &corpus::text(Dialect::Plain, 1_000_000, args.seed),
         &tokenizer,

@@ -124,6 +124,54 @@ pub fn text(dialect: Dialect, n_chars: usize, seed: u64) -> String {
     text
 }
 
+/// Questions about people that every text tells alike, each with its choices and the right one.
+pub fn questions(n: usize, seed: u64) -> Vec<(String, Vec<String>, usize)> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let question = |_| {
+        let Person {
+            name,
+            home,
+            trade,
+            age,
+            ..
+        } = person(rng.random_range(0..N_PEOPLE));
+        let (context, right, others): (String, String, Vec<String>) = match rng.random_range(0..3) {
+            0 => (
+                format!("{name} is a"),
+                trade.into(),
+                TRADES.map(String::from).into(),
+            ),
+            1 => (
+                format!("{name} is a {trade} from"),
+                home.into(),
+                PLACES.map(String::from).into(),
+            ),
+            _ => {
+                let years = rng.random_range(2..20);
+                let all = (20..100).map(|age: usize| age.to_string());
+                (
+                    format!("{name} is a {trade} from {home}. In {years} years, {name} will be"),
+                    (age + years).to_string(),
+                    all.collect(),
+                )
+            }
+        };
+        let answer = rng.random_range(0..4);
+        let mut choices: Vec<String> = Vec::new();
+        while choices.len() < 4 {
+            let choice = match choices.len() == answer {
+                true => &right,
+                false => others.choose(&mut rng).expect("a list of this file"),
+            };
+            if choices.len() == answer || (choice != &right && !choices.contains(choice)) {
+                choices.push(choice.clone());
+            }
+        }
+        (context, choices, answer)
+    };
+    (0..n).map(question).collect()
+}
+
 /// Some sentences about one person.
 fn paragraph(old: bool, rng: &mut impl Rng, text: &mut String) {
     let someone = person(rng.random_range(0..N_PEOPLE));

@@ -22,19 +22,20 @@ pub enum Architecture {
 }
 
 impl Architecture {
-    fn files(self) -> [(&'static str, &'static [u8]); 3] {
+    fn files(self) -> [(&'static str, &'static [u8]); 4] {
+        macro_rules! file {
+            ($dir:literal, $name:literal) => {
+                ($name, include_bytes!(concat!("../data/", $dir, "/", $name)))
+            };
+        }
         macro_rules! files {
             ($dir:literal) => {
                 [
                     file!($dir, "config.json"),
                     file!($dir, "tokenizer.json"),
+                    file!($dir, "tokenizer_config.json"),
                     file!($dir, "model.safetensors"),
                 ]
-            };
-        }
-        macro_rules! file {
-            ($dir:literal, $name:literal) => {
-                ($name, include_bytes!(concat!("../data/", $dir, "/", $name)))
             };
         }
         match self {

@@ -39,12 +39,13 @@ use shards::Shards;
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
 const WEIGHTS: &str = "model.safetensors";
 /// Files that a saved model takes along, where there are any.
 const CARRIED: [&str; 9] = [
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "chat_template.jinja",
     "added_tokens.json",
@@ -224,12 +225,6 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         true => Some(Tokenizer::open(&dir.join(TOKENIZER))?),
         false => None,
     };
-    let mut carried = BTreeMap::new();
-    for name in CARRIED {
-        if files::is_there(&dir.join(name)) {
-            carried.insert(name, files::read(&dir.join(name))?);
-        }
-    }
     let mut checkpoint = Checkpoint {
         tensors: Tensors {
             shards: Shards::open(dir)?,
@@ -246,13 +241,59 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         format.check_paths(&layers, &config_path)?;
     }
     checkpoint.check_leftovers(&model)?;
+    let carried = carried(dir)?;
+    let stop_tokens = stop_tokens(dir, &config, &carried)?;
     Ok(Pretrained {
         model,
         tokenizer,
         dir: dir.into(),
         config,
         carried,
+        stop_tokens,
     })
+}
+
+/// `eos_token_id` of `generation_config.json`, or of `config.json`: one, or several.
+pub(crate) fn stop_tokens(
+    dir: &Path,
+    config: &Map<String, Value>,
+    carried: &BTreeMap<&'static str, Vec<u8>>,
+) -> Result<Vec<u32>> {
+    const SETTING: &str = "eos_token_id";
+    let refuse = |file: &str, setting: &str, problem: String| Error::Config {
+        path: dir.join(file),
+        setting: setting.into(),
+        problem,
+    };
+    let generation = match carried.get(GENERATION) {
+        Some(bytes) => serde_json::from_slice::<Map<String, Value>>(bytes)
+            .map_err(|error| refuse(GENERATION, "the file", format!("is no object: {error}")))?,
+        None => Map::new(),
+    };
+    let (file, ids) = match generation.get(SETTING) {
+        Some(ids) => (GENERATION, ids),
+        None => (CONFIG, config.get(SETTING).unwrap_or(&Value::Null)),
+    };
+    let id = |id: &Value| {
+        let token = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        token.ok_or_else(|| refuse(file, SETTING, format!("is {id}, which is no token")))
+    };
+    match ids {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => Ok(vec![id(one)?]),
+    }
+}
+
+/// The files of a directory that a saved model takes along.
+pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
+    let mut carried = BTreeMap::new();
+    for name in CARRIED {
+        if files::is_there(&dir.join(name)) {
+            carried.insert(name, files::read(&dir.join(name))?);
+        }
+    }
+    Ok(carried)
 }
 
 /// Writes a new directory that [`load`] reads back bit for bit, whole or not at all.
@@ -538,6 +579,8 @@ impl Checkpoint {
                 if head == values(embedding) {
                     continue;
                 }
+                let problem = "is another matrix than the embedding, but `tie_word_embeddings` is true: correct the one that is wrong";
+                return Err(self.tensors.refuse(&name, problem.into()));
             }
             // AutoGPTQ writes a bias of zeros for layers that have none.
             if name

@@ -34,6 +34,14 @@ impl Config {
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let model_type = model_type.unwrap_or_default();
+        let has_code =
+            |code: &Value| !code.is_null() && code.as_object().is_none_or(|code| !code.is_empty());
+        if json.get("auto_map").is_some_and(has_code) {
+            let problem = format!(
+                "names code that comes with the model, which is not run here; if the model is a plain `{model_type}`, remove the key"
+            );
+            return Err(Fields { path }.refuse("auto_map", problem));
+        }
         if LlamaConfig::MODEL_TYPES.contains(&model_type) {
             return LlamaConfig::from_json(json, path).map(Self::Llama);
         }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use peft::files;
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{GENERATION, TOKENIZER};
+use crate::checkpoint::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
 use crate::data::SpecialTokens;
 use crate::{Error, Generation, Model, Result, Tokenizer, Windows, generate};
 
@@ -20,10 +20,12 @@ pub struct Pretrained {
     /// `config.json`, without a quantization.
     pub(crate) config: Map<String, Value>,
     pub(crate) carried: BTreeMap<&'static str, Vec<u8>>,
+    pub(crate) stop_tokens: Vec<u32>,
 }
 
 impl Pretrained {
-    /// A new model with the tokenizer in the file at `tokenizer`.
+    /// A new model with the tokenizer in the file at `tokenizer`, and what a directory of a model has
+    /// beside that, such as a `tokenizer_config.json`.
     ///
     /// # Errors
     /// If the tokenizer cannot be read.
@@ -31,13 +33,20 @@ impl Pretrained {
     /// # Panics
     /// If the model has a rope scaling: see [`Config::to_json`](crate::Config::to_json).
     pub fn new(model: Model, tokenizer: &Path) -> Result<Self> {
-        let bytes = files::read(tokenizer)?;
+        let dir = tokenizer.parent().unwrap_or(tokenizer);
+        let mut carried = carried(dir)?;
+        carried.insert(TOKENIZER, files::read(tokenizer)?);
+        // Other programs guess the class by the model's type without it.
+        let class = br#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
+        carried.entry(TOKENIZER_CONFIG).or_insert(class.to_vec());
+        let config = model.config().to_json();
         Ok(Self {
-            config: model.config().to_json(),
+            stop_tokens: stop_tokens(dir, &config, &carried)?,
+            config,
             model,
             tokenizer: Some(Tokenizer::open(tokenizer)?),
-            dir: tokenizer.parent().unwrap_or(tokenizer).into(),
-            carried: [(TOKENIZER, bytes)].into(),
+            dir: dir.into(),
+            carried,
         })
     }
 
@@ -68,6 +77,19 @@ impl Pretrained {
             Some(&token) => Err(Error::Token { token, vocab_size }),
             None => Ok(tokens),
         }
+    }
+
+    /// The tokens of a text as the model reads one: after the token that begins texts, where the
+    /// tokenizer puts it.
+    ///
+    /// # Errors
+    /// As [`Pretrained::encode`] and [`Pretrained::special_tokens`].
+    pub fn encode_text(&self, text: &str) -> Result<Vec<u32>> {
+        let special = self.special_tokens()?;
+        let bos = special.bos.filter(|_| special.add_bos);
+        let mut tokens: Vec<u32> = bos.into_iter().map(|bos| bos.id).collect();
+        tokens.extend(self.encode(text)?);
+        Ok(tokens)
     }
 
     /// The tokens of `text` in windows of `seq_len`.
@@ -111,21 +133,8 @@ impl Pretrained {
 
     /// The tokens that end a text: `eos_token_id` of `generation_config.json`, or of `config.json`, one
     /// or several.
-    pub fn stop_tokens(&self) -> Vec<u32> {
-        let generation: Option<Value> = self
-            .carried
-            .get(GENERATION)
-            .and_then(|bytes| serde_json::from_slice(bytes).ok());
-        let of_generation = generation
-            .as_ref()
-            .and_then(|json| json.get("eos_token_id"));
-        let ids = of_generation.or(self.config.get("eos_token_id"));
-        let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-        match ids {
-            Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
-            Some(one) => id(one).into_iter().collect(),
-            None => Vec::new(),
-        }
+    pub fn stop_tokens(&self) -> &[u32] {
+        &self.stop_tokens
     }
 
     /// Continues a text of tokens. `on_text` sees each piece of text as it comes, and may break off

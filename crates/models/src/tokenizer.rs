@@ -4,6 +4,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use peft::{Batch, files};
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use serde::Deserialize;
 use tokenizers::{
     DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
     PreTokenizerWrapper,
@@ -24,17 +25,47 @@ impl Tokenizer {
     /// # Errors
     /// As [`peft::files::read`]; [`Error::Tokenizer`] if it is no tokenizer.
     pub fn open(path: &Path) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(files::read(path)?);
+        let bytes = files::read(path)?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes);
         let mut inner = inner.map_err(|error| refuse(path, error))?;
         // Files may ask for texts to be cut or filled up to one length; a text here is all of it.
         inner.with_padding(None);
         inner
             .with_truncation(None)
             .map_err(|error| refuse(path, error))?;
-        Ok(Self {
+        let tokenizer = Self {
             inner,
             path: path.into(),
-        })
+        };
+        tokenizer.check_added(&bytes)?;
+        Ok(tokenizer)
+    }
+
+    /// Checks that added tokens have the numbers that the file gives them: the library gives them others
+    /// where they do not follow the vocabulary.
+    fn check_added(&self, bytes: &[u8]) -> Result<()> {
+        #[derive(Deserialize)]
+        struct File {
+            #[serde(default)]
+            added_tokens: Vec<Added>,
+        }
+        #[derive(Deserialize)]
+        struct Added {
+            id: u32,
+            content: String,
+        }
+        let file: File = serde_json::from_slice(bytes)
+            .map_err(|error| refuse(&self.path, error.to_string().into()))?;
+        for Added { id, content } in file.added_tokens {
+            let found = self.inner.token_to_id(&content);
+            if found != Some(id) {
+                let problem = format!(
+                    "the added token `{content}` has the id {id}, which is not its place in the vocabulary"
+                );
+                return Err(refuse(&self.path, problem.into()));
+            }
+        }
+        Ok(())
     }
 
     /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).

@@ -172,7 +172,7 @@ fn write_probe(dir: &Path) {
             "logits",
             LazyTensor::floats_as(FloatType::F32, [rows, columns, VOCAB], || logits.clone()),
         ),
-        ("stop", LazyTensor::words([stop.len()], || stop.clone())),
+        ("stop", LazyTensor::words([stop.len()], || stop.to_vec())),
         ("text", LazyTensor::bytes([TEXT.len()], || TEXT.into())),
     ];
     let tensors = tensors.map(|(name, tensor)| (name.to_string(), tensor));

@@ -179,6 +179,12 @@ impl Adapters {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = files::read_json(&config_path)?;
         files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
+        if config.layers.is_empty() {
+            return Err(Error::File {
+                path: config_path,
+                problem: "lists no layers".into(),
+            });
+        }
         let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
         let mut layers = BTreeMap::new();
         for (path, settings) in config.layers {

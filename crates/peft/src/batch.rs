@@ -4,8 +4,8 @@ use crate::{CausalLm, Error, Result};
 
 /// Which tokens of some sequences make up a text: a token sees those of its own text up to itself.
 ///
-/// Texts lie one after the other. What fills a sequence up, before or after its text, is one more of
-/// them, which no other token sees.
+/// Texts lie one after the other. Each token that fills a sequence up, before or after its text, is one
+/// more of them, which no other token sees.
 #[derive(Clone, Debug)]
 pub struct Spans {
     seq: usize,
@@ -290,7 +290,7 @@ impl Batch {
     }
 }
 
-/// For each mark where its run of equal ones begins, and how many runs are of a text.
+/// For each mark where its text begins, and how many texts there are.
 fn runs(marks: &[bool]) -> (Vec<usize>, usize) {
     let (mut start, mut n_texts) = (0, usize::from(marks[0]));
     let begins = marks.iter().enumerate().map(|(at, mark)| {
@@ -298,7 +298,11 @@ fn runs(marks: &[bool]) -> (Vec<usize>, usize) {
             start = at;
             n_texts += usize::from(*mark);
         }
-        start
+        match mark {
+            true => start,
+            // Each token of padding by itself: however many there are, they are no long text.
+            false => at,
+        }
     });
     (begins.collect(), n_texts)
 }

@@ -254,7 +254,8 @@ const IMPOSTOR_BYTES: u64 = 512;
 
 /// What stands in the place of a file, by its first bytes.
 fn impostor(start: &[u8]) -> Option<&'static str> {
-    let text = start.trim_ascii_start();
+    let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start);
+    let text = text.trim_ascii_start();
     let begins = |what: &[u8]| {
         let head = text.get(..what.len());
         head.is_some_and(|head| head.eq_ignore_ascii_case(what))

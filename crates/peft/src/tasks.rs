@@ -170,6 +170,12 @@ impl TaskPack {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = files::read_json(&config_path)?;
         files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
+        if config.layers.values().all(|names| names.is_empty()) {
+            return Err(Error::File {
+                path: config_path,
+                problem: "lists no scales and no zeros".into(),
+            });
+        }
         let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
         let mut expected = Vec::new();
         let mut layers = BTreeMap::new();

@@ -7,8 +7,8 @@ use peft::{Recipe, check_paths, files};
 use quant_core::Format;
 use serde_json::{Map, Value};
 
-use super::CONFIG;
 use super::shards::Shards;
+use super::{CONFIG, CheckpointFormat};
 use crate::{Config, Error, Result};
 
 /// What [`plan`] found.
@@ -76,7 +76,9 @@ impl fmt::Display for Plan {
 pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
-    let config: Map<String, Value> = files::read_json(&config_path)?;
+    let mut config: Map<String, Value> = files::read_json(&config_path)?;
+    // A method that is not known here would leave no layer to be quantized.
+    CheckpointFormat::open(dir, config.remove("quantization_config"))?;
     let config = Config::from_json(&config, &config_path)?;
     let mut shards = Shards::open(dir)?;
     let paths: Vec<String> = config

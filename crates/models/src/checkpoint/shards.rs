@@ -44,6 +44,14 @@ impl Shards {
         }
 
         let index: Index = files::read_json(&index_path)?;
+        if index.weight_map.is_empty() {
+            let problem = "lists no tensors".into();
+            return Err(peft::Error::File {
+                path: index_path,
+                problem,
+            }
+            .into());
+        }
         let mut shards = Self {
             files: Vec::new(),
             of_tensor: HashMap::new(),

@@ -7,8 +7,9 @@ use serde_json::Value as Json;
 
 use super::records::kind;
 use super::template::bad_template;
-use super::tokens::{self, TOKENIZER_CONFIG};
+use super::tokens;
 use super::{Piece, Record, SpecialTokens, jinja};
+use crate::checkpoint::TOKENIZER_CONFIG;
 use crate::{Error, Result};
 
 mod messages;
@@ -83,6 +84,20 @@ impl Chat {
             jinja,
             special: texts,
         })
+    }
+
+    /// The text after which the assistant answers one message of a user.
+    ///
+    /// # Errors
+    /// [`Error::Render`] if the template does not take it.
+    pub fn prompt(&self, message: &str) -> Result<String> {
+        let messages = serde_json::json!([{"role": "user", "content": message}]);
+        let record = Record {
+            fields: [("messages".into(), messages)].into_iter().collect(),
+            path: Path::new("the message").into(),
+            line: 1,
+        };
+        self.render(&record, &messages::messages(&record)?, true)
     }
 
     /// The text of a conversation up to the assistant's last message.

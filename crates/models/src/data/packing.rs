@@ -12,7 +12,8 @@ mod tests;
 /// One or more texts in a row of tokens, and perhaps padding.
 ///
 /// A text must not attend to the one before it: token `i` sees those from `starts[i]` to itself,
-/// and its position is `i - starts[i]`. Padding is one more text, of which nothing is learned.
+/// and its position is `i - starts[i]`. Each token of padding is one more text, of which nothing is
+/// learned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
     /// All tokens.
@@ -44,10 +45,10 @@ impl Row {
     }
 
     fn pad(&mut self, seq_len: usize, filler: u32) {
-        let n = seq_len - self.tokens.len();
-        let n_text = self.n_text;
-        self.push(&vec![filler; n], &vec![false; n]);
-        self.n_text = n_text;
+        self.tokens.resize(seq_len, filler);
+        self.is_target.resize(seq_len, false);
+        // Each its own text: however many there are, they are no long one.
+        self.starts.extend(self.n_text..seq_len);
     }
 }
 

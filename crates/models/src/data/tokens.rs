@@ -5,12 +5,12 @@ use serde_json::{Map, Value};
 use tokenizers::{Encoding, Token};
 
 use super::records::kind;
+use crate::checkpoint::TOKENIZER_CONFIG;
 use crate::{Error, Result, Tokenizer};
 
 #[cfg(test)]
 mod tests;
 
-pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
 /// A token that stands for no text.

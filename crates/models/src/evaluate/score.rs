@@ -14,6 +14,7 @@ const TOKENS: usize = 2048;
 /// ends, which no token before sees.
 ///
 /// # Errors
+/// [`Error::NoContext`] for a window whose scored tokens are not within it or have nothing before them,
 /// [`peft::Error::Token`] for a token that the model lacks, [`peft::Error::TooLong`] for a window that
 /// it has no places for, or [`Error::NonFinite`] with the first window whose losses are not finite.
 pub fn score<M: CausalLm>(
@@ -23,6 +24,10 @@ pub fn score<M: CausalLm>(
 ) -> Result<Vec<Vec<f64>>> {
     for window in windows {
         check(model, &window.tokens)?;
+        let (scored, n_tokens) = (&window.scored, window.tokens.len());
+        if scored.start == 0 || scored.start > scored.end || scored.end > n_tokens {
+            return Err(Error::NoContext);
+        }
     }
     let mut order: Vec<usize> = (0..windows.len()).collect();
     order.sort_by_key(|&at| std::cmp::Reverse(windows[at].tokens.len()));

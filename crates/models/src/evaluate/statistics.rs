@@ -126,7 +126,6 @@ impl Bootstrap {
     /// # Errors
     /// As [`mean`](Self::mean), [`Error::Unpaired`], or [`Error::Denominator`].
     pub fn ratio(&self, numerators: &[f64], denominators: &[f64]) -> Result<Estimate> {
-        self.check()?;
         let (n, found) = (numerators.len(), denominators.len());
         if n != found {
             return Err(Error::Unpaired {
@@ -135,9 +134,6 @@ impl Bootstrap {
                 and: "denominators",
                 found,
             });
-        }
-        if n == 0 {
-            return Err(Error::NoItems);
         }
         for (index, (&value, &denominator)) in numerators.iter().zip(denominators).enumerate() {
             if !value.is_finite() {
@@ -148,18 +144,33 @@ impl Bootstrap {
                 return Err(Error::Denominator { index, value });
             }
         }
+        self.statistic(n, |drawn| {
+            ratio_of_sums(drawn.iter().map(|&at| (numerators[at], denominators[at])))
+        })
+    }
+
+    /// Any statistic of `n` items, given the places of those to take it of.
+    ///
+    /// # Errors
+    /// [`Error::NoItems`] or [`Error::Setting`].
+    pub fn statistic(&self, n: usize, of: impl Fn(&[usize]) -> f64) -> Result<Estimate> {
+        self.check()?;
+        if n == 0 {
+            return Err(Error::NoItems);
+        }
         let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+        let mut drawn = vec![0; n];
         let mut resampled: Vec<f64> = (0..self.resamples)
             .map(|_| {
-                let drawn = (0..n).map(|_| rng.random_range(0..n));
-                ratio_of_sums(drawn.map(|at| (numerators[at], denominators[at])))
+                drawn.fill_with(|| rng.random_range(0..n));
+                of(&drawn)
             })
             .collect();
         resampled.sort_by(f64::total_cmp);
         let tail = (1.0 - self.confidence) / 2.0;
-        let items = numerators.iter().copied().zip(denominators.iter().copied());
+        let all: Vec<usize> = (0..n).collect();
         Ok(Estimate {
-            value: ratio_of_sums(items),
+            value: of(&all),
             lower: quantile(&resampled, tail),
             upper: quantile(&resampled, 1.0 - tail),
             n,

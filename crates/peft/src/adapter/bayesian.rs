@@ -229,7 +229,10 @@ impl BayesianAdapter {
     }
 
     pub(super) fn check(&self, path: &str, linear: &Linear) -> Result<()> {
-        let rank = self.a.val().dims()[1];
+        let ([d_in, d_out], rank) = (linear.weight().dims(), self.a.val().dims()[1]);
+        // Before the values are looked at: there may be none.
+        check_shape(path, [d_in, rank], self.a.val().dims())?;
+        check_shape(path, [rank, d_out], self.b.val().dims())?;
         check_shape(path, [rank], self.rank_gates.val().dims())?;
         for gates in [&self.a_gates, &self.b_gates] {
             check_shape(path, [BITS.len()], gates.val().dims())?;

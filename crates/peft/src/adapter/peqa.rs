@@ -121,7 +121,17 @@ impl PeqaAdapter {
             check_zeros(path, weight)?;
             check_shape(path, expected, shifts.val().dims())?;
         }
-        Ok(())
+        // Factors whose scales are beyond f32 are known before the layer is used.
+        let (scales, zeros) = self.grid(weight);
+        let (scales, zeros) = (scales.detach(), zeros.map(Tensor::detach));
+        let grid = weight.clone().with_grid(scales, zeros);
+        match grid {
+            Ok(_) => Ok(()),
+            Err(source) => Err(Error::Quant {
+                path: path.into(),
+                source,
+            }),
+        }
     }
 
     pub(super) fn on_codes(

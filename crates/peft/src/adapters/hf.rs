@@ -170,7 +170,13 @@ impl Adapters {
             }
             parts.entry(path.into()).or_default().insert(part);
         }
-        let targets = linears.keys().filter(|path| patterns.targets(path));
+        let mut targets = linears
+            .keys()
+            .filter(|path| patterns.targets(path))
+            .peekable();
+        if targets.peek().is_none() {
+            return Err(refuse("targets no layer of the model".into()));
+        }
         for path in targets {
             parts.entry(path.clone()).or_default();
         }
@@ -185,9 +191,6 @@ impl Adapters {
             })?;
             adapter.check(&path, linear)?;
             layers.insert(path, adapter);
-        }
-        if layers.is_empty() {
-            return Err(refuse("targets no layer of the model".into()));
         }
         Ok(Self {
             base: Fingerprint::of(model),

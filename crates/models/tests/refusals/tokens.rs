@@ -1,0 +1,385 @@
+//! Tokens that a model lacks, texts that it has no places for, and batches of nothing.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::slice;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use models::data::{self, Limit, Row, Template, TooLong, read_records};
+use models::evaluate::{self, ScoredWindow, compare, confidences, target_loss};
+use models::{
+    Activation, Error, Generation, LlamaConfig, Model, OptConfig, RopeScaling, generate, load,
+    quantize, sensitivities,
+};
+use peft::{Batch, FitConfig};
+use quant_core::Rtn;
+
+use super::{LLAMA, TOKENIZER, copy, refusal};
+
+const VOCAB: usize = 16;
+/// Places that the OPT of the tests has.
+const PLACES: usize = 8;
+
+fn llama() -> Model {
+    let config = LlamaConfig {
+        vocab_size: VOCAB,
+        hidden_size: 24,
+        intermediate_size: 20,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        max_position_embeddings: 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        attention_bias: false,
+        attention_output_bias: false,
+        mlp_bias: false,
+        tie_word_embeddings: true,
+    };
+    Model::init(config, 1, &Device::flex())
+}
+
+fn opt() -> Model {
+    let config = OptConfig {
+        vocab_size: VOCAB,
+        hidden_size: 24,
+        ffn_dim: 20,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        max_position_embeddings: PLACES,
+        word_embed_proj_dim: 24,
+        do_layer_norm_before: true,
+        remove_final_layer_norm: false,
+        activation: Activation::Relu,
+        enable_bias: true,
+        layer_norm_elementwise_affine: true,
+        tie_word_embeddings: true,
+    };
+    Model::init(config, 1, &Device::flex())
+}
+
+fn batch(tokens: &[i64], n: usize) -> Batch {
+    let values = TensorData::new(tokens.to_vec(), [n, tokens.len() / n]);
+    Batch::new(Tensor::<2, Int>::from_data(values, &Device::flex())).unwrap()
+}
+
+/// What everything that takes batches has against one.
+fn errors(model: &Model, batch: &Batch) -> Vec<(&'static str, Option<Error>)> {
+    let batches = slice::from_ref(batch);
+    let rtn = Rtn::new().with_group_size(8);
+    let (mut trained, mut packed) = (model.clone(), model.clone());
+    let fit = peft::fit(&mut trained, batches, &FitConfig::new(), |_| {});
+    let packed = quantize(&mut packed, &rtn, batches, |_| {});
+    vec![
+        ("fit", fit.err().map(Error::from)),
+        ("quantize", packed.err()),
+        (
+            "sensitivities",
+            sensitivities(model, &[&rtn], batches).err(),
+        ),
+        ("target_loss", target_loss(model, batches).err()),
+        ("compare", compare(model, model, batches).err()),
+        ("confidences", confidences(model, batches).err()),
+    ]
+}
+
+#[track_caller]
+fn assert_all_taken(model: &Model, batch: &Batch) {
+    for (what, error) in errors(model, batch) {
+        assert!(error.is_none(), "{what}: {error:?}");
+    }
+}
+
+#[test]
+fn a_token_that_the_model_lacks_is_refused_by_all() {
+    for model in [llama(), opt()] {
+        assert_all_taken(&model, &batch(&[1, 15, 0, 3], 2));
+        for bad in [16, -1, i64::from(i32::MAX)] {
+            for (what, error) in errors(&model, &batch(&[1, 2, bad, 3], 2)) {
+                let is_named = matches!(
+                    &error,
+                    Some(Error::Peft(peft::Error::Token { token, vocab_size: VOCAB }))
+                        if *token == bad
+                );
+                assert!(is_named, "{what}, {bad}: {error:?}");
+            }
+        }
+        for bad in [16, u32::MAX] {
+            // The last token is not read, but asked for.
+            for tokens in [vec![bad, 1, 2], vec![1, 2, bad]] {
+                let windows = [ScoredWindow {
+                    tokens,
+                    scored: 1..3,
+                }];
+                let error = evaluate::score(&model, &windows, &Device::flex()).unwrap_err();
+                let is_named = matches!(
+                    error,
+                    Error::Peft(peft::Error::Token { token, vocab_size: VOCAB })
+                        if token == i64::from(bad)
+                );
+                assert!(is_named, "{bad}: {error}");
+            }
+            let error = continued(&model, &[1, bad], 2).unwrap_err();
+            let is_named = matches!(
+                error,
+                Error::Peft(peft::Error::Token { token, .. }) if token == i64::from(bad)
+            );
+            assert!(is_named, "{bad}: {error}");
+        }
+    }
+}
+
+fn continued(model: &Model, prompt: &[u32], n_new: usize) -> Result<Vec<u32>, Error> {
+    generate(model, prompt, &Generation::new(n_new), |_| {
+        ControlFlow::Continue(())
+    })
+}
+
+#[track_caller]
+fn assert_too_long(error: Option<Error>, found: usize) {
+    let is_said = matches!(
+        &error,
+        Some(Error::Peft(peft::Error::TooLong { len, max: PLACES })) if *len == found
+    );
+    assert!(is_said, "{found}: {error:?}");
+}
+
+/// A model that learned a row for each place has no more of them.
+#[test]
+fn a_text_beyond_the_places_of_a_model_is_refused_by_all() {
+    let model = opt();
+    assert_all_taken(&model, &batch(&[1; PLACES], 1));
+    for (_, error) in errors(&model, &batch(&[1; PLACES + 1], 1)) {
+        assert_too_long(error, PLACES + 1);
+    }
+    for (_, error) in errors(&model, &batch(&[1; 200], 2)) {
+        assert_too_long(error, 100);
+    }
+
+    // The last token is not read.
+    let score = |n: usize| {
+        let windows = [ScoredWindow {
+            tokens: vec![1; n],
+            scored: 1..n,
+        }];
+        evaluate::score(&model, &windows, &Device::flex())
+    };
+    assert_eq!(score(PLACES + 1).unwrap()[0].len(), PLACES);
+    assert_too_long(score(PLACES + 2).err(), PLACES + 1);
+    assert_eq!(
+        continued(&model, &[1; 4], PLACES - 3).unwrap().len(),
+        PLACES - 3
+    );
+    assert_too_long(continued(&model, &[1; 4], PLACES - 2).err(), PLACES + 1);
+    assert_too_long(continued(&model, &[1; PLACES + 1], 1).err(), PLACES + 1);
+    assert_too_long(continued(&model, &[1], usize::MAX).err(), usize::MAX);
+}
+
+#[test]
+fn rows_of_several_texts_may_be_longer_than_each_may_be() {
+    let model = opt();
+    let row = |n_first: usize| {
+        let starts: Vec<usize> = (0..12)
+            .map(|at| if at < n_first { 0 } else { n_first })
+            .collect();
+        batch(&[1; 12], 1).with_starts(&starts).unwrap()
+    };
+    for n_first in [4, 6, 8] {
+        assert_all_taken(&model, &row(n_first));
+    }
+    for n_first in [3, 9] {
+        for (_, error) in errors(&model, &row(n_first)) {
+            assert_too_long(error, 9);
+        }
+    }
+}
+
+#[test]
+fn texts_that_are_not_cut_as_a_batch_needs_it_are_refused() {
+    let two = || batch(&[1; 8], 2);
+    let first = |starts: [usize; 4]| two().with_starts(&[&starts[..], &[0; 4]].concat());
+    let interrupted = [true, false, true, true, true, true, true, true];
+    let apart = || two().with_starts(&[0, 0, 2, 2, 0, 0, 0, 0]).unwrap();
+    let rows = [
+        (
+            two().with_starts(&[0; 7]),
+            "7 starts for 2 sequences of 4 tokens",
+        ),
+        (two().with_starts(&[]), "0 starts"),
+        (first([1, 1, 1, 1]), "token 0 of sequence 0 has the start 1"),
+        (first([0, 0, 1, 1]), "token 2 of sequence 0 has the start 1"),
+        (first([0, 1, 0, 0]), "token 2 of sequence 0 has the start 0"),
+        (first([0, 3, 3, 3]), "token 1 of sequence 0 has the start 3"),
+        (first([0, 0, 0, usize::MAX]), "token 3 of sequence 0"),
+        (
+            two().with_starts(&[0, 0, 0, 0, 0, 0, 0, 7]),
+            "token 3 of sequence 1",
+        ),
+        (two().with_padding(&[true; 9]), "9 marks for 2 sequences"),
+        (
+            two().with_padding(&interrupted),
+            "the text of sequence 0 is interrupted",
+        ),
+        (
+            apart().with_padding(&interrupted),
+            "token 1 of sequence 0 is unlike its text",
+        ),
+        (two().with_targets(&[true; 4]), "4 marks for 2 sequences"),
+    ];
+    for (found, part) in rows {
+        let error = found.unwrap_err();
+        let is_said = matches!(&error, peft::Error::Spans { problem } if problem.contains(part));
+        assert!(is_said, "{part}: {error}");
+    }
+}
+
+#[test]
+fn a_batch_without_a_token_to_predict_is_refused() {
+    let two = || batch(&[1; 8], 2);
+    let firsts = [true, false, false, false, true, false, false, false];
+    for found in [
+        two().with_padding(&[false; 8]),
+        // One token is left of each text.
+        two().with_padding(&firsts),
+        two().with_targets(&[false; 8]),
+        two().with_targets(&firsts),
+        two().with_starts(&[0, 1, 2, 3, 0, 1, 2, 3]),
+    ] {
+        let error = found.unwrap_err();
+        assert!(
+            matches!(error, peft::Error::NoTargets { batch: 2, seq: 4 }),
+            "{error}"
+        );
+    }
+    // A sequence of padding beside one of text.
+    let half = [false, false, false, false, true, true, true, true];
+    let batch = two().with_padding(&half).unwrap();
+    assert_eq!(batch.n_targets(), 3);
+    assert!(batch.sequence(1).is_ok());
+    assert!(matches!(
+        batch.sequence(0),
+        Err(peft::Error::NoTargets { batch: 1, seq: 4 })
+    ));
+
+    let one_each = Tensor::<2, Int>::ones([4, 1], &Device::flex());
+    assert!(matches!(
+        Batch::new(one_each),
+        Err(peft::Error::EmptyBatch { batch: 4, seq: 1 })
+    ));
+}
+
+/// Of rows that are made of records.
+#[test]
+fn rows_without_anything_to_learn_are_refused() {
+    let error = data::batch(&[], &Device::flex()).unwrap_err();
+    let is_empty = matches!(error, Error::Peft(peft::Error::EmptyBatch { batch: 0, .. }));
+    assert!(is_empty, "{error}");
+    let row = |is_target: [bool; 4], n_text| Row {
+        tokens: vec![1, 2, 3, 0],
+        is_target: is_target.to_vec(),
+        starts: vec![0, 0, 0, 3],
+        n_text,
+    };
+    for row in [row([false; 4], 3), row([true, false, false, false], 3)] {
+        let error = data::batch(&[row], &Device::flex()).unwrap_err();
+        let is_said = matches!(error, Error::Peft(peft::Error::NoTargets { .. }));
+        assert!(is_said, "{error}");
+    }
+    // Padding is not learned, whatever is said of it, and its end is not within a text.
+    let all = data::batch(&[row([true; 4], 3)], &Device::flex()).unwrap();
+    assert_eq!(all.targets(), [true, true, false]);
+    let error = data::batch(&[row([true; 4], 2)], &Device::flex()).unwrap_err();
+    assert!(
+        matches!(error, Error::Peft(peft::Error::Spans { .. })),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_tokenizer_that_is_none_is_refused() {
+    let dir = copy(LLAMA);
+    let path = dir.path().join(TOKENIZER);
+    let fine = fs::read_to_string(&path).unwrap();
+    let texts: [Vec<u8>; 9] = [
+        Vec::new(),
+        b"\xff\xfe{}".to_vec(),
+        fine.replace("w3", "\u{1}").into_bytes(),
+        fine[..fine.len() - 2].as_bytes().to_vec(),
+        format!("{fine}{{}}").into_bytes(),
+        format!("\u{feff}{fine}").into_bytes(),
+        b"[]".to_vec(),
+        fine.replace("\"1.0\"", "\"2.0\"").into_bytes(),
+        format!("{{\"normalizer\": {}", "[".repeat(100_000)).into_bytes(),
+    ];
+    for text in texts {
+        fs::write(&path, &text).unwrap();
+        let error = refusal(dir.path());
+        let is_named = matches!(&error, Error::Tokenizer { path, .. } if path.ends_with(TOKENIZER));
+        let start = String::from_utf8_lossy(&text[..text.len().min(40)]).into_owned();
+        assert!(is_named, "{start:?}: {error:?}");
+    }
+    // Valid JSON, but not in UTF-8.
+    let at = fine.find("w3").unwrap();
+    let mut bytes = fine.into_bytes();
+    bytes[at] = 0xff;
+    fs::write(&path, bytes).unwrap();
+    let error = refusal(dir.path());
+    assert!(matches!(error, Error::Tokenizer { .. }), "{error:?}");
+}
+
+/// A word of the vocabulary begins texts and ends them, if the files say so.
+#[test]
+fn special_tokens_that_are_needed_must_be_stated_and_known() {
+    let dir = copy(LLAMA);
+    let lm = load(dir.path(), &Device::flex()).unwrap();
+    let encode = || {
+        let path = dir.path().join("data.jsonl");
+        fs::write(&path, "{\"question\": \"w1\", \"answer\": \"w2\"}\n").unwrap();
+        let records = read_records(&path).unwrap();
+        let template = Template::fields("{{ question }}", " {{ answer }}").unwrap();
+        let limit = Limit {
+            max_len: 8,
+            too_long: TooLong::Refuse,
+        };
+        let special = lm.special_tokens()?;
+        data::encode(&records, &template, lm.tokenizer()?, &special, limit)
+    };
+    let error = lm.first_token().unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::MissingSpecial {
+                name: "bos_token",
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let error = encode().unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::MissingSpecial {
+                name: "eos_token",
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let config = dir.path().join("tokenizer_config.json");
+    let state = |json: &str| fs::write(&config, json).unwrap();
+    state("{\"eos_token\": \"w3\"}");
+    assert_eq!(lm.first_token().unwrap(), 3);
+    assert_eq!(encode().unwrap().examples[0].tokens(), [1, 2, 3]);
+    state("{\"eos_token\": \"</s>\"}");
+    for error in [lm.first_token().unwrap_err(), encode().unwrap_err()] {
+        let is_named = matches!(
+            &error,
+            Error::UnknownSpecial { name: "eos_token", token, .. } if token == "</s>"
+        );
+        assert!(is_named, "{error}");
+    }
+}
