@@ -1,4 +1,5 @@
-//! Greedy decoding with a LLaMA of 109.5 million parameters, projections in 4 bits by groups of 128:
+//! Greedy decoding with a LLaMA of 109.5 million parameters, and with an OPT of the shape of opt-125m,
+//! projections in 4 bits by groups of 128:
 //! 64 tokens after a prompt of 128, beside the machine's ceilings of the same run. First with the
 //! embedding for a head, in `f32`, then with a head packed as the projections are.
 //!
@@ -9,7 +10,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
+use benches::{Ceilings, cpu_seconds, llama, opt, packed_bytes};
 use burn::tensor::Device;
 use examples::memory;
 use models::{Generation, Model};
@@ -21,14 +22,20 @@ const NEW: usize = 64;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = Device::flex();
     println!("{}", Ceilings::measure(&device));
-    let mut model = llama(&device);
     let rtn = Rtn::new().with_bits(4).with_group_size(128);
-    models::quantize(&mut model, &rtn, &[], |_| {})?;
-    let config = model.config();
-    let dims = [config.hidden_size(), config.vocab_size()];
-    decode("head in f32", &model, 4 * (dims[0] * dims[1]) as u64)?;
-    models::quantize_head(&mut model, &rtn)?;
-    decode("head in 4 bits", &model, rtn.format()?.n_bytes(dims)?)
+    let models: [(&str, fn(&Device) -> Model); 2] = [("LLaMA", llama), ("OPT", opt)];
+    for (name, model) in models {
+        let mut model = model(&device);
+        models::quantize(&mut model, &rtn, &[], |_| {})?;
+        let config = model.config();
+        let dims = [config.hidden_size(), config.vocab_size()];
+        let what = format!("{name}, head in f32");
+        decode(&what, &model, 4 * (dims[0] * dims[1]) as u64)?;
+        models::quantize_head(&mut model, &rtn)?;
+        let what = format!("{name}, head in 4 bits");
+        decode(&what, &model, rtn.format()?.n_bytes(dims)?)?;
+    }
+    Ok(())
 }
 
 /// Decodes with a head of `n_bytes`.

@@ -10,7 +10,7 @@
 
 use std::time::Instant;
 
-use benches::{Ceilings, cpu_seconds, llama, packed_bytes};
+use benches::{Ceilings, cpu_seconds, llama, opt, packed_bytes};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
@@ -33,6 +33,9 @@ struct Args {
     /// Compute products with packed weights in 16 bits
     #[arg(long)]
     fast: bool,
+    /// An OPT of the shape of opt-125m in the place of the LLaMA
+    #[arg(long)]
+    opt: bool,
     /// Given by cargo
     #[arg(long, hide = true)]
     bench: bool,
@@ -98,7 +101,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if !args.modes.is_empty() && !args.modes.iter().any(|name| name == mode.name) {
             continue;
         }
-        let mut model = llama(&device);
+        let mut model = match args.opt {
+            true => opt(&device),
+            false => llama(&device),
+        };
         models::quantize(&mut model, &&*mode.quantizer, &[], |_| {})?;
         let n_trainable = match &mode.method {
             Some(method) => peft::attach(&mut model, &**method)?.n_trainable,

@@ -349,7 +349,7 @@ fn markdown(report: &Report) -> String {
             dash(),
         ]
     };
-    rows.push(plain("none", "bf16".into(), full, Some(report.n_bytes)));
+    rows.push(plain("none", "16 bits".into(), full, Some(report.n_bytes)));
     let mut bases = Vec::new();
     for row in &report.rows {
         if !bases.contains(&row.format) {

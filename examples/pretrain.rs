@@ -137,7 +137,8 @@ fn config(architecture: Architecture) -> Config {
             ffn_dim: 512,
             num_hidden_layers: 5,
             num_attention_heads: 4,
-            max_position_embeddings: 256,
+            // Places that no window has would stay as they were drawn.
+            max_position_embeddings: SEQ_LEN,
             word_embed_proj_dim: 128,
             do_layer_norm_before: true,
             remove_final_layer_norm: false,

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
-use models::{LlamaConfig, Model, RopeScaling};
+use models::{Activation, LlamaConfig, Model, OptConfig, RopeScaling};
 use peft::Linears;
 
 /// A LLaMA of 109.5 million random parameters, frozen as a loaded one is.
@@ -32,6 +32,26 @@ pub fn llama(device: &Device) -> Model {
         tie_word_embeddings: true,
     };
     Model::init(&config, 0, device).no_grad()
+}
+
+/// An OPT of the shape of `opt-125m`, with random parameters, frozen as a loaded one is.
+pub fn opt(device: &Device) -> Model {
+    let config = OptConfig {
+        vocab_size: 50_272,
+        hidden_size: 768,
+        ffn_dim: 3072,
+        num_hidden_layers: 12,
+        num_attention_heads: 12,
+        max_position_embeddings: 2048,
+        word_embed_proj_dim: 768,
+        do_layer_norm_before: true,
+        remove_final_layer_norm: false,
+        activation: Activation::Relu,
+        enable_bias: true,
+        layer_norm_elementwise_affine: true,
+        tie_word_embeddings: true,
+    };
+    Model::init(config, 0, device).no_grad()
 }
 
 /// Bytes of the packed projections.

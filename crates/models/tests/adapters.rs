@@ -18,7 +18,9 @@ mod reference;
 
 use reference::{golden, values};
 
-const CASES: [&str; 2] = ["lora_llama_all", "lora_llama_rslora"];
+const CASES: [&str; 3] = ["lora_llama_all", "lora_llama_rslora", OPT];
+/// On some projections of an OPT, its MLP's among them.
+const OPT: &str = "lora_opt_qv";
 /// DoRA, with patterns of ranks and alphas.
 const DORA: &str = "lora_llama_dora";
 /// With trained biases, over a base that has some.
@@ -31,7 +33,7 @@ fn base() -> Pretrained {
 
 fn base_of(case: &str) -> Pretrained {
     let dir = match case {
-        BIAS => golden(BIAS).join("base"),
+        BIAS | OPT => golden(case).join("base"),
         _ => golden("llama_gqa"),
     };
     models::load(dir, &Device::flex()).unwrap()
@@ -101,7 +103,7 @@ fn expected_flat(case: &str, name: &str) -> Vec<f32> {
 #[test]
 fn loras_of_peft_are_loaded_disabled_and_merged() {
     for case in CASES {
-        let mut model = base().model;
+        let mut model = base_of(case).model;
         let tokens = tokens(case);
         let adapters = Adapters::load_hf(golden(case), &model).unwrap();
         let none = peft::activate(&mut model, &adapters).unwrap();
@@ -406,7 +408,7 @@ fn what_peft_has_and_this_has_not_is_refused() {
 
 #[test]
 fn loras_train_as_in_peft() {
-    for case in [CASES[0], CASES[1], DORA, BIAS] {
+    for case in [CASES[0], CASES[1], OPT, DORA, BIAS] {
         let mut model = base_of(case).model;
         let adapters = Adapters::load_hf(golden(case), &model).unwrap();
         peft::activate(&mut model, &adapters).unwrap();
@@ -462,7 +464,7 @@ fn loras_train_as_in_peft() {
 fn what_is_written_for_peft_is_what_it_wrote() {
     let dir = tempfile::tempdir().unwrap();
     for case in CASES {
-        let model = base().model;
+        let model = base_of(case).model;
         let adapters = Adapters::load_hf(golden(case), &model).unwrap();
         let path = dir.path().join(case);
         adapters.save_hf(&path, &model).unwrap();

@@ -161,6 +161,14 @@ pub enum Error {
         "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"
     )]
     NoCalibration,
+    /// A calibration that is one sequence again and again.
+    #[error(
+        "all {n} sequences of the calibration are the same; give it different ones, or one of them"
+    )]
+    RepeatedCalibration {
+        /// Sequences.
+        n: usize,
+    },
     /// A layer that a recipe names and the model does not have.
     #[error("the model has no projection `{path}`, which the recipe names")]
     NoLayer {

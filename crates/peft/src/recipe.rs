@@ -40,8 +40,8 @@ impl Recipe for PerLayer {
 ///
 /// # Errors
 /// [`Error::NoLayer`] if the recipe names a layer that the model lacks, an error for a layer that is
-/// quantized or adapted already or that its format does not fit, [`Error::NoCalibration`], or
-/// [`Error::Token`] for a token that the model lacks.
+/// quantized or adapted already or that its format does not fit, [`Error::NoCalibration`],
+/// [`Error::RepeatedCalibration`], or as [`Batch::check`].
 pub fn check_recipe<M: CausalLm>(
     model: &M,
     recipe: &(impl Recipe + ?Sized),
@@ -67,7 +67,32 @@ pub fn check_recipe<M: CausalLm>(
     for batch in calibration {
         batch.check(model)?;
     }
+    check_variety(calibration)?;
     Ok(needs)
+}
+
+/// Refuses a calibration whose sequences are all the same: as many as there are, they say what one
+/// says.
+fn check_variety(calibration: &[Batch]) -> Result<()> {
+    let mut first: Option<Vec<i64>> = None;
+    let mut n = 0;
+    for batch in calibration {
+        let seq = batch.tokens().dims()[1];
+        let tokens = batch.tokens().into_data().convert::<i64>();
+        let tokens = tokens.as_slice::<i64>().expect("converted to i64");
+        for sequence in tokens.chunks_exact(seq) {
+            n += 1;
+            match &first {
+                None => first = Some(sequence.to_vec()),
+                Some(first) if first == sequence => {}
+                Some(_) => return Ok(()),
+            }
+        }
+    }
+    match n {
+        0 | 1 => Ok(()),
+        n => Err(Error::RepeatedCalibration { n }),
+    }
 }
 
 /// Checks that a model of these layers has those that the recipe names.

@@ -383,3 +383,19 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
         assert!(is_named, "{error}");
     }
 }
+
+/// As many sequences as there are, they say what one says.
+#[test]
+fn a_calibration_that_repeats_itself_is_refused() {
+    let rtn = Rtn::new().with_group_size(8);
+    let refused = |batches: &[Batch]| quantize(&mut llama(), &rtn, batches, |_| {}).err();
+    let one = batch(&[1, 2, 3, 4], 1);
+    let same = refused(&[batch(&[1, 2, 3, 4, 1, 2, 3, 4], 2), one.clone()]);
+    let is_named = matches!(
+        &same,
+        Some(Error::Peft(peft::Error::RepeatedCalibration { n: 3 }))
+    );
+    assert!(is_named, "{same:?}");
+    assert!(refused(std::slice::from_ref(&one)).is_none());
+    assert!(refused(&[one, batch(&[1, 2, 3, 5], 1)]).is_none());
+}
