@@ -1,4 +1,4 @@
-//! Quantizes a LLaMA, tunes its scales on a text, merges, saves, reloads, and proves that the
+//! Quantizes a LLaMA or an OPT, tunes its scales on a text or on instruction data, merges, saves, reloads, and proves that the
 //! reloaded model is the tuned one.
 //!
 //! `cargo run --release --example adapt` does so with the model that the project ships;
@@ -15,18 +15,18 @@ use clap::{ArgGroup, Parser, ValueEnum};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::instructions::Instructions;
+use examples::memory;
 use examples::method::MethodName;
 use examples::table;
 use examples::tuning::{
     Cut, Perplexities, Result, Source, Texts, bits, exit, max_difference, n_windows, weights_bytes,
 };
-use examples::{embedded, memory};
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{Adapters, Certificate, Exactness, FitConfig, OffGrid, Targets};
 use quant_core::{Format, Quantizer};
 use serde::Serialize;
 
-/// Quantize a LLaMA, tune it on a text, merge, save, reload, and prove the merge
+/// Quantize a LLaMA or an OPT, tune it on a text or on records, merge, save, reload, and prove the merge
 ///
 /// Without options, the model that comes with the program is tuned on a dialect of the language
 /// that it knows, at 4, 3 and 2 bits.
@@ -59,10 +59,10 @@ struct Args {
     #[command(flatten)]
     instructions: Instructions,
     /// Text of the same task to evaluate on
-    #[arg(long, value_name = "FILE", requires = "train")]
+    #[arg(long, value_name = "FILE", requires = "train", conflicts_with = "data")]
     eval: Option<PathBuf>,
     /// Text like those that the model knows, to see what tuning costs there
-    #[arg(long, value_name = "FILE", requires = "train")]
+    #[arg(long, value_name = "FILE", requires = "train", conflicts_with = "data")]
     base: Option<PathBuf>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
@@ -97,7 +97,7 @@ struct Args {
     /// Windows in a step
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch: usize,
-    /// Tokens in a window
+    /// Tokens in a window, or in a row of records
     #[arg(long, value_name = "N", default_value_t = 128)]
     seq_len: usize,
     /// Windows of each text to evaluate on [default: all]
@@ -240,10 +240,7 @@ fn run(args: &Args) -> Result<()> {
 
     // Dropped, and so removed, at the end.
     let scratch = tempfile::tempdir()?;
-    let source = match &args.model {
-        Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path(), args.embedded.architecture)?,
-    };
+    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
     let lm = models::load(&source, &device)?;
     let source_of_texts = match (&args.train, &args.eval, &args.data) {
         (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_ref()),
@@ -263,10 +260,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let full_precision = texts.perplexities(&lm.model)?;
     let mut report = Report {
-        model: match &args.model {
-            Some(dir) => dir.display().to_string(),
-            None => "embedded".into(),
-        },
+        model: args.embedded.name(args.model.as_ref()),
         perplexity_protocol: texts.protocol(),
         records: texts.records.clone(),
         seq_len: args.seq_len,
@@ -502,7 +496,7 @@ fn table(report: &Report) -> String {
         ]);
     }
     format!(
-        "perplexity: protocol `{}`, windows of {} tokens, {} of the task, {} of the base text\n\n{}",
+        "perplexity: protocol `{}`, windows or rows of {} tokens, {} of the task, {} of the base text\n\n{}",
         report.perplexity_protocol,
         report.seq_len,
         report.n_task_windows,

@@ -13,10 +13,10 @@ use burn::tensor::Device;
 use clap::Parser;
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
+use examples::memory;
 use examples::method::MethodName;
 use examples::table::{self, number};
 use examples::tuning::{Cut, Perplexities, Result, Source, Texts, bits, exit, weights_bytes};
-use examples::{embedded, memory};
 use models::{Model, Pretrained};
 use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
 use plotters::prelude::*;
@@ -123,7 +123,7 @@ fn run(args: &Args) -> Result<()> {
     peft::files::check_output(&args.out)?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = embedded::write(scratch.path(), args.embedded.architecture)?;
+    let source = args.embedded.or(None, scratch.path())?;
     let lm = models::load(&source, &device)?;
     let cut = Cut {
         source: Source::Corpus,

@@ -5,24 +5,24 @@
 
 #![expect(clippy::print_stdout, reason = "a program says what it did")]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use burn::tensor::Device;
 use clap::Parser;
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
-use examples::embedded::{self, EmbeddedArg};
+use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
-use models::Pretrained;
 use models::data::read_records;
 use models::evaluate::{
     Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
-    byte_perplexity, calibration, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
+    byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
     window_losses, word_losses, word_perplexity,
 };
-use quant_core::Rtn;
+use models::{Model, Pretrained};
+use peft::Batch;
+use quant_core::{Quantizer, Rtn};
 
 /// Measure models by every protocol, each number with its interval
 #[derive(Parser)]
@@ -30,12 +30,12 @@ use quant_core::Rtn;
     version,
     after_help = "\
 Example:
-  evaluate --model Llama-2-7b-hf --model Llama-2-7b-4bit-task --text wikitext-test.txt --seq-len 2048 \\
-           --choices arc.jsonl --gsm8k test.jsonl --shots train.jsonl --out report"
+  evaluate --model Llama-2-7b-hf --model Llama-2-7b-4bit-task --text stories.txt --seq-len 2048 \\
+           --separator '<|endoftext|>' --choices arc.jsonl --gsm8k test.jsonl --shots train.jsonl --out report"
 )]
 struct Args {
-    /// Hugging Face directories; others are compared with the first [default: one that comes with the
-    /// program]
+    /// Hugging Face directories of one tokenizer; others are compared with the first [default: one that
+    /// comes with the program]
     #[arg(long, value_name = "DIR", requires = "text")]
     model: Vec<PathBuf>,
     /// Widths to which the first model is rounded, in groups of 32, and measured too
@@ -97,46 +97,111 @@ fn run(args: &Args) -> Result<()> {
     if args.limit == 0 {
         return Err("--limit is 0; it must be at least 1".into());
     }
+    if args.separator.is_empty() {
+        return Err("--separator is empty; it must be what is between documents".into());
+    }
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let sources = match args.model.is_empty() {
-        false => args.model.clone(),
-        true => vec![embedded::write(scratch.path(), args.embedded.architecture)?],
+    let mut sources = args.model.clone();
+    if sources.is_empty() {
+        sources.push(args.embedded.or(None, scratch.path())?);
+    }
+    let mut bits = match (args.model.is_empty(), &args.bits[..]) {
+        (true, []) => vec![4, 3, 2],
+        (_, bits) => bits.to_vec(),
     };
-    let bits = match (args.model.is_empty(), &args.bits[..]) {
-        (true, []) => &[4, 3, 2][..],
-        (_, bits) => bits,
-    };
+    bits.sort_unstable_by(|a, b| b.cmp(a));
+    bits.dedup();
+    let rounded = |bits| Rtn::new().with_bits(bits).with_group_size(32);
+    for &bits in &bits {
+        rounded(bits).format()?;
+    }
     let data = Data::read(args)?;
     let reference = models::load(&sources[0], &device)?;
-    let mut report = Report::new("Evaluation")
-        .with_setting("model", name(&sources[0], args))
-        .with_setting("device", &args.device.name)
-        .with_setting("window, tokens", args.seq_len)
-        .with_setting("first token of a document", "the BOS token, or else EOS")
-        .with_setting("limit of items", args.limit)
-        .with_setting("intervals", "95 %, 1000 resamples")
-        .with_setting("seed", args.seed);
-    measure(args, "full precision", &reference, None, &data, &mut report)?;
-    for &bits in bits {
-        let rtn = Rtn::new().with_bits(bits).with_group_size(32);
-        let mut lm = reference.clone();
-        models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
-        let name = format!("{bits} bits, groups of 32");
-        measure(args, &name, &lm, Some(&reference), &data, &mut report)?;
+    let max = reference.model.config().max_seq_len();
+    let n_ctx = args.n_ctx.unwrap_or(512.min(max));
+    if n_ctx > max {
+        let seq_len = n_ctx;
+        return Err(models::Error::SeqLen { seq_len, max }.into());
     }
-    for source in &sources[1..] {
-        let lm = models::load(source, &device)?;
-        measure(
-            args,
-            &name(source, args),
-            &lm,
-            Some(&reference),
-            &data,
-            &mut report,
-        )?;
+    let names: Vec<String> = match args.model.is_empty() {
+        true => vec!["as it is".into()],
+        false => sources
+            .iter()
+            .map(|source| source.display().to_string())
+            .collect(),
+    };
+    let mut others = Vec::new();
+    for (source, name) in sources.iter().zip(&names).skip(1) {
+        let other = models::load(source, &device)?;
+        // Before anything is measured.
+        if other.encode(&data.text)? != reference.encode(&data.text)? {
+            return Err(format!("`{name}` has other tokens than `{}`", names[0]).into());
+        }
+        others.push((name, other));
+    }
+    let bootstrap = Bootstrap::new().with_seed(args.seed);
+    let mut report = Report::new("Evaluation").with_setting(
+        "model",
+        match args.model.is_empty() {
+            true => args.embedded.name(None),
+            false => names[0].clone(),
+        },
+    );
+    let path = |path: &Option<PathBuf>| {
+        path.as_ref().map_or("made by the program".into(), |path| {
+            path.display().to_string()
+        })
+    };
+    for (name, value) in [
+        ("device", args.device.name.clone()),
+        ("text", path(&args.text)),
+        ("between documents", format!("{:?}", args.separator)),
+        ("choices", path(&args.choices)),
+        ("limit of items", args.limit.to_string()),
+        (
+            "intervals",
+            format!(
+                "{} %, {} resamples",
+                100.0 * bootstrap.confidence,
+                bootstrap.resamples
+            ),
+        ),
+        ("seed", args.seed.to_string()),
+    ] {
+        report = report.with_setting(name, value);
+    }
+    if args.gsm8k.is_some() {
+        report = report.with_setting("problems", path(&args.gsm8k));
+        report = report.with_setting("shots", path(&args.shots));
     }
 
+    let mut measured = Measured {
+        args,
+        data: &data,
+        bootstrap,
+        n_ctx,
+        report,
+    };
+    let mut run = || -> Result<()> {
+        measured.add(&names[0], &reference, None)?;
+        for &bits in &bits {
+            let mut lm = reference.clone();
+            models::quantize(&mut lm.model, &rounded(bits), &[], |_| {})?;
+            measured.add(&format!("{bits} bits, groups of 32"), &lm, Some(&reference))?;
+        }
+        for (name, lm) in &others {
+            measured.add(name, lm, Some(&reference))?;
+        }
+        Ok(())
+    };
+    let ended = run();
+    let report = measured.report;
+    if report.measurements.is_empty() {
+        return ended;
+    }
+
+    // What was measured is kept, even if something failed after it.
     let markdown = report.to_markdown();
     println!("{markdown}");
     peft::files::write_directory(&args.out, |out| {
@@ -152,14 +217,7 @@ fn run(args: &Args) -> Result<()> {
         Ok(())
     })?;
     println!("report: {}", args.out.display());
-    Ok(())
-}
-
-fn name(source: &Path, args: &Args) -> String {
-    match args.model.is_empty() {
-        true => format!("embedded {:?}", args.embedded.architecture),
-        false => source.display().to_string(),
-    }
+    ended
 }
 
 impl Data {
@@ -199,18 +257,12 @@ impl Data {
                 .map(problem)
                 .collect()
         };
-        let mut choices = Vec::new();
-        if let Some(path) = &args.choices {
-            let text = read(path)?;
-            let lines = text
-                .lines()
-                .enumerate()
-                .filter(|(_, line)| !line.trim().is_empty());
-            for (at, line) in lines.take(args.limit) {
-                let item = ChoiceItem::parse(line, at + 1);
-                choices.push(item.map_err(|error| format!("`{}`, {error}", path.display()))?);
-            }
-        }
+        let choices = match &args.choices {
+            Some(path) => read_records(path)?,
+            None => Vec::new(),
+        };
+        let choices = choices.iter().take(args.limit).map(ChoiceItem::of);
+        let choices = choices.collect::<models::Result<_>>()?;
         Ok(Self {
             text: read(text)?,
             choices,
@@ -220,200 +272,190 @@ impl Data {
     }
 }
 
-/// Adds what one model is worth to the report.
-fn measure(
-    args: &Args,
-    name: &str,
-    lm: &Pretrained,
-    reference: Option<&Pretrained>,
-    data: &Data,
-    report: &mut Report,
-) -> Result<()> {
-    let bar = ProgressBar::new_spinner();
-    bar.set_style(ProgressStyle::with_template("{spinner} {prefix}: {msg}")?);
-    bar.set_prefix(name.to_string());
-    let step = |what: &'static str| {
-        bar.set_message(what);
-        bar.tick();
-    };
-    let mut add = |protocol: &str, metric: &str, estimate: Estimate, unit: &str, is_loss: bool| {
-        report.measurements.push(Measurement {
+/// What was measured so far.
+struct Measured<'a> {
+    args: &'a Args,
+    data: &'a Data,
+    bootstrap: Bootstrap,
+    n_ctx: usize,
+    report: Report,
+}
+
+/// Where the numbers of one model go.
+struct Column<'a> {
+    report: &'a mut Report,
+    model: &'a str,
+}
+
+impl Column<'_> {
+    fn add(&mut self, protocol: &str, metric: &str, estimate: Estimate, unit: &str, is_loss: bool) {
+        self.report.measurements.push(Measurement {
             protocol: protocol.into(),
             metric: metric.into(),
-            model: name.into(),
+            model: self.model.into(),
             estimate,
             unit: unit.into(),
             lower_is_better: is_loss,
         });
-    };
-    let bootstrap = Bootstrap::new().with_seed(args.seed);
-    let model = &lm.model;
-    let device: Device = model.device();
-    let max_len = model.config().max_seq_len();
+    }
+}
 
-    step("windows of text");
-    let plain = data.text.replace(&args.separator, "\n");
-    let windows = lm.windows(&plain, args.seq_len)?.take(args.limit);
-    let batches = windows.batches((1024 / args.seq_len).max(1), &device);
-    let losses = bootstrap.mean(&window_losses(model, &batches)?)?;
-    let protocol = format!("gptq-{}", args.seq_len);
-    add(
-        &protocol,
-        "perplexity",
-        losses.map(f64::exp),
-        "windows",
-        true,
-    );
-    add(&protocol, "NLL, nats", losses, "windows", true);
-
-    step("llama.cpp's windows");
-    let n_ctx = args.n_ctx.unwrap_or(512.min(max_len));
-    let special = lm.special_tokens()?;
-    let bos = special
-        .bos
-        .as_ref()
-        .filter(|_| special.add_bos)
-        .map(|bos| bos.id);
-    let mut tokens = lm.encode_text(&plain)?;
-    tokens.truncate(n_ctx.saturating_mul(args.limit));
-    let estimate = llama_cpp_perplexity(model, &tokens, n_ctx, bos, &bootstrap, &device)?;
-    add(
-        &format!("llama.cpp-{n_ctx}"),
-        "perplexity",
-        estimate,
-        "windows",
-        true,
-    );
-
-    step("documents");
-    let documents = data.text.split(&args.separator).map(str::trim);
-    let documents = documents
-        .filter(|document| !document.is_empty())
-        .take(args.limit);
-    let documents = documents
-        .map(|document| Ok((document, lm.encode(document)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let scored = word_losses(model, &documents, lm.first_token()?, max_len, &device)?;
-    add(
-        "word",
-        "word perplexity",
-        word_perplexity(&scored, &bootstrap)?,
-        "documents",
-        true,
-    );
-    add(
-        "word",
-        "byte perplexity",
-        byte_perplexity(&scored, &bootstrap)?,
-        "documents",
-        true,
-    );
-    add(
-        "word",
-        "bits per byte",
-        bits_per_byte(&scored, &bootstrap)?,
-        "documents",
-        true,
-    );
-
-    step("confidence of tokens");
-    let items = confidences(model, &batches)?;
-    add(
-        "tokens",
-        "accuracy",
-        share(&bootstrap, items.iter().map(|(_, right)| *right))?,
-        "tokens",
-        false,
-    );
-    add("tokens", "ECE", ece(&bootstrap, &items)?, "tokens", true);
-
-    if !data.choices.is_empty() {
-        step("multiple choice");
-        let scores = choices(lm, &data.choices)?;
-        let right = scores.iter().map(|score| score.is_correct);
-        let right_norm = scores.iter().map(|score| score.is_correct_norm);
-        add(
-            "choices",
-            "acc",
-            share(&bootstrap, right)?,
-            "questions",
-            false,
-        );
-        add(
-            "choices",
-            "acc_norm",
-            share(&bootstrap, right_norm)?,
-            "questions",
-            false,
-        );
-        let items: Vec<_> = scores.iter().map(|score| score.confidence()).collect();
-        add(
-            "choices",
-            "ECE",
-            ece(&bootstrap, &items)?,
-            "questions",
-            true,
-        );
+impl Measured<'_> {
+    /// Measures one model.
+    fn add(&mut self, name: &str, lm: &Pretrained, reference: Option<&Pretrained>) -> Result<()> {
+        let bar = ProgressBar::new_spinner();
+        bar.set_style(ProgressStyle::with_template("{spinner} {prefix}: {msg}")?);
+        bar.set_prefix(name.to_string());
+        let step = |what: &'static str| {
+            bar.set_message(what);
+            bar.tick();
+        };
+        let mut report = std::mem::replace(&mut self.report, Report::new(""));
+        let mut column = Column {
+            report: &mut report,
+            model: name,
+        };
+        let mut run = || -> Result<()> {
+            step("windows of text");
+            let plain = self.data.text.replace(&self.args.separator, "\n");
+            let windows = lm.windows(&plain, self.args.seq_len)?.take(self.args.limit);
+            let size = (1024 / self.args.seq_len).max(1);
+            let batches = windows.batches(size, &lm.model.device());
+            self.windows(&lm.model, &batches, &mut column)?;
+            step("llama.cpp's windows");
+            self.llama_cpp(lm, &plain, &mut column)?;
+            step("documents");
+            self.documents(lm, &mut column)?;
+            step("multiple choice");
+            self.choices(lm, &mut column)?;
+            step("word problems");
+            self.problems(lm, &bar, &mut column)?;
+            if let Some(reference) = reference {
+                step("comparison with the first model");
+                let found = compare(&lm.model, &reference.model, &batches)?;
+                let divergence = self.bootstrap.mean(&found.divergence)?;
+                let same_top = self.bootstrap.mean(&found.same_top)?;
+                let protocol = "to the first model";
+                column.add(protocol, "KL divergence, nats", divergence, "windows", true);
+                column.add(protocol, "same top token", same_top, "windows", false);
+            }
+            Ok(())
+        };
+        let ended = run();
+        self.report = report;
+        bar.finish_and_clear();
+        ended
     }
 
-    if !data.problems.is_empty() {
-        step("word problems");
+    fn windows(&self, model: &Model, batches: &[Batch], column: &mut Column) -> Result<()> {
+        let losses = self.bootstrap.mean(&window_losses(model, batches)?)?;
+        let protocol = format!("gptq-{}", self.args.seq_len);
+        column.add(
+            &protocol,
+            "perplexity",
+            losses.map(f64::exp),
+            "windows",
+            true,
+        );
+        column.add(&protocol, "NLL, nats", losses, "windows", true);
+        // Tokens of a window are not independent: windows are drawn whole.
+        let items = confidences(model, batches)?;
+        let right = |items: &Vec<(f64, bool)>| items.iter().filter(|(_, right)| *right).count();
+        let right: Vec<f64> = items.iter().map(|items| right(items) as f64).collect();
+        let counts: Vec<f64> = items.iter().map(|items| items.len() as f64).collect();
+        let accuracy = self.bootstrap.ratio(&right, &counts)?;
+        column.add(&protocol, "top token right", accuracy, "windows", false);
+        let error = calibration_error(&items, CALIBRATION_BINS, &self.bootstrap)?;
+        column.add(&protocol, "ECE", error, "windows", true);
+        Ok(())
+    }
+
+    fn llama_cpp(&self, lm: &Pretrained, plain: &str, column: &mut Column) -> Result<()> {
+        let special = lm.special_tokens()?;
+        let bos = special.bos.as_ref().filter(|_| special.add_bos);
+        // The tool drops a newline at the end of a file.
+        let mut tokens = lm.encode_text(plain.strip_suffix('\n').unwrap_or(plain))?;
+        tokens.truncate(self.n_ctx.saturating_mul(self.args.limit.max(2)));
+        let (bos, device) = (bos.map(|bos| bos.id), lm.model.device());
+        let estimate = llama_cpp_perplexity(
+            &lm.model,
+            &tokens,
+            self.n_ctx,
+            bos,
+            &self.bootstrap,
+            &device,
+        )?;
+        let protocol = format!("llama.cpp-{}", self.n_ctx);
+        column.add(&protocol, "perplexity", estimate, "windows", true);
+        Ok(())
+    }
+
+    fn documents(&self, lm: &Pretrained, column: &mut Column) -> Result<()> {
+        let documents = self.data.text.split(&self.args.separator);
+        let documents = documents.filter(|document| !document.trim().is_empty());
+        let documents = documents.take(self.args.limit);
+        let documents = documents
+            .map(|document| Ok((document, lm.encode(document)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let (prefix, max_len) = (lm.first_token()?, lm.model.config().max_seq_len());
+        let scored = word_losses(&lm.model, &documents, prefix, max_len, &lm.model.device())?;
+        let words = word_perplexity(&scored, &self.bootstrap)?;
+        let bytes = byte_perplexity(&scored, &self.bootstrap)?;
+        let bits = bits_per_byte(&scored, &self.bootstrap)?;
+        column.add("word", "word perplexity", words, "documents", true);
+        column.add("word", "byte perplexity", bytes, "documents", true);
+        column.add("word", "bits per byte", bits, "documents", true);
+        Ok(())
+    }
+
+    fn choices(&self, lm: &Pretrained, column: &mut Column) -> Result<()> {
+        if self.data.choices.is_empty() {
+            return Ok(());
+        }
+        let scores = choices(lm, &self.data.choices)?;
+        let right = self.share(scores.iter().map(|score| score.is_correct))?;
+        let right_norm = self.share(scores.iter().map(|score| score.is_correct_norm))?;
+        let items: Vec<_> = scores
+            .iter()
+            .map(|score| vec![score.confidence()])
+            .collect();
+        let error = calibration_error(&items, CALIBRATION_BINS, &self.bootstrap)?;
+        column.add("choices", "acc", right, "questions", false);
+        column.add("choices", "acc_norm", right_norm, "questions", false);
+        column.add("choices", "ECE", error, "questions", true);
+        Ok(())
+    }
+
+    fn problems(&self, lm: &Pretrained, bar: &ProgressBar, column: &mut Column) -> Result<()> {
+        let Data {
+            problems, shots, ..
+        } = self.data;
+        if problems.is_empty() {
+            return Ok(());
+        }
         let mut n_done = 0;
-        let answers = gsm8k::answers(lm, &data.shots, &data.problems, args.max_new_tokens, |_| {
+        let answers = gsm8k::answers(lm, shots, problems, self.args.max_new_tokens, |_| {
             n_done += 1;
-            bar.set_message(format!("word problem {n_done} of {}", data.problems.len()));
+            bar.set_message(format!("word problem {n_done} of {}", problems.len()));
             bar.tick();
         })?;
-        let protocol = format!("gsm8k, {} shots", data.shots.len());
-        let strict = share(&bootstrap, answers.iter().map(|answer| answer.strict))?;
-        let flexible = share(&bootstrap, answers.iter().map(|answer| answer.flexible))?;
-        add(&protocol, "exact match, strict", strict, "problems", false);
-        add(
+        let protocol = format!("gsm8k, {} shots", shots.len());
+        let strict = self.share(answers.iter().map(|answer| answer.strict))?;
+        let flexible = self.share(answers.iter().map(|answer| answer.flexible))?;
+        column.add(&protocol, "exact match, strict", strict, "problems", false);
+        column.add(
             &protocol,
             "exact match, flexible",
             flexible,
             "problems",
             false,
         );
+        Ok(())
     }
 
-    if let Some(reference) = reference {
-        step("comparison with full precision");
-        let comparison = compare(model, &reference.model, &batches)?;
-        let divergence = bootstrap.mean(&comparison.divergence)?;
-        let same_top = bootstrap.mean(&comparison.same_top)?;
-        add(
-            "full precision",
-            "KL divergence, nats",
-            divergence,
-            "windows",
-            true,
-        );
-        add(
-            "full precision",
-            "same top token",
-            same_top,
-            "windows",
-            false,
-        );
+    /// How many are right.
+    fn share(&self, right: impl Iterator<Item = bool>) -> Result<Estimate> {
+        let right: Vec<f64> = right.map(|right| f64::from(u8::from(right))).collect();
+        Ok(self.bootstrap.mean(&right)?)
     }
-    bar.finish_and_clear();
-    Ok(())
-}
-
-/// How many are right.
-fn share(bootstrap: &Bootstrap, right: impl Iterator<Item = bool>) -> Result<Estimate> {
-    let right: Vec<f64> = right.map(|right| f64::from(u8::from(right))).collect();
-    Ok(bootstrap.mean(&right)?)
-}
-
-/// The expected calibration error.
-fn ece(bootstrap: &Bootstrap, items: &[(f64, bool)]) -> Result<Estimate> {
-    // What is wrong with an item is said before items are drawn.
-    calibration(items, CALIBRATION_BINS)?;
-    let of = |drawn: &[usize]| {
-        let drawn: Vec<_> = drawn.iter().map(|&at| items[at]).collect();
-        calibration(&drawn, CALIBRATION_BINS).map_or(f64::NAN, |found| found.ece)
-    };
-    Ok(bootstrap.statistic(items.len(), of)?)
 }

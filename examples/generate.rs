@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use examples::device::DeviceArg;
-use examples::embedded::{self, EmbeddedArg};
+use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit};
 use models::Generation;
 use models::data::Chat;
@@ -52,12 +52,17 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 100)]
     max_new_tokens: usize,
     /// What logits are divided by; 0 takes the likeliest token each time
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     temperature: f64,
-    /// Draw from so many of the likeliest tokens [default: all]
-    #[arg(long, value_name = "N")]
+    /// With a temperature: draw from so many of the likeliest tokens [default: all]
+    #[arg(long, value_name = "N", requires = "temperature")]
     top_k: Option<usize>,
-    /// Draw from the likeliest tokens of this probability together
+    /// With a temperature: draw from the likeliest tokens of this probability together
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     top_p: f64,
     /// Seed of the draws
@@ -85,10 +90,7 @@ fn run(args: &Args) -> Result<()> {
     settings.check()?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = match &args.model {
-        Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path(), args.embedded.architecture)?,
-    };
+    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
     let mut lm = models::load(&source, &device)?;
     if let Some(bits) = args.bits {
         let rtn = Rtn::new().with_bits(bits);
@@ -111,34 +113,34 @@ fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     let mut first = None;
     let mut text = String::new();
-    if !args.chat {
-        print!("{}", args.prompt);
-    }
-    stdout().flush()?;
-    lm.generate(&prompt, &settings, |piece| {
+    let written = lm.generate(&prompt, &settings, |piece| {
+        if first.is_none() && !args.chat {
+            print!("{}", args.prompt);
+        }
         first.get_or_insert_with(|| start.elapsed());
         text += piece;
         print!("{piece}");
         // What is shown is shown, whoever listens.
         let _ = stdout().flush();
-        let is_over = args.stop.iter().any(|stop| text.contains(stop));
+        let mut stops = args.stop.iter().filter(|stop| !stop.is_empty());
+        let is_over = stops.any(|stop| text.contains(stop));
         match is_over {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
     })?;
     println!();
-    let n_tokens = lm.encode(&text)?.len();
     let n_bytes: usize = (lm.model.linears().iter())
         .map(|(_, linear)| linear.weight().n_bytes())
         .sum();
-    if let Some(first) = first {
+    let n_tokens = written.tokens.len();
+    if let Some(first) = first.filter(|_| n_tokens > 1) {
         let rest = (start.elapsed() - first).as_secs_f64();
         eprintln!(
-            "\n{} tokens read and the first one written in {:.0} ms; {:.0} tokens/s after it; projections of {:.1} MB",
+            "\n{} tokens read and the first text written in {:.0} ms; {n_tokens} tokens in all, {:.0} tokens/s; projections of {:.1} MB",
             prompt.len(),
             1e3 * first.as_secs_f64(),
-            n_tokens.saturating_sub(1) as f64 / rest,
+            (n_tokens - 1) as f64 / rest,
             n_bytes as f64 / 1e6,
         );
     }

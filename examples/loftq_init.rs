@@ -16,8 +16,8 @@ use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
+use examples::table;
 use examples::tuning::{Result, exit, max_difference};
-use examples::{embedded, table};
 use indicatif::{ProgressBar, ProgressStyle};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
 use models::{CheckpointFormat, Model, Pretrained, perplexity};
@@ -304,10 +304,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = match &args.model {
-        Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path(), args.embedded.architecture)?,
-    };
+    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
     match single && (!several || args.average_bits.is_some()) {
         true => one(args, &source, &device),
         false => compare(args, &source, &device),

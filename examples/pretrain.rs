@@ -123,6 +123,7 @@ fn config(architecture: Architecture) -> Config {
             num_key_value_heads: 2,
             head_dim: 64,
             max_position_embeddings: 256,
+            sliding_window: None,
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,

@@ -14,7 +14,6 @@ use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
-use examples::embedded;
 use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -211,10 +210,7 @@ fn run(args: &Args) -> Result<()> {
     let device = args.device.open();
     // Dropped, and so removed, at the end.
     let scratch = tempfile::tempdir()?;
-    let source = match &args.model {
-        Some(dir) => dir.clone(),
-        None => embedded::write(scratch.path(), args.embedded.architecture)?,
-    };
+    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
     match single {
         Some(method) => one(args, &*method, &source, &device),
         None => table(args, &source, &device),

@@ -23,6 +23,7 @@ pub fn llama(device: &Device) -> Model {
         num_key_value_heads: 12,
         head_dim: 64,
         max_position_embeddings: 2048,
+        sliding_window: None,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,

@@ -4,12 +4,40 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use crate::tuning::Result;
+
 /// The option of a program that names one of the models that come with it.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct EmbeddedArg {
-    /// Which of the models that come with the program
-    #[arg(id = "embedded", long, value_enum, value_name = "NAME", default_value_t = Architecture::Llama)]
-    pub architecture: Architecture,
+    /// Which of the models that come with the program [default: llama]
+    #[arg(id = "embedded", long, value_enum, value_name = "NAME")]
+    architecture: Option<Architecture>,
+}
+
+impl EmbeddedArg {
+    /// The directory of a model: the one that is named, or the embedded one, written below `scratch`.
+    ///
+    /// # Errors
+    /// If both are named, or the embedded one cannot be written.
+    pub fn or(&self, model: Option<&PathBuf>, scratch: &Path) -> Result<PathBuf> {
+        match (model, self.architecture) {
+            (Some(_), Some(_)) => Err("--model and --embedded are both given; name one".into()),
+            (Some(dir), None) => Ok(dir.clone()),
+            (None, _) => Ok(write(
+                scratch,
+                self.architecture.unwrap_or(Architecture::Llama),
+            )?),
+        }
+    }
+
+    /// What the model is called in a report.
+    pub fn name(&self, model: Option<&PathBuf>) -> String {
+        match (model, self.architecture) {
+            (Some(dir), _) => dir.display().to_string(),
+            (None, Some(Architecture::Opt)) => "the embedded OPT".into(),
+            (None, _) => "the embedded LLaMA".into(),
+        }
+    }
 }
 
 /// What a model that comes with the programs is.

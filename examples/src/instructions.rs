@@ -44,7 +44,7 @@ enum TemplateName {
     Alpaca,
     /// question, answer: `Question: ..`, `Answer: ..`
     Gsm8k,
-    /// messages or conversations: the chat template of the model's tokenizer_config.json
+    /// messages or conversations: the chat template of the model's directory
     Chat,
 }
 
@@ -68,7 +68,7 @@ impl Instructions {
         device: &Device,
     ) -> Result<Texts> {
         let max = lm.model.config().max_seq_len();
-        if cut.seq_len > max {
+        if !(2..=max).contains(&cut.seq_len) {
             let seq_len = cut.seq_len;
             return Err(models::Error::SeqLen { seq_len, max }.into());
         }
@@ -83,7 +83,12 @@ impl Instructions {
         let (train, eval): (Vec<Record>, Vec<Record>) = match &self.eval_data {
             Some(eval) => (read_records(data)?, read_records(eval)?),
             None => {
-                let all = read_records(data)?.into_iter().enumerate();
+                let all = read_records(data)?;
+                if all.len() < 20 {
+                    let problem = "fewer than the 20 of which one is kept to evaluate on; name others with --eval-data";
+                    return Err(format!("{} records, {problem}", all.len()).into());
+                }
+                let all = all.into_iter().enumerate();
                 let (eval, train): (Vec<_>, Vec<_>) = all.partition(|(at, _)| at % 20 == 19);
                 let records = |all: Vec<(usize, Record)>| all.into_iter().map(|(_, of)| of);
                 (records(train).collect(), records(eval).collect())
@@ -97,11 +102,17 @@ impl Instructions {
                 Long::Refuse => TooLong::Refuse,
             },
         };
-        let encode =
-            |records: &[Record]| encode(records, &template, lm.tokenizer()?, &special, limit);
-        let (train, eval) = (encode(&train)?, encode(&eval)?);
-        let batches = |encoded: &Encoded, size: usize, most: usize| -> Result<Vec<Batch>> {
-            let rows = pack(&encoded.examples, cut.seq_len, special.filler(), cut.seed)?;
+        let encode = |records: &[Record], what: &str| {
+            let tokenizer = lm.tokenizer();
+            let encoded = tokenizer
+                .and_then(|tokenizer| encode(records, &template, tokenizer, &special, limit));
+            encoded.map_err(|error| format!("{what}: {error}"))
+        };
+        let train = encode(&train, "to train on")?;
+        let eval = encode(&eval, "to evaluate on")?;
+        let filler = lm.filler()?;
+        let batches = |encoded: &Encoded, size, most, seed| -> Result<Vec<Batch>> {
+            let rows = pack(&encoded.examples, cut.seq_len, filler, seed)?;
             let rows: Vec<Row> = rows.into_iter().take(most).collect();
             let batches = rows.chunks(size).map(|rows| batch(rows, device));
             Ok(batches.collect::<models::Result<_>>()?)
@@ -112,8 +123,9 @@ impl Instructions {
             n => format!("; {n} of them are among those to train on"),
         };
         Ok(Texts {
-            train: batches(&train, cut.batch, usize::MAX)?,
-            task: batches(&eval, (1024 / cut.seq_len).max(1), cut.eval_windows)?,
+            train: batches(&train, cut.batch, usize::MAX, cut.seed)?,
+            // The seed of training says nothing about what is measured.
+            task: batches(&eval, (1024 / cut.seq_len).max(1), cut.eval_windows, 0)?,
             base: Vec::new(),
             records: Some([train.to_string(), eval.to_string() + &known]),
         })

@@ -96,7 +96,7 @@ impl AttentionOps for burn_cubecl::CubeBackend {}
 /// # Shapes
 /// - `q`: `[batch, seq_q, heads, dim]`
 /// - `k`, `v`: `[batch, seq_k, kv_heads, dim]`
-/// - `starts`: `[batch, seq_q]`, none after the query's own position
+/// - `starts`: `[batch, seq_q]`, none negative; one after the query's own position is taken for that
 /// - result: `[batch, seq_q, heads, dim]`
 ///
 /// # Panics

@@ -269,6 +269,7 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
                 targets.push(model.block(block, dense.clone(), &positions(model, batch)));
             }
             let learning = Block {
+                calibration,
                 model: model.clone().no_grad().train(),
                 index: block,
                 positions: calibration
@@ -334,7 +335,8 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
 }
 
 /// A block to be learned.
-struct Block<M: CausalLm> {
+struct Block<'a, M: CausalLm> {
+    calibration: &'a [Batch],
     /// With the block's layers dense, and everything frozen.
     model: M,
     index: usize,
@@ -345,7 +347,7 @@ struct Block<M: CausalLm> {
     targets: Vec<Tensor<3>>,
 }
 
-impl<M: CausalLm> Block<M> {
+impl<M: CausalLm> Block<'_, M> {
     /// The squared error of the output for one batch.
     fn error(&self, at: usize, learners: &[Learner]) -> Tensor<1> {
         let mut model = self.model.clone();
@@ -357,7 +359,8 @@ impl<M: CausalLm> Block<M> {
         }
         let x = self.inputs[at].clone().autodiff();
         let y = model.block(self.index, x, &self.positions[at]);
-        (y - self.targets[at].clone().autodiff()).square().sum()
+        let difference = y - self.targets[at].clone().autodiff();
+        self.calibration[at].of_text(difference).square().sum()
     }
 }
 
@@ -444,13 +447,14 @@ impl ApiqBlock {
     }
 
     /// Learns a block; returns the rounds, 0 if they made it no better.
-    fn learn<M: CausalLm>(&self, block: &Block<M>, learners: &mut [Learner]) -> Result<usize> {
+    fn learn<M: CausalLm>(&self, block: &Block<'_, M>, learners: &mut [Learner]) -> Result<usize> {
         if learners.is_empty() {
             return Ok(0);
         }
         let power =
-            |targets: &[Tensor<3>]| targets.iter().cloned().map(sum_of_squares).sum::<f64>();
-        let scale = 1.0 / unless_zero(power(&block.targets));
+            |(batch, target): (&Batch, &Tensor<3>)| sum_of_squares(batch.of_text(target.clone()));
+        let targets = block.calibration.iter().zip(&block.targets);
+        let scale = 1.0 / unless_zero(targets.map(power).sum::<f64>());
         let total = |learners: &[Learner]| {
             (0..block.inputs.len())
                 .map(|at| block.error(at, learners).inner().into_scalar::<f32>())

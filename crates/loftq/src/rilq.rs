@@ -98,7 +98,9 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             .run(&mut student, recipe, calibration, &mut |_| {})?;
         // In units of the mean square of a hidden state, which differs from model to model.
         let scale: f32 = (targets.iter())
-            .map(|target| target.clone().square().mean().into_scalar::<f32>())
+            .zip(calibration)
+            .map(|(target, batch)| batch.of_text(target.clone()))
+            .map(|target| target.square().mean().into_scalar::<f32>())
             .sum::<f32>()
             / targets.len() as f32;
         let loss = |model: &M, x: Tensor<3>, at: usize| {

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -250,6 +251,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         config,
         carried,
         stop_tokens,
+        special: OnceLock::new(),
     })
 }
 
@@ -270,7 +272,7 @@ pub(crate) fn stop_tokens(
             .map_err(|error| refuse(GENERATION, "the file", format!("is no object: {error}")))?,
         None => Map::new(),
     };
-    let (file, ids) = match generation.get(SETTING) {
+    let (file, ids) = match generation.get(SETTING).filter(|ids| !ids.is_null()) {
         Some(ids) => (GENERATION, ids),
         None => (CONFIG, config.get(SETTING).unwrap_or(&Value::Null)),
     };
@@ -341,25 +343,29 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
     if let Some(quantization) = &quantization {
         config.insert("quantization_config".into(), quantization.clone());
     }
-    if projections.head.is_some() {
-        // The head was the embedding, perhaps, before it was packed.
-        config.insert("tie_word_embeddings".into(), false.into());
-    }
+    state_head(&mut config, model);
 
-    let tensors = tensors(model, layers.as_ref());
+    if !is_packed && let Some(float) = dense::common_float(model) {
+        return dense::save_dense(lm, dir, float).map(drop);
+    }
     if !is_packed {
         // Readers take all floats for this type.
-        let mut floats = tensors.iter().filter_map(|(_, tensor)| tensor.float_type());
-        let first = floats.next().unwrap_or(FloatType::F32);
-        let one = floats.all(|float| float == first);
-        dense::state_float(&mut config, if one { first } else { FloatType::F32 });
+        dense::state_float(&mut config, FloatType::F32);
     }
+    let tensors = tensors(model, layers.as_ref());
     let files = Files {
         config: &config,
         carried: &lm.carried,
         beside: layers.config_file().zip(quantization.as_ref()),
     };
     write(dir.as_ref(), tensors, &files)
+}
+
+/// Says in a `config.json` that the head is no longer the embedding, if it was before it was packed.
+fn state_head(config: &mut Map<String, Value>, model: &Model) {
+    if model.lm_head.is_some() {
+        config.insert("tie_word_embeddings".into(), false.into());
+    }
 }
 
 fn check_no_adapters(model: &Model) -> Result<()> {
@@ -496,15 +502,18 @@ impl Tensors {
 
     /// The values of a tensor of these dimensions.
     fn floats<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<f32>> {
-        Ok(self.take(name, expected)?.floats::<D>(name)?.0)
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.floats::<D>(&stored)?.0)
     }
 
     fn words<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u32>> {
-        Ok(self.take(name, expected)?.words::<D>(name)?.0)
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.words::<D>(&stored)?.0)
     }
 
     fn bytes<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u8>> {
-        Ok(self.take(name, expected)?.bytes::<D>(name)?.0)
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.bytes::<D>(&stored)?.0)
     }
 
     /// A tensor of bytes that hold a text of any length.
@@ -520,9 +529,10 @@ impl Tensors {
         name: &str,
         expected: [usize; D],
     ) -> Result<&mut TensorFile> {
-        self.taken.insert(name.into());
+        let stored = self.shards.stored(name).to_string();
+        self.taken.insert(stored.clone());
         let file = self.shards.file(name)?;
-        match file.shape(name) {
+        match file.shape(&stored) {
             Some(found) if found != expected => {
                 let problem =
                     format!("has the shape {found:?}, the configuration asks for {expected:?}");

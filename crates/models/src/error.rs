@@ -200,6 +200,14 @@ pub enum Error {
         /// The window, counted from 0.
         window: usize,
     },
+    /// Models whose predictions are of other tokens.
+    #[error("a model with {found} tokens, compared with one that has {expected}")]
+    OtherVocabulary {
+        /// Tokens of the reference.
+        expected: usize,
+        /// Tokens of the model.
+        found: usize,
+    },
     /// Windows of different lengths, whose perplexities do not compare.
     #[error("windows of {expected} and of {found} tokens; a perplexity takes one length")]
     MixedWindows {
@@ -290,9 +298,11 @@ pub enum Error {
         /// Its confidence.
         confidence: f64,
     },
-    /// A line that is no multiple-choice item.
-    #[error("line {line}: {problem}")]
+    /// A record that is no multiple-choice item.
+    #[error("`{path}`, line {line}: {problem}")]
     ChoiceLine {
+        /// The file.
+        path: PathBuf,
         /// The line, counted from 1.
         line: usize,
         /// What is wrong with it, and what it should have.
@@ -494,7 +504,7 @@ pub enum Error {
         tokenizer: PathBuf,
     },
     /// A special token that is needed and not stated.
-    #[error("{needed_by} needs a {name}; state it in the model's `tokenizer_config.json`")]
+    #[error("{needed_by} needs its `{name}`; state it in the model's `tokenizer_config.json`")]
     MissingSpecial {
         /// Which token.
         name: &'static str,

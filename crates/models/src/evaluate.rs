@@ -10,7 +10,7 @@
 //! | [`choices`] | multiple choice by log-likelihood: `acc` and `acc_norm` |
 //! | [`gsm8k`] | exact match of the answers to word problems, strict and flexible |
 //! | [`compare`] | divergence from another model, the full-precision one as a rule, and agreement of the likeliest tokens |
-//! | [`confidences`] | how far the likeliest token's probability is from how often it is right: [`calibration`] |
+//! | [`confidences`] | how far the likeliest token's probability is from how often it is right: [`calibration_error`] |
 //!
 //! Items become an [`Estimate`] with its interval by [`Bootstrap`], and estimates a [`Report`].
 
@@ -38,4 +38,5 @@ pub use rolling::{
 pub use score::score;
 pub use statistics::{
     Bootstrap, CALIBRATION_BINS, Calibration, CalibrationBin, Estimate, calibration,
+    calibration_error,
 };

@@ -249,6 +249,8 @@ impl Generation {
         });
         let n = n.count().max(1);
         all.truncate(n);
+        // The likeliest has the weight 1; others may have none that f64 holds.
+        all.retain(|&(_, p)| p > 0.0);
         all.into_iter().map(|(token, p)| (token, p / sum)).collect()
     }
 }

@@ -9,9 +9,11 @@
 //! | [`quantize_head`] | packs the head, which every decoded token reads |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
 //! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
-//! | [`greedy`] | continues a text, by a [`Cache`] of keys and values |
+//! | [`generate`] | continues a text, by a [`Cache`] of keys and values |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
-//! | [`save_as`] | the same for other programs, in a [`CheckpointFormat`] |
+//! | [`save_as`], [`save_dense`] | the same for other programs, in a [`CheckpointFormat`] or without packed layers |
+//! | [`data`] | from records of prompts and answers to batches |
+//! | [`evaluate`] | protocols, statistics, and one report |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -65,6 +67,6 @@ pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, Generation, generate};
 pub use model::{Model, State};
 pub use positions::Positions;
-pub use pretrained::Pretrained;
+pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

@@ -330,8 +330,10 @@ impl CausalLm for Model {
     }
 
     fn max_positions(&self) -> Option<usize> {
-        let table = self.embed_positions.as_ref()?;
-        Some(table.val().dims()[0] - FIRST_ROW)
+        match &self.config {
+            Config::Llama(config) => config.sliding_window,
+            Config::Opt(config) => Some(config.max_position_embeddings),
+        }
     }
 
     fn n_blocks(&self) -> usize {

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use peft::files;
 use serde_json::{Map, Value};
@@ -21,6 +22,17 @@ pub struct Pretrained {
     pub(crate) config: Map<String, Value>,
     pub(crate) carried: BTreeMap<&'static str, Vec<u8>>,
     pub(crate) stop_tokens: Vec<u32>,
+    /// Read when they are first asked for.
+    pub(crate) special: OnceLock<SpecialTokens>,
+}
+
+/// What a model wrote after a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Continuation {
+    /// Its text, without special tokens.
+    pub text: String,
+    /// All its tokens, with the one that ended it.
+    pub tokens: Vec<u32>,
 }
 
 impl Pretrained {
@@ -42,6 +54,7 @@ impl Pretrained {
         let config = model.config().to_json();
         Ok(Self {
             stop_tokens: stop_tokens(dir, &config, &carried)?,
+            special: OnceLock::new(),
             config,
             model,
             tokenizer: Some(Tokenizer::open(tokenizer)?),
@@ -110,7 +123,27 @@ impl Pretrained {
     /// # Errors
     /// [`Error::NoTokenizer`], or as [`SpecialTokens::read`].
     pub fn special_tokens(&self) -> Result<SpecialTokens> {
-        SpecialTokens::read(&self.dir, self.tokenizer()?)
+        if let Some(special) = self.special.get() {
+            return Ok(special.clone());
+        }
+        // A directory that is gone is not one that names none.
+        if let Err(source) = self.dir.metadata() {
+            let path = self.dir.clone();
+            return Err(peft::Error::Io { path, source }.into());
+        }
+        let special = SpecialTokens::read(&self.dir, self.tokenizer()?)?;
+        Ok(self.special.get_or_init(|| special).clone())
+    }
+
+    /// A token to fill rows up with, which is never learned and never seen.
+    ///
+    /// # Errors
+    /// As [`Pretrained::special_tokens`].
+    pub fn filler(&self) -> Result<u32> {
+        let filler = self.special_tokens()?.filler();
+        // Some tokenizers have one that their model lacks.
+        let is_known = (filler as usize) < self.model.config().vocab_size();
+        Ok(if is_known { filler } else { 0 })
     }
 
     /// What the first token of a text is predicted from: the token that begins texts, or the one that
@@ -120,15 +153,13 @@ impl Pretrained {
     /// [`Error::MissingSpecial`] if the files name neither, or as [`Pretrained::special_tokens`].
     pub fn first_token(&self) -> Result<u32> {
         let special = self.special_tokens()?;
-        if let Some(eos) = special
-            .bos
-            .is_none()
-            .then_some(special.eos.as_ref())
-            .flatten()
-        {
-            return Ok(eos.id);
+        match special.bos.as_ref().or(special.eos.as_ref()) {
+            Some(token) => Ok(token.id),
+            None => Err(Error::MissingSpecial {
+                name: "bos_token",
+                needed_by: "what predicts the first token of a text".into(),
+            }),
         }
-        Ok(special.need_bos("predicting the first token of a text")?.id)
     }
 
     /// The tokens that end a text: `eos_token_id` of `generation_config.json`, or of `config.json`, one
@@ -147,12 +178,16 @@ impl Pretrained {
         prompt: &[u32],
         settings: &Generation,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<String> {
+    ) -> Result<Continuation> {
         let mut settings = settings.clone();
         settings.stop.extend(self.stop_tokens());
         let mut stream = self.tokenizer()?.stream();
+        if let Some(&last) = prompt.last() {
+            // What the next token looks like may depend on it: a space before a word, for one.
+            stream.push(last)?;
+        }
         let (mut text, mut failed) = (String::new(), None);
-        generate(&self.model, prompt, &settings, |token| {
+        let tokens = generate(&self.model, prompt, &settings, |token| {
             if settings.stop.contains(&token) {
                 return ControlFlow::Break(());
             }
@@ -172,7 +207,7 @@ impl Pretrained {
         })?;
         match failed {
             Some(error) => Err(error),
-            None => Ok(text),
+            None => Ok(Continuation { text, tokens }),
         }
     }
 }

@@ -291,6 +291,7 @@ fn config(hidden: usize, inner: usize) -> LlamaConfig {
         num_key_value_heads: 4,
         head_dim: 8,
         max_position_embeddings: 32,
+        sliding_window: None,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,

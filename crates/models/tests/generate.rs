@@ -23,6 +23,7 @@ fn config(n_kv: usize, rope_scaling: RopeScaling) -> LlamaConfig {
         num_key_value_heads: n_kv,
         head_dim: 8,
         max_position_embeddings: 96,
+        sliding_window: None,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling,

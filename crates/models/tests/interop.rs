@@ -67,6 +67,7 @@ fn llama([qkv, output, mlp]: [bool; 3], tied: bool) -> LlamaConfig {
         num_key_value_heads: 2,
         head_dim: 32,
         max_position_embeddings: 32,
+        sliding_window: None,
         rms_norm_eps: 1e-5,
         rope_theta: 5_000.0,
         rope_scaling: RopeScaling::None,

@@ -23,6 +23,7 @@ fn llama(num_hidden_layers: usize, vocab_size: usize) -> Model {
         num_key_value_heads: 2,
         head_dim: 16,
         max_position_embeddings: SEQ,
+        sliding_window: None,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,

@@ -20,6 +20,7 @@ fn config() -> LlamaConfig {
         num_key_value_heads: 2,
         head_dim: 8,
         max_position_embeddings: 64,
+        sliding_window: None,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::None,

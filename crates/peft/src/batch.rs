@@ -83,11 +83,16 @@ impl Batch {
     /// where in its sequence its text begins. The first token of a text is not predicted.
     ///
     /// # Errors
-    /// [`Error::Spans`] if `starts` has another length or is not the beginning of texts,
+    /// [`Error::Spans`] if `starts` has another length or is not the beginning of texts, or after
+    /// [`Batch::with_padding`],
     /// [`Error::NoTargets`] if nothing is left to predict.
     pub fn with_starts(mut self, starts: &[usize]) -> Result<Self> {
         let dims @ [batch, seq] = self.tokens.dims();
         self.check_len("starts", starts.len())?;
+        if self.spans.starts.is_some() {
+            let problem = "the batch is cut into texts already".into();
+            return Err(Error::Spans { problem });
+        }
         for (row, starts) in starts.chunks_exact(seq).enumerate() {
             for (at, &start) in starts.iter().enumerate() {
                 // A text goes on, or begins.
@@ -228,6 +233,14 @@ impl Batch {
             Some(marks) => one.put_targets(part(marks, seq - 1), [1, seq]),
             None => Ok(one),
         }
+    }
+
+    /// The places of the tokens to be predicted among all after the first of their sequences, row by
+    /// row; none if all are.
+    pub(crate) fn target_rows(&self) -> Option<Tensor<1, Int>> {
+        let rows = (0i64..).zip(self.targets.as_ref()?);
+        let rows: Vec<i64> = rows.filter(|(_, is)| **is).map(|(row, _)| row).collect();
+        Some(Tensor::from_data(rows.as_slice(), &self.tokens.device()))
     }
 
     /// `values`, `[batch, seq - 1]`, of each token after the first: nothing for those that are not to

@@ -1,4 +1,4 @@
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::linear_cross_entropy;
 
 use crate::{Batch, Linears, Spans};
@@ -119,5 +119,13 @@ pub fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Ten
     let x = x.reshape([n * (seq - 1), hidden]);
     let targets = batch.tokens().slice([0..n, 1..seq]);
     let targets = targets.reshape([n * (seq - 1)]);
-    batch.of_targets(linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1]))
+    let Some(rows) = batch.target_rows() else {
+        return linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1]);
+    };
+    // The head is multiplied by what is predicted alone: of instruction data that is a part.
+    let (x, targets) = (x.select(0, rows.clone()), targets.select(0, rows.clone()));
+    let losses = linear_cross_entropy(x, model.head(), targets);
+    let none = Tensor::zeros([n * (seq - 1)], (&losses.device(), losses.dtype()));
+    let all = none.select_assign(0, rows, losses, IndexingUpdateOp::Add);
+    all.reshape([n, seq - 1])
 }

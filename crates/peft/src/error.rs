@@ -283,7 +283,7 @@ pub enum Error {
     },
     /// A text that the model has no places for.
     #[error(
-        "a text of {len} tokens; the model has places for {max}: cut it, or use shorter windows"
+        "a text of {len} tokens, with those still to be written; the model has places for {max}: cut it, use shorter windows, or write fewer"
     )]
     TooLong {
         /// Tokens of the text.

@@ -50,7 +50,7 @@ impl TensorFile {
             )));
         };
         let n_header = u64::from_le_bytes(*start);
-        if n_header > n_bytes - 8 {
+        if n_header.checked_add(8).is_none_or(|end| end > n_bytes) {
             return Err(refuse(format!(
                 "claims a header of {n_header} bytes in a file of {n_bytes}: truncated, or no safetensors file"
             )));

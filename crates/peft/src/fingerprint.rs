@@ -9,7 +9,7 @@ use crate::Linears;
 
 /// SHA-256 of a model's parameters with their names and of its layers' formats, adapters left out.
 ///
-/// Two models of one architecture with one fingerprint give the same bits.
+/// Two models of one architecture and one configuration with one fingerprint give the same bits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fingerprint(String);
@@ -78,13 +78,22 @@ impl ModuleVisitor for Parameters {
         }
     }
 
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
+    fn enter_module(&mut self, name: &str, container: &str) {
+        // What the variants of an enum are called says nothing about a model.
+        if !is_enum(container) {
+            self.path.push(name.into());
+        }
     }
 
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
+    fn exit_module(&mut self, _: &str, container: &str) {
+        if !is_enum(container) {
+            self.path.pop();
+        }
     }
+}
+
+fn is_enum(container: &str) -> bool {
+    container.starts_with("Enum")
 }
 
 impl fmt::Display for Fingerprint {

@@ -232,7 +232,8 @@ pub fn merge_probed<M: CausalLm>(
     probe: &Batch,
 ) -> Result<Certificate> {
     probe.check(model)?;
-    let logits = |model: &M| floats(model.forward_spans(probe.tokens(), probe.spans()));
+    let logits =
+        |model: &M| floats(probe.of_text(model.forward_spans(probe.tokens(), probe.spans())));
     let mut before = model.clone();
     before.set_dropout(None);
     let adapted = logits(&before);

@@ -58,6 +58,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
         starts: Starts<Self>,
         scale: f64,
     ) -> FloatTensor<Self> {
+        // The same tensor, of the backend below.
         let starts = match starts {
             Starts::First => Starts::First,
             Starts::Each(starts) => Starts::Each(starts),

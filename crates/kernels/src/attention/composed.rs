@@ -75,7 +75,7 @@ impl Sizes {
         };
         let keys = positions(0..self.seq_k, [1, 1, 1, self.seq_k]);
         let queries = positions(self.seq_k - self.seq_q..self.seq_k, [1, 1, self.seq_q, 1]);
-        let later = B::int_greater(keys.clone(), queries, settings.bool_dtype);
+        let later = B::int_greater(keys.clone(), queries.clone(), settings.bool_dtype);
         let hide = |scores, hidden| {
             let hidden = B::bool_expand(hidden, self.of_scores());
             B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
@@ -87,7 +87,12 @@ impl Sizes {
                 let starts = B::int_cast(starts, settings.int_dtype);
                 let shape = Shape::new([self.batch, 1, self.seq_q, 1]);
                 let starts = B::int_reshape(starts, shape);
-                hide(scores, B::int_lower(keys, starts, settings.bool_dtype))
+                // No query is left without a key: its own is seen whatever is said.
+                let own = B::int_lower(keys.clone(), queries, settings.bool_dtype);
+                let own = B::bool_expand(own, self.of_scores());
+                let hidden = B::int_lower(keys, starts, settings.bool_dtype);
+                let hidden = B::bool_expand(hidden, self.of_scores());
+                hide(scores, B::bool_and(hidden, own))
             }
         }
     }

@@ -9,7 +9,7 @@ use peft::files::{FloatType, LazyTensor};
 use peft::{Linears, Weight};
 use serde_json::{Map, Value};
 
-use super::{Files, check_no_adapters, transpose, values, write};
+use super::{Files, check_no_adapters, state_head, transpose, values, write};
 use crate::model::Table;
 use crate::{Error, Model, Pretrained, Result};
 
@@ -67,10 +67,7 @@ pub fn save_dense(lm: &Pretrained, dir: impl AsRef<Path>, float: FloatType) -> R
     });
     let mut config = lm.config.clone();
     state_float(&mut config, float);
-    if lm.model.lm_head.is_some() {
-        // The head was the embedding, perhaps, before it was packed.
-        config.insert("tie_word_embeddings".into(), false.into());
-    }
+    state_head(&mut config, &lm.model);
     let files = Files {
         config: &config,
         carried: &lm.carried,
@@ -78,6 +75,16 @@ pub fn save_dense(lm: &Pretrained, dir: impl AsRef<Path>, float: FloatType) -> R
     };
     write(dir.as_ref(), tensors, &files)?;
     Ok(rounding)
+}
+
+/// A type of 16 bits that holds all values of a model exactly.
+pub(super) fn common_float(model: &Model) -> Option<FloatType> {
+    let mut held = vec![FloatType::Bf16, FloatType::F16];
+    for (_, parameter) in parameters(model) {
+        let values = (parameter.values)();
+        held.retain(|float| values.iter().all(|&value| float.holds(value)));
+    }
+    held.first().copied()
 }
 
 /// Says in a `config.json` what type the floats are of: under the name that transformers has since

@@ -111,8 +111,9 @@ fn planned(
     if marks.iter().any(|mark| shards.contains(mark)) {
         return Err("is quantized already".into());
     }
+    let stored = shards.stored(&tensor).to_string();
     let file = shards.file(&tensor).map_err(|error| error.to_string())?;
-    let found = file.shape(&tensor).unwrap_or_default();
+    let found = file.shape(&stored).unwrap_or_default();
     if found != [d_out, d_in] {
         return Err(format!(
             "`{tensor}` has the shape {found:?}, the configuration asks for [{d_out}, {d_in}]"

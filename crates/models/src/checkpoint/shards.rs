@@ -94,12 +94,26 @@ impl Shards {
     }
 
     pub(super) fn contains(&self, tensor: &str) -> bool {
-        self.of_tensor.contains_key(tensor)
+        self.of_tensor.contains_key(self.stored(tensor))
+    }
+
+    /// The name of a tensor in its file: a model that was saved without its head has names without the
+    /// first part.
+    pub(super) fn stored<'a>(&self, tensor: &'a str) -> &'a str {
+        match tensor.strip_prefix("model.") {
+            Some(rest) if !self.of_tensor.contains_key(tensor) => {
+                match self.of_tensor.contains_key(rest) {
+                    true => rest,
+                    false => tensor,
+                }
+            }
+            _ => tensor,
+        }
     }
 
     /// The file that has a tensor.
     pub(super) fn file(&mut self, tensor: &str) -> Result<&mut TensorFile> {
-        match self.of_tensor.get(tensor) {
+        match self.of_tensor.get(self.stored(tensor)) {
             Some(&at) => Ok(&mut self.files[at]),
             None => {
                 let path = self

@@ -25,6 +25,9 @@ pub struct LlamaConfig {
     pub head_dim: usize,
     /// Positions that the model was made for.
     pub max_position_embeddings: usize,
+    /// Tokens that a token sees at most, itself among them, if that is not all before it: texts are no
+    /// longer than that.
+    pub sliding_window: Option<usize>,
     /// What the norms add to the mean square.
     pub rms_norm_eps: f64,
     /// The base of the rotary embedding's frequencies.
@@ -51,7 +54,8 @@ pub enum RopeScaling {
         /// How much longer texts may be.
         factor: f64,
     },
-    /// The base grows once a text is longer than `max_position_embeddings` (NTK-aware).
+    /// The base grows once a text is longer than `max_position_embeddings` (NTK-aware), by the longest
+    /// text of a batch for all of them, as in transformers.
     Dynamic {
         /// How much longer texts may be.
         factor: f64,
@@ -164,12 +168,45 @@ impl LlamaConfig {
             ("max_position_embeddings", raw.max_position_embeddings),
         ])?;
         fields.check_layers(raw.num_hidden_layers)?;
-        if raw.model_type != "llama" && raw.num_key_value_heads.is_none() {
-            let problem = "is missing; what it is without differs between versions";
-            return Err(refuse("num_key_value_heads", problem.into()));
+        if raw.model_type != "llama" {
+            for setting in ["num_key_value_heads", "max_position_embeddings"] {
+                if json.get(setting).is_none_or(Value::is_null) {
+                    let problem = "is missing; what it is without it differs between architectures";
+                    return Err(refuse(setting, problem.into()));
+                }
+            }
+            if raw.mlp_bias {
+                let problem = format!("is true, which a {} has not", raw.model_type);
+                return Err(refuse("mlp_bias", problem));
+            }
         }
-        raw.check_window()
-            .map_err(|problem| refuse("sliding_window", problem))?;
+        let window = raw.window(json.contains_key("sliding_window"));
+        let max = raw.max_position_embeddings;
+        if let Some(window) = window.filter(|&window| window < max) {
+            let problem = format!(
+                "is {window}, and texts may have {max} tokens: attention with a window is not supported; for texts of up to {window} tokens, set max_position_embeddings to {window}"
+            );
+            return Err(refuse("sliding_window", problem));
+        }
+        for rope in ["rope_parameters", "rope_scaling"] {
+            let by_layer = |rope: &Map<String, Value>| rope.values().any(Value::is_object);
+            if json
+                .get(rope)
+                .and_then(Value::as_object)
+                .is_some_and(by_layer)
+            {
+                let problem = "differs between layers, which is not supported";
+                return Err(refuse(rope, problem.into()));
+            }
+        }
+        if let (Some(first), Some(second)) = (
+            json.get("rope_parameters").filter(|rope| !rope.is_null()),
+            json.get("rope_scaling").filter(|rope| !rope.is_null()),
+        ) && first != second
+        {
+            let problem = "is beside another rope_parameters; keep the one that is right";
+            return Err(refuse("rope_scaling", problem.into()));
+        }
         let (heads, hidden) = (raw.num_attention_heads, raw.hidden_size);
         let kv_heads = raw.num_key_value_heads.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
@@ -222,6 +259,7 @@ impl LlamaConfig {
             num_key_value_heads: kv_heads,
             head_dim,
             max_position_embeddings: raw.max_position_embeddings,
+            sliding_window: window,
             rms_norm_eps: raw.rms_norm_eps,
             rope_theta: theta,
             rope_scaling: scaling,
@@ -235,6 +273,9 @@ impl LlamaConfig {
     /// The longest text that the model was made for, in tokens.
     pub fn max_seq_len(&self) -> usize {
         let max = self.max_position_embeddings;
+        if let Some(window) = self.sliding_window {
+            return max.min(window);
+        }
         match self.rope_scaling {
             RopeScaling::None | RopeScaling::Llama3 { .. } => max,
             // Files differ in whether `max` is the length before or after.
@@ -247,7 +288,7 @@ impl LlamaConfig {
     /// A `config.json` of this shape, for a model without a rope scaling.
     ///
     /// # Panics
-    /// If there is a scaling, or a bias of the attention's last projection alone: such models come
+    /// If there is a scaling, or biases of projections that no architecture has alone: such models come
     /// from files, which have their own `config.json`.
     pub fn to_json(&self) -> Map<String, Value> {
         assert_eq!(
@@ -256,7 +297,13 @@ impl LlamaConfig {
             "a new model has no rope scaling"
         );
         let (architecture, model_type) = match (self.attention_bias, self.attention_output_bias) {
-            (true, false) => ("Qwen2ForCausalLM", "qwen2"),
+            (true, false) => {
+                assert!(
+                    !self.mlp_bias,
+                    "biases of queries, keys, values and the MLP alone"
+                );
+                ("Qwen2ForCausalLM", "qwen2")
+            }
             (bias, output) => {
                 assert_eq!(bias, output, "a bias of the last projection alone");
                 ("LlamaForCausalLM", "llama")
@@ -289,24 +336,23 @@ impl LlamaConfig {
 }
 
 impl Raw {
-    /// Refuses a window outside of which tokens are not seen, where a text may be longer than it.
-    fn check_window(&self) -> Result<(), String> {
-        let max = self.max_position_embeddings;
-        let window = match self.sliding_window {
-            Some(window) if window < max && self.use_sliding_window != Some(false) => window,
-            _ => return Ok(()),
-        };
-        let n_layers = self.num_hidden_layers;
-        let slides = match &self.layer_types {
-            Some(types) => types.iter().any(|layer| layer != "full_attention"),
-            // Qwen2: the layers from there on.
-            None => self.max_window_layers.is_none_or(|first| first < n_layers),
-        };
-        match slides {
-            false => Ok(()),
-            true => Err(format!(
-                "is {window}, and texts may have {max} tokens: attention with a window is not supported; for texts of up to {window} tokens, set max_position_embeddings to {window}"
-            )),
+    /// The window of the layers that have one, as transformers reads it.
+    fn window(&self, is_stated: bool) -> Option<usize> {
+        /// Of a Mistral that says nothing of it.
+        const MISTRAL: usize = 4096;
+        match self.model_type.as_str() {
+            "mistral" if !is_stated => Some(MISTRAL),
+            "mistral" => self.sliding_window,
+            "qwen2" if self.use_sliding_window == Some(true) => {
+                let n_layers = self.num_hidden_layers;
+                let slides = match &self.layer_types {
+                    Some(types) => types.iter().any(|layer| layer != "full_attention"),
+                    // The layers from there on.
+                    None => self.max_window_layers.is_none_or(|first| first < n_layers),
+                };
+                self.sliding_window.filter(|_| slides)
+            }
+            _ => None,
         }
     }
 }

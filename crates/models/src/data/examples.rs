@@ -174,11 +174,11 @@ pub fn encode(
     Ok(encoded)
 }
 
-/// How many examples for training are among those for evaluation, token by token.
+/// How many examples for evaluation are among those for training, token by token.
 pub fn count_duplicates(train: &[Example], eval: &[Example]) -> usize {
-    let eval: HashSet<&[u32]> = eval.iter().map(Example::tokens).collect();
-    let is_known = |example: &&Example| eval.contains(example.tokens());
-    train.iter().filter(is_known).count()
+    let train: HashSet<&[u32]> = train.iter().map(Example::tokens).collect();
+    let is_known = |example: &&Example| train.contains(example.tokens());
+    eval.iter().filter(is_known).count()
 }
 
 struct Encoder<'a> {

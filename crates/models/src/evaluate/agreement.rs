@@ -14,23 +14,26 @@ pub struct Comparison {
 
 /// Compares a model with a reference, the full-precision one as a rule, over windows of text.
 ///
-/// Every token of a window is one more context of a prediction; what comes after a text's last token
-/// counts as well. Sums are in f64.
+/// Every token of a window is one more context of a prediction; what comes after a window's last token
+/// counts as well. Sums are in f64. Both models are given the same tokens, which must mean the same to
+/// them.
 ///
 /// # Errors
-/// [`Error::NoWindows`], [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
-/// [`perplexity`](super::perplexity), or [`Error::NonFinite`] with the first window whose divergence
+/// [`Error::OtherVocabulary`], [`Error::NoWindows`], [`Error::PartialWindow`] for one that has tokens
+/// which are not to be predicted, [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
+/// [`perplexity`](super::perplexity()), or [`Error::NonFinite`] with the first window whose divergence
 /// is not finite.
-///
-/// # Panics
-/// If the models have other vocabularies.
 pub fn compare<A: CausalLm, B: CausalLm>(
     model: &A,
     reference: &B,
     batches: &[Batch],
 ) -> Result<Comparison> {
     let vocab = model.vocab_size();
-    assert_eq!(vocab, reference.vocab_size(), "one vocabulary");
+    if vocab != reference.vocab_size() {
+        let expected = reference.vocab_size();
+        let found = vocab;
+        return Err(Error::OtherVocabulary { expected, found });
+    }
     let mut comparison = Comparison {
         divergence: Vec::new(),
         same_top: Vec::new(),
@@ -41,6 +44,10 @@ pub fn compare<A: CausalLm, B: CausalLm>(
     for batch in batches {
         batch.check(model)?;
         batch.check(reference)?;
+        if batch.n_targets() < batch.targets().len() {
+            let window = comparison.divergence.len();
+            return Err(Error::PartialWindow { window });
+        }
         let [_, seq] = batch.tokens().dims();
         let (q, p) = (logits(model, batch), logits(reference, batch));
         for (q, p) in q.chunks_exact(seq * vocab).zip(p.chunks_exact(seq * vocab)) {
@@ -62,12 +69,12 @@ pub fn compare<A: CausalLm, B: CausalLm>(
 }
 
 /// The probability of the likeliest token before each token that is to be predicted, and whether it
-/// was that token: what [`calibration`](super::calibration) takes.
+/// was that token, window by window: what [`calibration_error`](super::calibration_error()) takes.
 ///
 /// # Errors
 /// [`Error::NoWindows`], [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
 /// [`perplexity`](super::perplexity).
-pub fn confidences<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<(f64, bool)>> {
+pub fn confidences<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<Vec<(f64, bool)>>> {
     if batches.is_empty() {
         return Err(Error::NoWindows);
     }
@@ -79,15 +86,15 @@ pub fn confidences<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<(f64
         let tokens = batch.tokens().into_data().convert::<i64>();
         let tokens = tokens.as_slice::<i64>().expect("converted to i64");
         let logits = logits(model, batch);
-        for (at, is_target) in batch.targets().into_iter().enumerate() {
-            let (row, place) = (at / (seq - 1), at % (seq - 1));
-            if is_target {
-                let first = (row * seq + place) * vocab;
-                let prediction = Prediction::of(&logits[first..first + vocab]);
+        for (row, targets) in batch.targets().chunks_exact(seq - 1).enumerate() {
+            let mut of_window = Vec::new();
+            for place in (0..seq - 1).filter(|&place| targets[place]) {
+                let at = row * seq + place;
+                let prediction = Prediction::of(&logits[at * vocab..(at + 1) * vocab]);
                 let confidence = prediction.probability(prediction.top);
-                let is_right = tokens[row * seq + place + 1] == prediction.top as i64;
-                items.push((confidence, is_right));
+                of_window.push((confidence, tokens[at + 1] == prediction.top as i64));
             }
+            items.push(of_window);
         }
     }
     Ok(items)

@@ -5,10 +5,11 @@
 //! `_encode_pair`.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::whitespace::split_trailing;
 use super::{ScoredWindow, score};
+use crate::data::Record;
 use crate::{Error, Pretrained, Result};
 
 #[cfg(test)]
@@ -23,14 +24,6 @@ mod tests;
 ///   for a letter only if it is the text of no choice, or of the very one that the letter means.
 ///
 /// Other fields are left alone.
-///
-/// ```
-/// # use models::evaluate::ChoiceItem;
-/// let line = r#"{"question": "The sky is", "choices": ["green", "blue"], "answer": "B"}"#;
-/// let item = ChoiceItem::parse(line, 1)?;
-/// assert_eq!(item.continuations().nth(item.answer).unwrap(), " blue");
-/// # Ok::<(), models::Error>(())
-/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChoiceItem {
     /// What the choices continue.
@@ -51,19 +44,21 @@ struct Fields {
 }
 
 impl ChoiceItem {
-    /// An item from a line of JSON; `line` is its number in messages, from 1.
+    /// An item of a record.
     ///
     /// # Errors
     /// [`Error::ChoiceLine`], which says what the line lacks.
-    pub fn parse(json: &str, line: usize) -> Result<Self> {
-        Self::read(json).map_err(|problem| Error::ChoiceLine { line, problem })
+    pub fn of(record: &Record) -> Result<Self> {
+        Self::read(&record.fields).map_err(|problem| Error::ChoiceLine {
+            path: record.path.to_path_buf(),
+            line: record.line,
+            problem,
+        })
     }
 
-    fn read(json: &str) -> Result<Self, String> {
-        let fields: Fields = serde_json::from_str(json).map_err(|error| match json.trim() {
-            "" => "it is empty; remove it".to_string(),
-            _ => error.to_string(),
-        })?;
+    fn read(fields: &Map<String, Value>) -> Result<Self, String> {
+        let fields = serde_json::from_value(fields.clone().into());
+        let fields: Fields = fields.map_err(|error| error.to_string())?;
         let mut contexts = [fields.context, fields.query, fields.question]
             .into_iter()
             .flatten();
@@ -137,8 +132,8 @@ impl ChoiceItem {
     }
 }
 
-/// What a model answers to each item, as lm-evaluation-harness asks it: without a
-/// beginning-of-sequence token before a context that has tokens.
+/// What a model answers to each item, as lm-evaluation-harness asks it: after the token that begins
+/// texts, where the tokenizer puts it (the harness's default; `add_bos_token=False` leaves it out).
 ///
 /// # Errors
 /// [`Error::NoTokenizer`], [`Error::Token`], [`Error::NoSpecialToken`] if a context is empty and the
@@ -148,13 +143,9 @@ pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>
     let max_len = lm.model.config().max_seq_len();
     let mut windows = Vec::new();
     for item in items {
-        let prefix = match item.context.trim_end().is_empty() {
-            true => lm.first_token()?,
-            // Not asked for.
-            false => 0,
-        };
         for continuation in item.continuations() {
-            let encode = |text: &str| lm.encode(text);
+            let encode = |text: &str| lm.encode_text(text);
+            let prefix = || lm.first_token();
             let (context, continuation) =
                 encode_pair(&item.context, &continuation, prefix, encode)?;
             windows.push(ScoredWindow::after(&context, &continuation, max_len)?);
@@ -258,17 +249,18 @@ fn softmax(values: &[f64]) -> Vec<f64> {
 /// adds to any.
 ///
 /// # Errors
-/// Those of `encode`, or [`Error::NoContinuation`] if nothing is left of the whole text.
+/// Those of `encode` and `prefix`, or [`Error::NoContinuation`] if nothing is left of the whole text.
 pub fn encode_pair(
     context: &str,
     continuation: &str,
-    prefix: u32,
+    prefix: impl Fn() -> Result<u32>,
     encode: impl Fn(&str) -> Result<Vec<u32>>,
 ) -> Result<(Vec<u32>, Vec<u32>)> {
     let (head, _) = split_trailing(context);
     let mut whole = encode(&[context, continuation].concat())?;
     let mut head = encode(head)?;
     if head.is_empty() {
+        let prefix = prefix()?;
         head.push(prefix);
         if whole.first() != Some(&prefix) {
             whole.insert(0, prefix);

@@ -52,11 +52,12 @@ pub struct Answer {
 
 /// A model's answers, after solved examples if there are any, each of up to `max_new_tokens` tokens.
 ///
-/// `on_answer` sees each as it comes.
+/// A prompt begins with the token that begins texts, where the tokenizer puts it. Of one that leaves
+/// no room for the answer in what the model was made for, the last tokens are kept, as the harness
+/// does. `on_answer` sees each answer as it comes.
 ///
 /// # Errors
-/// [`Error::NoTokenizer`](crate::Error::NoTokenizer), or as [`Pretrained::generate`]: [`peft::Error::TooLong`] for
-/// a prompt that leaves no place for an answer, for one.
+/// As [`Pretrained::encode_text`] and [`Pretrained::generate`].
 pub fn answers(
     lm: &Pretrained,
     examples: &[Problem],
@@ -65,11 +66,14 @@ pub fn answers(
     mut on_answer: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>> {
     let settings = Generation::new(max_new_tokens);
+    let max_len = lm.model.config().max_seq_len();
     let mut answers = Vec::new();
     for problem in problems {
-        let prompt = lm.encode(&few_shot_prompt(examples, &problem.question))?;
+        let prompt = lm.encode_text(&few_shot_prompt(examples, &problem.question))?;
+        let room = max_len.saturating_sub(max_new_tokens).max(1);
+        let prompt = &prompt[prompt.len().saturating_sub(room)..];
         let mut text = String::new();
-        lm.generate(&prompt, &settings, |piece| {
+        lm.generate(prompt, &settings, |piece| {
             text += piece;
             match cut(&text, &STOPS).len() < text.len() {
                 true => ControlFlow::Break(()),

@@ -8,7 +8,8 @@ use super::{
 use crate::{Error, Result};
 
 /// Perplexity in the protocol `gptq`: non-overlapping windows, the mean over the `seq_len - 1`
-/// targets of each, the mean of those (Frantar et al. 2023).
+/// targets of each, the mean of those (Frantar et al. 2023). The stream of tokens is that of
+/// [`Pretrained::windows`](crate::Pretrained::windows), without a first token that begins texts.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// The mean negative log-likelihood of a token, in nats.
@@ -79,21 +80,26 @@ pub fn window_losses<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<f6
 /// The mean loss of all tokens that are to be predicted, in nats.
 ///
 /// # Errors
-/// As [`window_losses`], for windows of any lengths.
+/// [`Error::NoWindows`], [`peft::Error::Token`] or [`peft::Error::TooLong`], or [`Error::NonFinite`] with
+/// the first window whose loss is not finite.
 pub fn target_loss<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<f64> {
     if batches.is_empty() {
         return Err(Error::NoWindows);
     }
-    let (mut sum, mut n_targets) = (0.0, 0);
-    for (at, batch) in batches.iter().enumerate() {
+    let (mut sum, mut n_targets, mut n_windows) = (0.0, 0, 0);
+    for batch in batches {
         batch.check(model)?;
         let nll = token_nll(model, batch).into_data().convert::<f32>();
         let nll = nll.as_slice::<f32>().expect("converted to f32");
-        sum += nll.iter().map(|&nll| f64::from(nll)).sum::<f64>();
-        n_targets += batch.n_targets();
-        if !sum.is_finite() {
-            return Err(Error::NonFinite { window: at });
+        let n = batch.targets().len() / batch.tokens().dims()[0];
+        for window in nll.chunks_exact(n) {
+            sum += window.iter().map(|&nll| f64::from(nll)).sum::<f64>();
+            if !sum.is_finite() {
+                return Err(Error::NonFinite { window: n_windows });
+            }
+            n_windows += 1;
         }
+        n_targets += batch.n_targets();
     }
     Ok(sum / n_targets as f64)
 }

@@ -149,7 +149,7 @@ impl Bootstrap {
         })
     }
 
-    /// Any statistic of `n` items, given the places of those to take it of.
+    /// Any statistic of `n` items that has no bias, given the places of those to take it of.
     ///
     /// # Errors
     /// [`Error::NoItems`] or [`Error::Setting`].
@@ -192,6 +192,34 @@ impl Bootstrap {
         }
         Ok(())
     }
+}
+
+/// The expected calibration error of groups of items, windows of text for example, which are drawn
+/// whole.
+///
+/// Resamples are worse calibrated than the items, as any fewer items look worse: the interval is the
+/// basic one, whose ends are as far from the value as those of the resamples are on the other side
+/// (Davison and Hinkley 1997, §5.2.1).
+///
+/// # Errors
+/// As [`calibration`], or [`Error::Setting`] of the bootstrap.
+pub fn calibration_error(
+    groups: &[Vec<(f64, bool)>],
+    n_bins: usize,
+    bootstrap: &Bootstrap,
+) -> Result<Estimate> {
+    let value = calibration(&groups.concat(), n_bins)?.ece;
+    let drawn = bootstrap.statistic(groups.len(), |drawn| {
+        let items: Vec<_> = drawn.iter().flat_map(|&at| &groups[at]).copied().collect();
+        // Groups without items may be all that was drawn.
+        calibration(&items, n_bins).map_or(value, |found| found.ece)
+    })?;
+    Ok(Estimate {
+        value,
+        lower: (2.0 * value - drawn.upper).max(0.0),
+        upper: 2.0 * value - drawn.lower,
+        n: drawn.n,
+    })
 }
 
 fn ratio_of_sums(items: impl Iterator<Item = (f64, f64)>) -> f64 {

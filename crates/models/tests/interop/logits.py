@@ -155,4 +155,5 @@ def main() -> None:
     sys.exit(n_above > 0)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,15 +13,9 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from logits import dequantize, from_gptq
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def perplexity(model, tokens, seq_len):
@@ -29,49 +23,6 @@ def perplexity(model, tokens, seq_len):
     with torch.no_grad():
         losses = [model(w[None], labels=w[None]).loss.item() for w in windows]
     return math.exp(sum(losses) / len(losses)), len(losses)
-
-
-def unpack(words, bits, axis):
-    words = np.moveaxis(words.numpy().astype(np.uint32), axis, 0)
-    codes = [(words >> (bits * k)) & ((1 << bits) - 1) for k in range(32 // bits)]
-    return np.moveaxis(np.stack(codes, 1).reshape(-1, words.shape[1]), 0, axis)
-
-
-def decode_gptq(directory, config):
-    quantization = config.pop("quantization_config")
-    bits, v1 = quantization["bits"], quantization["checkpoint_format"] == "gptq"
-    assert bits in (2, 4, 8), "3-bit codes cross words"
-    state = {}
-    tensors = load_file(directory / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.endswith(".qweight"):
-            layer = name.removesuffix(".qweight")
-            zeros = unpack(tensors[f"{layer}.qzeros"], bits, 1).astype(np.float32)
-            zeros = (zeros + v1) % (1 << bits) if v1 else zeros
-            scales = tensors[f"{layer}.scales"].float().numpy()
-            group = tensors[f"{layer}.g_idx"].numpy()
-            weight = (unpack(tensor, bits, 0) - zeros[group]) * scales[group]
-            state[f"{layer}.weight"] = torch.tensor(weight.T.copy())
-        elif not name.endswith((".qzeros", ".scales", ".g_idx")):
-            state[name] = tensor.float()
-    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
-    model.load_state_dict(state, strict=False)
-    return model
-
-
-def dequantize(model):
-    import bitsandbytes as bnb
-
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                weight = child.weight
-                dense = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
-                linear = torch.nn.Linear(*dense.T.shape, bias=child.bias is not None)
-                linear.weight.data = dense
-                if child.bias is not None:
-                    linear.bias.data = child.bias.data.float()
-                setattr(module, name, linear)
 
 
 def load(directory):
@@ -95,7 +46,7 @@ def main():
     config = json.loads((directory / "config.json").read_text())
     method = config.get("quantization_config", {}).get("quant_method")
     if method == "gptq":
-        model = decode_gptq(directory, config)
+        model = from_gptq(directory).eval()
     else:
         model = load(directory)
     model = adapted(model, adapter)
@@ -108,4 +59,5 @@ def main():
         print("%.4f with its dequantized weights" % perplexity(model, tokens, seq_len)[0])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -327,7 +327,6 @@ fn a_sliding_window_is_refused_where_it_would_be_noticed() {
         assert_refused(&config, "sliding_window", "texts may have 32 tokens");
     }
     for config in [
-        mistral.clone(),
         with(&mistral, &json!({"sliding_window": null})),
         with(&mistral, &json!({"sliding_window": 32})),
         with(&mistral, &json!({"sliding_window": 4096})),

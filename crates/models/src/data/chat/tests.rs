@@ -242,7 +242,7 @@ fn a_template_needs_its_special_tokens() {
     let error = Chat::new(LLAMA_3, &SpecialTokens::default()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the chat template needs a bos_token; state it in the model's `tokenizer_config.json`"
+        "the chat template needs its `bos_token`; state it in the model's `tokenizer_config.json`"
     );
     assert!(Chat::new(CHATML, &SpecialTokens::default()).is_ok());
     let error = Chat::new("{% for m in messages %}\n{% endif %}", &special()).unwrap_err();

@@ -258,8 +258,9 @@ fn duplicates_are_counted() {
         example(&[1, 2]),
         example(&[1]),
     ];
-    let eval = [example(&[1, 2]), example(&[2, 1]), example(&[1, 2])];
+    let eval = [example(&[1, 2]), example(&[2, 1]), example(&[1])];
     assert_eq!(count_duplicates(&train, &eval), 2);
+    assert_eq!(count_duplicates(&eval, &train), 3);
     assert_eq!(count_duplicates(&train, &[]), 0);
 }
 

@@ -128,7 +128,7 @@ fn what_needs_a_token_says_so() {
     let error = none.need_bos("the protocol `documents`").unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the protocol `documents` needs a bos_token; state it in the model's `tokenizer_config.json`"
+        "the protocol `documents` needs its `bos_token`; state it in the model's `tokenizer_config.json`"
     );
     let error = none.need_eos("the end of a text").unwrap_err();
     assert!(matches!(
