@@ -23,9 +23,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = Device::flex();
     println!("{}", Ceilings::measure(&device));
     let rtn = Rtn::new().with_bits(4).with_group_size(128);
-    let models: [(&str, fn(&Device) -> Model); 2] = [("LLaMA", llama), ("OPT", opt)];
-    for (name, model) in models {
-        let mut model = model(&device);
+    for name in ["LLaMA", "OPT"] {
+        let mut model = match name {
+            "LLaMA" => llama(&device),
+            _ => opt(&device),
+        };
         models::quantize(&mut model, &rtn, &[], |_| {})?;
         let config = model.config();
         let dims = [config.hidden_size(), config.vocab_size()];

@@ -63,6 +63,10 @@ pub(crate) trait AttentionOps: Backend {
     ///
     /// With the probabilities `p = exp(scale q kᵀ - lse)` and `dp = dy vᵀ`:
     /// `ds = p (dp - Σ dy y) scale`, `dq = ds k`, `dk = dsᵀ q`, `dv = pᵀ dy`.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "what the forward pass was given and gave; the macro copies this to where it is no lint"
+    )]
     #[fusion(default)]
     fn causal_attention_backward(
         q: FloatTensor<Self>,

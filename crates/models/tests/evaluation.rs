@@ -207,7 +207,7 @@ fn choices_and_answers_are_those_of_the_model() {
             question: "w3 w4".into(),
             answer: "#### 5".into(),
         };
-        let answers = gsm8k::answers(&lm, &[], &[problem.clone()], 4, |_| {}).unwrap();
+        let answers = gsm8k::answers(&lm, &[], std::slice::from_ref(&problem), 4, |_| {}).unwrap();
         assert!(!answers[0].strict && !answers[0].flexible || answers[0].text.contains('5'));
         // More than the model was made for: the end of the prompt is kept.
         let shots = vec![problem.clone(); 60];

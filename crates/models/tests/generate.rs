@@ -223,7 +223,7 @@ proptest! {
 
 #[test]
 fn what_cannot_be_continued_is_refused() {
-    let model = model(&config(2, RopeScaling::None), 1, 0);
+    let model = model(config(2, RopeScaling::None), 1, 0);
     assert!(matches!(
         greedy(&model, &[], 4, None, |_| {}),
         Err(Error::NoTokens)
@@ -279,7 +279,7 @@ fn logits_that_are_not_finite_are_refused() {
             param.map(|values| if D == 1 { values * 1e30 } else { values })
         }
     }
-    let model = model(&config(2, RopeScaling::None), 1, 0).map(&mut Overflow);
+    let model = model(config(2, RopeScaling::None), 1, 0).map(&mut Overflow);
     let error = greedy(&model, &[1, 2], 4, None, |_| {}).unwrap_err();
     assert!(
         matches!(error, Error::NonFiniteLogits { position: 2 }),

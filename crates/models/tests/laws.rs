@@ -407,7 +407,7 @@ fn text() -> String {
 fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
     let run = || {
         let device = Device::flex();
-        let (dir, mut lm) = pretrained(&config(2, true, false), 1);
+        let (dir, mut lm) = pretrained(config(2, true, false), 1);
         let batches = lm
             .windows(&text(), 20)
             .unwrap()
@@ -453,7 +453,7 @@ fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
 
 #[test]
 fn perplexity_is_the_mean_over_windows_of_the_mean_over_targets() {
-    let (_dir, mut lm) = pretrained(&config(2, false, true), 1);
+    let (_dir, mut lm) = pretrained(config(2, false, true), 1);
     check_perplexity(&lm);
     quantize_head(&mut lm.model, &Rtn::new().with_group_size(8)).unwrap();
     check_perplexity(&lm);
@@ -512,7 +512,7 @@ fn windows_do_not_overlap_and_leave_out_the_rest() {
 
 #[test]
 fn texts_that_do_not_fit_are_refused() {
-    let (dir, lm) = pretrained(&config(2, false, true), 1);
+    let (dir, lm) = pretrained(config(2, false, true), 1);
     let short = lm.windows("w1 w2 w3", 8).unwrap_err();
     assert!(matches!(
         short,
@@ -543,7 +543,7 @@ fn texts_that_do_not_fit_are_refused() {
 /// Whatever a tokenizer's file says of cutting and filling up, a text's tokens are all of it.
 #[test]
 fn texts_are_neither_cut_nor_filled_up() {
-    let (dir, lm) = pretrained(&config(2, false, true), 1);
+    let (dir, lm) = pretrained(config(2, false, true), 1);
     let path = dir.path().join("cutting.json");
     let json = fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
     let json = json
@@ -569,7 +569,7 @@ struct Damage {
 
 impl Damage {
     fn new() -> Self {
-        let (dir, mut lm) = pretrained(&config(2, false, false), 1);
+        let (dir, mut lm) = pretrained(config(2, false, false), 1);
         models::quantize(&mut lm.model, &Rtn::new().with_group_size(8), &[], |_| {}).unwrap();
         let path = dir.path().join("model");
         save(&lm, &path).unwrap();
@@ -707,7 +707,7 @@ fn weights_that_do_not_fit_are_refused() {
     );
     let message = Damage::config("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
     assert_says(message, &["model.layers.1.", "no projection"]);
-    let (dir, lm) = pretrained(&config(2, false, false), 1);
+    let (dir, lm) = pretrained(config(2, false, false), 1);
     let path = dir.path().join("dense");
     save(&lm, &path).unwrap();
     let text = fs::read_to_string(path.join("config.json")).unwrap();
@@ -864,7 +864,7 @@ fn what_is_there_is_not_overwritten() {
 /// A directory of a model with a packed head that is no such model, or another one.
 #[test]
 fn a_packed_head_is_in_the_configuration_and_in_the_fingerprint() {
-    let (dir, mut lm) = pretrained(&config(2, false, true), 1);
+    let (dir, mut lm) = pretrained(config(2, false, true), 1);
     quantize_head(&mut lm.model, &NormalFloat::new().with_block_size(8)).unwrap();
     let path = dir.path().join("model");
     save(&lm, &path).unwrap();
@@ -891,7 +891,7 @@ fn a_packed_head_is_in_the_configuration_and_in_the_fingerprint() {
 #[test]
 fn a_head_that_cannot_be_quantized_stays_as_it_is() {
     for tied in [true, false] {
-        let (_dir, mut lm) = pretrained(&config(2, false, tied), 1);
+        let (_dir, mut lm) = pretrained(config(2, false, tied), 1);
         let before = peft::Fingerprint::of(&lm.model);
         let quantizers: [(&dyn Quantizer, &str); 2] = [
             (&Optq::new().with_group_size(8), "needs the Gram"),
@@ -924,7 +924,7 @@ fn a_head_that_cannot_be_quantized_stays_as_it_is() {
 
 #[test]
 fn quantizing_refuses_before_it_changes_anything() {
-    let (_dir, mut lm) = pretrained(&config(2, false, false), 1);
+    let (_dir, mut lm) = pretrained(config(2, false, false), 1);
     // The MLP's inner width is 20, the others are 24 and 32.
     let error =
         models::quantize(&mut lm.model, &Rtn::new().with_group_size(24), &[], |_| {}).unwrap_err();

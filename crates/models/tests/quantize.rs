@@ -32,7 +32,7 @@ fn config() -> LlamaConfig {
 }
 
 fn model() -> Model {
-    Model::init(&config(), 3, &Device::flex())
+    Model::init(config(), 3, &Device::flex())
 }
 
 fn batches(n: usize) -> Vec<Batch> {

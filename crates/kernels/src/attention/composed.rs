@@ -119,6 +119,10 @@ pub(super) fn forward<B: Backend>(
 }
 
 /// See [`super::AttentionOps::causal_attention_backward`].
+#[expect(
+    clippy::too_many_arguments,
+    reason = "what the forward pass was given and gave"
+)]
 pub(super) fn backward<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,

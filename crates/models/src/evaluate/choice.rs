@@ -136,7 +136,7 @@ impl ChoiceItem {
 /// texts, where the tokenizer puts it (the harness's default; `add_bos_token=False` leaves it out).
 ///
 /// # Errors
-/// [`Error::NoTokenizer`], [`Error::Token`], [`Error::NoSpecialToken`] if a context is empty and the
+/// [`Error::NoTokenizer`], [`Error::Token`], [`Error::MissingSpecial`] if a context is empty and the
 /// model has no token to begin a text with, or as [`encode_pair`], [`ScoredWindow::after`],
 /// [`score`](super::score()) and [`ChoiceItem::score`].
 pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>> {

@@ -390,7 +390,7 @@ fn a_configuration_that_is_no_json_object_is_refused() {
         (b"{\"model_type\": \"\xff\"}".to_vec(), "invalid unicode"),
         (format!("\u{feff}{fine}").into_bytes(), "expected value"),
         (format!("{fine}{{}}").into_bytes(), "trailing characters"),
-        (fine[..fine.len() / 2].as_bytes().to_vec(), "EOF"),
+        (fine.as_bytes()[..fine.len() / 2].to_vec(), "EOF"),
         (deep.into_bytes(), "recursion limit"),
         (theta("NaN"), "expected value"),
         (theta("Infinity"), "expected value"),

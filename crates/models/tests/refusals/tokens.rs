@@ -307,7 +307,7 @@ fn a_tokenizer_that_is_none_is_refused() {
         Vec::new(),
         b"\xff\xfe{}".to_vec(),
         fine.replace("w3", "\u{1}").into_bytes(),
-        fine[..fine.len() - 2].as_bytes().to_vec(),
+        fine.as_bytes()[..fine.len() - 2].to_vec(),
         format!("{fine}{{}}").into_bytes(),
         format!("\u{feff}{fine}").into_bytes(),
         b"[]".to_vec(),

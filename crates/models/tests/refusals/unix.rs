@@ -153,7 +153,7 @@ fn a_file_that_may_not_be_read_is_refused() {
         let dir = without(name);
         let path = dir.path().join(name);
         fs::write(&path, "{}").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
         if File::open(&path).is_ok() {
             eprintln!("skipped: this user may read everything");
             return;
@@ -163,7 +163,7 @@ fn a_file_that_may_not_be_read_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data.jsonl");
     fs::write(&path, "{}").unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
     assert_unread(&read_records(&path).unwrap_err(), "data.jsonl");
 }
 
