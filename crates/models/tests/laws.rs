@@ -94,8 +94,9 @@ fn configs() -> impl Strategy<Value = Config> {
     let llama = (n_kv, any::<bool>(), any::<bool>(), any::<bool>());
     let llama = llama.prop_map(|(n_kv, bias, output_bias, tied)| {
         Config::Llama(LlamaConfig {
-            // A bias of the last projection alone is no architecture's.
+            // Biases of queries, keys and values alone are Qwen2's, whose MLP has none.
             attention_output_bias: bias && output_bias,
+            mlp_bias: bias && output_bias,
             ..config(n_kv, bias, tied)
         })
     });

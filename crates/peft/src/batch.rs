@@ -202,6 +202,13 @@ impl Batch {
         &self.spans
     }
 
+    /// Whether some tokens only fill sequences up.
+    pub fn is_padded(&self) -> bool {
+        self.is_text
+            .as_ref()
+            .is_some_and(|marks| marks.contains(&false))
+    }
+
     /// Whether each token after the first of its sequence is to be predicted, `batch * (seq - 1)`, row
     /// by row.
     pub fn targets(&self) -> Vec<bool> {

@@ -19,8 +19,8 @@ pub struct Comparison {
 /// them.
 ///
 /// # Errors
-/// [`Error::OtherVocabulary`], [`Error::NoWindows`], [`Error::PartialWindow`] for one that has tokens
-/// which are not to be predicted, [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
+/// [`Error::OtherVocabulary`], [`Error::NoWindows`], [`Error::PartialWindow`] for one that is
+/// filled up, [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
 /// [`perplexity`](super::perplexity()), or [`Error::NonFinite`] with the first window whose divergence
 /// is not finite.
 pub fn compare<A: CausalLm, B: CausalLm>(
@@ -44,7 +44,7 @@ pub fn compare<A: CausalLm, B: CausalLm>(
     for batch in batches {
         batch.check(model)?;
         batch.check(reference)?;
-        if batch.n_targets() < batch.targets().len() {
+        if batch.is_padded() {
             let window = comparison.divergence.len();
             return Err(Error::PartialWindow { window });
         }

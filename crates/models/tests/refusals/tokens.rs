@@ -334,7 +334,8 @@ fn a_tokenizer_that_is_none_is_refused() {
 #[test]
 fn special_tokens_that_are_needed_must_be_stated_and_known() {
     let dir = copy(LLAMA);
-    let lm = load(dir.path(), &Device::flex()).unwrap();
+    // They are read once.
+    let lm = || load(dir.path(), &Device::flex()).unwrap();
     let encode = || {
         let path = dir.path().join("data.jsonl");
         fs::write(&path, "{\"question\": \"w1\", \"answer\": \"w2\"}\n").unwrap();
@@ -344,10 +345,11 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
             max_len: 8,
             too_long: TooLong::Refuse,
         };
+        let lm = lm();
         let special = lm.special_tokens()?;
         data::encode(&records, &template, lm.tokenizer()?, &special, limit)
     };
-    let error = lm.first_token().unwrap_err();
+    let error = lm().first_token().unwrap_err();
     assert!(
         matches!(
             error,
@@ -373,10 +375,10 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     let config = dir.path().join("tokenizer_config.json");
     let state = |json: &str| fs::write(&config, json).unwrap();
     state("{\"eos_token\": \"w3\"}");
-    assert_eq!(lm.first_token().unwrap(), 3);
+    assert_eq!(lm().first_token().unwrap(), 3);
     assert_eq!(encode().unwrap().examples[0].tokens(), [1, 2, 3]);
     state("{\"eos_token\": \"</s>\"}");
-    for error in [lm.first_token().unwrap_err(), encode().unwrap_err()] {
+    for error in [lm().first_token().unwrap_err(), encode().unwrap_err()] {
         let is_named = matches!(
             &error,
             Error::UnknownSpecial { name: "eos_token", token, .. } if token == "</s>"
