@@ -83,11 +83,10 @@ impl Batch {
     /// where in its sequence its text begins. The first token of a text is not predicted.
     ///
     /// # Errors
-    /// [`Error::Spans`] if `starts` has another length or is not the beginning of texts, or after
-    /// [`Batch::with_padding`],
-    /// [`Error::NoTargets`] if nothing is left to predict.
+    /// [`Error::Spans`] if `starts` has another length or is not the beginning of texts, or if the batch
+    /// is cut into texts already; [`Error::NoTargets`] if nothing is left to predict.
     pub fn with_starts(mut self, starts: &[usize]) -> Result<Self> {
-        let dims @ [batch, seq] = self.tokens.dims();
+        let [batch, seq] = self.tokens.dims();
         self.check_len("starts", starts.len())?;
         if self.spans.starts.is_some() {
             let problem = "the batch is cut into texts already".into();
@@ -105,12 +104,7 @@ impl Batch {
         let values: Vec<i64> = starts.iter().map(|&start| start as i64).collect();
         let values = TensorData::new(values, [batch, seq]);
         self.spans.starts = Some(Tensor::from_data(values, &self.tokens.device()));
-        let mut is_target = self.targets();
-        for (at, is_target) in is_target.iter_mut().enumerate() {
-            let (row, place) = (at / (seq - 1), at % (seq - 1) + 1);
-            *is_target &= starts[row * seq + place] != place;
-        }
-        self.put_targets(is_target, dims)
+        self.keep_targets(|token| starts[token] != token % seq)
     }
 
     /// What the tokens are beside texts: `is_text`, `batch * seq`, is false for those that fill a
@@ -122,7 +116,7 @@ impl Batch {
     /// [`Error::Spans`] if `is_text` has another length, or a text is interrupted,
     /// [`Error::NoTargets`] if nothing is left to predict.
     pub fn with_padding(self, is_text: &[bool]) -> Result<Self> {
-        let dims @ [_, seq] = self.tokens.dims();
+        let [_, seq] = self.tokens.dims();
         self.check_len("marks", is_text.len())?;
         let mut batch = match self.spans.starts() {
             Some(_) => self,
@@ -151,12 +145,8 @@ impl Batch {
                 }
             }
         }
-        let mut is_target = batch.targets();
-        for (at, is_target) in is_target.iter_mut().enumerate() {
-            *is_target &= is_text[at / (seq - 1) * seq + at % (seq - 1) + 1];
-        }
         batch.is_text = Some(is_text.to_vec());
-        batch.put_targets(is_target, dims)
+        batch.keep_targets(|token| is_text[token])
     }
 
     /// Only the tokens are to be predicted for which `is_target`, `batch * seq`, is true, of those
@@ -165,11 +155,16 @@ impl Batch {
     /// # Errors
     /// [`Error::Spans`] if `is_target` has another length, [`Error::NoTargets`] if nothing is left.
     pub fn with_targets(self, is_target: &[bool]) -> Result<Self> {
-        let dims @ [_, seq] = self.tokens.dims();
         self.check_len("marks", is_target.len())?;
+        self.keep_targets(|token| is_target[token])
+    }
+
+    /// Of the targets those for whose token, `0 .. batch * seq`, it is said.
+    fn keep_targets(self, is_kept: impl Fn(usize) -> bool) -> Result<Self> {
+        let dims @ [_, seq] = self.tokens.dims();
         let mut kept = self.targets();
         for (at, kept) in kept.iter_mut().enumerate() {
-            *kept &= is_target[at / (seq - 1) * seq + at % (seq - 1) + 1];
+            *kept &= is_kept(at / (seq - 1) * seq + at % (seq - 1) + 1);
         }
         self.put_targets(kept, dims)
     }
@@ -217,10 +212,10 @@ impl Batch {
         self.targets.clone().unwrap_or_else(all)
     }
 
-    /// One of the sequences. [`Error::NoTargets`] if there is nothing to predict in it.
+    /// One of the sequences.
     ///
     /// # Errors
-    /// As said.
+    /// [`Error::NoTargets`] if there is nothing to predict in it.
     ///
     /// # Panics
     /// If there is no sequence `at`.
