@@ -234,7 +234,7 @@ fn run(args: &Args) -> Result<()> {
         return Err("--batch is 0; it must be at least 1".into());
     }
     if let Some(out) = &args.out {
-        peft::files::check_output(out)?;
+        tensor_files::check_output(out)?;
     }
     let device = args.device.open();
 
@@ -289,7 +289,7 @@ fn run(args: &Args) -> Result<()> {
         let run = tune(args, &**quantizer, &source, &texts, &out, &device)?;
         report.runs.push(run);
         // What is done is reported even if the next run fails.
-        peft::files::write_json(&json, &report)?;
+        tensor_files::write_json(&json, &report)?;
     }
 
     println!("\n{}", table(&report));

@@ -120,7 +120,7 @@ fn run(args: &Args) -> Result<()> {
     if args.eval_windows == Some(0) {
         return Err("--eval-windows is 0; it must be at least 1".into());
     }
-    peft::files::check_output(&args.out)?;
+    tensor_files::check_output(&args.out)?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
     let source = args.embedded.or(None, scratch.path())?;
@@ -166,14 +166,14 @@ fn run(args: &Args) -> Result<()> {
     }
     let text = markdown(&report);
     println!("\n{text}");
-    peft::files::write_directory(&args.out, |out| {
-        let io = |path: &Path, source| peft::Error::Io {
+    tensor_files::write_directory(&args.out, |out| {
+        let io = |path: &Path, source| tensor_files::Error::Io {
             path: path.into(),
             source,
         };
         let path = out.join("compare.md");
         std::fs::write(&path, &text).map_err(|source| io(&path, source))?;
-        peft::files::write_json(&out.join("compare.json"), &report)?;
+        tensor_files::write_json(&out.join("compare.json"), &report)?;
         let path = out.join("compare.svg");
         std::fs::write(&path, chart(&report)).map_err(|source| io(&path, source))
     })?;

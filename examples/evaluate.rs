@@ -93,7 +93,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    peft::files::check_output(&args.out)?;
+    tensor_files::check_output(&args.out)?;
     if args.limit == 0 {
         return Err("--limit is 0; it must be at least 1".into());
     }
@@ -204,7 +204,7 @@ fn run(args: &Args) -> Result<()> {
     // What was measured is kept, even if something failed after it.
     let markdown = report.to_markdown();
     println!("{markdown}");
-    peft::files::write_directory(&args.out, |out| {
+    tensor_files::write_directory(&args.out, |out| {
         let files = [
             ("report.json", report.to_json()),
             ("report.md", markdown),
@@ -212,9 +212,10 @@ fn run(args: &Args) -> Result<()> {
         ];
         for (name, text) in files {
             let path = out.join(name);
-            std::fs::write(&path, text).map_err(|source| peft::Error::Io { path, source })?;
+            std::fs::write(&path, text)
+                .map_err(|source| tensor_files::Error::Io { path, source })?;
         }
-        Ok(())
+        Ok::<(), tensor_files::Error>(())
     })?;
     println!("report: {}", args.out.display());
     ended

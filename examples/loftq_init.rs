@@ -300,7 +300,7 @@ fn run(args: &Args) -> Result<()> {
         fit_config(args, 0).check()?;
     }
     if let Some(out) = &args.out {
-        peft::files::check_output(out)?;
+        tensor_files::check_output(out)?;
     }
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
@@ -404,7 +404,7 @@ fn save(
     let (to_base, to_adapter) = (out.join("base"), out.join("adapter"));
     models::save_as(base, &to_base, format)?;
     adapters.save_hf(&to_adapter, &base.model)?;
-    peft::files::write_json(&out.join("report.json"), &layers)?;
+    tensor_files::write_json(&out.join("report.json"), &layers)?;
     let mut again = models::load(&to_base, device)?;
     let adapters = Adapters::load_hf(&to_adapter, &again.model)?;
     peft::activate(&mut again.model, &adapters)?;

@@ -51,7 +51,7 @@ const SEQ_LEN: usize = 128;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
-    peft::files::check_output(&args.out)?;
+    tensor_files::check_output(&args.out)?;
     let device = args.device.open();
 
     let n_tokens = args.steps * args.batch * SEQ_LEN;
@@ -64,7 +64,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
     });
-    peft::files::write_json(&tokenizer.with_file_name("tokenizer_config.json"), &special)?;
+    tensor_files::write_json(&tokenizer.with_file_name("tokenizer_config.json"), &special)?;
     train_tokenizer(
         &corpus::text(Dialect::Plain, 1_000_000, args.seed),
         &tokenizer,

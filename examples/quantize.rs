@@ -205,7 +205,7 @@ fn run(args: &Args) -> Result<()> {
         _ => None,
     };
     if let Some(out) = &args.out {
-        peft::files::check_output(out)?;
+        tensor_files::check_output(out)?;
     }
     let device = args.device.open();
     // Dropped, and so removed, at the end.

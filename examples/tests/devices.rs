@@ -1,14 +1,13 @@
 //! A device tunes a model as the processor does.
 #![cfg(all(feature = "flex", feature = "wgpu"))]
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::Value;
 
 /// The report of `adapt`, cut down to what a software device does in a minute or two.
 fn report(device: &str) -> Value {
-    let mut program = PathBuf::from(std::env::current_exe().unwrap());
+    let mut program = std::env::current_exe().unwrap();
     // From target/PROFILE/deps/devices-HASH to target/PROFILE/examples/adapt.
     program.pop();
     program.pop();

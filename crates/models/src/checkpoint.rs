@@ -11,10 +11,10 @@ use std::sync::OnceLock;
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft::files::{self, FloatType, LazyTensor, TensorFile};
 use peft::{Linear, Linears, Weight};
 use quant_core::{DoubleScales, QuantTensor, Scales};
 use serde_json::{Map, Value};
+use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 use crate::model::Table;
 use crate::source::{HEAD, Source};
@@ -184,7 +184,7 @@ impl CheckpointFormat {
     fn open(dir: &Path, json: Option<Value>) -> Result<Option<Box<dyn LayerFormat>>> {
         let config = dir.join(CONFIG);
         let Some(json) = json.filter(|json| !json.is_null()) else {
-            return Ok(match files::is_there(&dir.join(gptq::CONFIG_FILE)) {
+            return Ok(match tensor_files::is_there(&dir.join(gptq::CONFIG_FILE)) {
                 true => Some(Box::new(Gptq::open(dir, None)?)),
                 false => None,
             });
@@ -219,10 +219,10 @@ impl CheckpointFormat {
 pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
-    let mut config: Map<String, Value> = files::read_json(&config_path)?;
+    let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
     let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
     let shape = Config::from_json(&config, &config_path)?;
-    let tokenizer = match files::is_there(&dir.join(TOKENIZER)) {
+    let tokenizer = match tensor_files::is_there(&dir.join(TOKENIZER)) {
         true => Some(Tokenizer::open(&dir.join(TOKENIZER))?),
         false => None,
     };
@@ -291,8 +291,8 @@ pub(crate) fn stop_tokens(
 pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
     let mut carried = BTreeMap::new();
     for name in CARRIED {
-        if files::is_there(&dir.join(name)) {
-            carried.insert(name, files::read(&dir.join(name))?);
+        if tensor_files::is_there(&dir.join(name)) {
+            carried.insert(name, tensor_files::read(&dir.join(name))?);
         }
     }
     Ok(carried)
@@ -304,8 +304,8 @@ pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
 /// them, or save them with [`peft::Adapters`].
 ///
 /// # Errors
-/// [`peft::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
-/// layer has an adapter, [`peft::Error::Io`] if the directory cannot be written.
+/// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
+/// layer has an adapter, [`tensor_files::Error::Io`] if the directory cannot be written.
 pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
     save_as(lm, dir, CheckpointFormat::QuantCore)
 }
@@ -392,16 +392,17 @@ fn write<'a>(
     tensors: impl IntoIterator<Item = (String, LazyTensor<'a>)>,
     files: &Files,
 ) -> Result<()> {
-    files::write_directory(dir, |dir| {
-        files::write_tensors(&dir.join(WEIGHTS), tensors)?;
+    tensor_files::write_directory(dir, |dir| {
+        tensor_files::write_tensors(&dir.join(WEIGHTS), tensors)?;
         for (name, bytes) in files.carried {
             let path = dir.join(name);
-            std::fs::write(&path, bytes).map_err(|source| peft::Error::Io { path, source })?;
+            std::fs::write(&path, bytes)
+                .map_err(|source| tensor_files::Error::Io { path, source })?;
         }
         if let Some((name, config)) = files.beside {
-            files::write_json(&dir.join(name), config)?;
+            tensor_files::write_json(&dir.join(name), config)?;
         }
-        files::write_json(&dir.join(CONFIG), files.config)
+        tensor_files::write_json(&dir.join(CONFIG), files.config)
     })?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use peft::files::FloatType;
+use tensor_files::FloatType;
 
 use crate::CheckpointFormat;
 
@@ -8,7 +8,10 @@ use crate::CheckpointFormat;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An adapter, a layer or a file.
+    /// A file or a directory.
+    #[error(transparent)]
+    File(#[from] tensor_files::Error),
+    /// An adapter or a layer.
     #[error(transparent)]
     Peft(#[from] peft::Error),
     /// A model of another architecture.

@@ -3,7 +3,6 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use peft::files;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
@@ -47,7 +46,7 @@ impl Pretrained {
     pub fn new(model: Model, tokenizer: &Path) -> Result<Self> {
         let dir = tokenizer.parent().unwrap_or(tokenizer);
         let mut carried = carried(dir)?;
-        carried.insert(TOKENIZER, files::read(tokenizer)?);
+        carried.insert(TOKENIZER, tensor_files::read(tokenizer)?);
         // Other programs guess the class by the model's type without it.
         let class = br#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
         carried.entry(TOKENIZER_CONFIG).or_insert(class.to_vec());
@@ -129,7 +128,7 @@ impl Pretrained {
         // A directory that is gone is not one that names none.
         if let Err(source) = self.dir.metadata() {
             let path = self.dir.clone();
-            return Err(peft::Error::Io { path, source }.into());
+            return Err(tensor_files::Error::Io { path, source }.into());
         }
         let special = SpecialTokens::read(&self.dir, self.tokenizer()?)?;
         Ok(self.special.get_or_init(|| special).clone())

@@ -1,7 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::{Batch, files};
+use peft::Batch;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::Deserialize;
@@ -23,9 +23,9 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
-    /// As [`peft::files::read`]; [`Error::Tokenizer`] if it is no tokenizer.
+    /// As [`tensor_files::read`]; [`Error::Tokenizer`] if it is no tokenizer.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = files::read(path)?;
+        let bytes = tensor_files::read(path)?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes);
         let mut inner = inner.map_err(|error| refuse(path, error))?;
         // Files may ask for texts to be cut or filled up to one length; a text here is all of it.

@@ -7,12 +7,12 @@ use std::path::Path;
 use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor};
 use models::{Config, LlamaConfig, Model, Pretrained};
-use peft::files::{FloatType, LazyTensor, TensorFile};
 use peft::{
     Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
     OffGrid, Peqa, Schedule, Tile, fit, token_nll,
 };
 use quant_core::Rtn;
+use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 mod reference;
 
@@ -249,9 +249,9 @@ fn what_peft_has_and_this_has_not_is_refused() {
         let path = dir.path().join(format!("{n}"));
         std::fs::create_dir(&path).unwrap();
         let mut config: serde_json::Value =
-            peft::files::read_json(&golden(CASES[0]).join("adapter_config.json")).unwrap();
+            tensor_files::read_json(&golden(CASES[0]).join("adapter_config.json")).unwrap();
         edit(&mut config);
-        peft::files::write_json(&path.join("adapter_config.json"), &config).unwrap();
+        tensor_files::write_json(&path.join("adapter_config.json"), &config).unwrap();
         let tensors = "adapter_model.safetensors";
         std::fs::copy(golden(CASES[0]).join(tensors), path.join(tensors)).unwrap();
         Adapters::load_hf(&path, &model)
@@ -271,18 +271,27 @@ fn what_peft_has_and_this_has_not_is_refused() {
     ] {
         let value: serde_json::Value = serde_json::from_str(value).unwrap();
         let error = load(&|config| config[key] = value.clone()).unwrap_err();
-        assert!(matches!(error, Error::File { .. }), "{error}");
+        assert!(
+            matches!(error, Error::File(tensor_files::Error::File { .. })),
+            "{error}"
+        );
         assert!(error.to_string().contains(key), "{error}");
     }
     // What a flag of tomorrow says if it is off.
     assert!(load(&|config| config["a_flag_of_tomorrow"] = false.into()).is_ok());
 
     let rank = load(&|config| config["r"] = 4.into()).unwrap_err();
-    assert!(matches!(rank, Error::Tensor { .. }), "{rank}");
+    assert!(
+        matches!(rank, Error::File(tensor_files::Error::Tensor { .. })),
+        "{rank}"
+    );
     let rank = load(&|config| config["rank_pattern"] = serde_json::json!({"q_proj": 2}));
     assert!(rank.unwrap_err().to_string().contains("rank 2"));
     let dora = load(&|config| config["use_dora"] = true.into()).unwrap_err();
-    assert!(matches!(dora, Error::MissingTensor { .. }), "{dora}");
+    assert!(
+        matches!(dora, Error::File(tensor_files::Error::MissingTensor { .. })),
+        "{dora}"
+    );
     for (key, value, part) in [
         ("lora_alpha", serde_json::json!(-1), "alpha is -1"),
         (
@@ -309,7 +318,10 @@ fn what_peft_has_and_this_has_not_is_refused() {
         ),
     ] {
         let error = load(&|config| config[key] = value.clone()).unwrap_err();
-        assert!(matches!(error, Error::File { .. }), "{error}");
+        assert!(
+            matches!(error, Error::File(tensor_files::Error::File { .. })),
+            "{error}"
+        );
         assert!(error.to_string().contains(part), "{part}: {error}");
     }
     let both = load(&|config| {
@@ -354,18 +366,18 @@ fn what_peft_has_and_this_has_not_is_refused() {
             ))
         });
         let tensors: Vec<_> = tensors.collect();
-        peft::files::write_tensors(&path.join("adapter_model.safetensors"), tensors).unwrap();
+        tensor_files::write_tensors(&path.join("adapter_model.safetensors"), tensors).unwrap();
         Adapters::load_hf(&path, &model).unwrap_err()
     };
     let error = partial("missing", &|name| {
         (!name.contains("layers.1.mlp.up_proj")).then(|| name.into())
     });
-    let named = matches!(&error, Error::MissingTensor { tensor, .. } if tensor.contains("up_proj"));
+    let named = matches!(&error, Error::File(tensor_files::Error::MissingTensor { tensor, .. }) if tensor.contains("up_proj"));
     assert!(named, "{error}");
     let error = partial("half", &|name| {
         (!name.contains("layers.1.mlp.up_proj.lora_B")).then(|| name.into())
     });
-    let named = matches!(&error, Error::MissingTensor { tensor, .. } if tensor.contains("lora_B"));
+    let named = matches!(&error, Error::File(tensor_files::Error::MissingTensor { tensor, .. }) if tensor.contains("lora_B"));
     assert!(named, "{error}");
     let error = partial("unknown", &|name| {
         Some(name.replace("layers.1", "layers.9"))
@@ -375,7 +387,7 @@ fn what_peft_has_and_this_has_not_is_refused() {
     let error = partial("extra", &|name| {
         Some(name.replace("lora_A.weight", "lora_C.weight"))
     });
-    let named = matches!(&error, Error::Tensor { tensor, .. } if tensor.contains("lora_C"));
+    let named = matches!(&error, Error::File(tensor_files::Error::Tensor { tensor, .. }) if tensor.contains("lora_C"));
     assert!(named, "{error}");
     let error = partial("shape", &|name| {
         Some(match name.contains("down_proj") {
@@ -478,7 +490,7 @@ fn what_is_written_for_peft_is_what_it_wrote() {
         };
         assert_eq!(read(&path), read(&golden(case)));
         let config = |dir: &Path| -> serde_json::Value {
-            peft::files::read_json(&dir.join("adapter_config.json")).unwrap()
+            tensor_files::read_json(&dir.join("adapter_config.json")).unwrap()
         };
         assert_eq!(config(&path), config(&golden(case)));
     }

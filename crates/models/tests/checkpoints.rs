@@ -11,7 +11,6 @@ use models::GptqVersion::{V1, V2};
 use models::{
     CheckpointFormat, Error, LlamaConfig, Model, Pretrained, RopeScaling, load, save, save_as,
 };
-use peft::files::{FloatType, LazyTensor, TensorFile, write_tensors};
 use peft::{Batch, CausalLm, Fingerprint, FitConfig, Linear, Linears, Peqa, Weight};
 use proptest::prelude::*;
 use quant_core::{
@@ -20,6 +19,7 @@ use quant_core::{
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tensor_files::{FloatType, LazyTensor, TensorFile, write_tensors};
 
 mod reference;
 
@@ -626,7 +626,7 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         config["quantization_config"]["desc_act"] = json!(true);
         all.remove(&format!("{LAYER}.g_idx"));
     });
-    let missing = matches!(&error, Error::Peft(peft::Error::MissingTensor { tensor, .. }) if tensor.ends_with("down_proj.g_idx"));
+    let missing = matches!(&error, Error::File(tensor_files::Error::MissingTensor { tensor, .. }) if tensor.ends_with("down_proj.g_idx"));
     assert!(missing, "{error}");
     // Zero-points read in the wrong way are off by one.
     let error = refusal(GPTQ, |config, _| {

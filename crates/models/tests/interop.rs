@@ -17,8 +17,8 @@ use models::{
     load, save, save_as, save_dense,
 };
 use peft::CausalLm;
-use peft::files::{FloatType, LazyTensor, write_tensors};
 use quant_core::{NormalFloat, Quantizer, Rtn};
+use tensor_files::{FloatType, LazyTensor, write_tensors};
 
 const VOCAB: usize = 64;
 

@@ -737,7 +737,7 @@ fn damaged_files_are_refused_at_every_length() {
         fs::write(&path, &bytes[..n]).unwrap();
         let error = damage.error();
         assert!(
-            matches!(error, Error::Peft(peft::Error::File { .. })),
+            matches!(error, Error::File(tensor_files::Error::File { .. })),
             "{n}: {error}"
         );
     }
@@ -752,7 +752,7 @@ fn damaged_files_are_refused_at_every_length() {
     fs::create_dir(&path).unwrap();
     assert!(matches!(
         damage.error(),
-        Error::Peft(peft::Error::File { .. } | peft::Error::Io { .. })
+        Error::File(tensor_files::Error::File { .. } | tensor_files::Error::Io { .. })
     ));
     fs::remove_dir(&path).unwrap();
     assert!(matches!(damage.error(), Error::NoWeights { .. }));
@@ -763,7 +763,7 @@ fn damaged_files_are_refused_at_every_length() {
     fs::remove_file(damage.path.join("config.json")).unwrap();
     assert!(matches!(
         damage.error(),
-        Error::Peft(peft::Error::Io { .. })
+        Error::File(tensor_files::Error::Io { .. })
     ));
 }
 
@@ -777,7 +777,7 @@ fn sharded(change: impl Fn(&mut String)) -> (TempDir, Result<Pretrained, Error>)
         dir.path().join("one.safetensors"),
     )
     .unwrap();
-    let file = peft::files::TensorFile::open(&golden.join("model.safetensors")).unwrap();
+    let file = tensor_files::TensorFile::open(&golden.join("model.safetensors")).unwrap();
     let map: Vec<String> = file
         .names()
         .iter()
@@ -849,7 +849,7 @@ fn what_is_there_is_not_overwritten() {
     let error = save(&lm, &damage.path).unwrap_err();
     assert!(matches!(
         error,
-        Error::Peft(peft::Error::OutputExists { .. })
+        Error::File(tensor_files::Error::OutputExists { .. })
     ));
     assert_eq!(
         fs::read(damage.path.join("model.safetensors")).unwrap(),

@@ -7,8 +7,8 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::files::{LazyTensor, TensorFile};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use tensor_files::{LazyTensor, TensorFile};
 
 mod bayesian;
 mod dropout;
@@ -337,7 +337,7 @@ fn check_inner(
         return Ok(());
     }
     let problem = format!("has {b_rank} rows where `{}` has {rank} columns", name("a"));
-    Err(file.refuse(&name("b"), problem))
+    Err(file.refuse(&name("b"), problem).into())
 }
 
 /// The values of a tensor, in `f32`.

@@ -5,8 +5,8 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::Settings;
-use crate::files::{self, TensorFile};
 use crate::{Adapter, Error, Fingerprint, Linears, LoraAdapter, Result};
+use tensor_files::TensorFile;
 
 mod hf;
 
@@ -149,7 +149,7 @@ impl Adapters {
     /// Writes a new directory, whole or not at all.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if `dir` holds something, [`Error::Io`] if it cannot be written.
+    /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`tensor_files::Error::Io`] if it cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let config = Config {
             format_version: FORMAT_VERSION,
@@ -160,14 +160,14 @@ impl Adapters {
                 .map(|(path, adapter)| (path.clone(), adapter.settings()))
                 .collect(),
         };
-        files::write_directory(dir.as_ref(), |dir| {
+        Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
             let tensors = self.layers.iter().flat_map(|(path, adapter)| {
                 let tensors = adapter.tensors().into_iter();
                 tensors.map(move |(name, tensor)| (format!("{path}.{name}"), tensor))
             });
-            files::write_tensors(&dir.join(TENSORS), tensors)?;
-            files::write_json(&dir.join(CONFIG), &config)
-        })
+            tensor_files::write_tensors(&dir.join(TENSORS), tensors)?;
+            tensor_files::write_json(&dir.join(CONFIG), &config)
+        })?)
     }
 
     /// Reads a directory onto `device`.
@@ -177,13 +177,14 @@ impl Adapters {
     /// configuration lists.
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
-        let config: Config = files::read_json(&config_path)?;
-        files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
+        let config: Config = tensor_files::read_json(&config_path)?;
+        tensor_files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
         if config.layers.is_empty() {
-            return Err(Error::File {
+            return Err(tensor_files::Error::File {
                 path: config_path,
                 problem: "lists no layers".into(),
-            });
+            }
+            .into());
         }
         let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
         let mut layers = BTreeMap::new();

@@ -1,5 +1,3 @@
-use std::path::PathBuf;
-
 use burn::tensor::DType;
 use quant_core::Format;
 
@@ -9,6 +7,9 @@ use crate::Fingerprint;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A file or a directory.
+    #[error(transparent)]
+    File(#[from] tensor_files::Error),
     /// A layer's weight could not be quantized or unpacked.
     #[error("layer `{path}`")]
     Quant {
@@ -198,46 +199,6 @@ pub enum Error {
         expected: Fingerprint,
         /// The base of the model at hand.
         found: Fingerprint,
-    },
-    /// A file that could not be read or written.
-    #[error("`{path}`")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// A file that is not what it should be.
-    #[error("`{path}`: {problem}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong, and what to do.
-        problem: String,
-    },
-    /// A tensor that a file does not have.
-    #[error("`{path}` has no tensor `{tensor}`")]
-    MissingTensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-    },
-    /// A tensor that is not what it should be.
-    #[error("tensor `{tensor}` in `{path}`: {problem}")]
-    Tensor {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// What is wrong.
-        problem: String,
-    },
-    /// A directory to be written that holds something else.
-    #[error("`{path}` exists and is not an empty directory; choose another name or remove it")]
-    OutputExists {
-        /// The directory.
-        path: PathBuf,
     },
     /// A setting out of its range.
     #[error("{setting} is {value}; it must be {expected}")]

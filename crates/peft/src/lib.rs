@@ -67,7 +67,6 @@ mod calibration;
 mod causal_lm;
 mod checkpointing;
 mod error;
-pub mod files;
 mod fingerprint;
 mod fit;
 mod linear;

@@ -7,8 +7,8 @@ use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{floats, quantized};
-use crate::files::{self, LazyTensor, TensorFile};
 use crate::{Error, Fingerprint, Linears, Result, Weight};
+use tensor_files::{LazyTensor, TensorFile};
 
 const CONFIG: &str = "task.json";
 const TENSORS: &str = "task.safetensors";
@@ -133,7 +133,7 @@ impl TaskPack {
     /// Writes a new directory, whole or not at all.
     ///
     /// # Errors
-    /// [`Error::OutputExists`] if `dir` holds something, [`Error::Io`] if it cannot be written.
+    /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`tensor_files::Error::Io`] if it cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let names = |grids: &Grids| {
             let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
@@ -147,7 +147,7 @@ impl TaskPack {
                 .map(|(path, grids)| (path.clone(), names(grids)))
                 .collect(),
         };
-        files::write_directory(dir.as_ref(), |dir| {
+        Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
             let tensors = self.layers.iter().flat_map(|(path, grids)| {
                 let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
                 parts.into_iter().filter_map(move |(name, values)| {
@@ -156,9 +156,9 @@ impl TaskPack {
                     Some((format!("{path}.{name}"), tensor))
                 })
             });
-            files::write_tensors(&dir.join(TENSORS), tensors)?;
-            files::write_json(&dir.join(CONFIG), &config)
-        })
+            tensor_files::write_tensors(&dir.join(TENSORS), tensors)?;
+            tensor_files::write_json(&dir.join(CONFIG), &config)
+        })?)
     }
 
     /// Reads a directory.
@@ -168,13 +168,14 @@ impl TaskPack {
     /// lists.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
-        let config: Config = files::read_json(&config_path)?;
-        files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
+        let config: Config = tensor_files::read_json(&config_path)?;
+        tensor_files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
         if config.layers.values().all(|names| names.is_empty()) {
-            return Err(Error::File {
+            return Err(tensor_files::Error::File {
                 path: config_path,
                 problem: "lists no scales and no zeros".into(),
-            });
+            }
+            .into());
         }
         let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
         let mut expected = Vec::new();
@@ -186,10 +187,11 @@ impl TaskPack {
                     "scales" => &mut grids.scales,
                     "zeros" => &mut grids.zeros,
                     _ => {
-                        return Err(Error::File {
+                        return Err(tensor_files::Error::File {
                             path: config_path,
                             problem: format!("`{path}` has `{name}`, neither scales nor zeros"),
-                        });
+                        }
+                        .into());
                     }
                 };
                 let tensor = format!("{path}.{name}");
@@ -198,7 +200,7 @@ impl TaskPack {
                 let both = grids.scales.is_some() && grids.zeros.is_some();
                 if both && dims != grids.dims {
                     let problem = format!("is {dims:?}, its layer's scales are {:?}", grids.dims);
-                    return Err(file.refuse(&tensor, problem));
+                    return Err(file.refuse(&tensor, problem).into());
                 }
                 grids.dims = dims;
                 expected.push(tensor);

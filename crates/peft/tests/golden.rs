@@ -4,9 +4,9 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::files::{FloatType, LazyTensor, TensorFile, write_tensors};
 use peft::{Adapter, Adapters, Exactness, Linear, Linears, Weight};
 use quant_core::{Format, Grid, Parts, QuantTensor};
+use tensor_files::{FloatType, LazyTensor, TensorFile, write_tensors};
 
 #[derive(Module, Debug)]
 struct Layer {

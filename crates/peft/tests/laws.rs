@@ -3,7 +3,6 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
-use peft::files::{FloatType, LazyTensor};
 use peft::{
     Adapter, Adapters, Batch, Bayesian, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear,
     Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Spans, Targets, TaskPack, Tasks, Tile,
@@ -11,6 +10,7 @@ use peft::{
 };
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Grid, NormalFloat, Quantizer, Rtn};
+use tensor_files::{FloatType, LazyTensor};
 
 const VOCAB: usize = 11;
 const HIDDEN: usize = 128;
@@ -856,7 +856,7 @@ fn damaged_adapter_directories_are_refused() {
     let path = write("twice");
     assert!(matches!(
         adapters.save(&path),
-        Err(Error::OutputExists { .. })
+        Err(Error::File(tensor_files::Error::OutputExists { .. }))
     ));
     assert!(Adapters::load(&path, &Device::flex()).is_ok());
 
@@ -866,7 +866,10 @@ fn damaged_adapter_directories_are_refused() {
     for n in [0, 7, 100, bytes.len() - 1] {
         std::fs::write(&file, &bytes[..n]).unwrap();
         let error = load(&path);
-        assert!(matches!(&error, Error::File { .. }), "{n}: {error}");
+        assert!(
+            matches!(&error, Error::File(tensor_files::Error::File { .. })),
+            "{n}: {error}"
+        );
     }
     std::fs::write(
         &file,
@@ -875,7 +878,10 @@ fn damaged_adapter_directories_are_refused() {
     .unwrap();
     assert!(load(&path).to_string().contains("git lfs pull"));
     std::fs::remove_file(&file).unwrap();
-    assert!(matches!(load(&path), Error::Io { .. }));
+    assert!(matches!(
+        load(&path),
+        Error::File(tensor_files::Error::Io { .. })
+    ));
 
     let config = |name: &str, from: &str, to: &str| {
         let path = write(name);
@@ -887,11 +893,11 @@ fn damaged_adapter_directories_are_refused() {
     };
     let error = config("missing", "mlp.down", "mlp.gate");
     assert!(
-        matches!(&error, Error::MissingTensor { tensor, .. } if tensor.starts_with("mlp.gate"))
+        matches!(&error, Error::File(tensor_files::Error::MissingTensor { tensor, .. }) if tensor.starts_with("mlp.gate"))
     );
     let error = config("extra", "\"mlp.up\":", "\"mlp.down\":");
     assert!(
-        matches!(&error, Error::Tensor { tensor, .. } if tensor.starts_with("mlp.up")),
+        matches!(&error, Error::File(tensor_files::Error::Tensor { tensor, .. }) if tensor.starts_with("mlp.up")),
         "{error}"
     );
     let error = config("method", "\"peqa\"", "\"ia3\"").to_string();
@@ -903,7 +909,10 @@ fn damaged_adapter_directories_are_refused() {
             .to_string()
             .contains("is 1")
     );
-    assert!(matches!(config("json", "{", "["), Error::File { .. }));
+    assert!(matches!(
+        config("json", "{", "["),
+        Error::File(tensor_files::Error::File { .. })
+    ));
 }
 
 #[test]
@@ -951,7 +960,11 @@ fn damaged_and_strange_tasks_are_refused() {
         ("json", "{", "["),
     ] {
         let error = edited(name, from, to).unwrap_err();
-        let refused = matches!(error, Error::File { .. } | Error::MissingTensor { .. });
+        let refused = matches!(
+            error,
+            Error::File(tensor_files::Error::File { .. })
+                | Error::File(tensor_files::Error::MissingTensor { .. })
+        );
         assert!(refused, "{name}: {error}");
     }
     let path = dir.path().join("extra");
@@ -963,9 +976,12 @@ fn damaged_and_strange_tasks_are_refused() {
             LazyTensor::floats_as(FloatType::F32, [2, 2], values),
         )
     });
-    peft::files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
+    tensor_files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
     let error = TaskPack::load(&path).unwrap_err();
-    assert!(matches!(error, Error::Tensor { .. }), "{error}");
+    assert!(
+        matches!(error, Error::File(tensor_files::Error::Tensor { .. })),
+        "{error}"
+    );
     // Of the right base, with a layer of another shape.
     let tensors = ["mlp.up.scales", "mlp.down.scales"].map(|name| {
         (
@@ -973,7 +989,7 @@ fn damaged_and_strange_tasks_are_refused() {
             LazyTensor::floats_as(FloatType::F32, [2, 2], values),
         )
     });
-    peft::files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
+    tensor_files::write_tensors(&path.join("task.safetensors"), tensors).unwrap();
     let small = TaskPack::load(&path).unwrap();
     let mut tasks = Tasks::new(quantized(1, &Rtn::new().with_bits(3).with_group_size(4))).unwrap();
     let error = tasks.insert("small", small).unwrap_err();
@@ -1079,16 +1095,16 @@ fn damaged_lora_files_are_refused() {
                 LazyTensor::floats_as(FloatType::F32, dims, values),
             )
         });
-        peft::files::write_tensors(&file, tensors).unwrap();
+        tensor_files::write_tensors(&file, tensors).unwrap();
         Adapters::load(&path, &Device::flex()).unwrap_err()
     };
     for dims in [[[WIDTH, 2], [3, HIDDEN]], [[WIDTH, 0], [0, HIDDEN]]] {
         let error = write(dims);
-        let named = matches!(&error, Error::Tensor { tensor, .. } if tensor == "mlp.down.b");
+        let named = matches!(&error, Error::File(tensor_files::Error::Tensor { tensor, .. }) if tensor == "mlp.down.b");
         assert!(named, "{error}");
     }
     let error = write([[WIDTH, 2], [2, HIDDEN]]);
-    let named = matches!(&error, Error::MissingTensor { tensor, .. } if tensor == "mlp.up.a");
+    let named = matches!(&error, Error::File(tensor_files::Error::MissingTensor { tensor, .. }) if tensor == "mlp.up.a");
     assert!(named, "{error}");
     for (at, (setting, value)) in [("alpha", "-1.0"), ("dropout", "1.0")]
         .into_iter()
@@ -1138,7 +1154,7 @@ fn damaged_lora_files_are_refused() {
 fn a_failed_write_leaves_nothing_behind() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("new");
-    let error = peft::files::write_directory(&target, |staging| {
+    let error = tensor_files::write_directory(&target, |staging| {
         std::fs::write(staging.join("half"), "written").unwrap();
         Err(Error::NoBatches)
     });
@@ -1146,11 +1162,14 @@ fn a_failed_write_leaves_nothing_behind() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     // An empty directory may be filled, a file may not be replaced.
     std::fs::create_dir(&target).unwrap();
-    peft::files::write_directory(&target, |_| Ok(())).unwrap();
+    tensor_files::write_directory(&target, |_| tensor_files::Result::Ok(())).unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "something else").unwrap();
-    let error = peft::files::write_directory(&file, |_| Ok(()));
-    assert!(matches!(error, Err(Error::OutputExists { .. })));
+    let error = tensor_files::write_directory(&file, |_| Ok(()));
+    assert!(matches!(
+        error,
+        Err(Error::File(tensor_files::Error::OutputExists { .. }))
+    ));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "something else");
 }
 

@@ -20,13 +20,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use peft::files::{FloatType, LazyTensor};
 use quant_core::{
     DoubleQuant, DoubleScales, Format, Grid, Layout, Parts, QuantTensor, ScaleLevels, Scales,
     scale_levels,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use tensor_files::{FloatType, LazyTensor};
 
 use super::packing::{pack, transpose};
 use super::{

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use peft::files::{FloatType, LazyTensor};
 use peft::{Linears, Weight};
 use serde_json::{Map, Value};
+use tensor_files::{FloatType, LazyTensor};
 
 use super::{Files, check_no_adapters, state_head, transpose, values, write};
 use crate::model::Table;

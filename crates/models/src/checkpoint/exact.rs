@@ -17,10 +17,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
-use peft::files::LazyTensor;
 use quant_core::{DoubleScales, Format, Grid, Parts, QuantTensor, Scales};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tensor_files::LazyTensor;
 
 use super::{LayerFormat, Projections, Tensors, double_scales, quant_error, refuse_config, values};
 use crate::Result;

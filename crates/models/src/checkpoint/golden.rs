@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::files::{FloatType, LazyTensor, TensorFile, write_tensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tensor_files::{FloatType, LazyTensor, TensorFile, write_tensors};
 
 use super::*;
 

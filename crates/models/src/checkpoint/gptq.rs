@@ -12,10 +12,10 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use peft::files::{self, FloatType, LazyTensor};
 use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tensor_files::{FloatType, LazyTensor};
 
 use super::packing::{pack, transpose, unpack};
 use super::{CONFIG, LayerFormat, Projections, Refusals, Tensors, quant_error, values};
@@ -86,8 +86,8 @@ impl Gptq {
             found.push(ConfigFile::new(json, dir.join(CONFIG))?);
         }
         let path = dir.join(CONFIG_FILE);
-        if files::is_there(&path) {
-            found.push(ConfigFile::new(files::read_json(&path)?, path)?);
+        if tensor_files::is_there(&path) {
+            found.push(ConfigFile::new(tensor_files::read_json(&path)?, path)?);
         }
         if let [first, second] = &found[..] {
             first.check_agrees(second)?;
@@ -458,7 +458,7 @@ impl LayerFormat for Gptq {
             }
             false if self.desc_act => {
                 let path = tensors.path(&qweight);
-                return Err(peft::Error::MissingTensor {
+                return Err(tensor_files::Error::MissingTensor {
                     path,
                     tensor: g_idx,
                 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
-use peft::{Recipe, check_paths, files};
+use peft::{Recipe, check_paths};
 use quant_core::Format;
 use serde_json::{Map, Value};
 
@@ -76,7 +76,7 @@ impl fmt::Display for Plan {
 pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
-    let mut config: Map<String, Value> = files::read_json(&config_path)?;
+    let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
     // A method that is not known here would leave no layer to be quantized.
     CheckpointFormat::open(dir, config.remove("quantization_config"))?;
     let config = Config::from_json(&config, &config_path)?;

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use peft::files::{self, TensorFile};
 use serde::Deserialize;
+use tensor_files::TensorFile;
 
 use super::WEIGHTS;
 use crate::{Error, Result};
@@ -24,7 +24,7 @@ struct Index {
 
 impl Shards {
     pub(super) fn open(dir: &Path) -> Result<Self> {
-        if files::is_there(&dir.join(WEIGHTS)) {
+        if tensor_files::is_there(&dir.join(WEIGHTS)) {
             let file = TensorFile::open(&dir.join(WEIGHTS))?;
             let of_tensor = file.names().into_iter().map(|name| (name, 0)).collect();
             return Ok(Self {
@@ -33,9 +33,12 @@ impl Shards {
             });
         }
         let index_path = dir.join(INDEX);
-        if !files::is_there(&index_path) {
+        if !tensor_files::is_there(&index_path) {
             let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
-            let hint = match pickled.iter().any(|name| files::is_there(&dir.join(name))) {
+            let hint = match pickled
+                .iter()
+                .any(|name| tensor_files::is_there(&dir.join(name)))
+            {
                 true => "; it has a pickled `pytorch_model.bin`: convert it to safetensors first",
                 false => "",
             };
@@ -43,10 +46,10 @@ impl Shards {
             return Err(Error::NoWeights { dir, hint });
         }
 
-        let index: Index = files::read_json(&index_path)?;
+        let index: Index = tensor_files::read_json(&index_path)?;
         if index.weight_map.is_empty() {
             let problem = "lists no tensors".into();
-            return Err(peft::Error::File {
+            return Err(tensor_files::Error::File {
                 path: index_path,
                 problem,
             }
@@ -69,7 +72,7 @@ impl Shards {
             };
             if !shards.files[at].contains(&tensor) {
                 let path = shards.files[at].path().into();
-                return Err(peft::Error::MissingTensor { path, tensor }.into());
+                return Err(tensor_files::Error::MissingTensor { path, tensor }.into());
             }
             shards.of_tensor.insert(tensor, at);
         }
@@ -122,7 +125,7 @@ impl Shards {
                     .map(|file| file.path().into())
                     .unwrap_or_default();
                 let tensor = tensor.into();
-                Err(peft::Error::MissingTensor { path, tensor }.into())
+                Err(tensor_files::Error::MissingTensor { path, tensor }.into())
             }
         }
     }
@@ -131,14 +134,14 @@ impl Shards {
 fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
     // A name and nothing else: an index must not lead out of its directory.
     if Path::new(shard).file_name() != Some(shard.as_ref()) || shard.contains(['/', '\\', '\0']) {
-        return Err(peft::Error::File {
+        return Err(tensor_files::Error::File {
             path: index.into(),
             problem: format!("names a shard {shard:?}, which is not the name of a file beside it"),
         }
         .into());
     }
     let path = dir.join(shard);
-    if !files::is_there(&path) {
+    if !tensor_files::is_there(&path) {
         return Err(Error::MissingShard {
             index: index.into(),
             shard: shard.into(),

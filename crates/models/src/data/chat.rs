@@ -2,7 +2,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use minijinja::{Environment, Value};
-use peft::files;
 use serde_json::Value as Json;
 
 use super::records::kind;
@@ -46,8 +45,8 @@ impl Chat {
     /// [`Error::NoChatTemplate`], or those of [`Chat::new`].
     pub fn open(dir: &Path, special: &SpecialTokens) -> Result<Self> {
         let path = dir.join(CHAT_TEMPLATE);
-        let source = match files::is_there(&path) {
-            true => String::from_utf8(files::read(&path)?).map_err(|_| Error::NotUtf8 {
+        let source = match tensor_files::is_there(&path) {
+            true => String::from_utf8(tensor_files::read(&path)?).map_err(|_| Error::NotUtf8 {
                 path: path.clone(),
                 line: 1,
                 column: 1,

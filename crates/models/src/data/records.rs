@@ -271,7 +271,7 @@ impl<'de> DeserializeSeed<'de> for Item<'_> {
 
 fn unread(path: &Path, source: io::Error) -> Error {
     let path = path.into();
-    peft::Error::Io { path, source }.into()
+    tensor_files::Error::Io { path, source }.into()
 }
 
 fn too_long(path: &Path, line: usize, max: usize) -> Error {

@@ -1,6 +1,5 @@
 use std::path::Path;
 
-use peft::files;
 use serde_json::{Map, Value};
 use tokenizers::{Encoding, Token};
 
@@ -194,10 +193,10 @@ fn special_token(
 
 /// The settings of a configuration; none if it is not there.
 pub(super) fn read_config(path: &Path) -> Result<Map<String, Value>> {
-    if !files::is_there(path) {
+    if !tensor_files::is_there(path) {
         return Ok(Map::new());
     }
-    let bytes = files::read(path)?;
+    let bytes = tensor_files::read(path)?;
     serde_json::from_slice(&bytes).map_err(|error| Error::Config {
         path: path.into(),
         setting: "the file".into(),

@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use half::bf16;
-use peft::files::TensorFile;
 use peft::{Batch, CausalLm, nll_of_output};
 use safetensors::SafeTensors;
+use tensor_files::TensorFile;
 
 use super::Model;
 use crate::positions::Positions;

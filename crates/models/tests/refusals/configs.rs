@@ -294,7 +294,7 @@ fn an_opt_without_the_projections_of_its_embedding_is_refused() {
     let error = refusal(dir.path());
     let is_missed = matches!(
         &error,
-        Error::Peft(peft::Error::MissingTensor { tensor, .. })
+        Error::File(tensor_files::Error::MissingTensor { tensor, .. })
             if tensor == "model.decoder.project_in.weight"
     );
     assert!(is_missed, "{error}");
@@ -416,7 +416,7 @@ fn a_head_must_be_that_of_the_configuration() {
     const HEAD: &str = "lm_head.weight";
     let error = changed(|config, _| config["tie_word_embeddings"] = json!(true)).unwrap_err();
     let is_named =
-        matches!(&error, Error::Peft(peft::Error::Tensor { tensor, .. }) if tensor == HEAD);
+        matches!(&error, Error::File(tensor_files::Error::Tensor { tensor, .. }) if tensor == HEAD);
     assert!(
         is_named && error.to_string().contains("another matrix"),
         "{error}"
@@ -430,7 +430,7 @@ fn a_head_must_be_that_of_the_configuration() {
     let error = changed(|_, all| drop(all.remove(HEAD))).unwrap_err();
     let is_missed = matches!(
         &error,
-        Error::Peft(peft::Error::MissingTensor { tensor, .. }) if tensor == HEAD
+        Error::File(tensor_files::Error::MissingTensor { tensor, .. }) if tensor == HEAD
     );
     assert!(is_missed, "{error}");
 }

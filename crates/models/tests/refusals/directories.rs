@@ -92,7 +92,7 @@ fn shards_that_are_not_those_of_the_index_are_refused() {
     let error = refusal_of(|_, index| index["weight_map"][FIRST] = json!(SHARDS[1]));
     let is_missed = matches!(
         &error,
-        Error::Peft(peft::Error::MissingTensor { path, tensor })
+        Error::File(tensor_files::Error::MissingTensor { path, tensor })
             if path.ends_with(SHARDS[1]) && tensor == FIRST
     );
     assert!(is_missed, "{error}");

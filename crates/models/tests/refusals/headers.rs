@@ -3,8 +3,8 @@
 use std::fs::{self, File};
 use std::io::Write;
 
-use peft::files::TensorFile;
 use safetensors::Dtype;
+use tensor_files::TensorFile;
 
 use super::{
     LLAMA, WEIGHTS, assert_file, assert_tensor, change, copy, refusal, refusal_of_plan, without,

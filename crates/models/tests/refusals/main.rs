@@ -160,7 +160,7 @@ fn refusal_of_plan(dir: &Path) -> Error {
 /// Asserts that the file `name` as a whole is refused.
 #[track_caller]
 fn assert_file(error: &Error, name: &str, part: &str) {
-    let Error::Peft(peft::Error::File { path, problem }) = error else {
+    let Error::File(tensor_files::Error::File { path, problem }) = error else {
         panic!("{name}, {part:?}: {error:?}");
     };
     let is_said = path.ends_with(name) && problem.contains(part);
@@ -170,7 +170,7 @@ fn assert_file(error: &Error, name: &str, part: &str) {
 /// Asserts that a tensor is refused.
 #[track_caller]
 fn assert_tensor(error: &Error, name: &str, part: &str) {
-    let Error::Peft(peft::Error::Tensor {
+    let Error::File(tensor_files::Error::Tensor {
         tensor, problem, ..
     }) = error
     else {

@@ -32,7 +32,7 @@ fn in_time<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
 #[track_caller]
 fn assert_unread(error: &Error, name: &str) {
     let is_said =
-        matches!(error, Error::Peft(peft::Error::Io { path, .. }) if path.ends_with(name));
+        matches!(error, Error::File(tensor_files::Error::Io { path, .. }) if path.ends_with(name));
     assert!(is_said, "{name}: {error:?}");
 }
 

@@ -27,8 +27,8 @@ use super::{
     Adapter, LoraAdapter, Method, check_inner, check_positive, check_shape, layer_rng, read_param,
     stored, trained,
 };
-use crate::files::{LazyTensor, TensorFile};
 use crate::{Error, Exactness, Linear, Lora, Result, Targets, Weight};
+use tensor_files::{LazyTensor, TensorFile};
 
 pub(super) const METHOD: &str = "Bayesian-LoRA";
 
@@ -282,7 +282,7 @@ impl BayesianAdapter {
                 true => Ok(gates),
                 false => {
                     let problem = format!("has no {expected} gates");
-                    Err(file.refuse(&name(tensor), problem))
+                    Err(Error::from(file.refuse(&name(tensor), problem)))
                 }
             }
         };

@@ -22,9 +22,9 @@ use super::{
     Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_rank,
     check_shape, largest, layer_rng, of_roundings, read_param, stored, trained,
 };
-use crate::files::{LazyTensor, TensorFile};
 use crate::linear::dense_matmul;
 use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use tensor_files::{LazyTensor, TensorFile};
 
 #[cfg(test)]
 mod tests;

@@ -11,8 +11,8 @@ use quant_core::{Grid, QuantTensor};
 use serde::{Deserialize, Serialize};
 
 use super::{Adapter, Method, check_shape, quantized, read_param, stored};
-use crate::files::{LazyTensor, TensorFile};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use tensor_files::{LazyTensor, TensorFile};
 
 /// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
 ///

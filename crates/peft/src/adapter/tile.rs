@@ -33,9 +33,9 @@ use super::{
     Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_shape,
     floats, largest, of_roundings, read_param, stored, trained,
 };
-use crate::files::{LazyTensor, TensorFile};
 use crate::linear::dense_matmul;
 use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use tensor_files::{LazyTensor, TensorFile};
 
 #[cfg(test)]
 mod tests;
@@ -629,7 +629,7 @@ impl TileAdapter {
                 let rank = a.val().dims()[1];
                 if settings.tiles != TileMethod::QBara && rank != settings.rank {
                     let problem = format!("has rank {rank}, its settings say {}", settings.rank);
-                    return Err(file.refuse(&name("a"), problem));
+                    return Err(file.refuse(&name("a"), problem).into());
                 }
                 Factor::Product(Product { a, b })
             }

@@ -11,12 +11,12 @@ use serde_json::{Map, Value, json};
 
 use super::{Adapters, CONFIG, TENSORS};
 use crate::adapter::{LoraSettings, TileSettings, floats, trained};
-use crate::files::{self, FloatType, LazyTensor, TensorFile};
 use crate::targets::last_name;
 use crate::{
     Adapter, Error, Fingerprint, Linear, Linears, LoraAdapter, Pooling, Result, TileAdapter,
     TileMethod,
 };
+use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 /// Before the paths of layers.
 const PREFIX: &str = "base_model.model.";
@@ -141,20 +141,22 @@ impl Adapters {
     /// drops pooled inputs, as its paper does, and DoRA's product with the weight drops none.
     ///
     /// # Errors
-    /// [`Error::File`] for what this program does not know, by its name: another type of adapter, a
+    /// [`tensor_files::Error::File`] for what this program does not know, by its name: another type of adapter, a
     /// setting that changes what an adapter computes, an initialization that changed the base
     /// (PiSSA, OLoRA, …), a value out of its range. [`Error::UnknownLayer`],
-    /// [`Error::MissingTensor`], [`Error::Tensor`] or [`Error::Shape`] if the tensors are not those
+    /// [`tensor_files::Error::MissingTensor`], [`tensor_files::Error::Tensor`] or [`Error::Shape`] if the tensors are not those
     /// that the configuration and the model ask for, [`Error::Tiles`] if groups do not divide a
     /// layer, [`Error::NoBias`] if a layer has no bias for a trained one, [`Error::NotF32`] for a
     /// dense layer of another dtype.
     pub fn load_hf(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
         let path = dir.as_ref().join(CONFIG);
-        let refuse = |problem: String| Error::File {
-            path: path.clone(),
-            problem,
+        let refuse = |problem: String| {
+            Error::from(tensor_files::Error::File {
+                path: path.clone(),
+                problem,
+            })
         };
-        let config: Map<String, Value> = files::read_json(&path)?;
+        let config: Map<String, Value> = tensor_files::read_json(&path)?;
         check_keys(&config).map_err(&refuse)?;
         let config = LoraConfig::read(config).map_err(&refuse)?;
         let patterns = Patterns::new(&config).map_err(&refuse)?;
@@ -203,20 +205,20 @@ impl Adapters {
     ///
     /// # Errors
     /// [`Error::OtherBase`]; [`Error::NotForPeft`] if PEFT has no such adapter, or not in one
-    /// directory with the others; [`Error::OutputExists`] if `dir` holds something, [`Error::Io`] if
+    /// directory with the others; [`tensor_files::Error::OutputExists`] if `dir` holds something, [`tensor_files::Error::Io`] if
     /// it cannot be written.
     pub fn save_hf(&self, dir: impl AsRef<Path>, model: &impl Linears) -> Result<()> {
         self.check_base(model)?;
         let config = self.hf_config(model)?;
-        files::write_directory(dir.as_ref(), |dir| {
+        Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
             let tensors = self.layers.iter().flat_map(|(path, adapter)| {
                 hf_tensors(adapter)
                     .into_iter()
                     .map(move |(name, tensor)| (format!("{PREFIX}{path}.{name}"), tensor))
             });
-            files::write_tensors(&dir.join(TENSORS), tensors)?;
-            files::write_json(&dir.join(CONFIG), &config)
-        })
+            tensor_files::write_tensors(&dir.join(TENSORS), tensors)?;
+            tensor_files::write_json(&dir.join(CONFIG), &config)
+        })?)
     }
 
     fn hf_config(&self, model: &impl Linears) -> Result<Value> {
@@ -476,7 +478,7 @@ fn read(
         if rank != r || rank == 0 {
             let shape = [rows, columns];
             let problem = format!("is {shape:?}, where `{CONFIG}` says rank {r}");
-            return Err(file.refuse(&name(part), problem));
+            return Err(file.refuse(&name(part), problem).into());
         }
         Ok(trained(values, [rows, columns], &device)
             .val()
@@ -490,10 +492,12 @@ fn read(
         (false, []) | (true, [] | [_]) => (),
         (false, [part, ..]) => {
             let problem = format!("belongs to DoRA, which `{CONFIG}` does not name");
-            return Err(file.refuse(&name(*part), problem));
+            return Err(file.refuse(&name(*part), problem).into());
         }
         (true, [_, part, ..]) => {
-            return Err(file.refuse(&name(*part), "is there under two names".into()));
+            return Err(file
+                .refuse(&name(*part), "is there under two names".into())
+                .into());
         }
     }
     let mut bias = None;
@@ -507,7 +511,7 @@ fn read(
     if config.use_qalora && a.dims()[0] == d_in / group_size {
         if bias.is_some() {
             let problem = "is trained beside QA-LoRA, which this program does not do".into();
-            return Err(file.refuse(&name(Part::Bias), problem));
+            return Err(file.refuse(&name(Part::Bias), problem).into());
         }
         let alpha = match config.use_rslora {
             true => alpha * (r as f32).sqrt(),

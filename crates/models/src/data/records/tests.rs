@@ -259,7 +259,10 @@ fn paths_that_are_no_files() {
         }
     ));
     let missing = read_records(&dir.path().join("data.jsonl")).unwrap_err();
-    assert!(matches!(missing, Error::Peft(peft::Error::Io { .. })));
+    assert!(matches!(
+        missing,
+        Error::File(tensor_files::Error::Io { .. })
+    ));
 }
 
 /// Nobody writes to the pipe: to open it would be to wait.

@@ -1,4 +1,13 @@
-//! Tensor files and directories, read with care and written whole or not at all.
+//! Safetensors files, JSON files and directories, read with checks and written atomically.
+//!
+//! | item | what it does |
+//! |---|---|
+//! | [`TensorFile`] | reads a safetensors file tensor by tensor |
+//! | [`LazyTensor`], [`write_tensors`] | write one, with one tensor in memory at a time |
+//! | [`read`], [`read_json`], [`write_json`] | the same for small files |
+//! | [`write_directory`] | makes a directory that is complete under its name, or not there |
+
+#![forbid(unsafe_code)]
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -13,7 +22,9 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
 use serde::de::{DeserializeOwned, Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::{Error, Result};
+mod error;
+
+pub use error::{Error, Result};
 
 /// Headers above this are not read: the limit of the safetensors format.
 const MAX_HEADER: u64 = 100_000_000;
@@ -178,7 +189,7 @@ impl TensorFile {
     ///
     /// # Errors
     /// [`Error::Tensor`] with one that it does not.
-    pub(crate) fn check_names(&self, expected: &[String], config: &str) -> Result<()> {
+    pub fn check_names(&self, expected: &[String], config: &str) -> Result<()> {
         let expected: HashSet<&String> = expected.iter().collect();
         let names = self.names();
         match names.iter().find(|name| !expected.contains(name)) {
@@ -504,7 +515,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 ///
 /// # Errors
 /// [`Error::File`] if it is another one than that which is read.
-pub(crate) fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
+pub fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
     if read == found {
         return Ok(());
     }
@@ -523,24 +534,27 @@ pub(crate) fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
 /// # Errors
 /// [`Error::OutputExists`] if `dir` is there and is not an empty directory, [`Error::Io`] if it
 /// cannot be written, or what `write` returns.
-pub fn write_directory(dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub fn write_directory<E: From<Error>>(
+    dir: &Path,
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<(), E> {
     check_output(dir)?;
     let dir = std::path::absolute(dir).map_err(|source| io(dir, source))?;
     let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
-        return Err(Error::OutputExists { path: dir });
+        return Err(Error::OutputExists { path: dir }.into());
     };
     fs::create_dir_all(parent).map_err(|source| io(parent, source))?;
     let staging = create_staging(parent, name)?;
 
     let written = write(&staging)
-        .and_then(|()| sync(&staging))
-        .and_then(|()| fs::rename(&staging, &dir).map_err(|source| io(&dir, source)));
+        .and_then(|()| Ok(sync(&staging)?))
+        .and_then(|()| Ok(fs::rename(&staging, &dir).map_err(|source| io(&dir, source))?));
     if written.is_err() {
         // What failed is already the error; the leftover is hidden and harmless.
         let _ = fs::remove_dir_all(&staging);
         return written;
     }
-    sync_directory(parent)
+    Ok(sync_directory(parent)?)
 }
 
 /// Makes a new directory under a hidden name; a killed process may have left some behind.

@@ -1,0 +1,50 @@
+use std::path::PathBuf;
+
+/// What can be wrong with a file or a directory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file that could not be read or written.
+    #[error("`{path}`")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The error of the operating system.
+        source: std::io::Error,
+    },
+    /// A file whose content is not of the expected form.
+    #[error("`{path}`: {problem}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// A tensor that a file does not have.
+    #[error("`{path}` has no tensor `{tensor}`")]
+    MissingTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor of another type, shape or content than expected.
+    #[error("tensor `{tensor}` in `{path}`: {problem}")]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A directory to be written that holds something else.
+    #[error("`{path}` exists and is not an empty directory; choose another name or remove it")]
+    OutputExists {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
