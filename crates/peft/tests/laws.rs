@@ -1162,7 +1162,7 @@ fn a_failed_write_leaves_nothing_behind() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     // An empty directory may be filled, a file may not be replaced.
     std::fs::create_dir(&target).unwrap();
-    tensor_files::write_directory(&target, |_| tensor_files::Result::Ok(())).unwrap();
+    tensor_files::write_directory(&target, |_| Ok::<(), Error>(())).unwrap();
     let file = dir.path().join("file");
     std::fs::write(&file, "something else").unwrap();
     let error = tensor_files::write_directory(&file, |_| Ok(()));
