@@ -13,7 +13,7 @@ use crate::{Layout, Levels, TILE};
 mod clip;
 mod feedback;
 
-pub use clip::{Cost, clip_search};
+pub use clip::{ClipLoss, clip_search};
 pub use feedback::{Feedback, Influence, round_with_feedback};
 
 /// Columns in a task of [`group_ranges`].
