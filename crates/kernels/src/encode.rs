@@ -12,7 +12,7 @@ mod clip;
 mod feedback;
 mod grid;
 
-pub use clip::{Cost, clip_search};
+pub use clip::{ClipLoss, clip_search};
 pub use feedback::{Feedback, Influence, round_with_feedback};
 pub use grid::grid_of_range;
 use grid::{Grid, read};

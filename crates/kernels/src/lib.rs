@@ -81,7 +81,7 @@ mod threads;
 pub use activation::silu_mul;
 pub use attention::causal_attention;
 pub use encode::{
-    Cost, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
+    ClipLoss, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,
 };
 pub use layout::{Layout, Levels, TABLE, TILE};
