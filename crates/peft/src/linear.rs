@@ -225,6 +225,13 @@ impl Linear {
         }
     }
 
+    /// A frozen layer with another weight, the same bias and no adapter.
+    pub fn with_weight(&self, weight: Weight) -> Self {
+        let bias = self.bias();
+        let bias = bias.map(|bias| Param::from_tensor(bias).set_require_grad(false));
+        Self::new(weight, bias)
+    }
+
     /// Puts these values, `[d_out]`, in the place of those of the bias, which trains or not as before.
     pub(crate) fn replace_bias(&mut self, values: Tensor<1>) {
         self.bias = self.bias.take().map(|bias| bias.map(|_| values));
