@@ -33,7 +33,7 @@ pub trait Linears: Module {
     fn set_dropout(&mut self, seed: Option<u64>) {
         for (path, linear) in self.linears_mut() {
             if let Some(adapter) = &mut linear.adapter {
-                adapter.seed_dropout(&path, seed);
+                adapter.ops_mut().seed_dropout(&path, seed);
             }
         }
     }
