@@ -25,11 +25,13 @@ mod tensors;
 #[cfg(test)]
 mod testing;
 mod tile;
+pub(crate) mod vera;
 
 pub use bayesian::{Bayesian, BayesianAdapter};
 pub use lora::{Lora, LoraAdapter};
 pub use peqa::{Peqa, PeqaAdapter};
 pub use tile::{Pooling, Tile, TileAdapter, TileMethod};
+pub use vera::{Vera, VeraAdapter};
 
 use bayesian::BayesianSettings;
 pub(crate) use checks::{check_shape, quantized};
@@ -38,6 +40,7 @@ pub(crate) use lora::LoraSettings;
 use peqa::PeqaSettings;
 pub(crate) use tensors::{Shared, Source, floats, trained};
 pub(crate) use tile::TileSettings;
+use vera::VeraSettings;
 
 /// A way to adapt a model: the layers, and the adapter of each.
 pub trait Method {
@@ -137,10 +140,6 @@ macro_rules! adapters {
     ($($(#[$doc:meta])* $name:ident($adapter:ident, $settings:ident),)*) => {
         /// The trainable part of an adapted layer.
         #[derive(Module, Debug)]
-        #[expect(
-            clippy::large_enum_variant,
-            reason = "a layer has one; its tensors are what is large"
-        )]
         pub enum Adapter {
             $($(#[$doc])* $name($adapter),)*
         }
@@ -186,6 +185,8 @@ adapters! {
     Tile(TileAdapter, TileSettings),
     /// A matrix of low rank that learns its rank and its bits.
     Bayesian(BayesianAdapter, BayesianSettings),
+    /// A product of frozen random factors, which two vectors scale.
+    Vera(VeraAdapter, VeraSettings),
 }
 
 impl Adapter {

@@ -22,6 +22,10 @@ impl Dropout {
         }
     }
 
+    pub(super) fn probability(&self) -> f32 {
+        self.probability
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         if (0.0..1.0).contains(&self.probability) {
             return Ok(());

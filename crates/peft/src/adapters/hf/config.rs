@@ -7,11 +7,12 @@ use serde_json::{Map, Value, json};
 use super::lora;
 use super::patterns::Patterns;
 use crate::adapter::hf::{HfConfig, HfFormat, HfLayer, hf_number, read_config};
+use crate::adapter::vera;
 use crate::targets::last_name;
 use crate::{Error, Linears, Result};
 
 /// The types of adapters that are read and written.
-const FORMATS: [&HfFormat; 1] = [&lora::FORMAT];
+const FORMATS: [&HfFormat; 2] = [&lora::FORMAT, &vera::HF_FORMAT];
 
 /// Keys of every type of adapter that are read.
 const READ: [&str; 5] = [
