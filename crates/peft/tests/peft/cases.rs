@@ -1,6 +1,6 @@
 //! Methods, bases, and how each pair merges.
 
-use peft::{Bayesian, Lora, Method, Peqa, Pooling, Targets, Tile, TileMethod};
+use peft::{Bayesian, Lora, Method, Peqa, Pooling, Targets, Tile, TileMethod, Vera};
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Grid, NormalFloat, Rtn};
 
@@ -15,7 +15,7 @@ pub(crate) enum Base {
 }
 
 impl Base {
-    fn model(&self, seed: u64) -> Bigram {
+    pub(crate) fn model(&self, seed: u64) -> Bigram {
         match self {
             Base::Dense => dense(seed),
             Base::Rtn(rtn) => quantized(seed, rtn),
@@ -36,9 +36,10 @@ pub(crate) fn bases() -> impl Strategy<Value = Base> {
     );
     let nf = (group_size, any::<bool>()).prop_map(|(block_size, double)| {
         let nf = NormalFloat::new().with_block_size(block_size);
-        Base::NormalFloat(match double {
-            true => nf.with_double_quant(DoubleQuant::dynamic()),
-            false => nf,
+        Base::NormalFloat(if double {
+            nf.with_double_quant(DoubleQuant::dynamic())
+        } else {
+            nf
         })
     });
     prop_oneof![1 => Just(Base::Dense), 6 => rtn, 1 => nf]
@@ -50,6 +51,7 @@ pub(crate) enum Tuning {
     Lora(Lora, /* parameters */ usize),
     Tile(Tile, TileMethod),
     Bayesian(Bayesian),
+    Vera(Vera),
 }
 
 pub(crate) fn tunings() -> impl Strategy<Value = Tuning> {
@@ -84,8 +86,11 @@ pub(crate) fn tunings() -> impl Strategy<Value = Tuning> {
     let bayesian = (1..=HIDDEN, any::<u64>()).prop_map(|(rank, seed)| {
         Tuning::Bayesian(Bayesian::new(rank).with_alpha(4.0).with_seed(seed))
     });
+    let vera = (1..=2 * HIDDEN, any::<u64>())
+        .prop_map(|(rank, seed)| Tuning::Vera(Vera::new(rank).with_seed(seed)));
     prop_oneof![
         1 => bayesian,
+        1 => vera,
         2 => any::<bool>().prop_map(|zeros| Tuning::Peqa(Peqa::new().with_zeros(zeros))),
         2 => lora,
         4 => tile,
@@ -95,8 +100,8 @@ pub(crate) fn tunings() -> impl Strategy<Value = Tuning> {
 /// An adapter and a base.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
-    tuning: Tuning,
-    base: Base,
+    pub(crate) tuning: Tuning,
+    pub(crate) base: Base,
 }
 
 /// How an adapter merges into its base.
@@ -119,7 +124,10 @@ pub(crate) fn tasks() -> impl Strategy<Value = (Rtn, [Tuning; 2])> {
         tunings().prop_filter("stays off the grid", |tuning| {
             !matches!(
                 tuning,
-                Tuning::Lora(..) | Tuning::Bayesian(_) | Tuning::Tile(_, TileMethod::QBara)
+                Tuning::Lora(..)
+                    | Tuning::Bayesian(_)
+                    | Tuning::Vera(_)
+                    | Tuning::Tile(_, TileMethod::QBara)
             )
         })
     };
@@ -135,17 +143,18 @@ pub(crate) fn cases() -> impl Strategy<Value = Case> {
 }
 
 impl Case {
-    fn method(&self, targets: impl Into<Targets>) -> Box<dyn Method> {
+    pub(crate) fn method(&self, targets: impl Into<Targets>) -> Box<dyn Method> {
         match &self.tuning {
             Tuning::Peqa(peqa) => Box::new(peqa.clone().with_targets(targets)),
             Tuning::Lora(lora, _) => Box::new(lora.clone().with_targets(targets)),
             Tuning::Tile(tile, _) => Box::new(tile.clone().with_targets(targets)),
             Tuning::Bayesian(method) => Box::new(method.clone().with_targets(targets)),
+            Tuning::Vera(method) => Box::new(method.clone().with_targets(targets)),
         }
     }
 
     /// What the papers say of this method on this base; none where it has no place.
-    fn merge(&self) -> Option<Merge> {
+    pub(crate) fn merge(&self) -> Option<Merge> {
         let affine = match &self.base {
             Base::Rtn(rtn) => rtn.format().unwrap().grid() == Grid::Affine,
             _ => false,
@@ -154,12 +163,16 @@ impl Case {
             (Tuning::Peqa(_), Base::Dense) => None,
             (Tuning::Peqa(peqa), _) if *peqa == Peqa::new().with_zeros(true) && !affine => None,
             (Tuning::Peqa(_), _) => Some(Merge::Exact),
-            (Tuning::Lora(..) | Tuning::Bayesian(_) | Tuning::Tile(_, TileMethod::QBara), base) => {
-                match base {
-                    Base::Dense => Some(Merge::Bounded),
-                    _ => Some(Merge::OffGrid),
-                }
-            }
+            (
+                Tuning::Lora(..)
+                | Tuning::Bayesian(_)
+                | Tuning::Vera(_)
+                | Tuning::Tile(_, TileMethod::QBara),
+                base,
+            ) => match base {
+                Base::Dense => Some(Merge::Bounded),
+                _ => Some(Merge::OffGrid),
+            },
             (Tuning::Tile(..), Base::Rtn(rtn)) => {
                 let group = rtn.format().unwrap().group_size();
                 let divides =
@@ -170,27 +183,28 @@ impl Case {
         }
     }
 
-    fn adapted(&self, seed: u64) -> Bigram {
+    pub(crate) fn adapted(&self, seed: u64) -> Bigram {
         let mut model = self.base.model(seed);
         peft::attach(&mut model, &*self.method(Targets::All)).unwrap();
         model
     }
 
     /// Parameters of both layers' adapters.
-    fn n_parameters(&self) -> usize {
+    pub(crate) fn n_parameters(&self) -> usize {
         match &self.tuning {
             Tuning::Peqa(_) => 2 + 2 * usize::from(self.trains_zeros()),
             Tuning::Lora(_, n_parameters) => *n_parameters,
             Tuning::Tile(_, TileMethod::QaHira) => 2,
             Tuning::Tile(..) => 4,
             Tuning::Bayesian(_) => 10,
+            Tuning::Vera(_) => 4,
         }
     }
 
-    fn trains_zeros(&self) -> bool {
+    pub(crate) fn trains_zeros(&self) -> bool {
         match &self.tuning {
             Tuning::Peqa(peqa) => *peqa == Peqa::new().with_zeros(true),
-            Tuning::Lora(..) | Tuning::Bayesian(_) => false,
+            Tuning::Lora(..) | Tuning::Bayesian(_) | Tuning::Vera(_) => false,
             Tuning::Tile(..) => true,
         }
     }

@@ -5,6 +5,7 @@
 mod adapters;
 mod attaching;
 mod cases;
+mod fingerprint;
 mod golden;
 mod merging;
 mod model;

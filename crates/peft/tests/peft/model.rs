@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft::{Batch, CausalLm, FitConfig, Linear, Linears, Peqa, Spans, Weight, fit};
+use peft::{Batch, Blocks, CausalLm, FitConfig, Head, Linear, Linears, Peqa, Spans, Weight, fit};
 use quant_core::{Quantizer, Rtn};
 
 pub(crate) const VOCAB: usize = 11;
@@ -31,7 +31,7 @@ impl Linears for Bigram {
     }
 }
 
-impl CausalLm for Bigram {
+impl Blocks for Bigram {
     type Positions = ();
 
     fn vocab_size(&self) -> usize {
@@ -59,13 +59,15 @@ impl CausalLm for Bigram {
             _ => self.down.forward(x),
         }
     }
+}
 
+impl CausalLm for Bigram {
     fn norm(&self, x: Tensor<3>) -> Tensor<3> {
         x
     }
 
-    fn head(&self) -> Tensor<2> {
-        self.embedding.val().transpose()
+    fn head(&self) -> Head<'_> {
+        Head::Dense(self.embedding.val().transpose())
     }
 }
 

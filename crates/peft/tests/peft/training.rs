@@ -266,8 +266,13 @@ fn dropout_follows_its_seed() {
             .with_seed(seed)
             .with_checkpoint_blocks(checkpoint_blocks);
         fit(&mut model, &batches, &config, |_| {}).unwrap();
-        assert_eq!(logits(&model), logits(&model));
-        logits(&model)
+        // Nothing is dropped once training is over, until a seed is set.
+        let tuned = logits(&model);
+        peft::set_dropout(&mut model, 1);
+        assert_eq!(logits(&model) == tuned, probability == 0.0);
+        peft::set_dropout(&mut model, None);
+        assert_eq!(logits(&model), tuned);
+        tuned
     };
     assert_eq!(run(0.5, 1, false), run(0.5, 1, true));
     assert_ne!(run(0.5, 1, false), run(0.0, 1, false));
