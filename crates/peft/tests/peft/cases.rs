@@ -2,7 +2,7 @@
 
 use peft::{Bayesian, Lora, Method, Peqa, Pooling, Targets, Tile, TileMethod, Vera};
 use proptest::prelude::*;
-use quant_core::{DoubleQuant, Grid, NormalFloat, Rtn};
+use quant_core::{DoubleQuant, Grid, NormalFloat, Quantizer, Rtn};
 
 use crate::model::{Bigram, HIDDEN, WIDTH, dense, quantized};
 
@@ -208,3 +208,4 @@ impl Case {
             Tuning::Tile(..) => true,
         }
     }
+}

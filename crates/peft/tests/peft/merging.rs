@@ -1,7 +1,7 @@
 use burn::tensor::Tensor;
 use peft::{Error, Exactness, Fingerprint, Linears, OffGrid, Weight};
 use proptest::prelude::*;
-use quant_core::Rtn;
+use quant_core::{Quantizer, Rtn};
 
 use crate::cases::{Merge, Tuning, cases};
 use crate::model::{Bigram, batch, difference, logits, tune};

@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use quant_core::Rtn;
 
 use crate::cases::cases;
-use crate::model::{Bigram, HIDDEN, VOCAB, WIDTH, adapted, batch, dense, logits, quantized, tensor, tune};
+use crate::model::{
+    Bigram, HIDDEN, VOCAB, WIDTH, adapted, batch, dense, logits, quantized, tensor, tune,
+};
 use crate::property;
 
 /// The paths of the parameters that have a gradient, and of those that have none.
