@@ -286,7 +286,7 @@ impl Linear {
             weight,
         };
         if let Some(adapter) = &adapter {
-            adapter.ops().check(path, &replaced)?;
+            adapter.check(path, &replaced)?;
         }
         let adapter = adapter.map(|adapter| adapter.bound_to(&replaced.weight));
         *self = Self {

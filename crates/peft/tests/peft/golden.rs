@@ -118,7 +118,7 @@ fn qa_lora_is_pefts() {
     }
 }
 
-/// PEFT refuses this merge. Here it goes into the zeros, and the layer computes what it did.
+/// PEFT refuses this merge. Here it goes into the zeros, and the outputs stay.
 #[test]
 fn pefts_qa_lora_merges() {
     let dir = tempfile::tempdir().unwrap();
@@ -278,7 +278,7 @@ fn vera_is_written_with_its_factors() {
     }
 }
 
-/// What cannot be read, and what cannot be in one directory.
+/// Directories that cannot be read, and adapters that cannot be in one directory.
 #[test]
 fn strange_veras_are_refused() {
     let dir = tempfile::tempdir().unwrap();
