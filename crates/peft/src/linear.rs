@@ -311,7 +311,7 @@ impl Linear {
             weight,
         };
         if let Some(adapter) = &adapter {
-            adapter.ops().check(path, &replaced)?;
+            adapter.check(path, &replaced)?;
         }
         let adapter = adapter.map(|adapter| adapter.bound_to(&replaced.weight));
         *self = Self {
