@@ -1,4 +1,4 @@
-//! LLaMA and OPT models to quantize, adapt, evaluate and save.
+//! LLaMA and OPT models to quantize, adapt, generate with and save.
 //!
 //! | item | what it does |
 //! |---|---|
@@ -8,12 +8,10 @@
 //! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
 //! | [`quantize_head`] | packs the head, which every decoded token reads |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
-//! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
 //! | [`generate`] | continues a text, by a [`Cache`] of keys and values |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
 //! | [`save_as`], [`save_dense`] | the same for other programs, in a [`CheckpointFormat`] or without packed layers |
-//! | [`data`] | from records of prompts and answers to batches |
-//! | [`evaluate`] | protocols, statistics, and one report |
+//! | [`SpecialTokens`] | the tokens that begin, end and pad texts |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -26,7 +24,7 @@
 //! let batches = lm.windows(&text, 512)?.batches(4, &device);
 //! let optq = Optq::new().with_group_size(128);
 //! for layer in models::quantize(&mut lm.model, &optq, &batches[..32], |_| {})? {
-//!     println!("{}: {}", layer.path, layer.cost.distortion);
+//!     println!("{}: {}", layer.path, layer.error);
 //! }
 //! peft::attach(&mut lm.model, &Peqa::new())?;
 //! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step| println!("{}", step.loss))?;
@@ -39,13 +37,14 @@
 
 #![forbid(unsafe_code)]
 
+mod architecture;
 mod attention;
 mod checkpoint;
 mod config;
-pub mod data;
 mod error;
-pub mod evaluate;
+mod fields;
 mod generate;
+mod kv_cache;
 mod llama;
 mod model;
 mod norm;
@@ -54,19 +53,24 @@ mod positions;
 mod pretrained;
 mod quantize;
 mod rope;
+mod rope_scaling;
 mod source;
+mod special_tokens;
 mod tokenizer;
 
 pub use checkpoint::{
     CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, load, plan, save, save_as,
     save_dense,
 };
-pub use config::{Activation, Config, LlamaConfig, OptConfig, RopeScaling};
+pub use config::Config;
 pub use error::{Error, Result};
-pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, Generation, generate};
+pub use llama::LlamaConfig;
 pub use model::{Model, State};
+pub use opt::{Activation, OptConfig};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
-pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
+pub use quantize::{quantize, quantize_head, sensitivities};
+pub use rope_scaling::RopeScaling;
+pub use special_tokens::{SpecialToken, SpecialTokens};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

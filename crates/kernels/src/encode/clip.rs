@@ -2,9 +2,9 @@
 
 use rayon::prelude::*;
 
-use super::{Grid, Lanes, Nearest, grid_of_range, read};
+use super::grid::{Grid, Lanes, Nearest, grid_of_range, read};
 use crate::isa::{Isa, by_instruction_set};
-use crate::{Layout, TILE};
+use crate::layout::{Layout, TILE};
 
 /// The loss that [`clip_search`] minimizes.
 #[derive(Clone, Copy, Debug)]

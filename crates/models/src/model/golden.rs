@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use half::bf16;
-use peft::{Batch, CausalLm, nll_of_output};
+use peft::{Batch, Blocks, CausalLm, nll_of_output};
 use safetensors::SafeTensors;
 use tensor_files::TensorFile;
 
 use super::Model;
 use crate::positions::Positions;
-use crate::rope::{Rope, frequencies};
+use crate::rope::Rope;
 use crate::{Config, Generation, generate, load};
 
 const OWN: [&str; 5] = [
@@ -99,7 +99,7 @@ fn output(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Tenso
 fn logits(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Vec<f32> {
     let x = model.norm(output(model, tokens, positions));
     let [batch, seq, width] = x.dims();
-    values(model.logits(x.reshape([batch * seq, width])))
+    values(model.head().logits(x.reshape([batch * seq, width])))
 }
 
 /// The places of a batch, for a LLaMA with the frequencies of the file.
@@ -111,16 +111,18 @@ fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positi
     let seq = batch.tokens().dims()[1];
     let (used, _) = reference.floats::<1>("inv_freq").unwrap();
     let is_cast = used.iter().all(|&f| bf16::from_f32(f).to_f32() == f);
-    for (own, used) in frequencies(config, seq).iter().zip(&used) {
+    for (own, used) in config.rotary().frequencies(seq).iter().zip(&used) {
         let own = match is_cast {
             true => bf16::from_f32(*own).to_f32(),
             false => *own,
         };
         assert!((own / used - 1.0).abs() < 1e-6, "{own} for {used}");
     }
-    match is_cast {
-        true => own.with_rope(Rope::of(&used, 1.0, seq, &Device::flex()), batch.spans()),
-        false => own,
+    if is_cast {
+        let rope = Rope::of(&used, 1.0, seq, &Device::flex());
+        Positions::rotary(rope.of_spans(batch.spans()), batch.spans())
+    } else {
+        own
     }
 }
 

@@ -1,0 +1,112 @@
+//! The other operations of a step: values and gradients, against the same on the CPU in `F64`, which
+//! takes the composed operations there.
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use kernels::{causal_attention, linear_cross_entropy, rms_norm, rotate_half, silu_mul};
+
+use super::on::{On, Uniform};
+
+/// From leaves to a result; what is constant is made on the device of the leaves.
+type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
+
+pub(super) fn conform(on: &On) {
+    let all: [(&str, &[[usize; 4]], Operation); 6] = [
+        ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
+            silu_mul(t[0].clone(), t[1].clone())
+        }),
+        ("rms_norm", &[[2, 3, 5, 36], [1, 1, 1, 36]], |t| {
+            rms_norm(t[0].clone(), t[1].clone().reshape([36]), 1e-5)
+        }),
+        ("rotate_half", &[[2, 6, 3, 8]], |t| {
+            let (device, dtype) = (t[0].device().inner(), t[0].dtype());
+            let table = |of: fn(f32) -> f32| {
+                let values: Vec<f32> = (0..48).map(|at| of(at as f32 * 0.37)).collect();
+                let data = TensorData::new(values, [6, 8]).convert_dtype(dtype);
+                Tensor::<2>::from_data(data, (&device, dtype))
+            };
+            rotate_half(t[0].clone(), table(f32::cos), table(f32::sin))
+        }),
+        // Two heads read the keys of one, and earlier keys were there before.
+        (
+            "causal_attention",
+            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
+            |t| causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), None, 0.35),
+        ),
+        // Texts of three tokens, one after the other.
+        (
+            "causal_attention over texts",
+            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
+            |t| {
+                // The last one says more than it can: a query sees its own key.
+                let starts = [0i64, 3, 3, 3, 6, 6, 9].repeat(2);
+                let starts = TensorData::new(starts, [2, 7]);
+                let starts = Tensor::from_data(starts, &t[0].device().inner());
+                causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), Some(starts), 0.35)
+            },
+        ),
+        (
+            "linear_cross_entropy",
+            &[[1, 1, 6, 20], [1, 1, 20, 70]],
+            |t| {
+                let targets = Tensor::<1, Int>::arange(0..6, &t[0].device().inner()) * 11;
+                let (x, head) = (
+                    t[0].clone().reshape([6, 20]),
+                    t[1].clone().reshape([20, 70]),
+                );
+                linear_cross_entropy(x, head, targets).reshape([1, 1, 1, 6])
+            },
+        ),
+    ];
+    for (at, (what, shapes, operation)) in all.into_iter().enumerate() {
+        let mut uniform = Uniform::new(at as u64 + 1);
+        let inputs: Vec<Vec<f32>> = shapes
+            .iter()
+            .map(|shape| on.rounded(uniform.vec(shape.iter().product(), -1.0, 1.0)))
+            .collect();
+        let run = |device: &Device, dtype| results(device, dtype, &inputs, shapes, operation);
+        let expected = run(&Device::flex(), DType::F64);
+        let found = run(&on.device, on.dtype);
+        for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(found.len(), expected.len());
+            let largest = expected
+                .iter()
+                .fold(0.0f64, |most, value| most.max(value.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                let error = (found - expected).abs();
+                assert!(
+                    error <= 2.0 * on.product_bound() * largest,
+                    "{what}, part {part} in {:?}: {found} for {expected}, the largest {largest}",
+                    on.dtype,
+                );
+            }
+        }
+    }
+}
+
+/// The result, and the gradient of each input.
+fn results(
+    device: &Device,
+    dtype: DType,
+    inputs: &[Vec<f32>],
+    shapes: &[[usize; 4]],
+    operation: Operation,
+) -> Vec<Vec<f64>> {
+    let tensor = |values: &[f32], shape: [usize; 4]| {
+        let data = TensorData::new(values.to_vec(), shape).convert_dtype(dtype);
+        Tensor::<4>::from_data(data, (device, dtype)).autodiff()
+    };
+    let leaves: Vec<_> = inputs
+        .iter()
+        .zip(shapes)
+        .map(|(values, shape)| tensor(values, *shape).require_grad())
+        .collect();
+    let y = operation(&leaves);
+    let n = y.dims().iter().product::<usize>();
+    let dy: Vec<f32> = (0..n).map(|at| (at % 5) as f32 - 1.5).collect();
+    let grads = (y.clone() * tensor(&dy, y.dims())).sum().backward();
+    let values = |t: Tensor<4>| t.into_data().convert::<f64>().try_into_vec().unwrap();
+    let gradients = leaves.iter().map(|leaf| values(leaf.grad(&grads).unwrap()));
+    std::iter::once(values(y.inner()))
+        .chain(gradients)
+        .collect()
+}
