@@ -37,33 +37,25 @@ pub trait Quantizer {
     fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized>;
 }
 
-impl<Q: Quantizer + ?Sized> Quantizer for Box<Q> {
-    fn format(&self) -> Result<Format> {
-        (**self).format()
-    }
+macro_rules! through_a_pointer {
+    ($pointer:ty) => {
+        impl<Q: Quantizer + ?Sized> Quantizer for $pointer {
+            fn format(&self) -> Result<Format> {
+                (**self).format()
+            }
 
-    fn needs(&self) -> Needs {
-        (**self).needs()
-    }
+            fn needs(&self) -> Needs {
+                (**self).needs()
+            }
 
-    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
-        (**self).quantize(weight, gram)
-    }
+            fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
+                (**self).quantize(weight, gram)
+            }
+        }
+    };
 }
-
-impl<Q: Quantizer + ?Sized> Quantizer for &Q {
-    fn format(&self) -> Result<Format> {
-        (**self).format()
-    }
-
-    fn needs(&self) -> Needs {
-        (**self).needs()
-    }
-
-    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
-        (**self).quantize(weight, gram)
-    }
-}
+through_a_pointer!(Box<Q>);
+through_a_pointer!(&Q);
 
 /// A quantized weight, and notes on exceptions.
 #[derive(Clone, Debug)]
