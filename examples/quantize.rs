@@ -20,7 +20,7 @@ use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{CheckpointFormat, GptqVersion};
 use peft::Batch;
-use quant_core::{DoubleQuant, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
+use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 
 /// Quantize a LLaMA and measure what it costs
 ///
@@ -178,7 +178,7 @@ impl Name {
         let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
         match self {
             Name::Rtn => Box::new(rtn),
-            Name::Clip => Box::new(rtn.with_range(Range::Clipped)),
+            Name::Clip => Box::new(rtn.with_range(GroupRange::Clipped)),
             Name::Nf => Box::new(nf.with_block_size(group_size).with_double_quant(double)),
             Name::Fp4 => {
                 let fp4 = NormalFloat::float4().with_bits(bits);
@@ -187,7 +187,7 @@ impl Name {
             Name::Optq => Box::new(optq),
             Name::OptqAct => Box::new(optq.with_order(Order::Descending)),
             Name::OptqGroups => Box::new(optq.with_order(Order::DescendingByGroup)),
-            Name::OptqClip => Box::new(optq.with_range(Range::Clipped)),
+            Name::OptqClip => Box::new(optq.with_range(GroupRange::Clipped)),
             Name::Gptaq => Box::new(optq.with_drift(0.25)),
         }
     }
