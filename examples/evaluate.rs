@@ -163,8 +163,8 @@ fn run(args: &Args) -> Result<()> {
             "intervals",
             format!(
                 "{} %, {} resamples",
-                100.0 * bootstrap.confidence,
-                bootstrap.resamples
+                100.0 * bootstrap.confidence(),
+                bootstrap.resamples()
             ),
         ),
         ("seed", args.seed.to_string()),
