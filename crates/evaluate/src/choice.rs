@@ -9,6 +9,7 @@ use models::Pretrained;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::error::refuse;
 use crate::rolling::ScoredWindow;
 use crate::score::score;
 use crate::whitespace::split_trailing;
@@ -49,7 +50,7 @@ impl ChoiceItem {
     /// Reads an item from a record.
     ///
     /// # Errors
-    /// [`Error::ChoiceRecord`] for a record without these fields.
+    /// [`Error::Record`] for a record without these fields.
     ///
     /// # Examples
     /// ```
@@ -64,15 +65,11 @@ impl ChoiceItem {
     /// assert_eq!(ChoiceItem::of(&records[0])?.answer, 0);
     ///
     /// let error = ChoiceItem::of(&records[1]).unwrap_err();
-    /// assert!(matches!(error, Error::ChoiceRecord { line: 2, .. }));
+    /// assert!(matches!(error, Error::Record { line: 2, .. }));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn of(record: &Record) -> Result<Self> {
-        Self::read(&record.fields).map_err(|problem| Error::ChoiceRecord {
-            path: record.path.to_path_buf(),
-            line: record.line,
-            problem,
-        })
+        Self::read(&record.fields).map_err(|problem| refuse(record, problem))
     }
 
     fn read(fields: &Map<String, Value>) -> Result<Self, String> {

@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use instruct::Record;
+
 /// An error of an evaluation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -72,9 +74,9 @@ pub enum Error {
         /// The longest input of the model in tokens.
         max_len: usize,
     },
-    /// A record that is not a multiple-choice question.
+    /// A record that is not an item of a protocol.
     #[error("`{path}`, line {line}: {problem}")]
-    ChoiceRecord {
+    Record {
         /// The file.
         path: PathBuf,
         /// The line of the record, counted from 1.
@@ -150,6 +152,15 @@ pub(crate) fn setting(
         expected,
     };
     error.into()
+}
+
+/// The error of a record that is not an item of a protocol.
+pub(crate) fn refuse(record: &Record, problem: String) -> Error {
+    Error::Record {
+        path: record.path.to_path_buf(),
+        line: record.line,
+        problem,
+    }
 }
 
 /// A result with this crate's [`Error`].

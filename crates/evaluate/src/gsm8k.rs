@@ -9,11 +9,13 @@
 use std::ops::ControlFlow;
 use std::sync::LazyLock;
 
+use instruct::Record;
 use models::{Generation, Pretrained};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::error::refuse;
 
 #[cfg(test)]
 mod tests;
@@ -28,6 +30,17 @@ pub struct Problem {
     pub question: String,
     /// The solution.
     pub answer: String,
+}
+
+impl Problem {
+    /// Reads a problem from a record, whose other fields are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Record`](crate::Error::Record) without `question` or `answer`.
+    pub fn of(record: &Record) -> Result<Self> {
+        let problem = serde_json::from_value(record.fields.clone().into());
+        problem.map_err(|error| refuse(record, error.to_string()))
+    }
 }
 
 /// The prompt without examples.

@@ -119,9 +119,19 @@ fn a_text_ends_at_the_first_stop() {
 }
 
 #[test]
-fn a_line_of_the_data_is_read() {
-    let line = r#"{"question": "How many?", "answer": "Six.\n#### 6", "id": 3}"#;
-    let problem: Problem = serde_json::from_str(line).unwrap();
+fn a_problem_is_read_from_a_record() {
+    let of = |json: &str| {
+        Problem::of(&Record {
+            fields: serde_json::from_str(json).unwrap(),
+            path: std::path::Path::new("test.jsonl").into(),
+            line: 3,
+        })
+    };
+    let problem = of(r#"{"question": "How many?", "answer": "Six.\n#### 6", "id": 3}"#).unwrap();
     assert_eq!(problem.answer, "Six.\n#### 6");
     assert!(is_correct(Some("6"), &problem.answer));
+    assert_eq!(
+        of(r#"{"question": "How many?"}"#).unwrap_err().to_string(),
+        "`test.jsonl`, line 3: missing field `answer`"
+    );
 }
