@@ -1,7 +1,7 @@
 //! A random LLaMA and its calibration.
 
 use burn::tensor::{Device, Distribution, Tensor};
-use models::{LlamaConfig, Model};
+use models::{LlamaConfig, Model, RopeScaling};
 use peft::Batch;
 use quant_core::Rtn;
 
