@@ -15,8 +15,8 @@ use clap::Parser;
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit};
+use instruct::Chat;
 use models::Generation;
-use models::data::Chat;
 use peft::{Adapters, Linears};
 use quant_core::Rtn;
 

@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
+use evaluate::perplexity;
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
@@ -20,7 +21,7 @@ use examples::table;
 use examples::tuning::{Result, exit, max_difference};
 use indicatif::{ProgressBar, ProgressStyle};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
-use models::{CheckpointFormat, Model, Pretrained, perplexity};
+use models::{CheckpointFormat, Model, Pretrained};
 use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Quantizer, Rtn, allocate};
 

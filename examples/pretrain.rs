@@ -100,7 +100,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let dtype = dtype(args.architecture);
     lm.model = lm.model.map(&mut Round(dtype));
-    let evaluate = |windows: Windows| models::perplexity(&lm.model, &windows.batches(16, &device));
+    let evaluate =
+        |windows: Windows| evaluate::perplexity(&lm.model, &windows.batches(16, &device));
     let perplexity = evaluate(lm.windows(&held_out, SEQ_LEN)?)?;
     println!(
         "held-out perplexity {:.3} ({} windows)",

@@ -12,12 +12,13 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
+use evaluate::perplexity;
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
-use models::{CheckpointFormat, GptqVersion, perplexity};
+use models::{CheckpointFormat, GptqVersion};
 use peft::Batch;
 use quant_core::{DoubleQuant, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
 

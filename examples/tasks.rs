@@ -9,11 +9,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::Device;
+use evaluate::perplexity;
 use examples::corpus::{self, Dialect};
 use examples::embedded::{self, Architecture};
 use examples::table::{self, number};
 use examples::tuning::{Result, exit, weights_bytes};
-use models::perplexity;
 use peft::{Batch, Fingerprint, FitConfig, Peqa, TaskPack, Tasks};
 use quant_core::Rtn;
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use burn::tensor::Device;
-use models::evaluate::target_loss;
-use models::{Pretrained, Windows, perplexity};
+use evaluate::{perplexity, target_loss};
+use models::{Pretrained, Windows};
 use peft::{Batch, CausalLm};
 use serde::Serialize;
 

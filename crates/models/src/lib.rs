@@ -1,4 +1,4 @@
-//! LLaMA and OPT models to quantize, adapt, evaluate and save.
+//! LLaMA and OPT models to quantize, adapt, generate with and save.
 //!
 //! | item | what it does |
 //! |---|---|
@@ -8,12 +8,10 @@
 //! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
 //! | [`quantize_head`] | packs the head, which every decoded token reads |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
-//! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
 //! | [`generate`] | continues a text, by a [`Cache`] of keys and values |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
 //! | [`save_as`], [`save_dense`] | the same for other programs, in a [`CheckpointFormat`] or without packed layers |
-//! | [`data`] | from records of prompts and answers to batches |
-//! | [`evaluate`] | protocols, statistics, and one report |
+//! | [`SpecialTokens`] | the tokens that begin, end and pad texts |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -43,9 +41,7 @@ mod architecture;
 mod attention;
 mod checkpoint;
 mod config;
-pub mod data;
 mod error;
-pub mod evaluate;
 mod fields;
 mod generate;
 mod kv_cache;
@@ -59,6 +55,7 @@ mod quantize;
 mod rope;
 mod rope_scaling;
 mod source;
+mod special_tokens;
 mod tokenizer;
 
 pub use checkpoint::{
@@ -67,7 +64,6 @@ pub use checkpoint::{
 };
 pub use config::Config;
 pub use error::{Error, Result};
-pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, Generation, generate};
 pub use llama::LlamaConfig;
 pub use model::{Model, State};
@@ -76,4 +72,5 @@ pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
 pub use rope_scaling::RopeScaling;
+pub use special_tokens::{SpecialToken, SpecialTokens};
 pub use tokenizer::{TextStream, Tokenizer, Windows};
