@@ -58,7 +58,7 @@ impl Chat {
     /// The template of a text.
     ///
     /// # Errors
-    /// [`Error::BadTemplate`] if it cannot be read, [`models::Error::MissingSpecial`] if it puts a special
+    /// [`Error::BadTemplate`] if it cannot be read, [`models::TextError::MissingSpecial`] if it puts a special
     /// token that is not stated.
     pub fn new(source: &str, special: &SpecialTokens) -> Result<Self> {
         let mut jinja = jinja::for_chats();
@@ -72,10 +72,10 @@ impl Chat {
             if let Some(token) = token {
                 texts.insert(name.to_owned(), Value::from(token.text.as_str()));
             } else if named.contains(name) {
-                return Err(models::Error::MissingSpecial {
+                return Err(models::Error::Text(models::TextError::MissingSpecial {
                     name,
                     needed_by: "the chat template".into(),
-                }
+                })
                 .into());
             }
         }
@@ -193,11 +193,11 @@ fn in_config(dir: &Path) -> Result<String> {
         }
         Some(other) => format!("is {}, where a text or a list was expected", kind(other)),
     };
-    Err(models::Error::Config {
+    Err(models::Error::Config(models::ConfigError::Setting {
         path,
         setting: "chat_template".into(),
         problem,
-    }
+    })
     .into())
 }
 

@@ -113,7 +113,7 @@ impl fmt::Display for Encoded {
 /// before `eos`, which is learned; a chat template puts its own.
 ///
 /// # Errors
-/// Those of [`Template::pieces`]; [`models::Error::Tokenizer`]; [`models::Error::MissingSpecial`] without an `eos`
+/// Those of [`Template::pieces`]; [`models::TextError::Tokenizer`]; [`models::TextError::MissingSpecial`] without an `eos`
 /// where one is needed; [`Error::TooLong`] if that is asked for; [`Error::NoExamples`] if none is
 /// left.
 pub fn encode(
@@ -226,10 +226,10 @@ impl<'a> Encoder<'a> {
         }
         // With offsets in bytes; `encode_fast` gives none, `encode_char_offsets` others.
         let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|error| models::Error::Tokenizer {
+        let encoding = encoding.map_err(|error| models::Error::Text(models::TextError::Tokenizer {
             path: self.source.path().into(),
             problem: error.to_string(),
-        })?;
+        }))?;
         let is_learned = |&(start, _): &(usize, usize)| {
             let at = learned.partition_point(|range| range.end <= start);
             learned.get(at).is_some_and(|range| range.contains(&start))

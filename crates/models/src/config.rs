@@ -17,7 +17,7 @@ use crate::norm::Norm;
 use crate::opt::{OptBlock, OptConfig};
 use crate::positions::Positions;
 use crate::source::Source;
-use crate::{Error, Result};
+use crate::{ConfigError, Result};
 
 /// The shape of a model of one of the architectures, from Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -137,7 +137,7 @@ impl Config {
     /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`Error::Architecture`] for a model type of no known architecture, [`Error::Config`] for a
+    /// [`ConfigError::Architecture`] for a model type of no known architecture, [`ConfigError::Setting`] for a
     /// setting that is missing, out of range or not supported.
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
@@ -153,10 +153,14 @@ impl Config {
         let reads = |(model_types, _): &&(&[&str], Reader)| model_types.contains(&model_type);
         match READERS.iter().find(reads) {
             Some((_, read)) => read(json, path),
-            None => Err(Error::Architecture {
-                path: path.into(),
-                model_type: model_type.into(),
-            }),
+            None => {
+                let error = ConfigError::Architecture {
+                    path: path.into(),
+                    model_type: model_type.into(),
+                    supported: READERS.map(|(types, _)| types.join(", ")).join(", "),
+                };
+                Err(error.into())
+            }
         }
     }
 

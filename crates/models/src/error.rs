@@ -1,32 +1,52 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tensor_files::FloatType;
 
 use crate::CheckpointFormat;
 
-/// What can be wrong with a checkpoint, a text or a model.
+/// The errors of this crate, by subject.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file or a directory.
+    /// An error of a file or a directory.
     #[error(transparent)]
     File(#[from] tensor_files::Error),
-    /// An adapter or a layer.
+    /// An error of an adapter, a layer or a batch.
     #[error(transparent)]
     Peft(#[from] peft::Error),
+    /// An error of a configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An error of a checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// An error of a text or its tokenizer.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// An error of generation.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
+}
+
+/// A configuration that describes no model of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
     /// A model of another architecture.
     #[error(
-        "unsupported model type `{model_type}` in `{path}`; supported: llama, mistral, qwen2, opt"
+        "unsupported model type `{model_type}` in `{path}`; supported: {supported}"
     )]
     Architecture {
         /// The configuration.
         path: PathBuf,
         /// Its `model_type`.
         model_type: String,
+        /// The model types of this crate.
+        supported: String,
     },
     /// A configuration that describes no model, or one that this crate does not have.
     #[error("`{path}`: {setting} {problem}")]
-    Config {
+    Setting {
         /// The file.
         path: PathBuf,
         /// The setting.
@@ -34,6 +54,28 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// Two configurations of one checkpoint that say different things.
+    #[error(
+        "`{first}` and `{second}` disagree on {setting}: {in_first} and {in_second}; correct the one that is wrong"
+    )]
+    Disagreement {
+        /// One configuration.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+        /// The setting.
+        setting: &'static str,
+        /// Its value in the first.
+        in_first: String,
+        /// Its value in the second.
+        in_second: String,
+    },
+}
+
+/// A directory or a tensor that is not read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
     /// A directory without weights.
     #[error("`{dir}` has neither `model.safetensors` nor `model.safetensors.index.json`{hint}")]
     NoWeights {
@@ -66,32 +108,6 @@ pub enum Error {
         /// The configuration.
         path: PathBuf,
     },
-    /// Two configurations of one checkpoint that say different things.
-    #[error(
-        "`{first}` and `{second}` disagree on {setting}: {in_first} and {in_second}; correct the one that is wrong"
-    )]
-    Disagreement {
-        /// One configuration.
-        first: PathBuf,
-        /// The other.
-        second: PathBuf,
-        /// The setting.
-        setting: &'static str,
-        /// Its value in the first.
-        in_first: String,
-        /// Its value in the second.
-        in_second: String,
-    },
-    /// GPTQ's `g_idx` that puts inputs into no groups of the configuration's size.
-    #[error("tensor `{tensor}` in `{path}`: {problem}")]
-    GroupIndex {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// What is wrong.
-        problem: String,
-    },
     /// Zero-points of 0 that GPTQ v1 stored minus one, which wrapped around.
     #[error(
         "tensor `{tensor}` in `{path}`: a zero-point of 0 was stored minus one (group {group}, output {output}), and what it did to those beside it depends on the program that wrote it; write the checkpoint as gptq_v2"
@@ -106,17 +122,13 @@ pub enum Error {
         /// Its output.
         output: usize,
     },
-    /// A packed weight where the format of a checkpoint has a dense one.
-    #[error(
-        "`{path}` has `{tensor}`: `{layer}` is quantized, but only projections can be in a checkpoint of this format"
-    )]
-    PackedLayer {
+    /// A packed head in a format that only packs projections.
+    #[error("`{path}` has `{tensor}`: the head is quantized, but only projections can be in a checkpoint of this format")]
+    PackedHead {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// The layer.
-        layer: String,
     },
     /// Layers that a format of checkpoints does not hold exactly.
     #[error(
@@ -145,6 +157,28 @@ pub enum Error {
         /// How many there are.
         n: usize,
     },
+    /// Layers that cannot be quantized as planned.
+    #[error("the plan does not work for these layers:{}", list(layers))]
+    Plan {
+        /// The layers, each with what is against it.
+        layers: Vec<(String, String)>,
+    },
+}
+
+impl ConfigError {
+    pub(crate) fn setting(path: &Path, setting: &str, problem: String) -> Self {
+        Self::Setting {
+            path: path.into(),
+            setting: setting.into(),
+            problem,
+        }
+    }
+}
+
+/// A text, or a tokenizer that does not take it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TextError {
     /// A tokenizer that could not be read, or does not take a text.
     #[error("`{path}`: {problem}")]
     Tokenizer {
@@ -179,12 +213,34 @@ pub enum Error {
         /// Positions of the model.
         max: usize,
     },
-    /// Layers that cannot be quantized as planned.
-    #[error("the plan does not work for these layers:{}", list(layers))]
-    Plan {
-        /// The layers, each with what is against it.
-        layers: Vec<(String, String)>,
+    /// A special token that the tokenizer does not have.
+    #[error(
+        "`{path}`: {name} is `{token}`, which is not in the vocabulary of `{tokenizer}`; the two belong to different models"
+    )]
+    UnknownSpecial {
+        /// The configuration.
+        path: PathBuf,
+        /// Which token.
+        name: &'static str,
+        /// Its text.
+        token: String,
+        /// The tokenizer's file.
+        tokenizer: PathBuf,
     },
+    /// A special token that is needed and not stated.
+    #[error("{needed_by} needs its `{name}`; state it in the model's `tokenizer_config.json`")]
+    MissingSpecial {
+        /// Which token.
+        name: &'static str,
+        /// What needs it.
+        needed_by: String,
+    },
+}
+
+/// A text that cannot be continued.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerationError {
     /// A text of no tokens, after which nothing can be predicted.
     #[error("there are no tokens to continue; give a prompt of at least one")]
     NoTokens,
@@ -211,28 +267,6 @@ pub enum Error {
     NonFiniteLogits {
         /// Tokens read.
         position: usize,
-    },
-    /// A special token that the tokenizer does not have.
-    #[error(
-        "`{path}`: {name} is `{token}`, which is not in the vocabulary of `{tokenizer}`; the two belong to different models"
-    )]
-    UnknownSpecial {
-        /// The configuration.
-        path: PathBuf,
-        /// Which token.
-        name: &'static str,
-        /// Its text.
-        token: String,
-        /// The tokenizer's file.
-        tokenizer: PathBuf,
-    },
-    /// A special token that is needed and not stated.
-    #[error("{needed_by} needs its `{name}`; state it in the model's `tokenizer_config.json`")]
-    MissingSpecial {
-        /// Which token.
-        name: &'static str,
-        /// What needs it.
-        needed_by: String,
     },
 }
 

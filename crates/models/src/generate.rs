@@ -9,7 +9,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use crate::kv_cache::KvCache;
 use crate::positions::Positions;
-use crate::{Error, Model, Result};
+use crate::{Error, GenerationError, Model, Result};
 
 /// The keys and values of the tokens that a [`Model`] has read, made by [`Model::cache`].
 ///
@@ -48,7 +48,7 @@ impl Model {
     ///
     /// # Errors
     /// [`peft::Error::TooLong`] for more than [`CausalLm::max_positions`];
-    /// [`Error::DynamicRope`] for a `dynamic` rope scaling that `max_len` would bring into effect: it
+    /// [`GenerationError::DynamicRope`] for a `dynamic` rope scaling that `max_len` would bring into effect: it
     /// turns all tokens anew for each length, and a cache holds them as they were turned.
     pub fn cache(&self, max_len: usize) -> Result<Cache> {
         if let Some(max) = self.max_positions().filter(|&max| max_len > max) {
@@ -56,7 +56,7 @@ impl Model {
         }
         let max_cached = self.config().shape().max_cached;
         if let Some(max) = max_cached.filter(|&max| max_len > max) {
-            return Err(Error::DynamicRope { max_len, max });
+            return Err(Error::Generation(GenerationError::DynamicRope { max_len, max }));
         }
         Ok(Cache {
             blocks: vec![KvCache::default(); self.n_blocks()],
@@ -75,7 +75,7 @@ impl Model {
     /// - result: `[batch, vocab]`
     ///
     /// # Errors
-    /// [`Error::NoTokens`], or [`Error::CacheFull`] if there are more than it takes. Then the cache
+    /// [`GenerationError::NoTokens`], or [`GenerationError::CacheFull`] if there are more than it takes. Then the cache
     /// is as it was.
     ///
     /// # Panics
@@ -84,12 +84,12 @@ impl Model {
     pub fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut Cache) -> Result<Tensor<2>> {
         let [batch, seq] = tokens.dims();
         if batch * seq == 0 {
-            return Err(Error::NoTokens);
+            return Err(Error::Generation(GenerationError::NoTokens));
         }
         let (start, max_len) = (cache.len, cache.max_len);
         let len = start + seq;
         if len > max_len {
-            return Err(Error::CacheFull { len, max_len });
+            return Err(Error::Generation(GenerationError::CacheFull { len, max_len }));
         }
         assert_eq!(cache.blocks.len(), self.n_blocks(), "blocks of the cache");
         if len > cache.capacity || cache.positions.is_none() {
@@ -214,9 +214,9 @@ impl Generation {
 /// Continues `prompt`. `on_token` sees each token as it comes, and may break off after it.
 ///
 /// # Errors
-/// [`Error::NoTokens`] for an empty prompt, [`peft::Error::Token`] for a token that the model lacks,
-/// [`Error::DynamicRope`] or [`peft::Error::TooLong`] as [`Model::cache`], [`peft::Error::Setting`], or
-/// [`Error::NonFiniteLogits`].
+/// [`GenerationError::NoTokens`] for an empty prompt, [`peft::Error::Token`] for a token that the model lacks,
+/// [`GenerationError::DynamicRope`] or [`peft::Error::TooLong`] as [`Model::cache`], [`peft::Error::Setting`], or
+/// [`GenerationError::NonFiniteLogits`].
 pub fn generate(
     model: &Model,
     prompt: &[u32],
@@ -236,7 +236,7 @@ pub fn generate(
         Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &device)
     };
     if prompt.is_empty() {
-        return Err(Error::NoTokens);
+        return Err(Error::Generation(GenerationError::NoTokens));
     }
     let n_new = settings.max_new_tokens;
     // The last token is not read.
@@ -250,7 +250,7 @@ pub fn generate(
         let logits = logits.as_slice::<f32>().expect("converted to f32");
         if logits.iter().any(|logit| !logit.is_finite()) {
             let position = cache.len();
-            return Err(Error::NonFiniteLogits { position });
+            return Err(Error::Generation(GenerationError::NonFiniteLogits { position }));
         }
         let token = settings.next(logits, &mut rng);
         new.push(token);

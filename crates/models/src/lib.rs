@@ -63,7 +63,7 @@ pub use checkpoint::{
     save_dense,
 };
 pub use config::Config;
-pub use error::{Error, Result};
+pub use error::{CheckpointError, ConfigError, Error, GenerationError, Result, TextError};
 pub use generate::{Cache, Generation, generate};
 pub use llama::LlamaConfig;
 pub use model::{Model, State};

@@ -136,7 +136,7 @@ impl OptConfig {
     /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for a setting that is missing, out of range or not
+    /// [`ConfigError::Setting`](crate::ConfigError::Setting) for a setting that is missing, out of range or not
     /// supported.
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let fields = Fields { path };

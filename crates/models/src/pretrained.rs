@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
-use crate::{Error, Generation, Model, Result, SpecialTokens, Tokenizer, Windows, generate};
+use crate::{Error, Generation, Model, Result, SpecialTokens, TextError, Tokenizer, Windows, generate};
 
 /// A model with its tokenizer and the files that go along.
 #[derive(Clone, Debug)]
@@ -69,17 +69,17 @@ impl Pretrained {
     /// The tokenizer.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`].
+    /// [`TextError::NoTokenizer`].
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer {
+        self.tokenizer.as_ref().ok_or_else(|| Error::Text(TextError::NoTokenizer {
             dir: self.dir.clone(),
-        })
+        }))
     }
 
     /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or [`peft::Error::Token`] if the tokenizer gives a
+    /// [`TextError::NoTokenizer`], [`TextError::Tokenizer`], or [`peft::Error::Token`] if the tokenizer gives a
     /// token that the model lacks.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let tokens = self.tokenizer()?.encode(text)?;
@@ -109,12 +109,12 @@ impl Pretrained {
     /// The tokens of `text` in windows of `seq_len`.
     ///
     /// # Errors
-    /// [`Error::SeqLen`] if the model was not made for such windows; [`Error::ShortText`] if the text
+    /// [`TextError::SeqLen`] if the model was not made for such windows; [`TextError::ShortText`] if the text
     /// does not fill one; as [`Pretrained::encode`].
     pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
         let max = self.model.config().max_seq_len();
         if !(2..=max).contains(&seq_len) {
-            return Err(Error::SeqLen { seq_len, max });
+            return Err(Error::Text(TextError::SeqLen { seq_len, max }));
         }
         Windows::new(self.encode(text)?, seq_len)
     }
@@ -122,7 +122,7 @@ impl Pretrained {
     /// The special tokens that the directory's files name.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], or as [`SpecialTokens::read`].
+    /// [`TextError::NoTokenizer`], or as [`SpecialTokens::read`].
     pub fn special_tokens(&self) -> Result<SpecialTokens> {
         if let Some(special) = self.special.get() {
             return Ok(special.clone());
@@ -151,15 +151,15 @@ impl Pretrained {
     /// ends them, as lm-evaluation-harness has it.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`] if the files name neither, or as [`Pretrained::special_tokens`].
+    /// [`TextError::MissingSpecial`] if the files name neither, or as [`Pretrained::special_tokens`].
     pub fn first_token(&self) -> Result<u32> {
         let special = self.special_tokens()?;
         match special.bos.as_ref().or(special.eos.as_ref()) {
             Some(token) => Ok(token.id),
-            None => Err(Error::MissingSpecial {
+            None => Err(Error::Text(TextError::MissingSpecial {
                 name: "bos_token",
                 needed_by: "what predicts the first token of a text".into(),
-            }),
+            })),
         }
     }
 
@@ -173,7 +173,7 @@ impl Pretrained {
     /// after it. Ends at the [`Pretrained::stop_tokens`] too.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or as [`generate`].
+    /// [`TextError::NoTokenizer`], [`TextError::Tokenizer`], or as [`generate`].
     pub fn generate(
         &self,
         prompt: &[u32],

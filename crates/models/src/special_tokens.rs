@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 use tokenizers::{Encoding, Token};
 
 use crate::checkpoint::TOKENIZER_CONFIG;
-use crate::{Error, Result, Tokenizer};
+use crate::{ConfigError, Error, Result, TextError, Tokenizer};
 
 #[cfg(test)]
 mod tests;
@@ -45,8 +45,8 @@ impl SpecialTokens {
     /// 4 did for LLaMA), from which it is known where no file states it.
     ///
     /// # Errors
-    /// [`Error::UnknownSpecial`] for a token that the vocabulary does not have,
-    /// [`Error::Disagreement`] if `tokenizer.json` puts another token than `bos`; [`Error::Config`] for
+    /// [`TextError::UnknownSpecial`] for a token that the vocabulary does not have,
+    /// [`ConfigError::Disagreement`] if `tokenizer.json` puts another token than `bos`; [`ConfigError::Setting`] for
     /// a file that is no such configuration.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
         let config_path = dir.join(TOKENIZER_CONFIG);
@@ -75,13 +75,13 @@ impl SpecialTokens {
     }
 
     fn settle_bos(&mut self, path: &Path, tokenizer: &Tokenizer) -> Result<()> {
-        let disagree = |setting, in_first: String, in_second: String| Error::Disagreement {
+        let disagree = |setting, in_first: String, in_second: String| Error::Config(ConfigError::Disagreement {
             first: path.into(),
             second: tokenizer.path().into(),
             setting,
             in_first,
             in_second,
-        };
+        });
         let put = put_before(tokenizer)?;
         let text = |&id: &u32| tokenizer.inner().id_to_token(id).unwrap_or_default();
         let texts = || put.iter().map(text).collect::<Vec<_>>().join(" ");
@@ -104,7 +104,7 @@ impl SpecialTokens {
     /// The token before a text, for what cannot do without it.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`], which says what needs it.
+    /// [`TextError::MissingSpecial`], which says what needs it.
     pub fn need_bos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.bos.as_ref(), "bos_token", needed_by)
     }
@@ -112,7 +112,7 @@ impl SpecialTokens {
     /// The token behind a text, for what cannot do without it.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`], which says what needs it.
+    /// [`TextError::MissingSpecial`], which says what needs it.
     pub fn need_eos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.eos.as_ref(), "eos_token", needed_by)
     }
@@ -139,10 +139,10 @@ fn need<'a>(
     name: &'static str,
     needed_by: &str,
 ) -> Result<&'a SpecialToken> {
-    token.ok_or_else(|| Error::MissingSpecial {
+    token.ok_or_else(|| Error::Text(TextError::MissingSpecial {
         name,
         needed_by: needed_by.into(),
-    })
+    }))
 }
 
 /// What the tokenizer puts before a text.
@@ -150,10 +150,10 @@ fn put_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     // One token that stands for any text, so that what is put behind it is told from that.
     let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
     let all = tokenizer.inner().post_process(text, None, true);
-    let all = all.map_err(|error| Error::Tokenizer {
+    let all = all.map_err(|error| Error::Text(TextError::Tokenizer {
         path: tokenizer.path().into(),
         problem: error.to_string(),
-    })?;
+    }))?;
     let is_put = all.get_special_tokens_mask().iter();
     let n = is_put.take_while(|&&is_put| is_put == 1).count();
     Ok(all.get_ids()[..n].to_vec())
@@ -171,18 +171,18 @@ fn special_token(
         Value::String(text) => Some(text.as_str()),
         other => other.get("content").and_then(Value::as_str),
     };
-    let text = text.ok_or_else(|| Error::Config {
+    let text = text.ok_or_else(|| Error::Config(ConfigError::Setting {
         path: path.into(),
         setting: name.into(),
         problem: "is neither a text nor an object with its `content`".into(),
-    })?;
+    }))?;
     let id = tokenizer.inner().token_to_id(text);
-    let id = id.ok_or_else(|| Error::UnknownSpecial {
+    let id = id.ok_or_else(|| Error::Text(TextError::UnknownSpecial {
         path: path.into(),
         name,
         token: text.into(),
         tokenizer: tokenizer.path().into(),
-    })?;
+    }))?;
     let text = text.into();
     Ok(Some(SpecialToken { text, id }))
 }
@@ -193,9 +193,9 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
         return Ok(Map::new());
     }
     let bytes = tensor_files::read(path)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::Config {
+    serde_json::from_slice(&bytes).map_err(|error| Error::Config(ConfigError::Setting {
         path: path.into(),
         setting: "the file".into(),
         problem: format!("is no JSON object: {error}"),
-    })
+    }))
 }

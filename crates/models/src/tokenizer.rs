@@ -10,7 +10,7 @@ use tokenizers::{
     PreTokenizerWrapper,
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, TextError};
 
 /// The tokenizer of a model, from its `tokenizer.json`.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
-    /// As [`tensor_files::read`]; [`Error::Tokenizer`] if it is no tokenizer.
+    /// As [`tensor_files::read`]; [`TextError::Tokenizer`] if it is no tokenizer.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = tensor_files::read(path)?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes);
@@ -71,7 +71,7 @@ impl Tokenizer {
     /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the tokenizer does not take the text.
+    /// [`TextError::Tokenizer`] if the tokenizer does not take the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false);
         Ok(encoding
@@ -101,7 +101,7 @@ impl Tokenizer {
     /// The text of some tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if a token is unknown.
+    /// [`TextError::Tokenizer`] if a token is unknown.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = self.inner.decode(tokens, true);
         text.map_err(|error| refuse(&self.path, error))
@@ -125,7 +125,7 @@ impl TextStream<'_> {
     /// What one more token adds to the text; nothing while it is a part of a character.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the token is unknown.
+    /// [`TextError::Tokenizer`] if the token is unknown.
     pub fn push(&mut self, token: u32) -> Result<String> {
         let piece = self.inner.step(token);
         let piece = piece.map_err(|error| refuse(self.path, error))?;
@@ -134,10 +134,10 @@ impl TextStream<'_> {
 }
 
 fn refuse(path: &Path, error: tokenizers::Error) -> Error {
-    Error::Tokenizer {
+    Error::Text(TextError::Tokenizer {
         path: path.into(),
         problem: error.to_string(),
-    }
+    })
 }
 
 /// A text's tokens in non-overlapping windows of one length; what does not fill the last is left out.
@@ -149,7 +149,7 @@ pub struct Windows {
 
 impl Windows {
     /// # Errors
-    /// [`Error::ShortText`] if the tokens fill no window.
+    /// [`TextError::ShortText`] if the tokens fill no window.
     ///
     /// # Panics
     /// If a window has fewer than two tokens.
@@ -160,7 +160,7 @@ impl Windows {
         );
         let n_tokens = tokens.len();
         if n_tokens < seq_len {
-            return Err(Error::ShortText { n_tokens, seq_len });
+            return Err(Error::Text(TextError::ShortText { n_tokens, seq_len }));
         }
         tokens.truncate(n_tokens / seq_len * seq_len);
         Ok(Self { tokens, seq_len })

@@ -575,7 +575,7 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         settings.remove("checkpoint_format");
         settings.remove("format");
     });
-    assert!(matches!(error, Error::GptqVersion { .. }), "{error}");
+    assert!(matches!(error, Error::Checkpoint(models::CheckpointError::GptqVersion { .. })), "{error}");
     assert_says(
         &error,
         &["config.json", "\"checkpoint_format\": \"gptq_v2\""],
@@ -651,11 +651,11 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
     assert!(
         matches!(
             &error,
-            Error::WrappedZeros {
+            Error::Checkpoint(models::CheckpointError::WrappedZeros {
                 group: 1,
                 output: 9,
                 ..
-            }
+            })
         ),
         "{error}"
     );
@@ -669,7 +669,7 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         let head = all["model.layers.0.mlp.up_proj.qweight"].clone();
         all.insert("lm_head.qweight".into(), head);
     });
-    assert!(matches!(&error, Error::PackedLayer { .. }), "{error}");
+    assert!(matches!(&error, Error::Checkpoint(models::CheckpointError::PackedHead { .. })), "{error}");
     assert_says(&error, &["`lm_head.qweight`", "only projections"]);
     let error = refusal(GPTQ, |_, all| {
         all.remove(&format!("{LAYER}.scales"));
@@ -700,7 +700,7 @@ fn the_two_configurations_of_gptq_must_agree() {
             second[setting] = value.clone();
         });
         let error = error.unwrap_err();
-        assert!(matches!(&error, Error::Disagreement { .. }), "{error}");
+        assert!(matches!(&error, Error::Config(models::ConfigError::Disagreement { .. })), "{error}");
         assert_says(&error, &["`quantize_config.json`"].map(|_| setting));
         assert_says(&error, &["/config.json`", "/quantize_config.json`"]);
     }
@@ -865,7 +865,7 @@ fn bitsandbytes_checkpoints_that_cannot_be_read_right_are_refused() {
         let name = "lm_head.weight.quant_state.bitsandbytes__nf4";
         all.insert(name.into(), head);
     });
-    assert!(matches!(&error, Error::PackedLayer { .. }), "{error}");
+    assert!(matches!(&error, Error::Checkpoint(models::CheckpointError::PackedHead { .. })), "{error}");
 }
 
 /// Why a format does not hold a model, layer by layer.
@@ -874,9 +874,9 @@ fn cannot_hold(lm: &Pretrained, format: CheckpointFormat) -> (Vec<(String, Strin
     let error = save_as(lm, dir.path().join("out"), format).unwrap_err();
     assert!(!dir.path().join("out").exists());
     let message = error.to_string();
-    let Error::CannotHold {
+    let Error::Checkpoint(models::CheckpointError::CannotHold {
         layers, instead, ..
-    } = error
+    }) = error
     else {
         panic!("{error}");
     };

@@ -187,7 +187,7 @@ proptest! {
             start = end;
         }
         let full = model.forward_cached(tokens(&text(0..1), n), &mut cache);
-        let refused = matches!(full, Err(Error::CacheFull { len: found, max_len }) if found == len + 1 && max_len == len);
+        let refused = matches!(full, Err(Error::Generation(models::GenerationError::CacheFull { len: found, max_len })) if found == len + 1 && max_len == len);
         prop_assert!(refused);
     }
 
@@ -226,7 +226,7 @@ fn what_cannot_be_continued_is_refused() {
     let model = model(config(2, RopeScaling::None), 1, 0);
     assert!(matches!(
         greedy(&model, &[], 4, None, |_| {}),
-        Err(Error::NoTokens)
+        Err(Error::Generation(models::GenerationError::NoTokens))
     ));
     let error = greedy(&model, &[3, 32], 4, None, |_| {}).unwrap_err();
     assert!(
@@ -265,7 +265,7 @@ fn texts_longer_than_the_model_was_made_for() {
     assert_eq!(new[5], argmax(&last_logits(&dynamic, &ids, 1)));
     let error = greedy(&dynamic, &[1, 2, 3], 7, None, |_| {}).unwrap_err();
     assert!(
-        matches!(error, Error::DynamicRope { max_len: 9, max: 8 }),
+        matches!(error, Error::Generation(models::GenerationError::DynamicRope { max_len: 9, max: 8 })),
         "{error}"
     );
 }
@@ -282,7 +282,7 @@ fn logits_that_are_not_finite_are_refused() {
     let model = model(config(2, RopeScaling::None), 1, 0).map(&mut Overflow);
     let error = greedy(&model, &[1, 2], 4, None, |_| {}).unwrap_err();
     assert!(
-        matches!(error, Error::NonFiniteLogits { position: 2 }),
+        matches!(error, Error::Generation(models::GenerationError::NonFiniteLogits { position: 2 })),
         "{error}"
     );
 }

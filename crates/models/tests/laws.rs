@@ -491,14 +491,14 @@ fn texts_that_do_not_fit_are_refused() {
     let short = lm.windows("w1 w2 w3", 8).unwrap_err();
     assert!(matches!(
         short,
-        Error::ShortText {
+        Error::Text(models::TextError::ShortText {
             n_tokens: 3,
             seq_len: 8
-        }
+        })
     ));
     for seq_len in [0, 1, 33] {
         let error = lm.windows(&text(), seq_len).unwrap_err();
-        assert!(matches!(error, Error::SeqLen { max: 32, .. }), "{error}");
+        assert!(matches!(error, Error::Text(models::TextError::SeqLen { max: 32, .. })), "{error}");
     }
     // A tokenizer with more words than the model has rows.
     let tokenizer = dir.path().join("larger.json");
@@ -729,11 +729,11 @@ fn damaged_files_are_refused_at_every_length() {
         Error::File(tensor_files::Error::File { .. } | tensor_files::Error::Io { .. })
     ));
     fs::remove_dir(&path).unwrap();
-    assert!(matches!(damage.error(), Error::NoWeights { .. }));
+    assert!(matches!(damage.error(), Error::Checkpoint(models::CheckpointError::NoWeights { .. })));
     fs::write(damage.path.join("pytorch_model.bin"), "x").unwrap();
     assert_says(damage.error().to_string(), &["convert it"]);
     fs::write(damage.path.join("tokenizer.json"), "{}").unwrap();
-    assert!(matches!(damage.error(), Error::Tokenizer { .. }));
+    assert!(matches!(damage.error(), Error::Text(models::TextError::Tokenizer { .. })));
     fs::remove_file(damage.path.join("config.json")).unwrap();
     assert!(matches!(
         damage.error(),
@@ -780,7 +780,7 @@ fn indices_are_followed_and_not_trusted() {
         loaded.unwrap_err()
     };
     let error = refused("one.safetensors", "two.safetensors");
-    assert!(matches!(&error, Error::MissingShard { shard, .. } if shard == "two.safetensors"));
+    assert!(matches!(&error, Error::Checkpoint(models::CheckpointError::MissingShard { shard, .. }) if shard == "two.safetensors"));
     for to in [
         "../one.safetensors",
         "/one.safetensors",

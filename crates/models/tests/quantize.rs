@@ -345,7 +345,7 @@ fn a_plan_is_what_comes_of_it() {
 
     let rtn = Rtn::new().with_bits(3).with_group_size(40);
     let error = plan(&dense, &rtn).unwrap_err();
-    let Error::Plan { layers } = &error else {
+    let Error::Checkpoint(models::CheckpointError::Plan { layers }) = &error else {
         panic!("{error}");
     };
     // Every layer but the two of 40 inputs.

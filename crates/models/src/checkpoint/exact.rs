@@ -22,7 +22,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
-use super::{LayerFormat, Projections, Tensors, double_scales, quant_error, refuse_config, values};
+use super::format::{LayerFormat, Projections, quant_error, refuse_config};
+use super::parameters::floats;
+use super::tensors::Tensors;
 use crate::Result;
 use crate::source::HEAD;
 
@@ -81,6 +83,15 @@ impl Exact {
 }
 
 impl LayerFormat for Exact {
+    fn packed_tensor(&self, _: &Tensors, path: &str) -> Option<String> {
+        let is_packed = self.layers.contains_key(path);
+        is_packed.then(|| format!("{path}.qweight"))
+    }
+
+    fn packs_head(&self) -> bool {
+        true
+    }
+
     fn check_paths(&self, layers: &[String], config: &Path) -> Result<()> {
         match self.layers.keys().find(|path| !layers.contains(path)) {
             None => Ok(()),
@@ -130,9 +141,10 @@ impl LayerFormat for Exact {
             Grid::Affine => Some(tensors.floats(&name("zeros"), grid)?),
             _ => None,
         };
-        let input_order = match input_order {
-            true => Some(tensors.words(&name("input_order"), [d_in])?),
-            false => None,
+        let input_order = if input_order {
+            Some(tensors.words(&name("input_order"), [d_in])?)
+        } else {
+            None
         };
         let words = Parts::from_columns(&columns, &layout, Vec::new(), None).map_err(&quant)?;
         let parts = Parts {
@@ -153,8 +165,7 @@ impl LayerFormat for Exact {
         let mut all = vec![(name("qweight"), words)];
         match weight.format().double_quant() {
             None => {
-                let scales = LazyTensor::floats(grid, || values(weight.scales()));
-                all.push((name("scales"), scales));
+                all.push((name("scales"), floats(weight.scales())));
             }
             Some(double) => {
                 let [n_groups, d_out] = grid;
@@ -168,8 +179,7 @@ impl LayerFormat for Exact {
             }
         }
         if let Some(zeros) = weight.zeros() {
-            let zeros = LazyTensor::floats(grid, move || values(zeros.clone()));
-            all.push((name("zeros"), zeros));
+            all.push((name("zeros"), floats(zeros)));
         }
         if let Some(order) = weight.input_order() {
             let order = LazyTensor::words([order.len()], move || order.clone());

@@ -95,7 +95,7 @@ fn layers_are_gptqmodels() {
             let format = gptq(quantizer, bits, group_size, sym, version);
             let weight = match read(&format, tensors, dims) {
                 Ok(weight) => weight,
-                Err(Error::WrappedZeros { group, output, .. }) => {
+                Err(Error::Checkpoint(crate::CheckpointError::WrappedZeros { group, output, .. })) => {
                     assert_eq!((name.as_str(), quantizer), ("w4_zero_point_0", "another:1"));
                     assert_eq!((group, output), (0, 0));
                     checked += 1;

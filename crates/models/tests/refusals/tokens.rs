@@ -261,7 +261,7 @@ fn a_tokenizer_that_is_none_is_refused() {
     for text in texts {
         fs::write(&path, &text).unwrap();
         let error = refusal(dir.path());
-        let is_named = matches!(&error, Error::Tokenizer { path, .. } if path.ends_with(TOKENIZER));
+        let is_named = matches!(&error, Error::Text(models::TextError::Tokenizer { path, .. }) if path.ends_with(TOKENIZER));
         let start = String::from_utf8_lossy(&text[..text.len().min(40)]).into_owned();
         assert!(is_named, "{start:?}: {error:?}");
     }
@@ -271,7 +271,7 @@ fn a_tokenizer_that_is_none_is_refused() {
     bytes[at] = 0xff;
     fs::write(&path, bytes).unwrap();
     let error = refusal(dir.path());
-    assert!(matches!(error, Error::Tokenizer { .. }), "{error:?}");
+    assert!(matches!(error, Error::Text(models::TextError::Tokenizer { .. })), "{error:?}");
 }
 
 /// A word of the vocabulary begins texts and ends them, if the files say so.
@@ -284,10 +284,10 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     assert!(
         matches!(
             error,
-            Error::MissingSpecial {
+            Error::Text(models::TextError::MissingSpecial {
                 name: "bos_token",
                 ..
-            }
+            })
         ),
         "{error}"
     );
@@ -300,7 +300,7 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     let error = lm().first_token().unwrap_err();
     let is_named = matches!(
         &error,
-        Error::UnknownSpecial { name: "eos_token", token, .. } if token == "</s>"
+        Error::Text(models::TextError::UnknownSpecial { name: "eos_token", token, .. }) if token == "</s>"
     );
     assert!(is_named, "{error}");
 }
