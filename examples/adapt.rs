@@ -267,7 +267,7 @@ fn run(args: &Args) -> Result<()> {
         n_task_windows: n_windows(&texts.task),
         n_base_windows: n_windows(&texts.base),
         steps: args.steps,
-        learning_rate: fit_config(args).learning_rate,
+        learning_rate: fit_config(args).learning_rate(),
         batch: args.batch,
         seed: args.seed,
         device: args.device.name.clone(),
@@ -337,7 +337,7 @@ fn tune(
 
     let mut lm = models::load(source, device)?;
     let layers = models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
-    let errors = layers.iter().map(|layer| layer.cost.distortion.relative);
+    let errors = layers.iter().map(|layer| layer.error.weight.relative);
     let weight_error = errors.sum::<f64>() / layers.len() as f64;
     let rounded = texts.perplexities(&lm.model)?;
 

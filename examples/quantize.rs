@@ -20,7 +20,7 @@ use examples::tuning::{Result, exit};
 use indicatif::{ProgressBar, ProgressStyle};
 use models::{CheckpointFormat, GptqVersion};
 use peft::Batch;
-use quant_core::{DoubleQuant, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
+use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 
 /// Quantize a LLaMA and measure what it costs
 ///
@@ -178,7 +178,7 @@ impl Name {
         let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
         match self {
             Name::Rtn => Box::new(rtn),
-            Name::Clip => Box::new(rtn.with_range(Range::Clipped)),
+            Name::Clip => Box::new(rtn.with_range(GroupRange::Clipped)),
             Name::Nf => Box::new(nf.with_block_size(group_size).with_double_quant(double)),
             Name::Fp4 => {
                 let fp4 = NormalFloat::float4().with_bits(bits);
@@ -187,7 +187,7 @@ impl Name {
             Name::Optq => Box::new(optq),
             Name::OptqAct => Box::new(optq.with_order(Order::Descending)),
             Name::OptqGroups => Box::new(optq.with_order(Order::DescendingByGroup)),
-            Name::OptqClip => Box::new(optq.with_range(Range::Clipped)),
+            Name::OptqClip => Box::new(optq.with_range(GroupRange::Clipped)),
             Name::Gptaq => Box::new(optq.with_drift(0.25)),
         }
     }
@@ -254,12 +254,8 @@ fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> R
     let mut lm = models::load(source, device)?;
     let before = perplexity(&lm.model, &eval)?.value();
     models::quantize(&mut lm.model, &method, &calibration, |layer| {
-        let cost = &layer.cost;
-        print!("{}: {}", layer.path, cost.distortion);
-        if let Some(error) = cost.output_error {
-            print!(", of the output {error:.4}");
-        }
-        for note in &cost.notes {
+        print!("{}: {}", layer.path, layer.error);
+        for note in &layer.notes {
             print!("; {note}");
         }
         println!("; {:.2} s", layer.seconds);
@@ -297,7 +293,9 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
                         format!("{:.4}", perplexity(&lm.model, &eval)?.value())
                     }
                     // A width that the grid lacks, a group that does not fit.
-                    Err(models::Error::Checkpoint(models::CheckpointError::Plan { .. })) => "–".into(),
+                    Err(models::Error::Checkpoint(models::CheckpointError::Plan { .. })) => {
+                        "–".into()
+                    }
                     Err(error) => return Err(error.into()),
                 };
                 row += &format!("| {cell} ");

@@ -226,10 +226,12 @@ impl<'a> Encoder<'a> {
         }
         // With offsets in bytes; `encode_fast` gives none, `encode_char_offsets` others.
         let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|error| models::Error::Text(models::TextError::Tokenizer {
-            path: self.source.path().into(),
-            problem: error.to_string(),
-        }))?;
+        let encoding = encoding.map_err(|error| {
+            models::Error::Text(models::TextError::Tokenizer {
+                path: self.source.path().into(),
+                problem: error.to_string(),
+            })
+        })?;
         let is_learned = |&(start, _): &(usize, usize)| {
             let at = learned.partition_point(|range| range.end <= start);
             learned.get(at).is_some_and(|range| range.contains(&start))

@@ -137,8 +137,24 @@ impl Config {
     /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`ConfigError::Architecture`] for a model type of no known architecture, [`ConfigError::Setting`] for a
-    /// setting that is missing, out of range or not supported.
+    /// [`ConfigError::Architecture`] for a model type of no known architecture,
+    /// [`ConfigError::Setting`] for a setting that is missing, out of range or not supported.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::path::Path;
+    ///
+    /// let mut json = models::OptConfig::default().to_json();
+    /// let config = models::Config::from_json(&json, Path::new("config.json"))?;
+    /// assert_eq!(config.num_hidden_layers(), 12);
+    /// json["num_attention_heads"] = 5.into();
+    /// let error = models::Config::from_json(&json, Path::new("config.json")).unwrap_err();
+    /// assert_eq!(
+    ///     error.to_string(),
+    ///     "`config.json`: num_attention_heads is 5, which does not divide the hidden size 768"
+    /// );
+    /// # models::Result::Ok(())
+    /// ```
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let model_type = model_type.unwrap_or_default();

@@ -33,9 +33,7 @@ pub enum Error {
 #[non_exhaustive]
 pub enum ConfigError {
     /// A model of another architecture.
-    #[error(
-        "unsupported model type `{model_type}` in `{path}`; supported: {supported}"
-    )]
+    #[error("unsupported model type `{model_type}` in `{path}`; supported: {supported}")]
     Architecture {
         /// The configuration.
         path: PathBuf,
@@ -123,7 +121,9 @@ pub enum CheckpointError {
         output: usize,
     },
     /// A packed head in a format that only packs projections.
-    #[error("`{path}` has `{tensor}`: the head is quantized, but only projections can be in a checkpoint of this format")]
+    #[error(
+        "`{path}` has `{tensor}`: the head is quantized, but only projections can be in a checkpoint of this format"
+    )]
     PackedHead {
         /// The file.
         path: PathBuf,

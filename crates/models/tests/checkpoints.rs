@@ -575,7 +575,13 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         settings.remove("checkpoint_format");
         settings.remove("format");
     });
-    assert!(matches!(error, Error::Checkpoint(models::CheckpointError::GptqVersion { .. })), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::Checkpoint(models::CheckpointError::GptqVersion { .. })
+        ),
+        "{error}"
+    );
     assert_says(
         &error,
         &["config.json", "\"checkpoint_format\": \"gptq_v2\""],
@@ -669,7 +675,13 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         let head = all["model.layers.0.mlp.up_proj.qweight"].clone();
         all.insert("lm_head.qweight".into(), head);
     });
-    assert!(matches!(&error, Error::Checkpoint(models::CheckpointError::PackedHead { .. })), "{error}");
+    assert!(
+        matches!(
+            &error,
+            Error::Checkpoint(models::CheckpointError::PackedHead { .. })
+        ),
+        "{error}"
+    );
     assert_says(&error, &["`lm_head.qweight`", "only projections"]);
     let error = refusal(GPTQ, |_, all| {
         all.remove(&format!("{LAYER}.scales"));
@@ -700,7 +712,13 @@ fn the_two_configurations_of_gptq_must_agree() {
             second[setting] = value.clone();
         });
         let error = error.unwrap_err();
-        assert!(matches!(&error, Error::Config(models::ConfigError::Disagreement { .. })), "{error}");
+        assert!(
+            matches!(
+                &error,
+                Error::Config(models::ConfigError::Disagreement { .. })
+            ),
+            "{error}"
+        );
         assert_says(&error, &["`quantize_config.json`"].map(|_| setting));
         assert_says(&error, &["/config.json`", "/quantize_config.json`"]);
     }
@@ -865,7 +883,13 @@ fn bitsandbytes_checkpoints_that_cannot_be_read_right_are_refused() {
         let name = "lm_head.weight.quant_state.bitsandbytes__nf4";
         all.insert(name.into(), head);
     });
-    assert!(matches!(&error, Error::Checkpoint(models::CheckpointError::PackedHead { .. })), "{error}");
+    assert!(
+        matches!(
+            &error,
+            Error::Checkpoint(models::CheckpointError::PackedHead { .. })
+        ),
+        "{error}"
+    );
 }
 
 /// Why a format does not hold a model, layer by layer.

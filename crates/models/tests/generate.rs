@@ -265,7 +265,10 @@ fn texts_longer_than_the_model_was_made_for() {
     assert_eq!(new[5], argmax(&last_logits(&dynamic, &ids, 1)));
     let error = greedy(&dynamic, &[1, 2, 3], 7, None, |_| {}).unwrap_err();
     assert!(
-        matches!(error, Error::Generation(models::GenerationError::DynamicRope { max_len: 9, max: 8 })),
+        matches!(
+            error,
+            Error::Generation(models::GenerationError::DynamicRope { max_len: 9, max: 8 })
+        ),
         "{error}"
     );
 }
@@ -282,7 +285,10 @@ fn logits_that_are_not_finite_are_refused() {
     let model = model(config(2, RopeScaling::None), 1, 0).map(&mut Overflow);
     let error = greedy(&model, &[1, 2], 4, None, |_| {}).unwrap_err();
     assert!(
-        matches!(error, Error::Generation(models::GenerationError::NonFiniteLogits { position: 2 })),
+        matches!(
+            error,
+            Error::Generation(models::GenerationError::NonFiniteLogits { position: 2 })
+        ),
         "{error}"
     );
 }

@@ -63,12 +63,14 @@ mod adapter;
 mod adapters;
 mod attach;
 mod batch;
+mod blocks;
 mod calibration;
 mod causal_lm;
 mod checkpointing;
 mod error;
 mod fingerprint;
 mod fit;
+mod layer_report;
 mod linear;
 mod linears;
 mod merge;
@@ -84,13 +86,15 @@ pub use adapter::{
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};
 pub use batch::{Batch, Spans};
-pub use calibration::{Stages, Streams};
-pub use causal_lm::{CausalLm, last_output, nll_of_output, token_nll};
+pub use blocks::{Blocks, last_output};
+pub use calibration::{Stage, Stages, Streams};
+pub use causal_lm::{CausalLm, Head, nll_of_output, token_nll};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fit::{FitConfig, Schedule, Step, fit, fit_with};
-pub use linear::{Cost, Linear, Weight};
-pub use linears::Linears;
+pub use layer_report::{LayerError, LayerReport};
+pub use linear::{Linear, Weight};
+pub use linears::{Linears, set_dropout, set_precision};
 pub use merge::{
     Certificate, Exactness, MergedLayer, OffGrid, Probe, merge, merge_probed, merge_with,
 };

@@ -235,7 +235,7 @@ pub fn merge_probed<M: CausalLm>(
     let logits =
         |model: &M| floats(probe.of_text(model.forward_spans(probe.tokens(), probe.spans())));
     let mut before = model.clone();
-    before.set_dropout(None);
+    crate::set_dropout(&mut before, None);
     let adapted = logits(&before);
     for (_, linear) in before.linears_mut() {
         linear.adapter = None;

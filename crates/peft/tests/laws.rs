@@ -4,9 +4,9 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use peft::{
-    Adapter, Adapters, Batch, Bayesian, CausalLm, Error, Exactness, Fingerprint, FitConfig, Linear,
-    Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Spans, Targets, TaskPack, Tasks, Tile,
-    TileMethod, Weight, fit, token_nll,
+    Adapter, Adapters, Batch, Bayesian, Blocks, CausalLm, Error, Exactness, Fingerprint, FitConfig,
+    Head, Linear, Linears, Lora, Method, OffGrid, Peqa, Pooling, Schedule, Spans, Targets,
+    TaskPack, Tasks, Tile, TileMethod, Weight, fit, token_nll,
 };
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Grid, NormalFloat, Quantizer, Rtn};
@@ -37,7 +37,7 @@ impl Linears for Bigram {
     }
 }
 
-impl CausalLm for Bigram {
+impl Blocks for Bigram {
     type Positions = ();
 
     fn vocab_size(&self) -> usize {
@@ -65,13 +65,15 @@ impl CausalLm for Bigram {
             _ => self.down.forward(x),
         }
     }
+}
 
+impl CausalLm for Bigram {
     fn norm(&self, x: Tensor<3>) -> Tensor<3> {
         x
     }
 
-    fn head(&self) -> Tensor<2> {
-        self.embedding.val().transpose()
+    fn head(&self) -> Head<'_> {
+        Head::Dense(self.embedding.val().transpose())
     }
 }
 

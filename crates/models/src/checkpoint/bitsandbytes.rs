@@ -28,7 +28,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
-use super::format::{LayerFormat, Projections, Refusals, quant_error, refuse_config};
+use super::format::{
+    LayerFormat, Projections, Refusals, double_scales, quant_error, refuse_config,
+};
 use super::packing::{pack, transpose};
 use super::parameters::read;
 use super::tensors::Tensors;

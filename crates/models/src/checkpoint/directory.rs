@@ -77,11 +77,7 @@ pub(super) struct Files<'a> {
 
 impl Files<'_> {
     /// Writes a directory, whose tensors `write` writes into the file of the given path.
-    pub(super) fn write(
-        &self,
-        dir: &Path,
-        write: impl FnOnce(&Path) -> Result<()>,
-    ) -> Result<()> {
+    pub(super) fn write(&self, dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         tensor_files::write_directory(dir, |dir| {
             write(&dir.join(WEIGHTS))?;
             for (name, bytes) in self.carried {

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
-use super::format::{LayerFormat, Projections, quant_error, refuse_config};
+use super::format::{LayerFormat, Projections, double_scales, quant_error, refuse_config};
 use super::parameters::floats;
 use super::tensors::Tensors;
 use crate::Result;

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use peft::{Linears, Weight};
-use quant_core::QuantTensor;
+use quant_core::{DoubleScales, QuantTensor, Scales};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
@@ -99,4 +99,12 @@ pub(super) fn quant_error(path: &str) -> impl Fn(quant_core::Error) -> Error {
 /// An error about the `quantization_config` in a file.
 pub(super) fn refuse_config(path: &Path, problem: String) -> Error {
     ConfigError::setting(path, "quantization_config", problem).into()
+}
+
+/// The scales of a double-quantized weight.
+pub(super) fn double_scales(weight: &QuantTensor) -> DoubleScales {
+    match weight.to_parts().scales {
+        Scales::Double(scales) => scales,
+        Scales::Float(_) => unreachable!("the format has a double quantization"),
+    }
 }

@@ -17,10 +17,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
-use super::packing::{pack, transpose, unpack};
 use super::directory::CONFIG;
 use super::format::{LayerFormat, Projections, Refusals, quant_error};
 use super::kind::GptqVersion;
+use super::packing::{pack, transpose, unpack};
 use super::parameters::read;
 use super::tensors::Tensors;
 use crate::{CheckpointError, ConfigError, Error, Result};

@@ -86,9 +86,15 @@ impl<'a> Parameter<'a> {
             }
             Self::Packed { path, weight } => {
                 let dims @ [d_in, d_out] = weight.dims();
-                lazy(weight_name(&path), float, [d_out, d_in], on_values, move || {
-                    kernels::with_values(weight.dequantize(), |values| transpose(values, dims))
-                })
+                lazy(
+                    weight_name(&path),
+                    float,
+                    [d_out, d_in],
+                    on_values,
+                    move || {
+                        kernels::with_values(weight.dequantize(), |values| transpose(values, dims))
+                    },
+                )
             }
         }
     }

@@ -44,17 +44,29 @@ impl Tensors {
     }
 
     /// The values of a tensor of these dimensions.
-    pub(super) fn floats<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<f32>> {
+    pub(super) fn floats<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Vec<f32>> {
         let stored = self.shards.stored(name).to_string();
         Ok(self.take(name, expected)?.floats::<D>(&stored)?.0)
     }
 
-    pub(super) fn words<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u32>> {
+    pub(super) fn words<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Vec<u32>> {
         let stored = self.shards.stored(name).to_string();
         Ok(self.take(name, expected)?.words::<D>(&stored)?.0)
     }
 
-    pub(super) fn bytes<const D: usize>(&mut self, name: &str, expected: [usize; D]) -> Result<Vec<u8>> {
+    pub(super) fn bytes<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Vec<u8>> {
         let stored = self.shards.stored(name).to_string();
         Ok(self.take(name, expected)?.bytes::<D>(&stored)?.0)
     }

@@ -121,10 +121,14 @@ fn files_that_disagree_on_bos() {
 fn configurations_that_are_none() {
     for token in [json!(1), json!({"text": "<s>"})] {
         let error = read(Value::Null, json!({"bos_token": token}), Value::Null).unwrap_err();
-        assert!(matches!(&error, Error::Config(crate::ConfigError::Setting { setting, .. }) if setting == "bos_token"));
+        assert!(
+            matches!(&error, Error::Config(crate::ConfigError::Setting { setting, .. }) if setting == "bos_token")
+        );
     }
     let error = read(Value::Null, json!([]), Value::Null).unwrap_err();
-    assert!(matches!(&error, Error::Config(crate::ConfigError::Setting { setting, .. }) if setting == "the file"));
+    assert!(
+        matches!(&error, Error::Config(crate::ConfigError::Setting { setting, .. }) if setting == "the file")
+    );
 }
 
 #[test]

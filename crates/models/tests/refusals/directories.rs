@@ -60,7 +60,13 @@ fn pickled_weights_are_not_read() {
         let dir = without(WEIGHTS);
         fs::write(dir.path().join(name), "").unwrap();
         let error = refusal(dir.path());
-        assert!(matches!(error, Error::Checkpoint(models::CheckpointError::NoWeights { .. })), "{error}");
+        assert!(
+            matches!(
+                error,
+                Error::Checkpoint(models::CheckpointError::NoWeights { .. })
+            ),
+            "{error}"
+        );
         assert!(error.to_string().contains("convert it"), "{error}");
     }
     // The pickle of PyTorch before 1.6, which is no zip archive, under another name.

@@ -271,7 +271,10 @@ fn a_tokenizer_that_is_none_is_refused() {
     bytes[at] = 0xff;
     fs::write(&path, bytes).unwrap();
     let error = refusal(dir.path());
-    assert!(matches!(error, Error::Text(models::TextError::Tokenizer { .. })), "{error:?}");
+    assert!(
+        matches!(error, Error::Text(models::TextError::Tokenizer { .. })),
+        "{error:?}"
+    );
 }
 
 /// A word of the vocabulary begins texts and ends them, if the files say so.

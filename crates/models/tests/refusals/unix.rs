@@ -174,5 +174,8 @@ fn a_path_need_not_be_utf_8() {
     assert!(again.tokenizer.is_some());
 
     fs::remove_file(from.join(WEIGHTS)).unwrap();
-    assert!(matches!(refusal(&from), Error::Checkpoint(models::CheckpointError::NoWeights { .. })));
+    assert!(matches!(
+        refusal(&from),
+        Error::Checkpoint(models::CheckpointError::NoWeights { .. })
+    ));
 }
