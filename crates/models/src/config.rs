@@ -19,6 +19,9 @@ use crate::positions::Positions;
 use crate::source::Source;
 use crate::{ConfigError, Result};
 
+#[cfg(test)]
+mod tests;
+
 /// The shape of a model of one of the architectures, from Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Config {

@@ -148,7 +148,7 @@ fn need<'a>(
 
 /// The tokens that the tokenizer adds before a text.
 fn added_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    // One token in the place of a text separates the tokens before it from those after it.
+    // A token that represents the text separates the tokens before it from those after it.
     let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
     let all = tokenizer.inner().post_process(text, None, true);
     let all = all.map_err(|error| TextError::Tokenizer {

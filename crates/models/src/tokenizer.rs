@@ -149,6 +149,14 @@ pub struct Windows {
 impl Windows {
     /// Cuts tokens into windows of `seq_len`.
     ///
+    /// # Examples
+    /// ```
+    /// let windows = models::Windows::new((0..10).collect(), 4)?;
+    /// assert_eq!(windows.len(), 2);
+    /// assert!(models::Windows::new(vec![1, 2], 4).is_err());
+    /// # models::Result::Ok(())
+    /// ```
+    ///
     /// # Errors
     /// [`TextError::ShortText`] for fewer tokens than a window has.
     ///

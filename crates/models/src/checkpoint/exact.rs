@@ -1,14 +1,14 @@
-//! The workspace's own format, which holds every packed weight as it is: projections and the head.
+//! The format of this workspace, which holds every packed weight exactly: projections and the head.
 //!
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `PATH.qweight` | `[word_rows, d_out]` | GPTQ's words, rows as they are packed |
-//! | `PATH.scales` | `[n_groups, d_out]` | where they are floats |
-//! | `PATH.scale_codes` | `[d_out, n_groups]` | where they are double-quantized |
+//! | `PATH.scales` | `[n_groups, d_out]` | if they are floats |
+//! | `PATH.scale_codes` | `[d_out, n_groups]` | if they are double-quantized |
 //! | `PATH.scale_absmax` | `[n_blocks]` | one for each block of codes |
 //! | `PATH.scale_offset` | `[1]` | |
 //! | `PATH.zeros` | `[n_groups, d_out]` | on an affine grid |
-//! | `PATH.input_order` | `[d_in]` | the input of each packed row, where the layer has an order |
+//! | `PATH.input_order` | `[d_in]` | the input of each packed row, if the layer has an order |
 //!
 //! `quantization_config` has the format of each layer. Floats are in the shortest type that holds
 //! them exactly.

@@ -13,7 +13,7 @@ use super::kind::CheckpointFormat;
 use super::packing::transpose;
 use super::tensors::Tensors;
 use crate::source::{HEAD, Source, Vector, weight_name};
-use crate::{CheckpointError, Config, ConfigError, Error, Model, Pretrained, Result, Tokenizer};
+use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer};
 
 /// Loads a model from a directory with `config.json` and weights, and `tokenizer.json` if it has one.
 ///
@@ -27,7 +27,7 @@ use crate::{CheckpointError, Config, ConfigError, Error, Model, Pretrained, Resu
 /// # Errors
 /// If a file is missing, damaged or does not fit the configuration. Errors of GPTQ's format are
 /// [`CheckpointError::GptqVersion`] if the representation of zero-points is not stated,
-/// [`ConfigError::Disagreement`](ConfigError::Disagreement) if `config.json` and
+/// [`ConfigError::Disagreement`](crate::ConfigError::Disagreement) if `config.json` and
 /// `quantize_config.json` differ, and [`CheckpointError::WrappedZeros`].
 ///
 /// # Examples

@@ -76,6 +76,17 @@ impl fmt::Display for Plan {
 /// # Errors
 /// [`CheckpointError::Plan`] with every layer that cannot be quantized and the reason; otherwise as
 /// [`load`](crate::load) for configurations and headers.
+///
+/// # Examples
+/// ```no_run
+/// use quant_core::Rtn;
+///
+/// let plan = models::plan("Llama-2-7b-hf", &Rtn::new().with_group_size(128))?;
+/// println!("{plan}");
+/// // A projection has 4096 inputs.
+/// assert!(models::plan("Llama-2-7b-hf", &Rtn::new().with_group_size(8192)).is_err());
+/// # models::Result::Ok(())
+/// ```
 pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);

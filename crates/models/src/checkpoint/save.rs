@@ -28,6 +28,20 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
 /// # Errors
 /// [`CheckpointError::CannotHold`] with all layers that the format does not hold exactly; otherwise
 /// as [`save`].
+///
+/// # Examples
+/// ```no_run
+/// use models::{CheckpointFormat, GptqVersion};
+/// use quant_core::Rtn;
+///
+/// let mut lm = models::load("Llama-2-7b-hf", &burn::tensor::Device::flex())?;
+/// let rtn = Rtn::new().with_group_size(128).with_f16_scales(true);
+/// models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
+/// models::save_as(&lm, "Llama-2-7b-gptq", CheckpointFormat::Gptq(GptqVersion::V2))?;
+/// // Affine grids are no NormalFloat.
+/// assert!(models::save_as(&lm, "Llama-2-7b-nf4", CheckpointFormat::Bitsandbytes).is_err());
+/// # models::Result::Ok(())
+/// ```
 pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
     let model = &lm.model;
     check_no_adapters(model)?;
@@ -69,7 +83,7 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
     let tensors = parameters.into_iter().zip(holding);
     let tensors = tensors.flat_map(|(parameter, holding)| match parameter {
         Parameter::Packed { path, weight } => layers.tensors(&path, weight),
-        parameter => vec![parameter.tensor(common.unwrap_or(holding[0]))],
+        parameter => vec![parameter.tensor(common.unwrap_or(holding[0]), |_, _| ())],
     });
     let files = Files {
         config: &config,

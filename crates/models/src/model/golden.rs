@@ -1,5 +1,5 @@
 //! Logits, losses, gradients and continuations against transformers, in both spellings of its
-//! configuration, with texts filled up on either side.
+//! configuration, with padding on either side.
 //!
 //! The references of `llama_bf16` were made by a model that had been cast to bf16 whole, its
 //! rotary frequencies too, which a model that transformers loads is not. The file has the
@@ -98,7 +98,7 @@ fn logits(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Vec<f
     values(model.head().logits(x.reshape([batch * seq, width])))
 }
 
-/// The places of a batch, for a LLaMA with the frequencies of the file.
+/// The positions of a batch, for a LLaMA with the frequencies of the file.
 fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positions {
     let own = model.positions(batch.spans());
     let Config::Llama(config) = model.config() else {
@@ -108,9 +108,10 @@ fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positi
     let (used, _) = reference.floats::<1>("inv_freq").unwrap();
     let is_cast = used.iter().all(|&f| bf16::from_f32(f).to_f32() == f);
     for (own, used) in config.rotary().frequencies(seq).iter().zip(&used) {
-        let own = match is_cast {
-            true => bf16::from_f32(*own).to_f32(),
-            false => *own,
+        let own = if is_cast {
+            bf16::from_f32(*own).to_f32()
+        } else {
+            *own
         };
         assert!((own / used - 1.0).abs() < 1e-6, "{own} for {used}");
     }
@@ -189,14 +190,13 @@ fn check_gradients(model: &Model, loss: &Tensor<1>, dir: &Path, reference: &mut 
             Err(_) => reference.floats::<1>(&name).unwrap().0,
         };
         let scale = expected.iter().fold(0.0f32, |max, g| max.max(g.abs()));
-        let off = match name.ends_with("k_proj.bias") {
-            // A number that is added to all scores of a query changes none of them: the gradient is
-            // nothing but rounding.
-            true => {
-                assert!(scale < 1e-6 && found.iter().all(|g| g.abs() < 1e-6));
-                0.0
-            }
-            false => largest_difference(found, &expected) / scale,
+        let off = if name.ends_with("k_proj.bias") {
+            // A bias of the keys changes all scores of a query alike, and so no probability: the
+            // gradient is 0 up to rounding.
+            assert!(scale < 1e-6 && found.iter().all(|g| g.abs() < 1e-6));
+            0.0
+        } else {
+            largest_difference(found, &expected) / scale
         };
         assert!(off <= 1e-3, "{}: {name} differs by {off}", dir.display());
         checked += 1;
@@ -235,9 +235,10 @@ impl ModuleVisitor for Gradients {
         if is_table || is_other {
             name.push_str(".weight");
         }
-        let gradient = match D == 2 && !is_table {
-            true => gradient.swap_dims(0, 1),
-            false => gradient,
+        let gradient = if D == 2 && !is_table {
+            gradient.swap_dims(0, 1)
+        } else {
+            gradient
         };
         self.found.insert(name, values(gradient));
     }

@@ -68,7 +68,7 @@ fn without_files() {
     let none = read(Value::Null, Value::Null, Value::Null).unwrap();
     assert_eq!(none, SpecialTokens::default());
     assert_eq!(none.filler(), 0);
-    // What is put before a text is `bos`, whatever stands behind it.
+    // The token before a text is `bos`, whatever follows the text.
     let special = read(puts(&["<s>"], &["</s>"]), Value::Null, Value::Null).unwrap();
     assert_eq!(
         (special.bos, special.eos, special.add_bos),

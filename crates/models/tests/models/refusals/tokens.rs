@@ -5,57 +5,24 @@ use std::ops::ControlFlow;
 use std::slice;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{
-    Activation, Error, Generation, LlamaConfig, Model, OptConfig, RopeScaling, generate, load,
-    quantize, sensitivities,
-};
+use models::{Error, Generation, Model, TextError, generate, load, quantize, sensitivities};
 use peft::{Batch, FitConfig};
 use quant_core::Rtn;
 
 use super::{LLAMA, TOKENIZER, copy, refusal};
+use crate::fixtures;
 
 const VOCAB: usize = 16;
 /// Places that the OPT of the tests has.
 const PLACES: usize = 8;
 
 fn llama() -> Model {
-    let config = LlamaConfig {
-        vocab_size: VOCAB,
-        hidden_size: 24,
-        intermediate_size: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 8,
-        max_position_embeddings: 32,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: true,
-    };
+    let config = fixtures::llama().with_tie_word_embeddings(true);
     Model::init(config, 1, &Device::flex())
 }
 
 fn opt() -> Model {
-    let config = OptConfig {
-        vocab_size: VOCAB,
-        hidden_size: 24,
-        ffn_dim: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        max_position_embeddings: PLACES,
-        word_embed_proj_dim: 24,
-        do_layer_norm_before: true,
-        remove_final_layer_norm: false,
-        activation: Activation::Relu,
-        enable_bias: true,
-        layer_norm_elementwise_affine: true,
-        tie_word_embeddings: true,
-    };
+    let config = fixtures::opt().with_max_position_embeddings(PLACES);
     Model::init(config, 1, &Device::flex())
 }
 
@@ -261,7 +228,7 @@ fn a_tokenizer_that_is_none_is_refused() {
     for text in texts {
         fs::write(&path, &text).unwrap();
         let error = refusal(dir.path());
-        let is_named = matches!(&error, Error::Text(models::TextError::Tokenizer { path, .. }) if path.ends_with(TOKENIZER));
+        let is_named = matches!(&error, Error::Text(TextError::Tokenizer { path, .. }) if path.ends_with(TOKENIZER));
         let start = String::from_utf8_lossy(&text[..text.len().min(40)]).into_owned();
         assert!(is_named, "{start:?}: {error:?}");
     }
@@ -272,7 +239,7 @@ fn a_tokenizer_that_is_none_is_refused() {
     fs::write(&path, bytes).unwrap();
     let error = refusal(dir.path());
     assert!(
-        matches!(error, Error::Text(models::TextError::Tokenizer { .. })),
+        matches!(error, Error::Text(TextError::Tokenizer { .. })),
         "{error:?}"
     );
 }
@@ -287,7 +254,7 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     assert!(
         matches!(
             error,
-            Error::Text(models::TextError::MissingSpecial {
+            Error::Text(TextError::MissingSpecial {
                 name: "bos_token",
                 ..
             })
@@ -303,7 +270,7 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     let error = lm().first_token().unwrap_err();
     let is_named = matches!(
         &error,
-        Error::Text(models::TextError::UnknownSpecial { name: "eos_token", token, .. }) if token == "</s>"
+        Error::Text(TextError::UnknownSpecial { name: "eos_token", token, .. }) if token == "</s>"
     );
     assert!(is_named, "{error}");
 }
