@@ -329,7 +329,7 @@ pub fn fit_with<M: Blocks>(
         1.0 => Vec::new(),
         _ => (tuned.linears().iter())
             .filter_map(|(_, linear)| linear.adapter.as_ref())
-            .flat_map(|adapter| adapter.fast_params())
+            .flat_map(|adapter| adapter.ops().fast_params())
             .collect(),
     };
     let lowest = config
@@ -375,7 +375,7 @@ pub fn fit_with<M: Blocks>(
         }
         let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
             let adapter = linear.adapter.as_ref();
-            adapter.and_then(|adapter| adapter.penalty())
+            adapter.and_then(|adapter| adapter.ops().penalty())
         });
         if let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) {
             let gradients = GradientsParams::from_grads(penalty.backward(), &tuned);

@@ -15,7 +15,7 @@
 //! |---|---|---|
 //! | [`Peqa`] | scales, zeros if asked | exactly |
 //! | [`Tile`]: QA-LoRA, QA-HiRA, QA-BLoRA | what is added to tiles of the weight | into the zeros |
-//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA | what is added to the weight | no: [`merge_with`] makes it dense, or rounds it and says what is left |
+//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA, [`Vera`] | what is added to the weight | no: [`merge_with`] makes it dense, or rounds it and says what is left |
 //!
 //! [`presets`] has the settings of the papers, [`Adapters`] reads and writes directories, PEFT's too,
 //! and [`Tasks`] serves tasks that share their codes.
@@ -81,7 +81,7 @@ mod tasks;
 
 pub use adapter::{
     Adapter, Bayesian, BayesianAdapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter, Pooling,
-    Tile, TileAdapter, TileMethod,
+    Tile, TileAdapter, TileMethod, Vera, VeraAdapter,
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};

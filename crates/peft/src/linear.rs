@@ -253,7 +253,7 @@ impl Linear {
     /// `[d_in, d_out]`.
     pub fn to_dense(&self) -> Tensor<2> {
         match &self.adapter {
-            Some(adapter) => adapter.to_dense(&self.weight).0.detach(),
+            Some(adapter) => adapter.ops().to_dense(&self.weight).0.detach(),
             None => self.weight.to_dense(),
         }
     }
@@ -286,7 +286,7 @@ impl Linear {
             weight,
         };
         if let Some(adapter) = &adapter {
-            adapter.check(path, &replaced)?;
+            adapter.ops().check(path, &replaced)?;
         }
         let adapter = adapter.map(|adapter| adapter.bound_to(&replaced.weight));
         *self = Self {

@@ -48,7 +48,7 @@ pub fn set_dropout<M: Linears>(model: &mut M, seed: impl Into<Option<u64>>) {
     let seed = seed.into();
     for (path, linear) in model.linears_mut() {
         if let Some(adapter) = &mut linear.adapter {
-            adapter.seed_dropout(&path, seed);
+            adapter.ops_mut().seed_dropout(&path, seed);
         }
     }
 }

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use peft::{Linears, Weight};
-use quant_core::{DoubleScales, QuantTensor, Scales};
+use quant_core::{DoubleScaleParams, QuantTensor};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
@@ -102,9 +102,7 @@ pub(super) fn refuse_config(path: &Path, problem: String) -> Error {
 }
 
 /// The scales of a double-quantized weight.
-pub(super) fn double_scales(weight: &QuantTensor) -> DoubleScales {
-    match weight.to_parts().scales {
-        Scales::Double(scales) => scales,
-        Scales::Float(_) => unreachable!("the format has a double quantization"),
-    }
+pub(super) fn double_scales(weight: &QuantTensor) -> &DoubleScaleParams {
+    let scales = weight.double_scales();
+    scales.expect("the format has a double quantization")
 }
