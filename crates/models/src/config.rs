@@ -72,18 +72,8 @@ impl Block {
         source: &mut S,
     ) -> Result<Self, S::Error> {
         match config {
-            Config::Llama(config) => LlamaBlock::build(Parts {
-                config,
-                path,
-                source,
-            })
-            .map(Self::Llama),
-            Config::Opt(config) => OptBlock::build(Parts {
-                config,
-                path,
-                source,
-            })
-            .map(Self::Opt),
+            Config::Llama(config) => Parts::new(config, path, source).build().map(Self::Llama),
+            Config::Opt(config) => Parts::new(config, path, source).build().map(Self::Opt),
         }
     }
 
@@ -220,20 +210,13 @@ impl Config {
     /// [`Model`](crate::Model) lists them.
     pub fn projections(&self) -> Vec<(String, [usize; 2])> {
         let shape = self.shape();
-        let of_block = self.block_projections();
+        let of_block = of!(Self, self, config => config.projections());
         let of_block = |layer| {
             let path = shape.block_path(layer);
             let all = of_block.iter();
             all.map(move |Projection { name, dims, .. }| (format!("{path}.{name}"), *dims))
         };
         (0..shape.n_layers).flat_map(of_block).collect()
-    }
-
-    fn block_projections(&self) -> Vec<Projection> {
-        match self {
-            Self::Llama(config) => LlamaBlock::projections(config),
-            Self::Opt(config) => OptBlock::projections(config),
-        }
     }
 
     /// The first part of the names of all tensors but the head's.

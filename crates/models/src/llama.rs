@@ -342,6 +342,8 @@ impl Raw {
 }
 
 impl Architecture for LlamaConfig {
+    type Block = LlamaBlock;
+
     const MODEL_TYPES: &'static [&'static str] = &["llama", "mistral", "qwen2"];
 
     fn shape(&self) -> Shape {
