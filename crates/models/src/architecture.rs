@@ -30,6 +30,20 @@ pub(crate) trait Architecture: Sized {
     fn projections(&self) -> Vec<Projection> {
         Self::Block::projections(self)
     }
+
+    /// Builds the block at `path`.
+    fn build_block<S: Source>(
+        &self,
+        path: String,
+        source: &mut S,
+    ) -> Result<Self::Block, S::Error> {
+        let config = self;
+        Self::Block::build(Parts {
+            config,
+            path,
+            source,
+        })
+    }
 }
 
 /// The parts of a model around its blocks.
@@ -193,19 +207,7 @@ pub(crate) struct Parts<'a, B: DecoderBlock, S> {
     source: &'a mut S,
 }
 
-impl<'a, B: DecoderBlock, S: Source> Parts<'a, B, S> {
-    pub(crate) fn new(config: &'a B::Config, path: String, source: &'a mut S) -> Self {
-        Self {
-            config,
-            path,
-            source,
-        }
-    }
-
-    pub(crate) fn build(self) -> Result<B, S::Error> {
-        B::build(self)
-    }
-
+impl<B: DecoderBlock, S: Source> Parts<'_, B, S> {
     /// All norms.
     ///
     /// # Panics

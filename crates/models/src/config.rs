@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use peft::{Linear, Spans};
 use serde_json::{Map, Value};
 
-use crate::architecture::{Architecture, DecoderBlock, Parts, Projection, Shape};
+use crate::architecture::{Architecture, DecoderBlock, Projection, Shape};
 use crate::attention::Attention;
 use crate::fields::Fields;
 use crate::kv_cache::KvCache;
@@ -72,8 +72,8 @@ impl Block {
         source: &mut S,
     ) -> Result<Self, S::Error> {
         match config {
-            Config::Llama(config) => Parts::new(config, path, source).build().map(Self::Llama),
-            Config::Opt(config) => Parts::new(config, path, source).build().map(Self::Opt),
+            Config::Llama(config) => config.build_block(path, source).map(Self::Llama),
+            Config::Opt(config) => config.build_block(path, source).map(Self::Opt),
         }
     }
 
