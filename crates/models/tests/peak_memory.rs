@@ -1,4 +1,4 @@
-//! What training and decoding keep in memory.
+//! The memory of training and decoding.
 
 #[path = "../../kernels/tests/counting/mod.rs"]
 mod counting;

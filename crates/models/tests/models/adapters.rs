@@ -172,7 +172,7 @@ fn dora_of_peft_is_loaded() {
     assert_eq!(ranks.collect::<Vec<_>>(), expected);
 }
 
-/// Biases that are trained beside LoRA, in the places of the layers'.
+/// Biases that are trained beside LoRA and replace those of the layers.
 #[test]
 fn trained_biases_of_peft_are_loaded() {
     let dir = tempfile::tempdir().unwrap();
@@ -234,9 +234,9 @@ fn trained_biases_of_peft_are_loaded() {
     }
 }
 
-/// What this program cannot honour, it names.
+/// Settings that are not supported are named.
 #[test]
-fn what_peft_has_and_this_has_not_is_refused() {
+fn settings_of_peft_that_are_not_supported_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let model = base().model;
     let mut n = 0;
@@ -273,7 +273,7 @@ fn what_peft_has_and_this_has_not_is_refused() {
         );
         assert!(error.to_string().contains(key), "{error}");
     }
-    // What a flag of tomorrow says if it is off.
+    // An unknown flag that is off.
     assert!(load(&|config| config["a_flag_of_tomorrow"] = false.into()).is_ok());
 
     let rank = load(&|config| config["r"] = 4.into()).unwrap_err();

@@ -39,8 +39,8 @@ proptest! {
         }
     }
 
-    /// Texts one after the other in a row have the losses that each has alone, and so have texts that
-    /// are filled up on either side; nothing of the others is seen, bit for bit.
+    /// Documents in one row have the losses that each has alone, and so has a document with padding on
+    /// either side. The others change none of their bits.
     #[test]
     fn texts_of_a_row_do_not_see_each_other(
         config in configs(),

@@ -49,7 +49,7 @@ proptest! {
     }
 }
 
-/// What the head reads of the probe.
+/// The input of the head for the probe.
 fn output(model: &Model) -> Vec<f32> {
     let positions = model.positions(&Spans::whole(PROBE.len(), &Device::flex()));
     let x = model.embed(tokens(&PROBE, 1), &positions);

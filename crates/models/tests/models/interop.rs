@@ -134,7 +134,7 @@ fn pretrained(config: &Config, dir: &Path) -> Pretrained {
     load(&saved, &Device::flex()).unwrap()
 }
 
-/// What is computed here, beside a directory: of what was written, and so of rounded weights.
+/// Writes the logits of a directory beside it, computed with the weights that were written.
 fn write_probe(dir: &Path) {
     let lm = load(dir, &Device::flex()).unwrap();
     let ids = lm.encode(TEXT).unwrap();

@@ -274,7 +274,7 @@ fn quantizing_refuses_before_it_changes_anything() {
     ));
 }
 
-/// What OPTQ makes with scales in f16, a GPTQ checkpoint gives back, bit for bit.
+/// A GPTQ checkpoint gives back the result of OPTQ with scales in f16, bit for bit.
 #[test]
 fn optq_is_saved_for_gptq() {
     let batches = batches(8);

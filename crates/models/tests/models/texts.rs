@@ -71,7 +71,7 @@ fn texts_that_do_not_fit_are_refused() {
     ));
 }
 
-/// Whatever a tokenizer's file says of cutting and filling up, a text's tokens are all of it.
+/// Truncation and padding of a tokenizer's file are ignored.
 #[test]
 fn texts_are_neither_cut_nor_filled_up() {
     let (dir, lm) = pretrained(llama().with_tie_word_embeddings(true), 1);

@@ -338,7 +338,7 @@ fn a_sliding_window_is_refused_where_it_would_be_noticed() {
     }
 }
 
-/// What it is without differs between versions of transformers, but for LLaMA.
+/// The default differs between versions of transformers, except for LLaMA.
 #[test]
 fn heads_of_keys_and_values_are_stated_except_by_llama() {
     for model_type in ["mistral", "qwen2"] {

@@ -76,7 +76,7 @@ fn pickled_weights_are_not_read() {
     assert_file(&refusal(dir.path()), WEIGHTS, "no safetensors file");
 }
 
-/// What is said after a change to two shards and their index.
+/// The error after a change to two shards and their index.
 fn refusal_of(change: impl FnOnce(&mut [Tensors; 2], &mut Value)) -> Error {
     let dir = sharded(change);
     let (error, of_plan) = (refusal(dir.path()), refusal_of_plan(dir.path()));

@@ -1,4 +1,4 @@
-//! Tokens that a model lacks, texts that it has no places for, and batches of nothing.
+//! Tokens outside of the vocabulary, texts longer than the positions of a model, and empty batches.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -13,8 +13,8 @@ use super::{LLAMA, TOKENIZER, copy, refusal};
 use crate::fixtures;
 
 const VOCAB: usize = 16;
-/// Places that the OPT of the tests has.
-const PLACES: usize = 8;
+/// The positions of the OPT.
+const POSITIONS: usize = 8;
 
 fn llama() -> Model {
     let config = fixtures::llama().with_tie_word_embeddings(true);
@@ -22,7 +22,7 @@ fn llama() -> Model {
 }
 
 fn opt() -> Model {
-    let config = fixtures::opt().with_max_position_embeddings(PLACES);
+    let config = fixtures::opt().with_max_position_embeddings(POSITIONS);
     Model::init(config, 1, &Device::flex())
 }
 
@@ -31,7 +31,7 @@ fn batch(tokens: &[i64], n: usize) -> Batch {
     Batch::new(Tensor::<2, Int>::from_data(values, &Device::flex())).unwrap()
 }
 
-/// What everything that takes batches has against one.
+/// The errors of all functions that take batches.
 fn errors(model: &Model, batch: &Batch) -> Vec<(&'static str, Option<Error>)> {
     let batches = slice::from_ref(batch);
     let rtn = Rtn::new().with_group_size(8);
@@ -90,29 +90,29 @@ fn continued(model: &Model, prompt: &[u32], n_new: usize) -> Result<Vec<u32>, Er
 fn assert_too_long(error: Option<Error>, found: usize) {
     let is_said = matches!(
         &error,
-        Some(Error::Peft(peft::Error::TooLong { len, max: PLACES })) if *len == found
+        Some(Error::Peft(peft::Error::TooLong { len, max: POSITIONS })) if *len == found
     );
     assert!(is_said, "{found}: {error:?}");
 }
 
-/// A model that learned a row for each place has no more of them.
+/// A model with learned positions has no more of them.
 #[test]
-fn a_text_beyond_the_places_of_a_model_is_refused_by_all() {
+fn a_text_beyond_the_positions_of_a_model_is_refused_by_all() {
     let model = opt();
-    assert_all_taken(&model, &batch(&[1; PLACES], 1));
-    for (_, error) in errors(&model, &batch(&[1; PLACES + 1], 1)) {
-        assert_too_long(error, PLACES + 1);
+    assert_all_taken(&model, &batch(&[1; POSITIONS], 1));
+    for (_, error) in errors(&model, &batch(&[1; POSITIONS + 1], 1)) {
+        assert_too_long(error, POSITIONS + 1);
     }
     for (_, error) in errors(&model, &batch(&[1; 200], 2)) {
         assert_too_long(error, 100);
     }
 
     assert_eq!(
-        continued(&model, &[1; 4], PLACES - 3).unwrap().len(),
-        PLACES - 3
+        continued(&model, &[1; 4], POSITIONS - 3).unwrap().len(),
+        POSITIONS - 3
     );
-    assert_too_long(continued(&model, &[1; 4], PLACES - 2).err(), PLACES + 1);
-    assert_too_long(continued(&model, &[1; PLACES + 1], 1).err(), PLACES + 1);
+    assert_too_long(continued(&model, &[1; 4], POSITIONS - 2).err(), POSITIONS + 1);
+    assert_too_long(continued(&model, &[1; POSITIONS + 1], 1).err(), POSITIONS + 1);
     assert_too_long(continued(&model, &[1], usize::MAX).err(), usize::MAX);
 }
 
