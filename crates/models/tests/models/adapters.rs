@@ -7,8 +7,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor};
 use models::{Config, Model, Pretrained};
 use peft::{
-    Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
-    OffGrid, Peqa, Schedule, Tile, fit, token_nll,
+    Adapter, Adapters, Batch, CausalLm, Error, FitConfig, Linears, Lora, Method, OffGrid, Peqa,
+    Schedule, Tile, fit, token_nll,
 };
 use quant_core::Rtn;
 use tensor_files::{FloatType, LazyTensor, TensorFile};

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     INDEX, PLACES, SHARDS, STAND_INS, Tensors, WEIGHTS, assert_file, assert_tensor, copy, golden,
-    refusal, refusal_of_plan, sharded, tensors, without, write_tensors,
+    read_tensors, refusal, refusal_of_plan, sharded, without, write_tensors,
 };
 
 #[test]
@@ -170,7 +170,7 @@ fn names_without_the_first_part_are_read() {
     for name in ["llama_gqa", "opt_350m_style"] {
         let dir = copy(name);
         let path = dir.path().join(WEIGHTS);
-        let short = tensors(&path).into_iter().map(|(name, tensor)| {
+        let short = read_tensors(&path).into_iter().map(|(name, tensor)| {
             let name = name.strip_prefix("model.").unwrap_or(&name);
             (name.to_owned(), tensor)
         });

@@ -111,8 +111,14 @@ fn a_text_beyond_the_positions_of_a_model_is_refused_by_all() {
         continued(&model, &[1; 4], POSITIONS - 3).unwrap().len(),
         POSITIONS - 3
     );
-    assert_too_long(continued(&model, &[1; 4], POSITIONS - 2).err(), POSITIONS + 1);
-    assert_too_long(continued(&model, &[1; POSITIONS + 1], 1).err(), POSITIONS + 1);
+    assert_too_long(
+        continued(&model, &[1; 4], POSITIONS - 2).err(),
+        POSITIONS + 1,
+    );
+    assert_too_long(
+        continued(&model, &[1; POSITIONS + 1], 1).err(),
+        POSITIONS + 1,
+    );
     assert_too_long(continued(&model, &[1], usize::MAX).err(), usize::MAX);
 }
 
