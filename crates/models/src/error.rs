@@ -225,7 +225,7 @@ pub enum TextError {
         /// The file of the tokenizer.
         tokenizer: PathBuf,
     },
-    /// A special token that is needed and not stated.
+    /// A special token that is required and not stated.
     #[error("{needed_by} needs its `{name}`; state it in the model's `tokenizer_config.json`")]
     MissingSpecial {
         /// The name of the token.

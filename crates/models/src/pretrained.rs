@@ -137,15 +137,15 @@ impl Pretrained {
         Ok(self.special.get_or_init(|| special).clone())
     }
 
-    /// A token to pad rows with, which is never a target and never attended to.
+    /// The token for padding, which is neither a target nor attended to.
     ///
     /// # Errors
     /// As [`Pretrained::special_tokens`].
-    pub fn filler(&self) -> Result<u32> {
-        let filler = self.special_tokens()?.filler();
-        // Some tokenizers have a padding token outside of the model's vocabulary.
-        let is_known = (filler as usize) < self.model.config().vocab_size();
-        Ok(if is_known { filler } else { 0 })
+    pub fn padding(&self) -> Result<u32> {
+        let padding = self.special_tokens()?.padding();
+        // Some tokenizers have one that their model lacks.
+        let is_known = (padding as usize) < self.model.config().vocab_size();
+        Ok(if is_known { padding } else { 0 })
     }
 
     /// The token from which the first token of a text is predicted: the one that begins texts, or else

@@ -11,43 +11,41 @@ mod tests;
 
 const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
-/// A token with a meaning other than its text.
+/// A special token, such as the end of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpecialToken {
-    /// The name of the token, such as `</s>`.
+    /// Its text, such as `</s>`.
     pub text: String,
-    /// The id in the vocabulary.
+    /// Its id in the vocabulary.
     pub id: u32,
 }
 
 /// The special tokens of a model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpecialTokens {
-    /// The token before a text.
+    /// The beginning of a sequence.
     pub bos: Option<SpecialToken>,
-    /// The token after a text.
+    /// The end of a sequence.
     pub eos: Option<SpecialToken>,
-    /// The padding token. It may be `eos`, since targets and attention depend on lengths and not on the
-    /// ids of tokens.
+    /// The padding of a row. It may be `eos`: lengths decide what is padding, not ids.
     pub pad: Option<SpecialToken>,
-    /// The token for text outside of the vocabulary.
+    /// The token of text that the vocabulary lacks.
     pub unk: Option<SpecialToken>,
-    /// Whether the tokenizer adds `bos` before a text.
+    /// Whether the tokenizer adds `bos` to a text.
     pub add_bos: bool,
 }
 
 impl SpecialTokens {
-    /// Reads the special tokens of a model's directory.
+    /// Reads the special tokens of the model in a directory.
     ///
-    /// They are stated by `tokenizer_config.json`, and by `special_tokens_map.json`, which takes
-    /// precedence unless the former has `added_tokens_decoder`. Both files are optional. Whether `bos` is
-    /// added is decided by `tokenizer.json`, as in transformers 5, which also states `bos` if no other
-    /// file does.
+    /// `tokenizer_config.json` states them, unless it has no `added_tokens_decoder` and
+    /// `special_tokens_map.json` states others; both files are optional. `tokenizer.json` decides whether
+    /// `bos` is added, and states it if no file does. `add_bos_token` is ignored, as by transformers 5.
     ///
     /// # Errors
-    /// [`TextError::UnknownSpecial`] for a token outside of the vocabulary,
-    /// [`ConfigError::Disagreement`] if `tokenizer.json` adds another token than `bos`,
-    /// [`ConfigError::Setting`] for a file that is no configuration.
+    /// [`TextError::UnknownSpecial`] for a token that the vocabulary lacks;
+    /// [`ConfigError::Disagreement`] if `tokenizer.json` adds another token than `bos`;
+    /// [`ConfigError::Setting`] for a file that is not such a configuration.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
         let config_path = dir.join(TOKENIZER_CONFIG);
         let map_path = dir.join(SPECIAL_TOKENS_MAP);
@@ -83,10 +81,10 @@ impl SpecialTokens {
             in_first,
             in_second,
         };
-        let put = added_before(tokenizer)?;
+        let added = added_before(tokenizer)?;
         let text = |&id: &u32| tokenizer.inner().id_to_token(id).unwrap_or_default();
-        let texts = || put.iter().map(text).collect::<Vec<_>>().join(" ");
-        match (&self.bos, put.as_slice()) {
+        let texts = || added.iter().map(text).collect::<Vec<_>>().join(" ");
+        match (&self.bos, added.as_slice()) {
             (_, []) => {}
             (None, [id]) => {
                 let text = text(id);
@@ -98,33 +96,33 @@ impl SpecialTokens {
                 return Err(disagree("bos_token", stated.into(), texts()).into());
             }
         }
-        self.add_bos = !put.is_empty();
+        self.add_bos = !added.is_empty();
         Ok(())
     }
 
-    /// The token before a text.
+    /// The token `bos`, which `needed_by` requires.
     ///
     /// # Errors
-    /// [`TextError::MissingSpecial`] with the name of what needs it.
+    /// [`TextError::MissingSpecial`] without one.
     pub fn need_bos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.bos.as_ref(), "bos_token", needed_by)
     }
 
-    /// The token after a text.
+    /// The token `eos`, which `needed_by` requires.
     ///
     /// # Errors
-    /// [`TextError::MissingSpecial`] with the name of what needs it.
+    /// [`TextError::MissingSpecial`] without one.
     pub fn need_eos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.eos.as_ref(), "eos_token", needed_by)
     }
 
-    /// A token for padding: `pad`, or any other, since padding is never a target.
-    pub fn filler(&self) -> u32 {
-        let any = self.pad.as_ref().or(self.eos.as_ref());
-        any.map_or(0, |token| token.id)
+    /// The id of the token for padding: `pad`, `eos`, or 0.
+    pub fn padding(&self) -> u32 {
+        let token = self.pad.as_ref().or(self.eos.as_ref());
+        token.map_or(0, |token| token.id)
     }
 
-    /// The tokens with their names in configurations and templates.
+    /// Each token with its name in configurations and chat templates.
     pub fn named(&self) -> [(&'static str, Option<&SpecialToken>); 4] {
         [
             ("bos_token", self.bos.as_ref()),
@@ -148,19 +146,19 @@ fn need<'a>(
 
 /// The tokens that the tokenizer adds before a text.
 fn added_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    // A token that represents the text separates the tokens before it from those after it.
+    // A token in place of a text, to tell the tokens before a text from those after it.
     let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
     let all = tokenizer.inner().post_process(text, None, true);
     let all = all.map_err(|error| TextError::Tokenizer {
         path: tokenizer.path().into(),
         problem: error.to_string(),
     })?;
-    let is_put = all.get_special_tokens_mask().iter();
-    let n = is_put.take_while(|&&is_put| is_put == 1).count();
+    let is_added = all.get_special_tokens_mask().iter();
+    let n = is_added.take_while(|&&is_added| is_added == 1).count();
     Ok(all.get_ids()[..n].to_vec())
 }
 
-/// Reads a token, which is a string or an object with its `content`.
+/// Reads a token that is stated as a string, or as an object with its `content`.
 fn special_token(
     path: &Path,
     name: &'static str,
@@ -173,7 +171,7 @@ fn special_token(
         other => other.get("content").and_then(Value::as_str),
     };
     let text = text.ok_or_else(|| {
-        let problem = "is neither a text nor an object with its `content`";
+        let problem = "is neither a string nor an object with a string `content`";
         ConfigError::setting(path, name, problem.into())
     })?;
     let id = tokenizer.inner().token_to_id(text);
@@ -187,14 +185,14 @@ fn special_token(
     Ok(Some(SpecialToken { text, id }))
 }
 
-/// Reads a configuration, empty if there is no such file.
+/// Reads a configuration, which is empty if the file does not exist.
 fn read_config(path: &Path) -> Result<Map<String, Value>> {
     if !tensor_files::is_there(path) {
         return Ok(Map::new());
     }
     let bytes = tensor_files::read(path)?;
     serde_json::from_slice(&bytes).map_err(|error| {
-        let problem = format!("is no JSON object: {error}");
+        let problem = format!("is not a JSON object: {error}");
         ConfigError::setting(path, "the file", problem).into()
     })
 }
