@@ -146,7 +146,7 @@ impl Config {
     ///     error.to_string(),
     ///     "`config.json`: num_attention_heads is 5, which does not divide the hidden size 768"
     /// );
-    /// # models::Result::Ok(())
+    /// # Ok::<(), models::Error>(())
     /// ```
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);

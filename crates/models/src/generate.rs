@@ -266,7 +266,7 @@ impl Generation {
 /// assert_eq!(new.len(), 4);
 /// // The vocabulary has 16 tokens.
 /// assert!(generate(&model, &[16], &settings, |_| ControlFlow::Continue(())).is_err());
-/// # models::Result::Ok(())
+/// # Ok::<(), models::Error>(())
 /// ```
 pub fn generate(
     model: &Model,

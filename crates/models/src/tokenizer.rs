@@ -154,7 +154,7 @@ impl Windows {
     /// let windows = models::Windows::new((0..10).collect(), 4)?;
     /// assert_eq!(windows.len(), 2);
     /// assert!(models::Windows::new(vec![1, 2], 4).is_err());
-    /// # models::Result::Ok(())
+    /// # Ok::<(), models::Error>(())
     /// ```
     ///
     /// # Errors

@@ -34,7 +34,7 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// ```no_run
 /// let lm = models::load("Llama-2-7b-hf", &burn::tensor::Device::flex())?;
 /// println!("{} tokens", lm.model.config().vocab_size());
-/// # models::Result::Ok(())
+/// # Ok::<(), models::Error>(())
 /// ```
 /// ```
 /// let error = models::load("no-such-directory", &burn::tensor::Device::flex()).unwrap_err();

@@ -85,7 +85,7 @@ impl fmt::Display for Plan {
 /// println!("{plan}");
 /// // A projection has 4096 inputs.
 /// assert!(models::plan("Llama-2-7b-hf", &Rtn::new().with_group_size(8192)).is_err());
-/// # models::Result::Ok(())
+/// # Ok::<(), models::Error>(())
 /// ```
 pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let dir = dir.as_ref();

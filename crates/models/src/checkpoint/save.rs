@@ -40,7 +40,7 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
 /// models::save_as(&lm, "Llama-2-7b-gptq", CheckpointFormat::Gptq(GptqVersion::V2))?;
 /// // Affine grids are no NormalFloat.
 /// assert!(models::save_as(&lm, "Llama-2-7b-nf4", CheckpointFormat::Bitsandbytes).is_err());
-/// # models::Result::Ok(())
+/// # Ok::<(), models::Error>(())
 /// ```
 pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
     let model = &lm.model;
