@@ -122,7 +122,7 @@ fn run(args: &Args) -> Result<()> {
     let n_ctx = args.n_ctx.unwrap_or(512.min(max));
     if n_ctx > max {
         let seq_len = n_ctx;
-        return Err(models::Error::SeqLen { seq_len, max }.into());
+        return Err(models::Error::Text(models::TextError::SeqLen { seq_len, max }).into());
     }
     let names: Vec<String> = match args.model.is_empty() {
         true => vec!["as it is".into()],

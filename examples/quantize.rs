@@ -293,7 +293,9 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
                         format!("{:.4}", perplexity(&lm.model, &eval)?.value())
                     }
                     // A width that the grid lacks, a group that does not fit.
-                    Err(models::Error::Plan { .. }) => "–".into(),
+                    Err(models::Error::Checkpoint(models::CheckpointError::Plan { .. })) => {
+                        "–".into()
+                    }
                     Err(error) => return Err(error.into()),
                 };
                 row += &format!("| {cell} ");

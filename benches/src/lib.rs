@@ -9,50 +9,26 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
-use models::{Activation, LlamaConfig, Model, OptConfig, RopeScaling};
+use models::{LlamaConfig, Model, OptConfig};
 use peft::Linears;
 
 /// A LLaMA of 109.5 million random parameters, frozen as a loaded one is.
 pub fn llama(device: &Device) -> Model {
-    let config = LlamaConfig {
-        vocab_size: 32_000,
-        hidden_size: 768,
-        intermediate_size: 2048,
-        num_hidden_layers: 12,
-        num_attention_heads: 12,
-        num_key_value_heads: 12,
-        head_dim: 64,
-        max_position_embeddings: 2048,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: true,
-    };
+    let config = LlamaConfig::default()
+        .with_hidden_size(768)
+        .with_intermediate_size(2048)
+        .with_num_hidden_layers(12)
+        .with_num_attention_heads(12)
+        .with_num_key_value_heads(12)
+        .with_head_dim(64)
+        .with_max_position_embeddings(2048)
+        .with_tie_word_embeddings(true);
     Model::init(&config, 0, device).no_grad()
 }
 
 /// An OPT of the shape of `opt-125m`, with random parameters, frozen as a loaded one is.
 pub fn opt(device: &Device) -> Model {
-    let config = OptConfig {
-        vocab_size: 50_272,
-        hidden_size: 768,
-        ffn_dim: 3072,
-        num_hidden_layers: 12,
-        num_attention_heads: 12,
-        max_position_embeddings: 2048,
-        word_embed_proj_dim: 768,
-        do_layer_norm_before: true,
-        remove_final_layer_norm: false,
-        activation: Activation::Relu,
-        enable_bias: true,
-        layer_norm_elementwise_affine: true,
-        tie_word_embeddings: true,
-    };
-    Model::init(config, 0, device).no_grad()
+    Model::init(OptConfig::default(), 0, device).no_grad()
 }
 
 /// Bytes of the packed projections.

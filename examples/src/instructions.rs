@@ -70,7 +70,7 @@ impl Instructions {
         let max = lm.model.config().max_seq_len();
         if !(2..=max).contains(&cut.seq_len) {
             let seq_len = cut.seq_len;
-            return Err(models::Error::SeqLen { seq_len, max }.into());
+            return Err(models::Error::Text(models::TextError::SeqLen { seq_len, max }).into());
         }
         let special = lm.special_tokens()?;
         let template = match (&self.prompt, &self.completion, self.template) {
