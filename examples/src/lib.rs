@@ -4,6 +4,7 @@
 
 pub mod corpus;
 pub mod device;
+mod doc;
 pub mod embedded;
 pub mod instructions;
 pub mod memory;

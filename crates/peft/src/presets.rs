@@ -16,7 +16,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Rtn};
+use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Rtn};
 
 use crate::{FitConfig, Lora, Peqa, Pooling, Schedule, Tile};
 
@@ -69,7 +69,10 @@ pub fn qlora() -> Preset<NormalFloat, Lora> {
 /// groups for this rank, that is 2048 inputs.
 pub fn qa_lora() -> Preset<Optq, Tile> {
     Preset {
-        quantizer: Optq::new().with_bits(4).with_group_size(32),
+        quantizer: Optq::new()
+            .with_bits(4)
+            .with_group_size(32)
+            .with_order(Order::Natural),
         method: Tile::qa_lora(64)
             .with_alpha(16.0)
             .with_pooling(Pooling::Sum),
