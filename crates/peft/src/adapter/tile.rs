@@ -281,14 +281,13 @@ impl Method for Tile {
         let n_tiles = settings.n_tiles(path, dims)?;
         if let Weight::Quant(weight) = weight
             && self.method.merges()
+            && let Some(problem) = groups_outside(weight, settings.pool)
         {
-            if let Some(problem) = groups_outside(weight, settings.pool) {
-                return Err(Error::Tiles {
-                    method: name,
-                    path: path.into(),
-                    problem,
-                });
-            }
+            return Err(Error::Tiles {
+                method: name,
+                path: path.into(),
+                problem,
+            });
         }
         let device = weight.device();
         let zeros =

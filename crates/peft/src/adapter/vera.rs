@@ -167,6 +167,7 @@ impl VeraAdapter {
         lambda_b: Param<Tensor<1>>,
         dropout: f32,
     ) -> Result<Self> {
+        check_count("rank", lambda_d.val().dims()[0])?;
         let dropout = Dropout::new(dropout);
         dropout.check()?;
         Ok(Self {
