@@ -56,7 +56,7 @@ pub(crate) trait LossOps: Backend {
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
-        (nll, lse, dx.expect("the gradient that was asked for"))
+        (nll, lse, dx.expect("the gradient is requested"))
     }
 
     /// The gradient for the head, `xᵀ · ((p - onehot(target)) dnll)`: `[hidden, vocab]`.

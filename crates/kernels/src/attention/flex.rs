@@ -18,13 +18,9 @@ use crate::matrix::Matrix;
 use crate::memory::zeroed;
 use crate::shared::Shared;
 
-/// The number of queries in a block.
-const QUERIES: usize = 64;
-/// The number of keys in a block.
-const KEYS: usize = 128;
+mod block;
 
-/// A number for each query of a block; those past the end of the sequence are ignored.
-type Lanes = [f32; QUERIES];
+use block::{Block, KEYS, Lanes, QUERIES, gradient, softmax};
 
 impl AttentionOps for Flex {
     fn causal_attention_forward(
@@ -161,20 +157,6 @@ struct Call<'a> {
     heads: usize,
     kv_heads: usize,
     dim: usize,
-}
-
-/// A block of queries, and a block of keys from `keys` on.
-#[derive(Clone, Copy)]
-struct Block {
-    n_queries: usize,
-    keys: usize,
-    n_keys: usize,
-    /// The number of keys up to the position of the first query of the block, that included.
-    visible: usize,
-    /// The first key that each query attends to, if it is after the first of the block for some.
-    starts: Option<[usize; QUERIES]>,
-    /// Whether no query of the block attends to an earlier key.
-    is_first: bool,
 }
 
 impl<'a> Call<'a> {
@@ -435,106 +417,6 @@ impl<'a> Call<'a> {
 /// A matrix of `[_, QUERIES]`.
 fn matrix(lanes: &[Lanes]) -> Matrix {
     Matrix::new(lanes.as_ptr().cast(), QUERIES, 1)
-}
-
-impl Block {
-    /// The number of queries, from the first on, that come before key `j` of the block.
-    #[inline(always)]
-    fn masked(&self, j: usize) -> usize {
-        (self.keys + j + 1)
-            .saturating_sub(self.visible)
-            .min(QUERIES)
-    }
-}
-
-by_instruction_set! {
-    /// Turns the scores of a block into exponentials relative to the largest score so far.
-    ///
-    /// `shrink` is the factor of the exponentials of earlier blocks.
-    fn softmax(
-        block: Block,
-        scores: &mut [Lanes],
-        most: &mut Lanes,
-        sum: &mut Lanes,
-        shrink: &mut Lanes,
-    ) = softmax_body
-}
-
-#[inline(always)]
-fn softmax_body<I: Isa>(
-    block: Block,
-    scores: &mut [Lanes],
-    most: &mut Lanes,
-    sum: &mut Lanes,
-    shrink: &mut Lanes,
-) {
-    let before = *most;
-    let mut largest = before;
-    for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
-        scores[..block.masked(j)].fill(f32::NEG_INFINITY);
-        if let Some(starts) = &block.starts {
-            for i in 0..QUERIES {
-                if starts[i] > block.keys + j {
-                    scores[i] = f32::NEG_INFINITY;
-                }
-            }
-        }
-        for i in 0..QUERIES {
-            largest[i] = math::larger(scores[i], largest[i]);
-        }
-    }
-    let mut added = [0.0; QUERIES];
-    for scores in &mut scores[..block.n_keys] {
-        for i in 0..QUERIES {
-            scores[i] = math::exp(scores[i] - largest[i]);
-            added[i] += scores[i];
-        }
-    }
-    for i in 0..QUERIES {
-        shrink[i] = math::exp(before[i] - largest[i]);
-        sum[i] = sum[i] * shrink[i] + added[i];
-    }
-    *most = largest;
-}
-
-by_instruction_set! {
-    /// Turns scores into probabilities, and `dp` into the gradient of the scores.
-    fn gradient(
-        block: Block,
-        scale: f32,
-        lse: &Lanes,
-        delta: &Lanes,
-        scores: &mut [Lanes],
-        dp: &mut [Lanes],
-    ) = gradient_body
-}
-
-#[inline(always)]
-fn gradient_body<I: Isa>(
-    block: Block,
-    scale: f32,
-    lse: &Lanes,
-    delta: &Lanes,
-    scores: &mut [Lanes],
-    dp: &mut [Lanes],
-) {
-    let rows = scores[..block.n_keys].iter_mut().zip(dp);
-    for (j, (p, dp)) in rows.enumerate() {
-        for i in 0..QUERIES {
-            p[i] = math::exp(p[i] - lse[i]);
-            dp[i] = p[i] * (dp[i] - delta[i]) * scale;
-        }
-        let masked = block.masked(j);
-        p[..masked].fill(0.0);
-        dp[..masked].fill(0.0);
-        if let Some(starts) = &block.starts {
-            for i in 0..QUERIES {
-                if starts[i] > block.keys + j {
-                    (p[i], dp[i]) = (0.0, 0.0);
-                }
-            }
-        }
-    }
 }
 
 by_instruction_set! {

@@ -87,15 +87,23 @@ pub fn round_with_feedback(
         "the size of the factor"
     );
     assert_eq!(influence.inputs.len(), d_in, "the number of inputs");
-    assert!(influence.inputs.iter().all(|&input| input < d_in));
-    assert!(from <= rows.start && rows.end <= d_in);
-    let square = |drift: &[f32]| drift.len() == d_in * d_in;
-    assert!(influence.drift.is_none_or(square), "the size of the drift");
+    assert!(
+        influence.inputs.iter().all(|&input| input < d_in),
+        "an input is not below {d_in}"
+    );
+    assert!(
+        from <= rows.start && rows.end <= d_in,
+        "rows {rows:?} after {from} are not among {d_in} rows"
+    );
+    if let Some(drift) = influence.drift {
+        assert_eq!(drift.len(), d_in * d_in, "the size of the drift");
+    }
     if let Some(rounded) = &state.rounded {
         let n_rows = rows.end - from;
         assert!(
             rounded.len() >= n_rows * d_out,
-            "the number of rounded weights"
+            "{} values have no room for {n_rows} rounded rows of {d_out}",
+            rounded.len()
         );
     }
     let task = Task {

@@ -47,10 +47,9 @@ impl<'a> Grid<'a> {
     pub(super) fn new(scales: &'a [f32], zeros: Option<&'a [f32]>, layout: &Layout) -> Self {
         let n = layout.n_groups() * layout.d_out();
         assert_eq!(scales.len(), n, "the number of scales");
-        assert!(
-            zeros.is_none_or(|zeros| zeros.len() == n),
-            "the number of zeros"
-        );
+        if let Some(zeros) = zeros {
+            assert_eq!(zeros.len(), n, "the number of zeros");
+        }
         let levels = match layout.levels() {
             Levels::Table(table) => {
                 assert!(zeros.is_none(), "a table has no zeros");

@@ -37,7 +37,7 @@ pub(crate) fn each_tile<F: Finish>(
     }
 }
 
-/// At most [`TILE`] columns of a matrix with rows of `stride`.
+/// At most [`TILE`] columns of a matrix with rows `stride` values apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns {
     first: usize,

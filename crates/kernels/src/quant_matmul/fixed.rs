@@ -203,7 +203,7 @@ struct Part {
     scales: __m512,
     /// The whole numbers that are subtracted from codes, so that a small weight is a small integer.
     center: __m512,
-    /// The zeros, less `center` and the center of the levels.
+    /// The zeros plus the center of the levels, less `center`.
     zeros: __m512,
 }
 
