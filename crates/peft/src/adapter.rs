@@ -7,7 +7,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::{LazyTensor, TensorFile};
 
 mod bayesian;
@@ -39,6 +39,11 @@ pub trait Method {
     /// # Errors
     /// If the method cannot adapt such a layer.
     fn init(&self, path: &str, linear: &Linear) -> Result<Adapter>;
+
+    /// The default learning rate of AdamW for a model of this hidden size.
+    fn learning_rate(&self, hidden_size: usize) -> f64 {
+        learning_rate::of_factors(hidden_size)
+    }
 }
 
 /// The trainable part of an adapted layer.

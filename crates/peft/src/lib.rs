@@ -69,6 +69,7 @@ mod checkpointing;
 mod error;
 mod fingerprint;
 mod fit;
+mod learning_rate;
 mod linear;
 mod linears;
 mod merge;

@@ -11,7 +11,7 @@ use quant_core::{Grid, QuantTensor};
 use serde::{Deserialize, Serialize};
 
 use super::{Adapter, Method, check_shape, quantized, read_param, stored};
-use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::{LazyTensor, TensorFile};
 
 /// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
@@ -67,6 +67,10 @@ impl Method for Peqa {
             log_factors: zeros(),
             zero_shifts: self.zeros.then(zeros),
         }))
+    }
+
+    fn learning_rate(&self, _: usize) -> f64 {
+        learning_rate::of_scales()
     }
 }
 

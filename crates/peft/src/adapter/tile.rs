@@ -34,7 +34,7 @@ use super::{
     floats, largest, of_roundings, read_param, stored, trained,
 };
 use crate::linear::dense_matmul;
-use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::{LazyTensor, TensorFile};
 
 #[cfg(test)]
@@ -279,6 +279,13 @@ impl Method for Tile {
             None => Factor::Matrix(zeros(n_tiles)),
         };
         Ok(Adapter::Tile(TileAdapter::new(factor, settings)))
+    }
+
+    fn learning_rate(&self, hidden_size: usize) -> f64 {
+        match self.rank {
+            Some(_) => learning_rate::of_factors(hidden_size),
+            None => learning_rate::of_elements(hidden_size),
+        }
     }
 }
 
