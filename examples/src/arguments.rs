@@ -18,6 +18,7 @@ pub struct ModelArgs {
     pub model: Option<PathBuf>,
     #[command(flatten)]
     embedded: EmbeddedArg,
+    /// The device to compute on.
     #[command(flatten)]
     pub device: DeviceArg,
 }
@@ -84,8 +85,10 @@ pub struct TuneArgs {
     /// Windows or rows in a batch; each optimizer step takes one batch
     #[arg(long, value_name = "N", default_value = "8", value_parser = at_least::<1>)]
     pub batch: usize,
+    /// The length of windows and rows.
     #[command(flatten)]
     pub cut: SeqLenArg,
+    /// The windows to evaluate on.
     #[command(flatten)]
     pub eval: EvalWindowsArg,
 }
