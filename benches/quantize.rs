@@ -8,7 +8,7 @@ use std::hint::black_box;
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use quant_core::{
-    Candidate, DoubleQuant, Gram, NormalFloat, Optq, Order, Quantizer, Range, Rtn, allocate,
+    Candidate, DoubleQuant, Gram, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn, allocate,
 };
 
 fn width() -> usize {
@@ -67,7 +67,11 @@ fn quantize(criterion: &mut Criterion) {
         ("rtn 4 bits per channel", Box::new(Rtn::new())),
         (
             "clip search 4 bits g128",
-            Box::new(Rtn::new().with_group_size(128).with_range(Range::Clipped)),
+            Box::new(
+                Rtn::new()
+                    .with_group_size(128)
+                    .with_range(GroupRange::Clipped),
+            ),
         ),
         ("nf4 b64", Box::new(NormalFloat::new())),
         (

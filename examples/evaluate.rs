@@ -10,6 +10,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use clap::builder::NonEmptyStringValueParser;
+use evaluate::{
+    Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
+    byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
+    window_losses, word_losses, word_perplexity,
+};
 use examples::arguments::{SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
@@ -17,12 +22,7 @@ use examples::embedded::EmbeddedArg;
 use examples::outcome::{Result, exit, write_files};
 use examples::texts::{evaluation_batch, read};
 use indicatif::{ProgressBar, ProgressStyle};
-use models::data::read_records;
-use models::evaluate::{
-    Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
-    byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
-    window_losses, word_losses, word_perplexity,
-};
+use instruct::read_records;
 use models::{Model, Pretrained};
 use peft::Batch;
 use quant_core::{Quantizer, Rtn};
@@ -245,7 +245,7 @@ impl Data {
             let Some(path) = path else {
                 return Ok(Vec::new());
             };
-            let problem = |record: models::data::Record| {
+            let problem = |record: instruct::Record| {
                 let line = record.line;
                 let problem = serde_json::from_value(record.fields.into());
                 problem
@@ -262,7 +262,7 @@ impl Data {
             None => Vec::new(),
         };
         let choices = choices.iter().take(args.limit).map(ChoiceItem::of);
-        let choices = choices.collect::<models::Result<_>>()?;
+        let choices = choices.collect::<evaluate::Result<_>>()?;
         Ok(Self {
             text: read(text)?,
             choices,

@@ -14,8 +14,8 @@ use std::time::Instant;
 use clap::Parser;
 use examples::arguments::{GroupSize, ModelArgs};
 use examples::outcome::{Result, exit};
+use instruct::Chat;
 use models::Generation;
-use models::data::Chat;
 use peft::{Adapters, Linears};
 use quant_core::Rtn;
 

@@ -13,13 +13,14 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
+use evaluate::perplexity;
 use examples::arguments::{GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
 use examples::outcome::{Result, exit, max_difference};
 use examples::texts::{self, evaluation_batch, fit_config};
 use examples::{progress, table};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
-use models::{CheckpointFormat, Model, Pretrained, perplexity};
+use models::{CheckpointFormat, Model, Pretrained};
 use peft::{Adapters, Batch, FitConfig, Lora, Method, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
 

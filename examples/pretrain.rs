@@ -97,7 +97,7 @@ fn run(args: &Args) -> Result<()> {
     let dtype = dtype(args.architecture);
     lm.model = lm.model.map(&mut Round(dtype));
     let held_out = lm.windows(&held_out, SEQ_LEN)?.batches(16, &device);
-    let perplexity = models::perplexity(&lm.model, &held_out)?;
+    let perplexity = evaluate::perplexity(&lm.model, &held_out)?;
     println!(
         "held-out perplexity {:.3} ({} windows)",
         perplexity.value(),

@@ -12,14 +12,15 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
+use evaluate::perplexity;
 use examples::arguments::{GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
 use examples::outcome::{Result, exit};
 use examples::progress;
 use examples::texts::{self, evaluation_batch, n_windows};
-use models::{CheckpointFormat, GptqVersion, perplexity};
+use models::{CheckpointFormat, GptqVersion};
 use peft::Batch;
-use quant_core::{DoubleQuant, NormalFloat, Optq, Order, Quantizer, Range, Rtn};
+use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 
 /// Quantize a LLaMA or an OPT and measure the loss of perplexity
 ///
@@ -153,7 +154,7 @@ impl Name {
         let natural = optq.with_order(Order::Natural);
         match self {
             Name::Rtn => Box::new(rtn),
-            Name::Clip => Box::new(rtn.with_range(Range::Clipped)),
+            Name::Clip => Box::new(rtn.with_range(GroupRange::Clipped)),
             Name::Nf => Box::new(nf.with_block_size(group_size).with_double_quant(double)),
             Name::Fp4 => {
                 let fp4 = NormalFloat::float4().with_bits(bits);
@@ -162,7 +163,7 @@ impl Name {
             Name::Optq => Box::new(optq.with_order(Order::Descending)),
             Name::OptqNatural => Box::new(natural),
             Name::OptqGroups => Box::new(optq.with_order(Order::DescendingByGroup)),
-            Name::OptqClip => Box::new(natural.with_range(Range::Clipped)),
+            Name::OptqClip => Box::new(natural.with_range(GroupRange::Clipped)),
             Name::Gptaq => Box::new(natural.with_drift(0.25)),
         }
     }

@@ -9,11 +9,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::Device;
+use evaluate::perplexity;
 use examples::corpus::{self, Dialect};
 use examples::embedded::{self, Architecture};
 use examples::outcome::{Result, exit, weights_bytes};
 use examples::table::{self, number};
-use models::perplexity;
 use peft::{Batch, Fingerprint, FitConfig, Method, Peqa, TaskPack, Tasks};
 use quant_core::Rtn;
 

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
-use models::Pretrained;
-use models::data::{
+use instruct::{
     Encoded, Limit, Record, Row, Template, TooLong, batch, count_duplicates, encode, pack,
     read_records,
 };
+use models::Pretrained;
 use peft::Batch;
 
 use crate::outcome::Result;
@@ -107,10 +107,9 @@ impl Instructions {
                 Long::Refuse => TooLong::Refuse,
             },
         };
+        let tokenizer = lm.tokenizer()?;
         let encode = |records: &[Record], purpose: &str| {
-            let tokenizer = lm.tokenizer();
-            let encoded = tokenizer
-                .and_then(|tokenizer| encode(records, &template, tokenizer, &special, limit));
+            let encoded = encode(records, &template, tokenizer, &special, limit);
             encoded.map_err(|error| format!("{purpose} records: {error}"))
         };
         let train = encode(&train, "training")?;
@@ -120,7 +119,7 @@ impl Instructions {
             let rows = pack(&encoded.examples, cut.seq_len, filler, seed)?;
             let rows: Vec<Row> = rows.into_iter().take(most).collect();
             let batches = rows.chunks(size).map(|rows| batch(rows, device));
-            Ok(batches.collect::<models::Result<_>>()?)
+            Ok(batches.collect::<instruct::Result<_>>()?)
         };
         let n_known = count_duplicates(&train.examples, &eval.examples);
         let known = match n_known {

@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use models::evaluate::target_loss;
-use models::{Pretrained, Windows, perplexity};
+use evaluate::{perplexity, target_loss};
+use models::{Pretrained, Windows};
 use peft::{Batch, CausalLm, FitConfig};
 use serde::Serialize;
 

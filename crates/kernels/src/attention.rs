@@ -1,27 +1,17 @@
 //! Causal attention: an extension of burn's backends.
 
-use burn::backend::{
-    Backend, Dispatch, ExtensionType, backend_extension,
-    tensor::{FloatTensor, IntTensor},
-};
+use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
 use burn::tensor::{Int, Tensor};
 
 mod autodiff;
 mod composed;
 #[cfg(feature = "flex")]
 mod flex;
+mod starts;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// The first key that each query sees. (burn's extensions take no `Option` of a tensor.)
-#[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
-pub(crate) enum Starts<B: Backend> {
-    /// The first of all.
-    First,
-    /// `[batch, seq_q]`.
-    Each(IntTensor<B>),
-}
+use starts::Starts;
 
 /// Operations on queries `[batch, seq_q, heads, dim]` with keys and values
 /// `[batch, seq_k, kv_heads, dim]`, composed from burn's primitive operations unless a backend

@@ -5,76 +5,27 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use crate::fixed;
+use crate::matrix::{Matrix, Read};
+use crate::shared::Shared;
 
-/// Rows and columns of a task of a product.
+/// The number of rows, and of columns, of the result in a task.
 const TASK: usize = 256;
 
-/// A result whose parts are written by several tasks.
-pub(crate) struct Shared(*mut f32);
-
-// SAFETY: the tasks write disjoint parts, as the comments where they do so say.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    pub(crate) fn new(values: &mut [f32]) -> Self {
-        Self(values.as_mut_ptr())
-    }
-
-    /// # Safety
-    /// `n` lies within the result.
-    pub(crate) unsafe fn offset(&self, n: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(n) }
-    }
-}
-
-/// A strided matrix that is read.
-#[derive(Clone, Copy)]
-pub(crate) struct Matrix {
-    pub(crate) data: *const f32,
-    pub(crate) row_stride: isize,
-    pub(crate) column_stride: isize,
-}
-
-impl Matrix {
-    pub(crate) fn new(data: *const f32, row_stride: usize, column_stride: usize) -> Self {
-        Self {
-            data,
-            row_stride: row_stride as isize,
-            column_stride: column_stride as isize,
-        }
-    }
-
-    /// The matrix from an element on.
-    pub(crate) fn at(self, row: usize, column: usize) -> Self {
-        let at = row as isize * self.row_stride + column as isize * self.column_stride;
-        Self {
-            data: self.data.wrapping_offset(at),
-            ..self
-        }
-    }
-
-    pub(crate) fn transpose(self) -> Self {
-        Self {
-            data: self.data,
-            row_stride: self.column_stride,
-            column_stride: self.row_stride,
-        }
-    }
-}
-
-/// A matrix that is only read, by several threads.
-pub(crate) struct Read(pub(crate) Matrix);
-
-// SAFETY: reading from several threads is safe.
-unsafe impl Sync for Read {}
-
-/// `c = a · b`, or `c += a · b` if `add`, with all threads; `c` is in rows of `c_stride`.
-/// As accurate as in f32, relative to the largest of each 256 factors of a sum; the number of threads
-/// changes no bit.
+/// Computes `c = a · b`, or `c += a · b` if `add`, on all threads.
+///
+/// The error is that of `f32` arithmetic, relative to the largest of each 256 values of a row of `a`
+/// or a column of `b`. The bits of the result do not depend on the number of threads.
+///
+/// # Shapes
+/// - `a`: `[m, k]`
+/// - `b`: `[k, n]`
+/// - `c`: `[m, n]`, in rows `c_stride` values apart
+///
+/// # Panics
+/// If `c` is too short.
 ///
 /// # Safety
-/// `a [m, k]` and `b [k, n]` lie within their allocations.
+/// `a` and `b` lie within their allocations, which nothing writes.
 pub(crate) unsafe fn product(
     [m, k, n]: [usize; 3],
     a: Matrix,
@@ -99,8 +50,8 @@ pub(crate) unsafe fn product(
         .for_each(|task| {
             let (row, column) = (task / across * TASK, task % across * TASK);
             let dims = [TASK.min(m - row), k, TASK.min(n - column)];
-            // SAFETY: the part lies within `c`, checked above, and is no other task's; the caller
-            // promises the rest.
+            // SAFETY: the part lies within `c`, checked above, and no other task uses it; the
+            // caller promises the rest.
             unsafe {
                 let c = c.offset(row * c_stride + column);
                 multiply_add(dims, a.0.at(row, 0), b.0.at(0, column), c, c_stride, add);
@@ -108,11 +59,12 @@ pub(crate) unsafe fn product(
         });
 }
 
-/// `c = a · b`, or `c += a · b` if `add`, with `a [m, k]`, `b [k, n]` and `c [m, n]` in rows of
-/// `c_stride`; on the calling thread.
+/// Computes `c = a · b`, or `c += a · b` if `add`, on the calling thread.
+///
+/// The shapes are those of [`product`].
 ///
 /// # Safety
-/// The three lie within their allocations, and nobody else writes `c`.
+/// The three matrices lie within their allocations, and nothing else uses `c`.
 pub(crate) unsafe fn multiply_add(
     [m, k, n]: [usize; 3],
     a: Matrix,
@@ -152,7 +104,7 @@ mod tests {
     use super::*;
     use crate::testing::Random;
 
-    /// Few rows and many, in one panel and several, with either order of the second factor.
+    /// With few rows and many, one panel and several, and `b` stored by rows or by columns.
     #[test]
     fn products_are_the_sums() {
         for ([m, k, n], (transposed, add)) in
@@ -187,7 +139,7 @@ mod tests {
             for (at, (&found, &before)) in c.iter().zip(&before).enumerate() {
                 let (row, column) = (at / stride, at % stride);
                 if column >= n {
-                    assert_eq!(found, before, "beside the product");
+                    assert_eq!(found, before, "a value outside of the product");
                     continue;
                 }
                 if row % 37 > 2 {

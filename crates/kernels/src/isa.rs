@@ -2,8 +2,7 @@
 //!
 //! All versions do the same roundings in the same order: their results are the same bits.
 
-use crate::TILE;
-use crate::layout::TABLE;
+use crate::layout::{TABLE, TILE};
 
 /// What an instruction set does better than the compiler's rendering of plain code.
 pub(crate) trait Isa {

@@ -66,10 +66,14 @@ mod loss;
 mod low_rank;
 #[cfg(feature = "flex")]
 mod math;
+#[cfg(feature = "flex")]
+mod matrix;
 mod memory;
 mod norm;
+mod pack;
 mod quant_matmul;
 mod rope;
+mod shared;
 #[cfg(all(test, feature = "flex"))]
 mod testing;
 mod threads;
@@ -77,13 +81,14 @@ mod threads;
 pub use activation::silu_mul;
 pub use attention::causal_attention;
 pub use encode::{
-    Cost, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
+    ClipLoss, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,
 };
-pub use layout::{Layout, Levels, TABLE, TILE, columns_to_tiles, pack, tiles_to_columns, unpack};
+pub use layout::{Layout, Levels, TABLE, TILE};
 pub use loss::linear_cross_entropy;
 pub use low_rank::add_low_rank;
 pub use norm::rms_norm;
+pub use pack::{columns_to_tiles, pack, tiles_to_columns, unpack};
 pub use quant_matmul::{Precision, dequantize, quant_matmul};
 pub use rope::rotate_half;
 pub use threads::among_threads;

@@ -13,9 +13,6 @@ mod flex;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// Logits that are held at a time: 16 MiB of f32.
-const SLICE: usize = 4 << 20;
-
 /// Operations on hidden states `x` `[rows, hidden]`, a head `[hidden, vocab]` and targets `[rows]`,
 /// composed from burn's primitive operations unless a backend overrides them. The probabilities of a
 /// row are `p = exp(x · head - lse)`.

@@ -31,8 +31,9 @@ mod flex {
     use burn::tensor::Tensor;
     use rayon::prelude::*;
 
-    use crate::dense::{Matrix, Read, multiply_add};
+    use crate::dense::multiply_add;
     use crate::host::{all_f32, contiguous, floats, tensor};
+    use crate::matrix::{Matrix, Read};
     use crate::memory::zeroed;
 
     /// Rows of a task.

@@ -1,12 +1,9 @@
 //! The product with a packed weight: an extension of burn's backends.
 
-use burn::backend::{
-    Backend, Dispatch, ExtensionType, backend_extension,
-    tensor::{FloatTensor, IntTensor},
-};
+use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
 use burn::tensor::{Int, Tensor};
 
-use crate::Layout;
+use crate::layout::Layout;
 
 mod autodiff;
 mod composed;
@@ -17,47 +14,15 @@ mod fixed;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
+mod host;
+mod packed;
+#[cfg(feature = "flex")]
 mod simd;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// A packed weight of a backend: `w = scales * (level(code) - zeros)`.
-#[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
-pub(crate) struct Packed<B: Backend> {
-    /// [`Layout::words_shape`], dtype `U32`.
-    words: IntTensor<B>,
-    /// [`Layout::grid_shape`].
-    scales: FloatTensor<B>,
-    #[extension_type]
-    zeros: Zeros<B>,
-    layout: Layout,
-    precision: Precision,
-}
-
-/// How accurate products with a packed weight are, forward and backward.
-///
-/// The CPU computes in fixed point where its integer units allow (AVX-512 with VNNI, AMX): every run
-/// of up to 256 values of a row relative to the largest of them. Codebooks with up to ten rows, other
-/// CPUs, and other backends compute in floats at either setting.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
-    /// As in f32: 24 bits.
-    #[default]
-    Full,
-    /// 16 bits, an error of about 1e-4 of the result where that of `bf16` is 3e-3.
-    Fast,
-}
-
-/// The zeros of a packed weight. (burn's extensions take no `Option` of a tensor.)
-#[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
-pub(crate) enum Zeros<B: Backend> {
-    /// All are zero.
-    Absent,
-    /// [`Layout::grid_shape`].
-    Each(FloatTensor<B>),
-}
+pub use packed::Precision;
+use packed::{Packed, Zeros};
 
 /// Operations on a packed weight, composed from burn's primitive operations unless a backend
 /// overrides them; `x` is `[rows, d_in]` and `dy` is `[rows, d_out]`.

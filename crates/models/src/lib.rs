@@ -1,4 +1,4 @@
-//! LLaMA and OPT models to quantize, adapt, evaluate and save.
+//! LLaMA and OPT models to quantize, adapt, generate with and save.
 //!
 //! | item | what it does |
 //! |---|---|
@@ -8,12 +8,10 @@
 //! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
 //! | [`quantize_head`] | packs the head, which every decoded token reads |
 //! | [`sensitivities`] | what each layer would cost in each of several formats |
-//! | [`perplexity`] | the `gptq` protocol over [`Windows`] of tokens |
 //! | [`generate`] | continues a text, by a [`Cache`] of keys and values |
 //! | [`save`] | writes a directory that [`load`] reads back bit for bit |
 //! | [`save_as`], [`save_dense`] | the same for other programs, in a [`CheckpointFormat`] or without packed layers |
-//! | [`data`] | from records of prompts and answers to batches |
-//! | [`evaluate`] | protocols, statistics, and one report |
+//! | [`SpecialTokens`] | the tokens that begin, end and pad texts |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
@@ -42,9 +40,7 @@
 mod attention;
 mod checkpoint;
 mod config;
-pub mod data;
 mod error;
-pub mod evaluate;
 mod generate;
 mod llama;
 mod model;
@@ -55,6 +51,7 @@ mod pretrained;
 mod quantize;
 mod rope;
 mod source;
+mod special_tokens;
 mod tokenizer;
 
 pub use checkpoint::{
@@ -63,10 +60,10 @@ pub use checkpoint::{
 };
 pub use config::{Activation, Config, LlamaConfig, OptConfig, RopeScaling};
 pub use error::{Error, Result};
-pub use evaluate::{Perplexity, perplexity};
 pub use generate::{Cache, Generation, generate};
 pub use model::{Model, State};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
+pub use special_tokens::{SpecialToken, SpecialTokens};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

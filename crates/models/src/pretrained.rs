@@ -6,8 +6,7 @@ use std::sync::OnceLock;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
-use crate::data::SpecialTokens;
-use crate::{Error, Generation, Model, Result, Tokenizer, Windows, generate};
+use crate::{Error, Generation, Model, Result, SpecialTokens, Tokenizer, Windows, generate};
 
 /// A model with its tokenizer and the files that go along.
 #[derive(Clone, Debug)]
@@ -80,13 +79,16 @@ impl Pretrained {
     /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or [`Error::Token`] if the tokenizer gives a token
-    /// that the model lacks.
+    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or [`peft::Error::Token`] if the tokenizer gives a
+    /// token that the model lacks.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let tokens = self.tokenizer()?.encode(text)?;
         let vocab_size = self.model.config().vocab_size();
         match tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            Some(&token) => Err(Error::Token { token, vocab_size }),
+            Some(&token) => {
+                let token = token.into();
+                Err(peft::Error::Token { token, vocab_size }.into())
+            }
             None => Ok(tokens),
         }
     }

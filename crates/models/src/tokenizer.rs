@@ -88,13 +88,13 @@ impl Tokenizer {
         }
     }
 
-    /// What reads texts.
-    pub(crate) fn inner(&self) -> &tokenizers::Tokenizer {
+    /// The tokenizer of the crate `tokenizers`.
+    pub fn inner(&self) -> &tokenizers::Tokenizer {
         &self.inner
     }
 
-    /// The file that it came from.
-    pub(crate) fn path(&self) -> &Path {
+    /// The file from which it was read.
+    pub fn path(&self) -> &Path {
         &self.path
     }
 

@@ -8,7 +8,7 @@ use models::{
     RopeScaling, load, plan, quantize, save, save_as, sensitivities,
 };
 use peft::{Batch, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
-use quant_core::{Gram, NormalFloat, Note, Optq, Order, Quantizer, Range, Rtn, allocate};
+use quant_core::{Gram, GroupRange, NormalFloat, Note, Optq, Order, Quantizer, Rtn, allocate};
 
 fn config() -> LlamaConfig {
     LlamaConfig {
@@ -326,7 +326,7 @@ fn optq_is_saved_for_gptq() {
                 .with_order(Order::DescendingByGroup),
             v1,
         ),
-        (optq.with_bits(8).with_range(Range::Clipped), v2),
+        (optq.with_bits(8).with_range(GroupRange::Clipped), v2),
     ] {
         let (dir, mut lm) = pretrained();
         quantize(&mut lm.model, &optq, &batches, |_| {}).unwrap();

@@ -16,7 +16,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use quant_core::{DoubleQuant, NormalFloat, Optq, Range, Rtn};
+use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Rtn};
 
 use crate::{FitConfig, Lora, Peqa, Pooling, Schedule, Tile};
 
@@ -122,7 +122,7 @@ pub fn qa_hira() -> Preset<Optq, Tile> {
 /// | learning rate | 2e-3, linear to zero | ours: relative to a scale, as 2e-5 is to one of 0.01, the rate of EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062) |
 pub fn peqa() -> Preset<Rtn, Peqa> {
     Preset {
-        quantizer: Rtn::new().with_bits(4).with_range(Range::Clipped),
+        quantizer: Rtn::new().with_bits(4).with_range(GroupRange::Clipped),
         method: Peqa::new(),
         fit: FitConfig::new()
             .with_learning_rate(2e-3)

@@ -21,7 +21,7 @@ pub struct Candidate {
 
 /// The best single candidate for all layers.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Uniform {
+pub struct UniformChoice {
     /// Index of the candidate, the same in every layer.
     pub candidate: usize,
     /// Size of all layers, in bytes.
@@ -44,7 +44,7 @@ pub struct Allocation {
     pub lower_bound: f64,
     /// The best uniform choice within the same budget, `None` if none fits. Only an index that
     /// every layer has counts. Its error is never below `error`.
-    pub uniform: Option<Uniform>,
+    pub uniform: Option<UniformChoice>,
 }
 
 impl Allocation {
@@ -221,12 +221,12 @@ fn total(layers: &[Vec<Candidate>], choice: &[usize]) -> (u64, f64) {
     })
 }
 
-fn best_uniform(layers: &[Vec<Candidate>], budget: u64) -> Option<Uniform> {
+fn best_uniform(layers: &[Vec<Candidate>], budget: u64) -> Option<UniformChoice> {
     let n_common = layers.iter().map(Vec::len).min().unwrap_or(0);
     (0..n_common)
         .map(|candidate| {
             let (n_bytes, error) = total(layers, &vec![candidate; layers.len()]);
-            Uniform {
+            UniformChoice {
                 candidate,
                 n_bytes,
                 error,
@@ -892,7 +892,7 @@ mod tests {
 
             let is_uniform = |choice: &[usize]| choice.iter().all(|&index| index == choice[0]);
             let uniform = choices.iter().find(|c| c.1 <= budget && is_uniform(&c.2));
-            let expected = uniform.map(|(error, n_bytes, choice)| Uniform {
+            let expected = uniform.map(|(error, n_bytes, choice)| UniformChoice {
                 candidate: choice[0],
                 n_bytes: *n_bytes,
                 error: *error,
@@ -1127,7 +1127,7 @@ mod tests {
             vec![candidate(4, 2.0)],
         ];
         let found = allocate(&layers, 10).expect("the budget is large enough");
-        let expected = Uniform {
+        let expected = UniformChoice {
             candidate: 0,
             n_bytes: 8,
             error: 4.0,

@@ -4,7 +4,7 @@
 //! arXiv:2210.17323), in `f32` with halves rounded to even.
 
 use half::f16;
-use kernels::{Cost, Layout};
+use kernels::{ClipLoss, Layout};
 use serde::{Deserialize, Serialize};
 
 use crate::quant_tensor::check_finite;
@@ -13,7 +13,7 @@ use crate::{Error, Format, Grid, Result};
 /// What part of a group's range its grid spans.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Range {
+pub enum GroupRange {
     /// From the smallest to the largest weight.
     #[default]
     Full,
@@ -27,24 +27,24 @@ pub enum Range {
 
 /// How the grids of a uniform format are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Uniform {
+pub(crate) struct UniformGrid {
     pub(crate) bits: usize,
     pub(crate) group_size: Option<usize>,
     pub(crate) symmetric: bool,
-    pub(crate) range: Range,
+    pub(crate) range: GroupRange,
     /// Whether a symmetric group without negative weights gets the reference code's half range.
     pub(crate) reference_symmetric: bool,
     /// Whether scales are rounded to f16 before a weight is.
     pub(crate) f16_scales: bool,
 }
 
-impl Uniform {
+impl UniformGrid {
     pub(crate) const fn new() -> Self {
         Self {
             bits: 4,
             group_size: None,
             symmetric: false,
-            range: Range::Full,
+            range: GroupRange::Full,
             reference_symmetric: false,
             f16_scales: false,
         }
@@ -69,7 +69,7 @@ impl Uniform {
         self.grids_of(weight, low, high, layout, of_input)
     }
 
-    /// As [`Uniform::grids`], with one full range for all.
+    /// As [`UniformGrid::grids`], with one full range for all.
     pub(crate) fn grids_per_tensor(&self, weight: &[f32], layout: &Layout) -> Result<Grids> {
         let (low, high) = finite_ranges(weight, layout)?;
         let n = low.len();
@@ -112,16 +112,18 @@ impl Uniform {
             }
         }
         let (mut scales, zeros): (Vec<f32>, Vec<f32>) = match (self.range, of_input) {
-            (Range::Full, _) => low
+            (GroupRange::Full, _) => low
                 .iter()
                 .zip(&high)
                 .map(|(&low, &high)| kernels::grid_of_range(low, high, max_code))
                 .unzip(),
-            (Range::Clipped, _) => kernels::clip_search(weight, &low, &high, Cost::Power, layout),
-            (Range::ClippedForOutput, Some(of_input)) => {
-                kernels::clip_search(weight, &low, &high, Cost::Inputs(of_input), layout)
+            (GroupRange::Clipped, _) => {
+                kernels::clip_search(weight, &low, &high, ClipLoss::Power, layout)
             }
-            (Range::ClippedForOutput, None) => return Err(Error::NoGram),
+            (GroupRange::ClippedForOutput, Some(of_input)) => {
+                kernels::clip_search(weight, &low, &high, ClipLoss::Inputs(of_input), layout)
+            }
+            (GroupRange::ClippedForOutput, None) => return Err(Error::NoGram),
         };
         if self.f16_scales {
             for (at, scale) in scales.iter_mut().enumerate() {

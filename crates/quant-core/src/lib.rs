@@ -55,13 +55,13 @@ mod quant_tensor;
 mod quantizer;
 mod rtn;
 
-pub use allocate::{Allocation, AllocationError, Candidate, Uniform, allocate};
+pub use allocate::{Allocation, AllocationError, Candidate, UniformChoice, allocate};
 pub use distortion::{Distortion, sum_of_squares};
 pub use double_quant::{DoubleScales, scale_levels};
 pub use error::{Error, Result};
 pub use format::{DoubleQuant, Format, Grid, ScaleLevels};
 pub use gram::Gram;
-pub use grid::Range;
+pub use grid::GroupRange;
 pub use kernels::{Layout, Precision};
 pub use linalg::{full_svd, symmetric_eigen};
 pub use normal_float::NormalFloat;

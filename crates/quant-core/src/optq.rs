@@ -3,11 +3,11 @@ use kernels::{Feedback, Influence, Layout};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::grid::{Grids, Uniform, finite_ranges};
+use crate::grid::{Grids, UniformGrid, finite_ranges};
 use crate::linalg::{self, NotPositive, Real};
 use crate::rtn::diagonal;
 use crate::{
-    Error, Format, Gram, Needs, Note, Parts, QuantTensor, Quantized, Quantizer, Range, Result,
+    Error, Format, Gram, GroupRange, Needs, Note, Parts, QuantTensor, Quantized, Quantizer, Result,
     Scales,
 };
 
@@ -58,7 +58,7 @@ pub enum Order {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Optq {
-    grid: Uniform,
+    grid: UniformGrid,
     order: Order,
     damping: f64,
     stale_groups: bool,
@@ -75,7 +75,7 @@ impl Optq {
     /// 4 bits, affine, one group per channel, full ranges, inputs as they come, damping 0.01.
     pub fn new() -> Self {
         Self {
-            grid: Uniform::new(),
+            grid: UniformGrid::new(),
             order: Order::Natural,
             damping: 0.01,
             stale_groups: false,
@@ -102,7 +102,7 @@ impl Optq {
     }
 
     /// What part of a range the grid spans.
-    pub fn with_range(mut self, range: Range) -> Self {
+    pub fn with_range(mut self, range: GroupRange) -> Self {
         self.grid.range = range;
         self
     }
@@ -230,8 +230,8 @@ impl Optq {
             notes.push(Note::DeadInputs { n_inputs: n_dead });
         }
         let of_input = match self.grid.range {
-            Range::ClippedForOutput => Some(diagonal.as_slice()),
-            Range::Full | Range::Clipped => None,
+            GroupRange::ClippedForOutput => Some(diagonal.as_slice()),
+            GroupRange::Full | GroupRange::Clipped => None,
         };
         let mut inputs = self.order.of(&diagonal, layout.group_size());
         inputs.reverse();
@@ -334,8 +334,8 @@ impl Optq {
         }
         let weight = weight.as_slice();
         let of_input = match self.grid.range {
-            Range::ClippedForOutput => Some(diagonal),
-            Range::Full | Range::Clipped => None,
+            GroupRange::ClippedForOutput => Some(diagonal),
+            GroupRange::Full | GroupRange::Clipped => None,
         };
         let grids = self.grid.grids(weight, layout, of_input)?;
         let words = kernels::encode(weight, &grids.scales, grids.zeros.as_deref(), layout);

@@ -1,8 +1,10 @@
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::grid::Uniform;
-use crate::{Error, Format, Gram, Needs, Parts, QuantTensor, Quantized, Quantizer, Range, Result};
+use crate::grid::UniformGrid;
+use crate::{
+    Error, Format, Gram, GroupRange, Needs, Parts, QuantTensor, Quantized, Quantizer, Result,
+};
 
 /// Round to nearest: each group's range is cut into equal steps, each value goes to the next code.
 ///
@@ -17,7 +19,7 @@ use crate::{Error, Format, Gram, Needs, Parts, QuantTensor, Quantized, Quantizer
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rtn {
-    grid: Uniform,
+    grid: UniformGrid,
     per_tensor: bool,
 }
 
@@ -31,7 +33,7 @@ impl Rtn {
     /// 4 bits, affine, one group per channel, full ranges.
     pub fn new() -> Self {
         Self {
-            grid: Uniform::new(),
+            grid: UniformGrid::new(),
             per_tensor: false,
         }
     }
@@ -55,7 +57,7 @@ impl Rtn {
     }
 
     /// What part of a range the grid spans.
-    pub fn with_range(mut self, range: Range) -> Self {
+    pub fn with_range(mut self, range: GroupRange) -> Self {
         self.grid.range = range;
         self
     }
@@ -83,7 +85,7 @@ impl Rtn {
 
 impl Quantizer for Rtn {
     fn format(&self) -> Result<Format> {
-        if self.per_tensor && self.grid.range != Range::Full {
+        if self.per_tensor && self.grid.range != GroupRange::Full {
             return Err(Error::SearchPerTensor);
         }
         self.grid.format()
@@ -91,8 +93,8 @@ impl Quantizer for Rtn {
 
     fn needs(&self) -> Needs {
         match self.grid.range {
-            Range::ClippedForOutput => Needs::Gram,
-            Range::Full | Range::Clipped => Needs::Nothing,
+            GroupRange::ClippedForOutput => Needs::Gram,
+            GroupRange::Full | GroupRange::Clipped => Needs::Nothing,
         }
     }
 

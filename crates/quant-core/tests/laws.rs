@@ -3,8 +3,8 @@
 use burn::tensor::{Device, Distribution, Tensor, TensorData};
 use proptest::prelude::*;
 use quant_core::{
-    DoubleQuant, Error, Format, Gram, Grid, NormalFloat, Optq, Order, Parts, QuantTensor,
-    Quantizer, Range, Rtn, ScaleLevels, Scales,
+    DoubleQuant, Error, Format, Gram, Grid, GroupRange, NormalFloat, Optq, Order, Parts,
+    QuantTensor, Quantizer, Rtn, ScaleLevels, Scales,
 };
 
 /// A weight with a quantizer of uniform grids.
@@ -56,8 +56,8 @@ fn any_cases() -> impl Strategy<Value = AnyCase> {
         };
         let method = match kind {
             0 => Method::Rtn(rtn),
-            1 => Method::Rtn(rtn.with_range(Range::Clipped)),
-            2 => Method::Rtn(rtn.with_range(Range::ClippedForOutput)),
+            1 => Method::Rtn(rtn.with_range(GroupRange::Clipped)),
+            2 => Method::Rtn(rtn.with_range(GroupRange::ClippedForOutput)),
             3 => Method::Rtn(rtn.with_per_tensor(true)),
             4 => Method::NormalFloat(nf),
             5 => Method::NormalFloat(nf.with_offset_by_bits(true)),
@@ -68,8 +68,8 @@ fn any_cases() -> impl Strategy<Value = AnyCase> {
             10 => Method::Optq(optq.with_order(Order::Descending)),
             11 => Method::Optq(optq.with_order(Order::DescendingByGroup)),
             12 => Method::Optq(optq.with_stale_groups(true)),
-            13 => Method::Optq(optq.with_range(Range::Clipped).with_f16_scales(true)),
-            14 => Method::Optq(optq.with_range(Range::ClippedForOutput)),
+            13 => Method::Optq(optq.with_range(GroupRange::Clipped).with_f16_scales(true)),
+            14 => Method::Optq(optq.with_range(GroupRange::ClippedForOutput)),
             15 => Method::Optq(optq.with_drift(0.25)),
             _ => Method::Optq(optq),
         };
@@ -238,7 +238,7 @@ proptest! {
             .with_symmetric(format.grid() == Grid::Symmetric);
         let weight = tensor(case.weight.clone(), case.dims);
         let diagonal = values(case.gram.sum());
-        let cost = |range: Range| {
+        let cost = |range: GroupRange| {
             let packed = rtn.with_range(range).quantize(weight.clone(), Some(&case.gram));
             let found = values(packed.unwrap().weight.dequantize());
             let (mut power, mut output) = (0.0, 0.0);
@@ -250,9 +250,9 @@ proptest! {
             }
             (power, output)
         };
-        let full = cost(Range::Full);
-        prop_assert!(cost(Range::Clipped).0 <= full.0 * 1.0001);
-        prop_assert!(cost(Range::ClippedForOutput).1 <= full.1 * 1.0001);
+        let full = cost(GroupRange::Full);
+        prop_assert!(cost(GroupRange::Clipped).0 <= full.0 * 1.0001);
+        prop_assert!(cost(GroupRange::ClippedForOutput).1 <= full.1 * 1.0001);
     }
 
     #[test]
@@ -435,7 +435,7 @@ fn gaussian_weights_have_the_known_errors() {
     for (group_size, errors) in clipped {
         for (bits, expected) in [2, 3, 4].into_iter().zip(errors) {
             let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-            check_error(&rtn.with_range(Range::Clipped), &weight, expected);
+            check_error(&rtn.with_range(GroupRange::Clipped), &weight, expected);
         }
     }
     for (by_bits, errors) in [
@@ -490,7 +490,7 @@ fn a_search_that_overflows_keeps_the_range() {
         .quantize(weight(), None)
         .unwrap()
         .weight;
-    let rtn = Rtn::new().with_bits(2).with_range(Range::Clipped);
+    let rtn = Rtn::new().with_bits(2).with_range(GroupRange::Clipped);
     let clipped = rtn.quantize(weight(), None).unwrap().weight;
     assert_eq!(clipped.to_parts(), full.to_parts());
     assert_eq!(

@@ -10,7 +10,8 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 
-use super::{AttentionOps, Starts};
+use super::AttentionOps;
+use super::starts::Starts;
 
 #[derive(Debug)]
 struct CausalAttention;

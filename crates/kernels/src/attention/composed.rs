@@ -5,7 +5,7 @@ use std::ops::Range;
 use burn::backend::{Backend, TensorMetadata, get_device_settings, tensor::FloatTensor};
 use burn::tensor::Shape;
 
-use super::Starts;
+use super::starts::Starts;
 
 /// The sizes of a call.
 struct Sizes {

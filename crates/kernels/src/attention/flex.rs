@@ -7,12 +7,15 @@
 use burn::backend::{Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
 use rayon::prelude::*;
 
-use super::{AttentionOps, Starts, composed};
-use crate::dense::{Matrix, Shared, multiply_add};
+use super::starts::Starts;
+use super::{AttentionOps, composed};
+use crate::dense::multiply_add;
 use crate::host::{all_f32, contiguous, floats, integers, tensor};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
+use crate::matrix::Matrix;
 use crate::memory::zeroed;
+use crate::shared::Shared;
 
 /// Queries in a block.
 const QUERIES: usize = 64;
@@ -305,7 +308,7 @@ impl<'a> Call<'a> {
                     let at = (batch * self.seq_q + queries + i) * width + head * dim;
                     // SAFETY: `y` is `[batch, seq_q, heads, dim]`; this head of this query is no
                     // other task's.
-                    let y = unsafe { std::slice::from_raw_parts_mut(shared.offset(at), dim) };
+                    let y = unsafe { shared.slice(at, dim) };
                     for (y, mixed) in y.iter_mut().zip(&mixed[i * dim..]) {
                         *y = mixed / sum[i];
                     }

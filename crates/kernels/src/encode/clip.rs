@@ -2,13 +2,13 @@
 
 use rayon::prelude::*;
 
-use super::{Grid, Lanes, Nearest, grid_of_range, read};
+use super::grid::{Grid, Lanes, Nearest, grid_of_range, read};
 use crate::isa::{Isa, by_instruction_set};
-use crate::{Layout, TILE};
+use crate::layout::{Layout, TILE};
 
-/// What an error in a weight costs.
+/// The loss that [`clip_search`] minimizes.
 #[derive(Clone, Copy, Debug)]
-pub enum Cost<'a> {
+pub enum ClipLoss<'a> {
     /// `|error|^2.4`, of the reference code of OPTQ (methods differ: its option is named `mse`).
     Power,
     /// `error²` times the weight of the input, `[d_in]`.
@@ -34,13 +34,13 @@ pub fn clip_search(
     weight: &[f32],
     low: &[f32],
     high: &[f32],
-    cost: Cost,
+    cost: ClipLoss,
     layout: &Layout,
 ) -> (Vec<f32>, Vec<f32>) {
     let (d_in, d_out) = (layout.d_in(), layout.d_out());
     assert_eq!(weight.len(), d_in * d_out, "one weight for each code");
     let grid = Grid::new(low, Some(high), layout);
-    if let Cost::Inputs(weights) = cost {
+    if let ClipLoss::Inputs(weights) = cost {
         assert_eq!(weights.len(), d_in, "one weight for each input");
     }
     let group = layout.group_size().saturating_mul(d_out);
@@ -75,7 +75,7 @@ by_instruction_set! {
         ranges: &Grid,
         group: usize,
         tile: usize,
-        cost: Cost,
+        cost: ClipLoss,
         best: &mut Lanes,
     ) = search_tile_body
 }
@@ -86,7 +86,7 @@ fn search_tile_body<I: Isa>(
     ranges: &Grid,
     group: usize,
     tile: usize,
-    cost: Cost,
+    cost: ClipLoss,
     best: &mut Lanes,
 ) {
     let layout = ranges.layout;
@@ -119,12 +119,12 @@ fn search_tile_body<I: Isa>(
             let codes = lanes.nearest::<I>(&ranges.levels, weights);
             let rounded = lanes.weights::<I>(&ranges.levels, &codes);
             match cost {
-                Cost::Power => {
+                ClipLoss::Power => {
                     for j in 0..TILE {
                         sums[j] += power((rounded[j] - weights[j]).abs());
                     }
                 }
-                Cost::Inputs(of_input) => {
+                ClipLoss::Inputs(of_input) => {
                     let of_input = of_input[group * layout.group_size() + i];
                     for j in 0..TILE {
                         let error = rounded[j] - weights[j];

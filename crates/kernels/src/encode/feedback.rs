@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Grid, Nearest, read};
+use super::grid::{Grid, Nearest, read};
 use crate::isa::{Isa, by_instruction_set};
-use crate::{Layout, TILE};
+use crate::layout::{Layout, TILE};
+use crate::shared::Shared;
 
 /// The working state of [`round_with_feedback`], all rows of a matrix in an order of its caller's.
 pub struct Feedback<'a> {
@@ -73,9 +74,9 @@ pub fn round_with_feedback(
         grid: &Grid::new(scales, zeros, layout),
         rows,
         from,
-        weight: Shared(state.weight.as_mut_ptr()),
-        codes: Shared(state.codes.as_mut_ptr()),
-        rounded: state.rounded.as_mut().map(|r| Shared(r.as_mut_ptr())),
+        weight: Shared::new(state.weight),
+        codes: Shared::new(state.codes),
+        rounded: state.rounded.as_mut().map(|rounded| Shared::new(rounded)),
     };
     let tiles = state.losses.par_chunks_mut(TILE).enumerate();
     tiles.for_each_init(Vec::new, |block, (tile, losses)| {
@@ -91,28 +92,6 @@ struct Task<'a> {
     weight: Shared<f32>,
     codes: Shared<u8>,
     rounded: Option<Shared<f32>>,
-}
-
-/// A matrix whose columns are changed by several tasks.
-struct Shared<T>(*mut T);
-
-// SAFETY: each task touches the columns of its own tile alone.
-unsafe impl<T: Send> Sync for Shared<T> {}
-
-impl<T> Shared<T> {
-    /// The columns of a task in one row of a matrix.
-    ///
-    /// # Safety
-    /// The row and the columns lie within the matrix, and no one else uses them.
-    #[expect(clippy::mut_from_ref, reason = "the columns are the caller's own")]
-    #[inline(always)]
-    unsafe fn row(&self, row: usize, d_out: usize, columns: &Range<usize>) -> &mut [T] {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let start = self.0.add(row * d_out + columns.start);
-            std::slice::from_raw_parts_mut(start, columns.len())
-        }
-    }
 }
 
 by_instruction_set! {
@@ -142,10 +121,11 @@ fn round_tile_body<I: Isa>(
     let [d_in, d_out] = [layout.d_in(), layout.d_out()];
     let columns = layout.columns(tile);
     let width = columns.len();
+    let at = |row: usize| row * d_out + columns.start;
     block.clear();
     // SAFETY: the caller has checked the sizes and the rows; this task alone has these columns.
     block.extend((from..task.rows.end).map(|p| unsafe {
-        let row = task.weight.row(p, d_out, &columns);
+        let row = task.weight.slice(at(p), width);
         read(row, &(0..width))
     }));
 
@@ -196,19 +176,19 @@ fn round_tile_body<I: Isa>(
         row[0] = error;
         // SAFETY: `input` is a row of the codes, and `p - from` one of the rounded weights.
         unsafe {
-            let out = task.codes.row(input, d_out, &columns);
+            let out = task.codes.slice(at(input), width);
             for (out, code) in out.iter_mut().zip(codes) {
                 *out = code as u8;
             }
             if let Some(out) = &task.rounded {
-                out.row(p - from, d_out, &columns)
+                out.slice(at(p - from), width)
                     .copy_from_slice(&rounded[..width]);
             }
         }
     }
     for (p, row) in (from..).zip(block.iter()) {
         // SAFETY: as above.
-        unsafe { task.weight.row(p, d_out, &columns) }.copy_from_slice(&row[..width]);
+        unsafe { task.weight.slice(at(p), width) }.copy_from_slice(&row[..width]);
     }
     for (loss, sum) in losses.iter_mut().zip(sums) {
         *loss += f64::from(sum);

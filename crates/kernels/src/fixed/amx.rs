@@ -7,32 +7,12 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::panel::{PART, PARTS, SIGNED};
+use super::blocks::{Limbs, STRIP};
+use super::finish::Finish;
+use super::panel::{Panel, SIGNED};
+use super::split::Rows;
+use super::vectors::{PART, PARTS};
 use super::vnni::{join, join_whole};
-use super::{Finish, Limbs, Panel, Rows, STRIP};
-
-/// Whether the processor has tiles of bytes, and the system lets this process use them.
-pub(super) fn permitted() -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
-        const XFEATURE_XTILEDATA: libc::c_long = 18;
-        let leaf = __cpuid_count(7, 0);
-        let (tiles, bytes) = (leaf.edx >> 24 & 1, leaf.edx >> 25 & 1);
-        // SAFETY: the call asks for a permission, and changes nothing if it is refused.
-        tiles == 1
-            && bytes == 1
-            && unsafe {
-                libc::syscall(
-                    libc::SYS_arch_prctl,
-                    ARCH_REQ_XCOMP_PERM,
-                    XFEATURE_XTILEDATA,
-                ) == 0
-            }
-    }
-    #[cfg(not(target_os = "linux"))]
-    false
-}
 
 /// The shapes of all tiles, as the processor reads them.
 #[repr(C, align(64))]
@@ -52,7 +32,7 @@ impl Configured {
     /// bytes at a time. (With steps of 64, all tiles are alike.)
     ///
     /// # Safety
-    /// [`permitted`].
+    /// the system permits AMX.
     unsafe fn new(step: usize) -> Self {
         let mut shapes = Shapes {
             palette: 1,
@@ -90,7 +70,7 @@ struct Sums([[[i32; PART]; STRIP]; 6]);
 /// See [`super::multiply`].
 ///
 /// # Safety
-/// [`permitted`].
+/// the system permits AMX.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn multiply(
     rows: &Rows,
@@ -126,7 +106,7 @@ struct Operands {
 /// `L` sums of each of `S` strips at a time.
 ///
 /// # Safety
-/// [`permitted`], and `product` fits `L`, `S` and the planes of the panel.
+/// the system permits AMX, and `product` fits `L`, `S` and the planes of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn each<F: Finish, const L: usize, const S: usize>(
     rows: &Rows,

@@ -4,10 +4,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::blocks::{Blocks, Limbs};
+use super::panel::Panel;
+use super::split::{Rows, Source};
 use super::tiles::{Columns, Sums, each_tile};
-use super::{Blocks, Limbs, Panel, Rows, Source, Unit};
-use crate::TILE;
-use crate::dense::{Matrix, Read, Shared};
+use super::unit::Unit;
+use crate::layout::TILE;
+use crate::matrix::{Matrix, Read};
+use crate::shared::Shared;
 
 /// See [`crate::dense::product`]. False if floats do better: then nothing is done.
 ///

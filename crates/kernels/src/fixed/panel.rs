@@ -3,14 +3,12 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::blocks::{BLOCK, Blocks, Limbs};
 use super::lines::Lines;
-use super::{BLOCK, Blocks, Limbs, Rows, Source, Unit, split};
-use crate::{Layout, TILE};
-
-/// Columns of a vector of dwords.
-pub(super) const PART: usize = 16;
-/// Parts of a tile of columns.
-pub(super) const PARTS: usize = TILE / PART;
+use super::split::{self, Rows, Source};
+use super::unit::Unit;
+use super::vectors::{PART, PARTS, bytes, transpose};
+use crate::layout::{Layout, TILE};
 
 /// What is taken from codes of 8 bits to make them signed bytes.
 pub(super) const SIGNED: u8 = 128;
@@ -78,7 +76,7 @@ impl Panel {
         whole: impl Fn(usize, &mut [u8; TILE]),
     ) {
         assert!(inputs.start.is_multiple_of(64));
-        self.resize(1, blocks.step, inputs.len());
+        self.resize(1, blocks.step(), inputs.len());
         // SAFETY: the caller has a unit, and so the processor these instructions.
         unsafe {
             match layout.bits() {
@@ -89,15 +87,15 @@ impl Panel {
             }
             self.centered = unit == Unit::Amx && layout.bits() < 8;
             if unit == Unit::Amx {
-                let n_steps = inputs.len().div_ceil(blocks.step);
-                let bytes = &mut self.bytes[..n_steps * blocks.step * TILE];
-                let block_bytes = blocks.steps_per_block * blocks.step * TILE;
+                let n_steps = inputs.len().div_ceil(blocks.step());
+                let bytes = &mut self.bytes[..n_steps * blocks.step() * TILE];
+                let block_bytes = blocks.block() * TILE;
                 for (block, bytes) in bytes.chunks_mut(block_bytes).enumerate() {
                     let mut less = [SIGNED; TILE];
                     if self.centered {
                         whole(block, &mut less);
                     }
-                    subtract(bytes, blocks.step, &less);
+                    subtract(bytes, blocks.step(), &less);
                 }
             }
         }
@@ -149,7 +147,7 @@ impl Panel {
         const SIZE: usize = 64 * PART;
         let (tiles, _) = self.bytes.as_chunks_mut::<SIZE>();
         let tiles = tiles.chunks_exact_mut(PARTS * limbs.n());
-        for (step, tiles) in tiles.take(blocks.n_steps).enumerate() {
+        for (step, tiles) in tiles.take(blocks.n_steps()).enumerate() {
             for (at, tile) in tiles.iter_mut().enumerate() {
                 let (plane, part) = (at / PARTS, at % PARTS);
                 let from = rows.at(part, step) + plane * SIZE;
@@ -167,62 +165,6 @@ fn highest(limbs: Limbs) -> f32 {
         Limbs::Two => 65536.0,
         Limbs::Three => 4_294_967_296.0,
     }
-}
-
-/// Turns rows of 16 dwords into columns.
-#[target_feature(enable = "avx512f")]
-fn transpose(from: &[[i8; 64]], to: &mut [u8; 64 * PART]) {
-    assert_eq!(from.len(), PART);
-    // SAFETY: 64 bytes each.
-    let row = |i: usize| unsafe { _mm512_loadu_si512(from[i].as_ptr().cast()) };
-    // In each lane of 4 columns, a row of pairs and then of fours of rows.
-    let mut pairs = [_mm512_setzero_si512(); PART];
-    for i in (0..PART).step_by(2) {
-        pairs[i] = _mm512_unpacklo_epi32(row(i), row(i + 1));
-        pairs[i + 1] = _mm512_unpackhi_epi32(row(i), row(i + 1));
-    }
-    // `fours[4 * f + c]`: rows `4 * f ..` in columns `c`, `c + 4`, `c + 8` and `c + 12`.
-    let mut fours = [_mm512_setzero_si512(); PART];
-    for f in 0..4 {
-        for half in 0..2 {
-            let (a, b) = (pairs[4 * f + half], pairs[4 * f + 2 + half]);
-            fours[4 * f + 2 * half] = _mm512_unpacklo_epi64(a, b);
-            fours[4 * f + 2 * half + 1] = _mm512_unpackhi_epi64(a, b);
-        }
-    }
-    for c in 0..4 {
-        let (a, b) = (fours[c], fours[4 + c]);
-        let (d, e) = (fours[8 + c], fours[12 + c]);
-        let (low, high) = (
-            _mm512_shuffle_i32x4::<0b01_00_01_00>(a, b),
-            _mm512_shuffle_i32x4::<0b01_00_01_00>(d, e),
-        );
-        let columns = [
-            _mm512_shuffle_i32x4::<0b10_00_10_00>(low, high),
-            _mm512_shuffle_i32x4::<0b11_01_11_01>(low, high),
-        ];
-        let (low, high) = (
-            _mm512_shuffle_i32x4::<0b11_10_11_10>(a, b),
-            _mm512_shuffle_i32x4::<0b11_10_11_10>(d, e),
-        );
-        let more = [
-            _mm512_shuffle_i32x4::<0b10_00_10_00>(low, high),
-            _mm512_shuffle_i32x4::<0b11_01_11_01>(low, high),
-        ];
-        for (lane, column) in columns.into_iter().chain(more).enumerate() {
-            let to = &mut to[(4 * lane + c) * 64..][..64];
-            // SAFETY: 64 bytes.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), column) };
-        }
-    }
-}
-
-/// A vector whose bytes are a function of their place.
-#[target_feature(enable = "avx512f")]
-pub(super) fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
-    let bytes: [u8; 64] = std::array::from_fn(of);
-    // SAFETY: 64 bytes.
-    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
 /// Takes codes of `BITS` bits out of words.

@@ -5,9 +5,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::blocks::{BLOCK, Blocks, FEW, Limbs, STRIP};
 use super::lines::Lines;
-use super::panel::bytes;
-use super::{BLOCK, Blocks, FEW, Limbs, STRIP};
+use super::vectors::bytes;
 
 /// Values at a time.
 const LANES: usize = 64;
@@ -143,7 +143,7 @@ impl Rows {
         const STRIPS: usize = 32;
         let n_strips = self.n_strips();
         let height = n_strips.div_ceil(n_strips.div_ceil(STRIPS));
-        let block_bytes = self.height * height * self.limbs.n() * self.blocks.block;
+        let block_bytes = self.height * height * self.limbs.n() * self.blocks.block();
         let strips = (0..n_strips).step_by(height);
         strips.flat_map(move |first| {
             let strips = first..n_strips.min(first + height);
@@ -156,7 +156,8 @@ impl Rows {
     /// Parts of a slab with their panels: that of few rows fits the smallest cache.
     pub(crate) fn panels(&self, slab: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let inputs = if self.height < STRIP { 256 } else { 1024 };
-        self.blocks.runs(slab, (inputs / self.blocks.block).max(1))
+        self.blocks
+            .runs(slab, (inputs / self.blocks.block()).max(1))
     }
 
     pub(crate) fn blocks(&self) -> Blocks {

@@ -5,9 +5,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Finish, Panel, ROWS, Rows, Unit, multiply};
-use crate::TILE;
-use crate::dense::Shared;
+use super::blocks::ROWS;
+use super::finish::Finish;
+use super::multiply;
+use super::panel::Panel;
+use super::split::Rows;
+use super::unit::Unit;
+use crate::layout::TILE;
+use crate::shared::Shared;
 
 /// Multiplies the rows with each tile of columns, whose panels `fill` makes.
 pub(crate) fn each_tile<F: Finish>(
@@ -137,13 +142,9 @@ impl Finish for Sums<'_> {
         let n = self.columns.n;
         for row in rows {
             let sums = &mut self.rows[row % ROWS * TILE..][..TILE];
+            let at = row * self.columns.stride + self.columns.first;
             // SAFETY: the promise of `new`.
-            let out = unsafe {
-                let out = self
-                    .out
-                    .offset(row * self.columns.stride + self.columns.first);
-                std::slice::from_raw_parts_mut(out, n)
-            };
+            let out = unsafe { self.out.slice(at, n) };
             for (out, sum) in out.iter_mut().zip(sums.iter()) {
                 *out += sum;
             }

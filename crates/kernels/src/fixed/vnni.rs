@@ -3,10 +3,12 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::panel::{Codes, PART, PARTS};
-use super::split::RowsPart;
-use super::{Finish, Limbs, Panel, Rows, STRIP};
-use crate::TILE;
+use super::blocks::{Limbs, STRIP};
+use super::finish::Finish;
+use super::panel::{Codes, Panel};
+use super::split::{Rows, RowsPart};
+use super::vectors::{PART, PARTS};
+use crate::layout::TILE;
 
 /// See [`super::multiply`]. The panel has codes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -53,10 +55,18 @@ fn multiply_limbs<const L: usize>(
     }
 }
 
+/// Whether [`stream`] takes these rows and words of `bits`-bit codes.
+pub(crate) fn streams(rows: &Rows, bits: usize, word_rows: usize) -> bool {
+    let (run, run_words) = if bits == 3 { (32, 3) } else { (32 / bits, 1) };
+    rows.n_rows == 1
+        && rows.blocks.step().is_multiple_of(run)
+        && word_rows.is_multiple_of(run_words)
+}
+
 /// Multiplies one row with the codes of a tile as they come from memory, without a panel.
 ///
 /// # Panics
-/// Unless [`super::streams`].
+/// Unless [`streams`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
 pub(super) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl Finish) {
     match (rows.limbs, bits) {
@@ -82,7 +92,7 @@ fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
     let step = rows.blocks.step();
     // Codes that begin and end with a word, and their words.
     let (run, run_words) = (Codes::<BITS>::RUN, Codes::<BITS>::WORDS);
-    assert!(super::streams(rows, BITS, words.len() / TILE));
+    assert!(streams(rows, BITS, words.len() / TILE));
     let n_runs = words.len() / (TILE * run_words);
     for block in 0..rows.blocks.n() {
         finish.prefetch(block + 2);

@@ -8,7 +8,8 @@ use burn::backend::{
 };
 use burn::tensor::{IndexingUpdateOp, Shape, Slice};
 
-use super::SLICE;
+/// Logits that are held at a time: 16 MiB of f32.
+pub(super) const SLICE: usize = 4 << 20;
 
 /// The losses, the logarithms of the sums, and the gradients of the losses if `with_dx`.
 pub(super) fn forward<B: Backend>(

@@ -15,11 +15,13 @@ use burn::backend::{
 };
 use rayon::prelude::*;
 
-use super::{LossOps, SLICE, composed};
-use crate::dense::{Matrix, product};
+use super::LossOps;
+use super::composed::{self, SLICE};
+use crate::dense::product;
 use crate::host::{all_f32, contiguous, floats, integers, tensor};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
+use crate::matrix::Matrix;
 use crate::memory::zeroed;
 
 /// Most rows of a slab: the head is read once for so many.

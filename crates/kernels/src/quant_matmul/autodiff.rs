@@ -11,7 +11,8 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 
-use super::{Packed, QuantOps, Zeros, composed};
+use super::packed::{Packed, Zeros};
+use super::{QuantOps, composed};
 
 #[derive(Debug)]
 struct QuantMatmul;

@@ -6,8 +6,8 @@ use burn::backend::{
 };
 use burn::tensor::{Shape, Slice, TensorData};
 
-use super::{Packed, Zeros};
-use crate::{Layout, Levels, TILE};
+use super::packed::{Packed, Zeros};
+use crate::layout::{Layout, Levels, TILE};
 
 /// See [`super::QuantOps::quant_unpack`].
 pub(super) fn unpack<B: Backend>(w: Packed<B>) -> FloatTensor<B> {

@@ -5,14 +5,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Precision;
-use super::flex::Host;
+use super::host::Host;
+use super::packed::Precision;
 use super::simd;
-use crate::dense::Shared;
 use crate::fixed::tiles::{Columns, Sums, each_tile};
 use crate::fixed::{self, Blocks, Finish, Limbs, Panel, Rows, Source, Unit};
+use crate::layout::{Levels, TILE};
 use crate::memory::zeroed;
-use crate::{Levels, TILE};
+use crate::shared::Shared;
 
 impl From<Precision> for Limbs {
     fn from(precision: Precision) -> Self {
@@ -132,7 +132,7 @@ pub(super) fn product_dgrid(
             (finish.dscales, finish.products)
         })
         .collect();
-    Some(super::flex::join_tiles(w, |tile, g| {
+    Some(w.grid_gradients(|tile, g| {
         let (dscales, products) = &tiles[tile];
         [dscales, products].map(|sums| &sums[g * TILE..][..TILE])
     }))

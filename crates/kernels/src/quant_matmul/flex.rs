@@ -10,11 +10,15 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use super::fixed;
-use super::{Packed, Precision, QuantOps, Zeros, composed, simd};
-use crate::dense::{Matrix, Shared, multiply_add};
+use super::host::Host;
+use super::packed::{Packed, Zeros};
+use super::{QuantOps, composed, simd};
+use crate::dense::multiply_add;
 use crate::host::{contiguous, floats, tensor};
+use crate::layout::TILE;
+use crate::matrix::Matrix;
 use crate::memory::zeroed;
-use crate::{Layout, TILE};
+use crate::shared::Shared;
 
 /// Rows up to which codes are multiplied as they are unpacked, without a panel.
 const WITHOUT_PANEL: usize = 8;
@@ -22,37 +26,6 @@ const WITHOUT_PANEL: usize = 8;
 const PANEL_ROWS: usize = 256;
 /// Tiles in a panel of `dx`.
 const PANEL_TILES: usize = 4;
-
-/// A packed weight in host memory.
-pub(super) struct Host<'a> {
-    pub(super) words: &'a [u32],
-    pub(super) scales: &'a [f32],
-    pub(super) zeros: Option<&'a [f32]>,
-    pub(super) layout: Layout,
-    pub(super) precision: Precision,
-}
-
-impl Host<'_> {
-    /// The words of one tile, `[word_rows, TILE]`.
-    #[inline(always)]
-    pub(super) fn tile(&self, tile: usize) -> &[u32] {
-        let n = self.layout.word_rows() * TILE;
-        &self.words[tile * n..][..n]
-    }
-
-    /// The scales and zeros of group `g` in one tile; zero in the columns that pad it.
-    #[inline(always)]
-    pub(super) fn grid(&self, tile: usize, g: usize) -> ([f32; TILE], [f32; TILE]) {
-        let columns = self.layout.columns(tile);
-        let row = |values: &[f32]| {
-            let mut padded = [0.0; TILE];
-            let values = &values[g * self.layout.d_out()..][columns.clone()];
-            padded[..values.len()].copy_from_slice(values);
-            padded
-        };
-        (row(self.scales), self.zeros.map_or([0.0; TILE], row))
-    }
-}
 
 impl Packed<Flex> {
     fn contiguous(self) -> Self {
@@ -174,11 +147,8 @@ fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
             let mut sums = [[0.0; TILE]; WITHOUT_PANEL];
             simd::multiply_rows(w, tile, x, &mut sums[..rows]);
             for (row, sums) in sums[..rows].iter().enumerate() {
-                // SAFETY: `y` is `[rows, d_out]`, and these columns are no other task's.
-                let y = unsafe {
-                    let y = shared.offset(row * d_out + columns.start);
-                    std::slice::from_raw_parts_mut(y, columns.len())
-                };
+                // SAFETY: `y` is `[rows, d_out]`, and no other task uses these columns.
+                let y = unsafe { shared.slice(row * d_out + columns.start, columns.len()) };
                 y.copy_from_slice(&sums[..columns.len()]);
             }
         });
@@ -294,29 +264,8 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
         )
         .collect();
 
-    join_tiles(w, |tile, g| {
+    w.grid_gradients(|tile, g| {
         let sums = &tiles[tile][g];
         [&sums.of_levels, &sums.of_products]
     })
-}
-
-/// The gradients of scales and zeros from `Σ dy x (level - zero)` and `Σ dy x` of each tile and group.
-pub(super) fn join_tiles<'a, S: AsRef<[f32]> + ?Sized + 'a>(
-    w: &Host,
-    sums: impl Fn(usize, usize) -> [&'a S; 2],
-) -> (Vec<f32>, Vec<f32>) {
-    let n = w.layout.n_groups() * w.layout.d_out();
-    let (mut dscales, mut dzeros) = (Vec::with_capacity(n), Vec::with_capacity(n));
-    for g in 0..w.layout.n_groups() {
-        for tile in 0..w.layout.n_tiles() {
-            let width = w.layout.columns(tile).len();
-            let [of_levels, of_products] = sums(tile, g);
-            dscales.extend_from_slice(&of_levels.as_ref()[..width]);
-            dzeros.extend_from_slice(&of_products.as_ref()[..width]);
-        }
-    }
-    for (dz, s) in dzeros.iter_mut().zip(w.scales) {
-        *dz *= -s;
-    }
-    (dscales, dzeros)
 }

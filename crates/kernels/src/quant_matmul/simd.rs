@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::flex::Host;
+use super::host::Host;
 use crate::isa::{Isa, by_instruction_set};
-use crate::{Layout, Levels, TILE};
+use crate::layout::{Layout, Levels, TILE};
 
 /// Sums over the inputs of one group in the columns of a tile.
 #[derive(Clone)]

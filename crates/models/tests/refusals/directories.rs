@@ -3,13 +3,14 @@
 use std::fs;
 
 use burn::tensor::Device;
-use models::{Error, load};
-use peft::Adapters;
+use models::{Error, load, plan};
+use peft::{Adapters, Fingerprint};
+use quant_core::Rtn;
 use serde_json::{Value, json};
 
 use super::{
-    INDEX, PLACES, SHARDS, STAND_INS, Tensors, WEIGHTS, assert_file, assert_tensor, golden,
-    refusal, refusal_of_plan, sharded, without,
+    INDEX, PLACES, SHARDS, STAND_INS, Tensors, WEIGHTS, assert_file, assert_tensor, copy, golden,
+    refusal, refusal_of_plan, sharded, tensors, without, write_tensors,
 };
 
 #[test]
@@ -154,5 +155,22 @@ fn the_total_size_of_an_index_is_passed_over() {
     ] {
         let dir = sharded(|_, index| index["metadata"] = metadata);
         load(dir.path(), &Device::flex()).unwrap();
+    }
+}
+
+/// Models that were saved without their heads have such names.
+#[test]
+fn names_without_the_first_part_are_read() {
+    for name in ["llama_gqa", "opt_350m_style"] {
+        let dir = copy(name);
+        let path = dir.path().join(WEIGHTS);
+        let short = tensors(&path).into_iter().map(|(name, tensor)| {
+            let name = name.strip_prefix("model.").unwrap_or(&name);
+            (name.to_owned(), tensor)
+        });
+        write_tensors(&path, &short.collect());
+        let read = |dir| Fingerprint::of(&load(dir, &Device::flex()).unwrap().model);
+        assert_eq!(read(dir.path()), read(&golden(name)));
+        assert!(plan(dir.path(), &Rtn::new().with_group_size(16)).is_ok());
     }
 }

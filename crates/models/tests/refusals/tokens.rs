@@ -5,8 +5,6 @@ use std::ops::ControlFlow;
 use std::slice;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::data::{self, Limit, Row, Template, TooLong, read_records};
-use models::evaluate::{self, ScoredWindow, compare, confidences, target_loss};
 use models::{
     Activation, Error, Generation, LlamaConfig, Model, OptConfig, RopeScaling, generate, load,
     quantize, sensitivities,
@@ -80,9 +78,6 @@ fn errors(model: &Model, batch: &Batch) -> Vec<(&'static str, Option<Error>)> {
             "sensitivities",
             sensitivities(model, &[&rtn], batches).err(),
         ),
-        ("target_loss", target_loss(model, batches).err()),
-        ("compare", compare(model, model, batches).err()),
-        ("confidences", confidences(model, batches).err()),
     ]
 }
 
@@ -108,20 +103,6 @@ fn a_token_that_the_model_lacks_is_refused_by_all() {
             }
         }
         for bad in [16, u32::MAX] {
-            // The last token is not read, but asked for.
-            for tokens in [vec![bad, 1, 2], vec![1, 2, bad]] {
-                let windows = [ScoredWindow {
-                    tokens,
-                    scored: 1..3,
-                }];
-                let error = evaluate::score(&model, &windows, &Device::flex()).unwrap_err();
-                let is_named = matches!(
-                    error,
-                    Error::Peft(peft::Error::Token { token, vocab_size: VOCAB })
-                        if token == i64::from(bad)
-                );
-                assert!(is_named, "{bad}: {error}");
-            }
             let error = continued(&model, &[1, bad], 2).unwrap_err();
             let is_named = matches!(
                 error,
@@ -159,16 +140,6 @@ fn a_text_beyond_the_places_of_a_model_is_refused_by_all() {
         assert_too_long(error, 100);
     }
 
-    // The last token is not read.
-    let score = |n: usize| {
-        let windows = [ScoredWindow {
-            tokens: vec![1; n],
-            scored: 1..n,
-        }];
-        evaluate::score(&model, &windows, &Device::flex())
-    };
-    assert_eq!(score(PLACES + 1).unwrap()[0].len(), PLACES);
-    assert_too_long(score(PLACES + 2).err(), PLACES + 1);
     assert_eq!(
         continued(&model, &[1; 4], PLACES - 3).unwrap().len(),
         PLACES - 3
@@ -271,33 +242,6 @@ fn a_batch_without_a_token_to_predict_is_refused() {
     ));
 }
 
-/// Of rows that are made of records.
-#[test]
-fn rows_without_anything_to_learn_are_refused() {
-    let error = data::batch(&[], &Device::flex()).unwrap_err();
-    let is_empty = matches!(error, Error::Peft(peft::Error::EmptyBatch { batch: 0, .. }));
-    assert!(is_empty, "{error}");
-    let row = |is_target: [bool; 4], n_text| Row {
-        tokens: vec![1, 2, 3, 0],
-        is_target: is_target.to_vec(),
-        starts: vec![0, 0, 0, 3],
-        n_text,
-    };
-    for row in [row([false; 4], 3), row([true, false, false, false], 3)] {
-        let error = data::batch(&[row], &Device::flex()).unwrap_err();
-        let is_said = matches!(error, Error::Peft(peft::Error::NoTargets { .. }));
-        assert!(is_said, "{error}");
-    }
-    // Padding is not learned, whatever is said of it, and its end is not within a text.
-    let all = data::batch(&[row([true; 4], 3)], &Device::flex()).unwrap();
-    assert_eq!(all.targets(), [true, true, false]);
-    let error = data::batch(&[row([true; 4], 2)], &Device::flex()).unwrap_err();
-    assert!(
-        matches!(error, Error::Peft(peft::Error::Spans { .. })),
-        "{error}"
-    );
-}
-
 #[test]
 fn a_tokenizer_that_is_none_is_refused() {
     let dir = copy(LLAMA);
@@ -336,19 +280,6 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     let dir = copy(LLAMA);
     // They are read once.
     let lm = || load(dir.path(), &Device::flex()).unwrap();
-    let encode = || {
-        let path = dir.path().join("data.jsonl");
-        fs::write(&path, "{\"question\": \"w1\", \"answer\": \"w2\"}\n").unwrap();
-        let records = read_records(&path).unwrap();
-        let template = Template::fields("{{ question }}", " {{ answer }}").unwrap();
-        let limit = Limit {
-            max_len: 8,
-            too_long: TooLong::Refuse,
-        };
-        let lm = lm();
-        let special = lm.special_tokens()?;
-        data::encode(&records, &template, lm.tokenizer()?, &special, limit)
-    };
     let error = lm().first_token().unwrap_err();
     assert!(
         matches!(
@@ -360,31 +291,18 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
         ),
         "{error}"
     );
-    let error = encode().unwrap_err();
-    assert!(
-        matches!(
-            error,
-            Error::MissingSpecial {
-                name: "eos_token",
-                ..
-            }
-        ),
-        "{error}"
-    );
 
     let config = dir.path().join("tokenizer_config.json");
     let state = |json: &str| fs::write(&config, json).unwrap();
     state("{\"eos_token\": \"w3\"}");
     assert_eq!(lm().first_token().unwrap(), 3);
-    assert_eq!(encode().unwrap().examples[0].tokens(), [1, 2, 3]);
     state("{\"eos_token\": \"</s>\"}");
-    for error in [lm().first_token().unwrap_err(), encode().unwrap_err()] {
-        let is_named = matches!(
-            &error,
-            Error::UnknownSpecial { name: "eos_token", token, .. } if token == "</s>"
-        );
-        assert!(is_named, "{error}");
-    }
+    let error = lm().first_token().unwrap_err();
+    let is_named = matches!(
+        &error,
+        Error::UnknownSpecial { name: "eos_token", token, .. } if token == "</s>"
+    );
+    assert!(is_named, "{error}");
 }
 
 /// As many sequences as there are, they say what one says.

@@ -9,7 +9,6 @@ use std::thread;
 use std::time::Duration;
 
 use burn::tensor::Device;
-use models::data::read_records;
 use models::{Error, load};
 use peft::{Adapters, Fingerprint};
 use tempfile::TempDir;
@@ -69,11 +68,6 @@ fn a_pipe_or_a_directory_in_the_place_of_a_file_is_refused() {
         let path = dir.path().to_owned();
         let error = in_time(move || refusal(&path));
         assert_file(&error, SHARDS[1], "not a regular file");
-
-        let records = dir.path().join("data.jsonl");
-        make(&records);
-        let error = in_time(move || read_records(&records).unwrap_err());
-        assert!(matches!(error, Error::NotFile { .. }), "{error}");
     }
 }
 
@@ -160,11 +154,6 @@ fn a_file_that_may_not_be_read_is_refused() {
         }
         assert_unread(&refusal(dir.path()), name);
     }
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("data.jsonl");
-    fs::write(&path, "{}").unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
-    assert_unread(&read_records(&path).unwrap_err(), "data.jsonl");
 }
 
 /// macOS has no such names.
@@ -184,9 +173,6 @@ fn a_path_need_not_be_utf_8() {
     assert_eq!(Fingerprint::of(&again.model), Fingerprint::of(&lm.model));
     assert!(again.tokenizer.is_some());
 
-    let records = from.join(OsStr::from_bytes(b"data\xff.jsonl"));
-    fs::write(&records, "{\"a\": 1}\n").unwrap();
-    assert_eq!(read_records(&records).unwrap().len(), 1);
     fs::remove_file(from.join(WEIGHTS)).unwrap();
     assert!(matches!(refusal(&from), Error::NoWeights { .. }));
 }

@@ -1,0 +1,277 @@
+//! Multiple choice by log-likelihood, as lm-evaluation-harness scores it.
+//!
+//! Each choice is a continuation of the context, and the one that the model finds likeliest is its
+//! answer. `lm_eval/api/task.py`, `process_results` of `multiple_choice`; `lm_eval/api/model.py`,
+//! `_encode_pair`.
+
+use instruct::Record;
+use models::Pretrained;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::rolling::ScoredWindow;
+use crate::score::score;
+use crate::whitespace::split_trailing;
+use crate::{Error, Result};
+
+#[cfg(test)]
+mod tests;
+
+/// A question with choices, of which one is right.
+///
+/// A line of a JSONL file has
+/// * `context`, or under another name `query` or `question`: the text that the choices continue;
+/// * `choices`: two texts or more, none of them empty;
+/// * `answer`: the index of the right one, from 0; its text; or its letter, from `"A"`. A text goes
+///   for a letter only if it is the text of no choice, or of the very one that the letter means.
+///
+/// Other fields are left alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChoiceItem {
+    /// What the choices continue.
+    pub context: String,
+    /// The choices.
+    pub choices: Vec<String>,
+    /// The index of the right one.
+    pub answer: usize,
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    context: Option<String>,
+    query: Option<String>,
+    question: Option<String>,
+    choices: Option<Vec<String>>,
+    answer: Option<Value>,
+}
+
+impl ChoiceItem {
+    /// An item of a record.
+    ///
+    /// # Errors
+    /// [`Error::ChoiceLine`], which says what the line lacks.
+    pub fn of(record: &Record) -> Result<Self> {
+        Self::read(&record.fields).map_err(|problem| Error::ChoiceLine {
+            path: record.path.to_path_buf(),
+            line: record.line,
+            problem,
+        })
+    }
+
+    fn read(fields: &Map<String, Value>) -> Result<Self, String> {
+        let fields = serde_json::from_value(fields.clone().into());
+        let fields: Fields = fields.map_err(|error| error.to_string())?;
+        let mut contexts = [fields.context, fields.query, fields.question]
+            .into_iter()
+            .flatten();
+        let context = match (contexts.next(), contexts.next()) {
+            (Some(context), None) => context,
+            (None, _) => return Err("no `context`, `query` or `question`; give one".into()),
+            (Some(_), Some(_)) => {
+                return Err("several of `context`, `query` and `question`; keep one".into());
+            }
+        };
+        let choices = fields.choices.ok_or("no `choices`; give a list of texts")?;
+        if choices.len() < 2 {
+            let n = choices.len();
+            return Err(format!("{n} in `choices`; give at least two"));
+        }
+        if let Some(at) = choices.iter().position(String::is_empty) {
+            return Err(format!("choice {at} is empty; give it a text"));
+        }
+        let answer = fields
+            .answer
+            .ok_or("no `answer`; give an index, a letter or a text")?;
+        let answer = index_of(&answer, &choices)?;
+        Ok(Self {
+            context,
+            choices,
+            answer,
+        })
+    }
+
+    /// The choices as they continue the context: after a space.
+    pub fn continuations(&self) -> impl Iterator<Item = String> + '_ {
+        self.choices.iter().map(|choice| format!(" {choice}"))
+    }
+
+    /// What the model answers, by the log-likelihoods of the [`continuations`](Self::continuations).
+    ///
+    /// Of equal choices it is the first, as with `numpy.argmax`.
+    ///
+    /// # Errors
+    /// [`Error::Unpaired`] if there is not one for each choice, [`Error::NoItems`] without choices, or
+    /// [`Error::LogLikelihood`] for one that is not finite.
+    pub fn score(&self, log_likelihoods: &[f64]) -> Result<ChoiceScore> {
+        let (expected, found) = (self.choices.len(), log_likelihoods.len());
+        if expected != found {
+            return Err(Error::Unpaired {
+                of: "choices",
+                expected,
+                and: "log-likelihoods",
+                found,
+            });
+        }
+        if expected == 0 {
+            return Err(Error::NoItems);
+        }
+        let bad = |(_, value): &(usize, &f64)| !value.is_finite();
+        if let Some((choice, &value)) = log_likelihoods.iter().enumerate().find(bad) {
+            return Err(Error::LogLikelihood { choice, value });
+        }
+        // Python's `len`: code points, without the space before them.
+        let lengths = self.choices.iter().map(|choice| choice.chars().count());
+        let by_length = log_likelihoods.iter().zip(lengths);
+        let normalized: Vec<f64> = by_length.map(|(sum, length)| sum / length as f64).collect();
+        let (predicted, predicted_norm) = (argmax(log_likelihoods), argmax(&normalized));
+        Ok(ChoiceScore {
+            predicted,
+            is_correct: predicted == self.answer,
+            predicted_norm,
+            is_correct_norm: predicted_norm == self.answer,
+            probabilities: softmax(log_likelihoods),
+        })
+    }
+}
+
+/// What a model answers to each item, as lm-evaluation-harness asks it: after the token that begins
+/// texts, where the tokenizer puts it (the harness's default; `add_bos_token=False` leaves it out).
+///
+/// # Errors
+/// [`Error::NoTokenizer`], [`Error::Token`], [`Error::MissingSpecial`] if a context is empty and the
+/// model has no token to begin a text with, or as [`encode_pair`], [`ScoredWindow::after`],
+/// [`score`](crate::score()) and [`ChoiceItem::score`].
+pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>> {
+    let max_len = lm.model.config().max_seq_len();
+    let mut windows = Vec::new();
+    for item in items {
+        for continuation in item.continuations() {
+            let encode = |text: &str| Ok(lm.encode_text(text)?);
+            let prefix = || Ok(lm.first_token()?);
+            let (context, continuation) =
+                encode_pair(&item.context, &continuation, prefix, encode)?;
+            windows.push(ScoredWindow::after(&context, &continuation, max_len)?);
+        }
+    }
+    let losses = score(&lm.model, &windows, &lm.model.device())?;
+    let sums: Vec<f64> = losses
+        .iter()
+        .map(|losses| -losses.iter().sum::<f64>())
+        .collect();
+    let mut sums = sums.as_slice();
+    let score = |item: &ChoiceItem| {
+        let (own, rest) = sums.split_at(item.choices.len());
+        sums = rest;
+        item.score(own)
+    };
+    items.iter().map(score).collect()
+}
+
+fn index_of(answer: &Value, choices: &[String]) -> Result<usize, String> {
+    let n = choices.len();
+    match answer {
+        Value::Number(number) => {
+            let index = number
+                .as_u64()
+                .and_then(|index| usize::try_from(index).ok());
+            index.filter(|&index| index < n).ok_or_else(|| {
+                format!(
+                    "`answer` is {number}; with {n} choices an index is 0 to {}",
+                    n - 1
+                )
+            })
+        }
+        Value::String(text) => {
+            let by_text = choices.iter().position(|choice| choice == text);
+            let by_letter = match text.as_bytes() {
+                [letter @ b'A'..=b'Z'] => Some(usize::from(letter - b'A')),
+                _ => None,
+            };
+            match (by_text, by_letter.filter(|&index| index < n)) {
+                (Some(text), Some(letter)) if text != letter => Err(format!(
+                    "`answer` is \"{}\", the text of choice {text} and the letter of choice {letter}; give the index",
+                    choices[text]
+                )),
+                (Some(index), _) | (None, Some(index)) => Ok(index),
+                (None, None) => Err(format!(
+                    "`answer` is \"{text}\", neither the text of a choice nor a letter of one of the {n}"
+                )),
+            }
+        }
+        other => Err(format!(
+            "`answer` is {other}; give an index, a letter or a text"
+        )),
+    }
+}
+
+/// What a model answered to one [`ChoiceItem`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChoiceScore {
+    /// The choice with the largest log-likelihood.
+    pub predicted: usize,
+    /// Whether it is the right one: the items' mean is `acc`.
+    pub is_correct: bool,
+    /// The choice with the largest log-likelihood for each of its characters.
+    pub predicted_norm: usize,
+    /// Whether that one is right: the items' mean is `acc_norm`.
+    pub is_correct_norm: bool,
+    /// The softmax of the log-likelihoods, one for each choice.
+    pub probabilities: Vec<f64>,
+}
+
+impl ChoiceScore {
+    /// The probability of the predicted choice, and whether it is right: an item of
+    /// [`calibration`](crate::calibration()).
+    pub fn confidence(&self) -> (f64, bool) {
+        (self.probabilities[self.predicted], self.is_correct)
+    }
+}
+
+/// The first of the largest values, of which there is at least one.
+fn argmax(values: &[f64]) -> usize {
+    (1..values.len()).fold(
+        0,
+        |best, at| if values[at] > values[best] { at } else { best },
+    )
+}
+
+fn softmax(values: &[f64]) -> Vec<f64> {
+    let largest = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let terms: Vec<f64> = values.iter().map(|value| (value - largest).exp()).collect();
+    let sum: f64 = terms.iter().sum();
+    terms.iter().map(|term| term / sum).collect()
+}
+
+/// The tokens of a context and those of its continuation.
+///
+/// Whitespace at the end of the context goes to the continuation, whose tokens are those of the whole
+/// text after as many as the context has alone. Where a token crosses the border, the two are not what
+/// the whole text is encoded as: the context keeps its own tokens. A context without tokens becomes
+/// `prefix`, the beginning-of-sequence token as a rule. `encode` adds to both texts what the tokenizer
+/// adds to any.
+///
+/// # Errors
+/// Those of `encode` and `prefix`, or [`Error::NoContinuation`] if nothing is left of the whole text.
+pub fn encode_pair(
+    context: &str,
+    continuation: &str,
+    prefix: impl Fn() -> Result<u32>,
+    encode: impl Fn(&str) -> Result<Vec<u32>>,
+) -> Result<(Vec<u32>, Vec<u32>)> {
+    let (head, _) = split_trailing(context);
+    let mut whole = encode(&[context, continuation].concat())?;
+    let mut head = encode(head)?;
+    if head.is_empty() {
+        let prefix = prefix()?;
+        head.push(prefix);
+        if whole.first() != Some(&prefix) {
+            whole.insert(0, prefix);
+        }
+    }
+    let tail = whole.split_off(head.len().min(whole.len()));
+    if tail.is_empty() {
+        let continuation = continuation.into();
+        return Err(Error::NoContinuation { continuation });
+    }
+    Ok((head, tail))
+}

@@ -1,0 +1,5 @@
+//! Protocols against sums by hand and against other programs, and inputs that are refused.
+
+mod protocols;
+mod refusals;
+mod trained;

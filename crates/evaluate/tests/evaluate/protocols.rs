@@ -1,0 +1,250 @@
+//! What protocols measure, against sums over all logits by hand.
+
+use std::ops::{ControlFlow, Range};
+use std::path::Path;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use evaluate::{
+    Bootstrap, ChoiceItem, Error, ScoredWindow, choices, compare, confidences, document_losses,
+    gsm8k, llama_cpp_perplexity, perplexity, score, target_loss, window_losses, word_losses,
+};
+use models::{Generation, Pretrained, generate, load, quantize_head};
+use peft::{Batch, CausalLm};
+use quant_core::Rtn;
+
+const PROBE: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
+
+/// A LLaMA and an OPT of transformers, with a tokenizer of words for their first tokens.
+fn models() -> Vec<(tempfile::TempDir, Pretrained)> {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden");
+    let model = |name: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(golden.join(name).join(file), dir.path().join(file)).unwrap();
+        }
+        let words: Vec<String> = (0..16).map(|id| format!("\"w{id}\":{id}")).collect();
+        let json = format!(
+            r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
+            "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
+            words.join(",")
+        );
+        std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+        let special = r#"{"bos_token": "w1", "eos_token": "w2"}"#;
+        std::fs::write(dir.path().join("tokenizer_config.json"), special).unwrap();
+        let lm = load(dir.path(), &Device::flex()).unwrap();
+        (dir, lm)
+    };
+    ["llama_gqa", "opt_350m_style"].map(model).into()
+}
+
+fn tensor(ids: &[u32], n: usize) -> Tensor<2, Int> {
+    let ids: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
+    let shape = [n, ids.len() / n];
+    Tensor::from_data(TensorData::new(ids, shape), &Device::flex())
+}
+
+/// The logarithms of the probabilities of all tokens after each of some.
+fn log_probabilities(lm: &Pretrained, ids: &[u32]) -> Vec<Vec<f64>> {
+    let logits: Vec<f32> = lm
+        .model
+        .forward(tensor(ids, 1))
+        .into_data()
+        .try_into_vec()
+        .unwrap();
+    let row = |row: &[f32]| {
+        let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+        row.iter()
+            .map(|&logit| f64::from(logit) - sum.ln())
+            .collect()
+    };
+    logits.chunks(logits.len() / ids.len()).map(row).collect()
+}
+
+/// The loss of each token after the first.
+fn losses(lm: &Pretrained, ids: &[u32]) -> Vec<f64> {
+    let all = log_probabilities(lm, ids);
+    let targets = ids[1..].iter().zip(all);
+    targets
+        .map(|(&target, row)| -row[target as usize])
+        .collect()
+}
+
+#[track_caller]
+fn assert_near(found: f64, expected: f64) {
+    assert!((found - expected).abs() < 1e-5, "{found}, not {expected}");
+}
+
+#[test]
+fn windows_of_any_lengths_are_scored_as_each_alone() {
+    for (_dir, lm) in models() {
+        let window = |tokens: &[u32], scored| ScoredWindow {
+            tokens: tokens.to_vec(),
+            scored,
+        };
+        let windows = [
+            window(&PROBE[..5], 1..5),
+            window(&PROBE, 7..12),
+            window(&PROBE[3..5], 1..2),
+            window(&PROBE[..4], 2..2),
+            window(&PROBE[6..], 2..5),
+        ];
+        let found = score(&lm.model, &windows, &Device::flex()).unwrap();
+        for (window, found) in windows.iter().zip(&found) {
+            let all = losses(&lm, &window.tokens);
+            assert_eq!(found.len(), window.scored.len());
+            for (found, expected) in found.iter().zip(&all[window.losses()]) {
+                assert_near(*found, *expected);
+            }
+        }
+        for scored in [0..3, 2..6, Range { start: 4, end: 3 }] {
+            let bad = [window(&PROBE[..5], scored)];
+            let error = score(&lm.model, &bad, &Device::flex()).unwrap_err();
+            assert!(matches!(error, Error::NoContext), "{error}");
+        }
+    }
+}
+
+#[test]
+fn perplexity_is_the_mean_over_windows_of_the_mean_over_targets() {
+    for (_dir, mut lm) in models() {
+        check_perplexity(&lm);
+        quantize_head(&mut lm.model, &Rtn::new().with_group_size(8)).unwrap();
+        check_perplexity(&lm);
+        assert!(matches!(perplexity(&lm.model, &[]), Err(Error::NoWindows)));
+    }
+}
+
+fn check_perplexity(lm: &Pretrained) {
+    let (first, second) = PROBE.split_at(6);
+    let batch = |ids: &[u32]| Batch::new(tensor(ids, 1)).unwrap();
+    let found = perplexity(&lm.model, &[batch(first), batch(second)]).unwrap();
+    let mean = |ids: &[u32]| losses(lm, ids).iter().sum::<f64>() / 5.0;
+    assert_near(found.nll, (mean(first) + mean(second)) / 2.0);
+    assert_eq!((found.n_windows, found.seq_len), (2, 6));
+}
+
+#[test]
+fn perplexities_are_those_of_their_protocols() {
+    let bootstrap = Bootstrap::new();
+    let device = Device::flex();
+    for (_dir, lm) in models() {
+        let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+        // Two windows of six.
+        let batch = Batch::new(tensor(&PROBE, 2)).unwrap();
+        let found = window_losses(&lm.model, std::slice::from_ref(&batch)).unwrap();
+        assert_near(found[0], mean(&losses(&lm, &PROBE[..6])));
+        assert_near(found[1], mean(&losses(&lm, &PROBE[6..])));
+        // What is to be predicted, and nothing else.
+        let marks: Vec<bool> = (0..12).map(|at| at % 4 == 3).collect();
+        let masked = batch.clone().with_targets(&marks).unwrap();
+        let found = target_loss(&lm.model, &[masked.clone(), batch]).unwrap();
+        let (first, second) = (losses(&lm, &PROBE[..6]), losses(&lm, &PROBE[6..]));
+        let of_masked = first[2] + second[0] + second[4];
+        let of_all: f64 = first.iter().chain(&second).sum();
+        assert_near(found, (of_masked + of_all) / 13.0);
+        let error = window_losses(&lm.model, &[masked]).unwrap_err();
+        assert!(
+            matches!(error, Error::PartialWindow { window: 0 }),
+            "{error}"
+        );
+        // Of each six tokens, the first of which becomes token 1, those after the fourth.
+        let found = llama_cpp_perplexity(&lm.model, &PROBE, 6, Some(1), &bootstrap, &device);
+        let window = |from: usize| [&[1], &PROBE[from + 1..from + 6]].concat();
+        let both = [losses(&lm, &window(0)), losses(&lm, &window(6))];
+        let sum: f64 = both.iter().flat_map(|losses| &losses[3..]).sum();
+        assert_near(found.unwrap().value.ln(), sum / 4.0);
+        // A document of seven tokens in windows of five, predicted from token 1 on.
+        let document = ("a b  c", PROBE[..7].to_vec());
+        let found = word_losses(&lm.model, &[document], 1, 5, &device).unwrap();
+        let first = losses(&lm, &[&[1], &PROBE[..5]].concat());
+        let second = losses(&lm, &PROBE[1..7]);
+        let sum: f64 = first.iter().chain(&second[3..]).sum();
+        assert_near(found[0].log_likelihood, -sum);
+        assert_eq!((found[0].n_words, found[0].n_bytes), (3, 6));
+        let found = document_losses(&lm.model, &[PROBE.to_vec()], 1, 5, &device).unwrap();
+        let expected = losses(&lm, &[&[1], &PROBE[..4]].concat());
+        assert_eq!(found[0].len(), 4);
+        assert_near(found[0].iter().sum(), expected.iter().sum());
+    }
+}
+
+#[test]
+fn predictions_are_compared_and_weighed() {
+    let all = models();
+    for (_dir, lm) in &all {
+        let batch = [Batch::new(tensor(&PROBE, 2)).unwrap()];
+        let same = compare(&lm.model, &lm.model, &batch).unwrap();
+        assert_eq!(same.divergence, [0.0, 0.0]);
+        assert_eq!(same.same_top, [1.0, 1.0]);
+        let found = confidences(&lm.model, &batch).unwrap();
+        assert_eq!(found.len(), 2);
+        for (found, ids) in found.iter().zip(PROBE.chunks(6)) {
+            assert_eq!(found.len(), 5);
+            let rows = log_probabilities(lm, ids);
+            for ((found, row), &target) in found.iter().zip(&rows).zip(&ids[1..]) {
+                let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                assert_near(found.0, most.exp());
+                assert_eq!(found.1, row[target as usize] == most);
+            }
+        }
+    }
+    // Both have 256 tokens.
+    let batch = [Batch::new(tensor(&PROBE, 2)).unwrap()];
+    let (llama, opt) = (&all[0].1, &all[1].1);
+    let found = compare(&llama.model, &opt.model, &batch).unwrap();
+    for (window, ids) in PROBE.chunks(6).enumerate() {
+        let (q, p) = (log_probabilities(llama, ids), log_probabilities(opt, ids));
+        let of_row = |(q, p): (&Vec<f64>, &Vec<f64>)| -> f64 {
+            p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+        };
+        let sum: f64 = q.iter().zip(&p).map(of_row).sum();
+        assert_near(found.divergence[window], sum / 6.0);
+    }
+}
+
+#[test]
+fn choices_and_answers_are_those_of_the_model() {
+    for (_dir, lm) in models() {
+        let item = ChoiceItem {
+            context: "w3 w1".into(),
+            choices: vec!["w4 w1".into(), "w5".into(), "w9 w9 w9".into()],
+            answer: 1,
+        };
+        let found = choices(&lm, &[item]).unwrap().remove(0);
+        let sum = |ids: &[u32]| {
+            -losses(&lm, &[&[3, 1], ids].concat())[1..]
+                .iter()
+                .sum::<f64>()
+        };
+        let sums = [sum(&[4, 1]), sum(&[5]), sum(&[9, 9, 9])];
+        let total: f64 = sums.iter().map(|sum| sum.exp()).sum();
+        for (found, sum) in found.probabilities.iter().zip(&sums) {
+            assert_near(*found, sum.exp() / total);
+        }
+        // Words of these models are no numbers.
+        let problem = gsm8k::Problem {
+            question: "w3 w4".into(),
+            answer: "#### 5".into(),
+        };
+        let answers = gsm8k::answers(&lm, &[], std::slice::from_ref(&problem), 4, |_| {}).unwrap();
+        // The question's prompt has unknown words, which are token 0.
+        let prompt = lm.encode(&gsm8k::prompt("w3 w4")).unwrap();
+        assert!(prompt.contains(&0) && prompt.contains(&3));
+        let written = generate(&lm.model, &prompt, &Generation::new(4), |_| {
+            ControlFlow::Continue(())
+        });
+        let text = lm.tokenizer().unwrap().decode(&written.unwrap()).unwrap();
+        assert_eq!(answers[0].text.trim(), text.trim());
+        let flexible = gsm8k::is_correct(gsm8k::flexible(&text), "#### 5");
+        assert_eq!((answers[0].strict, answers[0].flexible), (false, flexible));
+        // More than the model was made for: the end of the prompt is kept.
+        let shots = vec![problem.clone(); 60];
+        assert_eq!(
+            gsm8k::answers(&lm, &shots, &[problem], 4, |_| {})
+                .unwrap()
+                .len(),
+            1
+        );
+    }
+}

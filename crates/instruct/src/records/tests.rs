@@ -1,0 +1,298 @@
+use std::fs::File;
+
+use serde_json::json;
+
+use super::*;
+use crate::testing::file;
+
+fn read(content: impl AsRef<[u8]>) -> Result<Vec<Record>> {
+    let (_dir, path) = file("data.jsonl", content);
+    read_records(&path)
+}
+
+/// Lines and values of field `a`.
+fn values(content: impl AsRef<[u8]>) -> Vec<(usize, Value)> {
+    let records = read(content).unwrap();
+    let value = |record: Record| (record.line, record.fields["a"].clone());
+    records.into_iter().map(value).collect()
+}
+
+#[test]
+fn lines_with_a_mark_windows_ends_and_blanks() {
+    let content = "\u{feff}{\"a\": 1}\r\n\r\n   \n{\"a\": \"\u{feff}é\\r\\n\"}\r\n{\"a\": null}";
+    let expected = [(1, json!(1)), (4, json!("\u{feff}é\r\n")), (5, json!(null))];
+    assert_eq!(values(content), expected);
+}
+
+/// Each record has the line on which it begins.
+#[test]
+fn an_array_of_objects() {
+    let content = "\u{feff}\n[\r\n  {\"a\": 1},\n {\n\"a\": [2]\n}, {\"a\": 3}\n]\n \n";
+    assert_eq!(
+        values(content),
+        [(3, json!(1)), (4, json!([2])), (6, json!(3))]
+    );
+    assert_eq!(values("[{\"a\":1}]"), [(1, json!(1))]);
+}
+
+#[test]
+fn records_know_their_file() {
+    let (_dir, path) = file("data.jsonl", "{\"a\": 1}\n");
+    assert_eq!(&*read_records(&path).unwrap()[0].path, &*path);
+}
+
+#[test]
+fn files_without_a_record() {
+    for content in ["", "\u{feff}", " \n\r\n", "[]", "\n[ ]\n"] {
+        assert!(
+            matches!(read(content), Err(Error::NoRecords { .. })),
+            "{content:?}"
+        );
+    }
+}
+
+#[test]
+fn a_line_that_is_not_json() {
+    let error = read("{\"a\": 1}\n\n{\"a\": 1, b}\n{}").unwrap_err();
+    assert!(
+        matches!(&error, Error::NotJson { line: 3, column: 10, problem, .. }
+        if problem == "key must be a string")
+    );
+    // A record that goes over several lines, and two on one.
+    let error = read("{\n\"a\": 1}\n").unwrap_err().to_string();
+    assert!(
+        error.ends_with("data.jsonl`, line 1, column 1: EOF while parsing an object; a file has one JSON object a line, or an array of objects"),
+        "{error}"
+    );
+    assert!(matches!(
+        read("{\n\"a\": 1}\n"),
+        Err(Error::NotJson { line: 1, .. })
+    ));
+    assert!(matches!(
+        read("{} {}\n"),
+        Err(Error::NotJson {
+            line: 1,
+            column: 4,
+            ..
+        })
+    ));
+}
+
+#[test]
+fn an_array_that_is_not_json() {
+    let error = read("[{\"a\": 1},\n {\"a\" 2}]").unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::NotJson {
+                line: 2,
+                column: 7,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let cut = read("[{\"a\": 1},\n {\"a\": 2},").unwrap_err();
+    assert!(matches!(cut, Error::NotJson { line: 2, .. }), "{cut}");
+    let more = read("[{\"a\": 1}]\n{\"a\": 2}").unwrap_err();
+    assert!(
+        matches!(
+            more,
+            Error::NotJson {
+                line: 2,
+                column: 1,
+                ..
+            }
+        ),
+        "{more}"
+    );
+    let not_utf8 = read(b"[{\"a\": 1},\n{\"a\": \"\xe9\"}]").unwrap_err();
+    assert!(
+        matches!(not_utf8, Error::NotJson { line: 2, .. }),
+        "{not_utf8}"
+    );
+}
+
+#[test]
+fn values_that_are_not_objects() {
+    let line = read("{\"a\": 1}\n\"a\"\n").unwrap_err();
+    assert!(matches!(
+        line,
+        Error::NotObject {
+            line: 2,
+            found: "a string",
+            ..
+        }
+    ));
+    let element = read("[{\"a\": 1},\n\n [1]]").unwrap_err();
+    assert!(matches!(
+        element,
+        Error::NotObject {
+            line: 3,
+            found: "an array",
+            ..
+        }
+    ));
+    let error = read("17").unwrap_err().to_string();
+    assert!(error.ends_with(
+        "data.jsonl`, line 1: a number, where an object with named fields was expected"
+    ));
+}
+
+#[test]
+fn a_line_that_is_not_utf8() {
+    let error = read(b"{\"a\": \"\xc3\xa9\"}\n{\"a\": \"\xe9\"}\n").unwrap_err();
+    assert!(matches!(
+        error,
+        Error::NotUtf8 {
+            line: 2,
+            column: 8,
+            ..
+        }
+    ));
+}
+
+/// A terabyte without a line end; none of it is on the disk, and no more is read than is allowed.
+#[test]
+fn a_line_without_end() {
+    let (_dir, path) = file("data.jsonl", "{}\n");
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(1 << 40)
+        .unwrap();
+    let error = read_records(&path).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::LongRecord {
+            line: 2,
+            max: MAX_RECORD_BYTES,
+            ..
+        }
+    ));
+}
+
+#[test]
+fn a_line_may_be_as_long_as_is_said_and_no_longer() {
+    const MAX: usize = 100;
+    let record = |len: usize| format!("{{\"a\":\"{}\"}}", "x".repeat(len - 8));
+    let read = |content: String| {
+        let (_dir, path) = file("data.jsonl", content);
+        read_up_to(&path, MAX)
+    };
+    let fits = record(MAX);
+    for content in [fits.clone(), format!("{fits}\n{{\"a\":1}}\n")] {
+        assert!(read(content).is_ok());
+    }
+    for content in [record(MAX + 1), record(MAX + 1) + "\n"] {
+        assert!(matches!(
+            read(content),
+            Err(Error::LongRecord {
+                line: 1,
+                max: MAX,
+                ..
+            })
+        ));
+    }
+    // An array may be longer than a record.
+    let array = format!("[{fits},\n{fits}]");
+    assert_eq!(read(array).unwrap().len(), 2);
+    let long = format!("[{fits},\n{{\"a\":\n\"{}\"}}]", "x".repeat(MAX));
+    assert!(matches!(read(long), Err(Error::LongRecord { line: 2, .. })));
+}
+
+/// No more than is allowed is read of an array's record either.
+#[test]
+fn a_record_without_end_in_an_array() {
+    let path = Path::new("data.json");
+    let bytes = io::Cursor::new(b"[{}, {\"a\": \"").chain(io::repeat(b'x'));
+    let error = array(bytes, path, 1000).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::LongRecord {
+                line: 1,
+                max: 1000,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn files_that_are_something_else() {
+    let lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n";
+    let cases: [(&[u8], &str); 7] = [
+        (lfs.as_bytes(), "a Git LFS pointer"),
+        (
+            b"/annex/objects/SHA256E-s12--00.jsonl\n",
+            "a git-annex pointer",
+        ),
+        (b"\n <!DOCTYPE html>\n<html>", "an HTML page"),
+        (b"\xef\xbb\xbf<html lang=\"en\">", "an HTML page"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"\x1f\x8b\x08\x00", "compressed with gzip"),
+        (b"\xff\xfe{\x00}\x00", "UTF-16"),
+    ];
+    for (content, what) in cases {
+        let error = read(content).unwrap_err();
+        assert!(
+            matches!(error, Error::NotRecords { found, .. } if found == what),
+            "{error}"
+        );
+    }
+    let error = read(lfs).unwrap_err().to_string();
+    assert!(error.ends_with("data.jsonl` is a Git LFS pointer, where records in JSON were expected; fetch what it points to with `git lfs pull`"));
+}
+
+#[test]
+fn paths_that_are_no_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = read_records(dir.path()).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::NotFile {
+            found: "a directory",
+            ..
+        }
+    ));
+    let missing = read_records(&dir.path().join("data.jsonl")).unwrap_err();
+    assert!(matches!(
+        missing,
+        Error::File(tensor_files::Error::Io { .. })
+    ));
+}
+
+/// Nobody writes to the pipe: to open it would be to wait.
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_not_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pipe");
+    let made = std::process::Command::new("mkfifo")
+        .arg(&path)
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let error = read_records(&path).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::NotFile {
+            found: "a pipe or a device",
+            ..
+        }
+    ));
+}
+
+/// Deep nesting is an error, and no stack overflow.
+#[test]
+fn deep_nesting() {
+    let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    assert!(matches!(read(&deep), Err(Error::NotJson { line: 1, .. })));
+    assert!(matches!(
+        read("[".repeat(100_000)),
+        Err(Error::NotJson { .. })
+    ));
+}
