@@ -249,7 +249,7 @@ impl Texts {
 struct Run {
     method: Name,
     bits: usize,
-    group_size: usize,
+    group_size: GroupSize,
     /// Perplexity after the initialization.
     before: f64,
     /// Perplexity after tuning.
