@@ -2,10 +2,10 @@ use burn::module::Module;
 use burn::tensor::Tensor;
 use peft::Linear;
 
-use crate::generate::Past;
+use crate::kv_cache::KvCache;
 use crate::positions::Positions;
 
-/// Queries, keys and values of each head, and what reads the heads' mixed values.
+/// Causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 #[derive(Module, Debug)]
 pub(crate) struct Attention {
     pub(crate) q_proj: Linear,
@@ -16,13 +16,18 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    /// The values of each head mixed by its attention, the input of the last projection. With a
-    /// `past`, the tokens come after those in it and join them.
-    pub(crate) fn mix(
+    /// The attention of all heads, which is the input of the output projection.
+    ///
+    /// With a `cache`, the tokens follow those in it and are appended to it.
+    ///
+    /// # Shapes
+    /// - `x`: `[batch, seq, hidden]`
+    /// - result: `[batch, seq, heads * head_dim]`
+    pub(crate) fn attend(
         &self,
         x: Tensor<3>,
         positions: &Positions,
-        past: Option<&mut Past>,
+        cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let dim = self.head_dim;
@@ -30,16 +35,16 @@ impl Attention {
             let n = y.dims()[2] / dim;
             y.reshape([batch, seq, n, dim])
         };
-        let q = positions.turn(heads(self.q_proj.forward(x.clone())));
-        let k = positions.turn(heads(self.k_proj.forward(x.clone())));
+        let q = positions.rotate(heads(self.q_proj.forward(x.clone())));
+        let k = positions.rotate(heads(self.k_proj.forward(x.clone())));
         let v = heads(self.v_proj.forward(x));
-        let (k, v) = match past {
-            Some(past) => past.append(k, v),
+        let (k, v) = match cache {
+            Some(cache) => cache.append(k, v),
             None => (k, v),
         };
         let scale = 1.0 / (dim as f64).sqrt();
-        let mixed = kernels::causal_attention(q, k, v, positions.starts(), scale);
-        let width = mixed.dims()[2] * dim;
-        mixed.reshape([batch, seq, width])
+        let attended = kernels::causal_attention(q, k, v, positions.starts(), scale);
+        let width = attended.dims()[2] * dim;
+        attended.reshape([batch, seq, width])
     }
 }

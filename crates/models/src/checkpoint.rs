@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 use crate::model::Table;
-use crate::source::{HEAD, Source};
+use crate::source::{HEAD, Source, Vector, weight_name};
 use crate::{Config, Error, Model, Pretrained, Result, Tokenizer};
 
 mod bitsandbytes;
@@ -613,13 +613,13 @@ impl Checkpoint {
 impl Source for Checkpoint {
     type Error = Error;
 
-    fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<1>>> {
-        let values = self.tensors.floats(name, [len])?;
+    fn vector(&mut self, path: &str, kind: Vector, len: usize) -> Result<Param<Tensor<1>>> {
+        let values = self.tensors.floats(&kind.name(path), [len])?;
         Ok(self.frozen(values, [len]))
     }
 
-    fn table(&mut self, name: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
-        let values = self.tensors.floats(name, dims)?;
+    fn table(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let values = self.tensors.floats(&weight_name(path), dims)?;
         Ok(self.frozen(values, dims))
     }
 

@@ -1,22 +1,25 @@
-//! The shapes of models, from Hugging Face's `config.json`.
+//! The architectures: one line of each list is one of them.
 
+use std::ops::Range;
 use std::path::Path;
 
-use serde::de::DeserializeOwned;
+use burn::module::Module;
+use burn::tensor::Tensor;
+use peft::{Linear, Spans};
 use serde_json::{Map, Value};
 
+use crate::architecture::{Architecture, DecoderBlock, Parts, Projection, Shape};
+use crate::attention::Attention;
+use crate::fields::Fields;
+use crate::kv_cache::KvCache;
+use crate::llama::{LlamaBlock, LlamaConfig};
+use crate::norm::Norm;
+use crate::opt::{OptBlock, OptConfig};
+use crate::positions::Positions;
+use crate::source::Source;
 use crate::{Error, Result};
 
-mod llama;
-mod opt;
-
-pub use llama::{LlamaConfig, RopeScaling};
-pub use opt::{Activation, OptConfig};
-
-/// Blocks above which a configuration is taken for damaged: each has a list of names.
-const MAX_LAYERS: usize = 10_000;
-
-/// The shape of a model of one of the architectures.
+/// The shape of a model of one of the architectures, from Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Config {
     /// LLaMA, Mistral, Qwen2.
@@ -25,12 +28,117 @@ pub enum Config {
     Opt(OptConfig),
 }
 
+/// A block of one of the architectures.
+#[derive(Module, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "all blocks of a model are of one variant"
+)]
+pub(crate) enum Block {
+    Llama(LlamaBlock),
+    Opt(OptBlock),
+}
+
+/// Evaluates an expression on the configuration or the block of any architecture.
+macro_rules! of {
+    ($enum:ident, $value:expr, $of:ident => $result:expr) => {
+        match $value {
+            $enum::Llama($of) => $result,
+            $enum::Opt($of) => $result,
+        }
+    };
+}
+
+/// The reader of each architecture.
+const READERS: [(&[&str], Reader); 2] = [
+    (LlamaConfig::MODEL_TYPES, |json, path| {
+        LlamaConfig::from_json(json, path).map(Config::Llama)
+    }),
+    (OptConfig::MODEL_TYPES, |json, path| {
+        OptConfig::from_json(json, path).map(Config::Opt)
+    }),
+];
+
+type Reader = fn(&Map<String, Value>, &Path) -> Result<Config>;
+
+impl Block {
+    /// Builds the block at `path`.
+    pub(crate) fn build<S: Source>(
+        config: &Config,
+        path: String,
+        source: &mut S,
+    ) -> Result<Self, S::Error> {
+        match config {
+            Config::Llama(config) => LlamaBlock::build(Parts {
+                config,
+                path,
+                source,
+            })
+            .map(Self::Llama),
+            Config::Opt(config) => OptBlock::build(Parts {
+                config,
+                path,
+                source,
+            })
+            .map(Self::Opt),
+        }
+    }
+
+    /// The projections of each stage.
+    pub(crate) fn stages(&self) -> Vec<Range<usize>> {
+        of!(Self, self, block => block.stages())
+    }
+
+    /// The projections, with their paths in the block.
+    pub(crate) fn linears(&self) -> Vec<(&'static str, &Linear)> {
+        of!(Self, self, block => block.linears())
+    }
+
+    pub(crate) fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
+        of!(Self, self, block => block.linears_mut())
+    }
+
+    /// The norms, with their paths in the block.
+    pub(crate) fn norms(&self) -> Vec<(&'static str, &Norm)> {
+        of!(Self, self, block => block.norms())
+    }
+
+    pub(crate) fn attention(&self) -> &Attention {
+        of!(Self, self, block => block.attention())
+    }
+
+    /// See [`DecoderBlock::enter`].
+    pub(crate) fn enter(&self, x: Tensor<3>) -> Tensor<3> {
+        of!(Self, self, block => block.enter(x))
+    }
+
+    /// See [`DecoderBlock::advance`].
+    pub(crate) fn advance(
+        &self,
+        stage: usize,
+        residual: Tensor<3>,
+        input: Tensor<3>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        of!(Self, self, block => block.advance(stage, residual, input))
+    }
+
+    /// See [`DecoderBlock::forward`].
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<3>,
+        positions: &Positions,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        of!(Self, self, block => block.forward(x, positions, cache))
+    }
+}
+
 impl Config {
-    /// The configuration in a `config.json`, checked; `path` is where it is, for errors.
+    /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`Error::Architecture`] for a model type that there is none of here, [`Error::Config`] for what
-    /// makes no model.
+    /// [`Error::Architecture`] for a model type of no known architecture, [`Error::Config`] for a
+    /// setting that is missing, out of range or not supported.
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let model_type = model_type.unwrap_or_default();
@@ -42,170 +150,119 @@ impl Config {
             );
             return Err(Fields { path }.refuse("auto_map", problem));
         }
-        if LlamaConfig::MODEL_TYPES.contains(&model_type) {
-            return LlamaConfig::from_json(json, path).map(Self::Llama);
-        }
-        match model_type {
-            "opt" => OptConfig::from_json(json, path).map(Self::Opt),
-            _ => Err(Error::Architecture {
+        let reads = |(model_types, _): &&(&[&str], Reader)| model_types.contains(&model_type);
+        match READERS.iter().find(reads) {
+            Some((_, read)) => read(json, path),
+            None => Err(Error::Architecture {
                 path: path.into(),
                 model_type: model_type.into(),
             }),
         }
     }
 
-    /// A `config.json` of this shape.
+    /// The `config.json` of a new model of this shape.
     ///
     /// # Panics
     /// As [`LlamaConfig::to_json`].
     pub fn to_json(&self) -> Map<String, Value> {
-        match self {
-            Self::Llama(config) => config.to_json(),
-            Self::Opt(config) => config.to_json(),
-        }
+        of!(Self, self, config => config.to_json())
     }
 
-    /// Tokens.
+    /// The number of tokens of the vocabulary.
     pub fn vocab_size(&self) -> usize {
-        match self {
-            Self::Llama(config) => config.vocab_size,
-            Self::Opt(config) => config.vocab_size,
-        }
+        self.shape().vocab_size
     }
 
-    /// Width of the residual stream.
+    /// The width of the residual stream.
     pub fn hidden_size(&self) -> usize {
-        match self {
-            Self::Llama(config) => config.hidden_size,
-            Self::Opt(config) => config.hidden_size,
-        }
+        self.shape().hidden_size
     }
 
-    /// Blocks.
+    /// The number of blocks.
     pub fn num_hidden_layers(&self) -> usize {
-        match self {
-            Self::Llama(config) => config.num_hidden_layers,
-            Self::Opt(config) => config.num_hidden_layers,
-        }
+        self.shape().n_layers
     }
 
-    /// Whether the head is the embedding.
+    /// Whether the embedding is the head as well.
     pub fn tie_word_embeddings(&self) -> bool {
-        match self {
-            Self::Llama(config) => config.tie_word_embeddings,
-            Self::Opt(config) => config.tie_word_embeddings,
-        }
+        self.shape().tie_word_embeddings
     }
 
-    /// The same with a head of its own.
-    pub(crate) fn untie(&mut self) {
-        match self {
-            Self::Llama(config) => config.tie_word_embeddings = false,
-            Self::Opt(config) => config.tie_word_embeddings = false,
-        }
-    }
-
-    /// The longest text that the model was made for, in tokens.
+    /// The longest text that the model was trained for, in tokens.
     pub fn max_seq_len(&self) -> usize {
-        match self {
-            Self::Llama(config) => config.max_seq_len(),
-            Self::Opt(config) => config.max_position_embeddings,
-        }
+        self.shape().max_seq_len
     }
 
     /// The projections of a model of this shape with their `[d_in, d_out]`, in the order in which
     /// [`Model`](crate::Model) lists them.
     pub fn projections(&self) -> Vec<(String, [usize; 2])> {
-        let of_block = match self {
-            Self::Llama(config) => config.projections(),
-            Self::Opt(config) => config.projections(),
-        };
+        let shape = self.shape();
+        let of_block = self.block_projections();
         let of_block = |layer| {
-            let path = self.block_path(layer);
+            let path = shape.block_path(layer);
             let all = of_block.iter();
-            all.map(move |(name, dims)| (format!("{path}.{name}"), *dims))
+            all.map(move |Projection { name, dims, .. }| (format!("{path}.{name}"), *dims))
         };
-        (0..self.num_hidden_layers()).flat_map(of_block).collect()
+        (0..shape.n_layers).flat_map(of_block).collect()
     }
 
-    /// What the names of a model's tensors begin with, but for those of the head.
-    pub(crate) fn prefix(&self) -> &'static str {
+    fn block_projections(&self) -> Vec<Projection> {
         match self {
-            Self::Llama(_) => "model",
-            Self::Opt(_) => "model.decoder",
+            Self::Llama(config) => LlamaBlock::projections(config),
+            Self::Opt(config) => OptBlock::projections(config),
         }
     }
 
+    /// The first part of the names of all tensors but the head's.
+    pub(crate) fn prefix(&self) -> &'static str {
+        self.shape().prefix
+    }
+
+    /// The path of a block.
     pub(crate) fn block_path(&self, layer: usize) -> String {
-        format!("{}.layers.{layer}", self.prefix())
+        self.shape().block_path(layer)
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        of!(Self, self, config => config.shape())
+    }
+
+    pub(crate) fn positions(&self, spans: &Spans) -> Positions {
+        of!(Self, self, config => config.positions(spans))
+    }
+
+    /// Gives the model a head that is not the embedding.
+    pub(crate) fn untie(&mut self) {
+        of!(Self, self, config => config.tie_word_embeddings = false);
     }
 }
 
-impl From<LlamaConfig> for Config {
-    fn from(config: LlamaConfig) -> Self {
-        Self::Llama(config)
-    }
+/// Converts the configuration of an architecture, by value or by reference.
+macro_rules! from {
+    ($($config:ident => $variant:ident,)+) => {
+        $(
+            impl From<$config> for Config {
+                fn from(config: $config) -> Self {
+                    Self::$variant(config)
+                }
+            }
+
+            impl From<&$config> for Config {
+                fn from(config: &$config) -> Self {
+                    Self::$variant(config.clone())
+                }
+            }
+        )+
+    };
 }
 
-impl From<OptConfig> for Config {
-    fn from(config: OptConfig) -> Self {
-        Self::Opt(config)
-    }
-}
-
-impl From<&LlamaConfig> for Config {
-    fn from(config: &LlamaConfig) -> Self {
-        Self::Llama(config.clone())
-    }
-}
-
-impl From<&OptConfig> for Config {
-    fn from(config: &OptConfig) -> Self {
-        Self::Opt(config.clone())
-    }
+from! {
+    LlamaConfig => Llama,
+    OptConfig => Opt,
 }
 
 impl From<&Config> for Config {
     fn from(config: &Config) -> Self {
         config.clone()
-    }
-}
-
-/// The settings of one file.
-struct Fields<'a> {
-    path: &'a Path,
-}
-
-impl Fields<'_> {
-    fn refuse(&self, setting: &str, problem: String) -> Error {
-        Error::Config {
-            path: self.path.into(),
-            setting: setting.into(),
-            problem,
-        }
-    }
-
-    fn read<T: DeserializeOwned>(&self, json: &Map<String, Value>) -> Result<T> {
-        let read = serde_json::from_value(Value::Object(json.clone()));
-        read.map_err(|error| self.refuse("a setting", format!("cannot be read: {error}")))
-    }
-
-    fn check_sizes(&self, sizes: &[(&str, usize)]) -> Result<()> {
-        let most = u32::MAX as usize;
-        match sizes.iter().find(|(_, size)| !(1..=most).contains(size)) {
-            None => Ok(()),
-            Some((setting, size)) => {
-                let problem = format!("is {size}; it must be 1 to {most}");
-                Err(self.refuse(setting, problem))
-            }
-        }
-    }
-
-    fn check_layers(&self, n_layers: usize) -> Result<()> {
-        if (1..=MAX_LAYERS).contains(&n_layers) {
-            return Ok(());
-        }
-        let problem = format!("is {n_layers}; it must be 1 to {MAX_LAYERS}");
-        Err(self.refuse("num_hidden_layers", problem))
     }
 }

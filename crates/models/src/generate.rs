@@ -7,8 +7,9 @@ use peft::{CausalLm, Spans};
 use rand::RngExt;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
+use crate::kv_cache::KvCache;
 use crate::positions::Positions;
-use crate::{Config, Error, Model, Result, RopeScaling};
+use crate::{Error, Model, Result};
 
 /// The keys and values of the tokens that a [`Model`] has read, made by [`Model::cache`].
 ///
@@ -16,7 +17,7 @@ use crate::{Config, Error, Model, Result, RopeScaling};
 /// its place and nothing is copied.
 #[derive(Clone, Debug)]
 pub struct Cache {
-    blocks: Vec<Past>,
+    blocks: Vec<KvCache>,
     /// Of `capacity` positions; none before the first token.
     positions: Option<Positions>,
     capacity: usize,
@@ -41,49 +42,6 @@ impl Cache {
     }
 }
 
-/// The keys and values of one block.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Past {
-    keys: Option<Tensor<4>>,
-    values: Option<Tensor<4>>,
-    /// Tokens whose keys and values are there.
-    len: usize,
-    /// Tokens to make room for.
-    capacity: usize,
-}
-
-impl Past {
-    /// The keys and values of all tokens, these being the last; `[batch, seq, kv_heads, head_dim]`.
-    pub(crate) fn append(&mut self, keys: Tensor<4>, values: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let seq = keys.dims()[1];
-        let (start, capacity) = (self.len, self.capacity);
-        let append = |room: &mut Option<Tensor<4>>, new: Tensor<4>| {
-            let [batch, _, heads, dim] = new.dims();
-            let empty = || {
-                let place = (&new.device(), new.dtype());
-                Tensor::zeros([batch, capacity, heads, dim], place)
-            };
-            let old = match room.take() {
-                Some(old) if old.dims()[1] == capacity => old,
-                Some(old) => {
-                    let old = old.narrow(1, 0, start);
-                    empty().slice_assign([0..batch, 0..start], old)
-                }
-                None => empty(),
-            };
-            // In place: no one else has a handle on it by now.
-            let all = old.slice_assign([0..batch, start..start + seq], new);
-            let read = all.clone().narrow(1, 0, start + seq);
-            *room = Some(all);
-            read
-        };
-        let keys = append(&mut self.keys, keys);
-        let values = append(&mut self.values, values);
-        self.len += seq;
-        (keys, values)
-    }
-}
-
 impl Model {
     /// An empty cache for texts of up to `max_len` tokens. They may be more than a model with rotary
     /// embeddings was made for, as transformers has it.
@@ -96,14 +54,12 @@ impl Model {
         if let Some(max) = self.max_positions().filter(|&max| max_len > max) {
             return Err(peft::Error::TooLong { len: max_len, max }.into());
         }
-        if let Config::Llama(config) = self.config() {
-            let max = config.max_position_embeddings;
-            if matches!(config.rope_scaling, RopeScaling::Dynamic { .. }) && max_len > max {
-                return Err(Error::DynamicRope { max_len, max });
-            }
+        let max_cached = self.config().shape().max_cached;
+        if let Some(max) = max_cached.filter(|&max| max_len > max) {
+            return Err(Error::DynamicRope { max_len, max });
         }
         Ok(Cache {
-            blocks: vec![Past::default(); self.n_blocks()],
+            blocks: vec![KvCache::default(); self.n_blocks()],
             positions: None,
             capacity: 0,
             len: 0,
@@ -146,9 +102,9 @@ impl Model {
         let positions = positions.narrow(start, seq);
         let logits = kernels::among_threads(&tokens.device(), || {
             let mut x = self.embed(tokens, &positions);
-            for (block, past) in self.blocks().iter().zip(&mut cache.blocks) {
-                past.capacity = cache.capacity;
-                x = block.forward(x, &positions, Some(past));
+            for (block, of_block) in self.blocks().iter().zip(&mut cache.blocks) {
+                of_block.capacity = cache.capacity;
+                x = block.forward(x, &positions, Some(of_block));
             }
             let x = self.norm(x.narrow(1, seq - 1, 1)).squeeze_dim::<2>(1);
             self.logits(x)

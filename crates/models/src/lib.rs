@@ -37,11 +37,14 @@
 
 #![forbid(unsafe_code)]
 
+mod architecture;
 mod attention;
 mod checkpoint;
 mod config;
 mod error;
+mod fields;
 mod generate;
+mod kv_cache;
 mod llama;
 mod model;
 mod norm;
@@ -50,6 +53,7 @@ mod positions;
 mod pretrained;
 mod quantize;
 mod rope;
+mod rope_scaling;
 mod source;
 mod special_tokens;
 mod tokenizer;
@@ -58,12 +62,15 @@ pub use checkpoint::{
     CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, load, plan, save, save_as,
     save_dense,
 };
-pub use config::{Activation, Config, LlamaConfig, OptConfig, RopeScaling};
+pub use config::Config;
 pub use error::{Error, Result};
 pub use generate::{Cache, Generation, generate};
+pub use llama::LlamaConfig;
 pub use model::{Model, State};
+pub use opt::{Activation, OptConfig};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
+pub use rope_scaling::RopeScaling;
 pub use special_tokens::{SpecialToken, SpecialTokens};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

@@ -4,27 +4,36 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use peft::{Batch, CausalLm, Linear, Linears, Spans, Stages, Weight};
 
-use crate::Config;
-use crate::attention::Attention;
-use crate::generate::Past;
-use crate::llama::{self, LlamaBlock};
+use crate::config::{Block, Config};
 use crate::norm::Norm;
-use crate::opt::{self, OptBlock};
-use crate::positions::{FIRST_ROW, Positions};
-use crate::source::{HEAD, Random, Source};
+use crate::positions::Positions;
+use crate::source::{HEAD, Random, Source, weight_name};
 
 #[cfg(test)]
 mod golden;
 
 /// A causal language model of one of the architectures of [`Config`].
 ///
-/// An embedding, blocks one after the other, a norm and a head; the blocks are what architectures
-/// differ in.
+/// It has an embedding, blocks one after the other, a norm and a head.
+///
+/// # Examples
+/// ```
+/// use models::{Model, OptConfig};
+/// use peft::CausalLm;
+///
+/// let device = burn::tensor::Device::flex();
+/// let config = OptConfig::default().with_num_hidden_layers(1).with_vocab_size(16);
+/// let model = Model::init(config, 0, &device);
+/// let tokens = burn::tensor::Tensor::from_data([[3, 1, 4]], &device);
+/// assert_eq!(model.forward(tokens).dims(), [1, 3, 16]);
+/// // OPT-125M has embeddings for 2048 positions.
+/// assert!(model.cache(4096).is_err());
+/// ```
 #[derive(Module, Debug)]
 pub struct Model {
     /// `[vocab, width]`.
     pub(crate) embed_tokens: Param<Tensor<2>>,
-    /// Rows for the places of tokens, where a model has learned them.
+    /// `[positions, hidden]`, if the model has learned positions.
     pub(crate) embed_positions: Option<Param<Tensor<2>>>,
     /// `[width, hidden]`, if the embedding has another width than the blocks.
     pub(crate) project_in: Option<Weight>,
@@ -38,132 +47,39 @@ pub struct Model {
     pub(crate) config: Config,
 }
 
-/// One of the blocks of a model.
-///
-/// It is run in stages, each of which begins with projections that read the same input. The first is
-/// the attention, [`Attention::mix`].
-#[derive(Module, Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "all blocks of a model are of one variant"
-)]
-pub(crate) enum Block {
-    Llama(LlamaBlock),
-    Opt(OptBlock),
-}
-
-/// The same of the block of any architecture.
-macro_rules! of_block {
-    ($block:expr, $of:ident => $value:expr) => {
-        match $block {
-            Block::Llama($of) => $value,
-            Block::Opt($of) => $value,
-        }
-    };
-}
-
-impl Block {
-    fn stages(&self) -> &'static [Range<usize>] {
-        match self {
-            Self::Llama(_) => &llama::STAGES,
-            Self::Opt(_) => &opt::STAGES,
-        }
-    }
-
-    /// The projections, with their paths in the block.
-    fn linears(&self) -> Vec<(&'static str, &Linear)> {
-        of_block!(self, block => block.linears())
-    }
-
-    fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
-        of_block!(self, block => block.linears_mut())
-    }
-
-    fn norms(&self) -> [(&'static str, &Norm); 2] {
-        of_block!(self, block => block.norms())
-    }
-
-    fn attention(&self) -> &Attention {
-        of_block!(self, block => block.attention())
-    }
-
-    /// What the first stage reads of the residual stream.
-    fn enter(&self, x: Tensor<3>) -> Tensor<3> {
-        of_block!(self, block => block.enter(x))
-    }
-
-    /// A stage after the first: from the residual stream and what the stage's projections read to the
-    /// same for the next one. After the last, both are the residual stream.
-    fn advance(
-        &self,
-        stage: usize,
-        residual: Tensor<3>,
-        input: Tensor<3>,
-    ) -> (Tensor<3>, Tensor<3>) {
-        of_block!(self, block => block.advance(stage, residual, input))
-    }
-
-    /// All stages. With a `past`, the tokens come after those in it and join them.
-    pub(crate) fn forward(
-        &self,
-        x: Tensor<3>,
-        positions: &Positions,
-        past: Option<&mut Past>,
-    ) -> Tensor<3> {
-        let mut input = self.attention().mix(self.enter(x.clone()), positions, past);
-        let mut residual = x;
-        for stage in 1..self.stages().len() {
-            (residual, input) = self.advance(stage, residual, input);
-        }
-        residual
-    }
-}
-
 impl Model {
     pub(crate) fn build<S: Source>(config: Config, source: &mut S) -> Result<Self, S::Error> {
-        let (prefix, hidden, vocab) = (config.prefix(), config.hidden_size(), config.vocab_size());
-        let (width, n_positions) = match &config {
-            Config::Llama(_) => (hidden, None),
-            Config::Opt(config) => {
-                let n_positions = config.max_position_embeddings + FIRST_ROW;
-                (config.word_embed_proj_dim, Some(n_positions))
-            }
-        };
-        let embed_tokens =
-            source.table(&format!("{prefix}.embed_tokens.weight"), [vocab, width])?;
-        let embed_positions = match n_positions {
-            Some(n) => {
-                Some(source.table(&format!("{prefix}.embed_positions.weight"), [n, hidden])?)
-            }
+        let shape = config.shape();
+        let (prefix, hidden, vocab) = (shape.prefix, shape.hidden_size, shape.vocab_size);
+        let width = shape.embedding_width;
+        let embed_tokens = source.table(&format!("{prefix}.embed_tokens"), [vocab, width])?;
+        let embed_positions = match shape.position_rows {
+            Some(n) => Some(source.table(&format!("{prefix}.embed_positions"), [n, hidden])?),
             None => None,
         };
-        let mut project = |path: String, dims: [usize; 2]| match width == hidden {
-            true => Ok(None),
-            false => source.weight(&path, dims).map(Some),
+        let mut project = |path: String, dims: [usize; 2]| {
+            if width == hidden {
+                Ok(None)
+            } else {
+                source.weight(&path, dims).map(Some)
+            }
         };
         let project_in = project(format!("{prefix}.project_in"), [width, hidden])?;
         let project_out = project(format!("{prefix}.project_out"), [hidden, width])?;
-        let layers = (0..config.num_hidden_layers())
-            .map(|layer| {
-                let path = config.block_path(layer);
-                match &config {
-                    Config::Llama(config) => {
-                        LlamaBlock::build(config, &path, source).map(Block::Llama)
-                    }
-                    Config::Opt(config) => OptBlock::build(config, &path, source).map(Block::Opt),
-                }
-            })
+        let layers = (0..shape.n_layers)
+            .map(|layer| Block::build(&config, shape.block_path(layer), source))
             .collect::<Result<_, _>>()?;
-        let norm = match &config {
-            Config::Llama(config) => Some(config.norm(&format!("{prefix}.norm"), source)?),
-            Config::Opt(config) if config.has_final_norm() => {
-                Some(config.norm(&format!("{prefix}.final_layer_norm"), source)?)
+        let norm = match shape.final_norm {
+            Some(name) => {
+                let path = format!("{prefix}.{name}");
+                Some(Norm::build(shape.norm, &path, hidden, source)?)
             }
-            Config::Opt(_) => None,
+            None => None,
         };
-        let lm_head = match config.tie_word_embeddings() {
-            true => None,
-            false => Some(source.head([width, vocab])?),
+        let lm_head = if shape.tie_word_embeddings {
+            None
+        } else {
+            Some(source.head([width, vocab])?)
         };
         Ok(Self {
             embed_tokens,
@@ -177,10 +93,11 @@ impl Model {
         })
     }
 
-    /// A new model that trains whole: weights from a normal distribution of deviation 0.02.
+    /// A new model, all of whose parameters train, with normal weights of deviation 0.02.
     ///
     /// # Panics
-    /// Later, if the heads of `config` do not divide; configurations from files are checked.
+    /// If the sizes of `config` do not fit each other, when the model is first run. Configurations that
+    /// are read from files are checked.
     pub fn init(config: impl Into<Config>, seed: u64, device: &Device) -> Self {
         match Self::build(config.into(), &mut Random::new(seed, device)) {
             Ok(model) => model,
@@ -192,7 +109,7 @@ impl Model {
         &self.config
     }
 
-    /// Where its parameters are.
+    /// The device of the parameters.
     pub fn device(&self) -> Device {
         self.embed_tokens.val().device()
     }
@@ -201,7 +118,7 @@ impl Model {
         &self.layers
     }
 
-    /// What is read of the residual stream before block `block`, or before the head.
+    /// The input of the first stage of a block, or of the head after the last block.
     fn enter(&self, block: usize, x: Tensor<3>) -> Tensor<3> {
         match self.layers.get(block) {
             Some(block) => block.enter(x),
@@ -209,46 +126,40 @@ impl Model {
         }
     }
 
-    /// The parameters beside projections and other weights, with their names, as they lie in files.
+    /// The parameters besides projections and other weights, with the names of their tensors.
     pub(crate) fn tables(&self) -> Vec<(String, Table<'_>)> {
-        let prefix = self.config.prefix();
-        let mut all = vec![(
-            format!("{prefix}.embed_tokens.weight"),
-            Table::Matrix(&self.embed_tokens),
-        )];
-        if let Some(positions) = &self.embed_positions {
-            let name = format!("{prefix}.embed_positions.weight");
-            all.push((name, Table::Matrix(positions)));
-        }
-        let mut push = |path: String, norm| {
-            let vectors = Norm::vectors(norm).into_iter();
-            all.extend(
-                vectors.map(|(name, value)| (format!("{path}.{name}"), Table::Vector(value))),
-            );
-        };
-        if let Some(norm) = &self.norm {
-            let name = match &self.config {
-                Config::Llama(_) => "norm",
-                Config::Opt(_) => "final_layer_norm",
-            };
-            push(format!("{prefix}.{name}"), norm);
-        }
-        for (layer, block) in self.layers.iter().enumerate() {
-            for (name, norm) in block.norms() {
-                push(format!("{}.{name}", self.config.block_path(layer)), norm);
-            }
-        }
-        all
+        let shape = self.config.shape();
+        let prefix = shape.prefix;
+        let embeddings = [
+            ("embed_tokens", Some(&self.embed_tokens)),
+            ("embed_positions", self.embed_positions.as_ref()),
+        ];
+        let embeddings = embeddings.into_iter().filter_map(|(name, table)| {
+            let path = format!("{prefix}.{name}");
+            Some((weight_name(&path), Table::Matrix(table?)))
+        });
+        let norm = shape.final_norm.zip(self.norm.as_ref());
+        let norm = norm.map(|(name, norm)| (format!("{prefix}.{name}"), norm));
+        let of_blocks = self.layers.iter().enumerate().flat_map(|(layer, block)| {
+            let path = shape.block_path(layer);
+            let norms = block.norms().into_iter();
+            norms.map(move |(name, norm)| (format!("{path}.{name}"), norm))
+        });
+        let norms = norm.into_iter().chain(of_blocks).flat_map(|(path, norm)| {
+            let vectors = norm.vectors().into_iter();
+            vectors.map(move |(kind, vector)| (kind.name(&path), Table::Vector(vector)))
+        });
+        embeddings.chain(norms).collect()
     }
 }
 
-/// A parameter as it lies in files.
+/// A parameter that is stored as it is in memory.
 pub(crate) enum Table<'a> {
     Vector(&'a Param<Tensor<1>>),
     Matrix(&'a Param<Tensor<2>>),
 }
 
-/// What a batch carries from one stage of a [`Model`] to the next.
+/// The state of a batch between two stages of a [`Model`].
 #[derive(Clone, Debug)]
 pub struct State {
     residual: Tensor<3>,
@@ -304,10 +215,10 @@ impl Stages for Model {
         let (index, stage) = (stage / n_stages, stage % n_stages);
         let block = &self.layers[index];
         let (residual, mut input) = match stage {
-            // Positions are made where they are needed: a calibration has many states at a time.
+            // Positions are computed here, because a calibration has many states at a time.
             0 => {
-                let mixed = block.attention().mix(input, &self.positions(&spans), None);
-                (residual, mixed)
+                let positions = self.positions(&spans);
+                (residual, block.attention().attend(input, &positions, None))
             }
             _ => block.advance(stage, residual, input),
         };
@@ -330,10 +241,7 @@ impl CausalLm for Model {
     }
 
     fn max_positions(&self) -> Option<usize> {
-        match &self.config {
-            Config::Llama(config) => config.sliding_window,
-            Config::Opt(config) => Some(config.max_position_embeddings),
-        }
+        self.config.shape().max_positions
     }
 
     fn n_blocks(&self) -> usize {
@@ -341,7 +249,7 @@ impl CausalLm for Model {
     }
 
     fn positions(&self, spans: &Spans) -> Positions {
-        Positions::new(&self.config, spans)
+        self.config.positions(spans)
     }
 
     fn embed(&self, tokens: Tensor<2, Int>, positions: &Positions) -> Tensor<3> {

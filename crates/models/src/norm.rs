@@ -1,17 +1,25 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Tensor, module::layer_norm};
 
-use crate::source::Source;
+use crate::source::{Source, Vector};
 
-/// What scales the residual stream before it is read, or after it was added to.
+/// The kind of the norms of a model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum NormKind {
+    /// Root mean square, with a weight.
+    Rms { eps: f64 },
+    /// Mean and deviation; with a weight and a bias if it is affine.
+    Layer { affine: bool },
+}
+
+/// A norm of the residual stream.
 #[derive(Module, Debug)]
 pub(crate) enum Norm {
-    /// By the root mean square.
     Rms(RmsNorm),
-    /// By mean and deviation.
     Layer(LayerNorm),
 }
 
+/// Zhang and Sennrich 2019, arXiv:1910.07467.
 #[derive(Module, Debug)]
 pub(crate) struct RmsNorm {
     weight: Param<Tensor<1>>,
@@ -26,33 +34,32 @@ pub(crate) struct LayerNorm {
 }
 
 impl Norm {
-    pub(crate) fn rms<S: Source>(
+    /// Builds the norm at `path` of vectors of `len`.
+    pub(crate) fn build<S: Source>(
+        kind: NormKind,
         path: &str,
         len: usize,
-        eps: f64,
         source: &mut S,
     ) -> Result<Self, S::Error> {
-        let weight = source.vector(&format!("{path}.weight"), len)?;
-        Ok(Self::Rms(RmsNorm { weight, eps }))
-    }
-
-    /// Without weight and bias if it is not `affine`.
-    pub(crate) fn layer<S: Source>(
-        path: &str,
-        len: usize,
-        affine: bool,
-        source: &mut S,
-    ) -> Result<Self, S::Error> {
-        let mut vector = |name: &str| match affine {
-            true => source.vector(&format!("{path}.{name}"), len).map(Some),
-            false => Ok(None),
-        };
-        let (weight, bias) = (vector("weight")?, vector("bias")?);
-        Ok(Self::Layer(LayerNorm { weight, bias }))
+        let mut vector = |kind| source.vector(path, kind, len);
+        Ok(match kind {
+            NormKind::Rms { eps } => Self::Rms(RmsNorm {
+                weight: vector(Vector::NormWeight)?,
+                eps,
+            }),
+            NormKind::Layer { affine: true } => Self::Layer(LayerNorm {
+                weight: Some(vector(Vector::NormWeight)?),
+                bias: Some(vector(Vector::Bias)?),
+            }),
+            NormKind::Layer { affine: false } => Self::Layer(LayerNorm {
+                weight: None,
+                bias: None,
+            }),
+        })
     }
 
     pub(crate) fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        /// Of transformers' OPT.
+        /// The constant of transformers' OPT.
         const EPS: f64 = 1e-5;
         match self {
             Self::Rms(norm) => kernels::rms_norm(x, norm.weight.val(), norm.eps),
@@ -65,15 +72,14 @@ impl Norm {
         }
     }
 
-    /// Its parameters with the last parts of their names.
-    pub(crate) fn vectors(&self) -> Vec<(&'static str, &Param<Tensor<1>>)> {
-        match self {
-            Self::Rms(norm) => vec![("weight", &norm.weight)],
-            Self::Layer(norm) => {
-                let weight = norm.weight.iter().map(|weight| ("weight", weight));
-                let bias = norm.bias.iter().map(|bias| ("bias", bias));
-                weight.chain(bias).collect()
-            }
-        }
+    /// The parameters, with their kinds.
+    pub(crate) fn vectors(&self) -> Vec<(Vector, &Param<Tensor<1>>)> {
+        let (weight, bias) = match self {
+            Self::Rms(norm) => (Some(&norm.weight), None),
+            Self::Layer(norm) => (norm.weight.as_ref(), norm.bias.as_ref()),
+        };
+        let weight = weight.map(|weight| (Vector::NormWeight, weight));
+        let bias = bias.map(|bias| (Vector::Bias, bias));
+        weight.into_iter().chain(bias).collect()
     }
 }

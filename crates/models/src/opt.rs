@@ -1,15 +1,247 @@
 //! OPT (Zhang et al. 2022, arXiv:2205.01068), with norms before attention and MLP or after them.
 
-use std::ops::Range;
+use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Tensor, activation};
-use peft::Linear;
+use peft::{Linear, Spans};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 
+use crate::Result;
+use crate::architecture::{Architecture, DecoderBlock, Parts, Shape, parts};
 use crate::attention::Attention;
-use crate::norm::Norm;
-use crate::source::{Source, linear};
-use crate::{Activation, OptConfig};
+use crate::fields::{Fields, setters};
+use crate::norm::{Norm, NormKind};
+use crate::positions::Positions;
+use crate::source::Source;
+
+/// The row of the first token in the table of positions.
+const FIRST_ROW: usize = 2;
+
+/// The shape of an OPT.
+///
+/// The default is the shape of OPT-125M.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OptConfig {
+    /// The number of tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// The width of the residual stream.
+    pub hidden_size: usize,
+    /// The width inside the MLP.
+    pub ffn_dim: usize,
+    /// The number of blocks.
+    pub num_hidden_layers: usize,
+    /// The number of heads.
+    pub num_attention_heads: usize,
+    /// The number of positions that the model has embeddings for.
+    pub max_position_embeddings: usize,
+    /// The width of the embedding and of the head, which are projected if it is not `hidden_size`.
+    pub word_embed_proj_dim: usize,
+    /// Whether norms come before attention and MLP. Those of OPT-350M come after.
+    pub do_layer_norm_before: bool,
+    /// Whether the norm before the head is left out, where norms come before.
+    pub remove_final_layer_norm: bool,
+    /// The activation function of the MLP.
+    pub activation: Activation,
+    /// Whether the projections have biases.
+    pub enable_bias: bool,
+    /// Whether the norms have weights and biases.
+    pub layer_norm_elementwise_affine: bool,
+    /// Whether the embedding is the head as well.
+    pub tie_word_embeddings: bool,
+}
+
+/// The activation function of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `max(x, 0)`.
+    Relu,
+    /// `x Φ(x)`.
+    Gelu,
+    /// The approximation of `Gelu` by the hyperbolic tangent (`gelu_new`).
+    GeluTanh,
+}
+
+impl Default for OptConfig {
+    fn default() -> Self {
+        Self {
+            vocab_size: 50_272,
+            hidden_size: 768,
+            ffn_dim: 3072,
+            num_hidden_layers: 12,
+            num_attention_heads: 12,
+            max_position_embeddings: 2048,
+            word_embed_proj_dim: 768,
+            do_layer_norm_before: true,
+            remove_final_layer_norm: false,
+            activation: Activation::Relu,
+            enable_bias: true,
+            layer_norm_elementwise_affine: true,
+            tie_word_embeddings: true,
+        }
+    }
+}
+
+setters! {
+    OptConfig:
+    with_vocab_size vocab_size usize,
+    with_hidden_size hidden_size usize,
+    with_ffn_dim ffn_dim usize,
+    with_num_hidden_layers num_hidden_layers usize,
+    with_num_attention_heads num_attention_heads usize,
+    with_max_position_embeddings max_position_embeddings usize,
+    with_word_embed_proj_dim word_embed_proj_dim usize,
+    with_do_layer_norm_before do_layer_norm_before bool,
+    with_remove_final_layer_norm remove_final_layer_norm bool,
+    with_activation activation Activation,
+    with_enable_bias enable_bias bool,
+    with_layer_norm_elementwise_affine layer_norm_elementwise_affine bool,
+    with_tie_word_embeddings tie_word_embeddings bool,
+}
+
+/// The settings of a `config.json`.
+#[derive(Deserialize)]
+struct Raw {
+    vocab_size: usize,
+    hidden_size: usize,
+    ffn_dim: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    #[serde(default = "default_positions")]
+    max_position_embeddings: usize,
+    word_embed_proj_dim: Option<usize>,
+    #[serde(default = "yes")]
+    do_layer_norm_before: bool,
+    #[serde(default, rename = "_remove_final_layer_norm")]
+    remove_final_layer_norm: bool,
+    activation_function: Option<String>,
+    #[serde(default = "yes")]
+    enable_bias: bool,
+    #[serde(default = "yes")]
+    layer_norm_elementwise_affine: bool,
+    #[serde(default = "yes")]
+    tie_word_embeddings: bool,
+}
+
+fn default_positions() -> usize {
+    2048
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl OptConfig {
+    /// Reads and checks the `config.json` at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) for a setting that is missing, out of range or not
+    /// supported.
+    pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
+        let fields = Fields { path };
+        let raw: Raw = fields.read(json)?;
+        let (heads, hidden) = (raw.num_attention_heads, raw.hidden_size);
+        let width = raw.word_embed_proj_dim.unwrap_or(hidden);
+        fields.check_sizes(&[
+            ("vocab_size", raw.vocab_size),
+            ("hidden_size", hidden),
+            ("ffn_dim", raw.ffn_dim),
+            ("num_attention_heads", heads),
+            ("max_position_embeddings", raw.max_position_embeddings),
+            ("word_embed_proj_dim", width),
+        ])?;
+        fields.check_layers(raw.num_hidden_layers)?;
+        if !hidden.is_multiple_of(heads) {
+            let problem = format!("is {heads}, which does not divide the hidden size {hidden}");
+            return Err(fields.refuse("num_attention_heads", problem));
+        }
+        let activation = match raw.activation_function.as_deref().unwrap_or("relu") {
+            "relu" => Activation::Relu,
+            "gelu" => Activation::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+            other => {
+                let problem = format!("is `{other}`; supported: relu, gelu, gelu_new");
+                return Err(fields.refuse("activation_function", problem));
+            }
+        };
+        Ok(Self {
+            vocab_size: raw.vocab_size,
+            hidden_size: hidden,
+            ffn_dim: raw.ffn_dim,
+            num_hidden_layers: raw.num_hidden_layers,
+            num_attention_heads: heads,
+            max_position_embeddings: raw.max_position_embeddings,
+            word_embed_proj_dim: width,
+            do_layer_norm_before: raw.do_layer_norm_before,
+            remove_final_layer_norm: raw.remove_final_layer_norm,
+            activation,
+            enable_bias: raw.enable_bias,
+            layer_norm_elementwise_affine: raw.layer_norm_elementwise_affine,
+            tie_word_embeddings: raw.tie_word_embeddings,
+        })
+    }
+
+    /// The `config.json` of a new model of this shape.
+    pub fn to_json(&self) -> Map<String, Value> {
+        let activation = match self.activation {
+            Activation::Relu => "relu",
+            Activation::Gelu => "gelu",
+            Activation::GeluTanh => "gelu_new",
+        };
+        let json = json!({
+            "architectures": ["OPTForCausalLM"],
+            "model_type": "opt",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "ffn_dim": self.ffn_dim,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_position_embeddings": self.max_position_embeddings,
+            "word_embed_proj_dim": self.word_embed_proj_dim,
+            "do_layer_norm_before": self.do_layer_norm_before,
+            "_remove_final_layer_norm": self.remove_final_layer_norm,
+            "activation_function": activation,
+            "enable_bias": self.enable_bias,
+            "layer_norm_elementwise_affine": self.layer_norm_elementwise_affine,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        });
+        match json {
+            Value::Object(map) => map,
+            _ => unreachable!("an object was written above"),
+        }
+    }
+}
+
+impl Architecture for OptConfig {
+    const MODEL_TYPES: &'static [&'static str] = &["opt"];
+
+    fn shape(&self) -> Shape {
+        let has_final_norm = self.do_layer_norm_before && !self.remove_final_layer_norm;
+        Shape {
+            prefix: "model.decoder",
+            vocab_size: self.vocab_size,
+            hidden_size: self.hidden_size,
+            embedding_width: self.word_embed_proj_dim,
+            n_layers: self.num_hidden_layers,
+            tie_word_embeddings: self.tie_word_embeddings,
+            norm: NormKind::Layer {
+                affine: self.layer_norm_elementwise_affine,
+            },
+            final_norm: has_final_norm.then_some("final_layer_norm"),
+            position_rows: Some(self.max_position_embeddings + FIRST_ROW),
+            max_positions: Some(self.max_position_embeddings),
+            max_cached: None,
+            max_seq_len: self.max_position_embeddings,
+        }
+    }
+
+    fn positions(&self, spans: &Spans) -> Positions {
+        Positions::learned(spans.positions() + FIRST_ROW as i64, spans)
+    }
+}
 
 #[derive(Module, Debug)]
 pub(crate) struct OptBlock {
@@ -18,126 +250,71 @@ pub(crate) struct OptBlock {
     fc1: Linear,
     fc2: Linear,
     final_layer_norm: Norm,
-    /// Whether the norms come after what they belong to.
+    /// Whether the norms come after attention and MLP.
     #[module(skip)]
     norm_after: bool,
     #[module(skip)]
     activation: Activation,
 }
 
-/// The projections of a block, in the order in which they are listed.
-const NAMES: [&str; 6] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.out_proj",
-    "fc1",
-    "fc2",
-];
+impl DecoderBlock for OptBlock {
+    type Config = OptConfig;
 
-/// The projections that read the same input.
-pub(crate) const STAGES: [Range<usize>; 4] = [0..3, 3..4, 4..5, 5..6];
-
-impl OptConfig {
-    /// The projections of a block with their `[d_in, d_out]`.
-    pub(crate) fn projections(&self) -> Vec<(&'static str, [usize; 2])> {
-        let (hidden, inner) = (self.hidden_size, self.ffn_dim);
-        let dims = [
-            [hidden, hidden],
-            [hidden, hidden],
-            [hidden, hidden],
-            [hidden, hidden],
-            [hidden, inner],
-            [inner, hidden],
-        ];
-        NAMES.into_iter().zip(dims).collect()
+    parts! {
+        config =>
+        norms:
+            "self_attn_layer_norm" self_attn_layer_norm [config.hidden_size],
+            "final_layer_norm" final_layer_norm [config.hidden_size],
+        projections:
+            0 "self_attn.q_proj" self_attn.q_proj
+                [config.hidden_size; 2], bias config.enable_bias,
+            0 "self_attn.k_proj" self_attn.k_proj
+                [config.hidden_size; 2], bias config.enable_bias,
+            0 "self_attn.v_proj" self_attn.v_proj
+                [config.hidden_size; 2], bias config.enable_bias,
+            1 "self_attn.out_proj" self_attn.o_proj
+                [config.hidden_size; 2], bias config.enable_bias,
+            2 "fc1" fc1
+                [config.hidden_size, config.ffn_dim], bias config.enable_bias,
+            3 "fc2" fc2
+                [config.ffn_dim, config.hidden_size], bias config.enable_bias,
     }
 
-    pub(crate) fn norm<S: Source>(&self, path: &str, source: &mut S) -> Result<Norm, S::Error> {
-        let affine = self.layer_norm_elementwise_affine;
-        Norm::layer(path, self.hidden_size, affine, source)
-    }
-
-    /// Whether there is a norm before the head.
-    pub(crate) fn has_final_norm(&self) -> bool {
-        self.do_layer_norm_before && !self.remove_final_layer_norm
-    }
-}
-
-impl OptBlock {
-    pub(crate) fn build<S: Source>(
-        config: &OptConfig,
-        path: &str,
-        source: &mut S,
-    ) -> Result<Self, S::Error> {
-        let mut projections = config.projections().into_iter();
-        let mut next = |source: &mut S| {
-            let (name, dims) = projections.next().expect("one for each of the fields");
-            linear(&format!("{path}.{name}"), dims, config.enable_bias, source)
-        };
-        let self_attn = Attention {
-            q_proj: next(source)?,
-            k_proj: next(source)?,
-            v_proj: next(source)?,
-            o_proj: next(source)?,
-            head_dim: config.hidden_size / config.num_attention_heads,
-        };
+    fn build<S: Source>(mut parts: Parts<Self, S>) -> Result<Self, S::Error> {
+        let [self_attn_layer_norm, final_layer_norm] = parts.norms()?;
+        let [q_proj, k_proj, v_proj, o_proj, fc1, fc2] = parts.linears()?;
+        let config = parts.config;
+        let head_dim = config.hidden_size / config.num_attention_heads;
         Ok(Self {
-            self_attn,
-            fc1: next(source)?,
-            fc2: next(source)?,
-            self_attn_layer_norm: config.norm(&format!("{path}.self_attn_layer_norm"), source)?,
-            final_layer_norm: config.norm(&format!("{path}.final_layer_norm"), source)?,
+            self_attn: Attention {
+                q_proj,
+                k_proj,
+                v_proj,
+                o_proj,
+                head_dim,
+            },
+            self_attn_layer_norm,
+            fc1,
+            fc2,
+            final_layer_norm,
             norm_after: !config.do_layer_norm_before,
             activation: config.activation,
         })
     }
 
-    pub(crate) fn linears(&self) -> Vec<(&'static str, &Linear)> {
-        let attention = &self.self_attn;
-        let all = [
-            &attention.q_proj,
-            &attention.k_proj,
-            &attention.v_proj,
-            &attention.o_proj,
-            &self.fc1,
-            &self.fc2,
-        ];
-        NAMES.into_iter().zip(all).collect()
-    }
-
-    pub(crate) fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)> {
-        let attention = &mut self.self_attn;
-        let all = [
-            &mut attention.q_proj,
-            &mut attention.k_proj,
-            &mut attention.v_proj,
-            &mut attention.o_proj,
-            &mut self.fc1,
-            &mut self.fc2,
-        ];
-        NAMES.into_iter().zip(all).collect()
-    }
-
-    pub(crate) fn norms(&self) -> [(&'static str, &Norm); 2] {
-        [
-            ("self_attn_layer_norm", &self.self_attn_layer_norm),
-            ("final_layer_norm", &self.final_layer_norm),
-        ]
-    }
-
-    pub(crate) fn attention(&self) -> &Attention {
+    fn attention(&self) -> &Attention {
         &self.self_attn
     }
 
-    pub(crate) fn enter(&self, x: Tensor<3>) -> Tensor<3> {
-        match self.norm_after {
-            true => x,
-            false => self.self_attn_layer_norm.forward(x),
+    fn enter(&self, x: Tensor<3>) -> Tensor<3> {
+        if self.norm_after {
+            x
+        } else {
+            self.self_attn_layer_norm.forward(x)
         }
     }
 
-    pub(crate) fn advance(
+    fn advance(
         &self,
         stage: usize,
         residual: Tensor<3>,
@@ -154,12 +331,13 @@ impl OptBlock {
                 (x.clone(), self.final_layer_norm.forward(x))
             }
             (2, _) => (residual, self.activation.of(self.fc1.forward(input))),
-            (_, norm_after) => {
+            (_, true) => {
                 let x = residual + self.fc2.forward(input);
-                let x = match norm_after {
-                    true => self.final_layer_norm.forward(x),
-                    false => x,
-                };
+                let x = self.final_layer_norm.forward(x);
+                (x.clone(), x)
+            }
+            (_, false) => {
+                let x = residual + self.fc2.forward(input);
                 (x.clone(), x)
             }
         }

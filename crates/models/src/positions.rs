@@ -1,13 +1,12 @@
 use burn::tensor::{Int, Tensor};
 use peft::Spans;
 
-use crate::Config;
 use crate::rope::Rope;
 
-/// What a [`Model`](crate::Model) knows of the places of tokens.
+/// The positions of the tokens of a batch, as a [`Model`](crate::Model) encodes them.
 #[derive(Clone, Debug)]
 pub struct Positions {
-    /// Where in its sequence the text of each token begins, `[batch, seq]`, if not at its start.
+    /// The first token of each token's document, `[batch, seq]`, if a sequence may have several.
     starts: Option<Tensor<2, Int>>,
     encoding: Encoding,
 }
@@ -18,28 +17,29 @@ pub struct Positions {
     reason = "a model has one; handles are small"
 )]
 enum Encoding {
-    /// Queries and keys are turned.
+    /// Queries and keys are rotated.
     Rotary(Rope),
-    /// The rows of a table are added to the embeddings: one for each token, `[batch or 1, seq]`.
+    /// Rows of a table are added to the embeddings: one for each token, `[batch or 1, seq]`.
     Learned(Tensor<2, Int>),
 }
 
-/// Rows of OPT's table before that of the first token.
-pub(crate) const FIRST_ROW: usize = 2;
-
 impl Positions {
-    pub(crate) fn new(config: &Config, spans: &Spans) -> Self {
-        let encoding = match config {
-            Config::Llama(config) => Encoding::Rotary(Rope::new(config, spans)),
-            Config::Opt(_) => Encoding::Learned(spans.positions() + FIRST_ROW as i64),
-        };
+    pub(crate) fn rotary(rope: Rope, spans: &Spans) -> Self {
         Self {
             starts: spans.starts(),
-            encoding,
+            encoding: Encoding::Rotary(rope),
         }
     }
 
-    /// Those of `seq` tokens of each sequence from `start` on, where each sequence is one text.
+    /// Positions encoded by rows of a table, `[batch or 1, seq]`.
+    pub(crate) fn learned(rows: Tensor<2, Int>, spans: &Spans) -> Self {
+        Self {
+            starts: spans.starts(),
+            encoding: Encoding::Learned(rows),
+        }
+    }
+
+    /// Selects `seq` positions from `start` on, of sequences of one document each.
     pub(crate) fn narrow(&self, start: usize, seq: usize) -> Self {
         let encoding = match &self.encoding {
             Encoding::Rotary(rope) => Encoding::Rotary(rope.narrow(start, seq)),
@@ -55,28 +55,19 @@ impl Positions {
         self.starts.clone()
     }
 
-    /// Queries or keys, `[batch, seq, heads, head_dim]`, turned where places are told so.
-    pub(crate) fn turn(&self, x: Tensor<4>) -> Tensor<4> {
+    /// Rotates queries or keys, `[batch, seq, heads, head_dim]`, if the model has rotary embeddings.
+    pub(crate) fn rotate(&self, x: Tensor<4>) -> Tensor<4> {
         match &self.encoding {
             Encoding::Rotary(rope) => rope.apply(x),
             Encoding::Learned(_) => x,
         }
     }
 
-    /// The rows of a table, `[batch or 1, seq]`, where places are told so.
+    /// The rows of the table, `[batch or 1, seq]`, if the model has learned positions.
     pub(crate) fn rows(&self) -> Option<Tensor<2, Int>> {
         match &self.encoding {
             Encoding::Rotary(_) => None,
             Encoding::Learned(rows) => Some(rows.clone()),
         }
-    }
-}
-
-#[cfg(test)]
-impl Positions {
-    /// The same with queries and keys turned by `rope`, `[seq, head_dim]`.
-    pub(crate) fn with_rope(mut self, rope: Rope, spans: &Spans) -> Self {
-        self.encoding = Encoding::Rotary(rope.of_spans(spans));
-        self
     }
 }

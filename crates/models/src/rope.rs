@@ -1,14 +1,27 @@
-//! Rotary position embeddings in Hugging Face's order: dimension `i` turns with `i + head_dim / 2`.
+//! Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) in Hugging Face's order: dimensions
+//! `i` and `i + head_dim / 2` are a pair.
 
 use std::f64::consts::PI;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use peft::Spans;
 
-use crate::{LlamaConfig, RopeScaling};
+use crate::rope_scaling::RopeScaling;
 
-/// The cosines and sines of the places of tokens: `[seq, head_dim]` each if they are those of all
-/// sequences, otherwise `[batch * seq, head_dim]`.
+/// The settings of a rotary embedding.
+#[derive(Clone, Debug)]
+pub(crate) struct Rotary {
+    pub(crate) head_dim: usize,
+    /// The base of the frequencies.
+    pub(crate) theta: f64,
+    pub(crate) scaling: RopeScaling,
+    /// The longest text that the model was trained for, in tokens.
+    pub(crate) max_positions: usize,
+}
+
+/// The cosines and sines of the positions of tokens.
+///
+/// Each table is `[seq, head_dim]` if it is that of all sequences, otherwise `[batch * seq, head_dim]`.
 #[derive(Clone, Debug)]
 pub(crate) struct Rope {
     cos: Tensor<2>,
@@ -16,44 +29,33 @@ pub(crate) struct Rope {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &LlamaConfig, spans: &Spans) -> Self {
-        let magnitude = match config.rope_scaling {
-            RopeScaling::Yarn {
-                attention_factor, ..
-            } => attention_factor as f32,
-            _ => 1.0,
-        };
+    pub(crate) fn new(rotary: &Rotary, spans: &Spans) -> Self {
         let seq = spans.seq();
-        let is_dynamic = matches!(config.rope_scaling, RopeScaling::Dynamic { .. });
+        let is_dynamic = matches!(rotary.scaling, RopeScaling::Dynamic { .. });
         let longest = match spans.starts() {
-            // The one scaling for which the length of the texts counts.
+            // The only scaling that depends on the lengths of the documents.
             Some(_) if is_dynamic => spans.positions().max().into_scalar::<i64>() as usize + 1,
             _ => seq,
         };
-        let rope = Self::of(
-            &frequencies(config, longest),
-            magnitude,
-            seq,
-            spans.device(),
-        );
-        rope.of_spans(spans)
+        let frequencies = rotary.frequencies(longest);
+        Self::of(&frequencies, rotary.magnitude() as f32, seq, spans.device()).of_spans(spans)
     }
 
-    /// Of places `0 .. seq`, those of the tokens of some texts.
+    /// Selects the positions of the tokens of documents from those of `0 .. seq`.
     pub(crate) fn of_spans(self, spans: &Spans) -> Self {
         if spans.starts().is_none() {
             return self;
         }
-        let places = spans.positions();
-        let [batch, seq] = places.dims();
-        let places = places.reshape([batch * seq]);
+        let positions = spans.positions();
+        let [batch, seq] = positions.dims();
+        let positions = positions.reshape([batch * seq]);
         Self {
-            cos: self.cos.select(0, places.clone()),
-            sin: self.sin.select(0, places),
+            cos: self.cos.select(0, positions.clone()),
+            sin: self.sin.select(0, positions),
         }
     }
 
-    /// Of these angles per position, with cosines and sines multiplied by `magnitude`.
+    /// The tables of positions `0 .. seq` for angles per position, multiplied by `magnitude`.
     pub(crate) fn of(frequencies: &[f32], magnitude: f32, seq: usize, device: &Device) -> Self {
         let table = |of: fn(f32) -> f32| {
             let row = |position: usize| {
@@ -73,7 +75,7 @@ impl Rope {
         }
     }
 
-    /// Those of `seq` positions from `start` on.
+    /// Selects `seq` positions from `start` on.
     pub(crate) fn narrow(&self, start: usize, seq: usize) -> Self {
         Self {
             cos: self.cos.clone().narrow(0, start, seq),
@@ -81,87 +83,102 @@ impl Rope {
         }
     }
 
-    /// Turns queries or keys, `[batch, seq, heads, head_dim]`.
+    /// Rotates queries or keys, `[batch, seq, heads, head_dim]`.
     pub(crate) fn apply(&self, x: Tensor<4>) -> Tensor<4> {
         let dims @ [batch, seq, heads, dim] = x.dims();
-        let x = match self.cos.dims()[0] == seq {
-            true => x,
-            false => x.reshape([1, batch * seq, heads, dim]),
+        let x = if self.cos.dims()[0] == seq {
+            x
+        } else {
+            x.reshape([1, batch * seq, heads, dim])
         };
         kernels::rotate_half(x, self.cos.clone(), self.sin.clone()).reshape(dims)
     }
 }
 
-/// The angle per position of each pair of dimensions, for a text of `seq` tokens.
-pub(crate) fn frequencies(config: &LlamaConfig, seq: usize) -> Vec<f32> {
-    let dim = config.head_dim;
-    let plain =
-        |theta: f64| (0..dim / 2).map(move |pair| 1.0 / theta.powf((2 * pair) as f64 / dim as f64));
-    let theta = config.rope_theta;
-    let values: Vec<f64> = match config.rope_scaling {
-        RopeScaling::None => plain(theta).collect(),
-        RopeScaling::Linear { factor } => plain(theta).map(|f| f / factor).collect(),
-        RopeScaling::Dynamic { factor } => {
-            let max = config.max_position_embeddings;
-            let ratio = seq.max(max) as f64 / max as f64;
-            let growth = factor * ratio - (factor - 1.0);
-            // One pair alone turns at frequency 1 for every base.
-            let exponent = if dim > 2 {
-                dim as f64 / (dim - 2) as f64
-            } else {
-                1.0
-            };
-            plain(theta * growth.powf(exponent)).collect()
-        }
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original,
-        } => plain(theta)
-            .map(|f| {
-                let wavelengths = original as f64 * f / (2.0 * PI);
-                if wavelengths < low_freq_factor {
-                    f / factor
-                } else if wavelengths > high_freq_factor {
-                    f
+impl Rotary {
+    /// The angle per position of each pair of dimensions, for a text of `seq` tokens.
+    pub(crate) fn frequencies(&self, seq: usize) -> Vec<f32> {
+        let dim = self.head_dim;
+        let plain = |theta: f64| {
+            (0..dim / 2).map(move |pair| 1.0 / theta.powf((2 * pair) as f64 / dim as f64))
+        };
+        let theta = self.theta;
+        let values: Vec<f64> = match self.scaling {
+            RopeScaling::None => plain(theta).collect(),
+            RopeScaling::Linear { factor } => plain(theta).map(|f| f / factor).collect(),
+            RopeScaling::Dynamic { factor } => {
+                let max = self.max_positions;
+                let ratio = seq.max(max) as f64 / max as f64;
+                let growth = factor * ratio - (factor - 1.0);
+                // The frequency of a single pair is 1 for every base.
+                let exponent = if dim > 2 {
+                    dim as f64 / (dim - 2) as f64
                 } else {
-                    let kept =
-                        (wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                    (1.0 - kept) * f / factor + kept * f
-                }
-            })
-            .collect(),
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original,
-            truncate,
-            ..
-        } => {
-            let dimension = |rotations: f64| {
-                dim as f64 * (original as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * theta.ln())
-            };
-            let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
-            if truncate {
-                (low, high) = (low.floor(), high.ceil());
+                    1.0
+                };
+                plain(theta * growth.powf(exponent)).collect()
             }
-            let low = low.max(0.0);
-            let mut high = high.min((dim - 1) as f64);
-            if low == high {
-                high += 0.001;
-            }
-            plain(theta)
-                .enumerate()
-                .map(|(pair, f)| {
-                    let divided = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
-                    divided * f / factor + (1.0 - divided) * f
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original,
+            } => plain(theta)
+                .map(|f| {
+                    let wavelengths = original as f64 * f / (2.0 * PI);
+                    if wavelengths < low_freq_factor {
+                        f / factor
+                    } else if wavelengths > high_freq_factor {
+                        f
+                    } else {
+                        let kept =
+                            (wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        (1.0 - kept) * f / factor + kept * f
+                    }
                 })
-                .collect()
+                .collect(),
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original,
+                truncate,
+                ..
+            } => {
+                let dimension = |rotations: f64| {
+                    dim as f64 * (original as f64 / (rotations * 2.0 * PI)).ln()
+                        / (2.0 * theta.ln())
+                };
+                let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+                if truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                let low = low.max(0.0);
+                let mut high = high.min((dim - 1) as f64);
+                if low == high {
+                    high += 0.001;
+                }
+                plain(theta)
+                    .enumerate()
+                    .map(|(pair, f)| {
+                        let divided = ((pair as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                        divided * f / factor + (1.0 - divided) * f
+                    })
+                    .collect()
+            }
+        };
+        values.into_iter().map(|f| f as f32).collect()
+    }
+
+    /// The factor of cosines and sines.
+    fn magnitude(&self) -> f64 {
+        match self.scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor,
+            _ => 1.0,
         }
-    };
-    values.into_iter().map(|f| f as f32).collect()
+    }
 }
 
 #[cfg(test)]
@@ -170,7 +187,7 @@ mod tests {
 
     use serde_json::{Value, json};
 
-    use super::*;
+    use crate::LlamaConfig;
 
     /// Against transformers' own functions: `tests/golden/rope.json`.
     #[test]
@@ -188,7 +205,8 @@ mod tests {
             let config =
                 LlamaConfig::from_json(config.as_object().unwrap(), Path::new("rope")).unwrap();
             let seq = case["seq"].as_u64().unwrap() as usize;
-            let found = frequencies(&config, seq);
+            let rotary = config.rotary();
+            let found = rotary.frequencies(seq);
             let expected = case["inv_freq"].as_array().unwrap();
             assert_eq!(found.len(), expected.len());
             for (found, expected) in found.iter().zip(expected) {
@@ -196,12 +214,7 @@ mod tests {
                 let off = (f64::from(*found) / expected - 1.0).abs();
                 assert!(off < 2e-6, "{}: {found} for {expected}", case["config"]);
             }
-            let magnitude = match config.rope_scaling {
-                RopeScaling::Yarn {
-                    attention_factor, ..
-                } => attention_factor,
-                _ => 1.0,
-            };
+            let magnitude = rotary.magnitude();
             assert!((magnitude - case["magnitude"].as_f64().unwrap()).abs() < 1e-9);
         }
     }

@@ -4,27 +4,54 @@ use peft::{Linear, Weight};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rand_distr::{Distribution, Normal};
 
-/// Where a model's parameters come from, under their names in Hugging Face's files.
+/// A source of parameters under Hugging Face's names: a checkpoint, or random numbers.
 pub(crate) trait Source {
     type Error;
 
-    /// A vector of `len`.
-    fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<1>>, Self::Error>;
+    /// The vector of `len` elements that the module at `path` has.
+    fn vector(
+        &mut self,
+        path: &str,
+        kind: Vector,
+        len: usize,
+    ) -> Result<Param<Tensor<1>>, Self::Error>;
 
-    /// A table of `rows` by `columns`, as it lies in the file.
-    fn table(&mut self, name: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
+    /// The embedding table `[rows, columns]` at `path`.
+    fn table(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>, Self::Error>;
 
-    /// The weight `[d_in, d_out]` of the projection at `path`, dense or packed.
+    /// The weight `[d_in, d_out]` of the layer at `path`, dense or packed.
     fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight, Self::Error>;
 
-    /// The weight `[d_in, vocab]` of the head, which is at [`HEAD`].
+    /// The weight `[d_in, vocab]` of the head, whose path is [`HEAD`].
     fn head(&mut self, dims: [usize; 2]) -> Result<Weight, Self::Error>;
+}
+
+/// The kinds of parameters with one dimension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Vector {
+    NormWeight,
+    Bias,
+}
+
+impl Vector {
+    /// The name of the tensor of the module at `path`.
+    pub(crate) fn name(self, path: &str) -> String {
+        match self {
+            Self::NormWeight => weight_name(path),
+            Self::Bias => format!("{path}.bias"),
+        }
+    }
+}
+
+/// The name of the weight of the module at `path`.
+pub(crate) fn weight_name(path: &str) -> String {
+    format!("{path}.weight")
 }
 
 /// The path of the head.
 pub(crate) const HEAD: &str = "lm_head";
 
-/// The projection at `path`.
+/// Builds the projection at `path`.
 pub(crate) fn linear<S: Source>(
     path: &str,
     dims: [usize; 2],
@@ -32,14 +59,15 @@ pub(crate) fn linear<S: Source>(
     source: &mut S,
 ) -> Result<Linear, S::Error> {
     let weight = source.weight(path, dims)?;
-    let bias = match has_bias {
-        true => Some(source.vector(&format!("{path}.bias"), dims[1])?),
-        false => None,
+    let bias = if has_bias {
+        Some(source.vector(path, Vector::Bias, dims[1])?)
+    } else {
+        None
     };
     Ok(Linear::new(weight, bias))
 }
 
-/// Fresh parameters: norms of one, biases of zero, and normal weights of deviation 0.02.
+/// New parameters: norms of one, biases of zero, and normal weights of deviation 0.02.
 pub(crate) struct Random {
     rng: ChaCha8Rng,
     device: Device,
@@ -57,8 +85,16 @@ impl Random {
 impl Source for Random {
     type Error = std::convert::Infallible;
 
-    fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<1>>, Self::Error> {
-        let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+    fn vector(
+        &mut self,
+        _: &str,
+        kind: Vector,
+        len: usize,
+    ) -> Result<Param<Tensor<1>>, Self::Error> {
+        let value = match kind {
+            Vector::NormWeight => 1.0,
+            Vector::Bias => 0.0,
+        };
         Ok(Param::from_tensor(Tensor::full([len], value, &self.device)))
     }
 

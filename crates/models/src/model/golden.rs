@@ -18,7 +18,7 @@ use tensor_files::TensorFile;
 
 use super::Model;
 use crate::positions::Positions;
-use crate::rope::{Rope, frequencies};
+use crate::rope::Rope;
 use crate::{Config, Generation, generate, load};
 
 const OWN: [&str; 5] = [
@@ -111,16 +111,18 @@ fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positi
     let seq = batch.tokens().dims()[1];
     let (used, _) = reference.floats::<1>("inv_freq").unwrap();
     let is_cast = used.iter().all(|&f| bf16::from_f32(f).to_f32() == f);
-    for (own, used) in frequencies(config, seq).iter().zip(&used) {
+    for (own, used) in config.rotary().frequencies(seq).iter().zip(&used) {
         let own = match is_cast {
             true => bf16::from_f32(*own).to_f32(),
             false => *own,
         };
         assert!((own / used - 1.0).abs() < 1e-6, "{own} for {used}");
     }
-    match is_cast {
-        true => own.with_rope(Rope::of(&used, 1.0, seq, &Device::flex()), batch.spans()),
-        false => own,
+    if is_cast {
+        let rope = Rope::of(&used, 1.0, seq, &Device::flex());
+        Positions::rotary(rope.of_spans(batch.spans()), batch.spans())
+    } else {
+        own
     }
 }
 

@@ -1,0 +1,217 @@
+//! The interface of an architecture: the shape of a model, and the parts and stages of a block.
+//!
+//! An architecture is a configuration that implements [`Architecture`] and a block that implements
+//! [`DecoderBlock`], in one file. `config.rs` lists the architectures.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use peft::{Linear, Spans};
+
+use crate::attention::Attention;
+use crate::kv_cache::KvCache;
+use crate::norm::{Norm, NormKind};
+use crate::positions::Positions;
+use crate::source::{Source, linear};
+
+/// The configuration of an architecture.
+pub(crate) trait Architecture {
+    /// The values of `model_type` in `config.json`.
+    const MODEL_TYPES: &'static [&'static str];
+
+    fn shape(&self) -> Shape;
+
+    /// The positions of the tokens of sequences.
+    fn positions(&self, spans: &Spans) -> Positions;
+}
+
+/// The parts of a model around its blocks.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    /// The first part of the names of all tensors but the head's.
+    pub(crate) prefix: &'static str,
+    pub(crate) vocab_size: usize,
+    /// The width of the residual stream.
+    pub(crate) hidden_size: usize,
+    /// The width of the embedding and of the head, which are projected if it is not `hidden_size`.
+    pub(crate) embedding_width: usize,
+    pub(crate) n_layers: usize,
+    pub(crate) tie_word_embeddings: bool,
+    pub(crate) norm: NormKind,
+    /// The name of the norm before the head.
+    pub(crate) final_norm: Option<&'static str>,
+    /// Rows of the table of learned positions.
+    pub(crate) position_rows: Option<usize>,
+    /// The longest text that the model can compute, in tokens.
+    pub(crate) max_positions: Option<usize>,
+    /// The longest text that a KV cache can hold, in tokens, if longer ones would change the keys.
+    pub(crate) max_cached: Option<usize>,
+    /// The longest text that the model was trained for, in tokens.
+    pub(crate) max_seq_len: usize,
+}
+
+impl Shape {
+    /// The path of a block.
+    pub(crate) fn block_path(&self, layer: usize) -> String {
+        format!("{}.layers.{layer}", self.prefix)
+    }
+}
+
+/// A projection of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Projection {
+    /// The path in the block.
+    pub(crate) name: &'static str,
+    /// `[d_in, d_out]`.
+    pub(crate) dims: [usize; 2],
+    pub(crate) has_bias: bool,
+}
+
+/// A block of an architecture, which is run in stages.
+///
+/// Each stage begins with projections that read the same input, so that a calibration can run one
+/// after the other. The first stage is the attention, [`Attention::attend`].
+///
+/// The macro [`parts`] implements the methods that list projections and norms.
+pub(crate) trait DecoderBlock: Sized {
+    type Config: Architecture;
+
+    /// The stage of each projection, in ascending order.
+    const STAGES: &'static [usize];
+
+    /// The projections of a block.
+    fn projections(config: &Self::Config) -> Vec<Projection>;
+
+    fn linears(&self) -> Vec<(&'static str, &Linear)>;
+
+    fn linears_mut(&mut self) -> Vec<(&'static str, &mut Linear)>;
+
+    /// The paths of the norms in the block, with the lengths of their vectors.
+    fn norm_lens(config: &Self::Config) -> Vec<(&'static str, usize)>;
+
+    fn norms(&self) -> Vec<(&'static str, &Norm)>;
+
+    /// Builds a block of its norms and projections, both in the order of the lists.
+    fn build<S: Source>(parts: Parts<Self, S>) -> Result<Self, S::Error>;
+
+    fn attention(&self) -> &Attention;
+
+    /// The input of the first stage, from the residual stream.
+    fn enter(&self, x: Tensor<3>) -> Tensor<3>;
+
+    /// Runs a stage after the first.
+    ///
+    /// Takes the residual stream and the input of the stage, and returns those of the next one.
+    /// After the last stage both are the residual stream.
+    fn advance(
+        &self,
+        stage: usize,
+        residual: Tensor<3>,
+        input: Tensor<3>,
+    ) -> (Tensor<3>, Tensor<3>);
+
+    /// The projections of each stage, as ranges of the list.
+    fn stages(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let stages = Self::STAGES.chunk_by(|a, b| a == b).map(|stage| {
+            end += stage.len();
+            end - stage.len()..end
+        });
+        stages.collect()
+    }
+
+    /// Runs all stages. With a `cache`, the tokens follow those in it and are appended to it.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        positions: &Positions,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        let attention = self.attention();
+        let mut input = attention.attend(self.enter(x.clone()), positions, cache);
+        let mut residual = x;
+        for stage in 1..self.stages().len() {
+            (residual, input) = self.advance(stage, residual, input);
+        }
+        residual
+    }
+}
+
+/// Lists the norms and the projections of a block, each with its field.
+///
+/// A norm has a name and a length; a projection a stage, a name, its `[d_in, d_out]` and whether it
+/// has a bias.
+macro_rules! parts {
+    (
+        $config:ident =>
+        norms: $($norm:literal $norm_field:ident [$len:expr],)+
+        projections: $(
+            $stage:literal $name:literal $($field:ident).+ $dims:expr, bias $has_bias:expr,
+        )+
+    ) => {
+        const STAGES: &'static [usize] = &[$($stage),+];
+
+        fn projections($config: &Self::Config) -> Vec<$crate::architecture::Projection> {
+            vec![$($crate::architecture::Projection {
+                name: $name,
+                dims: $dims,
+                has_bias: $has_bias,
+            }),+]
+        }
+
+        fn linears(&self) -> Vec<(&'static str, &peft::Linear)> {
+            vec![$(($name, &self.$($field).+)),+]
+        }
+
+        fn linears_mut(&mut self) -> Vec<(&'static str, &mut peft::Linear)> {
+            vec![$(($name, &mut self.$($field).+)),+]
+        }
+
+        fn norm_lens($config: &Self::Config) -> Vec<(&'static str, usize)> {
+            vec![$(($norm, $len)),+]
+        }
+
+        fn norms(&self) -> Vec<(&'static str, &$crate::norm::Norm)> {
+            vec![$(($norm, &self.$norm_field)),+]
+        }
+    };
+}
+
+pub(crate) use parts;
+
+/// The parts of the block at a path, built from a source of parameters.
+pub(crate) struct Parts<'a, B: DecoderBlock, S> {
+    pub(crate) config: &'a B::Config,
+    pub(crate) path: String,
+    pub(crate) source: &'a mut S,
+}
+
+impl<B: DecoderBlock, S: Source> Parts<'_, B, S> {
+    /// All norms.
+    ///
+    /// # Panics
+    /// If the block has not `N`.
+    pub(crate) fn norms<const N: usize>(&mut self) -> Result<[Norm; N], S::Error> {
+        let kind = self.config.shape().norm;
+        let norms = B::norm_lens(self.config).into_iter().map(|(name, len)| {
+            let path = format!("{}.{name}", self.path);
+            Norm::build(kind, &path, len, self.source)
+        });
+        let norms = norms.collect::<Result<Vec<_>, _>>()?;
+        Ok(norms.try_into().expect("the norms of the list"))
+    }
+
+    /// All projections.
+    ///
+    /// # Panics
+    /// If the block has not `N`.
+    pub(crate) fn linears<const N: usize>(&mut self) -> Result<[Linear; N], S::Error> {
+        let linears = B::projections(self.config).into_iter().map(|projection| {
+            let path = format!("{}.{}", self.path, projection.name);
+            let Projection { dims, has_bias, .. } = projection;
+            linear(&path, dims, has_bias, self.source)
+        });
+        let linears = linears.collect::<Result<Vec<_>, _>>()?;
+        Ok(linears.try_into().expect("the projections of the list"))
+    }
+}
