@@ -16,7 +16,7 @@ use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
 use examples::memory;
 use models::Model;
-use peft::{Batch, FitConfig, Linears, Lora, Method, Peqa};
+use peft::{Batch, FitConfig, Lora, Method, Peqa};
 use quant_core::{DoubleQuant, NormalFloat, Precision, Quantizer, Rtn};
 
 /// Measure a training step of several methods
@@ -119,7 +119,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         };
         if args.fast {
-            model.set_precision(Precision::Fast);
+            peft::set_precision(&mut model, Precision::Fast);
         }
         measure(mode.name, model, n_trainable, &args)?;
     }

@@ -310,7 +310,7 @@ fn tune(
 
     let mut lm = models::load(source, device)?;
     let layers = models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
-    let errors = layers.iter().map(|layer| layer.cost.distortion.relative);
+    let errors = layers.iter().map(|layer| layer.error.weight.relative);
     let weight_error = errors.sum::<f64>() / layers.len() as f64;
     let rounded = texts.perplexities(&lm.model)?;
 

@@ -317,22 +317,25 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let method = name.method(args.lora(seed), &lm.model);
     let fit = fit_config(args.learning_rate(&lm.model), args.tune.steps, seed);
     let show = |layer: &InitializedLayer| {
-        let (before, after) = (layer.before, layer.after);
-        print!("{}: ", layer.path);
-        if let Some(format) = layer.format {
+        let (before, after) = (layer.before, layer.report.error);
+        print!("{}: ", layer.report.path);
+        if let Some(format) = layer.report.format {
             print!("{format}, ");
         }
-        print!("weight error {:.4} to {:.4}", before.weight, after.weight);
+        print!(
+            "weight error {:.4} to {:.4}",
+            before.weight.relative, after.weight.relative
+        );
         if let (Some(before), Some(after)) = (before.output, after.output) {
             print!(", output error {before:.4} to {after:.4}");
         }
-        for note in &layer.notes {
+        for note in &layer.report.notes {
             print!("; {note}");
         }
-        println!("; round {}, {:.2} s", layer.round, layer.seconds);
+        println!("; round {}, {:.2} s", layer.round, layer.report.seconds);
     };
     let layers = loftq::init(&mut lm.model, &*method, &*recipe, &texts.calibration, show)?;
-    let n_bytes: usize = layers.iter().map(|layer| layer.n_bytes).sum();
+    let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
     let started = perplexity(&lm.model, &texts.eval)?.value();
     let mut base = lm.clone();
     let adapters = peft::detach(&mut base.model)?;

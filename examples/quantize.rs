@@ -224,12 +224,8 @@ fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> R
     let mut lm = models::load(source, device)?;
     let before = perplexity(&lm.model, &eval)?.value();
     models::quantize(&mut lm.model, &method, &calibration, |layer| {
-        let cost = &layer.cost;
-        print!("{}: {}", layer.path, cost.distortion);
-        if let Some(error) = cost.output_error {
-            print!(", output error {error:.4}");
-        }
-        for note in &cost.notes {
+        print!("{}: {}", layer.path, layer.error);
+        for note in &layer.notes {
             print!("; {note}");
         }
         println!("; {:.2} s", layer.seconds);

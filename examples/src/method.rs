@@ -1,7 +1,7 @@
 //! The methods that the examples tune with.
 
 use clap::ValueEnum;
-use peft::{Bayesian, Lora, Method, Peqa, Targets, Tile};
+use peft::{Bayesian, Lora, Method, Peqa, Targets, Tile, Vera};
 use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 use serde::Serialize;
 
@@ -26,6 +26,8 @@ pub enum MethodName {
     Dora,
     /// Bayesian-LoRA: LoRA that learns its rank and the bits of its factors
     Bayesian,
+    /// VeRA: two vectors of each layer, between random factors; its rank is best 256 or more
+    Vera,
     /// QLoRA: LoRA over normal floats with double quantization
     #[value(name = "qlora")]
     #[serde(rename = "qlora")]
@@ -103,6 +105,10 @@ impl MethodName {
             Self::Bayesian => {
                 let bayesian = Bayesian::new(rank).with_alpha(alpha).with_seed(seed);
                 Box::new(bayesian.with_targets(targets.clone()))
+            }
+            Self::Vera => {
+                let vera = Vera::new(rank).with_seed(seed);
+                Box::new(vera.with_targets(targets.clone()))
             }
             Self::QaLora => tile(Tile::qa_lora(rank).with_alpha(alpha)),
             Self::QBara => tile(Tile::q_bara(rank).with_alpha(alpha)),

@@ -73,7 +73,7 @@ fn token_losses<M: CausalLm>(model: &M, read: Tensor<2, Int>, targets: Tensor<2,
     let x = model.norm(x);
     let width = x.dims()[2];
     let x = x.reshape([n * seq, width]);
-    let losses = linear_cross_entropy(x, model.head(), targets.reshape([n * seq]));
+    let losses = linear_cross_entropy(x, model.head().to_dense(), targets.reshape([n * seq]));
     let losses = losses.into_data().convert::<f32>().try_into_vec();
     losses.expect("converted to f32")
 }

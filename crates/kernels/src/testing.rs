@@ -2,10 +2,16 @@
 
 use burn::backend::{Flex, flex::FlexTensor};
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use proptest::prelude::ProptestConfig;
 
 use crate::host::{contiguous, floats};
 
-/// Numbers from a seed (xorshift64, Marsaglia 2003).
+/// A configuration of `n` cases, times `PROPTEST_CASES / 256` where that is set.
+pub(crate) fn cases_of(n: u32) -> ProptestConfig {
+    ProptestConfig::with_cases((ProptestConfig::default().cases * n / 256).max(1))
+}
+
+/// Random numbers from a seed (xorshift64, Marsaglia 2003).
 pub(crate) struct Random(u64);
 
 impl Random {

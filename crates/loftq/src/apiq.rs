@@ -19,12 +19,10 @@ use burn::module::{Module, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::activation::sigmoid;
 use burn::tensor::{Gradients, Tensor};
-use peft::{
-    Adapter, Batch, CausalLm, Linear, Linears, Lora, Method, Recipe, Stages, Streams, Weight,
-};
-use quant_core::{Format, Gram, Grid, Needs, Note, QuantTensor, Quantizer, sum_of_squares};
+use peft::{Adapter, Batch, CausalLm, Linear, Lora, Method, Recipe, Stages, Streams, Weight};
+use quant_core::{Format, Grid, Needs, Note, QuantTensor, Quantizer, sum_of_squares};
 
-use crate::method::{Known, LayerError, dense, place, with_weight};
+use crate::method::{Known, dense, init_layer, place, with_weight};
 use crate::{Error, Initialization, InitializedLayer, Layer, LayerMethod, Result, Start};
 
 /// Where the logits of the ranges begin.
@@ -251,19 +249,19 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
                 check_range(&path, format)?;
             }
         }
-        let stages = model.stages();
         let positions = |model: &M, batch: &Batch| model.positions(batch.spans());
         // Inputs of the block: through packed blocks, and through dense ones.
         let mut inputs: Vec<[Tensor<3>; 2]> = (calibration.iter())
             .map(|batch| model.embed(batch.tokens(), &positions(model, batch)))
             .map(|x| [x.clone(), x])
             .collect();
-        let mut streams = Streams::start(model, calibration, known.needs == Needs::Drift);
+        let mut streams = Streams::start(model, calibration, known.needs);
         let mut layers = Vec::new();
         for block in 0..model.n_blocks() {
             let clock = Instant::now();
-            let stages_of_block = &stages[model.block_stages(block)];
-            let mut learners = self.learners(model, recipe, &known, &streams, block, &stages)?;
+            let stages = model.block_stages(block);
+            let mut learners =
+                self.learners(model, recipe, &known, streams.clone(), stages.clone())?;
             let mut targets = Vec::new();
             for ([_, dense], batch) in inputs.iter().zip(calibration) {
                 targets.push(model.block(block, dense.clone(), &positions(model, batch)));
@@ -284,44 +282,36 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
             let seconds = clock.elapsed().as_secs_f64() / learners.len().max(1) as f64;
 
             let mut learners = learners.into_iter().peekable();
-            for (offset, range) in stages_of_block.iter().enumerate() {
-                let stage = model.block_stages(block).start + offset;
-                let gram = streams.gram(model, range);
-                streams.advance_dense(model, stage);
-                for at in range.clone() {
-                    let (path, _) = &model.linears()[at];
-                    if recipe.quantizer(path).is_none() && known.targets.contains(path) {
-                        let done = first.leave_dense(model, at, gram.as_ref())?;
+            for _ in stages {
+                let Some(stage) = streams.next_stage(model) else {
+                    break;
+                };
+                for at in stage.layers {
+                    let gram = stage.gram.as_ref();
+                    let done = match learners.next_if(|learner| learner.at == at) {
+                        None => init_layer(&first, &known, model, at, recipe, gram)?,
+                        Some(learner) => {
+                            let (path, linear) = model.linears_mut().swap_remove(at);
+                            let layer = Layer {
+                                path: &path,
+                                weight: learner.dense,
+                                gram,
+                                fisher: None,
+                            };
+                            let start = Start {
+                                notes: learner.notes,
+                                ..learner.learned.finish(&path, rounds)?
+                            };
+                            let plain = learner.plain.dequantize();
+                            let lora = learner.targeted.then_some(&self.0.lora);
+                            Some(place(linear, &layer, start, plain, lora, seconds)?)
+                        }
+                    };
+                    if let Some(done) = done {
                         on_layer(&done);
                         layers.push(done);
                     }
-                    let Some(learner) = learners.next_if(|learner| learner.at == at) else {
-                        continue;
-                    };
-                    let (path, linear) = model.linears_mut().swap_remove(learner.at);
-                    let start = learner.learned.finish(&path, rounds)?;
-                    place(
-                        linear,
-                        &path,
-                        start,
-                        learner.targeted.then_some(&self.0.lora),
-                    )?;
-                    let (dense, plain) = (&learner.dense, learner.plain.dequantize());
-                    let done = InitializedLayer {
-                        format: linear.weight().format(),
-                        rank: learner.targeted.then(|| self.0.lora.rank()),
-                        before: LayerError::between(dense, plain, gram.as_ref()),
-                        after: LayerError::between(dense, linear.to_dense(), gram.as_ref()),
-                        round: if learner.targeted { rounds } else { 0 },
-                        n_bytes: linear.weight().n_bytes(),
-                        seconds,
-                        notes: learner.notes,
-                        path,
-                    };
-                    on_layer(&done);
-                    layers.push(done);
                 }
-                streams.advance(model, stage);
             }
             for (([packed, dense], batch), target) in
                 inputs.iter_mut().zip(calibration).zip(targets)
@@ -364,41 +354,6 @@ impl<M: CausalLm> Block<'_, M> {
     }
 }
 
-impl Apiq {
-    /// The layer at a place in the model with its dense weight and a fresh adapter.
-    fn leave_dense<M: Linears>(
-        &self,
-        model: &mut M,
-        at: usize,
-        gram: Option<&Gram>,
-    ) -> Result<InitializedLayer> {
-        let clock = Instant::now();
-        let (path, linear) = model.linears_mut().swap_remove(at);
-        let weight = dense(linear);
-        let layer = Layer {
-            path: &path,
-            weight: weight.clone(),
-            gram,
-            fisher: None,
-        };
-        let start = self.start_dense(&layer)?;
-        let round = start.round;
-        place(linear, &path, start, Some(self.lora()))?;
-        let none = LayerError::between(&weight, weight.clone(), gram);
-        Ok(InitializedLayer {
-            format: None,
-            rank: Some(self.lora().rank()),
-            before: none,
-            after: none,
-            round,
-            n_bytes: linear.weight().n_bytes(),
-            seconds: clock.elapsed().as_secs_f64(),
-            notes: Vec::new(),
-            path,
-        })
-    }
-}
-
 impl ApiqBlock {
     /// The layers of a block, with grids from the quantizer: it sees the inputs that the dense block
     /// makes of what reaches it.
@@ -407,16 +362,12 @@ impl ApiqBlock {
         model: &M,
         recipe: &dyn Recipe,
         known: &Known,
-        streams: &Streams<'_, M>,
-        block: usize,
-        stages: &[Range<usize>],
+        mut streams: Streams<'_, M>,
+        mut stages: Range<usize>,
     ) -> Result<Vec<Learner>> {
-        let mut streams = streams.clone();
         let mut learners = Vec::new();
-        for stage in model.block_stages(block) {
-            let range = stages[stage].clone();
-            let gram = streams.gram(model, &range);
-            for at in range {
+        while let Some(stage) = stages.next().and_then(|_| streams.next_stage(model)) {
+            for at in stage.layers {
                 let (path, linear) = model.linears().swap_remove(at);
                 let Some(quantizer) = recipe.quantizer(&path) else {
                     continue;
@@ -424,7 +375,7 @@ impl ApiqBlock {
                 let layer = Layer {
                     path: &path,
                     weight: dense(linear),
-                    gram: gram.as_ref(),
+                    gram: stage.gram.as_ref(),
                     fisher: None,
                 };
                 let (quantized, _) = layer.quantize(layer.weight.clone(), quantizer)?;
@@ -440,8 +391,6 @@ impl ApiqBlock {
                     path,
                 });
             }
-            streams.advance_dense(model, stage);
-            streams.advance(model, stage);
         }
         Ok(learners)
     }

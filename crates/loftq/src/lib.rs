@@ -62,7 +62,7 @@ pub use fisher::{Fisher, FisherRoots};
 pub use loftq::Loftq;
 pub use lq_lora::{LqLora, Pissa};
 pub use method::{
-    Initialization, InitializedLayer, Layer, LayerError, LayerMethod, Start, init, sensitivities,
+    Initialization, InitializedLayer, Layer, LayerMethod, Start, init, sensitivities,
 };
 pub use qera::Qera;
 pub use rilq::Rilq;

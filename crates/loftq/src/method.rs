@@ -3,7 +3,8 @@ use std::time::Instant;
 use burn::module::Param;
 use burn::tensor::{DType, Tensor};
 use peft::{
-    Adapter, Batch, CausalLm, Linear, Lora, Method, Recipe, Stages, Streams, Weight, check_recipe,
+    Adapter, Batch, CausalLm, LayerError, LayerReport, Linear, Linears, Lora, Method, Recipe,
+    Stages, Streams, Weight, check_recipe,
 };
 use quant_core::{
     Candidate, Format, Gram, Needs, Note, QuantTensor, Quantized, Quantizer, sum_of_squares,
@@ -54,56 +55,19 @@ pub fn init<M: CausalLm + Stages>(
     method.run(model, recipe, calibration, &mut on_layer)
 }
 
-/// What an initialization made of one layer.
+/// The report of one layer that was initialized.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct InitializedLayer {
-    /// The layer.
-    pub path: String,
-    /// The format of its weight; none if it is dense.
-    pub format: Option<Format>,
+    /// The layer, with the weight and the adapter that were chosen.
+    #[serde(flatten)]
+    pub report: LayerReport,
     /// The rank of its adapter, if it has one.
     pub rank: Option<usize>,
-    /// With its weight quantized alone.
+    /// The error of its weight quantized alone.
     pub before: LayerError,
-    /// With the weight and the adapter that were chosen.
-    pub after: LayerError,
-    /// Which of the rounds of the method was kept, counted from 1; 0 where none was better than the
+    /// The round of the method that was kept, counted from 1; 0 where none was better than the
     /// weight quantized alone, and for a layer that the method does not target.
     pub round: usize,
-    /// Bytes of the weight.
-    pub n_bytes: usize,
-    /// Seconds that the method took.
-    pub seconds: f64,
-    /// What the quantizer has to say.
-    pub notes: Vec<Note>,
-}
-
-/// How far a layer is from the dense one.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct LayerError {
-    /// `‖W - Ŵ‖ / ‖W‖`.
-    pub weight: f64,
-    /// `‖X (W - Ŵ)‖ / ‖X W‖` over the calibration, if there is one.
-    pub output: Option<f64>,
-}
-
-impl LayerError {
-    pub(crate) fn between(dense: &Tensor<2>, found: Tensor<2>, gram: Option<&Gram>) -> Self {
-        // Rounding can leave a little less than nothing.
-        let ratio = |error: f64, of: f64| match error <= 0.0 {
-            true => 0.0,
-            false => (error / of).sqrt(),
-        };
-        let difference = found - dense.clone();
-        let output = gram.map(|gram| {
-            let of = gram.energy(dense.clone());
-            ratio(gram.energy(difference.clone()), of)
-        });
-        Self {
-            weight: ratio(sum_of_squares(difference), sum_of_squares(dense.clone())),
-            output,
-        }
-    }
 }
 
 /// A dense layer before its initialization.
@@ -276,59 +240,56 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for L {
     ) -> Result<Vec<InitializedLayer>> {
         let known = Known::of(self, self.needs(), model, recipe, calibration)?;
         let mut layers = Vec::new();
-        let mut streams = Streams::start(model, calibration, known.needs == Needs::Drift);
-        for (stage, range) in model.stages().into_iter().enumerate() {
-            let gram = streams.gram(model, &range);
-            streams.advance_dense(model, stage);
-            for at in range {
-                let (path, linear) = model.linears_mut().swap_remove(at);
-                let quantizer = recipe.quantizer(&path);
-                let targeted = known.targets.contains(&path);
-                if quantizer.is_none() && !targeted {
-                    continue;
+        let mut streams = Streams::start(model, calibration, known.needs);
+        while let Some(stage) = streams.next_stage(model) {
+            for at in stage.layers {
+                let done = init_layer(self, &known, model, at, recipe, stage.gram.as_ref())?;
+                if let Some(done) = done {
+                    on_layer(&done);
+                    layers.push(done);
                 }
-                let dense = dense(linear);
-                let layer = Layer {
-                    path: &path,
-                    weight: dense.clone(),
-                    gram: gram.as_ref(),
-                    fisher: known.fisher.as_ref().and_then(|fisher| fisher.of(&path)),
-                };
-                let clock = Instant::now();
-                let mut start = match (quantizer, targeted) {
-                    (Some(quantizer), true) => self.start(&layer, quantizer)?,
-                    (Some(quantizer), false) => self.lora().start(&layer, quantizer)?,
-                    (None, _) => self.start_dense(&layer)?,
-                };
-                let seconds = clock.elapsed().as_secs_f64();
-                let plain = match (start.plain.take(), quantizer) {
-                    (Some(plain), _) => plain.dequantize(),
-                    (None, Some(quantizer)) => layer.quantize(dense.clone(), quantizer)?.1,
-                    (None, None) => dense.clone(),
-                };
-                let before = LayerError::between(&dense, plain, gram.as_ref());
-                let round = if targeted { start.round } else { 0 };
-                let notes = std::mem::take(&mut start.notes);
-                let lora = targeted.then_some(self.lora());
-                place(linear, &path, start, lora)?;
-                let done = InitializedLayer {
-                    format: linear.weight().format(),
-                    rank: targeted.then(|| self.lora().rank()),
-                    before,
-                    after: LayerError::between(&dense, linear.to_dense(), gram.as_ref()),
-                    round,
-                    n_bytes: linear.weight().n_bytes(),
-                    seconds,
-                    notes,
-                    path,
-                };
-                on_layer(&done);
-                layers.push(done);
             }
-            streams.advance(model, stage);
         }
         Ok(layers)
     }
+}
+
+/// Initializes one layer of a model, the one at `at`; none if the recipe leaves it dense and it is no
+/// target.
+pub(crate) fn init_layer<M: Linears>(
+    method: &impl LayerMethod,
+    known: &Known,
+    model: &mut M,
+    at: usize,
+    recipe: &dyn Recipe,
+    gram: Option<&Gram>,
+) -> Result<Option<InitializedLayer>> {
+    let (path, linear) = model.linears_mut().swap_remove(at);
+    let quantizer = recipe.quantizer(&path);
+    let targeted = known.targets.contains(&path);
+    if quantizer.is_none() && !targeted {
+        return Ok(None);
+    }
+    let clock = Instant::now();
+    let layer = Layer {
+        path: &path,
+        weight: dense(linear),
+        gram,
+        fisher: known.fisher.as_ref().and_then(|fisher| fisher.of(&path)),
+    };
+    let mut start = match (quantizer, targeted) {
+        (Some(quantizer), true) => method.start(&layer, quantizer)?,
+        (Some(quantizer), false) => method.lora().start(&layer, quantizer)?,
+        (None, _) => method.start_dense(&layer)?,
+    };
+    let seconds = clock.elapsed().as_secs_f64();
+    let plain = match (start.plain.take(), quantizer) {
+        (Some(plain), _) => plain.dequantize(),
+        (None, Some(quantizer)) => layer.quantize(layer.weight.clone(), quantizer)?.1,
+        (None, None) => layer.weight.clone(),
+    };
+    let lora = targeted.then_some(method.lora());
+    place(linear, &layer, start, plain, lora, seconds).map(Some)
 }
 
 /// What is known before the first layer.
@@ -401,20 +362,20 @@ pub fn sensitivities<M: CausalLm + Stages>(
         needs = needs.max(check_recipe(model, quantizer, calibration)?);
     }
     let mut all = Vec::new();
-    let mut streams = Streams::start(model, calibration, needs == Needs::Drift);
-    for (stage, range) in model.stages().into_iter().enumerate() {
-        let gram = streams.gram(model, &range);
-        for (path, linear) in &model.linears()[range] {
+    let mut streams = Streams::start(model, calibration, needs);
+    while let Some(stage) = streams.next_stage(model) {
+        for (path, linear) in &model.linears()[stage.layers] {
             let layer = Layer {
                 path,
                 weight: dense(linear),
-                gram: gram.as_ref(),
+                gram: stage.gram.as_ref(),
                 fisher: known.fisher.as_ref().and_then(|fisher| fisher.of(path)),
             };
             let candidate = |quantizer: &&dyn Quantizer| {
-                let start = match known.targets.contains(path) {
-                    true => method.start(&layer, *quantizer)?,
-                    false => method.lora().start(&layer, *quantizer)?,
+                let start = if known.targets.contains(path) {
+                    method.start(&layer, *quantizer)?
+                } else {
+                    method.lora().start(&layer, *quantizer)?
                 };
                 let n_bytes = start.weight.n_bytes() as u64;
                 let error = method.measure(&layer, start.sum());
@@ -423,8 +384,6 @@ pub fn sensitivities<M: CausalLm + Stages>(
             let candidates: Result<_> = quantizers.iter().map(candidate).collect();
             all.push((path.clone(), candidates?));
         }
-        streams.advance_dense(model, stage);
-        streams.advance(model, stage);
     }
     Ok(all)
 }
@@ -441,13 +400,17 @@ pub(crate) fn dense(linear: &Linear) -> Tensor<2> {
     linear.weight().to_dense().cast(DType::F32)
 }
 
-/// Puts what was chosen into a layer; an adapter if there is a `lora`.
+/// Puts a start into its layer, with an adapter if there is a `lora`, and reports it beside `plain`, the
+/// weight quantized alone.
 pub(crate) fn place(
     linear: &mut Linear,
-    path: &str,
+    layer: &Layer<'_>,
     start: Start,
+    plain: Tensor<2>,
     lora: Option<&Lora>,
-) -> Result<()> {
+    seconds: f64,
+) -> Result<InitializedLayer> {
+    let path = layer.path;
     let adapter = match (lora, start.factors) {
         (None, _) => None,
         (Some(lora), factors) => {
@@ -458,5 +421,19 @@ pub(crate) fn place(
             })
         }
     };
-    Ok(linear.replace(path, start.weight, adapter)?)
+    linear.replace(path, start.weight, adapter)?;
+    let between = |found| LayerError::between(layer.weight.clone(), found, layer.gram);
+    Ok(InitializedLayer {
+        report: LayerReport {
+            path: path.into(),
+            format: linear.weight().format(),
+            error: between(linear.to_dense()),
+            n_bytes: linear.weight().n_bytes(),
+            seconds,
+            notes: start.notes,
+        },
+        rank: lora.map(Lora::rank),
+        before: between(plain),
+        round: if lora.is_some() { start.round } else { 0 },
+    })
 }

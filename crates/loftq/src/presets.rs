@@ -6,7 +6,7 @@
 //!
 //! let preset = presets::loftq();
 //! assert_eq!(preset.quantizer.format()?.bits(), 4);
-//! assert_eq!(preset.fit.learning_rate, 3e-4);
+//! assert_eq!(preset.fit.learning_rate(), 3e-4);
 //! # Ok::<(), quant_core::Error>(())
 //! ```
 

@@ -7,12 +7,11 @@
 
 use burn::tensor::Tensor;
 use peft::{
-    Adapters, Batch, CausalLm, FitConfig, Lora, Recipe, Schedule, Stages, Step, Streams,
-    check_recipe, fit_with, last_output, nll_of_output,
+    Adapters, Batch, CausalLm, FitConfig, LayerError, Lora, Recipe, Schedule, Stages, Step,
+    Streams, check_recipe, fit_with, last_output, nll_of_output,
 };
-use quant_core::Needs;
 
-use crate::method::{LayerError, dense};
+use crate::method::dense;
 use crate::{Error, Initialization, InitializedLayer, LayerMethod, Result};
 
 /// Tunes the adapters of another method together, until the last hidden state is near the dense
@@ -41,7 +40,7 @@ impl<L: LayerMethod> Rilq<L> {
     pub fn after(first: L) -> Self {
         let fit = FitConfig::new()
             .with_learning_rate(1e-4)
-            .with_steps(Some(100))
+            .with_steps(100)
             .with_schedule(Schedule::Constant)
             .with_seed(first.lora().seed());
         Self {
@@ -108,11 +107,13 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             let predicting = |x: Tensor<3>| x.slice([0..n, 0..seq - 1, 0..hidden]);
             let difference = model.norm(predicting(x.clone())) - predicting(targets[at].clone());
             let square = difference.square().mean_dim(2).squeeze_dim::<2>(2) / scale;
-            let share = self.cross_entropy;
-            if share == 0.0 {
-                return square;
-            }
-            square * (1.0 - share) + nll_of_output(model, x, &calibration[at]) * share
+            let (share, batch) = (self.cross_entropy, &calibration[at]);
+            let of_tokens = if share == 0.0 {
+                square
+            } else {
+                square * (1.0 - share) + nll_of_output(model, x, batch) * share
+            };
+            batch.of_targets(of_tokens).sum()
         };
         // Whatever else of the model trains, here it does not.
         let mut tuned = student.clone().no_grad();
@@ -120,31 +121,30 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         fit_with(&mut tuned, calibration, &self.fit, loss, |_: &Step| {})?;
         peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 
-        let drift = check_recipe(&teacher, recipe, calibration)? == Needs::Drift;
-        let mut streams = Streams::start(&student, calibration, drift);
-        let originals = teacher.linears();
-        for (stage, range) in teacher.stages().into_iter().enumerate() {
-            let gram = streams.gram(&student, &range);
-            streams.advance_dense(&teacher, stage);
-            for at in range {
-                let (path, linear) = student.linears().swap_remove(at);
-                if let Some(layer) = layers.iter_mut().find(|layer| layer.path == path) {
-                    let original = dense(originals[at].1);
-                    let plain = match recipe.quantizer(&path) {
-                        Some(quantizer) => {
-                            let quantized = quantizer.quantize(original.clone(), gram.as_ref());
-                            quantized.map_err(Error::quant(&path))?.weight.dequantize()
-                        }
-                        None => original.clone(),
-                    };
-                    // On the inputs that the tuned layers before this one give.
-                    let gram = gram.as_ref();
-                    layer.before = LayerError::between(&original, plain, gram);
-                    layer.after = LayerError::between(&original, linear.to_dense(), gram);
-                    on_layer(layer);
-                }
+        // On the inputs that come through the tuned layers.
+        let needs = check_recipe(&teacher, recipe, calibration)?;
+        let mut tuned = teacher.clone();
+        let mut streams = Streams::start(&tuned, calibration, needs);
+        while let Some(stage) = streams.next_stage(&tuned) {
+            for at in stage.layers {
+                let gram = stage.gram.as_ref();
+                let (path, linear) = tuned.linears_mut().swap_remove(at);
+                let original = dense(linear);
+                *linear = student.linears()[at].1.clone();
+                let Some(layer) = layers.iter_mut().find(|layer| layer.report.path == path) else {
+                    continue;
+                };
+                let plain = match recipe.quantizer(&path) {
+                    Some(quantizer) => {
+                        let quantized = quantizer.quantize(original.clone(), gram);
+                        quantized.map_err(Error::quant(&path))?.weight.dequantize()
+                    }
+                    None => original.clone(),
+                };
+                layer.before = LayerError::between(original.clone(), plain, gram);
+                layer.report.error = LayerError::between(original, linear.to_dense(), gram);
+                on_layer(layer);
             }
-            streams.advance(&student, stage);
         }
         *model = student;
         Ok(layers)

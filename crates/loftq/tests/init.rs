@@ -7,8 +7,8 @@ use loftq::{
 };
 use models::{LlamaConfig, Model, RopeScaling};
 use peft::{
-    Adapter, Batch, CausalLm, Fingerprint, FitConfig, Linears, Lora, PerLayer, Weight, last_output,
-    token_nll,
+    Adapter, Batch, Blocks, CausalLm, Fingerprint, FitConfig, Linears, Lora, PerLayer, Weight,
+    last_output, token_nll,
 };
 use quant_core::{NormalFloat, Optq, Quantizer, Rtn, allocate};
 
@@ -131,16 +131,16 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
     for (name, method) in cases() {
         let mut model = dense.clone();
         let mut heard = Vec::new();
-        let mut hear = |layer: &InitializedLayer| heard.push(layer.path.clone());
+        let mut hear = |layer: &InitializedLayer| heard.push(layer.report.path.clone());
         let layers = init(&mut model, &*method, &rtn(2), &calibration, &mut hear).unwrap();
         let paths: Vec<String> = dense.linears().into_iter().map(|(path, _)| path).collect();
         assert_eq!(heard, paths, "{name}");
         for ((layer, (path, linear)), (_, original)) in
             layers.iter().zip(model.linears()).zip(dense.linears())
         {
-            assert_eq!(layer.path, path);
-            assert_eq!(layer.format, linear.weight().format());
-            assert_eq!(layer.format, Some(rtn(2).format().unwrap()));
+            assert_eq!(layer.report.path, path);
+            assert_eq!(layer.report.format, linear.weight().format());
+            assert_eq!(layer.report.format, Some(rtn(2).format().unwrap()));
             assert_eq!(layer.rank, Some(3));
             let Some(Adapter::Lora(lora)) = linear.adapter() else {
                 panic!("{name}: {path} has no adapter");
@@ -149,14 +149,20 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
             let weight = original.weight().to_dense();
             let expected = relative(weight.clone(), sum(linear));
             assert!(
-                (layer.after.weight - expected).abs() < 1e-5,
+                (layer.report.error.weight.relative - expected).abs() < 1e-5,
                 "{name} {path}"
             );
             let plain = rtn(2).quantize(weight.clone(), None).unwrap().weight;
             let before = relative(weight, plain.dequantize());
-            assert!((layer.before.weight - before).abs() < 1e-6, "{name} {path}");
-            let (before, after) = (layer.before.output.unwrap(), layer.after.output.unwrap());
-            assert!(before > 0.0 && after > 0.0 && layer.seconds > 0.0);
+            assert!(
+                (layer.before.weight.relative - before).abs() < 1e-6,
+                "{name} {path}"
+            );
+            let (before, after) = (
+                layer.before.output.unwrap(),
+                layer.report.error.output.unwrap(),
+            );
+            assert!(before > 0.0 && after > 0.0 && layer.report.seconds > 0.0);
             match name {
                 "qlora" => assert_eq!((before, layer.round), (after, 1)),
                 "qera" => assert!(after < before, "{path}: {after} of {before}"),
@@ -171,7 +177,12 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
 
         // Only adapters were tuned.
         let others = |model: &Model| {
-            let head = model.head().into_data().try_into_vec::<f32>().unwrap();
+            let head = model
+                .head()
+                .to_dense()
+                .into_data()
+                .try_into_vec::<f32>()
+                .unwrap();
             let tokens = calibration[0].tokens();
             let embedded = model
                 .embed(tokens, &model.positions(calibration[0].spans()))
@@ -209,12 +220,15 @@ fn later_layers_see_what_earlier_ones_became() {
     let layers = init(&mut alone, &Qera::new(only), &recipe, &calibration, |_| {}).unwrap();
     // Targeted but left dense, the first block's has an adapter that adds nothing.
     assert_eq!(layers.len(), 2);
-    assert_eq!(layers[0].format, None);
+    assert_eq!(layers[0].report.format, None);
     assert_eq!(
-        (layers[0].before.weight, layers[0].after.weight),
+        (
+            layers[0].before.weight.relative,
+            layers[0].report.error.weight.relative
+        ),
         (0.0, 0.0)
     );
-    assert_eq!(layers[1].path, path);
+    assert_eq!(layers[1].report.path, path);
     let factor = |model: &Model| {
         let linears = model.linears();
         let (_, linear) = linears.iter().find(|(other, _)| other == path).unwrap();
@@ -270,7 +284,10 @@ fn blocks_may_stay_dense() {
     ] {
         let mut model = dense.clone();
         let layers = init(&mut model, &*method, &recipe, &calibration, |_| {}).unwrap();
-        let paths: Vec<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
+        let paths: Vec<&str> = layers
+            .iter()
+            .map(|layer| layer.report.path.as_str())
+            .collect();
         let expected = [
             "model.layers.0.self_attn.q_proj",
             "model.layers.0.mlp.up_proj",
@@ -278,7 +295,10 @@ fn blocks_may_stay_dense() {
             "model.layers.1.mlp.up_proj",
         ];
         assert_eq!(paths, expected);
-        let packed: Vec<bool> = layers.iter().map(|layer| layer.format.is_some()).collect();
+        let packed: Vec<bool> = layers
+            .iter()
+            .map(|layer| layer.report.format.is_some())
+            .collect();
         assert_eq!(packed, [false, false, false, true]);
         for (path, linear) in model.linears() {
             assert_eq!(linear.adapter().is_some(), paths.contains(&path.as_str()));
@@ -366,7 +386,7 @@ fn bits_are_chosen_under_a_budget() {
         }
         let mut model = dense.clone();
         let layers = init(&mut model, &method, &recipe, &calibration, |_| {}).unwrap();
-        let n_bytes: usize = layers.iter().map(|layer| layer.n_bytes).sum();
+        let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
         assert!(n_bytes as u64 <= budget);
         assert_eq!(n_bytes as u64, chosen.n_bytes);
     }

@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft::{Linear, Linears, Weight};
-use quant_core::{DoubleScales, QuantTensor, Scales};
+use quant_core::{DoubleScaleParams, QuantTensor};
 use serde_json::{Map, Value};
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
@@ -468,11 +468,9 @@ fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
 }
 
 /// The scales of a double-quantized weight.
-fn double_scales(weight: &QuantTensor) -> DoubleScales {
-    match weight.to_parts().scales {
-        Scales::Double(scales) => scales,
-        Scales::Float(_) => unreachable!("the format has a double quantization"),
-    }
+fn double_scales(weight: &QuantTensor) -> &DoubleScaleParams {
+    let scales = weight.double_scales();
+    scales.expect("the format has a double quantization")
 }
 
 fn quant_error(path: &str) -> impl Fn(quant_core::Error) -> Error {

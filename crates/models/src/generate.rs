@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Int, Tensor, TensorData};
-use peft::{CausalLm, Spans};
+use peft::{Blocks, CausalLm, Spans};
 use rand::RngExt;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
@@ -107,7 +107,7 @@ impl Model {
                 x = block.forward(x, &positions, Some(of_block));
             }
             let x = self.norm(x.narrow(1, seq - 1, 1)).squeeze_dim::<2>(1);
-            self.logits(x)
+            self.head().logits(x)
         });
         cache.len = len;
         Ok(logits)

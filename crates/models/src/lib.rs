@@ -24,7 +24,7 @@
 //! let batches = lm.windows(&text, 512)?.batches(4, &device);
 //! let optq = Optq::new().with_group_size(128);
 //! for layer in models::quantize(&mut lm.model, &optq, &batches[..32], |_| {})? {
-//!     println!("{}: {}", layer.path, layer.cost.distortion);
+//!     println!("{}: {}", layer.path, layer.error);
 //! }
 //! peft::attach(&mut lm.model, &Peqa::new())?;
 //! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step| println!("{}", step.loss))?;
@@ -70,7 +70,7 @@ pub use model::{Model, State};
 pub use opt::{Activation, OptConfig};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
-pub use quantize::{QuantizedLayer, quantize, quantize_head, sensitivities};
+pub use quantize::{quantize, quantize_head, sensitivities};
 pub use rope_scaling::RopeScaling;
 pub use special_tokens::{SpecialToken, SpecialTokens};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

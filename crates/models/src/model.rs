@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use peft::{Batch, CausalLm, Linear, Linears, Spans, Stages, Weight};
+use peft::{Batch, Blocks, CausalLm, Head, Linear, Linears, Spans, Stages, Weight};
 
 use crate::config::{Block, Config};
 use crate::norm::Norm;
@@ -233,7 +233,7 @@ impl Stages for Model {
     }
 }
 
-impl CausalLm for Model {
+impl Blocks for Model {
     type Positions = Positions;
 
     fn vocab_size(&self) -> usize {
@@ -273,7 +273,9 @@ impl CausalLm for Model {
     fn block(&self, index: usize, x: Tensor<3>, positions: &Positions) -> Tensor<3> {
         self.layers[index].forward(x, positions, None)
     }
+}
 
+impl CausalLm for Model {
     fn norm(&self, x: Tensor<3>) -> Tensor<3> {
         let x = match &self.norm {
             Some(norm) => norm.forward(x),
@@ -285,17 +287,10 @@ impl CausalLm for Model {
         }
     }
 
-    fn head(&self) -> Tensor<2> {
+    fn head(&self) -> Head<'_> {
         match &self.lm_head {
-            Some(head) => head.to_dense(),
-            None => self.embed_tokens.val().transpose(),
-        }
-    }
-
-    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
-        match &self.lm_head {
-            Some(head) => head.matmul(x),
-            None => x.matmul(self.head()),
+            Some(head) => head.into(),
+            None => Head::Dense(self.embed_tokens.val().transpose()),
         }
     }
 }

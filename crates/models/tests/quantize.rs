@@ -7,7 +7,7 @@ use models::{
     Activation, CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, OptConfig, Pretrained,
     RopeScaling, load, plan, quantize, save, save_as, sensitivities,
 };
-use peft::{Batch, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
+use peft::{Batch, Blocks, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
 use quant_core::{Gram, GroupRange, NormalFloat, Note, Optq, Order, Quantizer, Rtn, allocate};
 
 fn config() -> LlamaConfig {
@@ -94,7 +94,7 @@ fn the_stages_are_the_forward_pass() {
         }
         let x = Model::input(&state);
         let [batch_size, seq, width] = x.dims();
-        let logits = model.logits(x.reshape([batch_size * seq, width]));
+        let logits = model.head().logits(x.reshape([batch_size * seq, width]));
         assert!(values(logits) == values(model.forward(batch.tokens())));
     }
 }
@@ -122,7 +122,7 @@ fn every_projection_of_an_opt_is_packed() {
             })
             .collect();
         assert_eq!(names, expected);
-        assert!(layers.iter().all(|layer| layer.cost.output_error.is_some()));
+        assert!(layers.iter().all(|layer| layer.error.output.is_some()));
         let others = model.other_weights();
         assert!(others.iter().all(|(_, weight)| weight.format().is_none()));
         assert_eq!(others.len(), if before { 0 } else { 2 });
@@ -191,7 +191,7 @@ fn calibration_pays() {
         });
         assert_eq!(layers.unwrap(), seen);
         seen.iter()
-            .map(|layer| layer.cost.output_error.unwrap())
+            .map(|layer| layer.error.output.unwrap())
             .collect()
     }
     let rtn = errors(&Rtn::new().with_bits(2), &batches);
@@ -207,9 +207,9 @@ fn weights_alone_need_no_calibration() {
     let nf4 = NormalFloat::new().with_block_size(8);
     let (mut with, mut without) = (model(), model());
     let layers = quantize(&mut with, &nf4, &batches(2), |_| {}).unwrap();
-    assert!(layers[0].cost.output_error.is_some_and(|error| error > 0.0));
+    assert!(layers[0].error.output.is_some_and(|error| error > 0.0));
     let layers = quantize(&mut without, &nf4, &[], |_| {}).unwrap();
-    assert_eq!(layers[0].cost.output_error, None);
+    assert_eq!(layers[0].error.output, None);
     assert!(weights(&with) == weights(&without));
 
     let mut model = model();
@@ -250,7 +250,7 @@ fn notes_reach_the_report() {
         n_tokens: 4,
         d_in: 32,
     };
-    assert!(layers[0].cost.notes.contains(&note));
+    assert!(layers[0].notes.contains(&note));
 }
 
 /// GPTAQ sees the dense stream: what its first stage gets has not drifted, what the others get has.
@@ -363,7 +363,7 @@ fn a_plan_is_what_comes_of_it() {
     assert_eq!(planned.layers.len(), layers.len());
     for (planned, layer) in planned.layers.iter().zip(&layers) {
         assert_eq!(planned.path, layer.path);
-        assert_eq!(planned.format, Some(layer.format));
+        assert_eq!(planned.format, layer.format);
         assert_eq!(planned.n_bytes, layer.n_bytes as u64);
     }
     assert!(planned.to_string().ends_with("% of f32"), "{planned}");

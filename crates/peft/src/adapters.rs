@@ -1,12 +1,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::Settings;
-use crate::{Adapter, Error, Fingerprint, Linears, LoraAdapter, Result};
-use tensor_files::TensorFile;
+use crate::adapter::{Settings, Shared, Source, lora};
+use crate::{Adapter, Error, Fingerprint, Linears, Result};
+use tensor_files::{LazyTensor, TensorFile};
 
 mod hf;
 
@@ -44,7 +44,7 @@ impl Adapters {
     pub fn of(model: &impl Linears) -> Result<Self> {
         let adapter = |(path, linear): (String, &crate::Linear)| {
             let mut adapter = linear.adapter.clone()?;
-            adapter.seed_dropout(&path, None);
+            adapter.ops_mut().seed_dropout(&path, None);
             Some((path, adapter))
         };
         let layers: BTreeMap<_, _> = model.linears().into_iter().filter_map(adapter).collect();
@@ -90,8 +90,8 @@ impl Adapters {
         let Some((first, _)) = parts.first() else {
             return Err(Error::NoAdapters);
         };
-        let mut factors: BTreeMap<&String, [Vec<Tensor<2>>; 2]> = BTreeMap::new();
-        for (adapters, weight) in parts {
+        let mut layers: BTreeMap<&String, Vec<(&Adapter, f32)>> = BTreeMap::new();
+        for &(adapters, weight) in parts {
             if !weight.is_finite() {
                 return Err(Error::Setting {
                     setting: "the weight of an adapter",
@@ -106,43 +106,16 @@ impl Adapters {
                 });
             }
             for (path, adapter) in &adapters.layers {
-                let lora = match adapter {
-                    Adapter::Lora(lora)
-                        if lora.magnitude().is_none() && adapter.bias().is_none() =>
-                    {
-                        lora
-                    }
-                    other => {
-                        return Err(Error::NotCombined {
-                            path: path.clone(),
-                            method: other.method(),
-                        });
-                    }
-                };
-                let [a, b] = factors.entry(path).or_default();
-                let dims = |a: &Tensor<2>, b: &Tensor<2>| [a.dims()[0], b.dims()[1]];
-                let found = dims(&lora.a(), &lora.b());
-                if let (Some(a), Some(b)) = (a.first(), b.first())
-                    && dims(a, b) != found
-                {
-                    return Err(Error::Shape {
-                        path: path.clone(),
-                        expected: dims(a, b).into(),
-                        found: found.into(),
-                    });
-                }
-                a.push((lora.a() * (lora.scale() * weight)).detach());
-                b.push(lora.b().detach());
+                layers.entry(path).or_default().push((adapter, weight));
             }
         }
-        let mut layers = BTreeMap::new();
-        for (path, [a, b]) in factors {
-            let lora = LoraAdapter::from_factors(Tensor::cat(a, 1), Tensor::cat(b, 0), 1.0)?;
-            layers.insert(path.clone(), Adapter::Lora(lora));
-        }
+        let layers = layers.into_iter().map(|(path, parts)| {
+            let sum = lora::combined(path, &parts)?;
+            Ok((path.clone(), Adapter::Lora(sum)))
+        });
         Ok(Self {
             base: first.base.clone(),
-            layers,
+            layers: layers.collect::<Result<_>>()?,
         })
     }
 
@@ -157,15 +130,11 @@ impl Adapters {
             layers: self
                 .layers
                 .iter()
-                .map(|(path, adapter)| (path.clone(), adapter.settings()))
+                .map(|(path, adapter)| (path.clone(), adapter.ops().settings()))
                 .collect(),
         };
         Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
-            let tensors = self.layers.iter().flat_map(|(path, adapter)| {
-                let tensors = adapter.tensors().into_iter();
-                tensors.map(move |(name, tensor)| (format!("{path}.{name}"), tensor))
-            });
-            tensor_files::write_tensors(&dir.join(TENSORS), tensors)?;
+            tensor_files::write_tensors(&dir.join(TENSORS), tensors(&self.layers))?;
             tensor_files::write_json(&dir.join(CONFIG), &config)
         })?)
     }
@@ -186,23 +155,29 @@ impl Adapters {
             }
             .into());
         }
-        let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
+        let file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
+        let mut source = Source::new(file, device);
         let mut layers = BTreeMap::new();
         for (path, settings) in config.layers {
-            let adapter = Adapter::read(settings, &path, &mut file, device)?;
+            let adapter = Adapter::read(settings, &path, &mut source)?;
             layers.insert(path, adapter);
         }
-        let expected: Vec<String> = layers
-            .iter()
-            .flat_map(|(path, adapter)| {
-                let names = adapter.tensors().into_iter();
-                names.map(move |(name, _)| format!("{path}.{name}"))
-            })
-            .collect();
-        file.check_names(&expected, CONFIG)?;
+        let expected: Vec<String> = tensors(&layers).into_keys().collect();
+        source.file.check_names(&expected, CONFIG)?;
         Ok(Self {
             base: config.base,
             layers,
         })
     }
+}
+
+/// The tensors of a directory by their names; those that layers share are there once.
+fn tensors(layers: &BTreeMap<String, Adapter>) -> BTreeMap<String, LazyTensor<'_>> {
+    let each = layers.iter().flat_map(|(path, adapter)| {
+        let of_layer = adapter.ops().tensors().into_iter();
+        let of_layer = of_layer.map(move |(name, tensor)| (format!("{path}.{name}"), tensor));
+        let shared = adapter.ops().shared().into_iter();
+        of_layer.chain(shared.map(Shared::stored))
+    });
+    each.collect()
 }

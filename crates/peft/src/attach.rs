@@ -20,17 +20,15 @@ pub struct Attached {
 /// adapter, or what the method has against a weight. Then the model is as it was.
 pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Result<Attached> {
     let paths = method.targets().paths(model)?;
+    let mut layers = model.linears();
+    layers.retain(|(path, _)| paths.contains(path));
+    if let Some((path, _)) = layers.iter().find(|(_, linear)| linear.adapter.is_some()) {
+        return Err(Error::AlreadyAdapted { path: path.clone() });
+    }
     let mut adapters = BTreeMap::new();
-    for (path, linear) in model.linears() {
-        if !paths.contains(&path) {
-            continue;
-        }
-        if linear.adapter.is_some() {
-            return Err(Error::AlreadyAdapted { path });
-        }
-        let adapter = method.init(&path, linear)?;
-        adapter.check(&path, linear)?;
-        adapters.insert(path, adapter.bound_to(&linear.weight));
+    for ((path, linear), adapter) in layers.iter().zip(method.init_all(&layers)?) {
+        adapter.ops().check(path, linear)?;
+        adapters.insert(path.clone(), adapter.bound_to(&linear.weight));
     }
     let n_trainable = adapters.values().map(Module::num_params).sum();
     for (path, linear) in model.linears_mut() {
@@ -66,7 +64,7 @@ pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapte
         let Some((_, linear)) = linears.iter().find(|(other, _)| other == path) else {
             return Err(Error::UnknownLayer { path: path.clone() });
         };
-        adapter.check(path, linear)?;
+        adapter.ops().check(path, linear)?;
     }
     let mut before = Adapters {
         base: adapters.base.clone(),

@@ -1,6 +1,6 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::{CausalLm, Error, Result};
+use crate::{Error, Result};
 
 /// Which tokens of some sequences make up a text: a token sees those of its own text up to itself.
 ///
@@ -268,31 +268,6 @@ impl Batch {
         let rows: Vec<i64> = rows.map(|(row, _)| row).collect();
         let rows = Tensor::<1, Int>::from_data(rows.as_slice(), &x.device());
         x.select(0, rows)
-    }
-
-    /// Checks that the model has all tokens, and places for them.
-    ///
-    /// # Errors
-    /// [`Error::Token`] with one that is not in the vocabulary, [`Error::TooLong`] for a text with more
-    /// tokens than [`CausalLm::max_positions`].
-    pub fn check(&self, model: &impl CausalLm) -> Result<()> {
-        let vocab_size = model.vocab_size();
-        let least = self.tokens.clone().min().into_scalar::<i64>();
-        let most = self.tokens.clone().max().into_scalar::<i64>();
-        let has = |token: i64| usize::try_from(token).is_ok_and(|token| token < vocab_size);
-        if let Some(token) = [least, most].into_iter().find(|&token| !has(token)) {
-            return Err(Error::Token { token, vocab_size });
-        }
-        match model.max_positions() {
-            Some(max) if self.tokens.dims()[1] > max => {
-                let longest = self.spans.positions().max().into_scalar::<i64>() as usize + 1;
-                match longest > max {
-                    true => Err(Error::TooLong { len: longest, max }),
-                    false => Ok(()),
-                }
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Tokens to be predicted; at least one.

@@ -1,20 +1,20 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use quant_core::Gram;
+use quant_core::{Gram, Needs};
 
-use crate::{Batch, Linears};
+use crate::{Batch, Blocks};
 
 /// A model whose projections can be run, and so calibrated, a few at a time.
 ///
 /// A stage is a set of projections that read the same input. Stages follow each other from the
 /// embedding to the head; the forward pass of the model is [`start`](Stages::start), every
 /// [`advance`](Stages::advance) in turn, and the head.
-pub trait Stages: Linears {
-    /// What a batch carries from one stage to the next.
+pub trait Stages: Blocks {
+    /// The activations of a batch between two stages.
     type State: Clone;
 
-    /// The projections of each stage, as places in [`Linears::linears`].
+    /// The projections of each stage, as indices into [`Linears::linears`](crate::Linears::linears).
     fn stages(&self) -> Vec<Range<usize>>;
 
     /// The stages of one block of the model.
@@ -30,35 +30,80 @@ pub trait Stages: Linears {
     fn advance(&self, stage: usize, state: Self::State) -> Self::State;
 }
 
-/// A calibration on its way through a model whose layers change as it passes: each stage brings to
-/// the next what its layers, as they are then, make of the tokens.
+/// The activations of a calibration on their way through a model, stage by stage.
+///
+/// Between two calls of [`next_stage`](Streams::next_stage) the caller may change the layers of the
+/// stage: the next one reads inputs that come through the layers as they are by then.
+///
+/// ```no_run
+/// # use peft::{Batch, Stages, Streams};
+/// # use quant_core::{Needs, Quantizer};
+/// # fn run<M: Stages>(model: &mut M, rtn: &impl Quantizer, calibration: &[Batch]) -> peft::Result<()> {
+/// let mut streams = Streams::start(model, calibration, Needs::Gram);
+/// while let Some(stage) = streams.next_stage(model) {
+///     for at in stage.layers {
+///         let (path, linear) = model.linears_mut().swap_remove(at);
+///         linear.quantize(&path, rtn, stage.gram.as_ref())?;
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Streams<'a, M: Stages> {
     calibration: &'a [Batch],
-    /// Through the layers as they are now.
+    stages: Vec<Range<usize>>,
+    /// The stage that [`Streams::next_stage`] returns next.
+    next: usize,
+    /// Through the layers as they are, up to the input of stage `next - 1`.
     states: Vec<M::State>,
-    /// Through the dense layers, for quantizers that ask for the drift.
+    /// Through the dense layers, up to the input of stage `next`; for quantizers that need the drift.
     dense: Option<Vec<M::State>>,
 }
 
+/// A stage that a calibration has reached.
+#[derive(Clone, Debug)]
+pub struct Stage {
+    /// Its layers, as indices into [`Linears::linears`](crate::Linears::linears).
+    pub layers: Range<usize>,
+    /// The Gram of their inputs, without those of padding; none without a calibration.
+    pub gram: Option<Gram>,
+}
+
 impl<'a, M: Stages> Streams<'a, M> {
-    /// Before the first stage; `dense` for a second stream through the dense layers.
-    pub fn start(model: &M, calibration: &'a [Batch], dense: bool) -> Self {
+    /// The calibration before the first stage. For [`Needs::Drift`] it runs through the dense layers too.
+    pub fn start(model: &M, calibration: &'a [Batch], needs: Needs) -> Self {
         let states = calibration.iter().map(|batch| model.start(batch));
         let states: Vec<_> = states.collect();
-        let dense = dense.then(|| states.clone());
         Self {
             calibration,
+            stages: model.stages(),
+            next: 0,
+            dense: (needs == Needs::Drift).then(|| states.clone()),
             states,
-            dense,
         }
     }
 
-    /// The Gram of the inputs of a stage's layers, if there is any calibration; what only fills sequences
-    /// up is left out.
-    pub fn gram(&self, model: &M, range: &Range<usize>) -> Option<Gram> {
+    /// Runs the calibration through the layers of the last stage, as they are now, and returns the next
+    /// stage, whose layers must still be dense; `None` after the last one.
+    pub fn next_stage(&mut self, model: &M) -> Option<Stage> {
+        let stage = self.next;
+        let layers = self.stages.get(stage)?.clone();
+        if stage > 0 {
+            advance(&mut self.states, model, stage - 1);
+        }
+        let gram = self.gram(model, layers.start);
+        if let Some(dense) = &mut self.dense {
+            advance(dense, model, stage);
+        }
+        self.next += 1;
+        Some(Stage { layers, gram })
+    }
+
+    /// The Gram of the inputs of `layer`; none without a calibration.
+    fn gram(&self, model: &M, layer: usize) -> Option<Gram> {
         let first = M::input(self.states.first()?);
-        let [d_in, _] = model.linears()[range.start].1.weight().dims();
+        let [d_in, _] = model.linears()[layer].1.weight().dims();
         let mut gram = Gram::new(d_in, &first.device());
         for (at, (batch, state)) in self.calibration.iter().zip(&self.states).enumerate() {
             let input = |state| batch.of_text(M::input(state));
@@ -69,19 +114,10 @@ impl<'a, M: Stages> Streams<'a, M> {
         }
         Some(gram)
     }
+}
 
-    /// The tokens of the dense stream through `stage`, if there is one. To be called before its layers
-    /// are changed.
-    pub fn advance_dense(&mut self, model: &M, stage: usize) {
-        for state in self.dense.iter_mut().flatten() {
-            *state = model.advance(stage, state.clone());
-        }
-    }
-
-    /// The tokens through `stage`, once its layers are changed.
-    pub fn advance(&mut self, model: &M, stage: usize) {
-        for state in &mut self.states {
-            *state = model.advance(stage, state.clone());
-        }
+fn advance<M: Stages>(states: &mut [M::State], model: &M, stage: usize) {
+    for state in states {
+        *state = model.advance(stage, state.clone());
     }
 }

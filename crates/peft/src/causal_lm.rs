@@ -1,63 +1,22 @@
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::linear_cross_entropy;
+use quant_core::QuantTensor;
 
-use crate::{Batch, Linears, Spans};
+use crate::blocks::run_blocks;
+use crate::{Batch, Blocks, Spans, Weight, last_output};
 
-/// A language model that predicts each token from those before it, in parts: an embedding, blocks
-/// one after the other, a norm, and a head.
+/// A language model that predicts each token from those before it: [`Blocks`], a norm and a head.
 ///
-/// Whoever runs the parts decides what is kept of them: [`forward`](CausalLm::forward) all logits,
-/// [`token_nll`] none of them, and [`fit`](crate::fit()) with
-/// [`checkpoint_blocks`](crate::FitConfig::checkpoint_blocks) the inputs of the blocks alone.
-pub trait CausalLm: Linears {
-    /// What the embedding and the blocks know of the places of tokens, made once for all of them: which
-    /// tokens see each other, tables of rotary embeddings. `()` for a model that needs neither.
-    type Positions;
-
-    /// Tokens that the model has: it takes `0 .. vocab_size`.
-    fn vocab_size(&self) -> usize;
-
-    /// The longest text that the model has places for, in tokens; none if any length can be computed,
-    /// as with rotary embeddings.
-    fn max_positions(&self) -> Option<usize> {
-        None
-    }
-
-    /// Blocks.
-    fn n_blocks(&self) -> usize;
-
-    /// The places of the tokens of sequences.
-    fn positions(&self, spans: &Spans) -> Self::Positions;
-
-    /// The input of the first block, `[batch, seq, hidden]`, of tokens `[batch, seq]`.
-    ///
-    /// # Panics
-    /// If a token is not in the vocabulary.
-    fn embed(&self, tokens: Tensor<2, Int>, positions: &Self::Positions) -> Tensor<3>;
-
-    /// `x`, `[batch, seq, hidden]`, through block `index`: a function of its arguments and the
-    /// block's parameters, which may be run again.
-    fn block(&self, index: usize, x: Tensor<3>, positions: &Self::Positions) -> Tensor<3>;
-
-    /// What the head reads of the output of the last block, `[batch, seq, hidden]`.
+/// [`forward`](CausalLm::forward) computes all logits. [`token_nll`] goes from the output of the norm and
+/// the weight of the head to one number per token, without the logits of all tokens in memory.
+pub trait CausalLm: Blocks {
+    /// The input of the head, from the output of the last block, `[batch, seq, hidden]`.
     fn norm(&self, x: Tensor<3>) -> Tensor<3>;
 
-    /// The weight of the head, `[hidden, vocab]`: logits are its product with the output of
-    /// [`norm`](CausalLm::norm). The loss, which goes through the head in parts, asks for it once; a
-    /// packed head is unpacked for that.
-    fn head(&self) -> Tensor<2>;
+    /// The head, whose product with the output of [`norm`](CausalLm::norm) is the logits.
+    fn head(&self) -> Head<'_>;
 
-    /// The logits of `x`, the output of [`norm`](CausalLm::norm): its product with the head. A model
-    /// whose head may be packed multiplies by what is packed.
-    ///
-    /// # Shapes
-    /// - `x`: `[rows, hidden]`
-    /// - result: `[rows, vocab]`
-    fn logits(&self, x: Tensor<2>) -> Tensor<2> {
-        x.matmul(self.head())
-    }
-
-    /// The logits of the token after each of `tokens`, each sequence being one text.
+    /// The logits of the token after each of `tokens`; each sequence is one document.
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`
@@ -70,7 +29,7 @@ pub trait CausalLm: Linears {
         self.forward_spans(tokens, &spans)
     }
 
-    /// [`forward`](CausalLm::forward) where the sequences are made up of texts.
+    /// The logits of sequences of several documents; otherwise as [`forward`](CausalLm::forward).
     ///
     /// # Panics
     /// If a token is not in the vocabulary, or the spans are those of other sequences.
@@ -78,40 +37,71 @@ pub trait CausalLm: Linears {
         let positions = self.positions(spans);
         let x = self.norm(run_blocks(self, tokens, &positions, |_, _| ()));
         let [batch, seq, hidden] = x.dims();
-        let logits = self.logits(x.reshape([batch * seq, hidden]));
+        let logits = self.head().logits(x.reshape([batch * seq, hidden]));
         let vocab = logits.dims()[1];
         logits.reshape([batch, seq, vocab])
     }
 }
 
-/// The output of the last block. `on_input` sees each block's index and input.
-pub(crate) fn run_blocks<M: CausalLm>(
-    model: &M,
-    tokens: Tensor<2, Int>,
-    positions: &M::Positions,
-    mut on_input: impl FnMut(usize, &Tensor<3>),
-) -> Tensor<3> {
-    let mut x = model.embed(tokens, positions);
-    for index in 0..model.n_blocks() {
-        on_input(index, &x);
-        x = model.block(index, x, positions);
-    }
-    x
+/// The weight of the head of a [`CausalLm`], `[hidden, vocab]`.
+#[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one at a time, on the stack"
+)]
+pub enum Head<'a> {
+    /// Floats: a weight of its own, or the transposed embedding of a tied head.
+    Dense(Tensor<2>),
+    /// A packed weight.
+    Quant(&'a QuantTensor),
 }
 
-/// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`; nothing for
-/// tokens that are not to be predicted.
+impl<'a> From<&'a Weight> for Head<'a> {
+    fn from(weight: &'a Weight) -> Self {
+        match weight {
+            Weight::Dense(weight) => Self::Dense(weight.val()),
+            Weight::Quant(weight) => Self::Quant(weight),
+        }
+    }
+}
+
+impl Head<'_> {
+    /// The product of `x` and the head.
+    ///
+    /// # Shapes
+    /// - `x`: `[rows, hidden]`
+    /// - result: `[rows, vocab]`
+    ///
+    /// # Panics
+    /// If `x` is of another width.
+    pub fn logits(&self, x: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Dense(weight) => x.matmul(weight.clone()),
+            Self::Quant(weight) => weight.matmul(x),
+        }
+    }
+
+    /// The weight in floats, `[hidden, vocab]`; a packed one is dequantized.
+    pub fn to_dense(&self) -> Tensor<2> {
+        match self {
+            Self::Dense(weight) => weight.clone(),
+            Self::Quant(weight) => weight.dequantize(),
+        }
+    }
+}
+
+/// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`; zero for
+/// tokens that are no targets.
+///
+/// # Panics
+/// If a token is not in the vocabulary ([`Batch::check`]).
 pub fn token_nll<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<2> {
     nll_of_output(model, last_output(model, batch), batch)
 }
 
-/// The output of the last block, `[batch, seq, hidden]`.
-pub fn last_output<M: CausalLm>(model: &M, batch: &Batch) -> Tensor<3> {
-    let positions = model.positions(batch.spans());
-    run_blocks(model, batch.tokens(), &positions, |_, _| ())
-}
-
 /// [`token_nll`] from the output of the last block, `[batch, seq, hidden]`.
+///
+/// A packed head is dequantized once per call.
 pub fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Tensor<2> {
     let [n, seq, _] = x.dims();
     let x = model.norm(x.slice([0..n, 0..seq - 1]));
@@ -119,12 +109,13 @@ pub fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Ten
     let x = x.reshape([n * (seq - 1), hidden]);
     let targets = batch.tokens().slice([0..n, 1..seq]);
     let targets = targets.reshape([n * (seq - 1)]);
+    let head = model.head().to_dense();
     let Some(rows) = batch.target_rows() else {
-        return linear_cross_entropy(x, model.head(), targets).reshape([n, seq - 1]);
+        return linear_cross_entropy(x, head, targets).reshape([n, seq - 1]);
     };
-    // The head is multiplied by what is predicted alone: of instruction data that is a part.
+    // Only the rows of targets are multiplied by the head: of instruction data, a part.
     let (x, targets) = (x.select(0, rows.clone()), targets.select(0, rows.clone()));
-    let losses = linear_cross_entropy(x, model.head(), targets);
+    let losses = linear_cross_entropy(x, head, targets);
     let none = Tensor::zeros([n * (seq - 1)], (&losses.device(), losses.dtype()));
     let all = none.select_assign(0, rows, losses, IndexingUpdateOp::Add);
     all.reshape([n, seq - 1])

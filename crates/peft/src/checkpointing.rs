@@ -4,12 +4,12 @@
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
 
-use crate::causal_lm::run_blocks;
-use crate::{Batch, CausalLm, Result, Spans};
+use crate::blocks::run_blocks;
+use crate::{Batch, Blocks, Result, Spans};
 
 /// The lowest part with a parameter that trains: 0 is the embedding, `1 ..= n_blocks` are the
 /// blocks, and what is above them is `n_blocks + 1`. No gradient has to pass through a part below.
-pub(crate) fn lowest_trained<M: CausalLm>(model: &M, batch: &Batch) -> usize {
+pub(crate) fn lowest_trained<M: Blocks>(model: &M, batch: &Batch) -> usize {
     // One token shows what is tracked.
     let token = batch.tokens().slice([0..1, 0..1]);
     let positions = model.positions(&Spans::whole(1, &token.device()));
@@ -25,7 +25,7 @@ pub(crate) fn lowest_trained<M: CausalLm>(model: &M, batch: &Batch) -> usize {
 
 /// The gradients of `loss` of the output of the last block, whatever it makes of it; `lowest` is
 /// [`lowest_trained`].
-pub(crate) fn backward_by_block<M: CausalLm>(
+pub(crate) fn backward_by_block<M: Blocks>(
     model: &M,
     batch: &Batch,
     lowest: usize,

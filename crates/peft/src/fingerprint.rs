@@ -7,23 +7,58 @@ use sha2::{Digest, Sha256};
 
 use crate::Linears;
 
-/// SHA-256 of a model's parameters with their names and of its layers' formats, adapters left out.
+/// The SHA-256 of a model's parameters with their names, and of its layers' formats, without adapters.
 ///
 /// Two models of one architecture and one configuration with one fingerprint give the same bits.
+///
+/// # Examples
+/// ```
+/// # use burn::tensor::{Device, Tensor};
+/// # use peft::{Fingerprint, Linear, Linears, Lora, Weight};
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Mlp {
+/// #     up: Linear,
+/// # }
+/// # impl Linears for Mlp {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("up".into(), &self.up)]
+/// #     }
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("up".into(), &mut self.up)]
+/// #     }
+/// # }
+/// let weight = |value: f32| Weight::frozen(Tensor::full([4, 4], value, &Device::flex()));
+/// let mut mlp = Mlp {
+///     up: Linear::new(weight(1.0), None),
+/// };
+/// let base = Fingerprint::of(&mlp);
+/// peft::attach(&mut mlp, &Lora::new(2))?;
+/// assert_eq!(Fingerprint::of(&mlp), base);
+/// mlp.up = Linear::new(weight(1.5), None);
+/// assert_ne!(Fingerprint::of(&mlp), base);
+/// # Ok::<(), peft::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Fingerprint(String);
 
 impl Fingerprint {
     /// The fingerprint of a model, from one pass over its parameters.
+    ///
+    /// All of them count but those of the adapters of the layers that [`Linears::linears_mut`] lists.
     pub fn of(model: &impl Linears) -> Self {
+        // Nothing is skipped by its name or its identity: what is no part of the base is taken off.
+        let mut base = model.clone();
+        for (_, linear) in base.linears_mut() {
+            linear.adapter = None;
+        }
         let mut parameters = Parameters {
             hash: Sha256::new(),
             path: Vec::new(),
         };
-        let linears = model.linears().into_iter();
+        let linears = base.linears().into_iter();
         let weights = linears.map(|(path, linear)| (path, &linear.weight));
-        for (path, weight) in weights.chain(model.other_weights()) {
+        for (path, weight) in weights.chain(base.other_weights()) {
             let format = weight.format().map(|format| format.to_string());
             let format = format.as_deref().unwrap_or("dense");
             let dims = weight.dims();
@@ -31,55 +66,48 @@ impl Fingerprint {
                 .hash
                 .update(format!("{path} {dims:?} {format}\n"));
         }
-        model.visit(&mut parameters);
+        base.visit(&mut parameters);
         let digest = parameters.hash.finalize();
         let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         Self(format!("sha256:{hex}"))
     }
 }
 
-/// Feeds a hash with the parameters that belong to no adapter.
+/// Feeds a hash with the parameters of a module.
 struct Parameters {
     hash: Sha256,
     path: Vec<String>,
 }
 
 impl Parameters {
-    /// Whether the parameter at hand counts. Its name is fed first.
-    fn enter(&mut self, dims: &[usize]) -> bool {
-        // The field of `Linear`.
-        if self.path.iter().any(|name| name == "adapter") {
-            return false;
-        }
+    /// Feeds the name and the shape of the parameter at hand.
+    fn enter(&mut self, dims: &[usize]) {
         self.hash
             .update(format!("{} {dims:?}\n", self.path.join(".")));
-        true
     }
 }
 
 impl ModuleVisitor for Parameters {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let values = param.val();
-        if self.enter(&values.dims()) {
-            let values = values.into_data().convert::<f32>();
-            for value in values.as_slice::<f32>().expect("converted to f32") {
-                self.hash.update(value.to_le_bytes());
-            }
+        self.enter(&values.dims());
+        let values = values.into_data().convert::<f32>();
+        for value in values.as_slice::<f32>().expect("converted to f32") {
+            self.hash.update(value.to_le_bytes());
         }
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
         let values = param.val();
-        if self.enter(&values.dims()) {
-            let values = values.into_data().convert::<u32>();
-            for value in values.as_slice::<u32>().expect("converted to u32") {
-                self.hash.update(value.to_le_bytes());
-            }
+        self.enter(&values.dims());
+        let values = values.into_data().convert::<u32>();
+        for value in values.as_slice::<u32>().expect("converted to u32") {
+            self.hash.update(value.to_le_bytes());
         }
     }
 
     fn enter_module(&mut self, name: &str, container: &str) {
-        // What the variants of an enum are called says nothing about a model.
+        // The name of an enum's variant is no part of a path.
         if !is_enum(container) {
             self.path.push(name.into());
         }

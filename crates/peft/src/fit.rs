@@ -1,4 +1,3 @@
-use burn::config::Config;
 use burn::module::{ModuleVisitor, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
@@ -8,7 +7,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::checkpointing::{backward_by_block, lowest_trained};
-use crate::{Batch, CausalLm, Error, Result, last_output, nll_of_output};
+use crate::{Batch, Blocks, CausalLm, Error, Result, last_output, nll_of_output, set_dropout};
 
 /// How the learning rate goes on after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,56 +21,160 @@ pub enum Schedule {
     Cosine,
 }
 
-/// How [`fit`] trains.
-#[derive(Config, Debug)]
+/// The settings of [`fit`]: AdamW, its schedule, and what makes a step.
+///
+/// They are checked when training begins, or by [`FitConfig::check`].
+///
+/// # Examples
+/// ```
+/// use peft::{FitConfig, Schedule};
+///
+/// let config = FitConfig::new()
+///     .with_learning_rate(2e-4)
+///     .with_steps(100)
+///     .with_schedule(Schedule::Linear);
+/// assert!(config.check().is_ok());
+/// let error = config.with_learning_rate(-1.0).check().unwrap_err();
+/// assert_eq!(error.to_string(), "learning_rate is -1; it must be a positive number");
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FitConfig {
-    /// The learning rate of AdamW, reached at the end of the warm-up.
-    #[config(default = 1e-3)]
-    pub learning_rate: f64,
-    /// Passes over the batches; not used if `steps` is given.
-    #[config(default = 1)]
-    pub epochs: usize,
-    /// Optimizer steps. The batches are gone through again as often as it takes.
-    #[config(default = "None")]
-    pub steps: Option<usize>,
-    /// Batches whose gradients make one step, each token weighing the same.
-    #[config(default = 1)]
-    pub accumulation: usize,
-    /// Steps in which the learning rate rises in a line.
-    #[config(default = 0)]
-    pub warmup_steps: usize,
-    /// What the learning rate does after the warm-up.
-    #[config(default = "Schedule::Cosine")]
-    pub schedule: Schedule,
-    /// Decoupled weight decay of AdamW.
-    #[config(default = 0.0)]
-    pub weight_decay: f64,
-    /// The decay of AdamW's mean of gradients.
-    #[config(default = 0.9)]
-    pub beta_1: f64,
-    /// The decay of AdamW's mean of squared gradients.
-    #[config(default = 0.999)]
-    pub beta_2: f64,
-    /// What AdamW adds to the denominator.
-    #[config(default = 1e-8)]
-    pub epsilon: f64,
-    /// Gradients are scaled down to this norm, taken over all parameters together.
-    #[config(default = "Some(1.0)")]
-    pub max_grad_norm: Option<f64>,
-    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): `B` of LoRA and of tiles, DoRA's norms and
-    /// LoRA's biases learn at the rate times this.
-    #[config(default = 1.0)]
-    pub lora_plus_ratio: f64,
-    /// The seed of the order of the batches, and of dropout.
-    #[config(default = 0)]
-    pub seed: u64,
-    /// Gradient checkpointing: keeps of each block its input alone, and runs the block again for its
-    /// gradients. The same result in less memory, for one more forward pass.
-    #[config(default = false)]
-    pub checkpoint_blocks: bool,
+    learning_rate: f64,
+    epochs: usize,
+    steps: Option<usize>,
+    accumulation: usize,
+    warmup_steps: usize,
+    schedule: Schedule,
+    weight_decay: f64,
+    beta_1: f64,
+    beta_2: f64,
+    epsilon: f64,
+    max_grad_norm: Option<f64>,
+    lora_plus_ratio: f64,
+    seed: u64,
+    checkpoint_blocks: bool,
+}
+
+impl Default for FitConfig {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl FitConfig {
+    /// The defaults: one epoch at a learning rate of 1e-3 with a cosine schedule, no weight decay.
+    pub fn new() -> Self {
+        Self {
+            learning_rate: 1e-3,
+            epochs: 1,
+            steps: None,
+            accumulation: 1,
+            warmup_steps: 0,
+            schedule: Schedule::Cosine,
+            weight_decay: 0.0,
+            beta_1: 0.9,
+            beta_2: 0.999,
+            epsilon: 1e-8,
+            max_grad_norm: Some(1.0),
+            lora_plus_ratio: 1.0,
+            seed: 0,
+            checkpoint_blocks: false,
+        }
+    }
+
+    /// The learning rate of AdamW, reached at the end of the warm-up; 1e-3 by default.
+    pub fn with_learning_rate(mut self, learning_rate: f64) -> Self {
+        self.learning_rate = learning_rate;
+        self
+    }
+
+    /// Passes over the batches, 1 by default; not used if the steps are given.
+    pub fn with_epochs(mut self, epochs: usize) -> Self {
+        self.epochs = epochs;
+        self
+    }
+
+    /// Optimizer steps. The batches are repeated as often as it takes; by default, there are those of
+    /// the epochs.
+    pub fn with_steps(mut self, steps: impl Into<Option<usize>>) -> Self {
+        self.steps = steps.into();
+        self
+    }
+
+    /// Batches whose gradients make one step, each target weighing the same; 1 by default.
+    pub fn with_accumulation(mut self, accumulation: usize) -> Self {
+        self.accumulation = accumulation;
+        self
+    }
+
+    /// Steps of linear warm-up of the learning rate; 0 by default.
+    pub fn with_warmup_steps(mut self, warmup_steps: usize) -> Self {
+        self.warmup_steps = warmup_steps;
+        self
+    }
+
+    /// The learning rate after the warm-up; [`Schedule::Cosine`] by default.
+    pub fn with_schedule(mut self, schedule: Schedule) -> Self {
+        self.schedule = schedule;
+        self
+    }
+
+    /// The decoupled weight decay of AdamW; 0 by default.
+    pub fn with_weight_decay(mut self, weight_decay: f64) -> Self {
+        self.weight_decay = weight_decay;
+        self
+    }
+
+    /// The decay of AdamW's mean of gradients; 0.9 by default.
+    pub fn with_beta_1(mut self, beta_1: f64) -> Self {
+        self.beta_1 = beta_1;
+        self
+    }
+
+    /// The decay of AdamW's mean of squared gradients; 0.999 by default.
+    pub fn with_beta_2(mut self, beta_2: f64) -> Self {
+        self.beta_2 = beta_2;
+        self
+    }
+
+    /// The term that AdamW adds to the denominator; 1e-8 by default.
+    pub fn with_epsilon(mut self, epsilon: f64) -> Self {
+        self.epsilon = epsilon;
+        self
+    }
+
+    /// The norm that gradients are clipped to, taken over all parameters together; 1 by default,
+    /// `None` for no clipping.
+    pub fn with_max_grad_norm(mut self, max_grad_norm: impl Into<Option<f64>>) -> Self {
+        self.max_grad_norm = max_grad_norm.into();
+        self
+    }
+
+    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the ratio of the learning rate of `B` of LoRA and of
+    /// tiles, DoRA's norms and LoRA's biases to that of the other parameters; 1 by default.
+    pub fn with_lora_plus_ratio(mut self, lora_plus_ratio: f64) -> Self {
+        self.lora_plus_ratio = lora_plus_ratio;
+        self
+    }
+
+    /// The seed of the order of the batches, and of dropout; 0 by default.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Gradient checkpointing by block: only the input of each block is kept, and the block runs again
+    /// for its gradients. The results are the same, in less memory, for one more forward pass.
+    pub fn with_checkpoint_blocks(mut self, checkpoint_blocks: bool) -> Self {
+        self.checkpoint_blocks = checkpoint_blocks;
+        self
+    }
+
+    /// The learning rate of AdamW.
+    pub fn learning_rate(&self) -> f64 {
+        self.learning_rate
+    }
+
     /// Checks the settings, as [`fit`] does before it begins.
     ///
     /// # Errors
@@ -157,34 +260,39 @@ pub struct Step {
 
 /// Trains the parameters that are not frozen, by AdamW on the next-token loss.
 ///
-/// A step's gradient is that of the mean loss over the tokens of its batches, however they are
-/// split. The order of the batches is drawn anew for each pass.
+/// A step's gradient is that of the mean loss over the targets of its batches, however they are
+/// split. The batches are shuffled anew for each epoch.
 ///
 /// # Errors
-/// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`] or [`Error::NothingToTrain`] before the
-/// first step; [`Error::NonFinite`] if the loss, a gradient or a result is NaN or infinite. On an error the model is as
-/// it was before.
+/// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
+/// [`Error::NothingToTrain`] before the first step; [`Error::NonFinite`] if the loss, a gradient or a
+/// result is NaN or infinite. On an error the model is unchanged.
 pub fn fit<M: CausalLm>(
     model: &mut M,
     batches: &[Batch],
     config: &FitConfig,
     on_step: impl FnMut(&Step),
 ) -> Result<()> {
-    let loss = |model: &M, x, at: usize| nll_of_output(model, x, &batches[at]);
+    let loss = |model: &M, x, at: usize| {
+        let batch = &batches[at];
+        batch.of_targets(nll_of_output(model, x, batch)).sum()
+    };
     fit_with(model, batches, config, loss, on_step)
 }
 
-/// [`fit`] on another loss. `loss(model, x, at)` is the loss of each token after the first of
-/// `batches[at]`, `[batch, seq - 1]`, of which those count that are to be predicted, where `x`, `[batch, seq, hidden]`, is the output of the model's last block: see
-/// [`nll_of_output`].
+/// Trains as [`fit`] does, on another loss.
+///
+/// `loss(model, x, at)` is the loss of `batches[at]`, a scalar: the sum over the batch's targets, where
+/// `x`, `[batch, seq, hidden]`, is the output of the model's last block. The loss of a step is the sum of
+/// those of its batches, divided by their number of targets ([`Batch::n_targets`]).
 ///
 /// # Errors
 /// As [`fit`].
-pub fn fit_with<M: CausalLm>(
+pub fn fit_with<M: Blocks>(
     model: &mut M,
     batches: &[Batch],
     config: &FitConfig,
-    loss_of: impl Fn(&M, Tensor<3>, usize) -> Tensor<2>,
+    loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
     mut on_step: impl FnMut(&Step),
 ) -> Result<()> {
     config.check()?;
@@ -221,7 +329,7 @@ pub fn fit_with<M: CausalLm>(
         1.0 => Vec::new(),
         _ => (tuned.linears().iter())
             .filter_map(|(_, linear)| linear.adapter.as_ref())
-            .flat_map(|adapter| adapter.fast_params())
+            .flat_map(|adapter| adapter.ops().fast_params())
             .collect(),
     };
     let lowest = config
@@ -240,15 +348,15 @@ pub fn fit_with<M: CausalLm>(
         let n_targets: usize = chosen.iter().map(|&at| batches[at].n_targets()).sum();
 
         let mut accumulated = GradientsAccumulator::new();
-        let mut loss = 0.0;
+        let mut mean_loss = 0.0;
         for &at in chosen {
             let batch = &batches[at];
-            tuned.set_dropout(Some(masks.next_u64()));
-            let mut mean = |x: Tensor<3>| {
-                let nll = batch.of_targets(loss_of(&tuned, x, at)).sum() / n_targets as f32;
-                loss += f64::from(nll.clone().inner().into_scalar::<f32>());
-                if loss.is_finite() {
-                    Ok(nll)
+            set_dropout(&mut tuned, masks.next_u64());
+            let mut part = |x: Tensor<3>| {
+                let part = loss(&tuned, x, at) / n_targets as f32;
+                mean_loss += f64::from(part.clone().inner().into_scalar::<f32>());
+                if mean_loss.is_finite() {
+                    Ok(part)
                 } else {
                     Err(Error::NonFinite {
                         what: "the loss".into(),
@@ -257,17 +365,17 @@ pub fn fit_with<M: CausalLm>(
                 }
             };
             let gradients = match lowest {
-                Some(lowest) => backward_by_block(&tuned, batch, lowest, mean)?,
+                Some(lowest) => backward_by_block(&tuned, batch, lowest, part)?,
                 None => {
-                    let loss = mean(last_output(&tuned, batch))?;
-                    GradientsParams::from_grads(loss.backward(), &tuned)
+                    let part = part(last_output(&tuned, batch))?;
+                    GradientsParams::from_grads(part.backward(), &tuned)
                 }
             };
             accumulated.accumulate(&tuned, gradients);
         }
         let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
             let adapter = linear.adapter.as_ref();
-            adapter.and_then(|adapter| adapter.penalty())
+            adapter.and_then(|adapter| adapter.ops().penalty())
         });
         if let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) {
             let gradients = GradientsParams::from_grads(penalty.backward(), &tuned);
@@ -297,7 +405,7 @@ pub fn fit_with<M: CausalLm>(
         on_step(&Step {
             index: index + 1,
             n_steps,
-            loss,
+            loss: mean_loss,
             grad_norm,
             learning_rate,
             n_targets,
@@ -311,7 +419,7 @@ pub fn fit_with<M: CausalLm>(
             step: n_steps,
         });
     }
-    tuned.set_dropout(None);
+    set_dropout(&mut tuned, None);
     *model = tuned.valid();
     Ok(())
 }
@@ -329,7 +437,7 @@ impl ModuleVisitor for Trainable {
 }
 
 /// The norm of all gradients together.
-fn norm<M: CausalLm>(model: &M, gradients: &GradientsParams, step: usize) -> Result<f64> {
+fn norm<M: Blocks>(model: &M, gradients: &GradientsParams, step: usize) -> Result<f64> {
     let mut norms = Norms {
         gradients,
         path: Vec::new(),
@@ -463,14 +571,14 @@ mod tests {
             good.clone().with_learning_rate(0.0),
             good.clone().with_learning_rate(f64::NAN),
             good.clone().with_epochs(0),
-            good.clone().with_steps(Some(0)),
+            good.clone().with_steps(0),
             good.clone().with_accumulation(0),
             good.clone().with_weight_decay(-1.0),
             good.clone().with_beta_2(1.0),
             good.clone().with_epsilon(0.0),
-            good.clone().with_max_grad_norm(Some(0.0)),
+            good.clone().with_max_grad_norm(0.0),
         ] {
-            assert!(matches!(bad.check(), Err(Error::Setting { .. })), "{bad}");
+            assert!(matches!(bad.check(), Err(Error::Setting { .. })), "{bad:?}");
         }
     }
 }

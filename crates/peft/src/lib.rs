@@ -15,7 +15,7 @@
 //! |---|---|---|
 //! | [`Peqa`] | scales, zeros if asked | exactly |
 //! | [`Tile`]: QA-LoRA, QA-HiRA, QA-BLoRA | what is added to tiles of the weight | into the zeros |
-//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA | what is added to the weight | no: [`merge_with`] makes it dense, or rounds it and says what is left |
+//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA, [`Vera`] | what is added to the weight | no: [`merge_with`] makes it dense, or rounds it and says what is left |
 //!
 //! [`presets`] has the settings of the papers, [`Adapters`] reads and writes directories, PEFT's too,
 //! and [`Tasks`] serves tasks that share their codes.
@@ -63,12 +63,14 @@ mod adapter;
 mod adapters;
 mod attach;
 mod batch;
+mod blocks;
 mod calibration;
 mod causal_lm;
 mod checkpointing;
 mod error;
 mod fingerprint;
 mod fit;
+mod layer_report;
 mod learning_rate;
 mod linear;
 mod linears;
@@ -80,18 +82,20 @@ mod tasks;
 
 pub use adapter::{
     Adapter, Bayesian, BayesianAdapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter, Pooling,
-    Tile, TileAdapter, TileMethod,
+    Tile, TileAdapter, TileMethod, Vera, VeraAdapter,
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};
 pub use batch::{Batch, Spans};
-pub use calibration::{Stages, Streams};
-pub use causal_lm::{CausalLm, last_output, nll_of_output, token_nll};
+pub use blocks::{Blocks, last_output};
+pub use calibration::{Stage, Stages, Streams};
+pub use causal_lm::{CausalLm, Head, nll_of_output, token_nll};
 pub use error::{Error, Result};
 pub use fingerprint::Fingerprint;
 pub use fit::{FitConfig, Schedule, Step, fit, fit_with};
-pub use linear::{Cost, Linear, Weight};
-pub use linears::Linears;
+pub use layer_report::{LayerError, LayerReport};
+pub use linear::{Linear, Weight};
+pub use linears::{Linears, set_dropout, set_precision};
 pub use merge::{
     Certificate, Exactness, MergedLayer, OffGrid, Probe, merge, merge_probed, merge_with,
 };

@@ -1,9 +1,11 @@
+use std::time::Instant;
+
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use quant_core::{Distortion, Format, Gram, Note, Precision, QuantTensor, Quantized, Quantizer};
+use quant_core::{Format, Gram, Precision, QuantTensor, Quantized, Quantizer};
 
 use crate::adapter::check_shape;
-use crate::{Adapter, Error, Result};
+use crate::{Adapter, Error, LayerError, LayerReport, Result};
 
 /// The weight of a [`Linear`], `[d_in, d_out]`.
 #[derive(Module, Debug)]
@@ -99,20 +101,21 @@ impl Weight {
         }
     }
 
-    /// Packs a dense weight, and says what that cost. Errors name the layer by `path`.
+    /// Quantizes a dense weight. Errors name the layer by `path`.
     ///
     /// `gram` is that of the layer's inputs; without one, quantizers that need it refuse.
     ///
     /// # Errors
-    /// [`Error::AlreadyQuantized`], or what the quantizer has against the weight. Then the weight is
-    /// as it was.
+    /// [`Error::AlreadyQuantized`], or [`Error::Quant`] with the error of the quantizer. Then the weight
+    /// is unchanged.
     pub fn quantize(
         &mut self,
         path: &str,
         quantizer: &dyn Quantizer,
         gram: Option<&Gram>,
-    ) -> Result<Cost> {
-        let weight = match self {
+    ) -> Result<LayerReport> {
+        let clock = Instant::now();
+        let dense = match self {
             Weight::Dense(weight) => weight.val(),
             Weight::Quant(_) => return Err(Error::AlreadyQuantized { path: path.into() }),
         };
@@ -121,29 +124,19 @@ impl Weight {
             source,
         };
         if let Some(gram) = gram {
-            gram.check(weight.dims()[0]).map_err(named)?;
+            gram.check(dense.dims()[0]).map_err(named)?;
         }
-        let Quantized {
-            weight: packed,
+        let Quantized { weight, notes } = quantizer.quantize(dense.clone(), gram).map_err(named)?;
+        let error = LayerError::between(dense, weight.dequantize(), gram);
+        *self = Weight::Quant(weight);
+        Ok(LayerReport {
+            path: path.into(),
+            format: self.format(),
+            error,
+            n_bytes: self.n_bytes(),
+            seconds: clock.elapsed().as_secs_f64(),
             notes,
-        } = quantizer.quantize(weight.clone(), gram).map_err(named)?;
-        let output_error = gram.map(|gram| {
-            let energy = gram.energy(weight.clone());
-            let error = gram.energy(packed.dequantize() - weight.clone());
-            // Rounding can leave a little less than nothing.
-            if energy > 0.0 {
-                (error.max(0.0) / energy).sqrt()
-            } else {
-                0.0
-            }
-        });
-        let cost = Cost {
-            distortion: packed.distortion(weight),
-            output_error,
-            notes,
-        };
-        *self = Weight::Quant(packed);
-        Ok(cost)
+        })
     }
 }
 
@@ -260,7 +253,7 @@ impl Linear {
     /// `[d_in, d_out]`.
     pub fn to_dense(&self) -> Tensor<2> {
         match &self.adapter {
-            Some(adapter) => adapter.to_dense(&self.weight).0.detach(),
+            Some(adapter) => adapter.ops().to_dense(&self.weight).0.detach(),
             None => self.weight.to_dense(),
         }
     }
@@ -293,7 +286,7 @@ impl Linear {
             weight,
         };
         if let Some(adapter) = &adapter {
-            adapter.check(path, &replaced)?;
+            adapter.ops().check(path, &replaced)?;
         }
         let adapter = adapter.map(|adapter| adapter.bound_to(&replaced.weight));
         *self = Self {
@@ -303,7 +296,7 @@ impl Linear {
         Ok(())
     }
 
-    /// Packs the dense weight, and says what that cost. Errors name the layer by `path`.
+    /// Quantizes the dense weight. Errors name the layer by `path`.
     ///
     /// `gram` is that of the layer's inputs; without one, quantizers that need it refuse.
     ///
@@ -315,20 +308,8 @@ impl Linear {
         path: &str,
         quantizer: &dyn Quantizer,
         gram: Option<&Gram>,
-    ) -> Result<Cost> {
+    ) -> Result<LayerReport> {
         self.check_plain(path)?;
         self.weight.quantize(path, quantizer, gram)
     }
-}
-
-/// What it cost to pack a weight.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Cost {
-    /// The distance of the weights.
-    pub distortion: Distortion,
-    /// The relative error of the layer's output over the tokens of the calibration,
-    /// `‖X (W - Ŵ)‖ / ‖X W‖`, if there was one.
-    pub output_error: Option<f64>,
-    /// What the quantizer has to say.
-    pub notes: Vec<Note>,
 }

@@ -194,7 +194,7 @@ pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certif
         let Some(adapter) = &linear.adapter else {
             continue;
         };
-        adapter.check(&path, linear)?;
+        adapter.ops().check(&path, linear)?;
         let (weight, exactness) = merge_layer(&path, adapter, &linear.weight, off_grid)?;
         layers.push(MergedLayer {
             path: path.clone(),
@@ -235,7 +235,7 @@ pub fn merge_probed<M: CausalLm>(
     let logits =
         |model: &M| floats(probe.of_text(model.forward_spans(probe.tokens(), probe.spans())));
     let mut before = model.clone();
-    before.set_dropout(None);
+    crate::set_dropout(&mut before, None);
     let adapted = logits(&before);
     for (_, linear) in before.linears_mut() {
         linear.adapter = None;
@@ -282,7 +282,7 @@ fn merge_layer(
     off_grid: OffGrid,
 ) -> Result<(Weight, Exactness)> {
     let packed = match weight {
-        Weight::Quant(packed) => adapter.on_codes(path, packed),
+        Weight::Quant(packed) => adapter.ops().on_codes(path, packed),
         Weight::Dense(_) => return dense(path, adapter, weight),
     };
     match (packed, off_grid) {
@@ -296,7 +296,7 @@ fn merge_layer(
 }
 
 fn dense(path: &str, adapter: &Adapter, weight: &Weight) -> Result<(Weight, Exactness)> {
-    let (sum, exactness) = adapter.to_dense(weight);
+    let (sum, exactness) = adapter.ops().to_dense(weight);
     let sum = finite(path, sum)?;
     let sum = Param::from_tensor(sum).set_require_grad(weight.trains());
     Ok((Weight::Dense(sum), exactness))
@@ -308,7 +308,7 @@ fn rounded(
     weight: &Weight,
     quantizer: &dyn Quantizer,
 ) -> Result<(QuantTensor, Exactness)> {
-    let (sum, _) = adapter.to_dense(weight);
+    let (sum, _) = adapter.ops().to_dense(weight);
     let sum = finite(path, sum)?;
     let packed = quantizer.quantize(sum.clone(), None);
     let packed = packed.map_err(|source| Error::Quant {

@@ -12,7 +12,7 @@
 //! let packed = preset.quantizer.quantize(weight, None)?.weight;
 //! let adapter = preset.method.init("proj", &Linear::new(Weight::Quant(packed), None))?;
 //! assert_eq!(adapter.method(), "LoRA");
-//! assert_eq!(preset.fit.learning_rate, 2e-4);
+//! assert_eq!(preset.fit.learning_rate(), 2e-4);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use quant_core::{Needs, Quantizer};
 
-use crate::{Batch, CausalLm, Error, Result};
+use crate::{Batch, Blocks, Error, Result};
 
 /// Which quantizer each projection gets. A [`Quantizer`] is the recipe that gives itself to all.
 pub trait Recipe {
@@ -42,7 +42,7 @@ impl Recipe for PerLayer {
 /// [`Error::NoLayer`] if the recipe names a layer that the model lacks, an error for a layer that is
 /// quantized or adapted already or that its format does not fit, [`Error::NoCalibration`],
 /// [`Error::RepeatedCalibration`], or as [`Batch::check`].
-pub fn check_recipe<M: CausalLm>(
+pub fn check_recipe<M: Blocks>(
     model: &M,
     recipe: &(impl Recipe + ?Sized),
     calibration: &[Batch],

@@ -56,7 +56,7 @@ impl TaskPack {
                 continue;
             };
             let weight = quantized(METHOD, &path, &linear.weight)?;
-            let (merged, _) = adapter.on_codes(&path, weight)?;
+            let (merged, _) = adapter.ops().on_codes(&path, weight)?;
             let changed = |before: Vec<f32>, after: Vec<f32>| (before != after).then_some(after);
             let scales = floats(merged.scales());
             let grids = Grids {

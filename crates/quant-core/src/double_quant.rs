@@ -1,17 +1,77 @@
 //! Double quantization: the scales of a weight as codes.
 
+use std::fmt;
+
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
-use crate::{DoubleQuant, ScaleLevels, codebook};
+use crate::values::{check_finite, check_length, floats, frozen_floats, frozen_words, words};
+use crate::{Error, Result, codebook};
 
-/// Double-quantized scales: `s = level(code) · absmax + offset`.
+/// The levels that the codes of double-quantized scales stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScaleLevels {
+    /// bitsandbytes' signed dynamic map of 8 bits, around the mean of the scales (Dettmers et al.
+    /// 2023, arXiv:2305.14314, §3).
+    Dynamic,
+    /// `0 ..= 2^bits - 1` equal steps above the smallest scale, as in LQ-LoRA (Guo et al. 2024,
+    /// arXiv:2311.12023). A code takes a byte in memory.
+    Unsigned {
+        /// 2 to 8.
+        bits: usize,
+    },
+}
+
+impl ScaleLevels {
+    /// Bits of a code.
+    pub(crate) fn bits(self) -> usize {
+        match self {
+            ScaleLevels::Dynamic => 8,
+            ScaleLevels::Unsigned { bits } => bits,
+        }
+    }
+}
+
+/// The format of scales that are codes themselves: `s = level(code) · absmax + offset`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct DoubleQuant {
+    /// The levels that codes stand for.
+    pub levels: ScaleLevels,
+    /// The number of scales that share an `absmax`, counted output by output.
+    pub block_size: usize,
+}
+
+impl DoubleQuant {
+    /// The double quantization of bitsandbytes and QLoRA: the dynamic map in blocks of 256.
+    pub const fn dynamic() -> Self {
+        Self {
+            levels: ScaleLevels::Dynamic,
+            block_size: 256,
+        }
+    }
+}
+
+impl fmt::Display for DoubleQuant {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}-bit ", self.levels.bits())?;
+        if self.levels == ScaleLevels::Dynamic {
+            f.write_str("dynamic ")?;
+        }
+        write!(f, "scales in blocks of {}", self.block_size)
+    }
+}
+
+/// Double-quantized scales on the host: `s = level(code) · absmax + offset`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DoubleScales {
     /// `[d_out, n_groups]`, row by row: output by output, as bitsandbytes flattens a weight.
     pub codes: Vec<u8>,
     /// One for each block of codes.
     pub absmax: Vec<f32>,
-    /// What is added to all.
+    /// The term that is added to every scale.
     pub offset: f32,
 }
 
@@ -66,7 +126,108 @@ impl DoubleScales {
     }
 }
 
-/// What the codes of double-quantized scales stand for, ascending.
+/// The double-quantized scales of a [`QuantTensor`](crate::QuantTensor), on its device.
+///
+/// Each method reads only the values that it returns.
+#[derive(Module, Debug)]
+pub struct DoubleScaleParams {
+    /// Four codes in a word.
+    codes: Param<Tensor<1, Int>>,
+    absmax: Param<Tensor<1>>,
+    offset: Param<Tensor<1>>,
+    #[module(skip)]
+    format: DoubleQuant,
+    #[module(skip)]
+    n_scales: usize,
+}
+
+impl DoubleScaleParams {
+    pub(crate) fn new(
+        scales: DoubleScales,
+        format: DoubleQuant,
+        n_scales: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let n_blocks = n_scales.div_ceil(format.block_size);
+        check_length("scale codes", n_scales, scales.codes.len())?;
+        check_length("absmax", n_blocks, scales.absmax.len())?;
+        check_finite("the absmax of the scales", &scales.absmax, 1)?;
+        check_finite("the offset of the scales", &[scales.offset], 1)?;
+        let n_levels = scale_levels(format.levels).len();
+        if let Some(&code) = scales.codes.iter().find(|&&c| usize::from(c) >= n_levels) {
+            return Err(Error::ScaleCode { code, n_levels });
+        }
+        check_finite("the scales", &scales.dequantize(1, format), 1)?;
+        let mut bytes = scales.codes;
+        bytes.resize(n_scales.next_multiple_of(4), 0);
+        let (words, _) = bytes.as_chunks::<4>();
+        let words: Vec<u32> = words.iter().map(|&word| u32::from_le_bytes(word)).collect();
+        let n_words = words.len();
+        Ok(Self {
+            codes: frozen_words(words, [n_words], device),
+            absmax: frozen_floats(scales.absmax, [n_blocks], device),
+            offset: frozen_floats(vec![scales.offset], [1], device),
+            format,
+            n_scales,
+        })
+    }
+
+    /// The codes, `[d_out, n_groups]`, row by row.
+    pub fn codes(&self) -> Vec<u8> {
+        let words = words(self.codes.val());
+        let mut codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        codes.truncate(self.n_scales);
+        codes
+    }
+
+    /// The absolute maximum of each block.
+    pub fn absmax(&self) -> Vec<f32> {
+        floats(self.absmax.val())
+    }
+
+    /// The term that is added to every scale.
+    pub fn offset(&self) -> f32 {
+        floats(self.offset.val())[0]
+    }
+
+    /// All of them, on the host.
+    pub fn to_host(&self) -> DoubleScales {
+        DoubleScales {
+            codes: self.codes(),
+            absmax: self.absmax(),
+            offset: self.offset(),
+        }
+    }
+
+    /// The scales, `[n_groups, d_out]`.
+    pub(crate) fn dequantize(&self, [n_groups, d_out]: [usize; 2]) -> Tensor<2> {
+        let n = self.n_scales;
+        let device = self.absmax.val().device();
+        let shifts =
+            Tensor::<1, Int>::from_data(TensorData::from([0u32, 8, 16, 24]), (&device, DType::U32));
+        let n_words = n.div_ceil(4);
+        let words = self.codes.val().reshape([n_words, 1]).expand([n_words, 4]);
+        let codes = words
+            .bitwise_right_shift(shifts.reshape([1, 4]).expand([n_words, 4]))
+            .bitwise_and_scalar(255)
+            .reshape([4 * n_words])
+            .narrow(0, 0, n);
+        let table = scale_levels(self.format.levels);
+        let n_levels = table.len();
+        let table = Tensor::<1>::from_data(TensorData::new(table, [n_levels]), &device);
+        let levels = table.select(0, codes);
+
+        let block = self.format.block_size;
+        let n_blocks = n.div_ceil(block);
+        let absmax = self.absmax.val().reshape([n_blocks, 1]);
+        let absmax = absmax.expand([n_blocks, block.min(n)]);
+        let absmax = absmax.reshape([n_blocks * block.min(n)]).narrow(0, 0, n);
+        let scales = levels * absmax + self.offset.val();
+        scales.reshape([d_out, n_groups]).transpose()
+    }
+}
+
+/// The levels that the codes of double-quantized scales stand for, in ascending order.
 ///
 /// # Panics
 /// If the codes have more than 8 bits, which no [`Format`](crate::Format) has.
@@ -74,7 +235,7 @@ pub fn scale_levels(levels: ScaleLevels) -> Vec<f32> {
     match levels {
         ScaleLevels::Dynamic => codebook::dynamic_map().into(),
         ScaleLevels::Unsigned { bits } => {
-            assert!(bits <= 8, "a code of a scale is a byte");
+            assert!(bits <= 8, "the code of a scale is a byte");
             let steps = (1 << bits) - 1;
             (0..=steps).map(|k| k as f32 / steps as f32).collect()
         }

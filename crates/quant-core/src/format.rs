@@ -3,82 +3,11 @@ use std::fmt;
 use kernels::{Layout, Levels};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, codebook};
+use crate::{DoubleQuant, Error, Grid, Result, codebook};
 
-/// The numbers that codes stand for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Grid {
-    /// `w = s (q - z)`, with a zero for each scale.
-    Affine,
-    /// `w = s (q - 2^(bits - 1))`, without zeros.
-    Symmetric,
-    /// `w = s table[q]`, the quantiles of a normal distribution (Dettmers et al. 2023,
-    /// arXiv:2305.14314) with the offset of 4 bits for every width, as LoftQ and LQ-LoRA have it. 2,
-    /// 3 or 4 bits.
-    NormalFloat,
-    /// The same with an offset for each width: nearer to a normal distribution at 3 bits.
-    NormalFloatByBits,
-    /// `w = s table[q]`, floats of 1 sign, 2 exponent and 1 mantissa bits, in bitsandbytes' order of
-    /// codes. 4 bits.
-    Float4,
-}
-
-impl Grid {
-    /// Whether codes are entries of a table, whose scales are the largest magnitudes of their groups.
-    pub fn is_codebook(&self) -> bool {
-        !matches!(self, Grid::Affine | Grid::Symmetric)
-    }
-}
-
-impl fmt::Display for Grid {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(match self {
-            Grid::Affine => "affine",
-            Grid::Symmetric => "symmetric",
-            Grid::NormalFloat => "normal float",
-            Grid::NormalFloatByBits => "normal float by bits",
-            Grid::Float4 => "float",
-        })
-    }
-}
-
-/// What the codes of double-quantized scales stand for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScaleLevels {
-    /// bitsandbytes' signed dynamic map of 8 bits, around the mean of the scales (Dettmers et al.
-    /// 2023, arXiv:2305.14314, §3).
-    Dynamic,
-    /// `0 ..= 2^bits - 1` equal steps above the least scale, as LQ-LoRA has them (Guo et al. 2024,
-    /// arXiv:2311.12023). A code takes a byte in memory.
-    Unsigned {
-        /// 2 to 8.
-        bits: usize,
-    },
-}
-
-/// Scales that are codes themselves: `s = level(code) · absmax + offset`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct DoubleQuant {
-    /// What a code stands for.
-    pub levels: ScaleLevels,
-    /// Scales that share an `absmax`, taken output by output.
-    pub block_size: usize,
-}
-
-impl DoubleQuant {
-    /// That of bitsandbytes and QLoRA: the dynamic map in blocks of 256.
-    pub const fn dynamic() -> Self {
-        Self {
-            levels: ScaleLevels::Dynamic,
-            block_size: 256,
-        }
-    }
-}
-
-/// Bits, group size, grid and scales of a packed weight.
+/// The bits, group size, grid and kind of scales of a packed weight.
 ///
+/// # Examples
 /// ```
 /// use quant_core::{Format, Grid};
 ///
@@ -124,7 +53,7 @@ impl Format {
     ///
     /// # Errors
     /// [`Error::Bits`] unless `bits` is 2, 3, 4 or 8; [`Error::GridBits`] if the grid has no such
-    /// width; [`Error::EmptyGroup`] for a group of nothing.
+    /// width; [`Error::EmptyGroup`] for a group size of 0.
     pub fn new(bits: usize, group_size: Option<usize>, grid: Grid) -> Result<Self> {
         if !matches!(bits, 2 | 3 | 4 | 8) {
             return Err(Error::Bits { bits });
@@ -144,17 +73,14 @@ impl Format {
         })
     }
 
-    /// The same with double-quantized scales.
+    /// This format with double-quantized scales.
     ///
     /// # Errors
-    /// [`Error::DoubleQuant`] unless the grid is a codebook, whose scales are never negative, the
-    /// block holds a scale, and the codes have 2 to 8 bits.
+    /// [`Error::DoubleQuant`] if the grid is no codebook (other scales may be negative), the block
+    /// is empty, or the codes have other than 2 to 8 bits.
     pub fn with_double_quant(self, double_quant: DoubleQuant) -> Result<Self> {
-        let bits = match double_quant.levels {
-            ScaleLevels::Dynamic => 8,
-            ScaleLevels::Unsigned { bits } => bits,
-        };
-        if !self.grid.is_codebook() || double_quant.block_size == 0 || !(2..=8).contains(&bits) {
+        let has_codes = (2..=8).contains(&double_quant.levels.bits());
+        if !self.grid.is_codebook() || double_quant.block_size == 0 || !has_codes {
             return Err(Error::DoubleQuant {
                 format: self,
                 double_quant,
@@ -166,7 +92,7 @@ impl Format {
         })
     }
 
-    /// The same with scales that are floats.
+    /// This format with scales that are floats.
     pub fn without_double_quant(self) -> Self {
         Self {
             double_quant: None,
@@ -179,22 +105,22 @@ impl Format {
         self.bits
     }
 
-    /// Inputs that share a scale; all of them if `None`.
+    /// The number of inputs that share a scale; all of them if `None`.
     pub fn group_size(&self) -> Option<usize> {
         self.group_size
     }
 
-    /// The numbers that codes stand for.
+    /// The levels that codes stand for.
     pub fn grid(&self) -> Grid {
         self.grid
     }
 
-    /// How the scales are quantized, if they are.
+    /// The format of the scales, if they are quantized.
     pub fn double_quant(&self) -> Option<DoubleQuant> {
         self.double_quant
     }
 
-    /// How a weight `[d_in, d_out]` lies in memory in this format.
+    /// The memory layout of a weight `[d_in, d_out]` in this format.
     ///
     /// # Errors
     /// [`Error::GroupSize`] if a group is larger than `d_in`; [`Error::Size`] for an empty weight
@@ -220,8 +146,20 @@ impl Format {
         Ok(Layout::new(d_in, d_out, self.bits, group_size, levels))
     }
 
-    /// Bytes of a weight `[d_in, d_out]`: the words, and the scales and zeros in `f32` or, where
-    /// scales are double-quantized, a byte for each and an `f32` for each block; without padding.
+    /// Checks that there are zeros if and only if the grid is affine.
+    pub(crate) fn check_zeros(&self, found: bool) -> Result<()> {
+        let grid = self.grid;
+        if found == (grid == Grid::Affine) {
+            Ok(())
+        } else {
+            Err(Error::Zeros { grid, found })
+        }
+    }
+
+    /// The bytes of a weight `[d_in, d_out]`, without padding.
+    ///
+    /// Counts the words, and scales and zeros in `f32`; double-quantized scales take a byte each, an
+    /// `f32` for each block and one for the offset.
     ///
     /// # Errors
     /// As [`Format::layout`].
@@ -247,14 +185,7 @@ impl fmt::Display for Format {
             None => write!(f, ", per channel")?,
         }
         match self.double_quant {
-            Some(DoubleQuant {
-                levels: ScaleLevels::Dynamic,
-                block_size,
-            }) => write!(f, ", 8-bit dynamic scales in blocks of {block_size}"),
-            Some(DoubleQuant {
-                levels: ScaleLevels::Unsigned { bits },
-                block_size,
-            }) => write!(f, ", {bits}-bit scales in blocks of {block_size}"),
+            Some(double_quant) => write!(f, ", {double_quant}"),
             None => Ok(()),
         }
     }

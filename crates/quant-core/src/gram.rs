@@ -1,12 +1,27 @@
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::quant_tensor::check_finite;
+use crate::values::check_finite;
 use crate::{Error, Result, linalg};
 
-/// The running second moment of a layer's inputs, `Σ x xᵀ` over tokens.
+/// The Gram matrix of a layer's inputs, `G = Σ x xᵀ`, summed over tokens.
 ///
-/// It is OPTQ's Hessian but for a factor, `H = 2 G / n_tokens`, which cancels but for inputs that are
-/// always zero.
+/// OPTQ's Hessian is `H = 2 G / n_tokens`. The factor cancels, except in the damping of inputs that
+/// are always zero.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use quant_core::{Error, Gram};
+///
+/// let device = Device::flex();
+/// let mut gram = Gram::new(2, &device);
+/// gram.update(Tensor::<2>::from_data([[1.0, 2.0], [0.0, 1.0]], &device));
+/// assert_eq!(gram.n_tokens(), 2);
+/// let output = Tensor::<2>::from_data([[3.0], [-1.0]], &device);
+/// assert_eq!(gram.energy(output), 1.0 + 1.0);
+///
+/// assert_eq!(gram.check(3), Err(Error::GramSize { d_in: 3, found: 2 }));
+/// ```
 #[derive(Clone, Debug)]
 pub struct Gram {
     sum: Tensor<2>,
@@ -15,7 +30,7 @@ pub struct Gram {
 }
 
 impl Gram {
-    /// Of no tokens yet, for layers of `d_in` inputs.
+    /// The Gram matrix of no tokens, for layers of `d_in` inputs.
     pub fn new(d_in: usize, device: &Device) -> Self {
         Self {
             sum: Tensor::zeros([d_in, d_in], device),
@@ -24,10 +39,10 @@ impl Gram {
         }
     }
 
-    /// One that was summed elsewhere, `[d_in, d_in]`, symmetric.
+    /// Takes a sum over `n_tokens` tokens, `[d_in, d_in]`, symmetric.
     ///
     /// # Errors
-    /// [`Error::GramSize`] if it is not square.
+    /// [`Error::GramSize`] if `sum` is not square.
     pub fn from_sum(sum: Tensor<2>, n_tokens: usize) -> Result<Self> {
         let [d_in, found] = sum.dims();
         if d_in != found {
@@ -43,11 +58,11 @@ impl Gram {
     /// Adds the inputs `x`, `[.., d_in]`.
     ///
     /// # Panics
-    /// If `x` has other inputs, or the drift is summed too.
+    /// If the last dimension of `x` is not `d_in`, or earlier tokens came with a drift.
     pub fn update<const D: usize>(&mut self, x: Tensor<D>) {
         assert!(
             self.drift.is_none(),
-            "tokens without a drift after some with"
+            "tokens without a drift after tokens with one"
         );
         self.add(rows(x, self.d_in()));
     }
@@ -57,16 +72,18 @@ impl Gram {
         self.sum = self.sum.clone() + x.clone().transpose().matmul(x);
     }
 
-    /// Adds the inputs `x` and how far those of the dense model, `dense`, are from them:
-    /// `Σ (dense - x) xᵀ`, for GPTAQ (Li et al. 2025, arXiv:2504.02692).
+    /// Adds the inputs `x`, and their drift from the inputs of the dense model, `dense`.
+    ///
+    /// The drift is `Σ (dense - x) xᵀ`, which GPTAQ compensates (Li et al. 2025, arXiv:2504.02692).
     ///
     /// # Panics
-    /// If either has other inputs, they have other tokens, or there were tokens without a drift.
+    /// If the shapes of `x` and `dense` differ, their last dimension is not `d_in`, or earlier tokens
+    /// came without a drift.
     pub fn update_with_drift<const D: usize>(&mut self, x: Tensor<D>, dense: Tensor<D>) {
-        assert_eq!(x.dims(), dense.dims(), "the same tokens through both");
+        assert_eq!(x.dims(), dense.dims(), "the shapes of the inputs");
         assert!(
             self.drift.is_some() || self.n_tokens == 0,
-            "tokens with a drift after some without"
+            "tokens with a drift after tokens without one"
         );
         let (x, dense) = (rows(x, self.d_in()), rows(dense, self.d_in()));
         let drift = (dense - x.clone()).transpose().matmul(x.clone());
@@ -77,46 +94,48 @@ impl Gram {
         self.add(x);
     }
 
-    /// Inputs.
+    /// The number of inputs.
     pub fn d_in(&self) -> usize {
         self.sum.dims()[0]
     }
 
-    /// Tokens so far.
+    /// The number of tokens so far.
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
     }
 
-    /// `Σ x xᵀ`, `[d_in, d_in]`.
+    /// The sum `Σ x xᵀ`, `[d_in, d_in]`.
     pub fn sum(&self) -> Tensor<2> {
         self.sum.clone()
     }
 
-    /// `Σ (dense - x) xᵀ`, `[d_in, d_in]`, if it was summed.
+    /// The drift `Σ (dense - x) xᵀ`, `[d_in, d_in]`, if it was summed.
     pub fn drift(&self) -> Option<Tensor<2>> {
         self.drift.clone()
     }
 
-    /// The energy of a layer's output, `tr(Wᵀ G W) = Σ ‖x W‖²`, for a weight `[d_in, d_out]`; with
-    /// the error of a weight it is that of the output.
+    /// The energy of a layer's output, `tr(Wᵀ G W) = Σ ‖x W‖²`, for a weight `[d_in, d_out]`.
+    ///
+    /// For the error of a quantized weight, this is the squared error of the layer's output.
     ///
     /// # Panics
-    /// If `weight` has other inputs.
+    /// If `weight` has other than `d_in` rows.
     pub fn energy(&self, weight: Tensor<2>) -> f64 {
         let product = self.sum.clone().matmul(weight.clone()) * weight;
-        // The sums of columns first: a total in f32 would lose its digits.
+        // Column sums on the device, their total in f64.
         kernels::with_values(product.sum_dim(0), |columns| {
             columns.iter().map(|&sum| f64::from(sum)).sum()
         })
     }
 
-    /// A square root: the upper triangular `R`, `[d_in, d_in]`, with `Rᵀ R = G + δ I`, so that
-    /// `‖R E‖² = Σ ‖x E‖²` but for `δ ‖E‖²`. `δ` is the least of 10⁻⁶, 10⁻⁴ and 10⁻² of the mean of the
-    /// diagonal with which there is a Cholesky factor, in double precision: directions that no token
-    /// has seen count by it. The root of a Gram of zeros is a multiple of the identity.
+    /// A square root of the damped matrix: the upper triangular `R` with `Rᵀ R = G + δ I`.
+    ///
+    /// So `‖R E‖² = Σ ‖x E‖² + δ ‖E‖²`. `δ` is the smallest of 10⁻⁶, 10⁻⁴ and 10⁻² times the mean of
+    /// the diagonal for which a Cholesky factorization in `f64` succeeds. The root of a matrix of
+    /// zeros is a multiple of the identity.
     ///
     /// # Errors
-    /// Those of [`Gram::check`]; [`Error::NotPositive`] if there is none.
+    /// Those of [`Gram::check`]; [`Error::NotPositive`] if no factorization succeeds.
     pub fn root(&self) -> Result<Tensor<2>> {
         let d_in = self.d_in();
         self.check(d_in)?;
@@ -140,11 +159,19 @@ impl Gram {
         Err(Error::NotPositive)
     }
 
-    /// Checks that this is the Gram of a layer of `d_in` inputs, and holds numbers that one can have.
+    /// The sums of squares of the inputs, `[d_in]`.
+    pub(crate) fn diagonal(&self) -> Vec<f32> {
+        let d_in = self.d_in();
+        kernels::with_values(self.sum(), |sum| {
+            (0..d_in).map(|i| sum[i * d_in + i]).collect()
+        })
+    }
+
+    /// Checks that this is the Gram matrix of a layer with `d_in` inputs.
     ///
     /// # Errors
-    /// [`Error::GramSize`], [`Error::EmptyGram`], [`Error::NonFinite`] with the first such entry, or
-    /// [`Error::NegativeMoment`].
+    /// [`Error::GramSize`] for another number of inputs, [`Error::EmptyGram`] without tokens,
+    /// [`Error::NonFinite`] with the first NaN or infinity, or [`Error::NegativeMoment`].
     pub fn check(&self, d_in: usize) -> Result<()> {
         let found = self.d_in();
         if found != d_in {

@@ -1,21 +1,27 @@
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::double_quant::DoubleScales;
-use crate::grid::finite_ranges;
-use crate::quant_tensor::Scales;
-use crate::{DoubleQuant, Format, Gram, Grid, Parts, QuantTensor, Quantized, Quantizer, Result};
+use crate::uniform::finite_ranges;
+use crate::{
+    DoubleQuant, DoubleScales, Format, Gram, Grid, Parts, QuantTensor, Quantized, Quantizer,
+    Result, ScaleLevels, Scales,
+};
 
-/// A codebook of fixed levels, scaled to the largest magnitude of each block of inputs: NF4 and its
-/// relatives (Dettmers et al. 2023, arXiv:2305.14314), FP4.
+/// Rounding to the nearest level of a codebook, scaled to the largest magnitude of each block.
 ///
+/// NF2, NF3 and NF4 (Dettmers et al. 2023, arXiv:2305.14314), and FP4.
+///
+/// # Examples
 /// ```
 /// use burn::tensor::{Device, Tensor};
-/// use quant_core::{DoubleQuant, NormalFloat, Quantizer};
+/// use quant_core::{DoubleQuant, Error, Grid, NormalFloat, Quantizer};
 ///
 /// let weight = Tensor::<2>::from_data([[-2.0], [0.1], [0.7], [2.0]], &Device::flex());
 /// let qlora = NormalFloat::new().with_block_size(4).with_double_quant(DoubleQuant::dynamic());
-/// assert_eq!(qlora.quantize(weight, None)?.weight.codes(), [0, 8, 11, 15]);
+/// assert_eq!(qlora.quantize(weight.clone(), None)?.weight.codes(), [0, 8, 11, 15]);
+///
+/// let error = qlora.with_bits(8).quantize(weight, None).unwrap_err();
+/// assert_eq!(error, Error::GridBits { bits: 8, grid: Grid::NormalFloat });
 /// # Ok::<(), quant_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,20 +57,21 @@ impl NormalFloat {
         }
     }
 
-    /// Bits of a code: 2, 3 or 4.
+    /// Sets the bits of a code: 2, 3 or 4.
     pub fn with_bits(mut self, bits: usize) -> Self {
         self.bits = bits;
         self
     }
 
-    /// Inputs that share a scale; `None` for one block per channel.
+    /// Sets the number of inputs that share a scale; `None` for one block per channel.
     pub fn with_block_size(mut self, block_size: impl Into<Option<usize>>) -> Self {
         self.block_size = block_size.into();
         self
     }
 
-    /// Whether the levels of 2 and 3 bits have an offset of their own: see
-    /// [`Grid::NormalFloatByBits`]. FP4 has no such offset, and stays as it is.
+    /// Sets whether the levels of 2 and 3 bits have their own offset: [`Grid::NormalFloatByBits`].
+    ///
+    /// Has no effect on FP4, which has no offset.
     pub fn with_offset_by_bits(mut self, by_bits: bool) -> Self {
         self.grid = match (self.grid, by_bits) {
             (Grid::Float4, _) => Grid::Float4,
@@ -74,7 +81,7 @@ impl NormalFloat {
         self
     }
 
-    /// Whether, and how, the scales are quantized too.
+    /// Sets the format of quantized scales; `None` for scales that are floats.
     pub fn with_double_quant(mut self, double_quant: impl Into<Option<DoubleQuant>>) -> Self {
         self.double_quant = double_quant.into();
         self
@@ -102,11 +109,10 @@ impl Quantizer for NormalFloat {
                 None => (absmax.clone(), Scales::Float(absmax)),
                 Some(double) => {
                     let scales = DoubleScales::quantize(&absmax, layout.n_groups(), double);
-                    // bitsandbytes' codes are those of the exact scales, LQ-LoRA's those of the
-                    // quantized ones.
+                    // bitsandbytes rounds weights by the exact scales, LQ-LoRA by the quantized ones.
                     let used = match double.levels {
-                        crate::ScaleLevels::Dynamic => absmax,
-                        crate::ScaleLevels::Unsigned { .. } => {
+                        ScaleLevels::Dynamic => absmax,
+                        ScaleLevels::Unsigned { .. } => {
                             scales.dequantize(layout.n_groups(), double)
                         }
                     };

@@ -1,14 +1,33 @@
-use burn::module::{Module, Param, ParamId};
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Int, Tensor};
 use kernels::{Layout, Precision};
 
-use crate::double_quant::{DoubleScales, scale_levels};
-use crate::{Distortion, DoubleQuant, Error, Format, Grid, Result};
+use crate::values::{
+    check_finite, check_length, floats, frozen, frozen_floats, frozen_words, words,
+};
+use crate::{Distortion, DoubleScaleParams, DoubleScales, Error, Format, Result};
 
-/// A packed weight `[d_in, d_out]`: a frozen module, and a differentiable operand.
+/// A packed weight `[d_in, d_out]`, frozen, with a differentiable product.
 ///
 /// `w = scales (q - zeros)` on an affine grid, `w = scales (q - 2^(bits - 1))` on a symmetric one,
 /// `w = scales table[q]` on a codebook.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use quant_core::{Error, Format, Grid, Parts, QuantTensor, Quantizer, Rtn};
+///
+/// let device = Device::flex();
+/// let weight = Tensor::<2>::from_data([[0.0], [0.3], [1.1], [3.0]], &device);
+/// let packed = Rtn::new().with_bits(2).quantize(weight, None)?.weight;
+/// let x = Tensor::<2>::from_data([[1.0, 1.0, 1.0, 2.0]], &device);
+/// assert_eq!(packed.matmul(x).into_scalar::<f32>(), 7.0);
+///
+/// let parts = Parts { zeros: None, ..packed.to_parts() };
+/// let error = QuantTensor::from_parts(parts, packed.format(), [4, 1], &device).unwrap_err();
+/// assert_eq!(error, Error::Zeros { grid: Grid::Affine, found: false });
+/// # Ok::<(), quant_core::Error>(())
+/// ```
 #[derive(Module, Debug)]
 pub struct QuantTensor {
     words: Param<Tensor<3, Int>>,
@@ -26,17 +45,7 @@ pub struct QuantTensor {
 #[derive(Module, Debug)]
 enum ScaleParams {
     Float(Param<Tensor<2>>),
-    Double(DoubleParams),
-}
-
-#[derive(Module, Debug)]
-struct DoubleParams {
-    /// Four codes in a word.
-    codes: Param<Tensor<1, Int>>,
-    absmax: Param<Tensor<1>>,
-    offset: Param<Tensor<1>>,
-    #[module(skip)]
-    format: DoubleQuant,
+    Double(DoubleScaleParams),
 }
 
 /// The inputs in the order in which their rows are packed.
@@ -51,28 +60,27 @@ struct InputOrder {
 /// The scales of [`Parts`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scales {
-    /// `[n_groups, d_out]`.
+    /// Floats, `[n_groups, d_out]`.
     Float(Vec<f32>),
-    /// Codes of scales.
+    /// Codes, with the numbers that turn them into floats.
     Double(DoubleScales),
 }
 
-/// The numbers of a [`QuantTensor`].
+/// The values of a [`QuantTensor`], on the host.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parts {
-    /// Words in tiles, [`Layout::words_shape`]; see [`Parts::from_columns`].
+    /// Packed codes in tiles, [`Layout::words_shape`]; see [`Parts::from_columns`].
     pub words: Vec<u32>,
-    /// One for each group and output.
+    /// One scale for each group and output.
     pub scales: Scales,
-    /// `[n_groups, d_out]` in units of a code; `None` on a grid without zeros.
+    /// Zero-points in units of a code, `[n_groups, d_out]`; `None` unless the grid is affine.
     pub zeros: Option<Vec<f32>>,
-    /// The input of each packed row, where the groups do not take the inputs as they come: GPTQ's
-    /// `desc_act`.
+    /// The input of each packed row, if groups are not of consecutive inputs: GPTQ's `desc_act`.
     pub input_order: Option<Vec<u32>>,
 }
 
 impl Parts {
-    /// With scales that are floats and inputs in their order.
+    /// Parts with scales that are floats, and inputs in their order.
     pub fn new(words: Vec<u32>, scales: Vec<f32>, zeros: Option<Vec<f32>>) -> Self {
         Self {
             words,
@@ -82,10 +90,10 @@ impl Parts {
         }
     }
 
-    /// With words as files hold them, `[word_rows, d_out]` row by row: GPTQ's `qweight`.
+    /// Parts with words in the order of GPTQ's `qweight`: `[word_rows, d_out]`, row by row.
     ///
     /// # Errors
-    /// [`Error::Length`] if there are not as many as the layout has.
+    /// [`Error::Length`] if `columns` has another length than the layout asks for.
     pub fn from_columns(
         columns: &[u32],
         layout: &Layout,
@@ -100,7 +108,7 @@ impl Parts {
 }
 
 impl QuantTensor {
-    /// A packed weight `[d_in, d_out]` from its parts.
+    /// Builds a packed weight `[d_in, d_out]` from its parts.
     ///
     /// # Errors
     /// [`Error::Length`], [`Error::Zeros`], [`Error::Scales`], [`Error::ScaleCode`] or
@@ -116,20 +124,13 @@ impl QuantTensor {
         let n_grid = layout.n_groups() * layout.d_out();
         let n_words = layout.words_shape().iter().product();
         check_length("words", n_words, parts.words.len())?;
-        let found = parts.zeros.is_some();
-        if found != (format.grid() == Grid::Affine) {
-            let grid = format.grid();
-            return Err(Error::Zeros { grid, found });
-        }
+        format.check_zeros(parts.zeros.is_some())?;
         if let Some(zeros) = &parts.zeros {
             check_length("zeros", n_grid, zeros.len())?;
             check_finite("the zeros", zeros, layout.d_out())?;
         }
 
-        let grid = |values: Vec<f32>| {
-            let values = TensorData::new(values, layout.grid_shape());
-            frozen(Tensor::from_data(values, (device, DType::F32)))
-        };
+        let grid = |values| frozen_floats(values, layout.grid_shape(), device);
         let scales = match (parts.scales, format.double_quant()) {
             (Scales::Float(scales), None) => {
                 check_length("scales", n_grid, scales.len())?;
@@ -137,7 +138,7 @@ impl QuantTensor {
                 ScaleParams::Float(grid(scales))
             }
             (Scales::Double(scales), Some(double)) => {
-                ScaleParams::Double(DoubleParams::new(scales, double, n_grid, device)?)
+                ScaleParams::Double(DoubleScaleParams::new(scales, double, n_grid, device)?)
             }
             (Scales::Float(_), Some(_)) | (Scales::Double(_), None) => {
                 return Err(Error::Scales { format });
@@ -146,10 +147,8 @@ impl QuantTensor {
         let order = parts
             .input_order
             .map(|order| InputOrder::new(order, dims[0], device));
-        let words = TensorData::new(parts.words, layout.words_shape());
-        let words = Tensor::from_data(words, (device, DType::U32));
         Ok(Self {
-            words: Param::initialized(ParamId::new(), words),
+            words: frozen_words(parts.words, layout.words_shape(), device),
             scales,
             zeros: parts.zeros.map(grid),
             order: order.transpose()?,
@@ -159,14 +158,14 @@ impl QuantTensor {
         })
     }
 
-    /// `weight`, `[d_in, d_out]`, rounded to the nearest codes of a uniform grid that was found elsewhere.
+    /// Rounds `weight`, `[d_in, d_out]`, to nearest on a uniform grid with given scales and zeros.
     ///
     /// # Shapes
     /// - `scales`, `zeros`: `[n_groups, d_out]`; no zeros on a symmetric grid
     ///
     /// # Errors
-    /// [`Error::NoGrid`] with a scale that is not positive or a zero that is a fraction,
-    /// [`Error::NonFinite`], [`Error::Zeros`], [`Error::Scales`] for a format of codebooks, and those of
+    /// [`Error::NoGrid`] if a scale is not positive or a zero is not an integer; [`Error::Scales`] if
+    /// the grid of `format` is a codebook; [`Error::NonFinite`], [`Error::Zeros`], and those of
     /// [`Format::layout`].
     ///
     /// # Panics
@@ -179,12 +178,8 @@ impl QuantTensor {
     ) -> Result<Self> {
         let (dims, device) = (weight.dims(), weight.device());
         let layout = format.layout(dims)?;
-        let grid = format.grid();
-        if zeros.is_some() != (grid == Grid::Affine) {
-            let found = zeros.is_some();
-            return Err(Error::Zeros { grid, found });
-        }
-        if !matches!(grid, Grid::Affine | Grid::Symmetric) {
+        format.check_zeros(zeros.is_some())?;
+        if format.grid().is_codebook() {
             return Err(Error::Scales { format });
         }
         assert_eq!(scales.dims(), layout.grid_shape(), "the shape of scales");
@@ -211,35 +206,35 @@ impl QuantTensor {
         Self::from_parts(Parts::new(words, scales, zeros), format, dims, &device)
     }
 
-    /// The numbers of this weight.
+    /// The values of this weight, read from its device.
     pub fn to_parts(&self) -> Parts {
         Parts {
-            words: self.words(),
+            words: words(self.words.val()),
             scales: match &self.scales {
                 ScaleParams::Float(scales) => Scales::Float(floats(scales.val())),
-                ScaleParams::Double(double) => Scales::Double(double.to_host(&self.layout)),
+                ScaleParams::Double(double) => Scales::Double(double.to_host()),
             },
             zeros: self.zeros().map(floats),
             input_order: self.input_order(),
         }
     }
 
-    /// `[d_in, d_out]`.
+    /// The shape of the dense weight, `[d_in, d_out]`.
     pub fn dims(&self) -> [usize; 2] {
         [self.layout.d_in(), self.layout.d_out()]
     }
 
-    /// Bits, group size, grid and scales.
+    /// The bits, group size, grid and kind of scales.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// The shape in memory.
+    /// The memory layout of the packed codes.
     pub fn layout(&self) -> Layout {
         self.layout
     }
 
-    /// The steps of the grid, `[n_groups, d_out]`; computed where they are double-quantized.
+    /// The scales, `[n_groups, d_out]`; computed on the device if they are double-quantized.
     pub fn scales(&self) -> Tensor<2> {
         match &self.scales {
             ScaleParams::Float(scales) => scales.val(),
@@ -247,27 +242,33 @@ impl QuantTensor {
         }
     }
 
-    /// The zero-points in units of a code, `[n_groups, d_out]`; only on an affine grid.
+    /// The double-quantized scales, if the format has them.
+    pub fn double_scales(&self) -> Option<&DoubleScaleParams> {
+        match &self.scales {
+            ScaleParams::Float(_) => None,
+            ScaleParams::Double(double) => Some(double),
+        }
+    }
+
+    /// The zero-points in units of a code, `[n_groups, d_out]`; `None` unless the grid is affine.
     pub fn zeros(&self) -> Option<Tensor<2>> {
         self.zeros.as_ref().map(|zeros| zeros.val())
     }
 
-    /// The input of each packed row; none where they come in their order.
+    /// The input of each packed row; `None` if inputs are packed in their order.
     pub fn input_order(&self) -> Option<Vec<u32>> {
-        let order = self.order.as_ref()?.inputs.val().into_data();
-        let order = order.convert::<u32>().try_into_vec::<u32>();
-        Some(order.expect("converted to u32"))
+        let order = self.order.as_ref()?;
+        Some(words(order.inputs.val()))
     }
 
-    /// The words as files hold them, `[word_rows, d_out]` row by row: GPTQ's `qweight`, rows in the
-    /// order in which they are packed.
+    /// The packed words in the order of GPTQ's `qweight`: `[word_rows, d_out]`, row by row.
     pub fn columns(&self) -> Vec<u32> {
-        kernels::tiles_to_columns(&self.words(), &self.layout)
+        kernels::tiles_to_columns(&words(self.words.val()), &self.layout)
     }
 
-    /// The codes, `[d_in, d_out]` row by row, input by input.
+    /// The codes, `[d_in, d_out]`, row by row, with inputs in their order.
     pub fn codes(&self) -> Vec<u8> {
-        let codes = kernels::unpack(&self.words(), &self.layout);
+        let codes = kernels::unpack(&words(self.words.val()), &self.layout);
         let Some(order) = self.input_order() else {
             return codes;
         };
@@ -279,25 +280,19 @@ impl QuantTensor {
         by_input
     }
 
-    fn words(&self) -> Vec<u32> {
-        let words = self.words.val().into_data().try_into_vec::<u32>();
-        words.expect("words are u32")
-    }
-
-    /// The same codes on another grid: scales `[n_groups, d_out]`, and zeros of the same shape where
-    /// the format has them. Both are frozen floats from then on.
+    /// Replaces the scales and the zeros, and keeps the codes. Double-quantized scales become floats.
+    ///
+    /// # Shapes
+    /// - `scales`, `zeros`: `[n_groups, d_out]`; zeros if and only if the grid is affine
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if a scale or a zero is NaN or infinite, [`Error::Zeros`] if there are
-    /// zeros on a grid that has none, or none on one that has.
+    /// [`Error::NonFinite`] if a scale or a zero is NaN or infinite; [`Error::Zeros`] if zeros are
+    /// given for a grid that has none, or missing for an affine one.
     ///
     /// # Panics
     /// If `scales` or `zeros` have another shape.
     pub fn with_grid(mut self, scales: Tensor<2>, zeros: Option<Tensor<2>>) -> Result<Self> {
-        let (grid, found) = (self.format.grid(), zeros.is_some());
-        if found != (grid == Grid::Affine) {
-            return Err(Error::Zeros { grid, found });
-        }
+        self.format.check_zeros(zeros.is_some())?;
         let d_out = self.layout.d_out();
         let check = |what, values: &Tensor<2>| {
             assert_eq!(
@@ -317,39 +312,39 @@ impl QuantTensor {
         Ok(self)
     }
 
-    /// How accurate its products are, forward and backward. Not part of the weight: no file has it.
+    /// The precision of products, forward and backward. It is not saved with the weight.
     pub fn precision(&self) -> Precision {
         self.precision
     }
 
-    /// With products of this precision.
+    /// Sets the precision of products.
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
         self
     }
 
-    /// `x · w`, differentiable in `x`.
+    /// Returns `x · w`, differentiable in `x`.
     ///
     /// # Shapes
     /// - `x`: `[.., d_in]`
     /// - result: `[.., d_out]`
     ///
     /// # Panics
-    /// If `x` has other inputs.
+    /// If the last dimension of `x` is not `d_in`.
     pub fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         self.matmul_on_grid(x, self.scales(), self.zeros())
     }
 
-    /// `x · w` with the same codes on another grid; differentiable in `x`, `scales` and `zeros`.
+    /// Returns `x · w` with given scales and zeros, differentiable in `x`, `scales` and `zeros`.
     ///
     /// # Shapes
     /// - `x`: `[.., d_in]`
-    /// - `scales`, `zeros`: `[n_groups, d_out]`; no zeros on a grid that has none
+    /// - `scales`, `zeros`: `[n_groups, d_out]`; zeros if and only if the grid is affine
     /// - result: `[.., d_out]`
     ///
     /// # Panics
-    /// If `x` has other inputs, `scales` or `zeros` another shape, or there are zeros where the
-    /// format has none, or none where it has.
+    /// If a tensor has another shape, or zeros are given for a grid that has none, or missing for an
+    /// affine one.
     pub fn matmul_on_grid<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -380,7 +375,7 @@ impl QuantTensor {
         }
     }
 
-    /// How far this weight is from `weight`.
+    /// The distance between this weight and the dense `weight`.
     ///
     /// # Panics
     /// If `weight` has another shape.
@@ -392,84 +387,12 @@ impl QuantTensor {
         })
     }
 
-    /// Bytes of this weight without padding: see [`Format::n_bytes`]; an order of inputs adds two
-    /// indices for each.
+    /// The bytes of this weight without padding: [`Format::n_bytes`], and two indices for each input
+    /// if it has an order of inputs.
     pub fn n_bytes(&self) -> usize {
         let order = 8 * self.order.as_ref().map_or(0, |_| self.layout.d_in());
         let n_bytes = self.format.n_bytes(self.dims());
         n_bytes.expect("the format has its layout") as usize + order
-    }
-}
-
-impl DoubleParams {
-    fn new(scales: DoubleScales, format: DoubleQuant, n: usize, device: &Device) -> Result<Self> {
-        let n_blocks = n.div_ceil(format.block_size);
-        check_length("scale codes", n, scales.codes.len())?;
-        check_length("absmax", n_blocks, scales.absmax.len())?;
-        check_finite("the absmax of the scales", &scales.absmax, 1)?;
-        check_finite("the offset of the scales", &[scales.offset], 1)?;
-        let n_levels = scale_levels(format.levels).len();
-        if let Some(&code) = scales.codes.iter().find(|&&c| usize::from(c) >= n_levels) {
-            return Err(Error::ScaleCode { code, n_levels });
-        }
-        check_finite("the scales", &scales.dequantize(1, format), 1)?;
-        let mut bytes = scales.codes;
-        bytes.resize(n.next_multiple_of(4), 0);
-        let (words, _) = bytes.as_chunks::<4>();
-        let words: Vec<u32> = words.iter().map(|&word| u32::from_le_bytes(word)).collect();
-        let codes = TensorData::new(words, [n.div_ceil(4)]);
-        let floats = |values: Vec<f32>| {
-            let shape = [values.len()];
-            let values = TensorData::new(values, shape);
-            frozen(Tensor::from_data(values, (device, DType::F32)))
-        };
-        Ok(Self {
-            codes: Param::initialized(
-                ParamId::new(),
-                Tensor::from_data(codes, (device, DType::U32)),
-            ),
-            absmax: floats(scales.absmax),
-            offset: floats(vec![scales.offset]),
-            format,
-        })
-    }
-
-    fn to_host(&self, layout: &Layout) -> DoubleScales {
-        let words = self.codes.val().into_data().try_into_vec::<u32>();
-        let words = words.expect("words are u32");
-        let mut codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        codes.truncate(layout.n_groups() * layout.d_out());
-        DoubleScales {
-            codes,
-            absmax: floats(self.absmax.val()),
-            offset: floats(self.offset.val())[0],
-        }
-    }
-
-    fn dequantize(&self, [n_groups, d_out]: [usize; 2]) -> Tensor<2> {
-        let n = n_groups * d_out;
-        let device = self.absmax.val().device();
-        let shifts =
-            Tensor::<1, Int>::from_data(TensorData::from([0u32, 8, 16, 24]), (&device, DType::U32));
-        let n_words = n.div_ceil(4);
-        let words = self.codes.val().reshape([n_words, 1]).expand([n_words, 4]);
-        let codes = words
-            .bitwise_right_shift(shifts.reshape([1, 4]).expand([n_words, 4]))
-            .bitwise_and_scalar(255)
-            .reshape([4 * n_words])
-            .narrow(0, 0, n);
-        let table = scale_levels(self.format.levels);
-        let n_levels = table.len();
-        let table = Tensor::<1>::from_data(TensorData::new(table, [n_levels]), &device);
-        let levels = table.select(0, codes);
-
-        let block = self.format.block_size;
-        let n_blocks = n.div_ceil(block);
-        let absmax = self.absmax.val().reshape([n_blocks, 1]);
-        let absmax = absmax.expand([n_blocks, block.min(n)]);
-        let absmax = absmax.reshape([n_blocks * block.min(n)]).narrow(0, 0, n);
-        let scales = levels * absmax + self.offset.val();
-        scales.reshape([d_out, n_groups]).transpose()
     }
 }
 
@@ -483,53 +406,9 @@ impl InputOrder {
                 _ => return Err(Error::InputOrder { row, input, d_in }),
             }
         }
-        let indices = |values: Vec<u32>| {
-            let values = TensorData::new(values, [d_in]);
-            let values = Tensor::from_data(values, (device, DType::U32));
-            Param::initialized(ParamId::new(), values)
-        };
         Ok(Self {
-            inputs: indices(inputs),
-            rows: indices(rows),
-        })
-    }
-}
-
-fn frozen<const D: usize>(values: Tensor<D>) -> Param<Tensor<D>> {
-    Param::from_tensor(values).set_require_grad(false)
-}
-
-/// The values of a tensor, in `f32`.
-pub(crate) fn floats<const D: usize>(t: Tensor<D>) -> Vec<f32> {
-    let values = t.into_data().convert::<f32>().try_into_vec::<f32>();
-    values.expect("converted to f32")
-}
-
-/// Checks `values`, rows of `d_out`, for what is not a number.
-///
-/// # Errors
-/// [`Error::NonFinite`] if there is a NaN or an infinity.
-pub fn check_finite(what: &'static str, values: &[f32], d_out: usize) -> Result<()> {
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(()),
-        Some(at) => Err(Error::NonFinite {
-            what,
-            value: values[at],
-            row: at / d_out,
-            column: at % d_out,
-            count: values.iter().filter(|v| !v.is_finite()).count(),
-        }),
-    }
-}
-
-fn check_length(what: &'static str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        Ok(())
-    } else {
-        Err(Error::Length {
-            what,
-            expected,
-            found,
+            inputs: frozen_words(inputs, [d_in], device),
+            rows: frozen_words(rows, [d_in], device),
         })
     }
 }

@@ -1,20 +1,24 @@
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::grid::UniformGrid;
+use crate::uniform::{UniformGrid, uniform_grid_settings};
 use crate::{
     Error, Format, Gram, GroupRange, Needs, Parts, QuantTensor, Quantized, Quantizer, Result,
 };
 
-/// Round to nearest: each group's range is cut into equal steps, each value goes to the next code.
+/// Rounding to nearest: each weight becomes the nearest level of a uniform grid.
 ///
+/// # Examples
 /// ```
 /// use burn::tensor::{Device, Tensor};
-/// use quant_core::{Quantizer, Rtn};
+/// use quant_core::{Error, Quantizer, Rtn};
 ///
 /// let weight = Tensor::<2>::from_data([[0.0], [0.3], [1.1], [3.0]], &Device::flex());
-/// let quantized = Rtn::new().with_bits(2).quantize(weight, None)?;
+/// let quantized = Rtn::new().with_bits(2).quantize(weight.clone(), None)?;
 /// assert_eq!(quantized.weight.codes(), [0, 0, 1, 3]);
+///
+/// let error = Rtn::new().with_group_size(5).quantize(weight, None).unwrap_err();
+/// assert_eq!(error, Error::GroupSize { group_size: 5, d_in: 4 });
 /// # Ok::<(), quant_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +26,8 @@ pub struct Rtn {
     grid: UniformGrid,
     per_tensor: bool,
 }
+
+uniform_grid_settings!(Rtn);
 
 impl Default for Rtn {
     fn default() -> Self {
@@ -38,47 +44,9 @@ impl Rtn {
         }
     }
 
-    /// Bits of a code: 2, 3, 4 or 8.
-    pub fn with_bits(mut self, bits: usize) -> Self {
-        self.grid.bits = bits;
-        self
-    }
-
-    /// Inputs that share a scale; `None` for one group per channel.
-    pub fn with_group_size(mut self, group_size: impl Into<Option<usize>>) -> Self {
-        self.grid.group_size = group_size.into();
-        self
-    }
-
-    /// Whether the grid is symmetric, without zeros.
-    pub fn with_symmetric(mut self, symmetric: bool) -> Self {
-        self.grid.symmetric = symmetric;
-        self
-    }
-
-    /// What part of a range the grid spans.
-    pub fn with_range(mut self, range: GroupRange) -> Self {
-        self.grid.range = range;
-        self
-    }
-
-    /// Whether scales are rounded to `f16` first, and the weights to the grids of those: what a GPTQ
-    /// checkpoint holds.
-    pub fn with_f16_scales(mut self, f16: bool) -> Self {
-        self.grid.f16_scales = f16;
-        self
-    }
-
-    /// Whether all groups share one grid, that of the whole weight and its full range.
+    /// Sets whether all groups share one grid, which spans the full range of the weight.
     pub fn with_per_tensor(mut self, per_tensor: bool) -> Self {
         self.per_tensor = per_tensor;
-        self
-    }
-
-    /// Whether a symmetric grid is that of OPTQ's reference code bit for bit, which spans half the
-    /// range of a group without negative weights, and so clips the larger half of them.
-    pub fn with_reference_symmetric(mut self, reference: bool) -> Self {
-        self.grid.reference_symmetric = reference;
         self
     }
 }
@@ -102,20 +70,21 @@ impl Quantizer for Rtn {
         let format = self.format()?;
         let dims @ [d_in, _] = weight.dims();
         let layout = format.layout(dims)?;
-        let of_input = match (self.needs(), gram) {
+        let moments = match (self.needs(), gram) {
             (Needs::Nothing, _) => None,
             (_, Some(gram)) => {
                 gram.check(d_in)?;
-                Some(diagonal(gram))
+                Some(gram.diagonal())
             }
             (_, None) => return Err(Error::NoGram),
         };
         let device = weight.device();
         let (words, grids) = kernels::with_values(weight, |weight| -> Result<_> {
-            let grids = match self.per_tensor {
-                true => self.grid.grids_per_tensor(weight, &layout),
-                false => self.grid.grids(weight, &layout, of_input.as_deref()),
-            }?;
+            let grids = if self.per_tensor {
+                self.grid.grids_per_tensor(weight, &layout)?
+            } else {
+                self.grid.grids(weight, &layout, moments.as_deref())?
+            };
             let zeros = grids.zeros.as_deref();
             let words = kernels::encode(weight, &grids.scales, zeros, &layout);
             Ok((words, grids))
@@ -123,12 +92,4 @@ impl Quantizer for Rtn {
         let parts = Parts::new(words, grids.scales, grids.zeros);
         Ok(QuantTensor::from_parts(parts, format, dims, &device)?.into())
     }
-}
-
-/// The mean square of each input, up to a factor.
-pub(crate) fn diagonal(gram: &Gram) -> Vec<f32> {
-    let d_in = gram.d_in();
-    kernels::with_values(gram.sum(), |sum| {
-        (0..d_in).map(|i| sum[i * d_in + i]).collect()
-    })
 }

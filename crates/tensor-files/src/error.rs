@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What can be wrong with a file or a directory.
 #[derive(Debug, thiserror::Error)]
@@ -48,3 +48,19 @@ pub enum Error {
 
 /// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error about the content of a file.
+pub(crate) fn refuse(path: &Path, problem: String) -> Error {
+    Error::File {
+        path: path.into(),
+        problem,
+    }
+}
+
+/// An error of the operating system.
+pub(crate) fn io(path: &Path, source: std::io::Error) -> Error {
+    Error::Io {
+        path: path.into(),
+        source,
+    }
+}

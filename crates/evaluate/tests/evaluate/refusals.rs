@@ -6,7 +6,7 @@ use std::slice;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use evaluate::{Error, ScoredWindow, compare, confidences, score, target_loss};
 use models::{Model, load};
-use peft::{Batch, CausalLm};
+use peft::{Batch, Blocks};
 
 /// A LLaMA, or an OPT, which has learned an embedding for each position.
 fn model(name: &str) -> Model {

@@ -4,7 +4,8 @@ use burn::backend::Flex;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
-use super::{AttentionOps, Starts, causal_attention, composed};
+use super::starts::Starts;
+use super::{AttentionOps, causal_attention, composed};
 use crate::testing::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -160,7 +161,7 @@ fn by_composition(sizes: &Sizes, t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(cases_of(24))]
 
     #[test]
     fn small_calls_agree_with_f64_and_its_differences(sizes in small(), seed: u64) {

@@ -114,7 +114,7 @@ impl Case {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(cases_of(48))]
 
     #[test]
     fn losses_and_gradients_are_those_of_f64(

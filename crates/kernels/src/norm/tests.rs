@@ -24,7 +24,7 @@ fn reference(x: &[f64], weight: &[f64], dy: &[f64]) -> (f64, Vec<f64>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(cases_of(64))]
 
     #[test]
     fn values_and_gradients_are_those_of_f64(rows in 1..6usize, d in 1..40usize, seed: u64) {

@@ -4,9 +4,11 @@ use burn::backend::Flex;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
-use super::{Packed, Precision, QuantOps, Zeros, composed, dequantize, quant_matmul};
-use crate::testing::Random;
-use crate::{Layout, Levels, columns_to_tiles, pack, tiles_to_columns, unpack};
+use super::packed::{Packed, Precision, Zeros};
+use super::{QuantOps, composed, dequantize, quant_matmul};
+use crate::layout::{Layout, Levels};
+use crate::pack::{columns_to_tiles, pack, tiles_to_columns, unpack};
+use crate::testing::*;
 
 /// Levels in no order, as those of FP4.
 const TABLE: [f32; 16] = [
@@ -113,9 +115,9 @@ impl Case {
     fn packed(&self) -> Packed<Flex> {
         Packed {
             words: self.words().try_into_primitive::<Flex>().unwrap(),
-            scales: primitive(self.scales()),
+            scales: primitive(&self.scales()),
             zeros: match self.zeros() {
-                Some(zeros) => Zeros::Each(primitive(zeros)),
+                Some(zeros) => Zeros::Each(primitive(&zeros)),
                 None => Zeros::Absent,
             },
             layout: self.layout,
@@ -162,21 +164,6 @@ fn largest(values: &[f32], width: usize) -> Vec<f64> {
         .collect()
 }
 
-fn primitive(t: Tensor<2>) -> burn::backend::flex::FlexTensor {
-    t.try_into_primitive::<Flex>().unwrap()
-}
-
-fn values(t: burn::backend::flex::FlexTensor) -> Vec<f32> {
-    Tensor::<2>::from_primitive::<Flex>(t)
-        .into_data()
-        .try_to_vec()
-        .unwrap()
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|v| v.to_bits()).collect()
-}
-
 /// Within a few units in the last place of a row's largest value, for each term: the accuracy of
 /// 24-bit fixed point and of f32 arithmetic. A wrong term is a million times as far off.
 #[track_caller]
@@ -202,8 +189,8 @@ proptest! {
         let (d_in, d_out) = (case.layout.d_in(), case.layout.d_out());
         let expected: Vec<f32> =
             (0..d_in * d_out).map(|at| case.weight(at / d_out, at % d_out)).collect();
-        prop_assert_eq!(bits(&values(Flex::quant_unpack(case.packed()))), bits(&expected));
-        prop_assert_eq!(bits(&values(composed::unpack(case.packed()))), bits(&expected));
+        prop_assert_eq!(bits(&primitive_values(Flex::quant_unpack(case.packed()))), bits(&expected));
+        prop_assert_eq!(bits(&primitive_values(composed::unpack(case.packed()))), bits(&expected));
     }
 
     #[test]
@@ -214,15 +201,15 @@ proptest! {
         let w = |i, o| f64::from(case.weight(i, o));
 
         let (x_most, dy_most) = (largest(&case.x, d_in), largest(&case.dy, d_out));
-        let y = Flex::quant_matmul(primitive(case.x()), case.packed());
-        assert_near(&values(y), &case.sums(rows, d_out, d_in, |r, o, i| {
+        let y = Flex::quant_matmul(primitive(&case.x()), case.packed());
+        assert_near(&primitive_values(y), &case.sums(rows, d_out, d_in, |r, o, i| {
             [x(r, i) * w(i, o), x_most[r] * case.parts(i, o)]
         }));
         // The scales are multiplied into `dy` first.
         let scale = |i: usize, o: usize| f64::from(case.scales[i / case.layout.group_size() * d_out + o]);
         let most = (0..d_out).map(|o| (0..d_in).map(|i| scale(i, o)).fold(0.0, f64::max)).fold(0.0, f64::max);
-        let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
-        assert_near(&values(dx), &case.sums(rows, d_in, d_out, |r, i, o| {
+        let dx = Flex::quant_matmul_dx(primitive(&case.dy()), case.packed());
+        assert_near(&primitive_values(dx), &case.sums(rows, d_in, d_out, |r, i, o| {
             [dy(r, o) * w(i, o), dy_most[r] * most * case.parts(i, o) / scale(i, o)]
         }));
 
@@ -242,30 +229,23 @@ proptest! {
         let dzeros = over_group(&|i, o, r| {
             [-scale(i, o) * x(r, i) * dy(r, o), bound(o, r) * scale(i, o)]
         });
-        let native = Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
-        let reference = composed::dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+        let native = Flex::quant_matmul_dgrid(primitive(&case.dy()), primitive(&case.x()), case.packed());
+        let reference = composed::dgrid(primitive(&case.dy()), primitive(&case.x()), case.packed());
         for (ds, dz) in [native, reference] {
-            assert_near(&values(ds), &dscales);
-            assert_near(&values(dz), &dzeros);
+            assert_near(&primitive_values(ds), &dscales);
+            assert_near(&primitive_values(dz), &dzeros);
         }
     }
 
     #[test]
     fn the_number_of_threads_changes_no_bit(case in cases()) {
-        let run = || {
-            let y = Flex::quant_matmul(primitive(case.x()), case.packed());
-            let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
+        assert_same_on_any_threads(|| {
+            let y = Flex::quant_matmul(primitive(&case.x()), case.packed());
+            let dx = Flex::quant_matmul_dx(primitive(&case.dy()), case.packed());
             let (ds, dz) =
-                Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
-            [y, dx, ds, dz].map(|t| bits(&values(t)))
-        };
-        let on = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(run)
-        };
-        let one = on(1);
-        prop_assert_eq!(&on(2), &one);
-        prop_assert_eq!(&on(5), &one);
+                Flex::quant_matmul_dgrid(primitive(&case.dy()), primitive(&case.x()), case.packed());
+            [y, dx, ds, dz].map(primitive_values).to_vec()
+        });
     }
 
     /// Through `Tensor` and autodiff, with the packed weight outside of the graph and `x` a view.
@@ -277,16 +257,16 @@ proptest! {
         let y = quant_matmul(x.clone().transpose(), case.words(), scales.clone(), zeros.clone(), case.layout, Precision::Full);
         let grads = (y * case.dy().autodiff()).sum().backward();
 
-        let dx = Flex::quant_matmul_dx(primitive(case.dy()), case.packed());
+        let dx = Flex::quant_matmul_dx(primitive(&case.dy()), case.packed());
         let found = x.grad(&grads).unwrap().transpose().into_data().try_to_vec::<f32>().unwrap();
-        prop_assert_eq!(bits(&found), bits(&values(dx)));
+        prop_assert_eq!(bits(&found), bits(&primitive_values(dx)));
         let (ds, dz) =
-            Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
+            Flex::quant_matmul_dgrid(primitive(&case.dy()), primitive(&case.x()), case.packed());
         let found = scales.grad(&grads).unwrap().into_data().try_to_vec::<f32>().unwrap();
-        prop_assert_eq!(bits(&found), bits(&values(ds)));
+        prop_assert_eq!(bits(&found), bits(&primitive_values(ds)));
         if let Some(zeros) = zeros {
             let found = zeros.grad(&grads).unwrap().into_data().try_to_vec::<f32>().unwrap();
-            prop_assert_eq!(bits(&found), bits(&values(dz)));
+            prop_assert_eq!(bits(&found), bits(&primitive_values(dz)));
         }
     }
 }
@@ -318,13 +298,13 @@ fn products_of_many_panels_are_the_sums() {
             let row = |row: &usize| found[row * width..][..width].to_vec();
             some.iter().flat_map(row).collect()
         };
-        let y = values(Flex::quant_matmul(primitive(case.x()), case.packed()));
+        let y = primitive_values(Flex::quant_matmul(primitive(&case.x()), case.packed()));
         let expected = case.sums(some.len(), d_out, d_in, |at, o, i| {
             let (row, [w, parts]) = (some[at], weights[i * d_out + o]);
             [f64::from(case.x[row * d_in + i]) * w, x_most[row] * parts]
         });
         assert_near(&of_rows(y, d_out), &expected);
-        let dx = values(Flex::quant_matmul_dx(primitive(case.dy()), case.packed()));
+        let dx = primitive_values(Flex::quant_matmul_dx(primitive(&case.dy()), case.packed()));
         let expected = case.sums(some.len(), d_in, d_out, |at, i, o| {
             let (row, [w, parts]) = (some[at], weights[i * d_out + o]);
             [
@@ -335,8 +315,8 @@ fn products_of_many_panels_are_the_sums() {
         assert_near(&of_rows(dx, d_in), &expected);
 
         let (ds, dz) =
-            Flex::quant_matmul_dgrid(primitive(case.dy()), primitive(case.x()), case.packed());
-        let (ds, dz) = (values(ds), values(dz));
+            Flex::quant_matmul_dgrid(primitive(&case.dy()), primitive(&case.x()), case.packed());
+        let (ds, dz) = (primitive_values(ds), primitive_values(dz));
         for g in [0, layout.n_groups() / 2, layout.n_groups() - 1] {
             let inputs = g * 64..d_in.min((g + 1) * 64);
             let term = |o: usize, k: usize| {
@@ -550,7 +530,6 @@ fn gradients_agree_with_differences() {
         );
         (y * dy.clone()).sum()
     };
-    let leaf = |t: &Tensor<2>| t.clone().autodiff().require_grad();
     let (tx, ts, tz) = (leaf(&x), leaf(&scales), leaf(&zeros));
     let y = quant_matmul(
         tx.clone(),

@@ -36,7 +36,7 @@ fn reference(x: &[f64], cos: &[f32], sin: &[f32], [_, seq, heads, dim]: [usize; 
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(cases_of(64))]
 
     #[test]
     fn values_are_the_formula((x, cos, sin, _) in cases()) {

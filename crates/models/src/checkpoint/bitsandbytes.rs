@@ -190,7 +190,7 @@ fn block_size(weight: &QuantTensor) -> Result<usize, String> {
         let holds = double.block_size.is_multiple_of(NESTED_BLOCK)
             && BLOCKS.contains(&block)
             && fits(&block)
-            && is_constant(&double_scales(weight).codes, repeated);
+            && is_constant(&double_scales(weight).codes(), repeated);
         holds.then_some(block)
     };
     block(double).ok_or_else(|| {
@@ -390,7 +390,7 @@ impl LayerFormat for Bitsandbytes {
             }
             Some(double) => {
                 let codes = move || {
-                    let codes = double_scales(weight).codes.into_iter();
+                    let codes = double_scales(weight).codes().into_iter();
                     codes.step_by(repeated).collect()
                 };
                 let nested = [n_blocks.div_ceil(NESTED_BLOCK)];
@@ -398,13 +398,15 @@ impl LayerFormat for Bitsandbytes {
                 all.push((name(".absmax"), LazyTensor::bytes([n_blocks], codes)));
                 all.push((
                     name(".nested_absmax"),
-                    LazyTensor::floats_as(FloatType::F32, nested, || double_scales(weight).absmax),
+                    LazyTensor::floats_as(FloatType::F32, nested, || {
+                        double_scales(weight).absmax()
+                    }),
                 ));
                 all.push((
                     name(".nested_quant_map"),
                     LazyTensor::floats_as(FloatType::F32, [map.len()], move || map.clone()),
                 ));
-                let offset = python_float(double_scales(weight).offset.into());
+                let offset = python_float(double_scales(weight).offset().into());
                 state += &format!(
                     r#", "nested_blocksize": {NESTED_BLOCK}, "nested_dtype": "float32", "nested_offset": {offset}"#
                 );

@@ -159,9 +159,9 @@ impl LayerFormat for Exact {
             Some(double) => {
                 let [n_groups, d_out] = grid;
                 let n_blocks = (d_out * n_groups).div_ceil(double.block_size);
-                let codes = LazyTensor::bytes([d_out, n_groups], || double_scales(weight).codes);
-                let absmax = LazyTensor::floats([n_blocks], || double_scales(weight).absmax);
-                let offset = LazyTensor::floats([1], || vec![double_scales(weight).offset]);
+                let codes = LazyTensor::bytes([d_out, n_groups], || double_scales(weight).codes());
+                let absmax = LazyTensor::floats([n_blocks], || double_scales(weight).absmax());
+                let offset = LazyTensor::floats([1], || vec![double_scales(weight).offset()]);
                 all.push((name("scale_codes"), codes));
                 all.push((name("scale_absmax"), absmax));
                 all.push((name("scale_offset"), offset));

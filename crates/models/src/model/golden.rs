@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use half::bf16;
-use peft::{Batch, CausalLm, nll_of_output};
+use peft::{Batch, Blocks, CausalLm, nll_of_output};
 use safetensors::SafeTensors;
 use tensor_files::TensorFile;
 
@@ -99,7 +99,7 @@ fn output(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Tenso
 fn logits(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Vec<f32> {
     let x = model.norm(output(model, tokens, positions));
     let [batch, seq, width] = x.dims();
-    values(model.logits(x.reshape([batch * seq, width])))
+    values(model.head().logits(x.reshape([batch * seq, width])))
 }
 
 /// The places of a batch, for a LLaMA with the frequencies of the file.

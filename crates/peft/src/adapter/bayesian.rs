@@ -17,20 +17,19 @@
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::activation::sigmoid;
-use burn::tensor::{Device, Tensor, TensorData};
-use quant_core::QuantTensor;
+use burn::tensor::{Tensor, TensorData};
 use rand::{Rng, RngExt};
 use serde::{Deserialize, Serialize};
 
-use super::lora::LoraSettings;
-use super::{
-    Adapter, LoraAdapter, Method, check_inner, check_positive, check_shape, layer_rng, read_param,
-    stored, trained,
-};
-use crate::{Error, Exactness, Linear, Lora, Result, Targets, Weight};
-use tensor_files::{LazyTensor, TensorFile};
+use super::checks::{check_positive, check_shape};
+use super::hf::HfLayer;
+use super::lora::{Lora, LoraAdapter, LoraSettings};
+use super::tensors::{Source, floats, layer_rng, stored, trained};
+use super::{Adapter, AdapterOps, Method, Settings};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use tensor_files::LazyTensor;
 
-pub(super) const METHOD: &str = "Bayesian-LoRA";
+const METHOD: &str = "Bayesian-LoRA";
 
 /// Bits that each gate of a chain adds to those before it.
 const BITS: [f32; 4] = [2.0, 2.0, 4.0, 8.0];
@@ -93,9 +92,7 @@ impl Method for Bayesian {
     }
 
     fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
-        let Adapter::Lora(lora) = self.lora.init(path, linear)? else {
-            unreachable!("LoRA makes LoRA");
-        };
+        let lora = self.lora.adapter(path, linear)?;
         let device = lora.a().device();
         let gates = |n: usize| trained(vec![START / LOGITS; n], [n], &device);
         let settings = BayesianSettings {
@@ -216,75 +213,20 @@ impl BayesianAdapter {
         (ranks + (of_a + of_b) / 2.0) * self.settings.penalty
     }
 
-    pub(super) fn fast_params(&self) -> Vec<ParamId> {
-        vec![self.b.id]
-    }
-
-    pub(super) fn seed_noise(&mut self, path: &str, seed: Option<u64>) {
-        self.noise = seed.map(|seed| layer_rng(seed, path).next_u64());
-    }
-
-    pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
-        self.to_lora().forward(weight, x)
-    }
-
-    pub(super) fn check(&self, path: &str, linear: &Linear) -> Result<()> {
-        let ([d_in, d_out], rank) = (linear.weight().dims(), self.a.val().dims()[1]);
-        // Before the values are looked at: there may be none.
-        check_shape(path, [d_in, rank], self.a.val().dims())?;
-        check_shape(path, [rank, d_out], self.b.val().dims())?;
-        check_shape(path, [rank], self.rank_gates.val().dims())?;
-        for gates in [&self.a_gates, &self.b_gates] {
-            check_shape(path, [BITS.len()], gates.val().dims())?;
-        }
-        self.to_lora().check(path, linear)
-    }
-
-    pub(super) fn on_codes(&self, path: &str) -> Result<(QuantTensor, Exactness)> {
-        Err(Error::MergeIntoPacked {
-            method: METHOD,
-            path: path.into(),
-            reason: "what it adds differs from weight to weight inside a group".into(),
-        })
-    }
-
-    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
-        self.to_lora().to_dense(weight)
-    }
-
-    pub(crate) fn settings(&self) -> BayesianSettings {
-        self.settings.clone()
-    }
-
-    pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
-        vec![
-            ("a", stored(&self.a)),
-            ("b", stored(&self.b)),
-            ("rank_gates", stored(&self.rank_gates)),
-            ("a_gates", stored(&self.a_gates)),
-            ("b_gates", stored(&self.b_gates)),
-        ]
-    }
-
     pub(super) fn read(
         settings: BayesianSettings,
         path: &str,
-        file: &mut TensorFile,
-        device: &Device,
+        source: &mut Source,
     ) -> Result<Self> {
-        let name = |tensor: &str| format!("{path}.{tensor}");
-        let a = read_param::<2>(&name("a"), file, device)?;
-        let b = read_param::<2>(&name("b"), file, device)?;
-        check_inner(&name, &a, &b, file)?;
+        let [a, b] = source.factors(path)?;
         let mut gates = |tensor: &str, expected: usize| {
-            let gates = read_param::<1>(&name(tensor), file, device)?;
-            match gates.val().dims() == [expected] {
-                true => Ok(gates),
-                false => {
-                    let problem = format!("has no {expected} gates");
-                    Err(Error::from(file.refuse(&name(tensor), problem)))
-                }
+            let name = format!("{path}.{tensor}");
+            let gates = source.param::<1>(&name)?;
+            if gates.val().dims() == [expected] {
+                return Ok(gates);
             }
+            let problem = format!("has no {expected} gates");
+            Err(Error::from(source.file.refuse(&name, problem)))
         };
         let adapter = Self {
             rank_gates: gates("rank_gates", a.val().dims()[1])?,
@@ -300,6 +242,65 @@ impl BayesianAdapter {
     }
 }
 
+impl AdapterOps for BayesianAdapter {
+    fn name(&self) -> &'static str {
+        METHOD
+    }
+
+    fn penalty(&self) -> Option<Tensor<1>> {
+        Some(self.penalty())
+    }
+
+    fn fast_params(&self) -> Vec<ParamId> {
+        vec![self.b.id]
+    }
+
+    fn seed_dropout(&mut self, path: &str, seed: Option<u64>) {
+        self.noise = seed.map(|seed| layer_rng(seed, path).next_u64());
+    }
+
+    fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
+        self.to_lora().forward(weight, x)
+    }
+
+    fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+        let ([d_in, d_out], rank) = (linear.weight().dims(), self.a.val().dims()[1]);
+        // Before the values are looked at: there may be none.
+        check_shape(path, [d_in, rank], self.a.val().dims())?;
+        check_shape(path, [rank, d_out], self.b.val().dims())?;
+        check_shape(path, [rank], self.rank_gates.val().dims())?;
+        for gates in [&self.a_gates, &self.b_gates] {
+            check_shape(path, [BITS.len()], gates.val().dims())?;
+        }
+        self.to_lora().check(path, linear)
+    }
+
+    fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+        self.to_lora().to_dense(weight)
+    }
+
+    fn settings(&self) -> Settings {
+        Settings::Bayesian(self.settings.clone())
+    }
+
+    fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
+        vec![
+            ("a", stored(&self.a)),
+            ("b", stored(&self.b)),
+            ("rank_gates", stored(&self.rank_gates)),
+            ("a_gates", stored(&self.a_gates)),
+            ("b_gates", stored(&self.b_gates)),
+        ]
+    }
+
+    fn to_hf(&self) -> Result<HfLayer<'_>, String> {
+        Err(
+            "PEFT has no Bayesian-LoRA; use `Adapters::save`, or save what `to_lora` gives"
+                .to_string(),
+        )
+    }
+}
+
 /// The probability that a gate is not shut.
 fn probability(gates: &Param<Tensor<1>>) -> Tensor<1> {
     let [low, high] = STRETCHED;
@@ -308,7 +309,7 @@ fn probability(gates: &Param<Tensor<1>>) -> Tensor<1> {
 
 /// Which gates are open, where none is drawn.
 fn open(gates: &Param<Tensor<1>>) -> Vec<bool> {
-    let open = super::floats(probability(gates).detach());
+    let open = floats(probability(gates).detach());
     open.into_iter().map(|open| 1.0 - open < SHUT).collect()
 }
 
@@ -373,6 +374,8 @@ fn rounded(factor: Tensor<2>, gates: Tensor<1>) -> Tensor<2> {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
+
     use super::*;
 
     fn factor() -> Tensor<2> {
@@ -383,7 +386,7 @@ mod tests {
     }
 
     fn at_bits(open: [f32; 4]) -> Vec<f32> {
-        super::super::floats(rounded(
+        floats(rounded(
             factor(),
             Tensor::from_floats(open, &Device::flex()),
         ))
@@ -392,7 +395,7 @@ mod tests {
     /// Each open gate brings the values to the next grid, to half a step.
     #[test]
     fn the_chain_is_one_grid_within_the_other() {
-        let exact = super::super::floats(factor());
+        let exact = floats(factor());
         let range = exact
             .iter()
             .fold(0.0f32, |most, value| most.max(value.abs()));
@@ -453,7 +456,7 @@ mod tests {
         adapter.b_gates = logits(&[1.0, 1.0, 1.0, -1.0]);
         assert_eq!((adapter.rank(), adapter.bits()), (2, [4, 8]));
         let lora = adapter.to_lora();
-        let a = super::super::floats(lora.a());
+        let a = floats(lora.a());
         assert!(a.chunks(3).all(|row| row[1] == 0.0));
         assert!(a.chunks(3).any(|row| row[0] != 0.0));
         let x = factor().transpose();
@@ -463,8 +466,8 @@ mod tests {
         let error = (y - expected).abs().max().into_scalar::<f32>();
         assert!(error < 1e-5, "{error}");
         // Less is open, less is paid for.
-        let open = super::super::floats(self::adapter(&Bayesian::new(3)).penalty())[0];
-        let shut = super::super::floats(adapter.penalty())[0];
+        let open = floats(self::adapter(&Bayesian::new(3)).penalty())[0];
+        let shut = floats(adapter.penalty())[0];
         assert!(shut < open && open < 0.02, "{shut} {open}");
     }
 
@@ -473,7 +476,7 @@ mod tests {
     fn gates_are_hard_concrete() {
         // P(z > 0) = sigmoid(φ - 2/3 ln(0.1 / 1.1)): 0.831822 at 0, 0.956835 at 1.5.
         let gates = logits(&[0.0, 0.15]);
-        let found = super::super::floats(probability(&gates));
+        let found = floats(probability(&gates));
         assert!((found[0] - 0.831822).abs() < 1e-5, "{found:?}");
         assert!((found[1] - 0.956835).abs() < 1e-5, "{found:?}");
         // Open while P(z = 0) < 0.34: φ > ln(0.66 / 0.34) - 1.598597 = -0.935303.
@@ -486,7 +489,7 @@ mod tests {
         let p = 0.831822f32;
         let of_a = (2.0 * p + 2.0 * p * p + 4.0 * p * p + 8.0 * p * p * p) / 16.0;
         let expected = 2.0 * ((p + 0.956835) / 2.0 + (of_a + 1.0) / 2.0);
-        let found = super::super::floats(adapter.penalty())[0];
+        let found = floats(adapter.penalty())[0];
         assert!((found - expected).abs() < 1e-4, "{found} {expected}");
 
         // Drawn, shares of them are at 0 and at 1 exactly: P(z = 0) as above, P(z = 1) at 0 the same
@@ -494,7 +497,7 @@ mod tests {
         let n = 200_000;
         let gates = Param::from_tensor(Tensor::<1>::zeros([n], &Device::flex()));
         let mut noise = Some(layer_rng(0, ""));
-        let drawn = super::super::floats(super::gates(&gates, &mut noise));
+        let drawn = floats(super::gates(&gates, &mut noise));
         for end in [0.0, 1.0] {
             let share = drawn.iter().filter(|&&gate| gate == end).count() as f32 / n as f32;
             assert!((share - (1.0 - p)).abs() < 0.005, "{share} at {end}");
@@ -507,7 +510,7 @@ mod tests {
         let factor = factor().autodiff().require_grad();
         let gates = Tensor::<1>::ones([4], &Device::flex()).autodiff();
         let gradients = rounded(factor.clone(), gates).sum().backward();
-        let found = super::super::floats(factor.grad(&gradients).unwrap());
+        let found = floats(factor.grad(&gradients).unwrap());
         assert!(
             found.iter().all(|&gradient| (gradient - 1.0).abs() < 1e-6),
             "{found:?}"
@@ -520,19 +523,19 @@ mod tests {
         adapter.b = Param::from_tensor(Tensor::ones([3, 5], &Device::flex()));
         let product = |adapter: &BayesianAdapter| {
             let lora = adapter.to_lora();
-            super::super::floats(lora.a().matmul(lora.b()))
+            floats(lora.a().matmul(lora.b()))
         };
         let calm = product(&adapter);
         let drawn: Vec<_> = (0..8)
             .map(|seed| {
-                adapter.seed_noise("proj", Some(seed));
+                adapter.seed_dropout("proj", Some(seed));
                 let first = product(&adapter);
                 assert_eq!(first, product(&adapter), "the same until the next seed");
                 first
             })
             .collect();
         assert!(drawn.iter().any(|one| *one != calm));
-        adapter.seed_noise("proj", None);
+        adapter.seed_dropout("proj", None);
         assert_eq!(product(&adapter), calm);
     }
 

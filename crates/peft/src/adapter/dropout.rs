@@ -1,7 +1,7 @@
 use burn::tensor::{DType, Tensor, TensorData};
 use rand::Rng;
 
-use super::layer_rng;
+use super::tensors::layer_rng;
 use crate::{Error, Result};
 
 /// Zeroes a part of the inputs of an adapter and scales the others up, while a seed is set.
@@ -20,6 +20,10 @@ impl Dropout {
             probability,
             seed: None,
         }
+    }
+
+    pub(super) fn probability(&self) -> f32 {
+        self.probability
     }
 
     pub(super) fn check(&self) -> Result<()> {

@@ -13,18 +13,17 @@
 //! are, these squares have no digits left, and the norm is taken for that thousandth.
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{DType, Device, Tensor};
-use quant_core::QuantTensor;
-use rand::RngExt;
+use burn::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-use super::{
-    Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_rank,
-    check_shape, largest, layer_rng, of_roundings, read_param, stored, trained,
-};
-use crate::linear::dense_matmul;
+use super::checks::{check_count, check_dtype, check_positive, check_rank, check_shape};
+use super::dropout::Dropout;
+use super::hf::{HfLayer, hf_factor, hf_number, hf_vector};
+use super::tensors::{Source, bounded, low_rank_sum, stored, uniform};
+use super::{Adapter, AdapterOps, Method, Settings};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight};
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::LazyTensor;
 
 #[cfg(test)]
 mod tests;
@@ -151,16 +150,17 @@ impl Lora {
         Ok(adapter)
     }
 
-    fn adapter(&self, path: &str, linear: &Linear) -> Result<LoraAdapter> {
+    pub(super) fn adapter(&self, path: &str, linear: &Linear) -> Result<LoraAdapter> {
         let weight = linear.weight();
         check_count("rank", self.rank)?;
         check_dtype(path, weight)?;
         let (rank, [d_in, d_out]) = (self.rank, weight.dims());
         check_rank(path, rank, [d_in, d_out])?;
         let settings = LoraSettings {
-            alpha: self.alpha.unwrap_or(match self.rank_stabilized {
-                true => (rank as f32).sqrt(),
-                false => rank as f32,
+            alpha: self.alpha.unwrap_or(if self.rank_stabilized {
+                (rank as f32).sqrt()
+            } else {
+                rank as f32
             }),
             rank_stabilized: self.rank_stabilized,
             dora: self.dora,
@@ -171,12 +171,13 @@ impl Lora {
         let bound = 1.0 / (d_in as f32).sqrt();
         let a = uniform(self.seed, path, [d_in, rank], bound, &device);
         let b = Tensor::zeros([rank, d_out], (&device, DType::F32));
+        let [a, b] = [a, b].map(Param::from_tensor);
         let magnitude = self
             .dora
             .then(|| Param::from_tensor(column_squares(weight).sqrt().detach()));
         let bias = linear.bias().filter(|_| self.bias);
         let bias = bias.map(|bias| Param::from_tensor(bias.detach()));
-        LoraAdapter::new(a, Param::from_tensor(b), magnitude, bias, settings)
+        LoraAdapter::new(a, b, magnitude, bias, settings)
     }
 }
 
@@ -195,19 +196,6 @@ impl Method for Lora {
     fn init(&self, path: &str, linear: &Linear) -> Result<Adapter> {
         self.adapter(path, linear).map(Adapter::Lora)
     }
-}
-
-/// Uniform in `±bound`.
-pub(super) fn uniform(
-    seed: u64,
-    path: &str,
-    dims: [usize; 2],
-    bound: f32,
-    device: &Device,
-) -> Param<Tensor<2>> {
-    let mut rng = layer_rng(seed, path);
-    let values = (0..dims[0] * dims[1]).map(|_| rng.random_range(-bound..bound));
-    trained(values.collect(), dims, device)
 }
 
 /// The factors of what is added to one layer's weight.
@@ -289,14 +277,6 @@ impl LoraAdapter {
         })
     }
 
-    pub(super) fn method(&self) -> &'static str {
-        match (&self.magnitude, self.settings.rank_stabilized) {
-            (Some(_), _) => "DoRA",
-            (None, true) => "rsLoRA",
-            (None, false) => "LoRA",
-        }
-    }
-
     /// The factor on the side of the inputs, `[d_in, r]`.
     pub fn a(&self) -> Tensor<2> {
         self.a.val()
@@ -312,10 +292,6 @@ impl LoraAdapter {
         self.magnitude.as_ref().map(|magnitude| magnitude.m.val())
     }
 
-    pub(super) fn bias(&self) -> Option<Tensor<1>> {
-        self.bias.as_ref().map(|bias| bias.val())
-    }
-
     /// `α`.
     pub fn alpha(&self) -> f32 {
         self.settings.alpha
@@ -329,35 +305,12 @@ impl LoraAdapter {
     /// `σ`: `α / r`, or `α / √r` if it is rank-stabilized.
     pub fn scale(&self) -> f32 {
         let rank = self.rank() as f32;
-        match self.settings.rank_stabilized {
-            true => self.settings.alpha / rank.sqrt(),
-            false => self.settings.alpha / rank,
-        }
-    }
-
-    pub(super) fn dropout_mut(&mut self) -> &mut Dropout {
-        &mut self.dropout
-    }
-
-    /// `B`, DoRA's norms, and the bias.
-    pub(super) fn fast_params(&self) -> Vec<ParamId> {
-        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.m.id);
-        let bias = self.bias.as_ref().map(|bias| bias.id);
-        [self.b.id]
-            .into_iter()
-            .chain(magnitude)
-            .chain(bias)
-            .collect()
-    }
-
-    pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
-        // Of all factors, `x A` has the fewest numbers to scale, unless rows are many.
-        let low = dense_matmul(self.dropout.apply(x.clone()), self.a()) * self.scale();
-        let y = weight.matmul(x) + dense_matmul(low, self.b());
-        match self.factors(weight) {
-            Some(factors) => y * factors.unsqueeze(),
-            None => y,
-        }
+        let divisor = if self.settings.rank_stabilized {
+            rank.sqrt()
+        } else {
+            rank
+        };
+        self.settings.alpha / divisor
     }
 
     /// What DoRA multiplies each output by, `[d_out]`.
@@ -378,7 +331,28 @@ impl LoraAdapter {
         Some(magnitude.m.val() / norm)
     }
 
-    pub(super) fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+    pub(super) fn read(settings: LoraSettings, path: &str, source: &mut Source) -> Result<Self> {
+        let [a, b] = source.factors(path)?;
+        let mut vector = |asked: bool, tensor: &str| {
+            let read = asked.then(|| source.param(&format!("{path}.{tensor}")));
+            read.transpose()
+        };
+        let magnitude = vector(settings.dora, "magnitude")?;
+        let bias = vector(settings.bias, "bias")?;
+        Self::new(a, b, magnitude, bias, settings)
+    }
+}
+
+impl AdapterOps for LoraAdapter {
+    fn name(&self) -> &'static str {
+        match (&self.magnitude, self.settings.rank_stabilized) {
+            (Some(_), _) => "DoRA",
+            (None, true) => "rsLoRA",
+            (None, false) => "LoRA",
+        }
+    }
+
+    fn check(&self, path: &str, linear: &Linear) -> Result<()> {
         let weight = linear.weight();
         check_dtype(path, weight)?;
         if let Some(bias) = self.bias() {
@@ -396,49 +370,47 @@ impl LoraAdapter {
         }
     }
 
-    pub(super) fn bound_to(mut self, weight: &Weight) -> Self {
+    fn bind(&mut self, weight: &Weight) {
         if let Some(magnitude) = &mut self.magnitude {
             magnitude.squares = (!weight.trains()).then(|| column_squares(weight));
         }
-        self
     }
 
-    pub(super) fn on_codes(&self, path: &str) -> Result<(QuantTensor, Exactness)> {
-        Err(Error::MergeIntoPacked {
-            method: self.method(),
-            path: path.into(),
-            reason: "what it adds differs from weight to weight inside a group".into(),
-        })
+    fn seed_dropout(&mut self, path: &str, seed: Option<u64>) {
+        self.dropout.seed(path, seed);
     }
 
-    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
-        let (w, a, b) = (weight.to_dense(), self.a().detach(), self.b().detach());
-        let scale = self.scale();
-        let merged = w.clone() + (a.clone() * scale).matmul(b.clone());
-        let magnitudes = w.abs() + (a.abs() * scale).matmul(b.abs());
+    fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
+        // Of all factors, `x A` has the fewest numbers to scale, unless rows are many.
+        let low = self.dropout.apply(x.clone()).matmul(self.a()) * self.scale();
+        let y = weight.matmul(x) + low.matmul(self.b());
+        match self.factors(weight) {
+            Some(factors) => y * factors.unsqueeze(),
+            None => y,
+        }
+    }
+
+    fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+        let a = self.a().detach() * self.scale();
+        let [merged, magnitudes] = low_rank_sum(weight, a, self.b().detach());
         // Each product is rounded as often as it is a term of the sum over the ranks, and for the
         // scale and the addition; with DoRA once more.
         let roundings = self.rank() + 2;
-        let (merged, magnitudes, roundings) = match self.factors(weight) {
+        match self.factors(weight) {
             Some(factors) => {
                 let factors = factors.detach().unsqueeze::<2>();
                 let magnitudes = magnitudes * factors.clone().abs();
-                (merged * factors, magnitudes, roundings + 1)
+                bounded(merged * factors, magnitudes, roundings + 1)
             }
-            None => (merged, magnitudes, roundings),
-        };
-        let exactness = Exactness::Bounded {
-            max_weight_error: of_roundings(roundings) * largest(magnitudes),
-            max_weight: largest(merged.clone()),
-        };
-        (merged, exactness)
+            None => bounded(merged, magnitudes, roundings),
+        }
     }
 
-    pub(crate) fn settings(&self) -> LoraSettings {
-        self.settings.clone()
+    fn settings(&self) -> Settings {
+        Settings::Lora(self.settings.clone())
     }
 
-    pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
+    fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
         let mut tensors = vec![("a", stored(&self.a)), ("b", stored(&self.b))];
         if let Some(magnitude) = &self.magnitude {
             tensors.push(("magnitude", stored(&magnitude.m)));
@@ -449,24 +421,108 @@ impl LoraAdapter {
         tensors
     }
 
-    pub(super) fn read(
-        settings: LoraSettings,
-        path: &str,
-        file: &mut TensorFile,
-        device: &Device,
-    ) -> Result<Self> {
-        let name = |tensor: &str| format!("{path}.{tensor}");
-        let a = read_param::<2>(&name("a"), file, device)?;
-        let b = read_param::<2>(&name("b"), file, device)?;
-        check_inner(&name, &a, &b, file)?;
-        let mut vector = |asked: bool, tensor: &str| {
-            let read = asked.then(|| read_param(&name(tensor), file, device));
-            read.transpose()
-        };
-        let magnitude = vector(settings.dora, "magnitude")?;
-        let bias = vector(settings.bias, "bias")?;
-        Self::new(a, b, magnitude, bias, settings)
+    fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val())
     }
+
+    /// `B`, DoRA's norms, and the bias.
+    fn fast_params(&self) -> Vec<ParamId> {
+        let magnitude = self.magnitude.as_ref().map(|magnitude| magnitude.m.id);
+        let bias = self.bias.as_ref().map(|bias| bias.id);
+        [self.b.id]
+            .into_iter()
+            .chain(magnitude)
+            .chain(bias)
+            .collect()
+    }
+
+    fn to_hf(&self) -> Result<HfLayer<'_>, String> {
+        let LoraSettings {
+            alpha,
+            rank_stabilized,
+            dora,
+            dropout,
+            ..
+        } = self.settings;
+        let switches = [
+            ("use_dora", dora),
+            ("use_qalora", false),
+            ("use_rslora", rank_stabilized),
+        ];
+        let mut layer = hf_layer(
+            self.rank(),
+            alpha,
+            dropout,
+            16,
+            switches,
+            [self.a(), self.b()],
+        );
+        if let Some(magnitude) = self.magnitude() {
+            layer
+                .tensors
+                .push(("lora_magnitude_vector", hf_vector(magnitude)));
+        }
+        if let Some(bias) = self.bias() {
+            layer.tensors.push(("base_layer.bias", hf_vector(bias)));
+            layer.any.push(("bias", json!("lora_only")));
+        }
+        Ok(layer)
+    }
+}
+
+/// Two factors as PEFT's files hold them.
+pub(super) fn hf_layer<'a>(
+    rank: usize,
+    alpha: f32,
+    dropout: f32,
+    group_size: usize,
+    switches: [(&'static str, bool); 3],
+    [a, b]: [Tensor<2>; 2],
+) -> HfLayer<'a> {
+    let switches = switches.map(|(key, on)| (key, json!(on)));
+    let numbers = [
+        ("lora_dropout", hf_number(dropout)),
+        ("qalora_group_size", json!(group_size)),
+    ];
+    HfLayer {
+        peft_type: "LORA",
+        rank,
+        alpha,
+        settings: switches.into_iter().chain(numbers).collect(),
+        any: Vec::new(),
+        tensors: vec![
+            ("lora_A.weight", hf_factor(a)),
+            ("lora_B.weight", hf_factor(b)),
+        ],
+        shared: Vec::new(),
+    }
+}
+
+/// The sum of LoRAs of the layer at `path`, each times its weight, as one LoRA whose rank is the sum
+/// of theirs and whose `σ` is 1.
+///
+/// # Errors
+/// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms or a bias,
+/// [`Error::Shape`] if the layers have other dimensions.
+pub(crate) fn combined(path: &str, parts: &[(&Adapter, f32)]) -> Result<LoraAdapter> {
+    let (mut all_a, mut all_b) = (Vec::new(), Vec::new());
+    let mut expected = None;
+    for &(adapter, weight) in parts {
+        let lora = match adapter {
+            Adapter::Lora(lora) if lora.magnitude.is_none() && lora.bias.is_none() => lora,
+            other => {
+                return Err(Error::NotCombined {
+                    path: path.into(),
+                    method: other.method(),
+                });
+            }
+        };
+        let dims = [lora.a().dims()[0], lora.b().dims()[1]];
+        check_shape(path, *expected.get_or_insert(dims), dims)?;
+        all_a.push((lora.a() * (lora.scale() * weight)).detach());
+        all_b.push(lora.b().detach());
+    }
+    LoraAdapter::from_factors(Tensor::cat(all_a, 1), Tensor::cat(all_b, 0), 1.0)
 }
 
 /// The squares of the norms of the outputs' weights, `[d_out]`.

@@ -6,13 +6,15 @@
 //! them all, and a scale keeps its sign. The zeros may train too, `z = z₀ + δ` in units of a code.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 use quant_core::{Grid, QuantTensor};
 use serde::{Deserialize, Serialize};
 
-use super::{Adapter, Method, check_shape, quantized, read_param, stored};
+use super::checks::{check_shape, quantized};
+use super::tensors::{Source, stored};
+use super::{Adapter, AdapterOps, Method, Settings};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::LazyTensor;
 
 /// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
 ///
@@ -87,7 +89,7 @@ pub(crate) struct PeqaSettings {
     zeros: bool,
 }
 
-pub(super) const METHOD: &str = "PEQA";
+const METHOD: &str = "PEQA";
 
 impl PeqaAdapter {
     /// What each scale is multiplied by, `[n_groups, d_out]`.
@@ -109,16 +111,30 @@ impl PeqaAdapter {
         (weight.scales() * self.factors(), zeros)
     }
 
+    pub(super) fn read(settings: PeqaSettings, path: &str, source: &mut Source) -> Result<Self> {
+        let mut read = |name: &str| source.param(&format!("{path}.{name}"));
+        Ok(Self {
+            log_factors: read("log_factors")?,
+            zero_shifts: settings.zeros.then(|| read("zero_shifts")).transpose()?,
+        })
+    }
+}
+
+impl AdapterOps for PeqaAdapter {
+    fn name(&self) -> &'static str {
+        METHOD
+    }
+
     /// # Panics
-    /// If the weight is dense, which [`PeqaAdapter::check`] refuses beforehand.
-    pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
+    /// If the weight is dense, which [`AdapterOps::check`] refuses beforehand.
+    fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
         let weight = packed(weight);
         let (scales, zeros) = self.grid(weight);
         weight.matmul_on_grid(x, scales, zeros)
     }
 
-    pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
-        let weight = quantized(METHOD, path, weight)?;
+    fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+        let weight = quantized(METHOD, path, linear.weight())?;
         let expected = weight.layout().grid_shape();
         check_shape(path, expected, self.log_factors.val().dims())?;
         if let Some(shifts) = &self.zero_shifts {
@@ -138,11 +154,7 @@ impl PeqaAdapter {
         }
     }
 
-    pub(super) fn on_codes(
-        &self,
-        path: &str,
-        weight: &QuantTensor,
-    ) -> Result<(QuantTensor, Exactness)> {
+    fn on_codes(&self, path: &str, weight: &QuantTensor) -> Result<(QuantTensor, Exactness)> {
         let (scales, zeros) = self.grid(weight);
         let merged = weight
             .clone()
@@ -156,36 +168,23 @@ impl PeqaAdapter {
 
     /// # Panics
     /// If the weight is dense, or the trained grid is not finite.
-    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+    fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
         let (merged, exactness) = self.on_codes("", packed(weight)).expect("a finite grid");
         (merged.dequantize(), exactness)
     }
 
-    pub(super) fn settings(&self) -> PeqaSettings {
-        PeqaSettings {
+    fn settings(&self) -> Settings {
+        Settings::Peqa(PeqaSettings {
             zeros: self.zero_shifts.is_some(),
-        }
+        })
     }
 
-    pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
+    fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
         let mut tensors = vec![("log_factors", stored(&self.log_factors))];
         if let Some(shifts) = &self.zero_shifts {
             tensors.push(("zero_shifts", stored(shifts)));
         }
         tensors
-    }
-
-    pub(super) fn read(
-        settings: PeqaSettings,
-        path: &str,
-        file: &mut TensorFile,
-        device: &Device,
-    ) -> Result<Self> {
-        let mut read = |name: &str| read_param(&format!("{path}.{name}"), file, device);
-        Ok(Self {
-            log_factors: read("log_factors")?,
-            zero_shifts: settings.zeros.then(|| read("zero_shifts")).transpose()?,
-        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use super::of_roundings;
+use super::tensors::of_roundings;
 
 /// A matrix in f64, row by row.
 #[derive(Clone)]

@@ -24,18 +24,18 @@
 //! QA-BLoRA, which is ours; in `±1 / √(d_in / 2)`, as in LoRA, in Q-BaRA.
 
 use burn::module::{Module, Param, ParamId};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 use quant_core::{Grid, QuantTensor};
 use serde::{Deserialize, Serialize};
 
-use super::lora::uniform;
-use super::{
-    Adapter, Dropout, Method, check_count, check_dtype, check_inner, check_positive, check_shape,
-    floats, largest, of_roundings, read_param, stored, trained,
-};
-use crate::linear::dense_matmul;
+use super::checks::{check_count, check_dtype, check_positive, check_shape};
+use super::dropout::Dropout;
+use super::hf::HfLayer;
+use super::lora::hf_layer;
+use super::tensors::{Source, bounded, floats, largest, of_roundings, stored, tensor, uniform};
+use super::{Adapter, AdapterOps, Method, Settings};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::LazyTensor;
 
 #[cfg(test)]
 mod tests;
@@ -272,7 +272,13 @@ impl Method for Tile {
                     _ => (6.0 / (n_tiles[0] + rank) as f32).sqrt(),
                 };
                 Factor::Product(Product {
-                    a: uniform(self.seed, path, [n_tiles[0], rank], bound, &device),
+                    a: Param::from_tensor(uniform(
+                        self.seed,
+                        path,
+                        [n_tiles[0], rank],
+                        bound,
+                        &device,
+                    )),
                     b: zeros([rank, n_tiles[1]]),
                 })
             }
@@ -462,92 +468,6 @@ impl TileAdapter {
         alpha / rank as f32 * pooling.factor(pool, self.n_tiles()[0])
     }
 
-    pub(super) fn dropout_mut(&mut self) -> &mut Dropout {
-        &mut self.dropout
-    }
-
-    /// `B`.
-    pub(super) fn fast_params(&self) -> Vec<ParamId> {
-        match &self.factor {
-            Factor::Product(product) => vec![product.b.id],
-            Factor::Matrix(_) => Vec::new(),
-        }
-    }
-
-    pub(super) fn forward<const D: usize>(&self, weight: &Weight, x: Tensor<D>) -> Tensor<D> {
-        let ([pool, repeat], [n_pools, n_out]) = (self.tile(), self.n_tiles());
-        let mut dims = x.dims();
-        let rows = dims[..D - 1].iter().product::<usize>();
-        let pooled = x.clone().reshape([rows, n_pools, pool]).sum_dim(2);
-        let pooled = self.dropout.apply(pooled.reshape([rows, n_pools])) * self.scale();
-        let low = match &self.factor {
-            Factor::Product(product) => {
-                dense_matmul(dense_matmul(pooled, product.a.val()), product.b.val())
-            }
-            Factor::Matrix(matrix) => dense_matmul(pooled, matrix.val()),
-        };
-        dims[D - 1] = n_out * repeat;
-        let added = match repeat {
-            1 => low.reshape(dims),
-            _ => low
-                .reshape([rows, n_out, 1])
-                .expand([rows, n_out, repeat])
-                .reshape(dims),
-        };
-        weight.matmul(x) + added
-    }
-
-    pub(super) fn check(&self, path: &str, weight: &Weight) -> Result<()> {
-        check_dtype(path, weight)?;
-        let n_tiles = self.settings.n_tiles(path, weight.dims())?;
-        check_shape(path, n_tiles, self.n_tiles())
-    }
-
-    pub(super) fn on_codes(
-        &self,
-        path: &str,
-        weight: &QuantTensor,
-    ) -> Result<(QuantTensor, Exactness)> {
-        let refuse = |reason: String| Error::MergeIntoPacked {
-            method: self.method().name(),
-            path: path.into(),
-            reason,
-        };
-        if let Some(problem) = self.settings.groups_outside(weight) {
-            return Err(refuse(problem));
-        }
-        let Some(zeros) = weight.zeros() else {
-            return Err(refuse("its grid has no zeros".into()));
-        };
-        let scales = floats(weight.scales());
-        // In f64, so that each zero is rounded once.
-        let (added, zeros) = (self.added_to_groups(weight), floats(zeros));
-        let mut merged = Vec::with_capacity(zeros.len());
-        let mut max_error = 0f64;
-        for ((&scale, &zero), &added) in scales.iter().zip(&zeros).zip(&added) {
-            let (scale, zero) = (f64::from(scale), f64::from(zero));
-            let shifted = (zero - added / scale) as f32;
-            let error = scale * (zero - f64::from(shifted)) - added;
-            max_error = max_error.max(error.abs());
-            merged.push(shifted);
-        }
-        let grid = weight.layout().grid_shape();
-        let device = weight.scales().device();
-        let zeros = trained(merged, grid, &device).val().detach();
-        let merged = weight.clone().with_grid(weight.scales(), Some(zeros));
-        let merged = merged.map_err(|source| Error::Quant {
-            path: path.into(),
-            source,
-        })?;
-        let max_weight = largest(merged.dequantize());
-        let exactness = Exactness::Bounded {
-            // A weight in f32 is rounded twice, when the zero is taken off and when it is scaled.
-            max_weight_error: max_error + of_roundings(2) * max_weight,
-            max_weight,
-        };
-        Ok((merged, exactness))
-    }
-
     /// `c F` for each group and output of the weight, whose groups lie inside tiles.
     fn added_to_groups(&self, weight: &QuantTensor) -> Vec<f64> {
         let ([pool, repeat], [_, n_out]) = (self.tile(), self.n_tiles());
@@ -581,7 +501,108 @@ impl TileAdapter {
         added
     }
 
-    pub(super) fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
+    pub(super) fn read(settings: TileSettings, path: &str, source: &mut Source) -> Result<Self> {
+        settings.check()?;
+        let factor = if settings.tiles == TileMethod::QaHira {
+            Factor::Matrix(source.param(&format!("{path}.matrix"))?)
+        } else {
+            let [a, b] = source.factors(path)?;
+            let rank = a.val().dims()[1];
+            if settings.tiles != TileMethod::QBara && rank != settings.rank {
+                let problem = format!("has rank {rank}, its settings say {}", settings.rank);
+                return Err(source.file.refuse(&format!("{path}.a"), problem).into());
+            }
+            Factor::Product(Product { a, b })
+        };
+        Ok(Self::new(factor, settings))
+    }
+}
+
+impl AdapterOps for TileAdapter {
+    fn name(&self) -> &'static str {
+        self.method().name()
+    }
+
+    fn seed_dropout(&mut self, path: &str, seed: Option<u64>) {
+        self.dropout.seed(path, seed);
+    }
+
+    /// `B`.
+    fn fast_params(&self) -> Vec<ParamId> {
+        match &self.factor {
+            Factor::Product(product) => vec![product.b.id],
+            Factor::Matrix(_) => Vec::new(),
+        }
+    }
+
+    fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
+        let ([pool, repeat], [n_pools, n_out]) = (self.tile(), self.n_tiles());
+        let rows = x.dims()[0];
+        let pooled = x.clone().reshape([rows, n_pools, pool]).sum_dim(2);
+        let pooled = self.dropout.apply(pooled.reshape([rows, n_pools])) * self.scale();
+        let low = match &self.factor {
+            Factor::Product(product) => pooled.matmul(product.a.val()).matmul(product.b.val()),
+            Factor::Matrix(matrix) => pooled.matmul(matrix.val()),
+        };
+        let added = match repeat {
+            1 => low,
+            _ => low
+                .reshape([rows, n_out, 1])
+                .expand([rows, n_out, repeat])
+                .reshape([rows, n_out * repeat]),
+        };
+        weight.matmul(x) + added
+    }
+
+    fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+        let weight = linear.weight();
+        check_dtype(path, weight)?;
+        let n_tiles = self.settings.n_tiles(path, weight.dims())?;
+        check_shape(path, n_tiles, self.n_tiles())
+    }
+
+    fn on_codes(&self, path: &str, weight: &QuantTensor) -> Result<(QuantTensor, Exactness)> {
+        let refuse = |reason: String| Error::MergeIntoPacked {
+            method: self.method().name(),
+            path: path.into(),
+            reason,
+        };
+        if let Some(problem) = self.settings.groups_outside(weight) {
+            return Err(refuse(problem));
+        }
+        let Some(zeros) = weight.zeros() else {
+            return Err(refuse("its grid has no zeros".into()));
+        };
+        let scales = floats(weight.scales());
+        // In f64, so that each zero is rounded once.
+        let (added, zeros) = (self.added_to_groups(weight), floats(zeros));
+        let mut merged = Vec::with_capacity(zeros.len());
+        let mut max_error = 0f64;
+        for ((&scale, &zero), &added) in scales.iter().zip(&zeros).zip(&added) {
+            let (scale, zero) = (f64::from(scale), f64::from(zero));
+            let shifted = (zero - added / scale) as f32;
+            let error = scale * (zero - f64::from(shifted)) - added;
+            max_error = max_error.max(error.abs());
+            merged.push(shifted);
+        }
+        let grid = weight.layout().grid_shape();
+        let device = weight.scales().device();
+        let zeros = tensor(merged, grid, &device);
+        let merged = weight.clone().with_grid(weight.scales(), Some(zeros));
+        let merged = merged.map_err(|source| Error::Quant {
+            path: path.into(),
+            source,
+        })?;
+        let max_weight = largest(merged.dequantize());
+        let exactness = Exactness::Bounded {
+            // A weight in f32 is rounded twice, when the zero is taken off and when it is scaled.
+            max_weight_error: max_error + of_roundings(2) * max_weight,
+            max_weight,
+        };
+        Ok((merged, exactness))
+    }
+
+    fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
         let ([pool, repeat], [n_pools, n_out]) = (self.tile(), self.n_tiles());
         let spread = |matrix: Tensor<2>| {
             matrix
@@ -601,46 +622,45 @@ impl TileAdapter {
         let w = weight.to_dense();
         let merged = w.clone() + spread(self.matrix().detach() * scale);
         let magnitudes = w.abs() + spread(magnitudes * scale);
-        let exactness = Exactness::Bounded {
-            max_weight_error: of_roundings(rank + 2) * largest(magnitudes),
-            max_weight: largest(merged.clone()),
-        };
-        (merged, exactness)
+        bounded(merged, magnitudes, rank + 2)
     }
 
-    pub(crate) fn settings(&self) -> TileSettings {
-        self.settings.clone()
+    fn settings(&self) -> Settings {
+        Settings::Tile(self.settings.clone())
     }
 
-    pub(super) fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
+    fn tensors(&self) -> Vec<(&'static str, LazyTensor<'_>)> {
         match &self.factor {
             Factor::Product(product) => vec![("a", stored(&product.a)), ("b", stored(&product.b))],
             Factor::Matrix(matrix) => vec![("matrix", stored(matrix))],
         }
     }
 
-    pub(super) fn read(
-        settings: TileSettings,
-        path: &str,
-        file: &mut TensorFile,
-        device: &Device,
-    ) -> Result<Self> {
-        settings.check()?;
-        let name = |tensor: &str| format!("{path}.{tensor}");
-        let factor = match settings.tiles {
-            TileMethod::QaHira => Factor::Matrix(read_param(&name("matrix"), file, device)?),
-            _ => {
-                let a = read_param::<2>(&name("a"), file, device)?;
-                let b = read_param::<2>(&name("b"), file, device)?;
-                check_inner(&name, &a, &b, file)?;
-                let rank = a.val().dims()[1];
-                if settings.tiles != TileMethod::QBara && rank != settings.rank {
-                    let problem = format!("has rank {rank}, its settings say {}", settings.rank);
-                    return Err(file.refuse(&name("a"), problem).into());
-                }
-                Factor::Product(Product { a, b })
-            }
+    fn to_hf(&self) -> Result<HfLayer<'_>, String> {
+        let TileSettings {
+            tiles,
+            pool,
+            repeat,
+            pooling,
+            alpha,
+            rank,
+            dropout,
+        } = self.settings;
+        let factors = match self.factors() {
+            Some((a, b)) if tiles == TileMethod::QaLora && repeat == 1 => [a, b],
+            _ => return Err("PEFT has no such tiles; use `Adapters::save`".into()),
         };
-        Ok(Self::new(factor, settings))
+        if pool < 2 {
+            return Err("in PEFT's files, pools of one input are those of LoRA".into());
+        }
+        if pooling != Pooling::Peft {
+            return Err("PEFT knows no pooling but `Pooling::Peft`".into());
+        }
+        let switches = [
+            ("use_dora", false),
+            ("use_qalora", true),
+            ("use_rslora", false),
+        ];
+        Ok(hf_layer(rank, alpha, dropout, pool, switches, factors))
     }
 }

@@ -1,10 +1,11 @@
 use proptest::prelude::*;
 use quant_core::{Quantizer, Rtn};
 
-use burn::tensor::TensorData;
+use burn::tensor::{Device, TensorData};
+use rand::RngExt;
 
 use super::*;
-use crate::Linear;
+use crate::adapter::tensors::{layer_rng, trained};
 use crate::adapter::testing::Matrix;
 
 #[derive(Debug)]
@@ -197,15 +198,15 @@ fn dora(case: &Case) -> LoraAdapter {
     let m = trained::<1>(m, [d_out], &Device::flex());
     let settings = LoraSettings {
         dora: true,
-        ..case.adapter.settings()
+        ..case.adapter.settings.clone()
     };
     let (a, b) = (case.adapter.a.clone(), case.adapter.b.clone());
-    let adapter = LoraAdapter::new(a, b, Some(m), None, settings).unwrap();
+    let mut adapter = LoraAdapter::new(a, b, Some(m), None, settings).unwrap();
     // With the norms of the weight at hand, and without.
-    match d_out % 2 {
-        0 => adapter,
-        _ => adapter.bound_to(&weight),
+    if d_out % 2 == 1 {
+        adapter.bind(&weight);
     }
+    adapter
 }
 
 proptest! {
@@ -284,7 +285,7 @@ fn dora_stays_finite_where_the_weight_is_cancelled() {
     let m = trained::<1>(vec![1.0], [1], &Device::flex());
     let settings = LoraSettings {
         dora: true,
-        ..adapter.settings()
+        ..adapter.settings.clone()
     };
     let adapter = LoraAdapter::new(adapter.a, adapter.b, Some(m), None, settings).unwrap();
     let factor = adapter.factors(&base).unwrap().into_scalar::<f32>();
@@ -304,10 +305,10 @@ fn dora_keeps_norms_of_frozen_weights_alone() {
         let weight = trained::<2>(vec![0.5, -1.0, 2.0, 0.25], [2, 2], &Device::flex());
         let weight = Weight::Dense(weight.set_require_grad(trains));
         assert_eq!(weight.trains(), trains);
-        let Adapter::Lora(adapter) = lora.init("up", &plain(&weight)).unwrap() else {
+        let Adapter::Lora(mut adapter) = lora.init("up", &plain(&weight)).unwrap() else {
             panic!("another method");
         };
-        let adapter = adapter.bound_to(&weight);
+        adapter.bind(&weight);
         assert_eq!(adapter.magnitude.unwrap().squares.is_none(), trains);
     }
 }

@@ -1,10 +1,10 @@
-use burn::tensor::TensorData;
+use burn::tensor::{Device, TensorData};
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Optq, Quantizer, Rtn};
 use rand::RngExt;
 
 use super::*;
-use crate::adapter::layer_rng;
+use crate::adapter::tensors::layer_rng;
 use crate::adapter::testing::Matrix;
 
 #[derive(Debug)]
@@ -140,7 +140,7 @@ proptest! {
         let Case { weight, adapter, group, bits, .. } = case;
         let rtn = Rtn::new().with_bits(bits).with_group_size(Some(group));
         let packed = rtn.quantize(weight.clone(), None).unwrap().weight;
-        adapter.check("up", &Weight::Quant(packed.clone())).unwrap();
+        adapter.check("up", &plain(&Weight::Quant(packed.clone()))).unwrap();
         let (merged, exactness) = adapter.on_codes("up", &packed).unwrap();
         prop_assert_eq!(merged.codes(), packed.codes());
         prop_assert_eq!(merged.format(), packed.format());
@@ -234,7 +234,7 @@ fn groups_that_tiles_do_not_hold_are_refused() {
             if path == "mlp.up" && reason.contains(problem));
         assert!(named, "{format}: {error}");
         let packed = Weight::Quant(packed);
-        assert!(adapter.check("mlp.up", &packed).is_ok());
+        assert!(adapter.check("mlp.up", &plain(&packed)).is_ok());
         let error = Tile::qa_hira()
             .with_pool(pool)
             .init("mlp.up", &plain(&packed))

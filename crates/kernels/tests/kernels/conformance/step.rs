@@ -4,12 +4,12 @@
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{causal_attention, linear_cross_entropy, rms_norm, rotate_half, silu_mul};
 
-use crate::{On, Uniform};
+use super::on::{On, Uniform};
 
 /// From leaves to a result; what is constant is made on the device of the leaves.
 type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
 
-pub(crate) fn conform(on: &On) {
+pub(super) fn conform(on: &On) {
     let all: [(&str, &[[usize; 4]], Operation); 6] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())

@@ -3,7 +3,7 @@
 use burn::tensor::{DType, Int, Tensor};
 use kernels::{Layout, Levels, Precision, TABLE, dequantize, pack, quant_matmul};
 
-use crate::{Kind, On, Sum, Uniform, sums, values};
+use super::on::{Kind, On, Sum, Uniform, sums, values};
 
 /// Levels in no order, as those of FP4.
 const LEVELS: [f32; TABLE] = [
@@ -39,7 +39,7 @@ const SHAPES: [(usize, usize, usize, usize); 6] = [
     (1111, 5, 300, 3),
 ];
 
-pub(crate) fn conform(on: &On) {
+pub(super) fn conform(on: &On) {
     // Half precision takes the same kernels: every other format does.
     let step = if on.dtype == DType::F32 { 1 } else { 2 };
     for (k, (bits, levels, zeros)) in CODES.into_iter().enumerate().step_by(step) {

@@ -1,0 +1,3 @@
+//! Integration tests of `kernels`; those that count allocations are binaries of their own.
+
+mod conformance;

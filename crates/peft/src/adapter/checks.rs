@@ -1,0 +1,86 @@
+//! Checks of settings, and of layers that are to be adapted.
+
+use burn::tensor::DType;
+use quant_core::QuantTensor;
+
+use crate::{Error, Result, Weight};
+
+/// The packed weight of the layer at `path`, which `method` needs.
+pub(crate) fn quantized<'a>(
+    method: &'static str,
+    path: &str,
+    weight: &'a Weight,
+) -> Result<&'a QuantTensor> {
+    match weight {
+        Weight::Quant(weight) => Ok(weight),
+        Weight::Dense(_) => Err(Error::NeedsQuantized {
+            method,
+            path: path.into(),
+        }),
+    }
+}
+
+/// Checks that a tensor of the adapter of the layer at `path` has this shape.
+pub(crate) fn check_shape<const D: usize>(
+    path: &str,
+    expected: [usize; D],
+    found: [usize; D],
+) -> Result<()> {
+    if expected == found {
+        Ok(())
+    } else {
+        Err(Error::Shape {
+            path: path.into(),
+            expected: expected.into(),
+            found: found.into(),
+        })
+    }
+}
+
+/// Checks that a dense weight is of the dtype in which adapters are trained.
+pub(super) fn check_dtype(path: &str, weight: &Weight) -> Result<()> {
+    match weight {
+        Weight::Dense(weight) if weight.val().dtype() != DType::F32 => Err(Error::NotF32 {
+            path: path.into(),
+            found: weight.val().dtype(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Checks the rank of a product that is added to the weight of the layer at `path`.
+pub(super) fn check_rank(path: &str, rank: usize, dims: [usize; 2]) -> Result<()> {
+    if rank <= dims[0].min(dims[1]) {
+        Ok(())
+    } else {
+        Err(Error::Rank {
+            path: path.into(),
+            rank,
+            dims,
+        })
+    }
+}
+
+/// Checks that a setting is positive and finite.
+pub(super) fn check_positive(setting: &'static str, value: f32) -> Result<()> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        setting,
+        value: value.to_string(),
+        expected: "a positive number",
+    })
+}
+
+/// Checks that a setting is at least 1.
+pub(super) fn check_count(setting: &'static str, value: usize) -> Result<()> {
+    if value > 0 {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        setting,
+        value: "0".into(),
+        expected: "at least 1",
+    })
+}

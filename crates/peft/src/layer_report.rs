@@ -1,0 +1,69 @@
+use std::fmt;
+
+use burn::tensor::Tensor;
+use quant_core::{Distortion, Format, Gram, Note};
+use serde::{Serialize, Serializer};
+
+/// The report of one layer that was quantized.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerReport {
+    /// The path of the layer.
+    pub path: String,
+    /// The format of its weight; none if it is dense.
+    pub format: Option<Format>,
+    /// How far it is from the dense layer; `after` in JSON, beside the `before` of an initialization.
+    #[serde(rename = "after")]
+    pub error: LayerError,
+    /// Bytes of the weight.
+    pub n_bytes: usize,
+    /// Seconds that it took.
+    pub seconds: f64,
+    /// Notes of the quantizer.
+    pub notes: Vec<Note>,
+}
+
+/// The distance of a layer from the dense one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct LayerError {
+    /// The distance of the weights; in JSON, the relative one alone.
+    #[serde(serialize_with = "relative")]
+    pub weight: Distortion,
+    /// The relative error of the output over a calibration, `‖X (W - Ŵ)‖ / ‖X W‖`.
+    pub output: Option<f64>,
+}
+
+impl LayerError {
+    /// The distance of the weight `found` from `dense`, and of their outputs over the inputs of `gram`.
+    ///
+    /// # Panics
+    /// If the weights are of different sizes, or the Gram is that of another layer.
+    pub fn between(dense: Tensor<2>, found: Tensor<2>, gram: Option<&Gram>) -> Self {
+        let output = gram.map(|gram| {
+            let error = gram.energy(found.clone() - dense.clone());
+            // Rounding can leave a little less than nothing.
+            if error <= 0.0 {
+                0.0
+            } else {
+                (error / gram.energy(dense.clone())).sqrt()
+            }
+        });
+        let weight = kernels::with_values(dense, |dense| {
+            kernels::with_values(found, |found| Distortion::between(dense, found))
+        });
+        Self { weight, output }
+    }
+}
+
+fn relative<S: Serializer>(weight: &Distortion, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(weight.relative)
+}
+
+impl fmt::Display for LayerError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        self.weight.fmt(f)?;
+        match self.output {
+            Some(output) => write!(f, ", of the output {output:.4}"),
+            None => Ok(()),
+        }
+    }
+}

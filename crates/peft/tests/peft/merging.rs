@@ -1,0 +1,154 @@
+use burn::tensor::Tensor;
+use peft::{Error, Exactness, Fingerprint, Linears, OffGrid, Weight};
+use proptest::prelude::*;
+use quant_core::Rtn;
+
+use crate::cases::{Merge, Tuning, cases};
+use crate::model::{Bigram, batch, difference, logits, tune};
+use crate::property;
+
+/// Codes, scales and zeros.
+type OnGrid = (Vec<u8>, Vec<f32>, Option<Vec<f32>>);
+
+/// What the packed layers hold.
+fn codes(model: &Bigram) -> Vec<OnGrid> {
+    let linears = model.linears().into_iter();
+    let packed = linears.filter_map(|(_, linear)| match linear.weight() {
+        Weight::Quant(weight) => Some(weight.clone()),
+        Weight::Dense(_) => None,
+    });
+    let values = |tensor: Tensor<2>| tensor.into_data().try_into_vec::<f32>().unwrap();
+    packed
+        .map(|weight| {
+            (
+                weight.codes(),
+                values(weight.scales()),
+                weight.zeros().map(values),
+            )
+        })
+        .collect()
+}
+
+/// The part of the way from `base` to `sum` that `found` has gone.
+fn kept(base: &[f32], sum: &[f32], found: &[f32]) -> f64 {
+    let along = |to: &[f32]| -> f64 {
+        let steps = (0..base.len()).map(|at| {
+            let [base, sum, to] = [base[at], sum[at], to[at]].map(f64::from);
+            (to - base) * (sum - base)
+        });
+        steps.sum()
+    };
+    along(found) / along(sum)
+}
+
+proptest! {
+    #![proptest_config(property(64))]
+
+    /// A merge changes no bit where it is exact, and nothing that f32 could tell where it is bounded;
+    /// codes and scales stay. What codes cannot hold is refused, and merges in the ways that are
+    /// asked for by name.
+    #[test]
+    fn merging_keeps_what_was_tuned(case in cases(), seed in 0..1000u64) {
+        let mut model = case.adapted(seed);
+        let (base, before, on_grid) = (Fingerprint::of(&model), logits(&model), codes(&model));
+        tune(&mut model, seed);
+        let adapted = model.clone();
+        prop_assert_ne!(logits(&adapted), before.clone());
+        // The base is frozen.
+        prop_assert_eq!(Fingerprint::of(&model), base.clone());
+        let merge = case.merge().unwrap();
+        if merge == Merge::OffGrid {
+            let error = peft::merge(&mut model).unwrap_err();
+            let named = matches!(&error, Error::MergeIntoPacked { path, .. } if path == "mlp.up");
+            prop_assert!(named, "{}", error);
+            prop_assert_eq!(logits(&model), logits(&adapted));
+            let dense = peft::merge_with(&mut model, OffGrid::Dense).unwrap();
+            prop_assert!(dense.layers.iter().all(|layer| layer.format.is_none()));
+            prop_assert_eq!(dense.kind(), "bounded");
+            prop_assert!(difference(&adapted, &model) < 1e-5);
+
+            let mut rounded = adapted.clone();
+            let eight = Rtn::new().with_bits(8).with_group_size(32);
+            let probe = batch(99, [2, 9]);
+            let certificate = peft::merge_probed(&mut rounded, OffGrid::Round(&eight), &probe).unwrap();
+            prop_assert_eq!(certificate.kind(), "rounded");
+            certificate.verify(&rounded).unwrap();
+            let weights = |model: &Bigram| -> Vec<Vec<f32>> {
+                let linears = model.linears().into_iter();
+                let dense = linears.map(|(_, linear)| linear.weight().to_dense());
+                dense.map(|weight| weight.into_data().try_into_vec().unwrap()).collect()
+            };
+            let [base, sum, found] = [&adapted, &model, &rounded].map(weights);
+            for (at, layer) in certificate.layers.iter().enumerate() {
+                let Exactness::Rounded { relative_error, retention } = layer.exactness else {
+                    panic!("{:?}", layer.exactness);
+                };
+                prop_assert_eq!(layer.format, Some(eight.format().unwrap()));
+                let [error, all] = [&found[at], &vec![0.0; sum[at].len()]].map(|other| {
+                    let differences = sum[at].iter().zip(other).map(|(a, b)| f64::from(a - b));
+                    differences.map(|d| d * d).sum::<f64>().sqrt()
+                });
+                prop_assert!((relative_error - error / all).abs() < 1e-5, "{}", relative_error);
+                let expected = kept(&base[at], &sum[at], &found[at]);
+                prop_assert!((retention - expected).abs() < 1e-5, "{} {}", retention, expected);
+            }
+            let measured = certificate.probe.unwrap();
+            let mut plain = adapted.clone();
+            peft::detach(&mut plain).unwrap();
+            let [base, sum, found] = [&plain, &adapted, &rounded].map(|model| {
+                logits(model).into_iter().map(f32::from_bits).collect::<Vec<_>>()
+            });
+            prop_assert!((measured.retention - kept(&base, &sum, &found)).abs() < 1e-9);
+            let change = |a: &[f32], b: &[f32]| {
+                let changes = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs());
+                changes.fold(0.0, f64::max)
+            };
+            prop_assert_eq!(measured.max_adapter_change, change(&base, &sum));
+            prop_assert_eq!(measured.max_merge_change, change(&sum, &found));
+            return Ok(());
+        }
+        let probe = batch(99, [2, 9]);
+        let certificate = peft::merge_probed(&mut model, OffGrid::Refuse, &probe).unwrap();
+        let measured = certificate.probe.unwrap();
+        prop_assert_eq!(measured.n_logits, before.len());
+        prop_assert!(measured.max_adapter_change > 0.0);
+        match merge {
+            Merge::Exact => {
+                prop_assert!(certificate.is_exact());
+                prop_assert_eq!(certificate.kind(), "exact");
+                prop_assert_eq!(logits(&model), logits(&adapted));
+                prop_assert_eq!((measured.max_merge_change, measured.retention), (0.0, 1.0));
+            }
+            _ => {
+                prop_assert_eq!(certificate.kind(), "bounded");
+                prop_assert!(difference(&adapted, &model) < 1e-5, "{}", certificate);
+                prop_assert!((measured.retention - 1.0).abs() < 1e-3, "{}", certificate);
+                for layer in &certificate.layers {
+                    let Exactness::Bounded { max_weight_error, max_weight } = layer.exactness else {
+                        panic!("{:?}", layer.exactness);
+                    };
+                    // What LoRA states is a bound, what the tiles state is measured.
+                    let bound = match case.tuning {
+                        Tuning::Tile(..) => 1e-6,
+                        _ => 1e-4,
+                    };
+                    prop_assert!(max_weight_error <= bound * max_weight, "{}", certificate);
+                }
+            }
+        }
+        // The same codes; of scales and zeros, only those that the method trains are others.
+        for (before, after) in on_grid.iter().zip(codes(&model)) {
+            prop_assert_eq!(&before.0, &after.0);
+            prop_assert_eq!(before.1 == after.1, matches!(case.tuning, Tuning::Tile(..)));
+            prop_assert_eq!(before.2 == after.2, !case.trains_zeros());
+        }
+        certificate.verify(&model).unwrap();
+        let mut other = model.clone();
+        other.embedding = other.embedding.map(|embedding| embedding + 1e-3);
+        for stranger in [case.base.model(seed), other] {
+            let refused = matches!(certificate.verify(&stranger), Err(Error::NotMerged { .. }));
+            prop_assert!(refused);
+        }
+        prop_assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
+    }
+}

@@ -1,0 +1,144 @@
+//! Packed weights from parts and on given grids.
+
+use burn::tensor::Device;
+use quant_core::{
+    DoubleQuant, Error, Grid, NormalFloat, Parts, QuantTensor, Quantizer, Rtn, Scales,
+};
+
+use crate::cases::{scattered, tensor};
+
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    let packed = Rtn::new()
+        .with_bits(3)
+        .quantize(tensor(vec![1.0; 12], [6, 2]), None)
+        .unwrap()
+        .weight;
+    let (format, parts) = (packed.format(), packed.to_parts());
+    let make = |parts: Parts, dims| QuantTensor::from_parts(parts, format, dims, &Device::flex());
+    assert!(make(parts.clone(), [6, 2]).is_ok());
+    let length = |what, expected, found| Error::Length {
+        what,
+        expected,
+        found,
+    };
+    let error = make(parts.clone(), [12, 2]).unwrap_err();
+    assert_eq!(error, length("words", 128, 64));
+    let error = make(
+        Parts {
+            scales: Scales::Float(vec![1.0]),
+            ..parts.clone()
+        },
+        [6, 2],
+    )
+    .unwrap_err();
+    assert_eq!(error, length("scales", 2, 1));
+    let error = make(
+        Parts {
+            zeros: None,
+            ..parts.clone()
+        },
+        [6, 2],
+    )
+    .unwrap_err();
+    assert_eq!(
+        error,
+        Error::Zeros {
+            grid: Grid::Affine,
+            found: false
+        }
+    );
+    let error = make(
+        Parts {
+            scales: Scales::Float(vec![1.0, f32::NAN]),
+            ..parts.clone()
+        },
+        [6, 2],
+    )
+    .unwrap_err();
+    assert!(matches!(
+        error,
+        Error::NonFinite {
+            what: "the scales",
+            column: 1,
+            ..
+        }
+    ));
+    let error = make(parts, [usize::MAX, 2]).unwrap_err();
+    assert!(matches!(error, Error::Size { .. }));
+}
+
+/// On the grid that a quantizer found, a weight has the quantizer's codes.
+#[test]
+fn a_weight_is_rounded_to_a_grid_found_elsewhere() {
+    let weight = scattered([30, 8]);
+    for symmetric in [false, true] {
+        let rtn = Rtn::new()
+            .with_bits(3)
+            .with_group_size(8)
+            .with_symmetric(symmetric);
+        let packed = rtn.quantize(weight.clone(), None).unwrap().weight;
+        let on_grid =
+            |scales, zeros| QuantTensor::on_grid(weight.clone(), packed.format(), scales, zeros);
+        let found = on_grid(packed.scales(), packed.zeros()).unwrap();
+        assert_eq!(found.codes(), packed.codes());
+        let error = on_grid(packed.scales() * 0.0, packed.zeros()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::NoGrid {
+                    what: "the scales",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        match packed.zeros() {
+            Some(zeros) => {
+                let error = on_grid(packed.scales(), Some(zeros + 0.5)).unwrap_err();
+                assert!(
+                    matches!(
+                        error,
+                        Error::NoGrid {
+                            what: "the zeros",
+                            ..
+                        }
+                    ),
+                    "{error}"
+                );
+                let error = on_grid(packed.scales(), None).unwrap_err();
+                assert!(matches!(error, Error::Zeros { .. }), "{error}");
+            }
+            None => {
+                let error = on_grid(packed.scales(), Some(packed.scales())).unwrap_err();
+                assert!(matches!(error, Error::Zeros { .. }), "{error}");
+            }
+        }
+    }
+    let nf = NormalFloat::new().with_block_size(8);
+    let packed = nf.quantize(weight.clone(), None).unwrap().weight;
+    let error = QuantTensor::on_grid(weight.clone(), packed.format(), packed.scales(), None);
+    assert!(matches!(error.unwrap_err(), Error::Scales { .. }));
+    let rtn = Rtn::new().quantize(weight.clone(), None).unwrap().weight;
+    let nan = weight * f32::NAN;
+    let error = QuantTensor::on_grid(nan, rtn.format(), rtn.scales(), rtn.zeros());
+    assert!(matches!(error.unwrap_err(), Error::NonFinite { .. }));
+}
+
+/// Each part of double-quantized scales is that of all parts.
+#[test]
+fn double_quantized_scales_are_read_one_by_one() {
+    let nf = NormalFloat::new().with_block_size(8);
+    let packed = nf.quantize(scattered([30, 7]), None).unwrap().weight;
+    assert!(packed.double_scales().is_none());
+    let nf = nf.with_double_quant(DoubleQuant::dynamic());
+    let packed = nf.quantize(scattered([30, 7]), None).unwrap().weight;
+    let Scales::Double(expected) = packed.to_parts().scales else {
+        panic!("the scales are codes");
+    };
+    let found = packed.double_scales().unwrap();
+    assert_eq!(found.codes(), expected.codes);
+    assert_eq!(found.codes().len(), 4 * 7);
+    assert_eq!(found.absmax(), expected.absmax);
+    assert_eq!(found.offset(), expected.offset);
+}

@@ -1,0 +1,131 @@
+//! Files that are held in memory whole.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::directory::{staging_name, sync_directory};
+use crate::error::{io, refuse};
+use crate::{Error, Result};
+
+/// Opens a regular file, and says how many bytes it has.
+pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
+    // Before it is opened: opening a pipe waits for its other end.
+    let info = fs::metadata(path).map_err(|source| io(path, source))?;
+    if !info.is_file() {
+        return Err(refuse(path, "is not a regular file".into()));
+    }
+    let file = File::open(path).map_err(|source| io(path, source))?;
+    Ok((file, info.len()))
+}
+
+/// Bytes by which [`impostor`] knows a file.
+pub(crate) const IMPOSTOR_BYTES: u64 = 512;
+
+/// What stands in the place of a file, by its first bytes.
+pub(crate) fn impostor(start: &[u8]) -> Option<&'static str> {
+    let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start);
+    let text = text.trim_ascii_start();
+    let begins = |what: &[u8]| {
+        let head = text.get(..what.len());
+        head.is_some_and(|head| head.eq_ignore_ascii_case(what))
+    };
+    let has = |what: &[u8]| start.windows(what.len()).any(|part| part == what);
+    if begins(b"version https://git-lfs") {
+        Some("is a Git-LFS pointer, not the file itself; run `git lfs pull`")
+    } else if begins(b"<!doctype html") || begins(b"<html") {
+        Some("is a web page, not the file itself: fetch it again, with a login if it takes one")
+    } else if has(b"/annex/objects/") {
+        Some("is a git-annex link, not the file itself; run `git annex get`")
+    } else if start.starts_with(b"PK\x03\x04") {
+        Some("is a zip archive, as pickled weights are; convert it to safetensors")
+    } else {
+        None
+    }
+}
+
+/// Whether there is something of this name, be it a link that leads nowhere: opening it says what is
+/// wrong.
+pub fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// Reads a file that is held in memory whole.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is no regular file, larger than a
+/// configuration or a tokenizer can be, or a Git-LFS pointer, a web page or the like in place of it.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    const MAX: u64 = 1 << 30;
+    let (file, n_bytes) = open(path)?;
+    let mut bytes = Vec::new();
+    let most = file.take(MAX + 1).read_to_end(&mut bytes);
+    most.map_err(|source| io(path, source))?;
+    if bytes.len() as u64 > MAX {
+        let problem = format!("has {n_bytes} bytes; files of this kind have at most {MAX}");
+        return Err(refuse(path, problem));
+    }
+    match impostor(&bytes[..bytes.len().min(IMPOSTOR_BYTES as usize)]) {
+        Some(problem) => Err(refuse(path, problem.into())),
+        None => Ok(bytes),
+    }
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// As [`read`]; [`Error::File`] if it is not JSON of the expected form.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = read(path)?;
+    serde_json::from_slice(&bytes).map_err(|error| refuse(path, error.to_string()))
+}
+
+/// Checks the version of the format that the file at `path` states.
+///
+/// # Errors
+/// [`Error::File`] if it is another one than that which is read.
+pub fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
+    if read == found {
+        return Ok(());
+    }
+    Err(Error::File {
+        path: path.into(),
+        problem: format!("format_version is {found}, this program reads {read}"),
+    })
+}
+
+/// Writes a JSON file, whole or not at all, in the place of one that is there.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let refuse = |problem: String| Error::File {
+        path: path.into(),
+        problem,
+    };
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| refuse(error.to_string()))?;
+    text.push('\n');
+    let Some(name) = path.file_name() else {
+        return Err(refuse("is not the name of a file".into()));
+    };
+    let staging = path.with_file_name(staging_name(name, 0));
+    let written = File::create(&staging)
+        .and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        })
+        .and_then(|()| fs::rename(&staging, path));
+    if let Err(source) = written {
+        // What failed is already the error; the leftover is hidden and harmless.
+        let _ = fs::remove_file(&staging);
+        return Err(io(path, source));
+    }
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => sync_directory(parent),
+        _ => sync_directory(Path::new(".")),
+    }
+}

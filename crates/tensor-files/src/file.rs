@@ -1,0 +1,237 @@
+use std::collections::HashSet;
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use serde::de::{Error as _, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::document::{IMPOSTOR_BYTES, impostor, open};
+use crate::error::{io, refuse};
+use crate::{Error, Result};
+
+/// Headers above this are not read: the limit of the safetensors format.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// A safetensors file, read tensor by tensor. Its sizes are checked against the file when opened.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    file: File,
+    metadata: Metadata,
+    data_start: u64,
+}
+
+impl TensorFile {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read; [`Error::File`] if it is truncated, too long, or no
+    /// safetensors file at all.
+    pub fn open(path: &Path) -> Result<Self> {
+        let refuse = |problem: String| refuse(path, problem);
+        let (mut file, n_bytes) = open(path)?;
+        let mut start = Vec::new();
+        (&mut file)
+            .take(IMPOSTOR_BYTES)
+            .read_to_end(&mut start)
+            .map_err(|source| io(path, source))?;
+        if let Some(problem) = impostor(&start) {
+            return Err(refuse(problem.into()));
+        }
+        let Some((start, _)) = start.split_first_chunk::<8>() else {
+            return Err(refuse(format!(
+                "{n_bytes} bytes are no safetensors file; fetch it again"
+            )));
+        };
+        let n_header = u64::from_le_bytes(*start);
+        if n_header.checked_add(8).is_none_or(|end| end > n_bytes) {
+            return Err(refuse(format!(
+                "claims a header of {n_header} bytes in a file of {n_bytes}: truncated, or no safetensors file"
+            )));
+        }
+        if n_header > MAX_HEADER {
+            return Err(refuse(format!(
+                "has a header of {n_header} bytes; the format allows {MAX_HEADER}"
+            )));
+        }
+        let mut header = vec![0; n_header as usize];
+        file.seek(SeekFrom::Start(8))
+            .and_then(|_| file.read_exact(&mut header))
+            .map_err(|source| io(path, source))?;
+        if !header.starts_with(b"{") {
+            return Err(refuse("its header does not begin with `{`".into()));
+        }
+        let Header(metadata) = serde_json::from_slice(&header)
+            .map_err(|error| refuse(format!("its header is no safetensors header: {error}")))?;
+        let data_start = 8 + n_header;
+        let claimed = data_start.checked_add(metadata.data_len() as u64);
+        if claimed != Some(n_bytes) {
+            let claimed = claimed.map_or("more".into(), |n| n.to_string());
+            return Err(refuse(format!(
+                "its header describes {claimed} bytes, the file has {n_bytes}: truncated or damaged; fetch it again"
+            )));
+        }
+        Ok(Self {
+            path: path.into(),
+            file,
+            metadata,
+            data_start,
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of the tensors, in order.
+    pub fn names(&self) -> Vec<String> {
+        let mut names = self.metadata.offset_keys();
+        names.sort();
+        names
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.metadata.info(name).is_some()
+    }
+
+    /// The shape of a tensor, from the header.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.metadata.info(name)?.shape)
+    }
+
+    /// The values and the shape of a tensor of `f32`, `f16` or `bf16`, row by row.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions, or
+    /// if a value is not finite.
+    pub fn floats<const D: usize>(&mut self, name: &str) -> Result<(Vec<f32>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        let values: Vec<f32> = match dtype {
+            Dtype::F32 => read_each(&bytes, f32::from_le_bytes),
+            Dtype::F16 => read_each(&bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            Dtype::BF16 => read_each(&bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            _ => return Err(self.refuse(name, format!("is {dtype:?}, not F32, F16 or BF16"))),
+        };
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let count = values.iter().filter(|value| !value.is_finite()).count();
+            let value = values[at];
+            let problem = format!("element {at} is {value}; non-finite elements in all: {count}");
+            return Err(self.refuse(name, problem));
+        }
+        Ok((values, shape))
+    }
+
+    /// The values and the shape of a tensor of 32-bit integers, row by row.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions.
+    pub fn words<const D: usize>(&mut self, name: &str) -> Result<(Vec<u32>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        match dtype {
+            Dtype::U32 | Dtype::I32 => Ok((read_each(&bytes, u32::from_le_bytes), shape)),
+            _ => Err(self.refuse(name, format!("is {dtype:?}, not I32 or U32"))),
+        }
+    }
+
+    /// The values and the shape of a tensor of bytes, row by row.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions.
+    pub fn bytes<const D: usize>(&mut self, name: &str) -> Result<(Vec<u8>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        match dtype {
+            Dtype::U8 => Ok((bytes, shape)),
+            _ => Err(self.refuse(name, format!("is {dtype:?}, not U8"))),
+        }
+    }
+
+    fn read<const D: usize>(&mut self, name: &str) -> Result<(Dtype, [usize; D], Vec<u8>)> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(Error::MissingTensor {
+                path: self.path.clone(),
+                tensor: name.into(),
+            });
+        };
+        let (dtype, (start, end)) = (info.dtype, info.data_offsets);
+        let Ok(shape) = <[usize; D]>::try_from(info.shape.as_slice()) else {
+            let problem = format!("has the shape {:?}, not {D} dimensions", info.shape);
+            return Err(self.refuse(name, problem));
+        };
+        // Checked against the file's length when it was opened.
+        let mut bytes = vec![0; end - start];
+        self.file
+            .seek(SeekFrom::Start(self.data_start + start as u64))
+            .and_then(|_| self.file.read_exact(&mut bytes))
+            .map_err(|source| io(&self.path, source))?;
+        Ok((dtype, shape, bytes))
+    }
+
+    /// Checks that the file has no tensor but those `expected`, which `config` lists.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] with one that it does not.
+    pub fn check_names(&self, expected: &[String], config: &str) -> Result<()> {
+        let expected: HashSet<&String> = expected.iter().collect();
+        let names = self.names();
+        match names.iter().find(|name| !expected.contains(name)) {
+            None => Ok(()),
+            Some(extra) => Err(self.refuse(extra, format!("belongs to no layer of `{config}`"))),
+        }
+    }
+
+    /// An error about one tensor of this file.
+    pub fn refuse(&self, tensor: &str, problem: String) -> Error {
+        Error::Tensor {
+            path: self.path.clone(),
+            tensor: tensor.into(),
+            problem,
+        }
+    }
+}
+
+fn read_each<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {
+    let (chunks, _) = bytes.as_chunks::<N>();
+    chunks.iter().map(|&chunk| read(chunk)).collect()
+}
+
+/// The header of a safetensors file, in which each name comes once.
+struct Header(Metadata);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("the tensors of a file")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let (mut names, mut tensors) = (HashSet::new(), Vec::new());
+                let mut metadata = None;
+                while let Some(name) = map.next_key::<String>()? {
+                    if !names.insert(name.clone()) {
+                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                    }
+                    match name.as_str() {
+                        "__metadata__" => metadata = map.next_value()?,
+                        _ => tensors.push((name, map.next_value::<TensorInfo>()?)),
+                    }
+                }
+                tensors.sort_by_key(|(_, info)| info.data_offsets);
+                let metadata = Metadata::new(metadata, tensors);
+                metadata.map(Header).map_err(A::Error::custom)
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
