@@ -110,10 +110,6 @@ impl Args {
         self.tune.lr.unwrap_or_else(rate)
     }
 
-    fn fit_config(&self, learning_rate: f64) -> FitConfig {
-        fit_config(learning_rate, self.tune.steps, self.seed)
-    }
-
     /// The largest difference of a logit of the merged and of the tuned model, relative to the largest
     /// logit, for a merge that rounds nothing. Zero on the CPU for an exact merge. On other devices the
     /// adapter's operations are fused into other kernels, which round differently, unless
@@ -195,7 +191,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     // Settings are checked before anything is read.
-    args.fit_config(args.tune.lr.unwrap_or(1e-3)).check()?;
+    args.tune.check()?;
     let mut bits = args.bits.clone();
     bits.sort_unstable_by(|a, b| b.cmp(a));
     bits.dedup();
@@ -224,7 +220,7 @@ fn run(args: &Args) -> Result<()> {
         source: source_of_texts,
         seq_len: args.tune.cut.seq_len,
         batch: args.tune.batch,
-        eval_windows: args.tune.eval.most(),
+        eval_windows: args.tune.eval.limit(),
         seed: args.seed,
     };
     let texts = Texts::new(&cut, &lm, &device)?;
@@ -259,7 +255,7 @@ fn run(args: &Args) -> Result<()> {
         None => PathBuf::from("adapt-report.json"),
     };
     for quantizer in &quantizers {
-        let fit = args.fit_config(report.learning_rate);
+        let fit = fit_config(report.learning_rate, args.tune.steps, args.seed);
         let run = tune(args, &**quantizer, &fit, &source, &texts, &out, &device)?;
         report.runs.push(run);
         // A later failure does not lose this run.

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::Parser;
-use examples::arguments::{EvalWindowsArg, GroupSize};
+use examples::arguments::{EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::memory;
@@ -40,7 +40,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 31_000)]
     budget: usize,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 60)]
+    #[arg(long, value_name = "N", default_value = "60", value_parser = at_least::<1>)]
     steps: usize,
     #[command(flatten)]
     eval: EvalWindowsArg,
@@ -119,7 +119,6 @@ fn run(args: &Args) -> Result<()> {
         let group_size = args.group_size(groups);
         method.quantizer(args.bits, group_size, false)?.format()?;
     }
-    fit_config(1e-3, args.steps, args.seed).check()?;
     tensor_files::check_output(&args.out)?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
@@ -129,7 +128,7 @@ fn run(args: &Args) -> Result<()> {
         source: Source::Corpus,
         seq_len: 128,
         batch: 8,
-        eval_windows: args.eval.most(),
+        eval_windows: args.eval.limit(),
         seed: args.seed,
     };
     let texts = Texts::new(&cut, &lm, &device)?;

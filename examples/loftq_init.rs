@@ -235,7 +235,7 @@ impl Texts {
         );
         let (seq_len, batch) = (args.tune.cut.seq_len, args.tune.batch);
         let train = texts::windows(lm, &train, seq_len, "--train")?.shuffled(seed);
-        let eval = texts::windows(lm, &eval, seq_len, "--eval")?.take(args.tune.eval.most());
+        let eval = texts::windows(lm, &eval, seq_len, "--eval")?.take(args.tune.eval.limit());
         Ok(Self {
             calibration: train.clone().take(args.samples).batches(batch, device),
             train: train.batches(batch, device),
@@ -282,7 +282,7 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     if args.tune.steps > 0 {
-        fit_config(args.tune.lr.unwrap_or(1e-3), args.tune.steps, 0).check()?;
+        args.tune.check()?;
     }
     if let Some(out) = &args.out {
         tensor_files::check_output(out)?;

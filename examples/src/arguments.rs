@@ -9,6 +9,7 @@ use clap::Args;
 use crate::device::DeviceArg;
 use crate::embedded::EmbeddedArg;
 use crate::outcome::Result;
+use crate::texts::fit_config;
 
 /// The model of a program and where it computes.
 #[derive(Args, Debug)]
@@ -61,8 +62,8 @@ pub struct EvalWindowsArg {
 }
 
 impl EvalWindowsArg {
-    /// The largest number of windows.
-    pub fn most(&self) -> usize {
+    /// The maximum number of windows.
+    pub fn limit(&self) -> usize {
         self.eval_windows.unwrap_or(usize::MAX)
     }
 }
@@ -94,6 +95,15 @@ pub struct TuneArgs {
 }
 
 impl TuneArgs {
+    /// Checks the settings of the training.
+    ///
+    /// # Errors
+    /// If the learning rate or the number of steps is out of its range.
+    pub fn check(&self) -> Result<()> {
+        // Default rates are in theirs.
+        Ok(fit_config(self.lr.unwrap_or(1e-3), self.steps, 0).check()?)
+    }
+
     /// Alpha, or the rank if it is not given.
     pub fn alpha(&self) -> f32 {
         self.alpha.unwrap_or(self.rank as f32)
