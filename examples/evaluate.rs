@@ -173,8 +173,8 @@ fn run(args: &Args) -> Result<()> {
             "confidence intervals",
             format!(
                 "{} %, {} bootstrap resamples",
-                100.0 * bootstrap.confidence,
-                bootstrap.resamples
+                100.0 * bootstrap.confidence(),
+                bootstrap.resamples()
             ),
         ),
         ("seed", args.seed.to_string()),
@@ -245,17 +245,9 @@ impl Data {
             let Some(path) = path else {
                 return Ok(Vec::new());
             };
-            let problem = |record: instruct::Record| {
-                let line = record.line;
-                let problem = serde_json::from_value(record.fields.into());
-                problem
-                    .map_err(|error| format!("`{}`, line {line}: {error}", path.display()).into())
-            };
-            read_records(path)?
-                .into_iter()
-                .take(n)
-                .map(problem)
-                .collect()
+            let records = read_records(path)?;
+            let problems = records.iter().take(n).map(gsm8k::Problem::of);
+            Ok(problems.collect::<evaluate::Result<_>>()?)
         };
         let choices = match &args.choices {
             Some(path) => read_records(path)?,

@@ -99,14 +99,11 @@ impl Instructions {
                 (records(train).collect(), records(eval).collect())
             }
         };
-        let limit = Limit {
-            max_len: cut.seq_len,
-            too_long: match self.too_long {
-                Long::Cut => TooLong::Cut,
-                Long::Drop => TooLong::Drop,
-                Long::Refuse => TooLong::Refuse,
-            },
-        };
+        let limit = Limit::new(cut.seq_len).with_too_long(match self.too_long {
+            Long::Cut => TooLong::Cut,
+            Long::Drop => TooLong::Drop,
+            Long::Refuse => TooLong::Refuse,
+        });
         let tokenizer = lm.tokenizer()?;
         let encode = |records: &[Record], purpose: &str| {
             let encoded = encode(records, &template, tokenizer, &special, limit);
@@ -114,9 +111,9 @@ impl Instructions {
         };
         let train = encode(&train, "training")?;
         let eval = encode(&eval, "evaluation")?;
-        let filler = lm.filler()?;
+        let padding = lm.padding()?;
         let batches = |encoded: &Encoded, size, most, seed| -> Result<Vec<Batch>> {
-            let rows = pack(&encoded.examples, cut.seq_len, filler, seed)?;
+            let rows = pack(&encoded.examples, cut.seq_len, padding, seed)?;
             let rows: Vec<Row> = rows.into_iter().take(most).collect();
             let batches = rows.chunks(size).map(|rows| batch(rows, device));
             Ok(batches.collect::<instruct::Result<_>>()?)

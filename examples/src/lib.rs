@@ -5,6 +5,7 @@
 pub mod arguments;
 pub mod corpus;
 pub mod device;
+mod doc;
 pub mod embedded;
 pub mod instructions;
 pub mod memory;

@@ -2,27 +2,25 @@ use peft::{Batch, CausalLm};
 
 use crate::{Error, Result};
 
-/// How a model's predictions differ from another's, for each token, window by window.
+/// The differences between the predictions of a model and of a reference, one for each window.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
-    /// The mean over a window's tokens of `Σ p ln(p / q)`, in nats, where `p` are the probabilities of
-    /// the reference.
+    /// The Kullback-Leibler divergence `Σ p ln(p / q)` in nats, where `p` is the distribution of the
+    /// reference: the mean over the tokens of a window.
     pub divergence: Vec<f64>,
-    /// The part of a window's tokens for which both find the same token likeliest.
+    /// The fraction of the tokens of a window after which both models predict the same token.
     pub same_top: Vec<f64>,
 }
 
-/// Compares a model with a reference, the full-precision one as a rule, over windows of text.
+/// Compares a model with a reference, such as itself in full precision, over windows of text.
 ///
-/// Every token of a window is one more context of a prediction; what comes after a window's last token
-/// counts as well. Sums are in f64. Both models are given the same tokens, which must mean the same to
-/// them.
+/// The predictions after every token of a window count, the last one included. Both models read the
+/// same tokens, so that their tokenizers must be the same. Sums are in f64.
 ///
 /// # Errors
-/// [`Error::OtherVocabulary`], [`Error::NoWindows`], [`Error::PartialWindow`] for one that is
-/// filled up, [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
-/// [`perplexity`](crate::perplexity()), or [`Error::NonFinite`] with the first window whose divergence
-/// is not finite.
+/// [`Error::OtherVocabulary`]; [`Error::NoWindows`]; [`Error::PartialWindow`] for a window with
+/// padding; [`peft::Error::Token`]; [`peft::Error::TooLong`]; [`Error::NonFinite`] with the first window
+/// whose divergence is not finite.
 pub fn compare<A: CausalLm, B: CausalLm>(
     model: &A,
     reference: &B,
@@ -68,12 +66,13 @@ pub fn compare<A: CausalLm, B: CausalLm>(
     Ok(comparison)
 }
 
-/// The probability of the likeliest token before each token that is to be predicted, and whether it
-/// was that token, window by window: what [`calibration_error`](crate::calibration_error()) takes.
+/// The confidence of a model in each target, and whether it was right, one list for each window.
+///
+/// The confidence is the probability of the likeliest token, which is right if it is the target.
+/// [`calibration_error`](crate::calibration_error()) takes the lists.
 ///
 /// # Errors
-/// [`Error::NoWindows`], [`peft::Error::Token`] or [`peft::Error::TooLong`] as for
-/// [`perplexity`](crate::perplexity).
+/// [`Error::NoWindows`]; [`peft::Error::Token`]; [`peft::Error::TooLong`].
 pub fn confidences<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<Vec<(f64, bool)>>> {
     if batches.is_empty() {
         return Err(Error::NoWindows);
@@ -88,8 +87,8 @@ pub fn confidences<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<Vec<
         let logits = logits(model, batch);
         for (row, targets) in batch.targets().chunks_exact(seq - 1).enumerate() {
             let mut of_window = Vec::new();
-            for place in (0..seq - 1).filter(|&place| targets[place]) {
-                let at = row * seq + place;
+            for position in (0..seq - 1).filter(|&position| targets[position]) {
+                let at = row * seq + position;
                 let prediction = Prediction::of(&logits[at * vocab..(at + 1) * vocab]);
                 let confidence = prediction.probability(prediction.top);
                 of_window.push((confidence, tokens[at + 1] == prediction.top as i64));
@@ -100,19 +99,19 @@ pub fn confidences<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<Vec<
     Ok(items)
 }
 
-/// All logits of a batch, row by row.
+/// The logits of a batch, row by row.
 fn logits<M: CausalLm>(model: &M, batch: &Batch) -> Vec<f32> {
     let logits = model.forward_spans(batch.tokens(), batch.spans());
     let logits = logits.into_data().convert::<f32>().try_into_vec();
     logits.expect("converted to f32")
 }
 
-/// The probabilities of one token.
+/// The distribution of the next token.
 struct Prediction<'a> {
     logits: &'a [f32],
-    /// The first of the likeliest.
+    /// The first of the likeliest tokens.
     top: usize,
-    /// The logarithm of the sum of the exponentials.
+    /// The logarithm of the sum of exponentials.
     lse: f64,
 }
 

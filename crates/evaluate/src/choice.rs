@@ -1,14 +1,15 @@
-//! Multiple choice by log-likelihood, as lm-evaluation-harness scores it.
+//! Multiple choice by log-likelihood, as in lm-evaluation-harness.
 //!
-//! Each choice is a continuation of the context, and the one that the model finds likeliest is its
-//! answer. `lm_eval/api/task.py`, `process_results` of `multiple_choice`; `lm_eval/api/model.py`,
-//! `_encode_pair`.
+//! Each choice is a continuation of the context, and the likeliest one is the answer of the model.
+//! Sources: `process_results` of `multiple_choice` in `lm_eval/api/task.py`, and `_encode_pair` in
+//! `lm_eval/api/model.py`.
 
 use instruct::Record;
 use models::Pretrained;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::error::refuse;
 use crate::rolling::ScoredWindow;
 use crate::score::score;
 use crate::whitespace::split_trailing;
@@ -17,22 +18,22 @@ use crate::{Error, Result};
 #[cfg(test)]
 mod tests;
 
-/// A question with choices, of which one is right.
+/// A question with several choices, one of which is right.
 ///
-/// A line of a JSONL file has
-/// * `context`, or under another name `query` or `question`: the text that the choices continue;
-/// * `choices`: two texts or more, none of them empty;
-/// * `answer`: the index of the right one, from 0; its text; or its letter, from `"A"`. A text goes
-///   for a letter only if it is the text of no choice, or of the very one that the letter means.
+/// A record has
+/// * `context`, `query` or `question`: the text that the choices continue;
+/// * `choices`: at least two strings, none of them empty;
+/// * `answer`: the index of the right choice from 0, its text, or its letter from `"A"`. A letter that
+///   is the text of another choice is refused.
 ///
-/// Other fields are left alone.
+/// Other fields are ignored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChoiceItem {
-    /// What the choices continue.
+    /// The text that the choices continue.
     pub context: String,
     /// The choices.
     pub choices: Vec<String>,
-    /// The index of the right one.
+    /// The index of the right choice.
     pub answer: usize,
 }
 
@@ -46,16 +47,29 @@ struct Fields {
 }
 
 impl ChoiceItem {
-    /// An item of a record.
+    /// Reads an item from a record.
     ///
     /// # Errors
-    /// [`Error::ChoiceLine`], which says what the line lacks.
+    /// [`Error::Record`] for a record without these fields.
+    ///
+    /// # Examples
+    /// ```
+    /// use evaluate::{ChoiceItem, Error};
+    /// use instruct::read_records;
+    ///
+    /// let dir = tempfile::tempdir()?;
+    /// let path = dir.path().join("items.jsonl");
+    /// let line = r#"{"question": "1 + 1 =", "choices": ["2", "3"], "answer": "A"}"#;
+    /// std::fs::write(&path, format!("{line}\n{{\"question\": \"2 + 2 =\"}}\n"))?;
+    /// let records = read_records(&path)?;
+    /// assert_eq!(ChoiceItem::of(&records[0])?.answer, 0);
+    ///
+    /// let error = ChoiceItem::of(&records[1]).unwrap_err();
+    /// assert!(matches!(error, Error::Record { line: 2, .. }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn of(record: &Record) -> Result<Self> {
-        Self::read(&record.fields).map_err(|problem| Error::ChoiceLine {
-            path: record.path.to_path_buf(),
-            line: record.line,
-            problem,
-        })
+        Self::read(&record.fields).map_err(|problem| refuse(record, problem))
     }
 
     fn read(fields: &Map<String, Value>) -> Result<Self, String> {
@@ -71,7 +85,9 @@ impl ChoiceItem {
                 return Err("several of `context`, `query` and `question`; keep one".into());
             }
         };
-        let choices = fields.choices.ok_or("no `choices`; give a list of texts")?;
+        let choices = fields
+            .choices
+            .ok_or("no `choices`; give a list of strings")?;
         if choices.len() < 2 {
             let n = choices.len();
             return Err(format!("{n} in `choices`; give at least two"));
@@ -90,18 +106,18 @@ impl ChoiceItem {
         })
     }
 
-    /// The choices as they continue the context: after a space.
+    /// The choices as continuations of the context: each after a space.
     pub fn continuations(&self) -> impl Iterator<Item = String> + '_ {
         self.choices.iter().map(|choice| format!(" {choice}"))
     }
 
-    /// What the model answers, by the log-likelihoods of the [`continuations`](Self::continuations).
+    /// Scores the log-likelihoods of the [`continuations`](Self::continuations).
     ///
-    /// Of equal choices it is the first, as with `numpy.argmax`.
+    /// The first of equally likely choices is predicted, as by `numpy.argmax`.
     ///
     /// # Errors
-    /// [`Error::Unpaired`] if there is not one for each choice, [`Error::NoItems`] without choices, or
-    /// [`Error::LogLikelihood`] for one that is not finite.
+    /// [`Error::Unpaired`] unless there is one log-likelihood for each choice; [`Error::NoItems`]
+    /// without choices; [`Error::LogLikelihood`] for one that is not finite.
     pub fn score(&self, log_likelihoods: &[f64]) -> Result<ChoiceScore> {
         let (expected, found) = (self.choices.len(), log_likelihoods.len());
         if expected != found {
@@ -119,7 +135,7 @@ impl ChoiceItem {
         if let Some((choice, &value)) = log_likelihoods.iter().enumerate().find(bad) {
             return Err(Error::LogLikelihood { choice, value });
         }
-        // Python's `len`: code points, without the space before them.
+        // `len` of Python: code points, without the space before the choice.
         let lengths = self.choices.iter().map(|choice| choice.chars().count());
         let by_length = log_likelihoods.iter().zip(lengths);
         let normalized: Vec<f64> = by_length.map(|(sum, length)| sum / length as f64).collect();
@@ -134,13 +150,14 @@ impl ChoiceItem {
     }
 }
 
-/// What a model answers to each item, as lm-evaluation-harness asks it: after the token that begins
-/// texts, where the tokenizer puts it (the harness's default; `add_bos_token=False` leaves it out).
+/// Scores the answers of a model to some items.
+///
+/// A context follows `bos` if the tokenizer adds it, which is the default of lm-evaluation-harness.
 ///
 /// # Errors
-/// [`Error::NoTokenizer`], [`Error::Token`], [`Error::MissingSpecial`] if a context is empty and the
-/// model has no token to begin a text with, or as [`encode_pair`], [`ScoredWindow::after`],
-/// [`score`](crate::score()) and [`ChoiceItem::score`].
+/// [`models::Error::NoTokenizer`]; [`peft::Error::Token`]; [`models::Error::MissingSpecial`] if a
+/// context is empty and the model has neither `bos` nor `eos`; as [`encode_pair`],
+/// [`ScoredWindow::after`], [`score`](crate::score()) and [`ChoiceItem::score`].
 pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>> {
     let max_len = lm.model.config().max_seq_len();
     let mut windows = Vec::new();
@@ -160,9 +177,9 @@ pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>
         .collect();
     let mut sums = sums.as_slice();
     let score = |item: &ChoiceItem| {
-        let (own, rest) = sums.split_at(item.choices.len());
+        let (of_item, rest) = sums.split_at(item.choices.len());
         sums = rest;
-        item.score(own)
+        item.score(of_item)
     };
     items.iter().map(score).collect()
 }
@@ -204,30 +221,30 @@ fn index_of(answer: &Value, choices: &[String]) -> Result<usize, String> {
     }
 }
 
-/// What a model answered to one [`ChoiceItem`].
+/// The answer of a model to a [`ChoiceItem`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct ChoiceScore {
     /// The choice with the largest log-likelihood.
     pub predicted: usize,
-    /// Whether it is the right one: the items' mean is `acc`.
+    /// Whether that choice is right; the mean over items is `acc`.
     pub is_correct: bool,
-    /// The choice with the largest log-likelihood for each of its characters.
+    /// The choice with the largest log-likelihood per character.
     pub predicted_norm: usize,
-    /// Whether that one is right: the items' mean is `acc_norm`.
+    /// Whether that choice is right; the mean over items is `acc_norm`.
     pub is_correct_norm: bool,
-    /// The softmax of the log-likelihoods, one for each choice.
+    /// The probability of each choice: the softmax of the log-likelihoods.
     pub probabilities: Vec<f64>,
 }
 
 impl ChoiceScore {
-    /// The probability of the predicted choice, and whether it is right: an item of
+    /// The probability of the predicted choice and whether it is right, for
     /// [`calibration`](crate::calibration()).
     pub fn confidence(&self) -> (f64, bool) {
         (self.probabilities[self.predicted], self.is_correct)
     }
 }
 
-/// The first of the largest values, of which there is at least one.
+/// The index of the first of the largest values, of which there must be one.
 fn argmax(values: &[f64]) -> usize {
     (1..values.len()).fold(
         0,
@@ -242,16 +259,15 @@ fn softmax(values: &[f64]) -> Vec<f64> {
     terms.iter().map(|term| term / sum).collect()
 }
 
-/// The tokens of a context and those of its continuation.
+/// Encodes a context and its continuation.
 ///
-/// Whitespace at the end of the context goes to the continuation, whose tokens are those of the whole
-/// text after as many as the context has alone. Where a token crosses the border, the two are not what
-/// the whole text is encoded as: the context keeps its own tokens. A context without tokens becomes
-/// `prefix`, the beginning-of-sequence token as a rule. `encode` adds to both texts what the tokenizer
-/// adds to any.
+/// Whitespace at the end of the context moves to the continuation. The context has the tokens of its
+/// own encoding, and the continuation has the tokens of both texts together after as many: if a token
+/// spans the end of the context, the two are not the encoding of both together. A context without tokens
+/// becomes `prefix`, usually `bos`. `encode` adds special tokens as the tokenizer does.
 ///
 /// # Errors
-/// Those of `encode` and `prefix`, or [`Error::NoContinuation`] if nothing is left of the whole text.
+/// Those of `encode` and `prefix`; [`Error::NoContinuation`] if the continuation has no tokens.
 pub fn encode_pair(
     context: &str,
     continuation: &str,

@@ -1,143 +1,145 @@
 use std::path::PathBuf;
 
-/// An evaluation that cannot be made, or has no number.
+use instruct::Record;
+
+/// An error of an evaluation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A model, its tokenizer or its directory.
+    /// A model, a tokenizer or a generation.
     #[error(transparent)]
     Model(#[from] models::Error),
-    /// A batch, a token or a setting.
+    /// A token, a sequence or a setting.
     #[error(transparent)]
     Peft(#[from] peft::Error),
-    /// Nothing to evaluate on.
+    /// An evaluation without windows.
     #[error("there are no windows to evaluate on")]
     NoWindows,
-    /// Windows of different lengths, whose perplexities do not compare.
-    #[error("windows of {expected} and of {found} tokens; a perplexity takes one length")]
+    /// Windows of different lengths, whose perplexities cannot be compared.
+    #[error("windows of {expected} and of {found} tokens; give a perplexity windows of one length")]
     MixedWindows {
-        /// Tokens of the first window.
+        /// The length of the first window in tokens.
         expected: usize,
-        /// Tokens of another.
+        /// The length of another window.
         found: usize,
     },
-    /// A window some of whose tokens are not to be predicted, in a protocol over whole windows.
-    #[error(
-        "some tokens of the batch at window {window} are not to be predicted; take the mean over targets (`evaluate::target_loss`)"
-    )]
+    /// A window with tokens that are not targets, in a protocol over whole windows.
+    #[error("window {window} has tokens that are not targets; use `evaluate::target_loss`")]
     PartialWindow {
-        /// The window, counted from 0.
+        /// The index of the window.
         window: usize,
     },
     /// A loss that is NaN or infinite.
-    #[error("the loss is not finite in window {window}")]
+    #[error("the loss of window {window} is not finite")]
     NonFinite {
-        /// The window, counted from 0.
+        /// The index of the window.
         window: usize,
     },
-    /// Models whose predictions are of other tokens.
-    #[error("a model with {found} tokens, compared with one that has {expected}")]
+    /// Models with vocabularies of different sizes.
+    #[error(
+        "the model has {found} tokens, the reference {expected}; compare models of one vocabulary"
+    )]
     OtherVocabulary {
-        /// Tokens of the reference.
+        /// The size of the vocabulary of the reference.
         expected: usize,
-        /// Tokens of the model.
+        /// The size of the vocabulary of the model.
         found: usize,
     },
-    /// A statistic of nothing.
-    #[error("there are no items to take a statistic of; evaluate at least one")]
-    NoItems,
-    /// An item that is NaN or infinite.
-    #[error("item {index} is {value}; a statistic takes finite numbers")]
-    NonFiniteItem {
-        /// The item, counted from 0.
-        index: usize,
-        /// What it is.
-        value: f64,
+    /// A text that is too short for llama.cpp's protocol.
+    #[error(
+        "the text has {n_tokens} tokens, fewer than two windows of {n_ctx}; use a longer text or a shorter window"
+    )]
+    FewTokens {
+        /// The length of the text in tokens.
+        n_tokens: usize,
+        /// The length of a window in tokens.
+        n_ctx: usize,
     },
-    /// A denominator that weighs an item with nothing, or less.
-    #[error("item {index} has the denominator {value}; a ratio takes positive, finite ones")]
-    Denominator {
-        /// The item, counted from 0.
-        index: usize,
-        /// Its denominator.
-        value: f64,
+    /// A window without a token before those that are scored.
+    #[error("no token precedes the scored ones; begin the context with a token such as `bos`")]
+    NoContext,
+    /// A continuation without tokens.
+    #[error(
+        "the continuation `{continuation}` adds no tokens to its context; give a longer continuation"
+    )]
+    NoContinuation {
+        /// The text of the continuation.
+        continuation: String,
     },
-    /// Lists of which each should have one entry for every item.
-    #[error("{expected} {of} and {found} {and}; give one of each for every item")]
-    Unpaired {
-        /// What the first list has.
-        of: &'static str,
-        /// Entries of the first list.
-        expected: usize,
-        /// What the second list has.
-        and: &'static str,
-        /// Entries of the second list.
-        found: usize,
+    /// A continuation that is longer than the input of the model.
+    #[error("the continuation has {n_tokens} tokens, but the model reads at most {max_len}")]
+    LongContinuation {
+        /// The length of the continuation in tokens.
+        n_tokens: usize,
+        /// The longest input of the model in tokens.
+        max_len: usize,
     },
-    /// A confidence that is no probability.
-    #[error("item {index} has the confidence {confidence}; a confidence is 0 to 1")]
-    Confidence {
-        /// The item, counted from 0.
-        index: usize,
-        /// Its confidence.
-        confidence: f64,
-    },
-    /// A record that is no multiple-choice item.
+    /// A record that is not an item of a protocol.
     #[error("`{path}`, line {line}: {problem}")]
-    ChoiceLine {
+    Record {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1.
+        /// The line of the record, counted from 1.
         line: usize,
-        /// What is wrong with it, and what it should have.
+        /// The reason.
         problem: String,
     },
-    /// A log-likelihood by which choices cannot be compared.
-    #[error("choice {choice} has the log-likelihood {value}; it must be finite to be compared")]
+    /// A log-likelihood that is NaN or infinite.
+    #[error("choice {choice} has the log-likelihood {value}, which is not finite")]
     LogLikelihood {
-        /// The choice, counted from 0.
+        /// The index of the choice.
         choice: usize,
         /// Its log-likelihood.
         value: f64,
     },
-    /// A continuation that has no tokens of its own.
-    #[error(
-        "the continuation `{continuation}` adds no tokens to its context, so it has no likelihood; give a longer one"
-    )]
-    NoContinuation {
-        /// The text after the context.
-        continuation: String,
+    /// A statistic of no items.
+    #[error("there are no items to take a statistic of")]
+    NoItems,
+    /// An item that is NaN or infinite.
+    #[error("item {index} is {value}; statistics need finite items")]
+    NonFiniteItem {
+        /// The index of the item.
+        index: usize,
+        /// Its value.
+        value: f64,
     },
-    /// A continuation without a token that its first one could be predicted from.
-    #[error("the context has no tokens; give at least the beginning-of-sequence token")]
-    NoContext,
-    /// A continuation that does not fit what the model reads at once.
-    #[error("a continuation of {n_tokens} tokens; the model reads {max_len} at once")]
-    LongContinuation {
-        /// Tokens of the continuation.
-        n_tokens: usize,
-        /// Tokens that the model reads at once.
-        max_len: usize,
+    /// A denominator that is not positive and finite.
+    #[error("item {index} has the denominator {value}; it must be positive and finite")]
+    Denominator {
+        /// The index of the item.
+        index: usize,
+        /// Its denominator.
+        value: f64,
     },
-    /// A text that llama.cpp's protocol refuses.
-    #[error(
-        "the text has {n_tokens} tokens; llama.cpp asks for two windows, {}: use a longer text or a shorter window", 2 * n_ctx
-    )]
-    FewTokens {
-        /// Tokens of the text.
-        n_tokens: usize,
-        /// Tokens of a window.
-        n_ctx: usize,
+    /// Lists that should have the same length.
+    #[error("{expected} {of} and {found} {and}; give one of each for every item")]
+    Unpaired {
+        /// The name of the entries of the first list.
+        of: &'static str,
+        /// The length of the first list.
+        expected: usize,
+        /// The name of the entries of the second list.
+        and: &'static str,
+        /// The length of the second list.
+        found: usize,
     },
-    /// A file that is no report.
+    /// A confidence outside of 0 to 1.
+    #[error("item {index} has the confidence {confidence}; it must be in 0 to 1")]
+    Confidence {
+        /// The index of the item.
+        index: usize,
+        /// Its confidence.
+        confidence: f64,
+    },
+    /// JSON that is not a report.
     #[error("not a report: {problem}")]
     Report {
-        /// What is wrong with it.
+        /// The reason.
         problem: String,
     },
 }
 
-/// A setting that is out of its range.
+/// The error of a setting that is out of its range.
 pub(crate) fn setting(
     setting: &'static str,
     value: impl ToString,
@@ -150,6 +152,15 @@ pub(crate) fn setting(
         expected,
     };
     error.into()
+}
+
+/// The error of a record that is not an item of a protocol.
+pub(crate) fn refuse(record: &Record, problem: String) -> Error {
+    Error::Record {
+        path: record.path.to_path_buf(),
+        line: record.line,
+        problem,
+    }
 }
 
 /// A result with this crate's [`Error`].

@@ -1,31 +1,46 @@
-//! GSM8K as the task `gsm8k` of lm-evaluation-harness has it, version 3.
+//! GSM8K as in the task `gsm8k` of lm-evaluation-harness, version 3.
 //!
-//! Cobbe et al. 2021, arXiv:2110.14168; `lm_eval/tasks/gsm8k/gsm8k.yaml`. Texts are generated greedily
-//! after [`prompt`] or [`few_shot_prompt`], ended by [`cut`] at one of [`STOPS`]; an answer is taken
-//! out of each by [`strict`] or [`flexible`] and held against the reference by [`is_correct`].
+//! A model continues [`prompt`] or [`few_shot_prompt`] greedily, and [`cut`] ends the text at the first
+//! of [`STOPS`]. [`strict`] and [`flexible`] extract an answer, which [`is_correct`] compares with the
+//! reference. [`answers`] does all of it.
+//!
+//! Cobbe et al. 2021, arXiv:2110.14168; `lm_eval/tasks/gsm8k/gsm8k.yaml`.
 
 use std::ops::ControlFlow;
 use std::sync::LazyLock;
 
+use instruct::Record;
 use models::{Generation, Pretrained};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
+use crate::error::refuse;
 
 #[cfg(test)]
 mod tests;
 
-/// What ends a generated text; the harness adds the text of the model's end-of-sequence token.
+/// The strings that end a generated text, beside the model's end-of-sequence token.
 pub const STOPS: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
-/// One line of the data: a question, and its solution with the answer after `#### `.
+/// A question and its solution, which ends with the answer after `#### `.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// The question.
     pub question: String,
-    /// The whole solution.
+    /// The solution.
     pub answer: String,
+}
+
+impl Problem {
+    /// Reads a problem from a record, whose other fields are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Record`](crate::Error::Record) without `question` or `answer`.
+    pub fn of(record: &Record) -> Result<Self> {
+        let problem = serde_json::from_value(record.fields.clone().into());
+        problem.map_err(|error| refuse(record, error.to_string()))
+    }
 }
 
 /// The prompt without examples.
@@ -33,7 +48,7 @@ pub fn prompt(question: &str) -> String {
     format!("Question: {question}\nAnswer:")
 }
 
-/// The prompt after solved examples, of which the harness takes five from the training set.
+/// The prompt after solved examples; the harness uses five of the training set.
 pub fn few_shot_prompt(examples: &[Problem], question: &str) -> String {
     let solved =
         |example: &Problem| format!("{} {}\n\n", prompt(&example.question), example.answer);
@@ -43,7 +58,7 @@ pub fn few_shot_prompt(examples: &[Problem], question: &str) -> String {
 /// A model's answer to one problem.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// What it wrote, up to a stop.
+    /// The generated text up to a stop.
     pub text: String,
     /// Whether the [`strict`] answer is right.
     pub strict: bool,
@@ -51,11 +66,10 @@ pub struct Answer {
     pub flexible: bool,
 }
 
-/// A model's answers, after solved examples if there are any, each of up to `max_new_tokens` tokens.
+/// Generates a model's answers of at most `max_new_tokens` tokens, after solved examples.
 ///
-/// A prompt begins with the token that begins texts, where the tokenizer puts it. Of one that leaves
-/// no room for the answer in what the model was made for, the last tokens are kept, as the harness
-/// does. `on_answer` sees each answer as it comes.
+/// A prompt follows `bos` if the tokenizer adds it. The beginning of a prompt that leaves too few
+/// positions for the answer is dropped, as by the harness. `on_answer` is called after each answer.
 ///
 /// # Errors
 /// As [`Pretrained::encode_text`] and [`Pretrained::generate`].
@@ -76,9 +90,10 @@ pub fn answers(
         let mut text = String::new();
         lm.generate(prompt, &settings, |piece| {
             text += piece;
-            match cut(&text, &STOPS).len() < text.len() {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
+            if cut(&text, &STOPS).len() < text.len() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
             }
         })?;
         let text = cut(&text, &STOPS).to_string();
@@ -93,10 +108,7 @@ pub fn answers(
     Ok(answers)
 }
 
-/// A text up to the first of the stops.
-///
-/// The stops are looked for one after the other, each in what the others have left, and an empty one
-/// is none.
+/// Cuts a text at the first of the stops; empty stops are ignored.
 pub fn cut<'a>(text: &'a str, stops: &[&str]) -> &'a str {
     let stops = stops.iter().filter(|stop| !stop.is_empty());
     stops.fold(text, |text, stop| {
@@ -104,9 +116,15 @@ pub fn cut<'a>(text: &'a str, stops: &[&str]) -> &'a str {
     })
 }
 
-/// The answer where the examples have theirs, after `#### ` (the filter `strict-match`).
+/// Extracts the first number that follows `#### ` (the filter `strict-match`).
 ///
-/// The first of them, if there are several. Without a number right after it, there is none.
+/// # Examples
+/// ```
+/// use evaluate::gsm8k::{is_correct, strict};
+///
+/// assert!(is_correct(strict("2 + 2 = 4\n#### 4"), "It is 4.\n#### 4"));
+/// assert_eq!(strict("The answer is 4"), None);
+/// ```
 pub fn strict(text: &str) -> Option<&str> {
     static ANSWER: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"#### (-?[0-9.,]+)").expect("a valid pattern"));
@@ -114,20 +132,20 @@ pub fn strict(text: &str) -> Option<&str> {
     captures.get(1).map(|answer| answer.as_str())
 }
 
-/// The last number of the text (the filter `flexible-extract`).
+/// Extracts the last number of a text (the filter `flexible-extract`).
 ///
-/// What looks like one also counts: an ellipsis at the end is taken for the answer, and is wrong.
+/// Other runs of two or more digits, periods, commas and dollar signs count as numbers, such as `...`.
 pub fn flexible(text: &str) -> Option<&str> {
-    // Of the two groups that the reference has for these, the one that matched is the whole match.
+    // The reference has a group for each alternative, and takes the one that matched.
     static NUMBER: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"-?[$0-9.,]{2,}|-?[0-9]+").expect("a valid pattern"));
     NUMBER.find_iter(text).last().map(|number| number.as_str())
 }
 
-/// Whether an extracted answer is that of the reference, the whole [`Problem::answer`].
+/// Whether an extracted answer equals that of `reference`, a [`Problem::answer`].
 ///
-/// Compared as strings, after commas, dollar signs, what is before the last `#### ` and one period at
-/// the end are left out of both: `18.00` is not `18`.
+/// Both are compared as strings without commas, dollar signs, the text up to the last `#### `, and one
+/// period at the end: `18.00` is not `18`.
 pub fn is_correct(extracted: Option<&str>, reference: &str) -> bool {
     extracted.is_some_and(|extracted| normalized(extracted) == normalized(reference))
 }
@@ -135,7 +153,7 @@ pub fn is_correct(extracted: Option<&str>, reference: &str) -> bool {
 fn normalized(text: &str) -> String {
     let text = text.replace([',', '$'], "");
     let text = text.rfind("#### ").map_or(&*text, |at| &text[at + 5..]);
-    // Python's `\.$` also takes the period before a newline at the end.
+    // `\.$` of Python also matches before a newline at the end.
     let (line, newline) = match text.strip_suffix('\n') {
         Some(line) => (line, "\n"),
         None => (text, ""),

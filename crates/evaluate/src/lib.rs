@@ -1,18 +1,43 @@
 //! Protocols that evaluate language models, statistics of their results, and reports.
 //!
-//! | protocol | what it gives |
+//! | protocol | result |
 //! |---|---|
-//! | [`perplexity`] | `gptq`: windows of one length, the mean of each, the mean of those |
-//! | [`target_loss`] | the mean over all tokens that are to be learned, of instruction data for one |
-//! | [`llama_cpp_perplexity`] | llama.cpp's: the second half of each window of 512 |
-//! | [`word_losses`] | lm-evaluation-harness's rolling log-likelihood: [`word_perplexity`], [`byte_perplexity`], [`bits_per_byte`] |
-//! | [`document_losses`] | each document alone, cut at the model's length |
+//! | [`perplexity`] | perplexity over windows of one length, as in GPTQ |
+//! | [`target_loss`] | mean loss over the targets of batches, such as those of instruction data |
+//! | [`llama_cpp_perplexity`] | perplexity over the second halves of windows, as in llama.cpp |
+//! | [`word_losses`] | rolling log-likelihood as in lm-evaluation-harness: [`word_perplexity`], [`byte_perplexity`], [`bits_per_byte`] |
+//! | [`document_losses`] | losses of documents, each cut to the model's length |
 //! | [`choices`] | multiple choice by log-likelihood: `acc` and `acc_norm` |
 //! | [`gsm8k`] | exact match of the answers to word problems, strict and flexible |
-//! | [`compare`] | divergence from another model, the full-precision one as a rule, and agreement of the likeliest tokens |
-//! | [`confidences`] | how far the likeliest token's probability is from how often it is right: [`calibration_error`] |
+//! | [`compare`] | divergence from a reference model, and agreement of the likeliest tokens |
+//! | [`confidences`] | probabilities of the likeliest tokens, for the [`calibration_error`] |
 //!
-//! Items become an [`Estimate`] with its interval by [`Bootstrap`], and estimates a [`Report`].
+//! | item | purpose |
+//! |---|---|
+//! | [`Bootstrap`] | turns the results of items into an [`Estimate`] with a confidence interval |
+//! | [`Report`] | collects estimates, and writes JSON, Markdown and SVG |
+//!
+//! ```no_run
+//! use burn::tensor::Device;
+//! use evaluate::{Bootstrap, Measurement, Report, window_losses};
+//!
+//! let device = Device::flex();
+//! let lm = models::load("Llama-2-7b-4bit-task", &device)?;
+//! let text = std::fs::read_to_string("held-out.txt")?;
+//! let losses = window_losses(&lm.model, &lm.windows(&text, 2048)?.batches(1, &device))?;
+//! let mut report = Report::new("Held-out text");
+//! report.measurements.push(Measurement {
+//!     protocol: "gptq".into(),
+//!     metric: "perplexity".into(),
+//!     model: "4 bits".into(),
+//!     estimate: Bootstrap::new().mean(&losses)?.map(f64::exp),
+//!     unit: "windows".into(),
+//!     lower_is_better: true,
+//! });
+//! println!("{}", report.to_markdown());
+//! std::fs::write("report.svg", report.to_svg())?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #![forbid(unsafe_code)]
 

@@ -7,30 +7,58 @@ use crate::score::score;
 use crate::statistics::{Bootstrap, Estimate};
 use crate::{Error, Result};
 
-/// Perplexity in the protocol `gptq`: non-overlapping windows, the mean over the `seq_len - 1`
-/// targets of each, the mean of those (Frantar et al. 2023). The stream of tokens is that of
-/// [`Pretrained::windows`](models::Pretrained::windows), without a first token that begins texts.
+/// A perplexity in the protocol `gptq` of Frantar et al. 2023, arXiv:2210.17323.
+///
+/// The text is cut into windows that do not overlap. The loss is the mean over windows of the mean over
+/// the `seq_len - 1` targets of a window. No token that begins texts is added, as in
+/// [`Pretrained::windows`](models::Pretrained::windows).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
-    /// The mean negative log-likelihood of a token, in nats.
+    /// The mean negative log-likelihood of a token in nats.
     pub nll: f64,
-    /// Windows.
+    /// The number of windows.
     pub n_windows: usize,
-    /// Tokens of a window.
+    /// The length of a window in tokens.
     pub seq_len: usize,
 }
 
 impl Perplexity {
-    /// `exp(nll)`.
+    /// The perplexity, `exp(nll)`.
     pub fn value(&self) -> f64 {
         self.nll.exp()
     }
 }
 
-/// The perplexity of a model over windows of one length, in the protocol of [`Perplexity`].
+/// Evaluates the perplexity of a model over windows of one length, in the protocol of [`Perplexity`].
 ///
 /// # Errors
 /// As [`window_losses`].
+///
+/// # Examples
+/// ```
+/// use burn::tensor::Device;
+/// use evaluate::{Error, perplexity};
+/// use models::{LlamaConfig, Model, Windows};
+///
+/// let device = Device::flex();
+/// let config = LlamaConfig::default()
+///     .with_vocab_size(16)
+///     .with_hidden_size(8)
+///     .with_intermediate_size(8)
+///     .with_num_hidden_layers(1)
+///     .with_num_attention_heads(1)
+///     .with_num_key_value_heads(1)
+///     .with_head_dim(8);
+/// let model = Model::init(config, 0, &device);
+/// let windows = Windows::new((0..16).collect(), 8)?;
+/// let found = perplexity(&model, &windows.batches(2, &device))?;
+/// assert_eq!((found.n_windows, found.seq_len), (2, 8));
+/// // An untrained model finds all 16 tokens about equally likely.
+/// assert!((found.value() - 16.0).abs() < 1.0);
+///
+/// assert!(matches!(perplexity(&model, &[]), Err(Error::NoWindows)));
+/// # Ok::<(), evaluate::Error>(())
+/// ```
 pub fn perplexity<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Perplexity> {
     let losses = window_losses(model, batches)?;
     let n_windows = losses.len();
@@ -41,12 +69,14 @@ pub fn perplexity<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Perplexit
     })
 }
 
-/// The mean loss of each window of the protocol of [`Perplexity`], in nats. Windows have no tokens that
-/// are not to be predicted; for those see [`target_loss`].
+/// The mean loss of each window in nats, in the protocol of [`Perplexity`].
+///
+/// For batches with tokens that are not targets see [`target_loss`].
 ///
 /// # Errors
-/// [`Error::NoWindows`], [`Error::PartialWindow`] for one that has, [`Error::MixedWindows`], [`peft::Error::Token`] for a token that the model
-/// lacks, [`peft::Error::TooLong`] for windows that it has no places for, or [`Error::NonFinite`] with
+/// [`Error::NoWindows`]; [`Error::PartialWindow`] for a window with tokens that are not targets;
+/// [`Error::MixedWindows`]; [`peft::Error::Token`] for a token that the model lacks;
+/// [`peft::Error::TooLong`] for windows beyond the positions of the model; [`Error::NonFinite`] with
 /// the first window whose loss is not finite.
 pub fn window_losses<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<f64>> {
     let seq_len = batches.first().ok_or(Error::NoWindows)?.tokens().dims()[1];
@@ -62,25 +92,17 @@ pub fn window_losses<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<Vec<f6
             let window = losses.len();
             return Err(Error::PartialWindow { window });
         }
-        let nll = token_nll(model, batch).into_data().convert::<f32>();
-        let nll = nll.as_slice::<f32>().expect("converted to f32");
-        let n_targets = seq_len - 1;
-        for window in nll.chunks_exact(n_targets) {
-            let mean = window.iter().map(|&nll| f64::from(nll)).sum::<f64>() / n_targets as f64;
-            if !mean.is_finite() {
-                let window = losses.len();
-                return Err(Error::NonFinite { window });
-            }
-            losses.push(mean);
+        for sum in window_sums(model, batch, losses.len())? {
+            losses.push(sum / (seq_len - 1) as f64);
         }
     }
     Ok(losses)
 }
 
-/// The mean loss of all tokens that are to be predicted, in nats.
+/// The mean loss over all targets of some batches, in nats.
 ///
 /// # Errors
-/// [`Error::NoWindows`], [`peft::Error::Token`] or [`peft::Error::TooLong`], or [`Error::NonFinite`] with
+/// [`Error::NoWindows`]; [`peft::Error::Token`]; [`peft::Error::TooLong`]; [`Error::NonFinite`] with
 /// the first window whose loss is not finite.
 pub fn target_loss<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<f64> {
     if batches.is_empty() {
@@ -89,27 +111,37 @@ pub fn target_loss<M: CausalLm>(model: &M, batches: &[Batch]) -> Result<f64> {
     let (mut sum, mut n_targets, mut n_windows) = (0.0, 0, 0);
     for batch in batches {
         batch.check(model)?;
-        let nll = token_nll(model, batch).into_data().convert::<f32>();
-        let nll = nll.as_slice::<f32>().expect("converted to f32");
-        let n = batch.targets().len() / batch.tokens().dims()[0];
-        for window in nll.chunks_exact(n) {
-            sum += window.iter().map(|&nll| f64::from(nll)).sum::<f64>();
-            if !sum.is_finite() {
-                return Err(Error::NonFinite { window: n_windows });
-            }
-            n_windows += 1;
-        }
+        let sums = window_sums(model, batch, n_windows)?;
+        n_windows += sums.len();
+        sum = sums.iter().fold(sum, |sum, of_window| sum + of_window);
         n_targets += batch.n_targets();
     }
     Ok(sum / n_targets as f64)
 }
 
+/// The summed losses of each sequence of a batch, which begins with window `first`.
+fn window_sums<M: CausalLm>(model: &M, batch: &Batch, first: usize) -> Result<Vec<f64>> {
+    let nll = token_nll(model, batch).into_data().convert::<f32>();
+    let nll = nll.as_slice::<f32>().expect("converted to f32");
+    let n_targets = batch.tokens().dims()[1] - 1;
+    let windows = nll.chunks_exact(n_targets).enumerate();
+    windows
+        .map(|(at, window)| {
+            let sum = window.iter().map(|&nll| f64::from(nll)).sum::<f64>();
+            let window = first + at;
+            sum.is_finite()
+                .then_some(sum)
+                .ok_or(Error::NonFinite { window })
+        })
+        .collect()
+}
+
 /// The perplexity of llama.cpp's `perplexity` tool, by [`llama_cpp_windows`] of `n_ctx` tokens.
 ///
-/// `tokens` are those of the whole text, with `bos` at the head if the tokenizer adds one.
+/// `tokens` are those of the whole text, after `bos` if the tokenizer adds it.
 ///
 /// # Errors
-/// As [`llama_cpp_windows`], [`score`], or of the bootstrap over windows.
+/// As [`llama_cpp_windows`], [`score`] and [`Bootstrap::ratio`].
 pub fn llama_cpp_perplexity<M: CausalLm>(
     model: &M,
     tokens: &[u32],
@@ -125,10 +157,10 @@ pub fn llama_cpp_perplexity<M: CausalLm>(
     Ok(bootstrap.ratio(&sums, &counts)?.map(f64::exp))
 }
 
-/// Documents with their rolling log-likelihoods, as lm-evaluation-harness has them.
+/// The rolling log-likelihoods of documents, as in lm-evaluation-harness.
 ///
-/// Each is a text with its tokens; `prefix` is what the first token is predicted from, and `max_len`
-/// how many the model reads at once: see [`rolling_windows`].
+/// Each document is a text with its tokens. The first token is predicted from `prefix`, and the model
+/// reads at most `max_len` tokens: see [`rolling_windows`].
 ///
 /// # Errors
 /// As [`rolling_windows`] and [`score`].
@@ -154,8 +186,9 @@ pub fn word_losses<M: CausalLm>(
     Ok(scored.collect())
 }
 
-/// The losses of each document's tokens, each document alone after `bos` and cut, with it, to
-/// `max_len` tokens.
+/// The losses of the tokens of each document in nats, each document alone.
+///
+/// A document follows `bos` and is cut to `max_len` tokens, `bos` included.
 ///
 /// # Errors
 /// As [`score`].

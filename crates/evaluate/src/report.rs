@@ -1,4 +1,4 @@
-//! What an evaluation found, as JSON, as Markdown and as a chart.
+//! Reports of evaluations as JSON, Markdown and charts.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,12 +18,13 @@ mod tests;
 /// The `format_version` of [`Report::to_json`].
 pub const FORMAT_VERSION: u64 = 1;
 
-/// The measurements of one evaluation, of one model or of several, and how they were made.
+/// The measurements of one or several models, with the settings of the evaluation.
 ///
-/// Models, and protocols with their metrics, come in the order in which they first appear.
+/// Models and metrics are shown in the order of their first measurements.
 ///
+/// # Examples
 /// ```
-/// use evaluate::{Bootstrap, Measurement, Report};
+/// use evaluate::{Bootstrap, Error, Measurement, Report};
 ///
 /// let mut report = Report::new("Held-out text").with_setting("seed", 0);
 /// let nll = Bootstrap::new().mean(&[1.2, 1.4, 1.1])?;
@@ -37,38 +38,40 @@ pub const FORMAT_VERSION: u64 = 1;
 /// });
 /// assert!(report.to_markdown().contains("| gptq     | perplexity ↓ | 3 windows |"));
 /// assert_eq!(Report::from_json(&report.to_json())?, report);
+///
+/// assert!(matches!(Report::from_json("{}"), Err(Error::Report { .. })));
 /// # Ok::<(), evaluate::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// What it is about, in one line.
+    /// The title, one line.
     pub title: String,
-    /// What the measurements depend on, name and value, in the order in which they are shown.
+    /// The names and values of the settings of the evaluation.
     #[serde(with = "settings")]
     pub settings: Vec<(String, String)>,
-    /// What was measured.
+    /// The measurements.
     pub measurements: Vec<Measurement>,
 }
 
-/// One metric of one model.
+/// A metric of a model in a protocol.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
-    /// How it was measured, such as `gsm8k, 5 examples`.
+    /// The protocol, such as `gsm8k, 5 examples`.
     pub protocol: String,
-    /// What was measured, such as `perplexity`.
+    /// The metric, such as `perplexity`.
     pub metric: String,
     /// The model, such as `4 bits, groups of 32`.
     pub model: String,
-    /// The value with its interval, and the number of items that it is of.
+    /// The value with its interval and the number of items.
     #[serde(flatten)]
     pub estimate: Estimate,
-    /// What the items are, such as `windows`.
+    /// The kind of the items, such as `windows`.
     pub unit: String,
-    /// Whether a smaller value is a better one.
+    /// Whether smaller values are better.
     pub lower_is_better: bool,
 }
 
-/// A metric of a protocol, with its measurements.
+/// The measurements of a metric in a protocol.
 struct Row<'a> {
     protocol: &'a str,
     metric: &'a str,
@@ -78,19 +81,20 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// What the items are and how many, which may differ between models.
+    /// The number and kind of the items; the number may differ between models.
     fn items(&self) -> String {
         let counts = || self.measurements.iter().map(|of| of.estimate.n);
         let (least, most) = (counts().min().unwrap_or(0), counts().max().unwrap_or(0));
-        match least == most {
-            true => format!("{most} {}", self.unit),
-            false => format!("{least} to {most} {}", self.unit),
+        if least == most {
+            format!("{most} {}", self.unit)
+        } else {
+            format!("{least} to {most} {}", self.unit)
         }
     }
 }
 
 impl Report {
-    /// A report without settings and measurements.
+    /// A report without settings or measurements.
     pub fn new(title: impl Into<String>) -> Self {
         Self {
             title: title.into(),
@@ -99,7 +103,7 @@ impl Report {
         }
     }
 
-    /// Adds a setting, or gives one of that name another value.
+    /// Adds a setting, or replaces the value of one with the same name.
     pub fn with_setting(mut self, name: impl Into<String>, value: impl ToString) -> Self {
         let (name, value) = (name.into(), value.to_string());
         match self.settings.iter_mut().find(|(known, _)| *known == name) {
@@ -109,9 +113,9 @@ impl Report {
         self
     }
 
-    /// The report as JSON, with a `format_version` and a newline at the end.
+    /// The report as JSON, with a `format_version` and a final line feed.
     ///
-    /// `settings` is an object in their order, of two of one name with the later one; each of
+    /// `settings` is an object in their order, and has the last of several settings of one name. Each of
     /// `measurements` is an object with the fields of a [`Measurement`] and of its [`Estimate`].
     pub fn to_json(&self) -> String {
         #[derive(Serialize)]
@@ -127,10 +131,10 @@ impl Report {
         serde_json::to_string_pretty(&file).expect("strings and numbers") + "\n"
     }
 
-    /// Reads what [`to_json`](Self::to_json) wrote.
+    /// Reads a report from JSON that [`to_json`](Self::to_json) wrote.
     ///
     /// # Errors
-    /// [`Error::Report`] for another `format_version`, or for what is no report.
+    /// [`Error::Report`] for another `format_version`, and for JSON that is not a report.
     pub fn from_json(json: &str) -> Result<Self> {
         #[derive(Deserialize)]
         struct Version {
@@ -144,25 +148,10 @@ impl Report {
             Some(version) if version == FORMAT_VERSION => {
                 return serde_json::from_str(json).map_err(error);
             }
-            Some(other) => format!("its format_version is {other}, known is {FORMAT_VERSION}"),
-            None => "it has no format_version".into(),
+            Some(other) => format!("format_version is {other}, expected {FORMAT_VERSION}"),
+            None => "no format_version".into(),
         };
         Err(Error::Report { problem })
-    }
-
-    /// The report as Markdown: title, settings, and a table with a column for each model.
-    ///
-    /// A cell is a value and its interval, with as many digits as the interval leaves sensible; one
-    /// item alone has no interval. Whatever the names are, the table stays one.
-    pub fn to_markdown(&self) -> String {
-        markdown::markdown(self)
-    }
-
-    /// The report as a chart in SVG: a panel for each metric, a point and an interval for each model.
-    ///
-    /// An axis is logarithmic where the values span more than a factor of 30.
-    pub fn to_svg(&self) -> String {
-        chart::svg(self)
     }
 
     fn models(&self) -> Vec<&str> {

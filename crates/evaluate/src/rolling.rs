@@ -1,4 +1,4 @@
-//! The host side of perplexity protocols: windows of tokens, and what a loss is divided by.
+//! Windows of tokens, and the lengths of documents by which losses are divided.
 
 use std::ops::Range;
 
@@ -9,22 +9,22 @@ use crate::whitespace::is_space;
 #[cfg(test)]
 mod tests;
 
-/// Tokens that a model reads at once, and which of them it is asked for.
+/// Tokens that a model reads at once, and the range of those that are scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScoredWindow {
-    /// The tokens; the last one is only predicted, not read.
+    /// The tokens. The last one is predicted, and not read.
     pub tokens: Vec<u32>,
-    /// The places of those that are scored, each given all tokens before it; never place 0.
+    /// The indices of the scored tokens, each predicted from all tokens before it; never 0.
     pub scored: Range<usize>,
 }
 
 impl ScoredWindow {
-    /// A continuation after its context, of which the last tokens are kept that the model can read.
+    /// A window that scores a continuation after as much of its context as the model reads.
     ///
-    /// As in lm-evaluation-harness (`lm_eval/models/huggingface.py`, `_loglikelihood_tokens`).
+    /// Source: `_loglikelihood_tokens` in `lm_eval/models/huggingface.py`.
     ///
     /// # Errors
-    /// [`Error::NoContext`], [`Error::NoContinuation`], or [`Error::LongContinuation`] for one of more
+    /// [`Error::NoContext`]; [`Error::NoContinuation`]; [`Error::LongContinuation`] for one of more
     /// than `max_len` tokens.
     pub fn after(context: &[u32], continuation: &[u32], max_len: usize) -> Result<Self> {
         if context.is_empty() {
@@ -49,29 +49,40 @@ impl ScoredWindow {
         &self.tokens[self.scored.clone()]
     }
 
-    /// Their places among the losses of the window, which begin with that of the second token.
+    /// The indices of their losses among those of the window, which begin at the second token.
     pub fn losses(&self) -> Range<usize> {
         self.scored.start - 1..self.scored.end - 1
     }
 }
 
-/// The windows of lm-evaluation-harness's `loglikelihood_rolling` over a document.
+/// Cuts a document into the windows of lm-evaluation-harness's `loglikelihood_rolling`.
 ///
-/// `prefix` is what the first token is predicted from, the beginning-of-sequence token as a rule, and
-/// `max_len` how many tokens the model reads at once. Windows do not share scored tokens, and every
-/// token is scored once. The last window reads as many tokens as the others, of which those that were
-/// scored before are context; the first token of each other window sees one token of context. A
+/// The first token is predicted from `prefix`, usually `bos`, and the model reads at most `max_len`
+/// tokens. Every token is scored in one window. The last window reads `max_len` tokens too, some of
+/// which only serve as context; the first token of each other window has one token of context. A
 /// document without tokens has no windows.
 ///
-/// `lm_eval/utils.py`, `get_rolling_token_windows` with `context_len=1`.
+/// Source: `get_rolling_token_windows` in `lm_eval/utils.py`, with `context_len=1`.
 ///
 /// # Errors
 /// [`peft::Error::Setting`] if `max_len` is 0.
+///
+/// # Examples
+/// ```
+/// use evaluate::{Error, rolling_windows};
+///
+/// let windows = rolling_windows(&[5, 6, 7], 1, 2)?;
+/// assert_eq!(windows[0].tokens, [1, 5, 6]);
+/// assert_eq!(windows[1].targets(), [7]);
+///
+/// assert!(matches!(rolling_windows(&[5, 6, 7], 1, 0), Err(Error::Peft(_))));
+/// # Ok::<(), evaluate::Error>(())
+/// ```
 pub fn rolling_windows(tokens: &[u32], prefix: u32, max_len: usize) -> Result<Vec<ScoredWindow>> {
     if max_len == 0 {
         return Err(setting("max_len", 0, "at least 1"));
     }
-    // Place 0 is the prefix: token `i` of the document is at `i + 1`.
+    // Index 0 is the prefix: token `i` of the document is at `i + 1`.
     let tokens = [&[prefix], tokens].concat();
     let window = |first: usize| {
         let end = first.saturating_add(max_len).min(tokens.len());
@@ -84,19 +95,18 @@ pub fn rolling_windows(tokens: &[u32], prefix: u32, max_len: usize) -> Result<Ve
     Ok((1..tokens.len()).step_by(max_len).map(window).collect())
 }
 
-/// The windows of llama.cpp's `perplexity` tool over a text.
+/// Cuts a text into the windows of llama.cpp's `perplexity` tool.
 ///
-/// `tokens` are those of the whole text, with the beginning-of-sequence token at its head if the
-/// tokenizer adds one, and then `bos` takes the place of the first token of every window. Of each
-/// `n_ctx` tokens, 512 by default, those after place `n_ctx / 2` are scored: 255 of 512. What does not
-/// fill a window at the end is left out. The perplexity is `exp` of the mean loss of all scored
-/// tokens.
+/// `tokens` are those of the whole text, after `bos` if the tokenizer adds it; `bos` then replaces the
+/// first token of every window. Of each window of `n_ctx` tokens, 512 in llama.cpp, those after index
+/// `n_ctx / 2` are scored: 255 of 512. Tokens after the last full window are dropped. The perplexity is
+/// `exp` of the mean loss over all scored tokens.
 ///
-/// `tools/perplexity/perplexity.cpp`, `perplexity`, without a stride.
+/// Source: `perplexity` in `tools/perplexity/perplexity.cpp`, without a stride.
 ///
 /// # Errors
-/// [`peft::Error::Setting`] if `n_ctx` is below 3, which leaves nothing to score, or [`Error::FewTokens`] if
-/// the text does not fill two windows.
+/// [`peft::Error::Setting`] if `n_ctx` is below 3, which leaves nothing to score; [`Error::FewTokens`]
+/// for a text of less than two windows.
 pub fn llama_cpp_windows(
     tokens: &[u32],
     n_ctx: usize,
@@ -120,19 +130,19 @@ pub fn llama_cpp_windows(
     Ok(tokens.chunks_exact(n_ctx).map(window).collect())
 }
 
-/// A document of a rolling evaluation: its log-likelihood, and how long it is.
+/// The log-likelihood of a document and its length.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScoredDocument {
-    /// The sum over all its tokens, in nats; not positive.
+    /// The sum over its tokens in nats, at most 0.
     pub log_likelihood: f64,
-    /// Its [`word_count`].
+    /// The number of words by [`word_count`].
     pub n_words: usize,
-    /// Its bytes in UTF-8.
+    /// The number of bytes in UTF-8.
     pub n_bytes: usize,
 }
 
 impl ScoredDocument {
-    /// A document with the sum of the log-likelihoods of its tokens.
+    /// A document with the given sum of log-likelihoods.
     pub fn new(text: &str, log_likelihood: f64) -> Self {
         Self {
             log_likelihood,
@@ -142,10 +152,10 @@ impl ScoredDocument {
     }
 }
 
-/// The words of a document as lm-evaluation-harness counts them.
+/// Counts the words of a document as lm-evaluation-harness does.
 ///
-/// Python's `len(re.split(r"\s+", text))`: one more than there are runs of whitespace, so that
-/// whitespace at an end counts a word that is not there, and an empty text is one word.
+/// It is `len(re.split(r"\s+", text))` of Python, the number of runs of whitespace plus one: whitespace
+/// at either end adds an empty word, and an empty text has one word.
 pub fn word_count(text: &str) -> usize {
     let mut was_space = false;
     let begins_run = |c: char| {
@@ -164,7 +174,7 @@ pub fn word_count(text: &str) -> usize {
 /// `exp(-Σ log-likelihood / Σ words)` over documents.
 ///
 /// # Errors
-/// [`Error::NoItems`], [`Error::NonFiniteItem`], or [`peft::Error::Setting`] of the bootstrap.
+/// As [`Bootstrap::ratio`].
 pub fn word_perplexity(documents: &[ScoredDocument], bootstrap: &Bootstrap) -> Result<Estimate> {
     let words = per(documents, bootstrap, |document| document.n_words)?;
     Ok(words.map(f64::exp))
@@ -173,7 +183,7 @@ pub fn word_perplexity(documents: &[ScoredDocument], bootstrap: &Bootstrap) -> R
 /// `exp(-Σ log-likelihood / Σ bytes)` over documents.
 ///
 /// # Errors
-/// As [`word_perplexity`], or [`Error::Denominator`] for an empty document.
+/// As [`Bootstrap::ratio`]; [`Error::Denominator`] for an empty document.
 pub fn byte_perplexity(documents: &[ScoredDocument], bootstrap: &Bootstrap) -> Result<Estimate> {
     let bytes = per(documents, bootstrap, |document| document.n_bytes)?;
     Ok(bytes.map(f64::exp))
@@ -188,7 +198,7 @@ pub fn bits_per_byte(documents: &[ScoredDocument], bootstrap: &Bootstrap) -> Res
     Ok(bytes.map(|nats| nats / std::f64::consts::LN_2))
 }
 
-/// The loss for each of what documents have some number of.
+/// The loss per unit, such as a word, that `count` counts.
 fn per(
     documents: &[ScoredDocument],
     bootstrap: &Bootstrap,

@@ -5,18 +5,18 @@ use peft::{CausalLm, Spans};
 use crate::rolling::ScoredWindow;
 use crate::{Error, Result};
 
-/// Tokens of a batch: enough for products to be efficient, little beside the weights.
+/// The tokens of a batch: enough for efficient products, with activations small beside the weights.
 const TOKENS: usize = 2048;
 
-/// The losses of the scored tokens of each window, in nats.
+/// Evaluates the losses of the scored tokens of each window, in nats.
 ///
-/// Windows of any lengths go through the model side by side, the shorter ones filled up at their
-/// ends, which no token before sees.
+/// Windows of different lengths share batches: shorter ones are padded at the end, which attention does
+/// not reach.
 ///
 /// # Errors
-/// [`Error::NoContext`] for a window whose scored tokens are not within it or have nothing before them,
-/// [`peft::Error::Token`] for a token that the model lacks, [`peft::Error::TooLong`] for a window that
-/// it has no places for, or [`Error::NonFinite`] with the first window whose losses are not finite.
+/// [`Error::NoContext`] for a window whose scored tokens are not in it, or begin at its first token;
+/// [`peft::Error::Token`] for a token that the model lacks; [`peft::Error::TooLong`] for a window beyond
+/// the positions of the model; [`Error::NonFinite`] with the first window whose losses are not finite.
 pub fn score<M: CausalLm>(
     model: &M,
     windows: &[ScoredWindow],
@@ -64,7 +64,7 @@ pub fn score<M: CausalLm>(
     Ok(losses)
 }
 
-/// The loss of each target given the tokens read before it, row by row.
+/// The loss of each target after the tokens that precede it, row by row.
 fn token_losses<M: CausalLm>(model: &M, read: Tensor<2, Int>, targets: Tensor<2, Int>) -> Vec<f32> {
     let [n, seq] = read.dims();
     let positions = model.positions(&Spans::whole(seq, &read.device()));
@@ -78,7 +78,7 @@ fn token_losses<M: CausalLm>(model: &M, read: Tensor<2, Int>, targets: Tensor<2,
     losses.expect("converted to f32")
 }
 
-/// Checks that a model has the tokens of a window, and places for those that it reads.
+/// Checks that a model has the tokens of a window, and positions for those that it reads.
 fn check<M: CausalLm>(model: &M, tokens: &[u32]) -> Result<()> {
     let vocab_size = model.vocab_size();
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {

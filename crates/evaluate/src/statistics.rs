@@ -1,4 +1,4 @@
-//! Statistics of an evaluation, each with its uncertainty.
+//! Statistics with confidence intervals.
 
 use rand::RngExt;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -11,7 +11,7 @@ mod tests;
 
 /// A statistic with its confidence interval.
 ///
-/// In JSON a number that is not finite is `null`, which is read back as NaN.
+/// In JSON a number that is not finite is `null`, which reads as NaN.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The statistic of all items.
@@ -23,14 +23,12 @@ pub struct Estimate {
     /// The upper end.
     #[serde(serialize_with = "to_json", deserialize_with = "from_json")]
     pub upper: f64,
-    /// Items. One item has no spread: its interval is a point, and says nothing.
+    /// The number of items. The interval of one item is a point without meaning.
     pub n: usize,
 }
 
 impl Estimate {
-    /// The same of a monotone function of the statistic, such as `exp` of a mean loss.
-    ///
-    /// A decreasing function exchanges the ends of the interval.
+    /// The estimate of a monotone function of the statistic, such as `exp` of a mean loss.
     pub fn map(self, function: impl Fn(f64) -> f64) -> Self {
         let (a, b) = (function(self.lower), function(self.upper));
         Self {
@@ -50,30 +48,31 @@ fn from_json<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
-/// Settings of the percentile bootstrap.
+/// The percentile bootstrap.
 ///
-/// Items are drawn with replacement, as many as there are, and the statistic is taken of each such
-/// resample. The interval is between two quantiles of those, with linear interpolation as in
-/// `numpy.percentile`. One seed draws the same items for every model that is measured on as many.
+/// A resample draws as many items as there are, with replacement. The interval lies between two
+/// quantiles of the statistic over resamples, interpolated linearly as in `numpy.percentile`. A seed
+/// draws the same resamples for every model that is evaluated on as many items.
 ///
 /// Efron 1979, "Bootstrap methods: another look at the jackknife".
 ///
+/// # Examples
 /// ```
-/// # use evaluate::Bootstrap;
-/// let right = [1.0, 1.0, 0.0, 1.0];
-/// let accuracy = Bootstrap::new().with_seed(7).mean(&right)?;
+/// use evaluate::{Bootstrap, Error};
+///
+/// let accuracy = Bootstrap::new().with_seed(7).mean(&[1.0, 1.0, 0.0, 1.0])?;
 /// assert_eq!((accuracy.value, accuracy.n), (0.75, 4));
 /// assert!(accuracy.lower < 0.75 && 0.75 < accuracy.upper);
+///
+/// let error = Bootstrap::new().mean(&[1.0, f64::NAN]).unwrap_err();
+/// assert!(matches!(error, Error::NonFiniteItem { index: 1, .. }));
 /// # Ok::<(), evaluate::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bootstrap {
-    /// Resamples: at least 1.
-    pub resamples: usize,
-    /// The part of the resamples inside of the interval, between 0 and 1.
-    pub confidence: f64,
-    /// What the draws depend on.
-    pub seed: u64,
+    resamples: usize,
+    confidence: f64,
+    seed: u64,
 }
 
 impl Default for Bootstrap {
@@ -83,7 +82,7 @@ impl Default for Bootstrap {
 }
 
 impl Bootstrap {
-    /// 1000 resamples, 95 % confidence, seed 0.
+    /// A bootstrap of 1000 resamples, a confidence of 0.95 and the seed 0.
     pub fn new() -> Self {
         Self {
             resamples: 1000,
@@ -92,39 +91,50 @@ impl Bootstrap {
         }
     }
 
-    /// Resamples: at least 1.
+    /// The number of resamples, at least 1.
     pub fn with_resamples(mut self, resamples: usize) -> Self {
         self.resamples = resamples;
         self
     }
 
-    /// The part of the resamples inside of the interval, between 0 and 1.
+    /// The fraction of resamples in the interval, between 0 and 1.
     pub fn with_confidence(mut self, confidence: f64) -> Self {
         self.confidence = confidence;
         self
     }
 
-    /// What the draws depend on.
+    /// The seed of the resamples.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
+    /// The number of resamples.
+    pub fn resamples(&self) -> usize {
+        self.resamples
+    }
+
+    /// The fraction of resamples in the interval.
+    pub fn confidence(&self) -> f64 {
+        self.confidence
+    }
+
     /// The mean of the items.
     ///
     /// # Errors
-    /// [`Error::NoItems`], [`Error::NonFiniteItem`], or [`peft::Error::Setting`].
+    /// [`Error::NoItems`]; [`Error::NonFiniteItem`]; [`peft::Error::Setting`] for a setting that is out of
+    /// its range.
     pub fn mean(&self, items: &[f64]) -> Result<Estimate> {
         self.ratio(items, &vec![1.0; items.len()])
     }
 
     /// The sum of the numerators over the sum of the denominators.
     ///
-    /// The mean loss of a token, for one, where items are documents of different lengths: an item is
-    /// drawn with its tokens.
+    /// An example is the mean loss of a token over documents of different lengths: a document is drawn
+    /// with all its tokens.
     ///
     /// # Errors
-    /// As [`mean`](Self::mean), [`Error::Unpaired`], or [`Error::Denominator`].
+    /// As [`mean`](Self::mean); [`Error::Unpaired`]; [`Error::Denominator`].
     pub fn ratio(&self, numerators: &[f64], denominators: &[f64]) -> Result<Estimate> {
         let (n, found) = (numerators.len(), denominators.len());
         if n != found {
@@ -149,10 +159,10 @@ impl Bootstrap {
         })
     }
 
-    /// Any statistic of `n` items that has no bias, given the places of those to take it of.
+    /// An unbiased statistic of `n` items; `of` computes it from the indices of the drawn items.
     ///
     /// # Errors
-    /// [`Error::NoItems`] or [`peft::Error::Setting`].
+    /// [`Error::NoItems`]; [`peft::Error::Setting`].
     pub fn statistic(&self, n: usize, of: impl Fn(&[usize]) -> f64) -> Result<Estimate> {
         self.check()?;
         if n == 0 {
@@ -189,15 +199,14 @@ impl Bootstrap {
     }
 }
 
-/// The expected calibration error of groups of items, windows of text for example, which are drawn
-/// whole.
+/// The expected calibration error of groups of items, such as windows, which are drawn as a whole.
 ///
-/// Resamples are worse calibrated than the items, as any fewer items look worse: the interval is the
-/// basic one, whose ends are as far from the value as those of the resamples are on the other side
-/// (Davison and Hinkley 1997, §5.2.1).
+/// The error of a resample is biased upwards, since it has fewer distinct items. The interval is
+/// therefore the basic one: the quantiles of the resamples, reflected at the value (Davison and Hinkley
+/// 1997, §5.2.1).
 ///
 /// # Errors
-/// As [`calibration`], or [`peft::Error::Setting`] of the bootstrap.
+/// As [`calibration`] and [`Bootstrap::statistic`].
 pub fn calibration_error(
     groups: &[Vec<(f64, bool)>],
     n_bins: usize,
@@ -206,7 +215,7 @@ pub fn calibration_error(
     let value = calibration(&groups.concat(), n_bins)?.ece;
     let drawn = bootstrap.statistic(groups.len(), |drawn| {
         let items: Vec<_> = drawn.iter().flat_map(|&at| &groups[at]).copied().collect();
-        // Groups without items may be all that was drawn.
+        // A resample may consist of groups without items.
         calibration(&items, n_bins).map_or(value, |found| found.ece)
     })?;
     Ok(Estimate {
@@ -222,52 +231,64 @@ fn ratio_of_sums(items: impl Iterator<Item = (f64, f64)>) -> f64 {
     numerator / denominator
 }
 
-/// The quantile of sorted values, of which there is at least one.
+/// The quantile of sorted values, of which there must be one.
 fn quantile(sorted: &[f64], part: f64) -> f64 {
-    let place = part * (sorted.len() - 1) as f64;
-    let below = place.floor() as usize;
+    let position = part * (sorted.len() - 1) as f64;
+    let below = position.floor() as usize;
     let above = (below + 1).min(sorted.len() - 1);
-    sorted[below] + (place - place.floor()) * (sorted[above] - sorted[below])
+    sorted[below] + (position - position.floor()) * (sorted[above] - sorted[below])
 }
 
-/// The bins of a [`Calibration`] that Guo et al. and most papers since take.
+/// The number of bins of a [`Calibration`] in Guo et al. and most later papers.
 pub const CALIBRATION_BINS: usize = 15;
 
-/// How far confidences are from accuracies, by [`calibration`].
+/// The differences between confidences and accuracies, by [`calibration`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
     /// The expected calibration error: `Σ n_bin / n |accuracy - confidence|` over the bins.
     pub ece: f64,
-    /// Items.
+    /// The number of items.
     pub n: usize,
-    /// The bins that have items, from low to high confidence: a reliability table.
+    /// The bins with items, from low to high confidence: a reliability table.
     pub bins: Vec<CalibrationBin>,
 }
 
-/// The items whose confidence is in one range.
+/// The items with confidences in one range.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CalibrationBin {
-    /// What the confidences are above; the first bin has 0 too.
+    /// The lower end of the range, which only the first bin includes.
     pub above: f64,
-    /// What they are at most.
+    /// The upper end of the range, inclusive.
     pub at_most: f64,
-    /// Items; at least 1.
+    /// The number of items, at least 1.
     pub n: usize,
-    /// Their mean confidence.
+    /// The mean confidence of the items.
     pub confidence: f64,
-    /// The part of them that was right.
+    /// The fraction of the items that are right.
     pub accuracy: f64,
 }
 
-/// The expected calibration error of items, each a confidence and whether the item was right.
+/// The expected calibration error of items, each with a confidence and whether it is right.
 ///
-/// Bins are of equal width, `((b - 1) / n_bins, b / n_bins]`, [`CALIBRATION_BINS`] as a rule.
+/// Bins have equal widths, `((b - 1) / n_bins, b / n_bins]`; usually there are [`CALIBRATION_BINS`].
 ///
 /// Guo et al. 2017, arXiv:1706.04599.
 ///
 /// # Errors
-/// [`Error::NoItems`], [`Error::Confidence`] for one that is not in 0 to 1, or [`peft::Error::Setting`] for
-/// no bins.
+/// [`Error::NoItems`]; [`Error::Confidence`] for one outside of 0 to 1; [`peft::Error::Setting`] if
+/// `n_bins` is 0.
+///
+/// # Examples
+/// ```
+/// use evaluate::{Error, calibration};
+///
+/// let found = calibration(&[(0.9, true), (0.7, false)], 1)?;
+/// assert!((found.ece - 0.3).abs() < 1e-12);
+///
+/// let error = calibration(&[(1.5, true)], 1).unwrap_err();
+/// assert!(matches!(error, Error::Confidence { index: 0, .. }));
+/// # Ok::<(), evaluate::Error>(())
+/// ```
 pub fn calibration(items: &[(f64, bool)], n_bins: usize) -> Result<Calibration> {
     if n_bins == 0 {
         return Err(setting("n_bins", 0, "at least 1"));
@@ -275,7 +296,7 @@ pub fn calibration(items: &[(f64, bool)], n_bins: usize) -> Result<Calibration> 
     if items.is_empty() {
         return Err(Error::NoItems);
     }
-    // By the borders themselves: a product with the number of bins may round across one.
+    // Compared with the borders: a product with the number of bins may round across one.
     let border = |bin: usize| bin as f64 / n_bins as f64;
     let uppers: Vec<f64> = (1..=n_bins).map(border).collect();
     let mut sums = vec![(0, 0.0, 0); n_bins];

@@ -1,13 +1,13 @@
-//! Whitespace as Python has it, on which the reference protocols depend.
+//! The whitespace of Python, on which the reference protocols depend.
 
-/// Whether Python's `\s` and `str.isspace` take this for whitespace.
+/// Whether a character is whitespace for `\s` and `str.isspace` of Python.
 ///
-/// Unicode's `White_Space` and the four separators of ASCII, which Rust leaves out.
+/// It is `White_Space` of Unicode and the four separators of ASCII, which Rust excludes.
 pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-/// A text without the whitespace at its end, and that whitespace.
+/// Splits a text before the whitespace at its end.
 pub(crate) fn split_trailing(text: &str) -> (&str, &str) {
     text.split_at(text.trim_end_matches(is_space).len())
 }
@@ -31,7 +31,7 @@ mod tests {
     }
 
     #[test]
-    fn trailing_whitespace_comes_off_whole() {
+    fn trailing_whitespace_is_split_off() {
         assert_eq!(
             split_trailing("a b \u{1f}\u{3000}\n"),
             ("a b", " \u{1f}\u{3000}\n")

@@ -6,8 +6,7 @@ use models::SpecialTokens;
 use serde_json::{Map, Value as Json};
 
 use crate::records::kind;
-use crate::template::bad_template;
-use crate::{Error, Piece, Record, Result, jinja};
+use crate::{Error, Piece, Record, RecordError, Result, jinja};
 
 mod messages;
 #[cfg(test)]
@@ -19,15 +18,15 @@ const CHAT: &str = "chat";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// A model's chat template.
+/// The chat template of a model.
 ///
 /// Records have `messages`, each with a `role` and a `content`, or ShareGPT's `conversations`, each
-/// with `from` (`system`, `human`, `gpt`) and `value`. What the assistant says is learned, with
-/// what ends its turn: that by which a text up to the message is longer than the prompt for it
-/// (`add_generation_prompt`).
+/// with `from` (`system`, `human`, `gpt`) and `value`. The targets are the assistant's messages with
+/// the tokens that end a turn: everything by which the rendered conversation up to a message is longer
+/// than the prompt for that message (`add_generation_prompt`).
 ///
-/// Rendered as transformers does it, but without tools and documents, which are refused, and
-/// without the clock (`strftime_now`). Every template comes to an end, or is stopped.
+/// Templates render as in transformers, except that tools and documents are refused and
+/// `strftime_now` is undefined. A template that does not terminate is stopped with an error.
 #[derive(Clone, Debug)]
 pub struct Chat {
     jinja: Environment<'static>,
@@ -35,48 +34,61 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// The template of a model's directory.
+    /// Reads the chat template in the directory of a model.
     ///
-    /// It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`: a text, or
-    /// the one named `default` of several.
+    /// It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`: a string, or
+    /// the entry named `default` of a list.
     ///
     /// # Errors
-    /// [`Error::NoChatTemplate`], or those of [`Chat::new`].
+    /// [`Error::NoChatTemplate`] without either; [`models::Error::Config`] for another
+    /// `chat_template`; [`Error::File`] if a file cannot be read; as [`Chat::new`].
     pub fn open(dir: &Path, special: &SpecialTokens) -> Result<Self> {
         let path = dir.join(CHAT_TEMPLATE);
-        let source = match tensor_files::is_there(&path) {
-            true => String::from_utf8(tensor_files::read(&path)?).map_err(|_| Error::NotUtf8 {
-                path: path.clone(),
-                line: 1,
-                column: 1,
-            })?,
-            false => in_config(dir)?,
+        let source = if tensor_files::is_there(&path) {
+            let source = String::from_utf8(tensor_files::read(&path)?);
+            source.map_err(|_| tensor_files::Error::File {
+                path,
+                problem: "is not UTF-8".into(),
+            })?
+        } else {
+            in_config(dir)?
         };
         Self::new(&source, special)
     }
 
-    /// The template of a text.
+    /// Parses a chat template.
     ///
     /// # Errors
-    /// [`Error::BadTemplate`] if it cannot be read, [`models::Error::MissingSpecial`] if it puts a special
-    /// token that is not stated.
+    /// [`Error::Template`] if it does not parse; [`models::Error::MissingSpecial`] if it uses a
+    /// special token that the model does not state.
+    ///
+    /// # Examples
+    /// ```
+    /// use instruct::{Chat, Error};
+    /// use models::SpecialTokens;
+    ///
+    /// let special = SpecialTokens::default();
+    /// let chat = Chat::new("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", &special)?;
+    /// assert_eq!(chat.prompt("Hello?")?, "user: Hello?\n");
+    ///
+    /// let error = Chat::new("{{ bos_token }}", &special).unwrap_err();
+    /// assert!(matches!(error, Error::Model(models::Error::MissingSpecial { name: "bos_token", .. })));
+    /// # Ok::<(), instruct::Error>(())
+    /// ```
     pub fn new(source: &str, special: &SpecialTokens) -> Result<Self> {
         let mut jinja = jinja::for_chats();
         let source = without_generation_marks(source);
         let added = jinja.add_template_owned(CHAT, source);
-        added.map_err(|error| bad_template(CHAT, &error))?;
+        added.map_err(|error| jinja::refuse(CHAT, &error))?;
         let template = jinja.get_template(CHAT).expect("it was added");
-        let named = template.undeclared_variables(false);
+        let used = template.undeclared_variables(false);
         let mut texts = BTreeMap::new();
         for (name, token) in special.named() {
             if let Some(token) = token {
                 texts.insert(name.to_owned(), Value::from(token.text.as_str()));
-            } else if named.contains(name) {
-                return Err(models::Error::MissingSpecial {
-                    name,
-                    needed_by: "the chat template".into(),
-                }
-                .into());
+            } else if used.contains(name) {
+                let needed_by = "the chat template".into();
+                return Err(models::Error::MissingSpecial { name, needed_by }.into());
             }
         }
         Ok(Self {
@@ -85,10 +97,10 @@ impl Chat {
         })
     }
 
-    /// The text after which the assistant answers one message of a user.
+    /// The prompt for the assistant's answer to one message of a user.
     ///
     /// # Errors
-    /// [`Error::Render`] if the template does not take it.
+    /// [`Error::Record`] if the template cannot render it.
     pub fn prompt(&self, message: &str) -> Result<String> {
         let messages = serde_json::json!([{"role": "user", "content": message}]);
         let record = Record {
@@ -104,22 +116,18 @@ impl Chat {
         let messages = messages(record)?;
         let mut pieces = Vec::new();
         let mut text = String::new();
-        let unstable = |message| Error::PrefixUnstable {
-            path: record.path.to_path_buf(),
-            line: record.line,
-            message,
-        };
+        let unstable = |message| record.refuse(RecordError::PrefixUnstable { message });
         for (at, _) in messages.iter().enumerate().filter(|(_, m)| m.is_assistant) {
             let prompt = self.render(record, &messages[..at], true)?;
             let answered = self.render(record, &messages[..=at], false)?;
             let added = prompt.strip_prefix(&text);
-            let learned = answered.strip_prefix(&prompt);
-            let (Some(added), Some(learned)) = (added, learned) else {
+            let answer = answered.strip_prefix(&prompt);
+            let (Some(added), Some(answer)) = (added, answer) else {
                 return Err(unstable(at));
             };
-            for (text, learn) in [(added, false), (learned, true)] {
+            for (text, is_target) in [(added, false), (answer, true)] {
                 let text = text.to_owned();
-                pieces.push(Piece { text, learn });
+                pieces.push(Piece { text, is_target });
             }
             text = answered;
         }
@@ -132,11 +140,11 @@ impl Chat {
         Ok(pieces)
     }
 
-    /// Whether the text of some messages, the last of which is the assistant's, ends with a prompt
-    /// for the next, which would be learned as an end of its turn (LLaMA 3's first template).
+    /// Whether `text`, of messages that end with the assistant's, ends with a prompt for the next one.
     ///
-    /// There may be two reasons why a template does not look at `add_generation_prompt`: it has no
-    /// such prompt, or always has it. What a user says next tells them apart.
+    /// Such a prompt would become a target (LLaMA 3's first template). A template that ignores
+    /// `add_generation_prompt` either has no such prompt or always adds it; a further message of the
+    /// user tells the two apart.
     fn always_prompts(&self, record: &Record, messages: &[Message], text: &str) -> Result<bool> {
         let [before @ .., _] = messages else {
             return Ok(false);
@@ -158,18 +166,15 @@ impl Chat {
         let messages: Value = messages.iter().map(|message| &message.value).collect();
         context.insert("messages".into(), messages);
         context.insert("add_generation_prompt".into(), prompt.into());
-        // Templates ask whether they are none, not whether they are defined.
+        // Templates test whether these are none, not whether they are defined.
         context.insert("tools".into(), ().into());
         context.insert("documents".into(), ().into());
         let template = self.jinja.get_template(CHAT).expect("it was added");
-        template
-            .render(Value::from(context))
-            .map_err(|error| Error::Render {
-                path: record.path.to_path_buf(),
-                line: record.line,
-                template: CHAT,
-                problem: jinja::problem(&error),
-            })
+        template.render(Value::from(context)).map_err(|error| {
+            let problem = jinja::problem(&error);
+            let template = CHAT;
+            record.refuse(RecordError::Render { template, problem })
+        })
     }
 }
 
@@ -191,7 +196,7 @@ fn in_config(dir: &Path) -> Result<String> {
                 None => "has none named `default`".into(),
             }
         }
-        Some(other) => format!("is {}, where a text or a list was expected", kind(other)),
+        Some(other) => format!("is {}, expected a string or an array", kind(other)),
     };
     Err(models::Error::Config {
         path,
@@ -201,9 +206,9 @@ fn in_config(dir: &Path) -> Result<String> {
     .into())
 }
 
-/// Puts blocks without an effect where transformers marks what the assistant says.
+/// Replaces transformers' `generation` blocks, which mark the assistant's messages, by `with` blocks.
 ///
-/// A `with` has a scope of its own, as the marked block has there.
+/// Both have a scope of their own.
 fn without_generation_marks(source: &str) -> String {
     let mut plain = String::with_capacity(source.len());
     let mut rest = source;

@@ -1,202 +1,171 @@
 use std::path::PathBuf;
 
-/// Instruction data or a template that cannot be used.
+/// An error of instruction data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file or a directory.
+    /// A file could not be read.
     #[error(transparent)]
     File(#[from] tensor_files::Error),
-    /// A model, its tokenizer or its directory.
+    /// A tokenizer or a special token of a model.
     #[error(transparent)]
     Model(#[from] models::Error),
-    /// A batch.
+    /// Rows that make no batch.
     #[error(transparent)]
     Peft(#[from] peft::Error),
-    /// A path that leads to no file, such as a directory or a pipe.
-    #[error("`{path}` is {found}, where a file was expected")]
-    NotFile {
+    /// A path or a file that does not hold JSON records.
+    #[error("`{path}` is {found}, expected JSON records; {advice}")]
+    NotRecords {
         /// The path.
         path: PathBuf,
-        /// What is there.
+        /// The kind of file that was found.
         found: &'static str,
-    },
-    /// A file that stands in for data, or holds it in another form.
-    #[error("`{path}` is {found}, where records in JSON were expected; {advice}")]
-    NotRecords {
-        /// The file.
-        path: PathBuf,
-        /// What it is.
-        found: &'static str,
-        /// What to do.
+        /// How to get the records.
         advice: &'static str,
     },
-    /// A file without a record.
-    #[error("`{path}` has no records; it must have JSON objects, one a line, or an array of them")]
+    /// A file without records.
+    #[error("`{path}` has no records; expected one JSON object per line, or an array of objects")]
     NoRecords {
         /// The file.
         path: PathBuf,
     },
-    /// A record that is not JSON.
-    #[error(
-        "`{path}`, line {line}, column {column}: {problem}; a file has one JSON object a line, or an array of objects"
-    )]
-    NotJson {
+    /// A record that cannot be used.
+    #[error("`{path}`, line {line}: {problem}")]
+    Record {
         /// The file.
         path: PathBuf,
-        /// The line, counted from 1.
+        /// The line on which the record begins, counted from 1.
         line: usize,
-        /// The column in bytes, counted from 1.
-        column: usize,
-        /// What is wrong there.
-        problem: String,
+        /// The reason.
+        problem: RecordError,
     },
-    /// A record that has no named fields.
-    #[error("`{path}`, line {line}: {found}, where an object with named fields was expected")]
-    NotObject {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// What is there.
-        found: &'static str,
-    },
-    /// A line that is not UTF-8.
-    #[error("`{path}`, line {line}, column {column}: not UTF-8; save the file in that encoding")]
-    NotUtf8 {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// The column in bytes, counted from 1.
-        column: usize,
-    },
-    /// A record of a length that no text has.
-    #[error(
-        "`{path}`, line {line}: a record of more than {max} bytes; is each record on a line of its own?"
-    )]
-    LongRecord {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// The bytes that a record may have.
-        max: usize,
-    },
-    /// A record without a field that the template names.
-    #[error("`{path}`, line {line}: no field `{field}`, which the template names; there {}", fields(.found))]
-    MissingField {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// The field.
-        field: String,
-        /// The fields that are there.
-        found: Vec<String>,
-    },
-    /// A field of a record that is not what the template takes.
-    #[error("`{path}`, line {line}: `{field}` {problem}")]
-    Field {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// The field.
-        field: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// A template that cannot be read.
+    /// A template that does not parse.
     #[error("the {template} template, line {line}: {problem}")]
-    BadTemplate {
-        /// Which one.
+    Template {
+        /// The name of the template.
         template: &'static str,
-        /// The line, counted from 1.
+        /// The line of the template, counted from 1.
         line: usize,
-        /// What is wrong there.
+        /// The reason.
         problem: String,
-    },
-    /// A template that does not take a record.
-    #[error("`{path}`, line {line}: the {template} template does not take it: {problem}")]
-    Render {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// Which template.
-        template: &'static str,
-        /// What it said.
-        problem: String,
-    },
-    /// A chat template that renders the same messages otherwise when more follow.
-    #[error(
-        "`{path}`, line {line}: the chat template is not prefix-stable at message {message}: its text changes with what follows, so that what is learned would not be what is asked for; end the conversation before it, or correct the template"
-    )]
-    PrefixUnstable {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// The assistant's message, counted from 0.
-        message: usize,
     },
     /// A model without a chat template.
     #[error(
-        "`{dir}` has no chat template, neither `chat_template.jinja` nor `chat_template` in `tokenizer_config.json`; take the one that the model was trained with, or templates for the fields of a record"
+        "`{dir}` has no chat template: neither `chat_template.jinja` nor `chat_template` in `tokenizer_config.json`; add the one that the model was trained with, or use a template of fields"
     )]
     NoChatTemplate {
-        /// The directory.
+        /// The directory of the model.
         dir: PathBuf,
     },
-    /// An example of more tokens than are allowed.
+    /// Records that leave no example with a target.
     #[error(
-        "`{path}`, line {line}: {n_tokens} tokens, more than the {max_len} that are allowed; leave such records out, have them cut, or allow more"
-    )]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-        /// The line, counted from 1.
-        line: usize,
-        /// Its tokens.
-        n_tokens: usize,
-        /// Tokens that are allowed.
-        max_len: usize,
-    },
-    /// Records none of which has anything to learn.
-    #[error(
-        "nothing is left to learn of {n_records} records: {n_too_long} are longer than {max_len} tokens, {n_without_targets} have no token to be learned in the first {max_len}; allow more tokens, or look at the template"
+        "none of {n_records} records gives a target: {n_too_long} have more than {max_len} tokens, {n_without_targets} have no target in their first {max_len} tokens; raise the limit, or check the template"
     )]
     NoExamples {
-        /// Records that there were.
+        /// The number of records.
         n_records: usize,
-        /// Those left out for their length.
+        /// Records left out for their length.
         n_too_long: usize,
-        /// Those without a token to be learned.
+        /// Records left out because they have no target.
         n_without_targets: usize,
-        /// Tokens that are allowed.
+        /// The limit in tokens.
         max_len: usize,
     },
-    /// An example that no row holds.
+    /// An example that is longer than a row.
     #[error(
         "example {example} has {n_tokens} tokens, more than a row of {seq_len}; encode with a limit of {seq_len}"
     )]
     LongExample {
-        /// The example, counted from 0.
+        /// The index of the example.
         example: usize,
-        /// Its tokens.
+        /// Its length in tokens.
         n_tokens: usize,
-        /// Tokens of a row.
+        /// The length of a row in tokens.
         seq_len: usize,
     },
 }
 
+/// The reason why a record cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecordError {
+    /// Text that is not JSON.
+    #[error(
+        "invalid JSON at column {column}: {problem}; expected one JSON object per line, or an array of objects"
+    )]
+    NotJson {
+        /// The column in bytes, counted from 1.
+        column: usize,
+        /// The reason.
+        problem: String,
+    },
+    /// A JSON value other than an object.
+    #[error("expected an object with named fields, found {found}")]
+    NotObject {
+        /// The kind of value that was found.
+        found: &'static str,
+    },
+    /// Bytes that are not UTF-8.
+    #[error("invalid UTF-8 at column {column}; save the file as UTF-8")]
+    NotUtf8 {
+        /// The column in bytes, counted from 1.
+        column: usize,
+    },
+    /// A record of more bytes than are read.
+    #[error("the record has more than {max} bytes; put each record on a line of its own")]
+    TooLarge {
+        /// The limit in bytes.
+        max: usize,
+    },
+    /// A missing field.
+    #[error("no field `{field}`, which the template uses; the record has {}", fields(.found))]
+    MissingField {
+        /// The field.
+        field: String,
+        /// The fields of the record.
+        found: Vec<String>,
+    },
+    /// A field with a value that the template does not take.
+    #[error("`{field}` {problem}")]
+    Field {
+        /// The field.
+        field: String,
+        /// The reason.
+        problem: String,
+    },
+    /// An error while a template was rendered.
+    #[error("cannot render the {template} template: {problem}")]
+    Render {
+        /// The name of the template.
+        template: &'static str,
+        /// The reason.
+        problem: String,
+    },
+    /// A chat template that renders a message differently when more follow.
+    #[error(
+        "the chat template is not prefix-stable at message {message}: its text depends on the messages after it, so its targets are not those of a conversation that ends there; end the conversation before it, or correct the template"
+    )]
+    PrefixUnstable {
+        /// The index of the assistant's message.
+        message: usize,
+    },
+    /// An example of more tokens than the limit.
+    #[error(
+        "{n_tokens} tokens, more than the limit of {max_len}; drop or cut such records, or raise the limit"
+    )]
+    TooLong {
+        /// The length of the example in tokens.
+        n_tokens: usize,
+        /// The limit in tokens.
+        max_len: usize,
+    },
+}
+
 fn fields(found: &[String]) -> String {
-    match found {
-        [] => "are none".into(),
-        [one] => format!("is `{one}`"),
-        several => format!("are `{}`", several.join("`, `")),
+    if found.is_empty() {
+        return "no fields".into();
     }
+    format!("`{}`", found.join("`, `"))
 }
 
 /// A result with this crate's [`Error`].

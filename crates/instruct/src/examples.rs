@@ -5,12 +5,12 @@ use std::ops::Range;
 use models::{SpecialTokens, Tokenizer};
 use tokenizers::PostProcessorWrapper;
 
-use crate::{Error, Piece, Record, Result, Template};
+use crate::{Error, Piece, Record, RecordError, Result, Template};
 
 #[cfg(test)]
 mod tests;
 
-/// The tokens of a text, and which of them are to be learned.
+/// The tokens of a text, and which of them are targets of the loss.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Example {
     tokens: Vec<u32>,
@@ -18,70 +18,88 @@ pub struct Example {
 }
 
 impl Example {
-    /// The first token is never learned: there is nothing before it that could predict it.
+    /// An example of `tokens`, each with whether it is a target.
+    ///
+    /// The first token is never a target: no token before it could predict it.
     ///
     /// # Panics
-    /// If there is not one `is_target` for each token.
+    /// If `tokens` and `is_target` have different lengths.
     pub fn new(tokens: Vec<u32>, mut is_target: Vec<bool>) -> Self {
-        assert_eq!(tokens.len(), is_target.len(), "one is_target a token");
+        assert_eq!(tokens.len(), is_target.len(), "one mark for each token");
         if let Some(first) = is_target.first_mut() {
             *first = false;
         }
         Self { tokens, is_target }
     }
 
-    /// Its tokens.
+    /// The tokens.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// Whether each token is to be learned, that is, predicted from those before it.
+    /// Whether each token is a target: one that the loss predicts from those before it.
     pub fn is_target(&self) -> &[bool] {
         &self.is_target
     }
 
-    /// How many are.
+    /// The number of targets.
     pub fn n_targets(&self) -> usize {
-        self.is_target
-            .iter()
-            .filter(|&&is_target| is_target)
-            .count()
+        let targets = self.is_target.iter().filter(|&&is_target| is_target);
+        targets.count()
+    }
+
+    fn truncate(&mut self, max_len: usize) {
+        self.tokens.truncate(max_len);
+        self.is_target.truncate(max_len);
     }
 }
 
-/// What becomes of texts of too many tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The treatment of examples that are longer than the limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TooLong {
-    /// Their ends are cut off, with the token that says that it is the end.
+    /// Cuts off the end, with the end-of-sequence token.
+    #[default]
     Cut,
-    /// They are left out.
+    /// Leaves the record out.
     Drop,
-    /// They are an error.
+    /// Fails with [`RecordError::TooLong`].
     Refuse,
 }
 
-/// How long an example may be.
+/// The largest length of an example, and the treatment of longer ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limit {
-    /// In tokens, with those before and behind the text.
-    pub max_len: usize,
-    /// What becomes of longer ones.
-    pub too_long: TooLong,
+    max_len: usize,
+    too_long: TooLong,
 }
 
-/// The examples of some records, and what became of the others.
+impl Limit {
+    /// A limit of `max_len` tokens, special tokens included; longer examples are cut.
+    pub fn new(max_len: usize) -> Self {
+        let too_long = TooLong::default();
+        Self { max_len, too_long }
+    }
+
+    /// The treatment of longer examples.
+    pub fn with_too_long(mut self, too_long: TooLong) -> Self {
+        self.too_long = too_long;
+        self
+    }
+}
+
+/// The examples of some records, and the number of records that gave none.
 ///
 /// Displayed as one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Encoded {
-    /// In the order of their records, each with at least one target.
+    /// The examples in the order of their records, each with at least one target.
     pub examples: Vec<Example>,
-    /// How many of them were cut.
+    /// Examples that were cut.
     pub n_cut: usize,
     /// Records left out because they are too long.
     pub n_dropped: usize,
-    /// Records left out because nothing of them is to be learned, or nothing within the limit.
+    /// Records left out because they have no target within the limit.
     pub n_without_targets: usize,
     max_len: usize,
 }
@@ -99,23 +117,50 @@ impl fmt::Display for Encoded {
         } = self;
         write!(
             f,
-            "{} examples, {n_tokens} tokens, {n_targets} of them to be learned; {n_cut} cut to {max_len} tokens; left out: {n_dropped} too long, {n_without_targets} without anything to learn",
+            "{} examples, {n_tokens} tokens, {n_targets} of them targets; {n_cut} cut to {max_len} tokens; left out: {n_dropped} too long, {n_without_targets} without targets",
             examples.len()
         )
     }
 }
 
-/// The tokens of the texts that `template` makes of records.
+/// Tokenizes the texts that a template renders from records.
 ///
-/// Each text is tokenized at once. A token belongs to the piece in which it begins: one that
-/// straddles the end of a prompt is not learned. Special tokens that a text spells out are taken
-/// as such. A text from [`Template::Fields`] comes after `bos`, where the tokenizer puts it, and
-/// before `eos`, which is learned; a chat template puts its own.
+/// A text is tokenized as a whole, and a token belongs to the piece in which it begins: a token across
+/// the end of a prompt is not a target. Special tokens that a text spells out are encoded as such. A
+/// text from [`Template::Fields`] follows `bos` if the tokenizer adds it, and is followed by `eos`,
+/// which is a target; a chat template writes its own special tokens.
 ///
 /// # Errors
-/// Those of [`Template::pieces`]; [`models::Error::Tokenizer`]; [`models::Error::MissingSpecial`] without an `eos`
-/// where one is needed; [`Error::TooLong`] if that is asked for; [`Error::NoExamples`] if none is
-/// left.
+/// As [`Template::pieces`]; [`models::Error::Tokenizer`]; [`models::Error::MissingSpecial`] without
+/// an `eos` to end a text; [`RecordError::TooLong`] with [`TooLong::Refuse`]; [`Error::NoExamples`] if
+/// no example is left.
+///
+/// # Examples
+/// ```
+/// use instruct::{Error, Limit, Template, encode, read_records};
+/// use models::{SpecialToken, SpecialTokens, Tokenizer};
+///
+/// let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("tokenizer.json");
+/// std::fs::write(&path, r#"{"pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel",
+///     "vocab": {"<unk>": 0, "</s>": 1, "one": 2, "two": 3}, "unk_token": "<unk>"}}"#)?;
+/// let tokenizer = Tokenizer::open(&path)?;
+/// let eos = SpecialToken { text: "</s>".into(), id: 1 };
+/// let special = SpecialTokens { eos: Some(eos), ..SpecialTokens::default() };
+///
+/// let data = dir.path().join("train.jsonl");
+/// std::fs::write(&data, r#"{"question": "one", "answer": "two"}"#)?;
+/// let records = read_records(&data)?;
+/// let template = Template::fields("{{ question }}", " {{ answer }}")?;
+/// let encoded = encode(&records, &template, &tokenizer, &special, Limit::new(8))?;
+/// assert_eq!(encoded.examples[0].tokens(), [2, 3, 1]);
+/// assert_eq!(encoded.examples[0].is_target(), [false, true, true]);
+///
+/// // The only token within this limit is the prompt.
+/// let error = encode(&records, &template, &tokenizer, &special, Limit::new(1)).unwrap_err();
+/// assert!(matches!(error, Error::NoExamples { n_without_targets: 1, .. }));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn encode(
     records: &[Record],
     template: &Template,
@@ -135,32 +180,22 @@ pub fn encode(
     for record in records {
         let mut example = encoder.encode(&template.pieces(record)?)?;
         let n_tokens = example.tokens.len();
-        let is_cut = n_tokens > max_len;
-        if is_cut {
-            match too_long {
-                TooLong::Cut => {
-                    example.tokens.truncate(max_len);
-                    example.is_target.truncate(max_len);
-                }
-                TooLong::Drop => {
-                    encoded.n_dropped += 1;
-                    continue;
-                }
-                TooLong::Refuse => {
-                    return Err(Error::TooLong {
-                        path: record.path.to_path_buf(),
-                        line: record.line,
-                        n_tokens,
-                        max_len,
-                    });
-                }
+        let is_long = n_tokens > max_len;
+        match too_long {
+            TooLong::Drop if is_long => {
+                encoded.n_dropped += 1;
+                continue;
             }
+            TooLong::Refuse if is_long => {
+                return Err(record.refuse(RecordError::TooLong { n_tokens, max_len }));
+            }
+            _ => example.truncate(max_len),
         }
         if example.n_targets() == 0 {
             encoded.n_without_targets += 1;
             continue;
         }
-        encoded.n_cut += usize::from(is_cut);
+        encoded.n_cut += usize::from(is_long);
         encoded.examples.push(example);
     }
     if encoded.examples.is_empty() {
@@ -174,7 +209,7 @@ pub fn encode(
     Ok(encoded)
 }
 
-/// How many examples for evaluation are among those for training, token by token.
+/// The number of examples in `eval` whose tokens are those of an example in `train`.
 pub fn count_duplicates(train: &[Example], eval: &[Example]) -> usize {
     let train: HashSet<&[u32]> = train.iter().map(Example::tokens).collect();
     let is_known = |example: &&Example| train.contains(example.tokens());
@@ -183,64 +218,60 @@ pub fn count_duplicates(train: &[Example], eval: &[Example]) -> usize {
 
 struct Encoder<'a> {
     tokenizer: tokenizers::Tokenizer,
-    /// For errors.
+    /// The tokenizer for messages of errors.
     source: &'a Tokenizer,
-    before: Option<u32>,
-    behind: Option<u32>,
+    bos: Option<u32>,
+    eos: Option<u32>,
 }
 
 impl<'a> Encoder<'a> {
     fn new(template: &Template, source: &'a Tokenizer, special: &SpecialTokens) -> Result<Self> {
-        let (before, behind) = match template {
-            Template::Chat(_) => (None, None),
-            Template::Fields(_) => {
-                let bos = match special.add_bos {
-                    true => Some(special.need_bos("the tokenizer")?.id),
-                    false => None,
-                };
-                let eos = special.need_eos("the end of an example, which is learned,")?;
-                (bos, Some(eos.id))
+        let (mut bos, mut eos) = (None, None);
+        if !template.is_complete() {
+            if special.add_bos {
+                bos = Some(special.need_bos("the tokenizer")?.id);
             }
-        };
+            eos = Some(special.need_eos("the end of an example")?.id);
+        }
         let mut tokenizer = source.inner().clone();
-        // It would move the offsets of tokens beyond the spaces with which they begin
-        // (`trim_offsets`), and so a token that begins in the prompt into what is learned.
+        // With `trim_offsets` it would move the offset of a token past its leading space, and so
+        // turn a token that begins in the prompt into a target.
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         Ok(Self {
             tokenizer,
             source,
-            before,
-            behind,
+            bos,
+            eos,
         })
     }
 
     fn encode(&self, pieces: &[Piece]) -> Result<Example> {
         let mut text = String::new();
-        let mut learned: Vec<Range<usize>> = Vec::new();
+        let mut targets: Vec<Range<usize>> = Vec::new();
         for piece in pieces {
             let start = text.len();
             text.push_str(&piece.text);
-            if piece.learn {
-                learned.push(start..text.len());
+            if piece.is_target {
+                targets.push(start..text.len());
             }
         }
-        // With offsets in bytes; `encode_fast` gives none, `encode_char_offsets` others.
+        // `encode_fast` gives no offsets, `encode_char_offsets` gives them in characters.
         let encoding = self.tokenizer.encode(text, false);
         let encoding = encoding.map_err(|error| models::Error::Tokenizer {
             path: self.source.path().into(),
             problem: error.to_string(),
         })?;
-        let is_learned = |&(start, _): &(usize, usize)| {
-            let at = learned.partition_point(|range| range.end <= start);
-            learned.get(at).is_some_and(|range| range.contains(&start))
+        let begins_in_target = |&(start, _): &(usize, usize)| {
+            let at = targets.partition_point(|range| range.end <= start);
+            targets.get(at).is_some_and(|range| range.contains(&start))
         };
-        let before = self.before.into_iter();
-        let tokens = before.chain(encoding.get_ids().iter().copied());
-        let is_target = self.before.map(|_| false).into_iter();
-        let is_target = is_target.chain(encoding.get_offsets().iter().map(is_learned));
+        let bos = self.bos.into_iter();
+        let tokens = bos.chain(encoding.get_ids().iter().copied());
+        let is_target = self.bos.map(|_| false).into_iter();
+        let is_target = is_target.chain(encoding.get_offsets().iter().map(begins_in_target));
         Ok(Example::new(
-            tokens.chain(self.behind).collect(),
-            is_target.chain(self.behind.map(|_| true)).collect(),
+            tokens.chain(self.eos).collect(),
+            is_target.chain(self.eos.map(|_| true)).collect(),
         ))
     }
 }

@@ -1,3 +1,5 @@
+//! Environments of minijinja that render as Jinja2 does in Python.
+
 use std::collections::BTreeMap;
 use std::error::Error as _;
 
@@ -8,16 +10,18 @@ use minijinja::{
 };
 use serde_json::Value as Json;
 
-/// Steps of one rendering: a template that takes more does not come to an end.
+use crate::Error;
+
+/// The steps after which rendering is stopped.
 const FUEL: u64 = 20_000_000;
 
-/// The function by which chat templates ask for the date.
+/// The function with which chat templates read the date.
 const CLOCK: &str = "strftime_now";
 
-/// What is said of values that are not texts, numbers or booleans.
+/// The problem of values other than strings, numbers and booleans.
 pub(crate) const NO_TEXT: &str = "has no text of its own";
 
-/// What renders the fields of a record, every character of a template as it stands.
+/// The environment for templates of fields, in which whitespace is significant.
 pub(crate) fn for_fields() -> Environment<'static> {
     let mut jinja = plain();
     jinja.set_undefined_behavior(UndefinedBehavior::Strict);
@@ -33,10 +37,10 @@ pub(crate) fn for_fields() -> Environment<'static> {
     jinja
 }
 
-/// What renders a chat template as transformers does (`utils/chat_template_utils.py`, 5.23).
+/// The environment for chat templates, as in transformers (`utils/chat_template_utils.py`, 5.23).
 ///
-/// `strftime_now` is not defined: with a clock the same data would give other tokens tomorrow.
-/// LLaMA 3.2's template, which asks whether it is, then has a date of its own.
+/// `strftime_now` is not defined: with a clock, the tokens of a record would change from day to day.
+/// The template of LLaMA 3.2 then falls back to a fixed date.
 pub(crate) fn for_chats() -> Environment<'static> {
     let mut jinja = plain();
     let mut syntax = SyntaxConfig::builder();
@@ -56,7 +60,7 @@ fn plain() -> Environment<'static> {
     jinja.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     jinja.add_filter("tojson", to_json);
     jinja.set_fuel(Some(FUEL));
-    // Errors name what is undefined.
+    // Errors then name the undefined variable.
     jinja.set_debug(true);
     jinja
 }
@@ -65,7 +69,7 @@ fn built(syntax: &minijinja::syntax::SyntaxConfigBuilder) -> SyntaxConfig {
     syntax.build().expect("the delimiters are Jinja's own")
 }
 
-/// `tojson` as transformers has it: nothing is escaped that JSON does not ask for.
+/// The filter `tojson` of transformers, which escapes only the characters that JSON requires.
 fn to_json(value: &Value, indent: Option<Value>, args: Kwargs) -> Result<Value, JinjaError> {
     let only_default = |name: &str| {
         let other = args.get::<Option<bool>>(name)?.unwrap_or(false);
@@ -83,13 +87,13 @@ fn to_json(value: &Value, indent: Option<Value>, args: Kwargs) -> Result<Value, 
     Ok(without_html_escapes(json.as_str().unwrap_or_default()).into())
 }
 
-/// Takes back what minijinja escapes so that JSON can stand in HTML.
+/// Replaces the escapes with which minijinja makes JSON safe in HTML.
 fn without_html_escapes(json: &str) -> String {
     let mut plain = String::with_capacity(json.len());
     let mut rest = json;
     while let Some(at) = rest.find('\\') {
         plain.push_str(&rest[..at]);
-        // An escape has a backslash and one byte at least: it is JSON.
+        // In JSON, at least one byte follows a backslash.
         let escape = &rest[at..];
         let (len, text) = match escape.get(..6) {
             Some("\\u003c") => (6, "<"),
@@ -104,7 +108,7 @@ fn without_html_escapes(json: &str) -> String {
     plain + rest
 }
 
-/// JSON as a value of a template. Keys of objects are in alphabetical order.
+/// Converts JSON to a value of a template; the keys of objects are sorted.
 pub(crate) fn value(json: &Json) -> Value {
     match json {
         Json::Null => Value::from(()),
@@ -125,7 +129,7 @@ pub(crate) fn value(json: &Json) -> Value {
     }
 }
 
-/// What went wrong, with its causes, and where it says so.
+/// The message of an error with its causes and the line of the template.
 pub(crate) fn problem(error: &JinjaError) -> String {
     let mut problem = match error.detail() {
         Some(detail) => detail.to_owned(),
@@ -137,11 +141,21 @@ pub(crate) fn problem(error: &JinjaError) -> String {
         cause = error.source();
     }
     if problem.contains(CLOCK) {
-        problem += ": it reads a clock, and there is none; write the date into the template";
+        problem += ": templates cannot read the clock; write the date into the template";
     }
     match error.line() {
         Some(line) => format!("{problem} (line {line} of the template)"),
         None => problem,
+    }
+}
+
+/// The error of a template that does not parse.
+pub(crate) fn refuse(template: &'static str, error: &JinjaError) -> Error {
+    let problem = error.detail().map(str::to_owned);
+    Error::Template {
+        template,
+        line: error.line().unwrap_or(1),
+        problem: problem.unwrap_or_else(|| error.kind().to_string()),
     }
 }
 
@@ -161,7 +175,7 @@ mod tests {
 
     /// Compared with `json.dumps(x, ensure_ascii=False, indent=…)` of Python 3.11.
     #[test]
-    fn tojson_is_python_s() {
+    fn tojson_is_that_of_python() {
         assert_eq!(
             chat("{{ x | tojson }}").unwrap(),
             "{\"a\": [1, 2.5, -3, true, null, {}, []], \"b\": \"<a & 'b'> \\\\u003c \\\"é\\\" 語\\n\"}"
@@ -182,13 +196,12 @@ mod tests {
     }
 
     #[test]
-    fn constants_have_python_s_names() {
+    fn constants_have_the_names_of_python() {
         let template = "{{ x.a[3] }} {{ none }} {{ 1 > 2 }} {{ x.a }} {{ 'x' ~ none ~ true }}";
         let expected = "True None False [1, 2.5, -3, True, None, {}, []] xNoneTrue";
         assert_eq!(chat(template).unwrap(), expected);
     }
 
-    /// A template may come from anyone.
     #[test]
     fn a_template_without_end_is_stopped() {
         let loops =
@@ -201,7 +214,7 @@ mod tests {
         let error = chat("\n{{ strftime_now('%d %b %Y') }}").unwrap_err();
         assert_eq!(
             problem(&error),
-            "strftime_now is unknown: it reads a clock, and there is none; write the date into the template (line 2 of the template)"
+            "strftime_now is unknown: templates cannot read the clock; write the date into the template (line 2 of the template)"
         );
         let llama_3_2 = "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{%- else %}26 Jul 2024{%- endif %}";
         assert_eq!(chat(llama_3_2).unwrap(), "26 Jul 2024");

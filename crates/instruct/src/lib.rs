@@ -1,23 +1,30 @@
-//! From files of records to rows of tokens for training.
+//! Instruction data: records, prompt templates and packed batches.
 //!
-//! [`read_records`] → [`Template`] → [`encode`] → [`pack`], or [`pad`]: records, their texts with
-//! what is to be learned of them, tokens with targets, rows; [`batch`] puts rows on a device.
+//! Records become texts by a [`Template`], texts become tokens with targets by [`encode`], and examples
+//! become rows of one length by [`pack`] or [`pad`]. The loss covers the targets alone: completions, or
+//! the messages of an assistant.
+//!
+//! | item | purpose |
+//! |---|---|
+//! | [`read_records`] | reads JSON objects, one per line or in an array |
+//! | [`Template`] | renders a record: [`Fields`] of your own, Alpaca, GSM8K, or a [`Chat`] template |
+//! | [`encode`] | tokenizes records within a [`Limit`] of tokens |
+//! | [`count_duplicates`] | counts the examples that two sets share |
+//! | [`pack`] | packs several examples into each row |
+//! | [`pad`] | pads rows of one example each |
+//! | [`batch`] | moves rows to a device |
 //!
 //! ```no_run
 //! use burn::tensor::Device;
-//! use instruct::{Limit, Template, TooLong, batch, encode, pack, read_records};
+//! use instruct::{Limit, Template, batch, encode, pack, read_records};
 //!
 //! let device = Device::flex();
 //! let lm = models::load("Llama-2-7b-hf", &device)?;
 //! let records = read_records("train.jsonl".as_ref())?;
-//! let limit = Limit {
-//!     max_len: 512,
-//!     too_long: TooLong::Cut,
-//! };
-//! let special = lm.special_tokens()?;
-//! let encoded = encode(&records, &Template::gsm8k(), lm.tokenizer()?, &special, limit)?;
+//! let (tokenizer, special) = (lm.tokenizer()?, lm.special_tokens()?);
+//! let encoded = encode(&records, &Template::gsm8k(), tokenizer, &special, Limit::new(512))?;
 //! println!("{encoded}");
-//! let rows = pack(&encoded.examples, 512, lm.filler()?, 0)?;
+//! let rows = pack(&encoded.examples, 512, lm.padding()?, 0)?;
 //! let batches = rows.chunks(4).map(|rows| batch(rows, &device));
 //! let batches: Vec<peft::Batch> = batches.collect::<instruct::Result<_>>()?;
 //! # Ok::<(), instruct::Error>(())
@@ -28,16 +35,20 @@
 mod chat;
 mod error;
 mod examples;
+mod fields;
 mod jinja;
 mod packing;
+mod piece;
 mod records;
 mod template;
 #[cfg(test)]
 mod testing;
 
 pub use chat::Chat;
-pub use error::{Error, Result};
+pub use error::{Error, RecordError, Result};
 pub use examples::{Encoded, Example, Limit, TooLong, count_duplicates, encode};
+pub use fields::Fields;
 pub use packing::{Row, batch, pack, pad};
+pub use piece::Piece;
 pub use records::{MAX_RECORD_BYTES, Record, read_records};
-pub use template::{Fields, Piece, Template};
+pub use template::Template;

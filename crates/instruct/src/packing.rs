@@ -8,20 +8,19 @@ use crate::{Error, Example, Result};
 #[cfg(test)]
 mod tests;
 
-/// One or more texts in a row of tokens, and perhaps padding.
+/// A row of tokens: one or more texts, then padding.
 ///
-/// A text must not attend to the one before it: token `i` sees those from `starts[i]` to itself,
-/// and its position is `i - starts[i]`. Each token of padding is one more text, of which nothing is
-/// learned.
+/// A text does not attend to the text before it: token `i` attends to tokens `starts[i]` to `i`, and
+/// its position is `i - starts[i]`. Each token of padding is a text of its own without a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// All tokens.
+    /// The tokens, padding included.
     pub tokens: Vec<u32>,
-    /// Whether each is to be predicted from those before it; never the first of a text.
+    /// Whether each token is a target; the first token of a text is not.
     pub is_target: Vec<bool>,
-    /// For each token, where in the row its text begins.
+    /// The index in the row at which the text of each token begins.
     pub starts: Vec<usize>,
-    /// Tokens before the padding.
+    /// The number of tokens before the padding.
     pub n_text: usize,
 }
 
@@ -43,26 +42,40 @@ impl Row {
         self.n_text = self.tokens.len();
     }
 
-    fn pad(&mut self, seq_len: usize, filler: u32) {
-        self.tokens.resize(seq_len, filler);
+    fn pad(&mut self, seq_len: usize, padding: u32) {
+        self.tokens.resize(seq_len, padding);
         self.is_target.resize(seq_len, false);
-        // Each its own text: however many there are, they are no long one.
+        // Each is a text of its own, so that padding is never longer than the model's positions.
         self.starts.extend(self.n_text..seq_len);
     }
 }
 
-/// Examples in as few rows of `seq_len` tokens as first-fit decreasing finds.
+/// Packs examples into rows of `seq_len` tokens by first-fit decreasing.
 ///
-/// An example is never cut. Rows are filled up with `filler`, and come in an order drawn with
-/// `seed`. There are at most twice as many as their tokens would fill (and 11/9 of the fewest,
-/// and 6/9: Dósa 2007).
+/// An example is never split. Rows are filled up with the token `padding` and shuffled with `seed`.
+/// There are at most twice as many rows as the tokens would fill, and at most 11/9 of the optimum plus
+/// 6/9 (Dósa 2007).
 ///
 /// # Errors
-/// [`Error::LongExample`] if an example does not fit a row.
-pub fn pack(examples: &[Example], seq_len: usize, filler: u32, seed: u64) -> Result<Vec<Row>> {
+/// [`Error::LongExample`] if an example is longer than a row.
+///
+/// # Examples
+/// ```
+/// use instruct::{Error, Example, pack};
+///
+/// let example = |len| Example::new(vec![7; len], vec![true; len]);
+/// let examples = [example(3), example(2), example(4)];
+/// let rows = pack(&examples, 5, 0, 0)?;
+/// assert_eq!(rows.len(), 2);
+///
+/// let error = pack(&examples, 3, 0, 0).unwrap_err();
+/// assert!(matches!(error, Error::LongExample { example: 2, n_tokens: 4, seq_len: 3 }));
+/// # Ok::<(), instruct::Error>(())
+/// ```
+pub fn pack(examples: &[Example], seq_len: usize, padding: u32, seed: u64) -> Result<Vec<Row>> {
     check(examples, seq_len)?;
     let mut order: Vec<&Example> = examples.iter().filter(|e| !e.tokens().is_empty()).collect();
-    // Stable: examples of one length stay in their order.
+    // Stable: examples of one length keep their order.
     order.sort_by_key(|example| std::cmp::Reverse(example.tokens().len()));
     let mut space = Space::new(order.len(), seq_len);
     let mut rows: Vec<Row> = Vec::new();
@@ -74,19 +87,19 @@ pub fn pack(examples: &[Example], seq_len: usize, filler: u32, seed: u64) -> Res
         rows[at].push(example.tokens(), example.is_target());
     }
     for row in &mut rows {
-        row.pad(seq_len, filler);
+        row.pad(seq_len, padding);
     }
     rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
     Ok(rows)
 }
 
-/// Examples in batches of rows with one example each, in an order drawn with `seed`.
+/// Shuffles examples with `seed` into batches of rows with one example each.
 ///
-/// The rows of a batch are filled up at their ends with `filler`, to the longest of them or, if it
-/// is given, to `seq_len` tokens. The last batch may have fewer than `batch_size` rows.
+/// The rows of a batch are filled up at their ends with the token `padding`, to `seq_len` tokens or, if
+/// it is none, to the longest of them. The last batch may have fewer than `batch_size` rows.
 ///
 /// # Errors
-/// [`Error::LongExample`] if an example does not fit `seq_len`.
+/// [`Error::LongExample`] if an example is longer than `seq_len`.
 ///
 /// # Panics
 /// If `batch_size` is 0.
@@ -94,7 +107,7 @@ pub fn pad(
     examples: &[Example],
     batch_size: usize,
     seq_len: Option<usize>,
-    filler: u32,
+    padding: u32,
     seed: u64,
 ) -> Result<Vec<Vec<Row>>> {
     check(examples, seq_len.unwrap_or(usize::MAX))?;
@@ -106,7 +119,7 @@ pub fn pad(
         let row = |example: &&Example| {
             let mut row = Row::with_capacity(seq_len);
             row.push(example.tokens(), example.is_target());
-            row.pad(seq_len, filler);
+            row.pad(seq_len, padding);
             row
         };
         examples.iter().map(row).collect()
@@ -114,17 +127,20 @@ pub fn pad(
     Ok(order.chunks(batch_size).map(batch).collect())
 }
 
-/// Rows of one length as a batch on a device.
+/// Moves rows of one length to a device as a batch.
 ///
 /// # Errors
-/// [`peft::Error::EmptyBatch`] without rows of two tokens, [`peft::Error::NoTargets`] if nothing of
-/// them is to be predicted.
+/// [`peft::Error::EmptyBatch`] unless there is a row of two tokens; [`peft::Error::NoTargets`] if the
+/// rows have no target; [`peft::Error::Spans`] if `starts` and `n_text` contradict each other.
 ///
 /// # Panics
-/// If the rows have several lengths.
+/// If the rows have different lengths.
 pub fn batch(rows: &[Row], device: &Device) -> Result<Batch> {
     let seq = rows.first().map_or(0, |row| row.tokens.len());
-    assert!(rows.iter().all(|row| row.tokens.len() == seq), "one length");
+    assert!(
+        rows.iter().all(|row| row.tokens.len() == seq),
+        "rows of one length"
+    );
     let tokens = rows.iter().flat_map(|row| &row.tokens);
     let tokens: Vec<i64> = tokens.map(|&token| token.into()).collect();
     let tokens = TensorData::new(tokens, [rows.len(), seq]);
@@ -151,10 +167,10 @@ fn check(examples: &[Example], seq_len: usize) -> Result<()> {
     })
 }
 
-/// The space that is left in each of many rows.
+/// The space that is left in each row, as a segment tree.
 ///
-/// A tree whose leaves are the rows: node `i` has the most space of any row below it, and
-/// `2 i` and `2 i + 1` for children. The first row with enough space is found in its height.
+/// The leaves are the rows. Node `i` has the children `2 i` and `2 i + 1`, and holds the largest space
+/// of the rows below it, so that the first row with enough space is found in logarithmic time.
 struct Space {
     most: Vec<usize>,
     n_leaves: usize,
@@ -169,7 +185,7 @@ impl Space {
         }
     }
 
-    /// Takes `len` from the first row that has as much. There must be one.
+    /// Takes `len` from the first row with enough space, of which there must be one.
     fn take(&mut self, len: usize) -> usize {
         let mut node = 1;
         while node < self.n_leaves {

@@ -8,34 +8,34 @@ use serde::de::{Deserialize, DeserializeSeed, Deserializer, SeqAccess, Visitor};
 use serde_json::error::Category;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{Error, RecordError, Result};
 
 #[cfg(test)]
 mod tests;
 
-/// Bytes that a record may have.
+/// The largest size of a record in bytes.
 pub const MAX_RECORD_BYTES: usize = 16 << 20;
 
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
-/// Beginnings of files that are not JSON, what they are and what to do.
-const IMPOSTORS: [(&[u8], &str, &str); 10] = [
+/// First bytes of files that are not JSON, the kind of each, and what to do about it.
+const SIGNATURES: [(&[u8], &str, &str); 10] = [
     (
         b"version https://git-lfs",
         "a Git LFS pointer",
-        "fetch what it points to with `git lfs pull`",
+        "run `git lfs pull`",
     ),
     (
         b"/annex/objects/",
         "a git-annex pointer",
-        "fetch what it points to with `git annex get`",
+        "run `git annex get`",
     ),
     (b"<!doctype", "an HTML page", FETCH),
     (b"<html", "an HTML page", FETCH),
     (
         b"PAR1",
         "a Parquet file",
-        "convert it to one JSON object a line",
+        "convert it to one JSON object per line",
     ),
     (b"\x1f\x8b", "compressed with gzip", "unpack it"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it"),
@@ -43,12 +43,12 @@ const IMPOSTORS: [(&[u8], &str, &str); 10] = [
     (b"\xff\xfe", "UTF-16", "save it as UTF-8"),
     (b"\xfe\xff", "UTF-16", "save it as UTF-8"),
 ];
-const FETCH: &str = "fetch the file and not the page about it: on Hugging Face and GitHub addresses have `resolve` or `raw` for files, and ask for a login where one is needed";
+const FETCH: &str = "download the file itself: its address on Hugging Face and GitHub has `resolve` or `raw` in it, and may need a login";
 
-/// A JSON object, and where it was.
+/// A JSON object with its place in a file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
-    /// Its fields.
+    /// The fields of the object.
     pub fields: Map<String, Value>,
     /// The file.
     pub path: Arc<Path>,
@@ -56,19 +56,59 @@ pub struct Record {
     pub line: usize,
 }
 
-/// The records of a file: a JSON object a line, or a JSON array of objects.
+impl Record {
+    pub(crate) fn refuse(&self, problem: RecordError) -> Error {
+        refuse(&self.path, self.line, problem)
+    }
+
+    /// Refuses a field for its value.
+    pub(crate) fn refuse_field(&self, field: impl Into<String>, problem: String) -> Error {
+        let field = field.into();
+        self.refuse(RecordError::Field { field, problem })
+    }
+
+    /// Refuses a record that lacks a field.
+    pub(crate) fn refuse_without(&self, field: impl Into<String>) -> Error {
+        self.refuse(RecordError::MissingField {
+            field: field.into(),
+            found: self.fields.keys().cloned().collect(),
+        })
+    }
+}
+
+/// Reads the records of a file: one JSON object per line, or a JSON array of objects.
 ///
-/// A byte order mark, line ends of Windows and blank lines are accepted. A record may have
-/// [`MAX_RECORD_BYTES`]; no more of it is read.
+/// A byte order mark, carriage returns before line feeds, and blank lines are accepted. At most
+/// [`MAX_RECORD_BYTES`] of a record are read.
 ///
 /// # Errors
-/// [`Error::NotFile`], [`Error::NotRecords`], [`Error::NoRecords`], [`Error::NotJson`],
-/// [`Error::NotObject`], [`Error::NotUtf8`], [`Error::LongRecord`], or if the file cannot be read.
+/// [`Error::NotRecords`] for a path that is not a file, and for a file in another format;
+/// [`Error::NoRecords`]; [`Error::Record`] with the first record that is not a JSON object or is too
+/// large; [`Error::File`] if the file cannot be read.
+///
+/// # Examples
+/// ```
+/// use instruct::{Error, RecordError, read_records};
+///
+/// let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("train.jsonl");
+/// std::fs::write(&path, "{\"question\": \"1 + 1?\"}\n[2]\n")?;
+/// let error = read_records(&path).unwrap_err();
+/// assert!(matches!(
+///     error,
+///     Error::Record { line: 2, problem: RecordError::NotObject { found: "an array" }, .. }
+/// ));
+///
+/// std::fs::write(&path, "{\"question\": \"1 + 1?\"}\n")?;
+/// let records = read_records(&path)?;
+/// assert_eq!(records[0].fields["question"], "1 + 1?");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn read_records(path: &Path) -> Result<Vec<Record>> {
     read_up_to(path, MAX_RECORD_BYTES)
 }
 
-/// The records of a file, each of which may have `max` bytes.
+/// Reads records of at most `max` bytes each.
 fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
     let mut file = open(path)?;
     let head = file.fill_buf().map_err(|source| unread(path, source))?;
@@ -77,17 +117,12 @@ fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
     }
     let head = file.fill_buf().map_err(|source| unread(path, source))?;
     let head = head.trim_ascii_start();
-    let is = |(start, _, _): &&(&[u8], _, _)| {
+    let begins = |(start, _, _): &&(&[u8], _, _)| {
         let found = head.get(..start.len());
         found.is_some_and(|found| found.eq_ignore_ascii_case(start))
     };
-    if let Some(&(_, found, advice)) = IMPOSTORS.iter().find(is) {
-        let path = path.into();
-        return Err(Error::NotRecords {
-            path,
-            found,
-            advice,
-        });
+    if let Some(&(_, found, advice)) = SIGNATURES.iter().find(begins) {
+        return Err(not_records(path, found, advice));
     }
     let values = if head.starts_with(b"[") {
         array(file, path, max)?
@@ -104,16 +139,15 @@ fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
             path: Arc::clone(&shared),
             line,
         }),
-        other => Err(Error::NotObject {
-            path: path.into(),
-            line,
-            found: kind(&other),
-        }),
+        other => {
+            let found = kind(&other);
+            Err(refuse(path, line, RecordError::NotObject { found }))
+        }
     };
     values.into_iter().map(record).collect()
 }
 
-/// What a value is, with its article.
+/// The kind of a value, with its article.
 pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "a null",
@@ -126,23 +160,20 @@ pub(crate) fn kind(value: &Value) -> &'static str {
 }
 
 fn open(path: &Path) -> Result<BufReader<File>> {
-    // Before it is opened: opening a pipe waits for someone to write to it.
+    // Checked first: opening a pipe blocks until another process writes to it.
     let metadata = std::fs::metadata(path).map_err(|source| unread(path, source))?;
+    if metadata.is_dir() {
+        return Err(not_records(path, "a directory", "name a file in it"));
+    }
     if !metadata.is_file() {
-        return Err(Error::NotFile {
-            path: path.into(),
-            found: if metadata.is_dir() {
-                "a directory"
-            } else {
-                "a pipe or a device"
-            },
-        });
+        let found = "a pipe or a device";
+        return Err(not_records(path, found, "write the records to a file"));
     }
     let file = File::open(path).map_err(|source| unread(path, source))?;
     Ok(BufReader::new(file))
 }
 
-/// The values of the lines that are not blank, each with its line.
+/// Reads the values of lines that are not blank, each with its line number.
 fn lines(mut file: impl BufRead, path: &Path, max: usize) -> Result<Vec<(usize, Value)>> {
     let mut values = Vec::new();
     let mut bytes = Vec::new();
@@ -154,12 +185,11 @@ fn lines(mut file: impl BufRead, path: &Path, max: usize) -> Result<Vec<(usize, 
             break;
         }
         if bytes.len() > max && !bytes.ends_with(b"\n") {
-            return Err(too_long(path, line, max));
+            return Err(refuse(path, line, RecordError::TooLarge { max }));
         }
-        let text = std::str::from_utf8(&bytes).map_err(|error| Error::NotUtf8 {
-            path: path.into(),
-            line,
-            column: error.valid_up_to() + 1,
+        let text = std::str::from_utf8(&bytes).map_err(|error| {
+            let column = error.valid_up_to() + 1;
+            refuse(path, line, RecordError::NotUtf8 { column })
         })?;
         let text = text.trim_ascii_end();
         if text.is_empty() {
@@ -171,7 +201,7 @@ fn lines(mut file: impl BufRead, path: &Path, max: usize) -> Result<Vec<(usize, 
     Ok(values)
 }
 
-/// The values of an array, each with the line on which it begins.
+/// Reads the values of an array, each with the line on which it begins.
 fn array(file: impl Read, path: &Path, max: usize) -> Result<Vec<(usize, Value)>> {
     let meter = Meter {
         line: Cell::new(1),
@@ -187,20 +217,22 @@ fn array(file: impl Read, path: &Path, max: usize) -> Result<Vec<(usize, Value)>
     let values = (&mut json).deserialize_seq(Items { meter: &meter });
     let values = values.and_then(|values| json.end().map(|()| values));
     values.map_err(|error| match error.classify() {
-        Category::Io if meter.is_exceeded() => too_long(path, meter.record.get(), max),
+        Category::Io if meter.is_exceeded() => {
+            refuse(path, meter.record.get(), RecordError::TooLarge { max })
+        }
         Category::Io => unread(path, error.into()),
         _ => not_json(path, error.line(), &error),
     })
 }
 
-/// Where a reader is.
+/// The position of a reader.
 struct Meter {
     line: Cell<usize>,
-    /// The line on which the last record began.
+    /// The line on which the last record begins.
     record: Cell<usize>,
-    /// Bytes since then, or since its end.
+    /// Bytes read since the beginning of that record, or since its end.
     n_bytes: Cell<usize>,
-    /// How many they may be.
+    /// The limit of `n_bytes`.
     max: usize,
 }
 
@@ -210,7 +242,7 @@ impl Meter {
     }
 }
 
-/// A file that ends with an error where a record is too long.
+/// A reader that fails as soon as a record is larger than the limit.
 struct Metered<'a, R> {
     file: R,
     meter: &'a Meter,
@@ -218,14 +250,14 @@ struct Metered<'a, R> {
 
 impl<R: Read> Read for Metered<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // A byte at a time, as serde_json asks for them, so that the meter knows where it is.
+        // One byte at a time, as serde_json requests them, so that the position is exact.
         let n_bytes = buffer.len().min(1);
         let n_read = self.file.read(&mut buffer[..n_bytes])?;
         let n_lines = buffer[..n_read].iter().filter(|&&byte| byte == b'\n');
         self.meter.line.update(|line| line + n_lines.count());
         self.meter.n_bytes.update(|n_bytes| n_bytes + n_read);
         if self.meter.is_exceeded() {
-            return Err(io::Error::other("a record is too long"));
+            return Err(io::Error::other("the record is too large"));
         }
         Ok(n_read)
     }
@@ -259,7 +291,7 @@ impl<'de> DeserializeSeed<'de> for Item<'_> {
     type Value = (usize, Value);
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
-        // The first byte of the value has been read, and no more.
+        // Exactly the first byte of the value has been read.
         let line = self.meter.line.get();
         self.meter.record.set(line);
         self.meter.n_bytes.set(1);
@@ -274,22 +306,31 @@ fn unread(path: &Path, source: io::Error) -> Error {
     tensor_files::Error::Io { path, source }.into()
 }
 
-fn too_long(path: &Path, line: usize, max: usize) -> Error {
-    Error::LongRecord {
-        path: path.into(),
+fn not_records(path: &Path, found: &'static str, advice: &'static str) -> Error {
+    let path = path.into();
+    Error::NotRecords {
+        path,
+        found,
+        advice,
+    }
+}
+
+fn refuse(path: &Path, line: usize, problem: RecordError) -> Error {
+    let path = path.into();
+    Error::Record {
+        path,
         line,
-        max,
+        problem,
     }
 }
 
 fn not_json(path: &Path, line: usize, error: &serde_json::Error) -> Error {
     let problem = error.to_string();
     let place = format!(" at line {} column {}", error.line(), error.column());
-    Error::NotJson {
-        path: path.into(),
-        line,
-        // 0 behind the end of a line.
+    let problem = RecordError::NotJson {
+        // serde_json counts 0 after the end of a line.
         column: error.column().max(1),
         problem: problem.strip_suffix(&place).unwrap_or(&problem).into(),
-    }
+    };
+    refuse(path, line, problem)
 }

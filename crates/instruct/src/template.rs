@@ -1,50 +1,46 @@
-use std::collections::HashSet;
 use std::path::Path;
 
-use minijinja::{Environment, Value};
 use models::SpecialTokens;
-use serde_json::Value as Json;
 
-use crate::records::kind;
-use crate::{Chat, Error, Record, Result, jinja};
+use crate::{Chat, Fields, Piece, Record, Result};
 
-#[cfg(test)]
-mod tests;
-
-/// A part of a text, all of which is to be learned or none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// The part.
-    pub text: String,
-    /// Whether it is to be learned.
-    pub learn: bool,
-}
-
-/// What makes a text of a record.
+/// A template that renders a record as text.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Template {
-    /// From its fields.
+    /// A prompt and a completion, rendered from the fields of a record.
     Fields(Fields),
-    /// From its conversation.
+    /// A conversation, rendered by the chat template of a model.
     Chat(Chat),
 }
 
 impl Template {
-    /// A prompt and a completion, which is learned, from the fields of a record.
+    /// A template of a prompt and of a completion; the tokens of the completion are targets.
     ///
-    /// Both are Jinja templates, such as `Question: {{ question }}\nAnswer:` and ` {{ answer }}`.
-    /// A space between the two belongs to the completion, where most tokenizers have it. A field
-    /// that a record does not have, or that has no text (a null, an array), is an error.
+    /// Both are Jinja templates over the fields of a record. A space between prompt and completion
+    /// belongs to the completion, as most tokenizers join it to the word after it.
     ///
     /// # Errors
-    /// [`Error::BadTemplate`] if one of them cannot be read.
+    /// [`Error::Template`](crate::Error::Template) if one of them does not parse.
+    ///
+    /// # Examples
+    /// ```
+    /// use instruct::{Error, Template};
+    ///
+    /// let template = Template::fields("Q: {{ question }}\nA:", " {{ answer }}");
+    /// assert!(template.is_ok());
+    ///
+    /// let unclosed = Template::fields("Q: {{ question", " {{ answer }}");
+    /// assert!(matches!(unclosed, Err(Error::Template { template: "prompt", line: 1, .. })));
+    /// ```
     pub fn fields(prompt: &str, completion: &str) -> Result<Self> {
         Fields::new(prompt, completion).map(Self::Fields)
     }
 
-    /// Stanford Alpaca's (<https://github.com/tatsu-lab/stanford_alpaca>, `train.py`): records
-    /// have an `instruction`, an `output`, and perhaps an `input`.
+    /// The template of Stanford Alpaca, for records with `instruction`, `output` and optionally
+    /// `input`.
+    ///
+    /// Source: <https://github.com/tatsu-lab/stanford_alpaca>, `PROMPT_DICT` in `train.py`.
     pub fn alpaca() -> Self {
         let prompt = concat!(
             "Below is an instruction that describes a task",
@@ -56,124 +52,38 @@ impl Template {
             "{% if input is defined and input %}### Input:\n{{ input }}\n\n{% endif %}",
             "### Response:",
         );
-        Self::fields(prompt, "{{ output }}").expect("the template is right")
+        Self::fields(prompt, "{{ output }}").expect("the template is valid")
     }
 
-    /// Questions and answers of GSM8K (Cobbe et al. 2021, arXiv:2110.14168), as they stand.
+    /// The template of GSM8K (Cobbe et al. 2021, arXiv:2110.14168), for records with `question` and
+    /// `answer`.
     pub fn gsm8k() -> Self {
         let fields = Self::fields("Question: {{ question }}\nAnswer:", " {{ answer }}");
-        fields.expect("the template is right")
+        fields.expect("the template is valid")
     }
 
-    /// The chat template of a model's directory.
+    /// The chat template in the directory of a model.
     ///
     /// # Errors
-    /// Those of [`Chat::open`].
+    /// As [`Chat::open`].
     pub fn chat(dir: &Path, special: &SpecialTokens) -> Result<Self> {
         Chat::open(dir, special).map(Self::Chat)
     }
 
-    /// The text of a record, in pieces.
+    /// Renders a record as the pieces of one text.
     ///
     /// # Errors
-    /// [`Error::MissingField`], [`Error::Field`], [`Error::Render`], [`Error::PrefixUnstable`].
+    /// [`Error::Record`](crate::Error::Record) if the record lacks a field, a field has a value that
+    /// the template does not take, or rendering fails.
     pub fn pieces(&self, record: &Record) -> Result<Vec<Piece>> {
         match self {
             Self::Fields(fields) => fields.pieces(record),
             Self::Chat(chat) => chat.pieces(record),
         }
     }
-}
 
-/// Two templates over the fields of a record.
-#[derive(Clone, Debug)]
-pub struct Fields {
-    jinja: Environment<'static>,
-}
-
-const PROMPT: &str = "prompt";
-const COMPLETION: &str = "completion";
-
-impl Fields {
-    fn new(prompt: &str, completion: &str) -> Result<Self> {
-        let mut jinja = jinja::for_fields();
-        for (name, source) in [(PROMPT, prompt), (COMPLETION, completion)] {
-            let added = jinja.add_template_owned(name, source.to_owned());
-            added.map_err(|error| bad_template(name, &error))?;
-        }
-        Ok(Self { jinja })
-    }
-
-    fn pieces(&self, record: &Record) -> Result<Vec<Piece>> {
-        let fields = jinja::value(&Json::Object(record.fields.clone()));
-        let piece = |name, learn| -> Result<Piece> {
-            let text = self.render(name, &fields, record)?;
-            Ok(Piece { text, learn })
-        };
-        Ok(vec![piece(PROMPT, false)?, piece(COMPLETION, true)?])
-    }
-
-    fn render(&self, name: &'static str, fields: &Value, record: &Record) -> Result<String> {
-        let template = self.jinja.get_template(name);
-        let template = template.expect("both were added");
-        template.render(fields.clone()).map_err(|error| {
-            let problem = jinja::problem(&error);
-            let named = template.undeclared_variables(false);
-            blame(named, &problem, record).unwrap_or_else(|| Error::Render {
-                path: record.path.to_path_buf(),
-                line: record.line,
-                template: name,
-                problem,
-            })
-        })
-    }
-}
-
-/// The field, of those that a template names, because of which it was not rendered.
-fn blame(named: HashSet<String>, problem: &str, record: &Record) -> Option<Error> {
-    let Record { fields, path, line } = record;
-    let is_missing = |name: &&String| {
-        !fields.contains_key(*name) && problem.contains(&format!("`{name}` is undefined"))
-    };
-    if let Some(field) = named.iter().find(is_missing) {
-        return Some(Error::MissingField {
-            path: path.to_path_buf(),
-            line: *line,
-            field: field.clone(),
-            found: fields.keys().cloned().collect(),
-        });
-    }
-    if !problem.contains(jinja::NO_TEXT) {
-        return None;
-    }
-    let mut textless = named.iter().filter_map(|name| {
-        let value = fields.get(name)?;
-        let is_text = value.is_string() || value.is_number() || value.is_boolean();
-        (!is_text).then_some((name, value))
-    });
-    // Where there are several, one of them may stand in a condition or a loop.
-    let (Some((field, value)), None) = (textless.next(), textless.next()) else {
-        return None;
-    };
-    let problem = format!("is {}, which {}", kind(value), jinja::NO_TEXT);
-    Some(bad_field(record, field, problem))
-}
-
-/// A field of a record that is not what a template takes.
-pub(crate) fn bad_field(record: &Record, field: &str, problem: String) -> Error {
-    Error::Field {
-        path: record.path.to_path_buf(),
-        line: record.line,
-        field: field.into(),
-        problem,
-    }
-}
-
-pub(crate) fn bad_template(template: &'static str, error: &minijinja::Error) -> Error {
-    let problem = error.detail().map(str::to_owned);
-    Error::BadTemplate {
-        template,
-        line: error.line().unwrap_or(1),
-        problem: problem.unwrap_or_else(|| error.kind().to_string()),
+    /// Whether the rendered text includes the tokens that begin and end it.
+    pub(crate) fn is_complete(&self) -> bool {
+        matches!(self, Self::Chat(_))
     }
 }

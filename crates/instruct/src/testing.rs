@@ -1,4 +1,4 @@
-//! What the tests of several modules need.
+//! Fixtures of the unit tests.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ pub(crate) fn tokenizer(dir: &Path, post_processor: Value) -> Tokenizer {
     Tokenizer::open(&fixture::write_byte_level(dir, post_processor)).unwrap()
 }
 
-/// The tokens of an example as they stand in the vocabulary, those to be learned with a `*`.
+/// The tokens of an example as the vocabulary spells them, targets with a `*`.
 pub(crate) fn written(example: &Example, tokenizer: &Tokenizer) -> String {
     let tokens = example.tokens().iter().zip(example.is_target());
     let words = tokens.map(|(&token, &is_target)| {
@@ -29,7 +29,7 @@ pub(crate) fn written(example: &Example, tokenizer: &Tokenizer) -> String {
     words.collect::<Vec<_>>().join(" ")
 }
 
-/// A record of a file that is not there, on its line 7.
+/// A record on line 7 of a file that does not exist.
 pub(crate) fn record(fields: Value) -> Record {
     let Value::Object(fields) = fields else {
         panic!("not an object: {fields}");
@@ -42,7 +42,7 @@ pub(crate) fn record(fields: Value) -> Record {
     }
 }
 
-/// A file of a directory that is gone with it.
+/// A file in a temporary directory.
 pub(crate) fn file(name: &str, content: impl AsRef<[u8]>) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(name);

@@ -1,13 +1,13 @@
 use quant_core::Format;
 
-/// What can be wrong with an initialization.
+/// An error of an initialization.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A layer, a quantizer, calibration or a setting.
+    /// An error of a layer, a quantizer, a calibration or a setting.
     #[error(transparent)]
     Peft(#[from] peft::Error),
-    /// A matrix whose singular vectors are not found.
+    /// A matrix whose singular value decomposition does not converge.
     #[error(
         "the singular value decomposition of layer `{path}` does not converge; its weight may be out of the range of f32"
     )]
@@ -15,9 +15,9 @@ pub enum Error {
         /// The layer.
         path: String,
     },
-    /// A format without a range to clip.
+    /// A format without a range to learn.
     #[error(
-        "ApiQ learns the range of a uniform grid, which {format} has not (layer `{path}`); quantize with `Rtn` or `Optq` in groups of inputs as they come"
+        "ApiQ learns the range of a uniform grid, which {format} does not have (layer `{path}`); quantize with `Rtn` or `Optq` in groups of inputs as they come"
     )]
     NoRange {
         /// The layer.
@@ -25,10 +25,10 @@ pub enum Error {
         /// Its format.
         format: Format,
     },
-    /// NaN or infinity where none can be.
+    /// NaN or infinity in a layer.
     #[error("{what} of layer `{path}` is not finite")]
     NonFinite {
-        /// What is not.
+        /// The quantity.
         what: &'static str,
         /// The layer.
         path: String,

@@ -1,15 +1,15 @@
 use std::collections::BTreeMap;
 
 use burn::module::Param;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use peft::{Batch, CausalLm, Weight, token_nll};
 
-use crate::method::{dense, with_weight};
 use crate::{Error, Result};
 
-/// The diagonal Fisher information of the weights of a model's layers, in a form that has a number for
-/// each input and each output: what of it a weighted singular value decomposition can take
-/// (LQ-LoRA, Guo et al. 2023, arXiv:2311.12023, §3.2).
+/// The diagonal Fisher information of the weights of a model's layers.
+///
+/// It has one number for each input and each output of a layer, the form that a weighted singular value
+/// decomposition can take (LQ-LoRA, Guo et al. 2023, arXiv:2311.12023, §3.2).
 #[derive(Clone, Debug)]
 pub struct Fisher {
     layers: BTreeMap<String, FisherRoots>,
@@ -25,8 +25,9 @@ pub struct FisherRoots {
 }
 
 impl Fisher {
-    /// Over the sequences of `calibration`, one at a time. In memory are the gradients of all layers at
-    /// once: as much as the dense model.
+    /// Sums the squared gradients of the sequences of `calibration`, one sequence at a time.
+    ///
+    /// In memory are the gradients of all layers at once: as much as the dense model.
     ///
     /// # Errors
     /// [`peft::Error::Token`] for a token that the model lacks, [`Error::NonFinite`] with the layer whose
@@ -34,8 +35,8 @@ impl Fisher {
     pub fn sum<M: CausalLm>(model: &M, calibration: &[Batch]) -> Result<Self> {
         let mut tracked = model.clone().no_grad();
         for (_, linear) in tracked.linears_mut() {
-            let weight = Weight::Dense(Param::from_tensor(dense(linear)));
-            *linear = with_weight(linear, weight);
+            let weight = linear.weight().to_dense().cast(DType::F32);
+            *linear = linear.with_weight(Weight::Dense(Param::from_tensor(weight)));
         }
         let tracked = tracked.train();
         let mut sums = BTreeMap::<String, [Tensor<1>; 2]>::new();
@@ -86,7 +87,7 @@ impl Fisher {
         Ok(Self { layers })
     }
 
-    /// That of the layer at `path`.
+    /// The Fisher information of the layer at `path`.
     pub fn of(&self, path: &str) -> Option<&FisherRoots> {
         self.layers.get(path)
     }

@@ -1,24 +1,24 @@
-//! Adapter initializations that undo the quantization error.
+//! Initializations of adapters that compensate for the quantization error.
 //!
 //! A low-rank adapter usually starts at zero, so that the quantized model starts with all of its
 //! rounding error. The methods of this crate choose the packed weight `Q` and the factors `A`, `B`
-//! together, so that `Q + σ A B` is near the dense weight `W` from the first step on, or what a layer makes
-//! of its inputs near what the dense one made of them.
+//! together, so that `Q + σ A B` is near the dense weight `W` from the first step on, or the output of the
+//! layer near that of the dense one.
 //!
-//! | type | what it makes small | how | source |
+//! | type | minimizes | how | source |
 //! |---|---|---|---|
 //! | [`peft::Lora`] | the error of `Q` alone | `B = 0`: QLoRA | arXiv:2305.14314 |
 //! | [`Loftq`] | `‖W - Q - σ A B‖` | quantizing and factoring in turn | arXiv:2310.08659 |
 //! | [`Pissa`] | the same | the largest singular values first | arXiv:2404.02948 |
-//! | [`LqLora`] | the same, or weighed by the [`Fisher`] information | in turn, the low rank first | arXiv:2311.12023 |
+//! | [`LqLora`] | the same, or weighted by the [`Fisher`] information | in turn, the low rank first | arXiv:2311.12023 |
 //! | [`Qera`] | `‖X (W - Q - σ A B)‖` | in closed form, from the Gram; CLoQ with [`quant_core::Optq`] | arXiv:2410.06040 |
 //! | [`Apiq`] | `‖X' W - X (Q + σ A B)‖` | gradients, ranges of the grid too | arXiv:2402.05147 |
 //! | [`ApiqBlock`] | the error of a block's output | the same | arXiv:2402.05147 |
 //! | [`Rilq`] | the error of the last hidden state, and the loss | gradients of all adapters together | arXiv:2412.01129 |
 //!
 //! [`init`] runs each of them over a model, with any quantizer of [`quant_core`], or another for each
-//! layer ([`peft::Recipe`]). Of what is published `σ = α / r` is left out in places, so that a model
-//! starts at `Q + σ² A B` of its own factors; here it starts where it is said to, whatever `α` is
+//! layer ([`peft::Recipe`]). Some published code leaves out `σ = α / r`, so that a model starts at
+//! `Q + σ² A B` of its own factors; here the product that is added is the one that was chosen, for any `α`
 //! ([`Lora::init_at`](peft::Lora::init_at)).
 //!
 //! ```
@@ -47,7 +47,10 @@
 
 mod apiq;
 mod error;
+mod factoring;
 mod fisher;
+mod init;
+mod layer;
 mod loftq;
 mod lq_lora;
 mod method;
@@ -59,11 +62,11 @@ mod svd;
 pub use apiq::{Apiq, ApiqBlock};
 pub use error::{Error, Result};
 pub use fisher::{Fisher, FisherRoots};
+pub use init::{Initialization, InitializedLayer, init, sensitivities};
+pub use layer::{Layer, Start};
 pub use loftq::Loftq;
 pub use lq_lora::{LqLora, Pissa};
-pub use method::{
-    Initialization, InitializedLayer, Layer, LayerMethod, Start, init, sensitivities,
-};
+pub use method::LayerMethod;
 pub use qera::Qera;
 pub use rilq::Rilq;
 pub use svd::{LowRank, Truncation};

@@ -2,55 +2,48 @@
 //!
 //! `Q_t = quantize(W - L_{t-1})`, `L_t` the best of rank `r` near `W - Q_t`, from `L_0 = 0`. One round is
 //! QLoRA's `Q` and the best adapter for it, so that its error is below QLoRA's at any rank. More rounds
-//! mostly lower it at 4 bits; at 2 bits it rises again after some, for the grids of `Q_t` are made anew
-//! in each: the best round is kept.
+//! mostly lower it at 4 bits; at 2 bits it rises again after some, because the grids of `Q_t` are made
+//! anew in each. The best round is kept.
 
-use peft::{Lora, Weight};
+use peft::Lora;
 use quant_core::Quantizer;
 
+use crate::factoring::Factoring;
 use crate::{Layer, LayerMethod, Result, Start, Truncation};
 
 /// Quantizes and factors in turn, and keeps the best round.
 #[derive(Clone, Debug)]
 pub struct Loftq {
-    lora: Lora,
+    factoring: Factoring,
     rounds: usize,
-    truncation: Truncation,
 }
 
 impl Loftq {
-    /// Of this rank, or with these adapters; 5 rounds.
+    /// LoftQ of this rank, or with these adapters; 5 rounds.
     pub fn new(lora: impl Into<Lora>) -> Self {
-        let lora = lora.into();
-        let seed = lora.seed();
         Self {
-            lora,
+            factoring: Factoring::new(lora),
             rounds: 5,
-            truncation: Truncation {
-                seed,
-                ..Truncation::default()
-            },
         }
     }
 
-    /// Rounds, the paper's `T`; one at least.
+    /// Rounds, the paper's `T`; at least one.
     pub fn with_rounds(mut self, rounds: usize) -> Self {
         self.rounds = rounds;
         self
     }
 
-    /// How the factors are found.
+    /// The decomposition that computes the factors.
     pub fn with_truncation(mut self, truncation: Truncation) -> Self {
-        self.truncation = truncation;
+        self.factoring.truncation = truncation;
         self
     }
 
-    /// The squared errors `‖W - Q_t - L_t‖²` of all rounds, beside the best start.
+    /// The best start, and the squared errors `‖W - Q_t - L_t‖²` of all rounds.
     ///
     /// # Errors
     /// As [`LayerMethod::start`].
     pub fn trace(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<(Start, Vec<f64>)> {
-        let rank = self.lora.rank();
         let (mut best, mut errors) = (None::<Start>, Vec::new());
         let (mut low, mut plain) = (None::<crate::LowRank>, None);
         for round in 1..=self.rounds.max(1) {
@@ -61,20 +54,14 @@ impl Loftq {
             let (quantized, dense) = layer.quantize(target, quantizer)?;
             let residual = layer.weight.clone() - dense;
             let start = low.take().map(|low| low.directions);
-            let next = layer.cut(&self.truncation, residual, rank, start)?;
+            let next = self.factoring.cut(layer, residual, start)?;
             errors.push(next.error);
             if round == 1 {
                 plain = Some(quantized.weight.clone());
             }
             if best.as_ref().is_none_or(|best| next.error < best.error) {
-                best = Some(Start {
-                    weight: Weight::Quant(quantized.weight),
-                    factors: Some([next.left.clone(), next.right.clone()]),
-                    plain: None,
-                    round,
-                    error: next.error,
-                    notes: quantized.notes,
-                });
+                let factors = [next.left.clone(), next.right.clone()];
+                best = Some(Start::packed(quantized, Some(factors), round, next.error));
             }
             low = Some(next);
         }
@@ -85,7 +72,7 @@ impl Loftq {
 
 impl LayerMethod for Loftq {
     fn lora(&self) -> &Lora {
-        &self.lora
+        &self.factoring.lora
     }
 
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {

@@ -2,18 +2,19 @@
 //! rank first.
 //!
 //! `L_t` is the best of rank `r` near `W - Q_{t-1}`, `Q_t = quantize(W - L_t)`, from `Q_0 = 0`: the
-//! adapter holds what is largest in the weight, and the quantizer's error is left. LQ-LoRA goes on until
-//! the error rises; PiSSA takes one round, or a few.
+//! adapter holds the largest singular values of the weight, and the error of the quantizer remains.
+//! LQ-LoRA goes on until the error rises; PiSSA takes one round, or a few.
 //!
-//! LQ-LoRA can weigh the errors by the diagonal Fisher information `F` of the weights, in the form in
+//! LQ-LoRA can weight the errors by the diagonal Fisher information `F` of the weights, in the form in
 //! which a singular value decomposition can take it: `‖diag(ρ) (W - Q - L) diag(κ)‖` with
 //! `ρ_i = √mean_o F`, `κ_o = √(mean_i F / mean F)`: in the unit of `‖√F ∘ (W - Q - L)‖`, so that errors of
 //! layers can be compared.
 
 use burn::tensor::Tensor;
-use peft::{Lora, Weight};
+use peft::Lora;
 use quant_core::{Quantizer, sum_of_squares};
 
+use crate::factoring::Factoring;
 use crate::{FisherRoots, Layer, LayerMethod, LowRank, Result, Start, Truncation};
 
 /// Factors and quantizes in turn until the error rises, and keeps the best round.
@@ -22,49 +23,43 @@ use crate::{FisherRoots, Layer, LayerMethod, LowRank, Result, Start, Truncation}
 /// bits, under a budget for the whole model.
 #[derive(Clone, Debug)]
 pub struct LqLora {
-    lora: Lora,
+    factoring: Factoring,
     max_rounds: usize,
     fisher: bool,
-    truncation: Truncation,
 }
 
 impl LqLora {
-    /// Of this rank, or with these adapters; at most 100 rounds, all errors alike.
+    /// LQ-LoRA of this rank, or with these adapters; at most 100 rounds, all errors weighing the same.
     pub fn new(lora: impl Into<Lora>) -> Self {
-        let lora = lora.into();
         Self {
-            truncation: Truncation {
-                seed: lora.seed(),
-                ..Truncation::default()
-            },
-            lora,
+            factoring: Factoring::new(lora),
             max_rounds: 100,
             fisher: false,
         }
     }
 
-    /// Rounds at most; one at least.
+    /// The most rounds; at least one.
     pub fn with_max_rounds(mut self, max_rounds: usize) -> Self {
         self.max_rounds = max_rounds;
         self
     }
 
-    /// Whether errors are weighed by the Fisher information of the weights, which takes a calibration.
+    /// Whether errors are weighted by the Fisher information of the weights, which needs a calibration.
     pub fn with_fisher(mut self, fisher: bool) -> Self {
         self.fisher = fisher;
         self
     }
 
-    /// How the factors are found.
+    /// The decomposition that computes the factors.
     pub fn with_truncation(mut self, truncation: Truncation) -> Self {
-        self.truncation = truncation;
+        self.factoring.truncation = truncation;
         self
     }
 }
 
 impl LayerMethod for LqLora {
     fn lora(&self) -> &Lora {
-        &self.lora
+        &self.factoring.lora
     }
 
     fn needs_fisher(&self) -> bool {
@@ -73,125 +68,82 @@ impl LayerMethod for LqLora {
 
     fn measure(&self, layer: &Layer<'_>, found: Tensor<2>) -> f64 {
         let weights = layer.fisher.and_then(weights);
-        sum_of_squares(weighed(layer.weight.clone() - found, &weights))
+        sum_of_squares(weighted(layer.weight.clone() - found, &weights))
     }
 
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
-        let rounds = self.max_rounds.max(1);
-        low_rank_first(layer, quantizer, self.lora.rank(), rounds, &self.truncation)
+        let weights = layer.fisher.and_then(weights);
+        let factor = |residual: Tensor<2>, start| -> Result<LowRank> {
+            let residual = weighted(residual, &weights);
+            let mut low = self.factoring.cut(layer, residual, start)?;
+            if let Some([rows, columns]) = &weights {
+                low.left = low.left / rows.clone();
+                low.right = low.right / columns.clone();
+            }
+            Ok(low)
+        };
+        let mut best: Option<Start> = None;
+        let mut residual = layer.weight.clone();
+        let mut directions = None;
+        for round in 1..=self.max_rounds.max(1) {
+            let low = factor(residual, directions.take())?;
+            let rest = low.taken_from(layer.weight.clone());
+            let (quantized, dense) = layer.quantize(rest.clone(), quantizer)?;
+            let error = sum_of_squares(weighted(rest - dense.clone(), &weights));
+            if best.as_ref().is_some_and(|best| error >= best.error) {
+                break;
+            }
+            let factors = [low.left, low.right];
+            best = Some(Start::packed(quantized, Some(factors), round, error));
+            residual = layer.weight.clone() - dense;
+            directions = Some(low.directions);
+        }
+        Ok(best.expect("there is a round"))
     }
 }
 
-/// The adapter takes the largest singular values of the weight, and the quantizer the rest: QPiSSA. A
+/// Gives the adapter the largest singular values of the weight, and the quantizer the rest: QPiSSA. A
 /// layer that stays dense keeps the rest in floats: PiSSA.
 ///
-/// Trained adapters are those of this base. Of the unchanged base, an adapter of twice the rank is the
-/// difference of what is trained and where it began.
+/// Trained adapters belong to this base. For the unchanged base, an adapter of twice the rank is the
+/// difference of the trained factors and the initial ones.
 #[derive(Clone, Debug)]
-pub struct Pissa {
-    lora: Lora,
-    rounds: usize,
-    truncation: Truncation,
-}
+pub struct Pissa(LqLora);
 
 impl Pissa {
-    /// Of this rank, or with these adapters; one round.
+    /// PiSSA of this rank, or with these adapters; one round.
     pub fn new(lora: impl Into<Lora>) -> Self {
-        let lora = lora.into();
-        Self {
-            truncation: Truncation {
-                seed: lora.seed(),
-                ..Truncation::default()
-            },
-            lora,
-            rounds: 1,
-        }
+        Self(LqLora::new(lora).with_max_rounds(1))
     }
 
-    /// Rounds at most; the first that raises the error is the last.
-    pub fn with_rounds(mut self, rounds: usize) -> Self {
-        self.rounds = rounds;
-        self
+    /// The most rounds; the first that raises the error is the last.
+    pub fn with_rounds(self, rounds: usize) -> Self {
+        Self(self.0.with_max_rounds(rounds))
     }
 
-    /// How the factors are found.
-    pub fn with_truncation(mut self, truncation: Truncation) -> Self {
-        self.truncation = truncation;
-        self
+    /// The decomposition that computes the factors.
+    pub fn with_truncation(self, truncation: Truncation) -> Self {
+        Self(self.0.with_truncation(truncation))
     }
 }
 
 impl LayerMethod for Pissa {
     fn lora(&self) -> &Lora {
-        &self.lora
+        self.0.lora()
     }
 
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
-        let rounds = self.rounds.max(1);
-        low_rank_first(layer, quantizer, self.lora.rank(), rounds, &self.truncation)
+        self.0.start(layer, quantizer)
     }
 
     fn start_dense(&self, layer: &Layer<'_>) -> Result<Start> {
-        let low = layer.cut(
-            &self.truncation,
-            layer.weight.clone(),
-            self.lora.rank(),
-            None,
-        )?;
+        let low = self.0.factoring.cut(layer, layer.weight.clone(), None)?;
         let rest = low.taken_from(layer.weight.clone());
-        Ok(Start {
-            weight: Weight::frozen(rest),
-            factors: Some([low.left, low.right]),
-            plain: None,
-            round: 1,
-            error: 0.0,
-            notes: Vec::new(),
-        })
+        Ok(Start::dense(rest, Some([low.left, low.right])))
     }
 }
 
-fn low_rank_first(
-    layer: &Layer<'_>,
-    quantizer: &dyn Quantizer,
-    rank: usize,
-    rounds: usize,
-    truncation: &Truncation,
-) -> Result<Start> {
-    let weights = layer.fisher.and_then(weights);
-    let factor = |residual: Tensor<2>, start| -> Result<LowRank> {
-        let mut low = layer.cut(truncation, weighed(residual, &weights), rank, start)?;
-        if let Some([rows, columns]) = &weights {
-            low.left = low.left / rows.clone();
-            low.right = low.right / columns.clone();
-        }
-        Ok(low)
-    };
-    let mut best: Option<Start> = None;
-    let mut residual = layer.weight.clone();
-    let mut directions = None;
-    for round in 1..=rounds {
-        let low = factor(residual, directions.take())?;
-        let rest = low.taken_from(layer.weight.clone());
-        let (quantized, dense) = layer.quantize(rest.clone(), quantizer)?;
-        let error = sum_of_squares(weighed(rest - dense.clone(), &weights));
-        if best.as_ref().is_some_and(|best| error >= best.error) {
-            break;
-        }
-        best = Some(Start {
-            weight: Weight::Quant(quantized.weight),
-            factors: Some([low.left, low.right]),
-            plain: None,
-            round,
-            error,
-            notes: quantized.notes,
-        });
-        residual = layer.weight.clone() - dense;
-        directions = Some(low.directions);
-    }
-    Ok(best.expect("there is a round"))
-}
-
-/// What the rows and the columns of an error are multiplied by; none where there were no gradients.
+/// The factors of the rows and of the columns of an error; none where there were no gradients.
 fn weights(fisher: &FisherRoots) -> Option<[Tensor<2>; 2]> {
     let floor = |roots: Tensor<1>| {
         let most = roots.clone().max().into_scalar::<f32>();
@@ -203,7 +155,7 @@ fn weights(fisher: &FisherRoots) -> Option<[Tensor<2>; 2]> {
     Some([rows, columns])
 }
 
-fn weighed(matrix: Tensor<2>, weights: &Option<[Tensor<2>; 2]>) -> Tensor<2> {
+fn weighted(matrix: Tensor<2>, weights: &Option<[Tensor<2>; 2]>) -> Tensor<2> {
     match weights {
         Some([rows, columns]) => matrix * rows.clone() * columns.clone(),
         None => matrix,

@@ -1,4 +1,4 @@
-//! The settings of the papers, as [`peft::presets`] has those of other methods.
+//! The settings of the papers; those of other methods are in [`peft::presets`].
 //!
 //! ```
 //! use loftq::presets;

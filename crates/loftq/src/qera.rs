@@ -1,49 +1,41 @@
-//! The adapter that makes a layer's output error least: QERA-exact (Zhang et al. 2025,
-//! arXiv:2410.06040), which is CLoQ (Deng et al. 2025, arXiv:2501.18475) after OPTQ.
+//! QERA-exact (Zhang et al. 2025, arXiv:2410.06040), which is CLoQ (Deng et al. 2025, arXiv:2501.18475)
+//! after OPTQ: the adapter that minimizes the error of a layer's output.
 //!
 //! Of all `L` of rank `r`, `Σ ‖x (W - Q - L)‖²` is least for `L = R⁻¹ (R E)_r`, where `E = W - Q`, `R` is any
 //! square root of the Gram, `Rᵀ R = Σ x xᵀ`, and `(·)_r` cuts down to rank `r`. With the right singular
 //! vectors `V` of `R E` that is `L = E V Vᵀ`: `R`, a Cholesky factor, is never inverted.
 
 use burn::tensor::Tensor;
-use peft::{Lora, Weight};
+use peft::Lora;
 use quant_core::{Needs, Quantizer};
 
+use crate::factoring::Factoring;
 use crate::svd::{orthonormal, padded};
-use crate::{Layer, LayerMethod, Result, Start, Truncation};
+use crate::{Error, Layer, LayerMethod, Result, Start, Truncation};
 
-/// Quantizes, and gives the adapter that makes the error of the layer's output least.
+/// Quantizes, and computes the adapter that minimizes the error of the layer's output.
 ///
-/// Takes the quantizer's weight as it is: [`quant_core::Rtn`], normal floats, or [`quant_core::Optq`].
+/// The weight is the quantizer's: that of [`quant_core::Rtn`], of normal floats, or of
+/// [`quant_core::Optq`].
 #[derive(Clone, Debug)]
-pub struct Qera {
-    lora: Lora,
-    truncation: Truncation,
-}
+pub struct Qera(Factoring);
 
 impl Qera {
-    /// Of this rank, or with these adapters.
+    /// QERA of this rank, or with these adapters.
     pub fn new(lora: impl Into<Lora>) -> Self {
-        let lora = lora.into();
-        Self {
-            truncation: Truncation {
-                seed: lora.seed(),
-                ..Truncation::default()
-            },
-            lora,
-        }
+        Self(Factoring::new(lora))
     }
 
-    /// How the factors are found.
+    /// The decomposition that computes the factors.
     pub fn with_truncation(mut self, truncation: Truncation) -> Self {
-        self.truncation = truncation;
+        self.0.truncation = truncation;
         self
     }
 }
 
 impl LayerMethod for Qera {
     fn lora(&self) -> &Lora {
-        &self.lora
+        &self.0.lora
     }
 
     fn needs(&self) -> Needs {
@@ -55,14 +47,12 @@ impl LayerMethod for Qera {
     }
 
     fn start(&self, layer: &Layer<'_>, quantizer: &dyn Quantizer) -> Result<Start> {
-        let rank = self.lora.rank();
-        let gram = layer.gram.ok_or(peft::Error::NoCalibration)?;
-        gram.check(layer.weight.dims()[0])
-            .map_err(crate::Error::quant(layer.path))?;
-        let root = gram.root().map_err(crate::Error::quant(layer.path))?;
+        let rank = self.0.lora.rank();
+        let root = layer.checked_gram()?.root();
+        let root = root.map_err(Error::quant(layer.path))?;
         let (quantized, dense) = layer.quantize(layer.weight.clone(), quantizer)?;
         let error = layer.weight.clone() - dense;
-        let low = layer.cut(&self.truncation, root.matmul(error.clone()), rank, None)?;
+        let low = self.0.cut(layer, root.matmul(error.clone()), None)?;
         // The rows of `right` are `s vᵀ`; where `s` is the rounding of the largest, its row is too.
         let norms = low.right.clone().square().sum_dim(1).sqrt();
         let least = norms.clone().max().into_scalar::<f32>() * 1e-6;
@@ -74,11 +64,7 @@ impl LayerMethod for Qera {
         let right = padded(v.transpose(), rank, 0);
         Ok(Start {
             plain: Some(quantized.weight.clone()),
-            weight: Weight::Quant(quantized.weight),
-            factors: Some([left, right]),
-            round: 1,
-            error: low.error,
-            notes: quantized.notes,
+            ..Start::packed(quantized, Some([left, right]), 1, low.error)
         })
     }
 }

@@ -1,7 +1,7 @@
 //! RILQ (Lee et al. 2025, arXiv:2412.01129): all adapters together, against the dense model.
 //!
-//! At 2 bits the error of a weight is of high rank, and what adapters can do about it layer by layer is
-//! little; tuned together they make up for each other. The loss is half the mean squared error of the
+//! At 2 bits the error of a weight is of high rank, and adapters tuned layer by layer lower it little;
+//! tuned together they compensate for each other's errors. The loss is half the mean squared error of the
 //! last hidden state, here in units of the dense model's mean square, and half the cross-entropy of the
 //! next token, on calibration text.
 
@@ -11,15 +11,12 @@ use peft::{
     Streams, check_recipe, fit_with, last_output, nll_of_output,
 };
 
-use crate::method::dense;
-use crate::{Error, Initialization, InitializedLayer, LayerMethod, Result};
+use crate::{Initialization, InitializedLayer, Layer, LayerMethod, Result};
 
-/// Tunes the adapters of another method together, until the last hidden state is near the dense
-/// model's.
+/// Tunes the adapters of another method together, against the last hidden state of the dense model.
 ///
 /// Only the adapters are tuned. The dense model stays in memory, for its hidden states and the report;
-/// an error leaves the model as it was. The seconds of a layer are those of the first
-/// method.
+/// an error leaves the model unchanged. The seconds of a layer are those of the first method.
 #[derive(Clone, Debug)]
 pub struct Rilq<L = Lora> {
     first: L,
@@ -28,15 +25,15 @@ pub struct Rilq<L = Lora> {
 }
 
 impl Rilq {
-    /// From adapters that add nothing, of this rank or with these settings.
+    /// RILQ from adapters that add nothing, of this rank or with these settings.
     pub fn new(lora: impl Into<Lora>) -> Self {
         Self::after(lora.into())
     }
 }
 
 impl<L: LayerMethod> Rilq<L> {
-    /// From where another method begins; 100 steps at a rate of 10⁻⁴ without decay, as published but
-    /// for their number, which there depends on held-out text.
+    /// RILQ from the adapters of another method: 100 steps at a learning rate of 10⁻⁴ without decay, as
+    /// published but for the number of steps, which there depends on held-out text.
     pub fn after(first: L) -> Self {
         let fit = FitConfig::new()
             .with_learning_rate(1e-4)
@@ -51,13 +48,13 @@ impl<L: LayerMethod> Rilq<L> {
     }
 
     /// The share of the cross-entropy in the loss, from 0 to 1; the rest is that of the hidden state.
-    /// One half as published.
+    /// One half, as published.
     pub fn with_cross_entropy(mut self, share: f32) -> Self {
         self.cross_entropy = share;
         self
     }
 
-    /// How the adapters are tuned.
+    /// The settings of the tuning.
     pub fn with_fit(mut self, fit: FitConfig) -> Self {
         self.fit = fit;
         self
@@ -115,7 +112,7 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             };
             batch.of_targets(of_tokens).sum()
         };
-        // Whatever else of the model trains, here it does not.
+        // Only the adapters are trained here, even of a model whose other parameters train.
         let mut tuned = student.clone().no_grad();
         peft::activate(&mut tuned, &Adapters::of(&student)?)?;
         fit_with(&mut tuned, calibration, &self.fit, loss, |_: &Step| {})?;
@@ -123,26 +120,24 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
 
         // On the inputs that come through the tuned layers.
         let needs = check_recipe(&teacher, recipe, calibration)?;
-        let mut tuned = teacher.clone();
-        let mut streams = Streams::start(&tuned, calibration, needs);
-        while let Some(stage) = streams.next_stage(&tuned) {
+        let mut walked = teacher.clone();
+        let tuned = student.linears();
+        let mut streams = Streams::start(&walked, calibration, needs);
+        while let Some(stage) = streams.next_stage(&walked) {
             for at in stage.layers {
-                let gram = stage.gram.as_ref();
-                let (path, linear) = tuned.linears_mut().swap_remove(at);
-                let original = dense(linear);
-                *linear = student.linears()[at].1.clone();
+                let (path, linear) = walked.linears_mut().swap_remove(at);
+                let dense = Layer::of(&path, linear, stage.gram.as_ref());
+                *linear = tuned[at].1.clone();
                 let Some(layer) = layers.iter_mut().find(|layer| layer.report.path == path) else {
                     continue;
                 };
                 let plain = match recipe.quantizer(&path) {
-                    Some(quantizer) => {
-                        let quantized = quantizer.quantize(original.clone(), gram);
-                        quantized.map_err(Error::quant(&path))?.weight.dequantize()
-                    }
-                    None => original.clone(),
+                    Some(quantizer) => dense.quantize(dense.weight.clone(), quantizer)?.1,
+                    None => dense.weight.clone(),
                 };
-                layer.before = LayerError::between(original.clone(), plain, gram);
-                layer.report.error = LayerError::between(original, linear.to_dense(), gram);
+                let between = |found| LayerError::between(dense.weight.clone(), found, dense.gram);
+                layer.before = between(plain);
+                layer.report.error = between(linear.to_dense());
                 on_layer(layer);
             }
         }

@@ -1,34 +1,34 @@
-//! The part of a matrix that its largest singular values span.
+//! The truncated singular value decomposition.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use quant_core::{full_svd, sum_of_squares, symmetric_eigen};
 use rand::RngExt;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-/// Directions beside those that are asked for, at least, which make the iteration converge.
+/// The least number of directions beside the rank, which make the iteration converge.
 const OVERSAMPLING: usize = 8;
-/// Products of more columns than this are the faster for whole registers of them.
+/// Products of more columns than this are faster with whole registers of them.
 const REGISTERS: usize = 32;
-/// Blocks of a Krylov space, before it begins again from its best directions.
+/// Blocks of a Krylov space, before the iteration restarts from its best directions.
 const BLOCKS: usize = 8;
-/// Times that it begins again, before there is a full decomposition.
+/// Restarts before a full decomposition.
 const RESTARTS: usize = 8;
-/// A direction this much shorter than the longest of its block, squared, is noise.
+/// The squared length of a direction, relative to the longest of its block, below which it is noise.
 const NOISE: f64 = 1e-6;
 
-/// How a matrix is cut down to a low rank: a randomized block Krylov iteration (Musco and Musco 2015,
-/// arXiv:1504.05477) on the matrix's device, and small problems on the host in `f64`.
+/// A truncated decomposition: a randomized block Krylov iteration (Musco and Musco 2015,
+/// arXiv:1504.05477) on the matrix's device, with small problems on the host in `f64`.
 ///
-/// The residual of a quantizer has a flat spectrum, in which no iteration finds the very singular
-/// vectors soon. What it loses by that is what counts: it ends when a step lowers the squared error by
+/// The residual of a quantizer has a flat spectrum, in which no iteration finds the singular vectors
+/// themselves soon. The criterion is the error: the iteration ends when a step lowers the squared error by
 /// less than [`tolerance`](Truncation::tolerance) of it, or than 10⁻⁷ of the matrix's own squares, which
-/// is the rounding of `f32`. If it never does, and for matrices not much larger than the rank, there is a
-/// full decomposition, on one thread of the host.
+/// is the rounding of `f32`. If it never does, and for matrices not much larger than the rank, the full
+/// decomposition is computed, on one thread of the host.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Truncation {
-    /// The part of the squared error that a step must gain for there to be another.
+    /// The part of the squared error that a step must gain for the iteration to go on.
     pub tolerance: f64,
-    /// The seed of the directions in which the iteration begins.
+    /// The seed of the initial directions.
     pub seed: u64,
 }
 
@@ -46,21 +46,21 @@ impl Default for Truncation {
 pub struct LowRank {
     /// `[m, rank]`, orthonormal columns.
     pub left: Tensor<2>,
-    /// `[rank, n]`: orthogonal rows, the longest first; their norms are the singular values.
+    /// `[rank, n]`, orthogonal rows, the longest first; their norms are the singular values.
     pub right: Tensor<2>,
-    /// The squared Frobenius norm of what is left of the matrix.
+    /// The squared Frobenius norm of the rest of the matrix.
     pub error: f64,
-    /// Directions among the columns, `[n, k]`, orthonormal: where to begin with a matrix like this one.
+    /// Orthonormal directions, `[n, k]`, to start from for a similar matrix.
     pub directions: Tensor<2>,
 }
 
 impl LowRank {
-    /// `matrix`, `[m, n]`, without it.
+    /// The rest of `matrix`, `[m, n]`, without the low-rank one.
     pub fn taken_from(&self, matrix: Tensor<2>) -> Tensor<2> {
         kernels::add_low_rank(matrix, self.left.clone().neg(), self.right.clone())
     }
 
-    /// Takes an error that is the difference of two large numbers from the matrix itself.
+    /// Recomputes an error that is the difference of two large numbers from the matrix itself.
     fn refine_error(&mut self, matrix: &Tensor<2>, power: f64) {
         if self.error < power * 0.25 {
             self.error = sum_of_squares(self.taken_from(matrix.clone()));
@@ -69,11 +69,10 @@ impl LowRank {
 }
 
 impl Truncation {
-    /// `matrix`, `[m, n]`, cut down to a rank of at most `m` and `n`. `start` are the directions of a
-    /// matrix like it, to begin with.
+    /// Cuts `matrix`, `[m, n]`, down to a rank; `None` if it is not finite. `start` are the directions of
+    /// a similar matrix to start from.
     ///
-    /// `None` if the matrix is not finite.
-    ///
+    /// # Examples
     /// ```
     /// use burn::tensor::{Device, Distribution, Tensor};
     /// use loftq::Truncation;
@@ -98,7 +97,7 @@ impl Truncation {
         if power == 0.0 {
             return Some(nothing(&matrix, rank, power, self.seed));
         }
-        // Squares of what is very large or small are none in f32.
+        // The squares of very large or small values are out of the range of f32.
         let size = (power / (m * n) as f64).sqrt();
         if !(1e-12..1e12).contains(&size) {
             let mut low = self.of(matrix / size, rank, start)?;
@@ -120,7 +119,7 @@ impl Truncation {
         full(matrix, rank, power)
     }
 
-    /// The best low rank in one Krylov space, and whether it is good enough.
+    /// The best low rank in one Krylov space, and whether the iteration converged.
     fn krylov(
         &self,
         matrix: &Tensor<2>,
@@ -128,7 +127,7 @@ impl Truncation {
         start: Tensor<2>,
         power: f64,
     ) -> Option<(LowRank, bool)> {
-        // What is shorter is rounding.
+        // Shorter directions are rounding.
         let (least, least_gain) = (power * 1e-12, power * 1e-7);
         // Block Golub-Kahan with full orthogonalization: the columns of `lefts` span the images of
         // `rights`, and `images` is the transposed matrix times `lefts`.
@@ -141,7 +140,7 @@ impl Truncation {
             let left = left.and_then(|left| orthonormal(left, least));
             grow(&mut rights, right);
             let Some(left) = left else {
-                // The space holds all of the matrix, or begins where that is zero.
+                // The space holds all of the matrix, or starts where that is zero.
                 converged = found.is_some();
                 break;
             };
@@ -174,7 +173,7 @@ impl Truncation {
     }
 }
 
-/// The directions of a Krylov space in the order of what of the matrix they hold.
+/// The directions of a Krylov space, ordered by their energy in the matrix.
 struct Ritz {
     /// `[size, size]`, row by row, a direction in each column, the largest last.
     vectors: Vec<f64>,
@@ -226,7 +225,7 @@ impl Ritz {
     }
 }
 
-/// Zeros after a matrix whose rank is lower than what was asked for.
+/// Pads a matrix with zeros to `rank` in a dimension.
 pub(crate) fn padded(matrix: Tensor<2>, rank: usize, dim: usize) -> Tensor<2> {
     let mut dims = matrix.dims();
     let missing = rank - dims[dim];
@@ -238,7 +237,7 @@ pub(crate) fn padded(matrix: Tensor<2>, rank: usize, dim: usize) -> Tensor<2> {
     Tensor::cat(vec![matrix, zeros], dim)
 }
 
-/// Nothing of a matrix.
+/// The low rank of zeros.
 fn nothing(matrix: &Tensor<2>, rank: usize, power: f64, seed: u64) -> LowRank {
     let ([m, n], device) = (matrix.dims(), matrix.device());
     LowRank {
@@ -249,7 +248,7 @@ fn nothing(matrix: &Tensor<2>, rank: usize, power: f64, seed: u64) -> LowRank {
     }
 }
 
-/// By the full decomposition.
+/// The low rank from the full decomposition.
 fn full(matrix: Tensor<2>, rank: usize, power: f64) -> Option<LowRank> {
     let ([m, n], device) = (matrix.dims(), matrix.device());
     let values = matrix.clone().into_data().convert::<f32>();
@@ -271,7 +270,7 @@ fn full(matrix: Tensor<2>, rank: usize, power: f64) -> Option<LowRank> {
     Some(low)
 }
 
-/// Columns of a block for this rank.
+/// The number of columns of a block for this rank.
 fn width(rank: usize) -> usize {
     match rank + OVERSAMPLING {
         width if width > REGISTERS => width.next_multiple_of(16),
@@ -279,7 +278,7 @@ fn width(rank: usize) -> usize {
     }
 }
 
-/// `block` without what of it `basis` spans; none if nothing is left of it.
+/// The part of `block` that is orthogonal to `basis`; none if it is zero.
 fn without(mut block: Tensor<2>, basis: &Option<Tensor<2>>) -> Option<Tensor<2>> {
     let Some(basis) = basis else {
         return Some(block);
@@ -293,7 +292,7 @@ fn without(mut block: Tensor<2>, basis: &Option<Tensor<2>>) -> Option<Tensor<2>>
     (sum_of_squares(block.clone()) > before * 1e-12).then_some(block)
 }
 
-/// More columns.
+/// Appends columns.
 fn grow(basis: &mut Option<Tensor<2>>, block: Tensor<2>) {
     *basis = Some(match basis.take() {
         Some(basis) => Tensor::cat(vec![basis, block], 1),
@@ -301,8 +300,8 @@ fn grow(basis: &mut Option<Tensor<2>>, block: Tensor<2>) {
     });
 }
 
-/// An orthonormal basis of the columns of `block`, without those whose squared lengths are `least` or
-/// next to nothing beside the longest; none if that is all of them.
+/// An orthonormal basis of the columns of `block`, without directions whose squared lengths are at most
+/// `least` or noise beside the longest; none if that is all of them.
 pub(crate) fn orthonormal(mut block: Tensor<2>, least: f64) -> Option<Tensor<2>> {
     let mut least = least;
     for _ in 0..4 {

@@ -212,26 +212,26 @@ pub enum Error {
         /// Tokens read.
         position: usize,
     },
-    /// A special token that the tokenizer does not have.
+    /// A special token that the vocabulary lacks.
     #[error(
-        "`{path}`: {name} is `{token}`, which is not in the vocabulary of `{tokenizer}`; the two belong to different models"
+        "`{path}`: {name} is `{token}`, which is not in the vocabulary of `{tokenizer}`; the two files are from different models"
     )]
     UnknownSpecial {
         /// The configuration.
         path: PathBuf,
-        /// Which token.
+        /// The name of the token.
         name: &'static str,
         /// Its text.
         token: String,
-        /// The tokenizer's file.
+        /// The file of the tokenizer.
         tokenizer: PathBuf,
     },
-    /// A special token that is needed and not stated.
+    /// A special token that is required and not stated.
     #[error("{needed_by} needs its `{name}`; state it in the model's `tokenizer_config.json`")]
     MissingSpecial {
-        /// Which token.
+        /// The name of the token.
         name: &'static str,
-        /// What needs it.
+        /// The part of the model or of the program that requires it.
         needed_by: String,
     },
 }

@@ -136,15 +136,15 @@ impl Pretrained {
         Ok(self.special.get_or_init(|| special).clone())
     }
 
-    /// A token to fill rows up with, which is never learned and never seen.
+    /// The token for padding, which is neither a target nor attended to.
     ///
     /// # Errors
     /// As [`Pretrained::special_tokens`].
-    pub fn filler(&self) -> Result<u32> {
-        let filler = self.special_tokens()?.filler();
+    pub fn padding(&self) -> Result<u32> {
+        let padding = self.special_tokens()?.padding();
         // Some tokenizers have one that their model lacks.
-        let is_known = (filler as usize) < self.model.config().vocab_size();
-        Ok(if is_known { filler } else { 0 })
+        let is_known = (padding as usize) < self.model.config().vocab_size();
+        Ok(if is_known { padding } else { 0 })
     }
 
     /// What the first token of a text is predicted from: the token that begins texts, or the one that

@@ -11,50 +11,49 @@ mod tests;
 
 const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
-/// A token that stands for no text.
+/// A special token, such as the end of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpecialToken {
-    /// What it is written as, such as `</s>`.
+    /// Its text, such as `</s>`.
     pub text: String,
-    /// Its number in the vocabulary.
+    /// Its id in the vocabulary.
     pub id: u32,
 }
 
-/// The special tokens of a model, those that it has.
+/// The special tokens of a model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpecialTokens {
-    /// Before a text.
+    /// The beginning of a sequence.
     pub bos: Option<SpecialToken>,
-    /// Behind a text.
+    /// The end of a sequence.
     pub eos: Option<SpecialToken>,
-    /// Where a row has no text. It may well be `eos`: what is learned and attended to is decided
-    /// by lengths, never by the number of a token.
+    /// The padding of a row. It may be `eos`: lengths decide what is padding, not ids.
     pub pad: Option<SpecialToken>,
-    /// For what the vocabulary does not have.
+    /// The token of text that the vocabulary lacks.
     pub unk: Option<SpecialToken>,
-    /// Whether the tokenizer puts `bos` before a text.
+    /// Whether the tokenizer adds `bos` to a text.
     pub add_bos: bool,
 }
 
 impl SpecialTokens {
-    /// Those of a model's directory.
+    /// Reads the special tokens of the model in a directory.
     ///
-    /// `tokenizer_config.json` states them, and without `added_tokens_decoder` in it
-    /// `special_tokens_map.json` overrides it; neither needs to be there. Whether `bos` is put is
-    /// the matter of `tokenizer.json` (beside it, transformers 5 does not read `add_bos_token`, as
-    /// 4 did for LLaMA), from which it is known where no file states it.
+    /// `tokenizer_config.json` states them, unless it has no `added_tokens_decoder` and
+    /// `special_tokens_map.json` states others; both files are optional. `tokenizer.json` decides whether
+    /// `bos` is added, and states it if no file does. `add_bos_token` is ignored, as by transformers 5.
     ///
     /// # Errors
-    /// [`Error::UnknownSpecial`] for a token that the vocabulary does not have,
-    /// [`Error::Disagreement`] if `tokenizer.json` puts another token than `bos`; [`Error::Config`] for
-    /// a file that is no such configuration.
+    /// [`Error::UnknownSpecial`] for a token that the vocabulary lacks; [`Error::Disagreement`] if
+    /// `tokenizer.json` adds another token than `bos`; [`Error::Config`] for a file that is not such a
+    /// configuration.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
         let config_path = dir.join(TOKENIZER_CONFIG);
         let map_path = dir.join(SPECIAL_TOKENS_MAP);
         let config = read_config(&config_path)?;
-        let map = match config.contains_key("added_tokens_decoder") {
-            true => Map::new(),
-            false => read_config(&map_path)?,
+        let map = if config.contains_key("added_tokens_decoder") {
+            Map::new()
+        } else {
+            read_config(&map_path)?
         };
         let token = |name| {
             let (path, value) = match map.get(name) {
@@ -82,10 +81,10 @@ impl SpecialTokens {
             in_first,
             in_second,
         };
-        let put = put_before(tokenizer)?;
+        let added = added_before(tokenizer)?;
         let text = |&id: &u32| tokenizer.inner().id_to_token(id).unwrap_or_default();
-        let texts = || put.iter().map(text).collect::<Vec<_>>().join(" ");
-        match (&self.bos, put.as_slice()) {
+        let texts = || added.iter().map(text).collect::<Vec<_>>().join(" ");
+        match (&self.bos, added.as_slice()) {
             (_, []) => {}
             (None, [id]) => {
                 let text = text(id);
@@ -97,33 +96,33 @@ impl SpecialTokens {
                 return Err(disagree("bos_token", stated.into(), texts()));
             }
         }
-        self.add_bos = !put.is_empty();
+        self.add_bos = !added.is_empty();
         Ok(())
     }
 
-    /// The token before a text, for what cannot do without it.
+    /// The token `bos`, which `needed_by` requires.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`], which says what needs it.
+    /// [`Error::MissingSpecial`] without one.
     pub fn need_bos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.bos.as_ref(), "bos_token", needed_by)
     }
 
-    /// The token behind a text, for what cannot do without it.
+    /// The token `eos`, which `needed_by` requires.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`], which says what needs it.
+    /// [`Error::MissingSpecial`] without one.
     pub fn need_eos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.eos.as_ref(), "eos_token", needed_by)
     }
 
-    /// A token to fill rows up with: `pad`, or any other, for none of it is learned.
-    pub fn filler(&self) -> u32 {
-        let any = self.pad.as_ref().or(self.eos.as_ref());
-        any.map_or(0, |token| token.id)
+    /// The id of the token for padding: `pad`, `eos`, or 0.
+    pub fn padding(&self) -> u32 {
+        let token = self.pad.as_ref().or(self.eos.as_ref());
+        token.map_or(0, |token| token.id)
     }
 
-    /// Each with the name that configurations and templates give it.
+    /// Each token with its name in configurations and chat templates.
     pub fn named(&self) -> [(&'static str, Option<&SpecialToken>); 4] {
         [
             ("bos_token", self.bos.as_ref()),
@@ -145,21 +144,21 @@ fn need<'a>(
     })
 }
 
-/// What the tokenizer puts before a text.
-fn put_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    // One token that stands for any text, so that what is put behind it is told from that.
+/// The tokens that the tokenizer adds before a text.
+fn added_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    // A token in place of a text, to tell the tokens before a text from those after it.
     let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
     let all = tokenizer.inner().post_process(text, None, true);
     let all = all.map_err(|error| Error::Tokenizer {
         path: tokenizer.path().into(),
         problem: error.to_string(),
     })?;
-    let is_put = all.get_special_tokens_mask().iter();
-    let n = is_put.take_while(|&&is_put| is_put == 1).count();
+    let is_added = all.get_special_tokens_mask().iter();
+    let n = is_added.take_while(|&&is_added| is_added == 1).count();
     Ok(all.get_ids()[..n].to_vec())
 }
 
-/// A token as a text, or as an object with its `content`.
+/// Reads a token that is stated as a string, or as an object with its `content`.
 fn special_token(
     path: &Path,
     name: &'static str,
@@ -174,7 +173,7 @@ fn special_token(
     let text = text.ok_or_else(|| Error::Config {
         path: path.into(),
         setting: name.into(),
-        problem: "is neither a text nor an object with its `content`".into(),
+        problem: "is neither a string nor an object with a string `content`".into(),
     })?;
     let id = tokenizer.inner().token_to_id(text);
     let id = id.ok_or_else(|| Error::UnknownSpecial {
@@ -187,7 +186,7 @@ fn special_token(
     Ok(Some(SpecialToken { text, id }))
 }
 
-/// The settings of a configuration; none if it is not there.
+/// Reads a configuration, which is empty if the file does not exist.
 fn read_config(path: &Path) -> Result<Map<String, Value>> {
     if !tensor_files::is_there(path) {
         return Ok(Map::new());
@@ -196,6 +195,6 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&bytes).map_err(|error| Error::Config {
         path: path.into(),
         setting: "the file".into(),
-        problem: format!("is no JSON object: {error}"),
+        problem: format!("is not a JSON object: {error}"),
     })
 }

@@ -4,20 +4,21 @@
 //! of [`Adapter`].
 //!
 //! Layers, adapters and their list use each other: burn's derive of `Module` needs the concrete type
-//! of the adapter inside the layer, a method is asked for an adapter of a layer, and what it returns
-//! is any of the list. No other files of this crate do.
+//! of the adapter inside the layer, a method makes an adapter from a layer, and returns it as one of
+//! the list.
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Tensor;
 use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
+use crate::{Error, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::LazyTensor;
 
 mod bayesian;
 mod checks;
 mod dropout;
+mod exactness;
 pub(crate) mod hf;
 pub(crate) mod lora;
 mod peqa;
@@ -28,6 +29,7 @@ mod tile;
 pub(crate) mod vera;
 
 pub use bayesian::{Bayesian, BayesianAdapter};
+pub use exactness::Exactness;
 pub use lora::{Lora, LoraAdapter};
 pub use peqa::{Peqa, PeqaAdapter};
 pub use tile::{Pooling, Tile, TileAdapter, TileMethod};
@@ -80,8 +82,13 @@ pub(crate) trait AdapterOps {
     /// The name of the method in reports.
     fn name(&self) -> &'static str;
 
-    /// Checks that the adapter fits the layer at `path`.
+    /// Checks that the adapter has the dimensions and the dtype of the layer at `path`.
     fn check(&self, path: &str, linear: &Linear) -> Result<()>;
+
+    /// Checks that the values of an adapter that fits the layer at `path` can be used with its weight.
+    fn check_values(&self, _path: &str, _: &Weight) -> Result<()> {
+        Ok(())
+    }
 
     /// The output of the adapted weight, without the bias.
     ///
@@ -112,7 +119,7 @@ pub(crate) trait AdapterOps {
         Err(Error::MergeIntoPacked {
             method: self.name(),
             path: path.into(),
-            reason: "what it adds differs from weight to weight inside a group".into(),
+            reason: "the added matrix differs from weight to weight inside a group".into(),
         })
     }
 
@@ -215,6 +222,12 @@ impl Adapter {
         let y = self.ops().forward(weight, x.reshape([rows, dims[D - 1]]));
         dims[D - 1] = y.dims()[1];
         y.reshape(dims)
+    }
+
+    /// Checks that the adapter can be used with the layer at `path`.
+    pub(crate) fn check(&self, path: &str, linear: &Linear) -> Result<()> {
+        self.ops().check(path, linear)?;
+        self.ops().check_values(path, linear.weight())
     }
 
     /// The adapter bound to a weight that it fits.

@@ -13,9 +13,44 @@ mod hf;
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 
-/// The adapters of one task, with the fingerprint of the base that they belong to.
+/// The adapters of one task, with the fingerprint of their base.
 ///
-/// In a directory: `adapter_config.json` and `adapter_model.safetensors`.
+/// A directory of adapters has `adapter_config.json` and `adapter_model.safetensors`.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Adapters, Linear, Linears, Lora, Weight};
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Layer {
+/// #     proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Layer {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("proj".into(), &self.proj)]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("proj".into(), &mut self.proj)]
+/// #     }
+/// # }
+///
+/// let device = Device::flex();
+/// let weight = Weight::frozen(Tensor::ones([4, 4], &device));
+/// let mut model = Layer { proj: Linear::new(weight, None) };
+/// peft::attach(&mut model, &Lora::new(2))?;
+/// let dir = tempfile::tempdir()?;
+/// let task = dir.path().join("task");
+/// Adapters::of(&model)?.save(&task)?;
+/// assert_eq!(Adapters::load(&task, &device)?.layers().count(), 1);
+/// // Nothing is overwritten.
+/// assert!(Adapters::of(&model)?.save(&task).is_err());
+/// assert!(Adapters::load(dir.path().join("missing"), &device).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Adapters {
     pub(crate) base: Fingerprint,
@@ -28,7 +63,7 @@ pub struct Adapters {
 struct Config {
     /// Raised when the meaning of a file changes.
     format_version: u32,
-    /// The base that the adapters were trained on.
+    /// The base of the adapters.
     base: Fingerprint,
     /// The method and the settings of each layer's adapter.
     layers: BTreeMap<String, Settings>,
@@ -37,10 +72,10 @@ struct Config {
 const FORMAT_VERSION: u32 = 3;
 
 impl Adapters {
-    /// The adapters that a model wears.
+    /// The adapters of a model.
     ///
     /// # Errors
-    /// [`Error::NoAdapters`] if it wears none.
+    /// [`Error::NoAdapters`] if it has none.
     pub fn of(model: &impl Linears) -> Result<Self> {
         let adapter = |(path, linear): (String, &crate::Linear)| {
             let mut adapter = linear.adapter.clone()?;
@@ -64,12 +99,12 @@ impl Adapters {
             .map(|(path, adapter)| (path.as_str(), adapter))
     }
 
-    /// The base that the adapters belong to.
+    /// The fingerprint of the base.
     pub fn base(&self) -> &Fingerprint {
         &self.base
     }
 
-    /// Checks that `model` is the base that the adapters were made for.
+    /// Checks that `model` is the base of the adapters.
     pub(crate) fn check_base(&self, model: &impl Linears) -> Result<()> {
         let found = Fingerprint::of(model);
         if found == self.base {
@@ -79,13 +114,16 @@ impl Adapters {
         Err(Error::OtherBase { expected, found })
     }
 
-    /// The sum of LoRAs of one base, each times its weight, as one LoRA whose rank is the sum of
-    /// theirs and whose `σ` is 1: PEFT's combination `cat`. Nothing is approximated.
+    /// The sum of LoRAs of one base, each times its weight: PEFT's combination `cat`.
+    ///
+    /// The sum is one LoRA whose rank is the sum of their ranks and whose `σ` is 1. Nothing is
+    /// approximated.
     ///
     /// # Errors
-    /// [`Error::NoAdapters`] if there are none, [`Error::OtherBase`] if they are not of one base,
-    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms or a bias, [`Error::Setting`]
-    /// for a weight that is not finite, [`Error::Shape`] if they are of layers of other dimensions.
+    /// [`Error::NoAdapters`] if there are none, [`Error::OtherBase`] if their bases differ,
+    /// [`Error::NotCombined`] for an adapter that is not LoRA or has DoRA's norms or a bias,
+    /// [`Error::Setting`] for a weight that is not finite, [`Error::Shape`] if the dimensions of a layer
+    /// differ.
     pub fn combined(parts: &[(&Adapters, f32)]) -> Result<Self> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::NoAdapters);
@@ -122,7 +160,8 @@ impl Adapters {
     /// Writes a new directory, whole or not at all.
     ///
     /// # Errors
-    /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`tensor_files::Error::Io`] if it cannot be written.
+    /// [`tensor_files::Error::OutputExists`] if `dir` is not empty, [`tensor_files::Error::Io`] if it
+    /// cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let config = Config {
             format_version: FORMAT_VERSION,
@@ -142,8 +181,8 @@ impl Adapters {
     /// Reads a directory onto `device`.
     ///
     /// # Errors
-    /// If a file is missing or not what it should be, or the tensors are not those that the
-    /// configuration lists.
+    /// [`Error::File`] if a file is missing or damaged, or the tensors are not those that the
+    /// configuration lists; [`Error::Setting`] for a setting out of its range.
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = tensor_files::read_json(&config_path)?;

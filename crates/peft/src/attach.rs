@@ -4,20 +4,50 @@ use burn::module::Module;
 
 use crate::{Adapters, Error, Linears, Method, Result};
 
-/// What [`attach`] did.
+/// The result of [`attach`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
-    /// The adapted layers.
+    /// The paths of the adapted layers.
     pub paths: Vec<String>,
-    /// Trainable parameters of all adapters.
+    /// The number of trainable parameters of all adapters.
     pub n_trainable: usize,
 }
 
-/// Gives each layer that `method` targets a fresh adapter, which changes no output.
+/// Attaches a fresh adapter, which changes no output, to each layer that `method` targets.
 ///
 /// # Errors
-/// [`Error::NoTarget`] if a target matches no layer, [`Error::AlreadyAdapted`] if one has an
-/// adapter, or what the method has against a weight. Then the model is as it was.
+/// [`Error::NoTarget`] if a target matches no layer, [`Error::AlreadyAdapted`] if a layer has an
+/// adapter, and those of [`Method::init`]. The model is then unchanged.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Error, Linear, Linears, Lora, Weight};
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Layer {
+/// #     proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Layer {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("proj".into(), &self.proj)]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("proj".into(), &mut self.proj)]
+/// #     }
+/// # }
+///
+/// let weight = Weight::frozen(Tensor::ones([4, 6], &Device::flex()));
+/// let mut model = Layer { proj: Linear::new(weight, None) };
+/// let attached = peft::attach(&mut model, &Lora::new(2))?;
+/// assert_eq!(attached.n_trainable, 4 * 2 + 2 * 6);
+/// let error = peft::attach(&mut model, &Lora::new(2)).unwrap_err();
+/// assert!(matches!(error, Error::AlreadyAdapted { path } if path == "proj"));
+/// # Ok::<(), Error>(())
+/// ```
 pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Result<Attached> {
     let paths = method.targets().paths(model)?;
     let mut layers = model.linears();
@@ -27,7 +57,7 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
     }
     let mut adapters = BTreeMap::new();
     for ((path, linear), adapter) in layers.iter().zip(method.init_all(&layers)?) {
-        adapter.ops().check(path, linear)?;
+        adapter.check(path, linear)?;
         adapters.insert(path.clone(), adapter.bound_to(&linear.weight));
     }
     let n_trainable = adapters.values().map(Module::num_params).sum();
@@ -39,10 +69,10 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
     Ok(Attached { paths, n_trainable })
 }
 
-/// Takes all adapters off the model, which is the base then, and returns them.
+/// Detaches all adapters from the model, which is then the base, and returns them.
 ///
 /// # Errors
-/// [`Error::NoAdapters`] if it wears none.
+/// [`Error::NoAdapters`] if it has none.
 pub fn detach<M: Linears>(model: &mut M) -> Result<Adapters> {
     let adapters = Adapters::of(model)?;
     for (_, linear) in model.linears_mut() {
@@ -51,12 +81,47 @@ pub fn detach<M: Linears>(model: &mut M) -> Result<Adapters> {
     Ok(adapters)
 }
 
-/// Puts `adapters` in the place of all that the model has, and returns those.
+/// Replaces all adapters of the model by `adapters`, and returns the former ones.
 ///
 /// # Errors
-/// [`Error::OtherBase`] unless the adapters were made for this base, [`Error::UnknownLayer`],
-/// [`Error::Shape`], [`Error::NoBias`] or what else one has against its layer. Then the model is as it
-/// was.
+/// [`Error::OtherBase`] if the adapters are for another base, [`Error::UnknownLayer`],
+/// [`Error::Shape`], [`Error::NoBias`] or another error if one does not fit its layer. The model is
+/// then unchanged.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Error, Linear, Linears, Lora, Weight};
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Layer {
+/// #     proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Layer {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("proj".into(), &self.proj)]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("proj".into(), &mut self.proj)]
+/// #     }
+/// # }
+///
+/// let layer = |value: f32| {
+///     let weight = Weight::frozen(Tensor::full([4, 6], value, &Device::flex()));
+///     Layer { proj: Linear::new(weight, None) }
+/// };
+/// let mut model = layer(1.0);
+/// peft::attach(&mut model, &Lora::new(2))?;
+/// let task = peft::detach(&mut model)?;
+/// let none = peft::activate(&mut model, &task)?;
+/// assert_eq!(none.layers().count(), 0);
+/// let error = peft::activate(&mut layer(2.0), &task).unwrap_err();
+/// assert!(matches!(error, Error::OtherBase { .. }));
+/// # Ok::<(), Error>(())
+/// ```
 pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapters> {
     adapters.check_base(model)?;
     for (path, adapter) in &adapters.layers {
@@ -64,7 +129,7 @@ pub fn activate<M: Linears>(model: &mut M, adapters: &Adapters) -> Result<Adapte
         let Some((_, linear)) = linears.iter().find(|(other, _)| other == path) else {
             return Err(Error::UnknownLayer { path: path.clone() });
         };
-        adapter.ops().check(path, linear)?;
+        adapter.check(path, linear)?;
     }
     let mut before = Adapters {
         base: adapters.base.clone(),

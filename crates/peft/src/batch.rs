@@ -2,10 +2,10 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{Error, Result};
 
-/// Which tokens of some sequences make up a text: a token sees those of its own text up to itself.
+/// The documents that sequences are made up of: a token attends to those of its own document up to itself.
 ///
-/// Texts lie one after the other. Each token that fills a sequence up, before or after its text, is one
-/// more of them, which no other token sees.
+/// Documents follow each other in a sequence. Each token of padding, before or after a document, is a
+/// document of its own, which no other token attends to.
 #[derive(Clone, Debug)]
 pub struct Spans {
     seq: usize,
@@ -14,7 +14,7 @@ pub struct Spans {
 }
 
 impl Spans {
-    /// Sequences of `seq` tokens, each one text.
+    /// Sequences of `seq` tokens, each one document.
     pub fn whole(seq: usize, device: &Device) -> Self {
         Self {
             seq,
@@ -23,7 +23,7 @@ impl Spans {
         }
     }
 
-    /// Tokens of a sequence.
+    /// The number of tokens of a sequence.
     pub fn seq(&self) -> usize {
         self.seq
     }
@@ -33,13 +33,14 @@ impl Spans {
         &self.device
     }
 
-    /// Where in its sequence the text of each token begins, `[batch, seq]`; none if each sequence is
-    /// one text.
+    /// The index at which the document of each token begins, `[batch, seq]`; none if each sequence is
+    /// one document.
     pub fn starts(&self) -> Option<Tensor<2, Int>> {
         self.starts.clone()
     }
 
-    /// The place of each token in its text, `[batch, seq]`, or `[1, seq]` if each sequence is one.
+    /// The position of each token in its document, `[batch, seq]`, or `[1, seq]` if each sequence is one
+    /// document.
     pub fn positions(&self) -> Tensor<2, Int> {
         let own = Tensor::<1, Int>::arange(0..self.seq as i64, &self.device).unsqueeze();
         match self.starts() {
@@ -49,23 +50,39 @@ impl Spans {
     }
 }
 
-/// Sequences of one length, `[batch, seq]`, whose tokens are to be predicted from those before: all
-/// after the first, or those that [`Batch::with_targets`] says.
+/// Token sequences of one length, `[batch, seq]`, and the targets among them: the tokens that are
+/// predicted from those before.
+///
+/// Targets are all tokens of a document after the first, without padding, or those of them that
+/// [`Batch::with_targets`] keeps.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Int, Tensor};
+/// use peft::Batch;
+///
+/// let tokens = Tensor::<2, Int>::from_data([[5, 6, 7, 0], [1, 2, 3, 4]], &Device::flex());
+/// let is_text = [true, true, true, false, true, true, true, true];
+/// let batch = Batch::new(tokens.clone())?.with_padding(&is_text)?;
+/// assert_eq!(batch.n_targets(), 2 + 3);
+/// assert!(Batch::new(tokens)?.with_targets(&[false; 8]).is_err());
+/// # Ok::<(), peft::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Batch {
     tokens: Tensor<2, Int>,
     spans: Spans,
-    /// For each token after the first of each sequence, `batch * (seq - 1)`; none if it is all.
+    /// For each token after the first of each sequence, `batch * (seq - 1)`; none if all are targets.
     targets: Option<Vec<bool>>,
-    /// For each token, `batch * seq`; none if all are.
+    /// For each token, `batch * seq`; none if there is no padding.
     is_text: Option<Vec<bool>>,
 }
 
 impl Batch {
-    /// Sequences each of which is one text, all of it to be predicted.
+    /// Sequences that are one document each, with all tokens after the first as targets.
     ///
     /// # Errors
-    /// [`Error::EmptyBatch`] unless there is a sequence of two tokens.
+    /// [`Error::EmptyBatch`] without a sequence, or for sequences of less than two tokens.
     pub fn new(tokens: Tensor<2, Int>) -> Result<Self> {
         let [batch, seq] = tokens.dims();
         if batch == 0 || seq < 2 {
@@ -79,22 +96,22 @@ impl Batch {
         })
     }
 
-    /// The sequences as several texts one after the other: `starts`, `batch * seq`, says for each token
-    /// where in its sequence its text begins. The first token of a text is not predicted.
+    /// Cuts the sequences into documents that follow each other. `starts`, `batch * seq`, is the index in
+    /// its sequence at which each token's document begins. The first token of a document is no target.
     ///
     /// # Errors
-    /// [`Error::Spans`] if `starts` has another length or is not the beginning of texts, or if the batch
-    /// is cut into texts already; [`Error::NoTargets`] if nothing is left to predict.
+    /// [`Error::Spans`] if `starts` has another length or no document begins there, or if the batch is cut
+    /// into documents already; [`Error::NoTargets`] if no target is left.
     pub fn with_starts(mut self, starts: &[usize]) -> Result<Self> {
         let [batch, seq] = self.tokens.dims();
         self.check_len("starts", starts.len())?;
         if self.spans.starts.is_some() {
-            let problem = "the batch is cut into texts already".into();
+            let problem = "the batch is cut into documents already".into();
             return Err(Error::Spans { problem });
         }
         for (row, starts) in starts.chunks_exact(seq).enumerate() {
             for (at, &start) in starts.iter().enumerate() {
-                // A text goes on, or begins.
+                // A document goes on, or begins.
                 if start != at && (at == 0 || start != starts[at - 1]) {
                     let problem = format!("token {at} of sequence {row} has the start {start}");
                     return Err(Error::Spans { problem });
@@ -107,14 +124,13 @@ impl Batch {
         self.keep_targets(|token| starts[token] != token % seq)
     }
 
-    /// What the tokens are beside texts: `is_text`, `batch * seq`, is false for those that fill a
-    /// sequence up, before its text or after (the attention mask of other programs). These are not
-    /// predicted, nothing sees them, and no calibration counts them. Without
-    /// [`Batch::with_starts`] a sequence has one text.
+    /// Marks padding: `is_text`, `batch * seq`, is the attention mask of other programs, false for padding
+    /// before or after a document. Padding is no target, no other token attends to it, and a calibration
+    /// leaves it out. Without [`Batch::with_starts`] a sequence has one document.
     ///
     /// # Errors
-    /// [`Error::Spans`] if `is_text` has another length, or a text is interrupted,
-    /// [`Error::NoTargets`] if nothing is left to predict.
+    /// [`Error::Spans`] if `is_text` has another length, or there is padding within a document;
+    /// [`Error::NoTargets`] if no target is left.
     pub fn with_padding(self, is_text: &[bool]) -> Result<Self> {
         let [_, seq] = self.tokens.dims();
         self.check_len("marks", is_text.len())?;
@@ -123,9 +139,9 @@ impl Batch {
             None => {
                 let mut starts = Vec::with_capacity(is_text.len());
                 for (row, marks) in is_text.chunks_exact(seq).enumerate() {
-                    let (begins, n_texts) = runs(marks);
-                    if n_texts > 1 {
-                        let problem = format!("the text of sequence {row} is interrupted");
+                    let (begins, n_documents) = runs(marks);
+                    if n_documents > 1 {
+                        let problem = format!("there is padding within the document of sequence {row}");
                         return Err(Error::Spans { problem });
                     }
                     starts.extend(begins);
@@ -140,7 +156,8 @@ impl Batch {
         for (row, (starts, marks)) in rows.enumerate() {
             for (at, (&start, &mark)) in starts.iter().zip(marks).enumerate() {
                 if mark != marks[start as usize] {
-                    let problem = format!("token {at} of sequence {row} is unlike its text");
+                    let problem =
+                        format!("the document of token {at} of sequence {row} is padding in part");
                     return Err(Error::Spans { problem });
                 }
             }
@@ -149,17 +166,16 @@ impl Batch {
         batch.keep_targets(|token| is_text[token])
     }
 
-    /// Only the tokens are to be predicted for which `is_target`, `batch * seq`, is true, of those
-    /// that are predicted at all.
+    /// Keeps the targets for which `is_target`, `batch * seq`, is true.
     ///
     /// # Errors
-    /// [`Error::Spans`] if `is_target` has another length, [`Error::NoTargets`] if nothing is left.
+    /// [`Error::Spans`] if `is_target` has another length, [`Error::NoTargets`] if none is left.
     pub fn with_targets(self, is_target: &[bool]) -> Result<Self> {
         self.check_len("marks", is_target.len())?;
         self.keep_targets(|token| is_target[token])
     }
 
-    /// Of the targets those for whose token, `0 .. batch * seq`, it is said.
+    /// Keeps the targets whose token, `0 .. batch * seq`, is kept.
     fn keep_targets(self, is_kept: impl Fn(usize) -> bool) -> Result<Self> {
         let dims @ [_, seq] = self.tokens.dims();
         let mut kept = self.targets();
@@ -171,12 +187,12 @@ impl Batch {
 
     fn check_len(&self, what: &str, found: usize) -> Result<()> {
         let [batch, seq] = self.tokens.dims();
-        match found == batch * seq {
-            true => Ok(()),
-            false => Err(Error::Spans {
-                problem: format!("{found} {what} for {batch} sequences of {seq} tokens"),
-            }),
+        if found == batch * seq {
+            return Ok(());
         }
+        Err(Error::Spans {
+            problem: format!("{found} {what} for {batch} sequences of {seq} tokens"),
+        })
     }
 
     fn put_targets(mut self, targets: Vec<bool>, [batch, seq]: [usize; 2]) -> Result<Self> {
@@ -187,35 +203,34 @@ impl Batch {
         Ok(self)
     }
 
-    /// `[batch, seq]`.
+    /// The tokens, `[batch, seq]`.
     pub fn tokens(&self) -> Tensor<2, Int> {
         self.tokens.clone()
     }
 
-    /// Which tokens make up a text.
+    /// The documents of the sequences.
     pub fn spans(&self) -> &Spans {
         &self.spans
     }
 
-    /// Whether some tokens only fill sequences up.
+    /// Whether some tokens are padding.
     pub fn is_padded(&self) -> bool {
         self.is_text
             .as_ref()
             .is_some_and(|marks| marks.contains(&false))
     }
 
-    /// Whether each token after the first of its sequence is to be predicted, `batch * (seq - 1)`, row
-    /// by row.
+    /// Whether each token after the first of its sequence is a target, `batch * (seq - 1)`, row by row.
     pub fn targets(&self) -> Vec<bool> {
         let [batch, seq] = self.tokens.dims();
         let all = || vec![true; batch * (seq - 1)];
         self.targets.clone().unwrap_or_else(all)
     }
 
-    /// One of the sequences.
+    /// The batch of one of the sequences.
     ///
     /// # Errors
-    /// [`Error::NoTargets`] if there is nothing to predict in it.
+    /// [`Error::NoTargets`] if it has no target.
     ///
     /// # Panics
     /// If there is no sequence `at`.
@@ -237,16 +252,15 @@ impl Batch {
         }
     }
 
-    /// The places of the tokens to be predicted among all after the first of their sequences, row by
-    /// row; none if all are.
+    /// The indices of the targets among all tokens after the first of their sequences, row by row; none
+    /// if all are targets.
     pub(crate) fn target_rows(&self) -> Option<Tensor<1, Int>> {
         let rows = (0i64..).zip(self.targets.as_ref()?);
         let rows: Vec<i64> = rows.filter(|(_, is)| **is).map(|(row, _)| row).collect();
         Some(Tensor::from_data(rows.as_slice(), &self.tokens.device()))
     }
 
-    /// `values`, `[batch, seq - 1]`, of each token after the first: nothing for those that are not to
-    /// be predicted.
+    /// `values`, `[batch, seq - 1]`, of each token after the first, with zeros where it is no target.
     pub fn of_targets(&self, values: Tensor<2>) -> Tensor<2> {
         let Some(targets) = &self.targets else {
             return values;
@@ -257,7 +271,7 @@ impl Batch {
         values * Tensor::from_data(marks, place)
     }
 
-    /// The rows of `x`, `[batch, seq, d]`, without those of tokens that fill a sequence up.
+    /// The rows of `x`, `[batch, seq, d]`, without those of padding: `[n_tokens, d]`.
     pub fn of_text(&self, x: Tensor<3>) -> Tensor<2> {
         let [batch, seq, d] = x.dims();
         let x = x.reshape([batch * seq, d]);
@@ -270,7 +284,7 @@ impl Batch {
         x.select(0, rows)
     }
 
-    /// Tokens to be predicted; at least one.
+    /// The number of targets; at least one.
     pub fn n_targets(&self) -> usize {
         let [batch, seq] = self.tokens.dims();
         match &self.targets {
@@ -280,19 +294,16 @@ impl Batch {
     }
 }
 
-/// For each mark where its text begins, and how many texts there are.
+/// The index at which the document of each mark begins, and the number of documents.
 fn runs(marks: &[bool]) -> (Vec<usize>, usize) {
-    let (mut start, mut n_texts) = (0, usize::from(marks[0]));
+    let (mut start, mut n_documents) = (0, usize::from(marks[0]));
     let begins = marks.iter().enumerate().map(|(at, mark)| {
         if at > 0 && *mark != marks[at - 1] {
             start = at;
-            n_texts += usize::from(*mark);
+            n_documents += usize::from(*mark);
         }
-        match mark {
-            true => start,
-            // Each token of padding by itself: however many there are, they are no long text.
-            false => at,
-        }
+        // Each token of padding by itself: however many there are, they are no long document.
+        if *mark { start } else { at }
     });
-    (begins.collect(), n_texts)
+    (begins.collect(), n_documents)
 }

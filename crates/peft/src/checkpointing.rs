@@ -1,5 +1,5 @@
-//! Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): the forward pass keeps the input of
-//! each block and nothing else, the backward pass runs one block after the other again.
+//! Gradient checkpointing by block (Chen et al. 2016, arXiv:1604.06174): the forward pass keeps only the
+//! input of each block, and the backward pass runs one block after the other again.
 
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::Tensor;
@@ -7,8 +7,8 @@ use burn::tensor::Tensor;
 use crate::blocks::run_blocks;
 use crate::{Batch, Blocks, Result, Spans};
 
-/// The lowest part with a parameter that trains: 0 is the embedding, `1 ..= n_blocks` are the
-/// blocks, and what is above them is `n_blocks + 1`. No gradient has to pass through a part below.
+/// The lowest part with a trainable parameter: 0 is the embedding, `1 ..= n_blocks` are the blocks, and
+/// the parts above them are `n_blocks + 1`. No gradient has to pass through a part below it.
 pub(crate) fn lowest_trained<M: Blocks>(model: &M, batch: &Batch) -> usize {
     // One token shows what is tracked.
     let token = batch.tokens().slice([0..1, 0..1]);
@@ -23,8 +23,7 @@ pub(crate) fn lowest_trained<M: Blocks>(model: &M, batch: &Batch) -> usize {
     model.n_blocks() + usize::from(!x.is_tracked())
 }
 
-/// The gradients of `loss` of the output of the last block, whatever it makes of it; `lowest` is
-/// [`lowest_trained`].
+/// The gradients of a loss of the output of the last block; `lowest` is [`lowest_trained`].
 pub(crate) fn backward_by_block<M: Blocks>(
     model: &M,
     batch: &Batch,
@@ -33,15 +32,15 @@ pub(crate) fn backward_by_block<M: Blocks>(
 ) -> Result<GradientsParams> {
     let positions = model.positions(batch.spans());
     let mut inputs = Vec::new();
-    // With autodiff on, though nothing is tracked: burn computes some functions in other ways
-    // without it, and the blocks are to give the same bits again.
+    // On the autodiff backend, though nothing is tracked: without it, burn computes some functions in
+    // other ways, and the blocks must give the same bits again.
     let frozen = model.clone().no_grad();
     let x = run_blocks(&frozen, batch.tokens(), &positions, |index, x| {
         if index + 1 >= lowest {
             inputs.push(x.clone());
         }
     });
-    // The input of `part` asks for a gradient if a part below has a use for it.
+    // The input of `part` needs a gradient if a part below trains.
     let input = |part: usize, x: Tensor<3>| x.inner().autodiff().set_require_grad(lowest < part);
 
     let mut total = GradientsAccumulator::new();

@@ -3,46 +3,46 @@ use quant_core::Format;
 
 use crate::Fingerprint;
 
-/// What can be wrong with an adapter, a layer, a file or a training run.
+/// An error of an adapter, a layer, a file or a training run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file or a directory.
+    /// An error of a file or a directory.
     #[error(transparent)]
     File(#[from] tensor_files::Error),
-    /// A layer's weight could not be quantized or unpacked.
+    /// A layer whose weight could not be quantized or dequantized.
     #[error("layer `{path}`")]
     Quant {
         /// The layer.
         path: String,
-        /// What was wrong.
+        /// The error.
         source: quant_core::Error,
     },
-    /// No layer has a name that ends in one of the targets.
+    /// Targets that match no layer.
     #[error(
         "targets {targets:?} match none of the model's {n_linears} linear layers; their last names are {names:?}"
     )]
     NoTarget {
-        /// The names looked for.
+        /// The targets.
         targets: Vec<String>,
-        /// How many layers there are.
+        /// The number of layers.
         n_linears: usize,
         /// The last parts of their paths.
         names: Vec<String>,
     },
-    /// A layer that holds an adapter already.
-    #[error("layer `{path}` has an adapter already; merge it or activate others in its place")]
+    /// A layer that has an adapter already.
+    #[error("layer `{path}` has an adapter already; merge it, or activate others instead")]
     AlreadyAdapted {
         /// The layer.
         path: String,
     },
-    /// A layer whose weight is packed already.
+    /// A layer whose weight is quantized already.
     #[error("layer `{path}` is quantized already")]
     AlreadyQuantized {
         /// The layer.
         path: String,
     },
-    /// A method that trains the grid, on a weight that has none.
+    /// A method that trains the grid, for a dense weight.
     #[error(
         "{method} needs a quantized weight, but layer `{path}` is dense; quantize the model first"
     )]
@@ -52,7 +52,7 @@ pub enum Error {
         /// The layer.
         path: String,
     },
-    /// A rank that a layer's weight cannot have.
+    /// A rank above the smaller side of a layer's weight.
     #[error(
         "a rank of {rank} is more than the smaller side of layer `{path}`, {dims:?}; lower it, or leave the layer out of the targets"
     )]
@@ -81,7 +81,7 @@ pub enum Error {
         method: &'static str,
         /// The layer.
         path: String,
-        /// Why.
+        /// The reason.
         reason: String,
     },
     /// Tiles that do not fit a weight.
@@ -93,10 +93,10 @@ pub enum Error {
         method: &'static str,
         /// The layer.
         path: String,
-        /// What does not fit.
+        /// The problem.
         problem: String,
     },
-    /// Zeros that are to be trained, on a grid that has none.
+    /// Trained zeros, for a grid that has none.
     #[error(
         "PEQA cannot train the zeros of layer `{path}`: {format} has none; quantize to an affine grid"
     )]
@@ -111,10 +111,10 @@ pub enum Error {
     NotForPeft {
         /// The layer.
         path: String,
-        /// Why.
+        /// The reason.
         problem: String,
     },
-    /// An adapter that is no term of a sum.
+    /// An adapter that cannot be a term of a combination.
     #[error("the adapter of layer `{path}` is {method}; only LoRA without a bias can be combined")]
     NotCombined {
         /// The layer.
@@ -128,7 +128,7 @@ pub enum Error {
         /// The layer.
         path: String,
     },
-    /// A value of a task that `f16` does not hold.
+    /// A value of a task out of the range of `f16`.
     #[error("{value} of layer `{path}` is out of the range of f16; keep the task in f32")]
     NotF16 {
         /// The layer.
@@ -136,38 +136,38 @@ pub enum Error {
         /// The value.
         value: f32,
     },
-    /// A task that is not among those that are served.
+    /// A task that is not served.
     #[error("there is no task `{name}`; there are {names:?}")]
     UnknownTask {
-        /// The task asked for.
+        /// The name of the task.
         name: String,
-        /// The tasks that there are.
+        /// The names of those that are.
         names: Vec<String>,
     },
-    /// No layer has an adapter.
+    /// A model without adapters.
     #[error("the model has no adapters, or they are merged already; attach or activate some first")]
     NoAdapters,
-    /// An adapter of other dimensions than its layer's.
-    #[error("the adapter of layer `{path}` is {found:?}, its weight asks for {expected:?}")]
+    /// An adapter whose dimensions do not fit its layer.
+    #[error("the adapter of layer `{path}` is {found:?}, its weight needs {expected:?}")]
     Shape {
         /// The layer.
         path: String,
-        /// What the weight asks for.
+        /// The dimensions that the weight needs.
         expected: Vec<usize>,
-        /// What the adapter has.
+        /// The dimensions of the adapter.
         found: Vec<usize>,
     },
-    /// A quantizer that needs to see inputs, and none to see.
+    /// A quantizer that needs inputs, without a calibration.
     #[error(
         "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"
     )]
     NoCalibration,
-    /// A calibration that is one sequence again and again.
+    /// A calibration that repeats one sequence.
     #[error(
         "all {n} sequences of the calibration are the same; give it different ones, or one of them"
     )]
     RepeatedCalibration {
-        /// Sequences.
+        /// The number of sequences.
         n: usize,
     },
     /// A layer that a recipe names and the model does not have.
@@ -182,12 +182,12 @@ pub enum Error {
         /// The layer.
         path: String,
     },
-    /// A model that is not the merged one of a certificate.
+    /// A model other than the merged one of a certificate.
     #[error("the model is {found}, the certificate is for {expected}: a parameter differs")]
     NotMerged {
-        /// The merged model.
+        /// The fingerprint of the merged model.
         expected: Fingerprint,
-        /// The model at hand.
+        /// The fingerprint of the model.
         found: Fingerprint,
     },
     /// Adapters of another base.
@@ -195,28 +195,28 @@ pub enum Error {
         "made for the base {expected}, but this model's is {found}; load the model that it was made with"
     )]
     OtherBase {
-        /// The base it was made for.
+        /// The fingerprint of the base that they were made for.
         expected: Fingerprint,
-        /// The base of the model at hand.
+        /// The fingerprint of the base of the model.
         found: Fingerprint,
     },
-    /// A setting out of its range.
+    /// A setting out of range.
     #[error("{setting} is {value}; it must be {expected}")]
     Setting {
         /// The setting.
         setting: &'static str,
         /// Its value.
         value: String,
-        /// What it must be.
+        /// Its range.
         expected: &'static str,
     },
-    /// Nothing to train on.
+    /// A training without batches.
     #[error("there are no batches to train on")]
     NoBatches,
-    /// No parameter of the model is trainable.
+    /// A model without trainable parameters.
     #[error("all parameters are frozen; attach adapters first")]
     NothingToTrain,
-    /// Training met NaN or infinity. The model is as it was before.
+    /// NaN or infinity during training. The model is unchanged.
     #[error("{what} is not finite at step {step}; lower the learning rate, or look at the data")]
     NonFinite {
         /// The loss, or the gradient of a parameter.
@@ -224,17 +224,17 @@ pub enum Error {
         /// The step, counted from 1.
         step: usize,
     },
-    /// A token that the model has no embedding for.
+    /// A token that is not in the vocabulary.
     #[error("token {token} is not among the {vocab_size} of the model's vocabulary")]
     Token {
         /// The token.
         token: i64,
-        /// Tokens that the model has.
+        /// The size of the vocabulary.
         vocab_size: usize,
     },
-    /// A sequence that is too short to predict a token from another.
+    /// A batch without sequences, or whose sequences are too short to predict a token from another.
     #[error(
-        "a batch of {batch} sequences of {seq} tokens has nothing to predict; it takes at least 1 of 2"
+        "a batch of {batch} sequences of {seq} tokens has no targets; it needs at least 1 sequence of 2 tokens"
     )]
     EmptyBatch {
         /// Sequences.
@@ -242,25 +242,27 @@ pub enum Error {
         /// Tokens in each.
         seq: usize,
     },
-    /// A text that the model has no places for.
+    /// A document that the model has no positions for.
     #[error(
-        "a text of {len} tokens, with those still to be written; the model has places for {max}: cut it, use shorter windows, or write fewer"
+        "a document of {len} tokens, with those still to be generated, is longer than the model's {max} positions; cut it, use shorter windows, or generate fewer"
     )]
     TooLong {
-        /// Tokens of the text.
+        /// Tokens of the document.
         len: usize,
-        /// Places of the model.
+        /// Positions of the model.
         max: usize,
     },
-    /// Texts that are not cut as a batch needs it.
-    #[error("{problem}; texts lie one after the other, and each token of one has its beginning")]
+    /// Documents or padding that do not fit their batch.
+    #[error(
+        "{problem}; documents must follow each other, and all tokens of one must have the same start"
+    )]
     Spans {
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// A batch none of whose tokens is to be predicted.
+    /// A batch without targets.
     #[error(
-        "no token of a batch of {batch} sequences of {seq} tokens is to be predicted; leave such texts out"
+        "no token of a batch of {batch} sequences of {seq} tokens is a target; leave such sequences out"
     )]
     NoTargets {
         /// Sequences.

@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 use crate::checkpointing::{backward_by_block, lowest_trained};
 use crate::{Batch, Blocks, CausalLm, Error, Result, last_output, nll_of_output, set_dropout};
 
-/// How the learning rate goes on after the warm-up.
+/// The course of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Schedule {
-    /// As it is.
+    /// It stays the same.
     Constant,
-    /// In a line, to reach zero after the last step.
+    /// It falls linearly, to zero after the last step.
     Linear,
-    /// In half a cosine, to reach zero after the last step.
+    /// It falls along half a cosine, to zero after the last step.
     Cosine,
 }
 
@@ -175,7 +175,7 @@ impl FitConfig {
         self.learning_rate
     }
 
-    /// Checks the settings, as [`fit`] does before it begins.
+    /// Checks the settings, as [`fit`] does before the first step.
     ///
     /// # Errors
     /// [`Error::Setting`] with the first that is out of its range.
@@ -187,7 +187,7 @@ impl FitConfig {
                 expected,
             })
         };
-        // In f32, in which the optimizer computes.
+        // In f32: the dtype that the optimizer computes in.
         let positive = |value: f64| (value as f32).is_finite() && value as f32 > 0.0;
         let fraction = |value: f64| (0.0..1.0).contains(&(value as f32));
         let (number, count) = ("a positive number", "at least 1");
@@ -244,17 +244,18 @@ impl FitConfig {
 /// One optimizer step of [`fit`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
-    /// Counted from 1.
+    /// The index of the step, counted from 1.
     pub index: usize,
-    /// Steps in all.
+    /// The number of steps of the training.
     pub n_steps: usize,
-    /// The mean loss over the step's tokens before it, in nats, without penalties of adapters.
+    /// The mean loss over the step's targets, before the step and without penalties of adapters; in nats
+    /// for the next-token loss.
     pub loss: f64,
     /// The norm of all gradients before clipping.
     pub grad_norm: f64,
     /// The learning rate.
     pub learning_rate: f64,
-    /// Tokens predicted.
+    /// The number of targets.
     pub n_targets: usize,
 }
 
@@ -323,7 +324,7 @@ pub fn fit_with<M: Blocks>(
         .with_beta_1(config.beta_1 as f32)
         .with_beta_2(config.beta_2 as f32)
         .with_epsilon(config.epsilon as f32);
-    // AdamW looks at one parameter at a time: two of them are one with two learning rates.
+    // AdamW updates each parameter by itself: two of them are one with two learning rates.
     let (mut optimizer, mut fast_optimizer) = (adamw.init(), adamw.init());
     let fast: Vec<ParamId> = match config.lora_plus_ratio {
         1.0 => Vec::new(),

@@ -1,21 +1,21 @@
 //! Adapters on quantized models that merge without leaving the low-bit grid.
 //!
-//! A model joins by building its projections from [`Linear`] and saying where they are
-//! ([`Linears`], two methods). Everything else works through that:
+//! A model joins by building its projections from [`Linear`] and listing them ([`Linears`], two
+//! methods). Everything else works through that:
 //!
-//! | verb | what it does |
+//! | function | effect |
 //! |---|---|
-//! | [`attach`] | gives each targeted layer a fresh adapter of a [`Method`], which changes no output |
-//! | [`fit`] | trains what is not frozen, that is the adapters |
-//! | [`activate`] | puts a task's [`Adapters`] in, and gives back those that were there |
-//! | [`detach`] | takes the adapters off |
-//! | [`merge`] | folds the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
+//! | [`attach`] | attaches a fresh adapter of a [`Method`] to each targeted layer, which changes no output |
+//! | [`fit`] | trains the parameters that are not frozen, that is the adapters |
+//! | [`activate`] | replaces the adapters by the [`Adapters`] of a task, and returns the former ones |
+//! | [`detach`] | detaches the adapters, and returns them |
+//! | [`merge`] | merges the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
 //!
-//! | method | what is trained | merges into a packed weight |
+//! | method | trained parameters | merges into a packed weight |
 //! |---|---|---|
 //! | [`Peqa`] | scales, zeros if asked | exactly |
-//! | [`Tile`]: QA-LoRA, QA-HiRA, QA-BLoRA | what is added to tiles of the weight | into the zeros |
-//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA, [`Vera`] | what is added to the weight | no: [`merge_with`] makes it dense, or rounds it and says what is left |
+//! | [`Tile`]: QA-LoRA, QA-HiRA, QA-BLoRA | a matrix that is constant over tiles | into the zeros |
+//! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA, [`Bayesian`], [`Vera`] | a matrix of low rank | no: [`merge_with`] makes the weight dense, or rounds the sum and measures the loss |
 //!
 //! [`presets`] has the settings of the papers, [`Adapters`] reads and writes directories, PEFT's too,
 //! and [`Tasks`] serves tasks that share their codes.
@@ -81,8 +81,8 @@ mod targets;
 mod tasks;
 
 pub use adapter::{
-    Adapter, Bayesian, BayesianAdapter, Lora, LoraAdapter, Method, Peqa, PeqaAdapter, Pooling,
-    Tile, TileAdapter, TileMethod, Vera, VeraAdapter,
+    Adapter, Bayesian, BayesianAdapter, Exactness, Lora, LoraAdapter, Method, Peqa, PeqaAdapter,
+    Pooling, Tile, TileAdapter, TileMethod, Vera, VeraAdapter,
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};
@@ -96,9 +96,7 @@ pub use fit::{FitConfig, Schedule, Step, fit, fit_with};
 pub use layer_report::{LayerError, LayerReport};
 pub use linear::{Linear, Weight};
 pub use linears::{Linears, set_dropout, set_precision};
-pub use merge::{
-    Certificate, Exactness, MergedLayer, OffGrid, Probe, merge, merge_probed, merge_with,
-};
+pub use merge::{Certificate, MergedLayer, OffGrid, Probe, merge, merge_probed, merge_with};
 pub use recipe::{PerLayer, Recipe, check_paths, check_recipe};
 pub use targets::Targets;
 pub use tasks::{TaskPack, Tasks};

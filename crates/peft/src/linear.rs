@@ -27,12 +27,12 @@ impl Weight {
         }
     }
 
-    /// A dense weight that does not train.
+    /// A dense weight that is not trained.
     pub fn frozen(weight: Tensor<2>) -> Self {
         Self::Dense(Param::from_tensor(weight).set_require_grad(false))
     }
 
-    /// `[d_in, d_out]`.
+    /// The dimensions, `[d_in, d_out]`.
     pub fn dims(&self) -> [usize; 2] {
         match self {
             Weight::Dense(weight) => weight.val().dims(),
@@ -48,7 +48,7 @@ impl Weight {
         }
     }
 
-    /// Bytes in memory, of a packed weight without padding.
+    /// Bytes in memory, without the padding of a packed weight.
     pub fn n_bytes(&self) -> usize {
         match self {
             Weight::Dense(weight) => {
@@ -59,10 +59,10 @@ impl Weight {
         }
     }
 
-    /// Whether training would change it. Packed codes never train.
+    /// Whether training changes it. Packed codes are never trained.
     pub(crate) fn trains(&self) -> bool {
         match self {
-            // What a parameter on a plain device is to do shows when training begins.
+            // A parameter on a plain device shows its setting when training begins.
             Weight::Dense(weight) if !weight.val().device().is_autodiff() => {
                 weight.clone().train().is_require_grad()
             }
@@ -78,7 +78,7 @@ impl Weight {
         }
     }
 
-    /// The weight in floats, `[d_in, d_out]`; a packed one is unpacked.
+    /// The weight in floats, `[d_in, d_out]`; a packed one is dequantized.
     pub fn to_dense(&self) -> Tensor<2> {
         match self {
             Weight::Dense(weight) => weight.val(),
@@ -86,14 +86,14 @@ impl Weight {
         }
     }
 
-    /// `x · W`.
+    /// The product `x · W`.
     ///
     /// # Shapes
     /// - `x`: `[.., d_in]`
     /// - result: `[.., d_out]`
     ///
     /// # Panics
-    /// If `x` has other inputs.
+    /// If `x` has another width.
     pub fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Weight::Dense(weight) => dense_matmul(x, weight.val()),
@@ -150,9 +150,26 @@ pub(crate) fn dense_matmul<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> T
     y.reshape(dims)
 }
 
-/// The layer every model is built from: `y = x · W + b`, with at most one adapter.
+/// A linear layer, `y = x · W + b`, with at most one adapter.
 ///
-/// The adapter sees the weight and the input; the bias is added last.
+/// The adapter reads the weight and the input; the bias is added last.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Linear, Weight};
+/// use quant_core::Rtn;
+///
+/// let device = Device::flex();
+/// let mut linear = Linear::new(Weight::frozen(Tensor::eye(8, &device)), None);
+/// let report = linear.quantize("up", &Rtn::new().with_bits(4), None)?;
+/// assert_eq!(report.format.map(|format| format.bits()), Some(4));
+/// let y = linear.forward(Tensor::<3>::ones([2, 5, 8], &device));
+/// assert_eq!(y.dims(), [2, 5, 8]);
+/// let error = linear.quantize("up", &Rtn::new(), None).unwrap_err();
+/// assert_eq!(error.to_string(), "layer `up` is quantized already");
+/// # Ok::<(), peft::Error>(())
+/// ```
 #[derive(Module, Debug)]
 pub struct Linear {
     pub(crate) weight: Weight,
@@ -161,7 +178,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// A layer without an adapter. `bias` is `[d_out]`.
+    /// A layer without an adapter; `bias` is `[d_out]`.
     pub fn new(weight: Weight, bias: Option<Param<Tensor<1>>>) -> Self {
         Self {
             weight,
@@ -170,7 +187,7 @@ impl Linear {
         }
     }
 
-    /// The layer of a burn module, frozen, to be quantized or adapted.
+    /// A frozen layer of the parameters of one of burn's.
     ///
     /// ```
     /// use burn::nn::LinearConfig;
@@ -192,10 +209,10 @@ impl Linear {
         Self::new(Weight::frozen(linear.weight.val().detach()), bias)
     }
 
-    /// The layer as one of burn's, frozen; a packed weight is unpacked. Errors name it by `path`.
+    /// The layer as one of burn's, frozen; a packed weight is dequantized. Errors name it by `path`.
     ///
     /// # Errors
-    /// [`Error::AlreadyAdapted`] if it has an adapter, which burn's has no place for.
+    /// [`Error::AlreadyAdapted`] if it has an adapter, which burn's cannot have.
     pub fn into_burn(self, path: &str) -> Result<burn::nn::Linear> {
         if self.adapter.is_some() {
             return Err(Error::AlreadyAdapted { path: path.into() });
@@ -207,12 +224,14 @@ impl Linear {
         })
     }
 
+    /// The output of the layer.
+    ///
     /// # Shapes
     /// - `x`: `[.., d_in]`
     /// - result: `[.., d_out]`
     ///
     /// # Panics
-    /// If `x` has other inputs.
+    /// If `x` has another width.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let y = match &self.adapter {
             Some(adapter) => adapter.forward(&self.weight, x),
@@ -225,7 +244,14 @@ impl Linear {
         }
     }
 
-    /// Puts these values, `[d_out]`, in the place of those of the bias, which trains or not as before.
+    /// A frozen layer with another weight, the same bias and no adapter.
+    pub fn with_weight(&self, weight: Weight) -> Self {
+        let bias = self.bias();
+        let bias = bias.map(|bias| Param::from_tensor(bias).set_require_grad(false));
+        Self::new(weight, bias)
+    }
+
+    /// Replaces the values of the bias, `[d_out]`, which is trained or frozen as before.
     pub(crate) fn replace_bias(&mut self, values: Tensor<1>) {
         self.bias = self.bias.take().map(|bias| bias.map(|_| values));
     }
@@ -244,13 +270,12 @@ impl Linear {
         self.bias.as_ref().map(|bias| bias.val())
     }
 
-    /// The adapter.
+    /// The adapter, if there is one.
     pub fn adapter(&self) -> Option<&Adapter> {
         self.adapter.as_ref()
     }
 
-    /// The weight in floats, with what the adapter makes of it: what [`Linear::forward`] multiplies by,
-    /// `[d_in, d_out]`.
+    /// The weight that [`Linear::forward`] multiplies by, adapter included, in floats: `[d_in, d_out]`.
     pub fn to_dense(&self) -> Tensor<2> {
         match &self.adapter {
             Some(adapter) => adapter.ops().to_dense(&self.weight).0.detach(),
@@ -271,12 +296,12 @@ impl Linear {
         }
     }
 
-    /// Puts another weight of the same shape in the place of the dense one, and an adapter beside it:
-    /// an initialization that chooses both together. Errors name the layer by `path`.
+    /// Replaces the dense weight by another one of its shape and an adapter, which an initialization chose
+    /// together. Errors name the layer by `path`.
     ///
     /// # Errors
-    /// As [`Linear::check_plain`]; [`Error::Shape`] or what else is against weight or adapter. Then the
-    /// layer is as it was.
+    /// As [`Linear::check_plain`]; [`Error::Shape`] or another error of weight or adapter. Then the layer
+    /// is unchanged.
     pub fn replace(&mut self, path: &str, weight: Weight, adapter: Option<Adapter>) -> Result<()> {
         self.check_plain(path)?;
         check_shape(path, self.weight.dims(), weight.dims())?;
@@ -286,7 +311,7 @@ impl Linear {
             weight,
         };
         if let Some(adapter) = &adapter {
-            adapter.ops().check(path, &replaced)?;
+            adapter.check(path, &replaced)?;
         }
         let adapter = adapter.map(|adapter| adapter.bound_to(&replaced.weight));
         *self = Self {
@@ -301,8 +326,8 @@ impl Linear {
     /// `gram` is that of the layer's inputs; without one, quantizers that need it refuse.
     ///
     /// # Errors
-    /// [`Error::AlreadyQuantized`], [`Error::AlreadyAdapted`], or what the quantizer has against
-    /// the weight.
+    /// [`Error::AlreadyQuantized`], [`Error::AlreadyAdapted`], or [`Error::Quant`] with the error of the
+    /// quantizer. Then the layer is unchanged.
     pub fn quantize(
         &mut self,
         path: &str,

@@ -7,81 +7,55 @@ use quant_core::{Format, QuantTensor, Quantizer};
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::floats;
-use crate::{Adapter, Batch, CausalLm, Error, Fingerprint, Linears, Result, Weight};
+use crate::{Adapter, Batch, CausalLm, Error, Exactness, Fingerprint, Linears, Result, Weight};
 
-/// What [`merge_with`] does where the codes of a packed weight cannot hold its adapter.
+/// The treatment of a packed weight whose codes cannot hold its adapter, in [`merge_with`].
 #[derive(Clone, Copy, Default)]
 pub enum OffGrid<'a> {
-    /// It refuses, and the model is as it was.
+    /// The merge is refused, and the model is unchanged.
     #[default]
     Refuse,
-    /// It makes the weight dense.
+    /// The merged weight is dense.
     Dense,
-    /// It rounds the sum anew. A part of what was learned is lost; the certificate says how much.
+    /// The sum is quantized again. A part of the adapter is lost; the certificate says how much.
     Round(&'a dyn Quantizer),
-}
-
-/// How near a merged layer is to the adapted one.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Exactness {
-    /// The merged weight is computed from the same numbers by the same operations: on the CPU every
-    /// output is bit-equal.
-    Exact,
-    /// The merged weight is the sum of weight and adapter, rounded to `f32`: with DoRA, the sum times
-    /// the factors that the adapted layer computes.
-    Bounded {
-        /// No element is further from the exact result.
-        max_weight_error: f64,
-        /// The largest magnitude of an element.
-        max_weight: f64,
-    },
-    /// The sum of weight and adapter was rounded to a grid.
-    Rounded {
-        /// `‖Ŵ - W'‖ / ‖W'‖`, where `W'` is the sum and `Ŵ` what it was rounded to.
-        relative_error: f64,
-        /// The part of what the adapter adds that is left: `⟨Ŵ - W, W' - W⟩ / ‖W' - W‖²`, with the
-        /// weight `W` of the base.
-        retention: f64,
-    },
 }
 
 /// One merged layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MergedLayer {
-    /// Its path.
+    /// The path of the layer.
     pub path: String,
-    /// The method of the adapter that was folded in.
+    /// The method of its adapter.
     pub method: String,
     /// The format of the merged weight; none if it is dense.
     pub format: Option<Format>,
-    /// How near the result is.
+    /// The distance from the adapted layer.
     pub exactness: Exactness,
 }
 
-/// What a merge did to the logits of a batch.
+/// The logits of a batch before and after a merge.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
-    /// Logits compared.
+    /// The number of logits compared.
     pub n_logits: usize,
-    /// The largest change that the adapters made to a logit of the base.
+    /// The largest change of a logit of the base by the adapters.
     pub max_adapter_change: f64,
-    /// The largest change that the merge made to a logit of the adapted model.
+    /// The largest change of a logit of the adapted model by the merge.
     pub max_merge_change: f64,
-    /// The part of what the adapters do that is left, `⟨m - b, a - b⟩ / ‖a - b‖²` over the logits `b`
-    /// of the base, `a` of the adapted and `m` of the merged model. 1 is all of it.
+    /// The part of the adapters' change that is kept, `⟨m - b, a - b⟩ / ‖a - b‖²` over the logits `b`
+    /// of the base, `a` of the adapted and `m` of the merged model; 1 if all of it is.
     pub retention: f64,
 }
 
-/// What [`merge`] did, and the fingerprint by which the result is known again.
+/// The result of [`merge`] layer by layer, and the fingerprint of the merged model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
     /// The merged layers.
     pub layers: Vec<MergedLayer>,
     /// The fingerprint of the merged model.
     pub merged: Fingerprint,
-    /// The logits of a batch before and after, if there was one.
+    /// The logits of a batch before and after, from [`merge_probed`].
     pub probe: Option<Probe>,
 }
 
@@ -93,7 +67,7 @@ impl Certificate {
             .all(|layer| layer.exactness == Exactness::Exact)
     }
 
-    /// `exact`, `bounded` or `rounded`: that of the layer that is furthest off.
+    /// `exact`, `bounded` or `rounded`: the weakest of the layers.
     pub fn kind(&self) -> &'static str {
         let is = |kind: fn(&Exactness) -> bool| self.layers.iter().any(|l| kind(&l.exactness));
         if is(|exactness| matches!(exactness, Exactness::Rounded { .. })) {
@@ -105,11 +79,11 @@ impl Certificate {
         }
     }
 
-    /// Checks that `model` is the merged model of this certificate, such as after it was saved and
-    /// loaded again.
+    /// Checks that `model` is the merged model of this certificate, for example after it was saved
+    /// and loaded again.
     ///
     /// # Errors
-    /// [`Error::NotMerged`] if a parameter differs in a bit.
+    /// [`Error::NotMerged`] if a parameter differs in any bit.
     pub fn verify(&self, model: &impl Linears) -> Result<()> {
         let found = Fingerprint::of(model);
         if found == self.merged {
@@ -173,20 +147,56 @@ impl fmt::Display for Certificate {
     }
 }
 
-/// Folds every adapter into its weight; packed weights keep their codes.
+/// Merges every adapter into its weight; packed weights keep their codes.
 ///
 /// # Errors
-/// [`Error::NoAdapters`] if there is nothing to merge, such as after a merge,
-/// [`Error::MergeIntoPacked`] if a packed weight's codes cannot hold the sum, [`Error::Quant`] if it
-/// is not finite. Then the model is as it was.
+/// [`Error::NoAdapters`] if there is nothing to merge, as after a merge,
+/// [`Error::MergeIntoPacked`] if the codes of a packed weight cannot hold the sum, [`Error::Quant`] if
+/// the sum is not finite. The model is then unchanged.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Error, Linear, Linears, Lora, OffGrid, Peqa, Weight};
+/// use quant_core::Rtn;
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Layer {
+/// #     proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Layer {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("proj".into(), &self.proj)]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("proj".into(), &mut self.proj)]
+/// #     }
+/// # }
+///
+/// let weight = Weight::frozen(Tensor::from_floats([[0.5, -1.0], [2.0, 0.25]], &Device::flex()));
+/// let mut model = Layer { proj: Linear::new(weight, None) };
+/// model.proj.quantize("proj", &Rtn::new().with_bits(4), None)?;
+///
+/// peft::attach(&mut model, &Peqa::new())?;
+/// assert!(peft::merge(&mut model)?.is_exact());
+///
+/// peft::attach(&mut model, &Lora::new(1))?;
+/// assert!(matches!(peft::merge(&mut model), Err(Error::MergeIntoPacked { .. })));
+/// let certificate = peft::merge_with(&mut model, OffGrid::Dense)?;
+/// assert_eq!(certificate.kind(), "bounded");
+/// # Ok::<(), peft::Error>(())
+/// ```
 pub fn merge<M: Linears>(model: &mut M) -> Result<Certificate> {
     merge_with(model, OffGrid::Refuse)
 }
 
-/// [`merge`], and what happens where codes cannot hold the sum.
+/// Merges as [`merge`] does, and treats weights whose codes cannot hold the sum as `off_grid` says.
 ///
 /// # Errors
-/// As [`merge`], or what the quantizer has against a sum. Then the model is as it was.
+/// As [`merge`], and those of the quantizer. The model is then unchanged.
 pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certificate> {
     let mut layers = Vec::new();
     let mut weights = BTreeMap::new();
@@ -222,10 +232,10 @@ pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certif
     })
 }
 
-/// [`merge_with`], with the logits of `probe` compared before and after.
+/// Merges as [`merge_with`] does, and compares the logits of `probe` before and after.
 ///
 /// # Errors
-/// As [`merge_with`], or [`Error::Token`] if the model does not have a token of the batch.
+/// As [`merge_with`], and [`Error::Token`] if a token of the batch is not in the vocabulary.
 pub fn merge_probed<M: CausalLm>(
     model: &mut M,
     off_grid: OffGrid,
@@ -246,7 +256,7 @@ pub fn merge_probed<M: CausalLm>(
 
     let change = |a: &[f32], b: &[f32]| {
         let changes = a.iter().zip(b).map(|(&a, &b)| f64::from(a) - f64::from(b));
-        // What is not a number is the largest change.
+        // NaN is the largest change.
         changes.fold(0.0, |most: f64, change| match change.abs() {
             change if change > most || change.is_nan() => change,
             _ => most,

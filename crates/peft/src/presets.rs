@@ -1,6 +1,6 @@
 //! The settings of the papers: base, adapter and training, each with its source.
 //!
-//! What no source gives is marked as ours. Steps, batches and texts are the user's.
+//! Settings without a source are marked as ours. Steps, batches and texts are the user's.
 //!
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
@@ -16,18 +16,18 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Rtn};
+use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Rtn};
 
 use crate::{FitConfig, Lora, Peqa, Pooling, Schedule, Tile};
 
-/// How a paper quantizes, what it trains, and how.
+/// The quantizer, the method and the training of a paper.
 #[derive(Clone, Debug)]
 pub struct Preset<Q, M> {
-    /// Of the base.
+    /// The quantizer of the base.
     pub quantizer: Q,
-    /// What is attached.
+    /// The method that is attached.
     pub method: M,
-    /// How it is trained: rates, clipping and decay; the steps are those of one epoch.
+    /// The training: rates, clipping and decay, for one epoch.
     pub fit: FitConfig,
 }
 
@@ -42,8 +42,8 @@ pub struct Preset<Q, M> {
 /// | gradient norm | clipped at 0.3 | `qlora.py` |
 /// | AdamW | `β₂` 0.999, no decay | `qlora.py` |
 ///
-/// Its warm-up of 3 % of the steps is the user's to set; its schedule there is constant. Pages of
-/// optimizer states are an allocation of CUDA's, which changes no result.
+/// The scripts warm up for 3 % of the steps, which is the user's to set. Paged optimizer states are a
+/// way to allocate them on CUDA, and change no result.
 pub fn qlora() -> Preset<NormalFloat, Lora> {
     Preset {
         quantizer: NormalFloat::new()
@@ -61,15 +61,18 @@ pub fn qlora() -> Preset<NormalFloat, Lora> {
 /// | base | OPTQ, 4 bits, asymmetric, groups of 32, no act-order | paper |
 /// | `r`, `α` | 64, 16 | code |
 /// | pooling | sum | paper; its code has the mean ([`Pooling::Mean`]), whose gradients are 32 times smaller |
-/// | initialization | `A` as Xavier has it, `B` zero | code |
+/// | initialization | `A` by Xavier's rule, `B` zero | code |
 /// | learning rate | 2e-5, constant; 1e-5 from 33 B on | paper |
 /// | gradient norm, AdamW | as QLoRA | code |
 ///
-/// With the mean, 1e-3 to 2e-3 are reported to be needed (qpeft's benchmarks). A layer needs 64 groups
-/// for this rank, 2048 inputs.
+/// With the mean, qpeft's benchmarks report that rates of 1e-3 to 2e-3 are needed. A layer needs 64
+/// groups for this rank, that is 2048 inputs.
 pub fn qa_lora() -> Preset<Optq, Tile> {
     Preset {
-        quantizer: Optq::new().with_bits(4).with_group_size(32),
+        quantizer: Optq::new()
+            .with_bits(4)
+            .with_group_size(32)
+            .with_order(Order::Natural),
         method: Tile::qa_lora(64)
             .with_alpha(16.0)
             .with_pooling(Pooling::Sum),
@@ -93,8 +96,8 @@ pub fn q_bara() -> Preset<NormalFloat, Tile> {
     }
 }
 
-/// QA-HiRA. Its published code has one matrix over tiles of 4 inputs and 8 outputs, no quantized base
-/// and no merge.
+/// QA-HiRA, whose published code has one matrix over tiles of 4 inputs and 8 outputs, no quantized
+/// base and no merge.
 ///
 /// | setting | value | source |
 /// |---|---|---|
@@ -102,7 +105,7 @@ pub fn q_bara() -> Preset<NormalFloat, Tile> {
 /// | tiles | groups of 32 inputs × 1 output, which merge into groups | ours |
 /// | base | as QA-LoRA | ours |
 /// | pooling, `σ` | sum, 1 | ours: the code's mean and 16 / 64 make steps 128 times smaller |
-/// | initialization | zero | ours: what else changes no output |
+/// | initialization | zero | ours: it changes no output |
 /// | learning rate, clipping, AdamW | as QLoRA | run script |
 pub fn qa_hira() -> Preset<Optq, Tile> {
     Preset {
@@ -117,7 +120,7 @@ pub fn qa_hira() -> Preset<Optq, Tile> {
 /// | setting | value | source |
 /// |---|---|---|
 /// | base | rounded to nearest, 4 bits, asymmetric, per channel | paper |
-/// | range | searched for the least error, as OPTQ's code does | ours; the paper is said to take the least squares |
+/// | range | searched for the least error, as in OPTQ's code | ours; the paper is said to minimize squares |
 /// | trained | scales | paper; as logarithms of factors: ours |
 /// | learning rate | 2e-3, linear to zero | ours: relative to a scale, as 2e-5 is to one of 0.01, the rate of EfficientQAT's second phase (Chen et al. 2024, arXiv:2407.11062) |
 pub fn peqa() -> Preset<Rtn, Peqa> {

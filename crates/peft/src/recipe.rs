@@ -4,12 +4,26 @@ use quant_core::{Needs, Quantizer};
 
 use crate::{Batch, Blocks, Error, Result};
 
-/// Which quantizer each projection gets. A [`Quantizer`] is the recipe that gives itself to all.
+/// The choice of a quantizer for each projection. A [`Quantizer`] is the recipe that chooses itself for
+/// all of them.
+///
+/// # Examples
+/// ```
+/// use peft::{PerLayer, Recipe};
+/// use quant_core::Rtn;
+///
+/// assert!(Rtn::new().quantizer("model.layers.0.mlp.up_proj").is_some());
+/// let mut recipe = PerLayer::default();
+/// recipe.0.insert("up".into(), Box::new(Rtn::new().with_bits(3)));
+/// assert!(recipe.quantizer("down").is_none());
+/// let error = peft::check_paths(&recipe, &["down".into()]).unwrap_err();
+/// assert_eq!(error.to_string(), "the model has no projection `up`, which the recipe names");
+/// ```
 pub trait Recipe {
     /// The quantizer of the layer at `path`; none leaves it dense.
     fn quantizer(&self, path: &str) -> Option<&dyn Quantizer>;
 
-    /// The layers that it names, which the model must have; none if it takes what there is.
+    /// The layers that it names, which the model must have; empty for a recipe that names none.
     fn paths(&self) -> Vec<&str> {
         Vec::new()
     }
@@ -21,8 +35,8 @@ impl<Q: Quantizer> Recipe for Q {
     }
 }
 
-/// A quantizer for each layer by its path, such as [`quant_core::allocate`] chose them. Layers that
-/// are not listed stay dense.
+/// A quantizer for each layer by its path, such as from [`quant_core::allocate`]. Layers that are not
+/// listed stay dense.
 #[derive(Default)]
 pub struct PerLayer(pub BTreeMap<String, Box<dyn Quantizer>>);
 
@@ -36,7 +50,7 @@ impl Recipe for PerLayer {
     }
 }
 
-/// Checks layers, formats and calibration, and says what the recipe needs of them.
+/// Checks layers, formats and calibration, and returns the needs of the recipe.
 ///
 /// # Errors
 /// [`Error::NoLayer`] if the recipe names a layer that the model lacks, an error for a layer that is
@@ -71,8 +85,7 @@ pub fn check_recipe<M: Blocks>(
     Ok(needs)
 }
 
-/// Refuses a calibration whose sequences are all the same: as many as there are, they say what one
-/// says.
+/// Refuses a calibration whose sequences are all the same: together they hold no more than one.
 fn check_variety(calibration: &[Batch]) -> Result<()> {
     let mut first: Option<Vec<i64>> = None;
     let mut n = 0;

@@ -14,7 +14,7 @@ use crate::{Error, Linears, Result};
 pub enum Targets {
     /// Every linear layer.
     All,
-    /// Those whose last name is among these.
+    /// The layers whose path ends in one of these names.
     Named(Vec<String>),
 }
 
@@ -31,7 +31,7 @@ impl From<Vec<String>> for Targets {
 }
 
 impl Targets {
-    /// Whether the layer at `path` is meant.
+    /// Whether the layer at `path` is a target.
     pub fn contains(&self, path: &str) -> bool {
         match self {
             Targets::All => true,
@@ -39,7 +39,7 @@ impl Targets {
         }
     }
 
-    /// The paths of the model's layers that are meant.
+    /// The paths of the targets in a model.
     ///
     /// # Errors
     /// [`Error::NoTarget`] if a name matches no layer, or there is none.

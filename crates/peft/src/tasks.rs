@@ -15,17 +15,17 @@ const TENSORS: &str = "task.safetensors";
 const FORMAT_VERSION: u32 = 1;
 const METHOD: &str = "a task pack";
 
-/// A task as what it changes of a packed model: scales and zeros of layers, the codes being those of
-/// the base. Adapters that merge into codes (PEQA, QA-LoRA, QA-HiRA, QA-BLoRA) become one.
+/// A task as the scales and zeros that it changes in a packed model, on the codes of the base.
 ///
-/// In a directory: `task.json` and `task.safetensors`.
+/// Adapters that merge into codes (PEQA, QA-LoRA, QA-HiRA, QA-BLoRA) can become one. A directory of a
+/// task has `task.json` and `task.safetensors`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TaskPack {
     base: Fingerprint,
     layers: BTreeMap<String, Grids>,
 }
 
-/// What a task changes of one layer, `[n_groups, d_out]` each.
+/// The changed scales and zeros of one layer, `[n_groups, d_out]` each.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Grids {
     scales: Option<Vec<f32>>,
@@ -39,12 +39,12 @@ struct Config {
     format_version: u32,
     /// The base whose codes the task shares.
     base: Fingerprint,
-    /// What the task changes of each layer: `scales`, `zeros`.
+    /// The changed parts of each layer: `scales`, `zeros`.
     layers: BTreeMap<String, Vec<String>>,
 }
 
 impl TaskPack {
-    /// The task of the adapters that a packed model wears.
+    /// The task of the adapters of a packed model.
     ///
     /// # Errors
     /// [`Error::NoAdapters`], [`Error::NeedsQuantized`], or [`Error::MergeIntoPacked`] if codes cannot
@@ -60,10 +60,11 @@ impl TaskPack {
             let changed = |before: Vec<f32>, after: Vec<f32>| (before != after).then_some(after);
             let scales = floats(merged.scales());
             let grids = Grids {
-                // Those of a merged layer are floats, also where they were double-quantized.
-                scales: match merged.format() == weight.format() {
-                    true => changed(floats(weight.scales()), scales),
-                    false => Some(scales),
+                // The scales of a merged layer are floats, also where those of the base are codes.
+                scales: if merged.format() == weight.format() {
+                    changed(floats(weight.scales()), scales)
+                } else {
+                    Some(scales)
                 },
                 zeros: match (weight.zeros(), merged.zeros()) {
                     (Some(before), Some(after)) => changed(floats(before), floats(after)),
@@ -71,7 +72,7 @@ impl TaskPack {
                 },
                 dims: weight.layout().grid_shape(),
             };
-            // A layer that the task leaves as it is has no shape in a file.
+            // An unchanged layer has no shape in a file.
             let grids = match (&grids.scales, &grids.zeros) {
                 (None, None) => Grids::default(),
                 _ => grids,
@@ -87,12 +88,12 @@ impl TaskPack {
         })
     }
 
-    /// The base whose codes the task shares.
+    /// The fingerprint of the base whose codes the task shares.
     pub fn base(&self) -> &Fingerprint {
         &self.base
     }
 
-    /// Scales and zeros in the pack.
+    /// The number of scales and zeros.
     pub fn n_values(&self) -> usize {
         let values = self.values().map(|values| values.len());
         values.sum()
@@ -103,8 +104,9 @@ impl TaskPack {
         layers.flat_map(|grids| [&grids.scales, &grids.zeros].into_iter().flatten())
     }
 
-    /// The task rounded to `f16`, half as large in a file, and the largest relative change of a value:
-    /// 2⁻¹¹ at most, where `f16` does not run out of digits.
+    /// The task rounded to `f16`, half as large in a file, and the largest relative change of a value.
+    ///
+    /// The change is at most 2⁻¹¹ for values above the subnormal numbers of `f16`.
     ///
     /// # Errors
     /// [`Error::NotF16`] if a value is too large or too small for `f16`.
@@ -133,7 +135,8 @@ impl TaskPack {
     /// Writes a new directory, whole or not at all.
     ///
     /// # Errors
-    /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`tensor_files::Error::Io`] if it cannot be written.
+    /// [`tensor_files::Error::OutputExists`] if `dir` is not empty, [`tensor_files::Error::Io`] if it
+    /// cannot be written.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
         let names = |grids: &Grids| {
             let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
@@ -164,7 +167,7 @@ impl TaskPack {
     /// Reads a directory.
     ///
     /// # Errors
-    /// If a file is missing or not what it should be, or the tensors are not those that `task.json`
+    /// [`Error::File`] if a file is missing or damaged, or the tensors are not those that `task.json`
     /// lists.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
@@ -215,8 +218,46 @@ impl TaskPack {
     }
 }
 
-/// A packed model and the tasks that it serves, one at a time: to go from one to another is to put
-/// other scales and zeros beside the same codes.
+/// A packed model and the tasks that it serves, one at a time.
+///
+/// To activate a task replaces scales and zeros; the codes stay.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use peft::{Error, Linear, Linears, Peqa, TaskPack, Tasks, Weight};
+/// use quant_core::Rtn;
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Layer {
+/// #     proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Layer {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("proj".into(), &self.proj)]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("proj".into(), &mut self.proj)]
+/// #     }
+/// # }
+///
+/// let weight = Tensor::random([8, 4], Distribution::Default, &Device::flex());
+/// let mut base = Layer { proj: Linear::new(Weight::frozen(weight), None) };
+/// base.proj.quantize("proj", &Rtn::new().with_bits(4), None)?;
+/// let mut tuned = base.clone();
+/// peft::attach(&mut tuned, &Peqa::new())?;
+/// let task = TaskPack::of(&tuned)?;
+///
+/// let mut tasks = Tasks::new(base)?;
+/// tasks.insert("summaries", task)?;
+/// tasks.activate("summaries")?;
+/// assert!(matches!(tasks.activate("titles"), Err(Error::UnknownTask { .. })));
+/// tasks.activate(None)?;
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Tasks<M> {
     model: M,
@@ -226,10 +267,10 @@ pub struct Tasks<M> {
 }
 
 impl<M: Linears> Tasks<M> {
-    /// Serves tasks from this base, which is read once for its fingerprint.
+    /// Tasks of this base, without any yet. Its parameters are read once for the fingerprint.
     ///
     /// # Errors
-    /// [`Error::AlreadyAdapted`] if it wears an adapter.
+    /// [`Error::AlreadyAdapted`] if it has an adapter.
     pub fn new(model: M) -> Result<Self> {
         let mut base = BTreeMap::new();
         for (path, linear) in model.linears() {
@@ -246,11 +287,11 @@ impl<M: Linears> Tasks<M> {
         })
     }
 
-    /// Adds a task, in the place of another of this name, which is returned.
+    /// Adds a task, and returns the one of this name that it replaces.
     ///
     /// # Errors
     /// [`Error::OtherBase`], [`Error::UnknownLayer`], [`Error::NeedsQuantized`] or [`Error::Shape`] if
-    /// it was not made for this base.
+    /// it is for another base.
     pub fn insert(&mut self, name: impl Into<String>, pack: TaskPack) -> Result<Option<TaskPack>> {
         if pack.base != self.fingerprint {
             return Err(Error::OtherBase {
@@ -272,12 +313,12 @@ impl<M: Linears> Tasks<M> {
         self.packs.keys().map(String::as_str)
     }
 
-    /// Makes the model that of the task, or the base with `None`.
+    /// Activates a task, or the base with `None`.
     ///
     /// # Errors
-    /// [`Error::UnknownTask`]; then the model is as it was.
-    pub fn activate(&mut self, name: Option<&str>) -> Result<()> {
-        let pack = match name {
+    /// [`Error::UnknownTask`]. The model is then unchanged.
+    pub fn activate<'a>(&mut self, name: impl Into<Option<&'a str>>) -> Result<()> {
+        let pack = match name.into() {
             None => None,
             Some(name) => match self.packs.get(name) {
                 Some(pack) => Some(pack),
@@ -302,7 +343,7 @@ impl<M: Linears> Tasks<M> {
         Ok(())
     }
 
-    /// The model as it is.
+    /// The model with the active task.
     pub fn model(&self) -> &M {
         &self.model
     }

@@ -1,5 +1,7 @@
-//! The levels of codebook grids. methods.md's sources: bitsandbytes' and LoftQ's code, where the
-//! shipped constants are the standard and not the formula that they came from.
+//! The levels of codebook grids.
+//!
+//! The constants are those of the published code of bitsandbytes and LoftQ, which differ from their
+//! formulas by rounding.
 
 use kernels::TABLE;
 
@@ -56,14 +58,14 @@ pub(crate) const FLOAT4: [f32; TABLE] = {
     let mut k = 0;
     while k < 8 {
         table[k] = twelfths[k] / 12.0;
-        // Not -0: the weight of an empty group is a plain zero.
+        // Positive zero: the weights of a group of zeros are positive zeros.
         table[k + 8] = 0.0 - table[k];
         k += 1;
     }
     table
 };
 
-/// The levels of a normal float of 2, 3 or 4 bits, in order; the rest of the table is not used.
+/// The levels of a normal float of 2, 3 or 4 bits, in ascending order, in the first `2^bits` entries.
 pub(crate) fn normal_float(bits: usize, by_bits: bool) -> [f32; TABLE] {
     let levels: &[f32] = match (bits, by_bits) {
         (2, false) => &NF2,
@@ -84,11 +86,14 @@ pub(crate) fn dynamic_map() -> [f32; 256] {
     for e in 0..7 {
         let n_parts = 1 << e;
         let magnitude = 10f64.powi(e - 6) as f32;
-        // torch.linspace counts from the nearer end, with fused products and sums.
+        // As torch.linspace: from the nearer end, with fused multiply-add.
         let step = (1.0f32 - 0.1) / n_parts as f32;
-        let boundary = |k: i32| match k < (n_parts + 1) / 2 {
-            true => step.mul_add(k as f32, 0.1),
-            false => step.mul_add((k - n_parts) as f32, 1.0),
+        let boundary = |k: i32| {
+            if k < (n_parts + 1) / 2 {
+                step.mul_add(k as f32, 0.1)
+            } else {
+                step.mul_add((k - n_parts) as f32, 1.0)
+            }
         };
         for k in 0..n_parts {
             let level = magnitude * ((boundary(k) + boundary(k + 1)) / 2.0);
@@ -104,8 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn normal_floats_share_the_levels_that_they_share() {
-        // methods.md §2.2: NF3's positive levels are NF4's of the indices 9, 11, 13, 15.
+    fn the_positive_levels_of_nf3_are_levels_of_nf4() {
         for (k, index) in [(4, 9), (5, 11), (6, 13), (7, 15)] {
             assert!((NF3[k] - NF4[index]).abs() < 1e-7);
         }
@@ -113,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dynamic_map_is_as_described() {
+    fn the_dynamic_map_is_bitsandbytes() {
         let map = dynamic_map();
         assert_eq!(map[127], 0.0);
         assert_eq!(map[255], 1.0);

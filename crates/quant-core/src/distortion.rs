@@ -4,14 +4,14 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// The distance of a quantized weight from the dense one.
+/// The distance between a quantized weight and the dense one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Distortion {
-    /// `‖W - Ŵ‖ / ‖W‖`, in Frobenius norms; zero for an exact copy of nothing.
+    /// The relative error `‖W - Ŵ‖ / ‖W‖`, in Frobenius norms; zero if both are equal.
     pub relative: f64,
-    /// Mean squared error.
+    /// The mean squared error.
     pub mse: f64,
-    /// The largest error of an element.
+    /// The largest absolute error of an element.
     pub max_abs: f64,
 }
 
@@ -46,12 +46,14 @@ impl Distortion {
     }
 }
 
-/// The sum of the squares of a tensor's elements, in `f64`: the same bits for any number of threads.
+/// The sum of the squares of a tensor's elements, in `f64`.
+///
+/// The result has the same bits for any number of threads.
 pub fn sum_of_squares<const D: usize>(tensor: Tensor<D>) -> f64 {
     const PART: usize = 1 << 16;
     kernels::with_values(tensor, |values| {
         let squares = |part: &[f32]| {
-            // Sums side by side, for vectors.
+            // Independent sums, which the compiler turns into vectors.
             let mut sums = [0.0f64; 16];
             for chunk in part.chunks(sums.len()) {
                 for (sum, &value) in sums.iter_mut().zip(chunk) {

@@ -1,38 +1,41 @@
-/// What can be wrong with a weight, a format or a packed tensor.
+// Errors name formats and grids, whose functions return errors: the one circle between the files of
+// this crate.
+
+/// An invalid weight, format, packed tensor, Gram matrix or setting.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// No codes of so many bits.
+    /// Codes cannot have this number of bits.
     #[error("codes have 2, 3, 4 or 8 bits, not {bits}")]
     Bits {
-        /// The bits asked for.
+        /// The requested bits.
         bits: usize,
     },
-    /// A group of no inputs.
+    /// The group size is 0.
     #[error("group size 0; use a positive size, or none for one group per channel")]
     EmptyGroup,
-    /// A group of more inputs than there are.
+    /// The group size exceeds the number of inputs.
     #[error(
         "group size {group_size} does not fit {d_in} inputs; use 1 to {d_in}, or none for one group per channel"
     )]
     GroupSize {
-        /// The inputs of a group.
+        /// The requested group size.
         group_size: usize,
         /// The inputs of the weight.
         d_in: usize,
     },
-    /// A weight without elements, or with more bits than can be counted.
-    #[error("a weight of {d_in} x {d_out} cannot be packed")]
+    /// The weight is empty, or its size in bits overflows.
+    #[error("a weight of {d_in} x {d_out} is empty or too large to be packed")]
     Size {
-        /// Inputs.
+        /// The inputs of the weight.
         d_in: usize,
-        /// Outputs.
+        /// The outputs of the weight.
         d_out: usize,
     },
-    /// NaN or infinity.
+    /// A tensor holds a NaN or an infinity.
     #[error("{what} holds {value} at [{row}, {column}]; non-finite values in all: {count}")]
     NonFinite {
-        /// What holds it: the weight, the scales, the zeros.
+        /// The tensor: the weight, the scales, the zeros.
         what: &'static str,
         /// The first such value.
         value: f32,
@@ -40,137 +43,139 @@ pub enum Error {
         row: usize,
         /// Its column, an output.
         column: usize,
-        /// How many there are.
+        /// The number of such values.
         count: usize,
     },
-    /// The values of a group span more than an `f32`, or an `f16` where that is asked for, holds.
-    #[error("output {column} spans {low} to {high} in group {group}, which no scale can step")]
+    /// The scale of a group exceeds the range of `f32`, or of `f16` if scales are rounded to it.
+    #[error("output {column} spans {low} to {high} in group {group}, which overflows its scale")]
     Span {
-        /// The group of inputs.
+        /// The index of the group.
         group: usize,
-        /// The output.
+        /// The index of the output.
         column: usize,
-        /// The smallest value.
+        /// The lower end of the range.
         low: f32,
-        /// The largest value.
+        /// The upper end of the range.
         high: f32,
     },
-    /// A part of a packed tensor that does not fit the others.
+    /// A part of a packed tensor has the wrong length.
     #[error("{what}: expected {expected} values, found {found}")]
     Length {
         /// The part: words, scales, zeros, codes.
         what: &'static str,
-        /// The length that the format asks for.
+        /// The length that the format requires.
         expected: usize,
-        /// The length given.
+        /// The length of the part.
         found: usize,
     },
-    /// A grid that has no codes of so many bits.
+    /// The grid does not exist with this number of bits.
     #[error("there is no {grid} grid of {bits} bits; normal floats have 2, 3 or 4, FP4 has 4")]
     GridBits {
-        /// The bits asked for.
+        /// The requested bits.
         bits: usize,
         /// The grid.
         grid: crate::Grid,
     },
-    /// Scales that cannot be quantized so.
+    /// The double quantization does not fit the format.
     #[error(
-        "{format} with {double_quant:?}: double quantization is for codebook grids, with codes of 2 to 8 bits in blocks of at least one"
+        "{format} with {double_quant}: double quantization needs a codebook grid, codes of 2 to 8 bits, and blocks of at least one scale"
     )]
     DoubleQuant {
         /// The format.
         format: crate::Format,
-        /// How the scales were to be quantized.
+        /// The requested double quantization.
         double_quant: crate::DoubleQuant,
     },
-    /// Scales that are floats where the format has codes, or the other way round.
-    #[error("the scales are not those of the format {format}")]
+    /// The scales are floats where the format requires codes, or codes where it requires floats.
+    #[error("the scales do not fit the format {format}")]
     Scales {
         /// The format.
         format: crate::Format,
     },
-    /// The code of a scale above the last level.
-    #[error("scale code {code}, but there are {n_levels} levels")]
+    /// The code of a scale exceeds the last level.
+    #[error("scale code {code} exceeds the last of {n_levels} levels")]
     ScaleCode {
         /// The code.
         code: u8,
-        /// Levels of a scale.
+        /// The number of levels.
         n_levels: usize,
     },
-    /// An order of inputs that is none.
-    #[error("row {row} takes input {input} of {d_in}, which does not exist or was taken before")]
+    /// The input order is not a permutation.
+    #[error(
+        "row {row} of the input order has input {input} of {d_in}, which does not exist or is repeated"
+    )]
     InputOrder {
-        /// The packed row.
+        /// The index of the packed row.
         row: usize,
-        /// The input.
+        /// The index of the input.
         input: u32,
-        /// Inputs of the weight.
+        /// The inputs of the weight.
         d_in: usize,
     },
-    /// No statistics of the inputs for a quantizer that needs them.
+    /// The quantizer needs a Gram matrix, and there is none.
     #[error("this quantizer needs the Gram of the layer's inputs; calibrate on some text")]
     NoGram,
-    /// No drift for a quantizer that makes up for it.
+    /// The quantizer compensates the drift of inputs, and the Gram matrix has none.
     #[error("this quantizer needs the drift of the inputs; sum it with `update_with_drift`")]
     NoDrift,
-    /// Statistics of nothing.
-    #[error("the Gram has seen no token; calibrate on some text")]
+    /// The Gram matrix is a sum over no tokens.
+    #[error("the Gram is a sum over no tokens; calibrate on some text")]
     EmptyGram,
-    /// A grid to which weights cannot be rounded.
+    /// Weights cannot be rounded to the given scales and zeros.
     #[error(
-        "{what} holds {value} at [{row}, {column}]; weights are rounded to positive scales and whole zeros"
+        "{what} hold {value} at [{row}, {column}]; rounding needs positive scales and integer zeros"
     )]
     NoGrid {
-        /// The scales or the zeros.
+        /// The tensor: the scales or the zeros.
         what: &'static str,
         /// The first such value.
         value: f32,
-        /// Its group.
+        /// Its row, a group.
         row: usize,
-        /// Its output.
+        /// Its column, an output.
         column: usize,
     },
-    /// A Gram without a Cholesky factor.
-    #[error(
-        "the Gram is not that of any inputs: it has no Cholesky factor; calibrate on more text"
-    )]
+    /// The Gram matrix has no Cholesky factor.
+    #[error("the Gram has no Cholesky factor, as a sum over inputs would; calibrate on more text")]
     NotPositive,
-    /// A sum of squares below zero.
-    #[error("the Gram has {value} for the square of input {input}, which no inputs give")]
+    /// The diagonal of the Gram matrix has a negative entry.
+    #[error(
+        "the Gram has {value} as the sum of squares of input {input}, which must not be negative"
+    )]
     NegativeMoment {
-        /// The input.
+        /// The index of the input.
         input: usize,
         /// The entry of the diagonal.
         value: f32,
     },
-    /// One grid for a whole tensor with a search for its range.
+    /// A search for ranges was requested with one grid for the whole tensor.
     #[error(
-        "a grid for the whole tensor takes the full range; search ranges of channels or groups"
+        "one grid for the whole tensor spans the full range; search ranges per channel or group"
     )]
     SearchPerTensor,
-    /// Statistics of another layer.
-    #[error("a Gram of {found} inputs for a weight of {d_in}")]
+    /// The Gram matrix has another number of inputs than the weight.
+    #[error("the Gram has {found} inputs, the weight {d_in}; use that of the same layer")]
     GramSize {
-        /// Inputs of the weight.
+        /// The inputs of the weight.
         d_in: usize,
-        /// Inputs of the Gram.
+        /// The inputs of the Gram matrix.
         found: usize,
     },
-    /// No allocation of bits.
+    /// There is no allocation of bits.
     #[error(transparent)]
     Allocation(#[from] crate::AllocationError),
-    /// A damping or a share outside of 0 to 1.
-    #[error("{value} is no fraction; damping and drift are from 0 to 1")]
+    /// A damping or a fraction of the drift is not between 0 and 1.
+    #[error("{value} is not between 0 and 1, as damping and drift must be")]
     Fraction {
         /// The value.
         value: f64,
     },
-    /// Zeros on a grid that has none, or none on a grid that needs them.
-    #[error("a {grid} grid has {} zeros", if *.found { "no" } else { "one for each scale, but there are no" })]
+    /// There are zeros on a grid that has none, or none on an affine grid.
+    #[error("a {grid} grid has {}", if *.found { "no zeros" } else { "a zero for each scale, but there are none" })]
     Zeros {
         /// The grid.
         grid: crate::Grid,
-        /// Whether there were any.
+        /// Whether there are zeros.
         found: bool,
     },
 }

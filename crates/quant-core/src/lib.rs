@@ -10,17 +10,18 @@
 //! | `s` | `scales` | `[n_groups, d_out]` |
 //! | `z` | `zeros`, the zero-points | `[n_groups, d_out]`, in units of a code |
 //!
-//! | type | what it is |
+//! | item | purpose |
 //! |---|---|
-//! | [`Format`] | bits, group size and [`Grid`]: all that describes a packed weight but its numbers |
+//! | [`Format`] | the bits, group size and [`Grid`] of a packed weight |
 //! | [`QuantTensor`] | a packed weight; its [`matmul`](QuantTensor::matmul) is differentiable |
-//! | [`Quantizer`] | what turns a dense weight into a [`QuantTensor`] |
+//! | [`Quantizer`] | turns a dense weight into a [`QuantTensor`] |
 //! | [`Rtn`] | rounds to the nearest code of a uniform grid |
 //! | [`NormalFloat`] | rounds to the nearest level of a codebook: NF2, NF3, NF4, FP4 |
-//! | [`Optq`] | rounds input by input and feeds the errors back, led by a [`Gram`] |
-//! | [`Distortion`] | what a quantizer cost |
+//! | [`Optq`] | rounds input by input and compensates the errors, using the [`Gram`] matrix of the inputs |
+//! | [`Distortion`] | measures the error of a quantized weight |
 //! | [`allocate`] | chooses a format for each layer under a budget of bytes |
 //!
+//! # Examples
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
 //! use quant_core::{Quantizer, Rtn};

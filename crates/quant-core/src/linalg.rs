@@ -1,5 +1,7 @@
-//! What quantizers and initializations need beside products: the one file that names the linear algebra library. Matrices are row by row; every result has the
-//! same bits for any number of threads: work is split into parts of fixed sizes, one thread to each.
+//! Linear algebra on the host, by faer: Cholesky factors, eigenvectors, singular vectors, products.
+//!
+//! Matrices are row by row. Work is split into parts of fixed sizes, one thread to each, so that
+//! results have the same bits for any number of threads.
 
 use faer::col::ColMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -20,11 +22,11 @@ const BLOCK: usize = 256;
 /// Columns of a part of a product.
 const COLUMNS: usize = 256;
 
-/// Why a matrix has no factor.
+/// A matrix that has no Cholesky factor.
 #[derive(Debug)]
 pub(crate) struct NotPositive;
 
-/// A float that is factored.
+/// The type of a matrix that is factored.
 pub(crate) trait Real: RealField + Copy + Send + Sync {
     fn of(value: f32) -> Self;
     fn is_finite(self) -> bool;
@@ -51,24 +53,38 @@ macro_rules! real {
 real!(f32);
 real!(f64);
 
-/// The inverse of the lower Cholesky factor of `a`, `[n, n]`, symmetric, whose lower triangle is read;
-/// the result is lower triangular, with zeros above.
+/// The inverse of the lower Cholesky factor of a symmetric matrix `a`, `[n, n]`.
 ///
-/// With rows and columns in reverse this is the transposed inverse of OPTQ: `a⁻¹ = Lᵀ⁻¹ L⁻¹`, one
-/// factorization and one inversion where the reference takes three.
+/// Only the lower triangle of `a` is read. The result is lower triangular, with zeros above.
+///
+/// OPTQ needs the Cholesky factor of `a⁻¹ = L⁻ᵀ L⁻¹`. If rows and columns are reversed, that is `L⁻¹`
+/// itself: one factorization and one inversion, where the reference takes three.
 pub(crate) fn inverse_cholesky<T: Real>(mut a: Vec<T>, n: usize) -> Result<Vec<T>, NotPositive> {
     cholesky(&mut a, n)?;
     let mut inverse = vec![T::ZERO; n * n];
     invert_lower(&a, &mut inverse, n);
-    match inverse.par_iter().all(|value| value.is_finite()) {
-        true => Ok(inverse),
-        false => Err(NotPositive),
+    if inverse.par_iter().all(|value| value.is_finite()) {
+        Ok(inverse)
+    } else {
+        Err(NotPositive)
     }
 }
 
-/// The eigenvalues of a symmetric matrix `[n, n]`, whose lower triangle is read, from the smallest to
-/// the largest, and their vectors, `[n, n]`, one in each column. Small matrices: on one thread. `None`
-/// if it does not converge, or `a` is not finite.
+/// The eigenvalues of a symmetric matrix in ascending order, and its eigenvectors.
+///
+/// Runs on one thread, for small matrices. Returns `None` if it does not converge, or if `a` is not
+/// finite.
+///
+/// # Shapes
+/// - `a`: `[n, n]`, of which the lower triangle is read
+/// - eigenvectors: `[n, n]`, one in each column
+///
+/// # Examples
+/// ```
+/// let (values, _) = quant_core::symmetric_eigen(&[2.0, 1.0, 1.0, 2.0], 2).unwrap();
+/// assert!((values[0] - 1.0).abs() < 1e-12 && (values[1] - 3.0).abs() < 1e-12);
+/// assert!(quant_core::symmetric_eigen(&[f64::NAN], 1).is_none());
+/// ```
 pub fn symmetric_eigen(a: &[f64], n: usize) -> Option<(Vec<f64>, Vec<f64>)> {
     if a.iter().any(|value| !value.is_finite()) {
         return None;
@@ -85,9 +101,23 @@ pub fn symmetric_eigen(a: &[f64], n: usize) -> Option<(Vec<f64>, Vec<f64>)> {
     Some((values, vectors))
 }
 
-/// The full singular value decomposition of `a`, `[m, n]`: `k = min(m, n)` left vectors, `[m, k]`, the
-/// singular values from the largest on, and the right vectors, `[n, k]`. On one thread: for `n = 4096`
-/// this takes minutes. `None` if it does not converge, or `a` is not finite.
+/// The full singular value decomposition of a matrix, `a = u diag(s) vᵀ`, as `[u, s, v]`.
+///
+/// Runs on one thread, which takes minutes for `n = 4096`. Returns `None` if it does not converge, or
+/// if `a` is not finite.
+///
+/// # Shapes
+/// - `a`: `[m, n]`
+/// - `u`: `[m, k]`, where `k = min(m, n)`
+/// - `s`: `[k]`, in descending order
+/// - `v`: `[n, k]`
+///
+/// # Examples
+/// ```
+/// let [_, s, _] = quant_core::full_svd(&[0.0, 3.0, 4.0, 0.0], 2, 2).unwrap();
+/// assert!((s[0] - 4.0).abs() < 1e-6 && (s[1] - 3.0).abs() < 1e-6);
+/// assert!(quant_core::full_svd(&[f32::INFINITY], 1, 1).is_none());
+/// ```
 pub fn full_svd(a: &[f32], m: usize, n: usize) -> Option<[Vec<f32>; 3]> {
     if a.iter().any(|value| !value.is_finite()) {
         return None;
@@ -111,8 +141,9 @@ pub fn full_svd(a: &[f32], m: usize, n: usize) -> Option<[Vec<f32>; 3]> {
     Some([u, s, v])
 }
 
-/// The upper triangular `R` with `Rᵀ R = a`, row by row with zeros below: the transposed lower
-/// Cholesky factor of `a`, `[n, n]`, symmetric, whose lower triangle is read.
+/// The upper triangular `R` with `Rᵀ R = a`, with zeros below, for a symmetric matrix `a`, `[n, n]`.
+///
+/// Only the lower triangle of `a` is read.
 pub(crate) fn root(mut a: Vec<f64>, n: usize) -> Result<Vec<f32>, NotPositive> {
     cholesky(&mut a, n)?;
     let mut root = vec![0.0f32; n * n];
@@ -122,13 +153,14 @@ pub(crate) fn root(mut a: Vec<f64>, n: usize) -> Result<Vec<f32>, NotPositive> {
             *value = a[j * n + i] as f32;
         }
     });
-    match root.par_iter().all(|value| value.is_finite()) {
-        true => Ok(root),
-        false => Err(NotPositive),
+    if root.par_iter().all(|value| value.is_finite()) {
+        Ok(root)
+    } else {
+        Err(NotPositive)
     }
 }
 
-/// The lower Cholesky factor in the place of the lower triangle, block column by block column.
+/// Replaces the lower triangle by the lower Cholesky factor, block column by block column.
 fn cholesky<T: Real>(a: &mut [T], n: usize) -> Result<(), NotPositive> {
     let scratch = cholesky_in_place_scratch::<T>(BLOCK, Par::Seq, Default::default());
     let mut memory = MemBuffer::new(scratch);
@@ -154,7 +186,7 @@ fn cholesky<T: Real>(a: &mut [T], n: usize) -> Result<(), NotPositive> {
             let rows = rows.subcols_mut(0, end - start).transpose_mut();
             solve_lower_triangular_in_place(diagonal, rows, Par::Seq);
         });
-        // What is left: `A[i, j] -= L[i, k] L[j, k]ᵀ` for `j <= i`.
+        // The trailing matrix: `A[i, j] -= L[i, k] L[j, k]ᵀ` for `j <= i`.
         let (panel, trailing) = below.split_at_col_mut(end - start);
         let panel = panel.as_ref();
         let chunks = trailing.par_row_chunks_mut(BLOCK).enumerate();
@@ -187,7 +219,7 @@ fn cholesky<T: Real>(a: &mut [T], n: usize) -> Result<(), NotPositive> {
     Ok(())
 }
 
-/// The inverse of a lower triangular matrix: each block of columns by forward substitution.
+/// Inverts a lower triangular matrix, each block of columns by forward substitution.
 fn invert_lower<T: Real>(l: &[T], inverse: &mut [T], n: usize) {
     let l = MatRef::from_row_major_slice(l, n, n);
     let inverse = MatMut::from_row_major_slice_mut(inverse, n, n);
@@ -203,7 +235,7 @@ fn invert_lower<T: Real>(l: &[T], inverse: &mut [T], n: usize) {
     });
 }
 
-/// `c += alpha aᵀ b`, with `a [k, m]` in rows of `a_stride`, `b [k, n]` and `c [m, n]`.
+/// Computes `c += alpha aᵀ b`, with `a [k, m]` in rows of `a_stride`, `b [k, n]` and `c [m, n]`.
 pub(crate) fn add_transposed_product(
     c: &mut [f32],
     a: &[f32],
@@ -226,7 +258,7 @@ pub(crate) fn add_transposed_product(
     });
 }
 
-/// `alpha strictly_lower(d lᵀ) l`, with `l` lower triangular; all `[n, n]`. `d` is used up.
+/// Returns `alpha strictly_lower(d lᵀ) l`, with `l` lower triangular; all are `[n, n]`.
 pub(crate) fn drift_of_factor(mut d: Vec<f32>, l: &[f32], n: usize, alpha: f32) -> Vec<f32> {
     let mut product = vec![0.0; n * n];
     {
@@ -259,7 +291,7 @@ pub(crate) fn drift_of_factor(mut d: Vec<f32>, l: &[f32], n: usize, alpha: f32) 
 mod tests {
     use super::*;
 
-    /// A positive matrix `m mᵀ + I` of made-up numbers.
+    /// A positive definite matrix `m mᵀ + I`.
     fn positive(n: usize) -> Vec<f64> {
         let entry = |i: usize, j: usize| ((i * 37 + j * 101) % 97) as f64 / 97.0 - 0.5;
         let mut a = vec![0.0; n * n];
@@ -274,7 +306,7 @@ mod tests {
 
     #[test]
     fn the_inverse_factor_whitens() {
-        // Blocks, and a part of one.
+        // A block, and a part of one.
         let n = BLOCK + 70;
         let a = positive(n);
         let l = inverse_cholesky(a.clone(), n).unwrap();
@@ -317,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_positive_has_no_factor() {
+    fn an_indefinite_matrix_has_no_factor() {
         let mut a = positive(3);
         a[4] = -1.0;
         assert!(inverse_cholesky(a, 3).is_err());

@@ -5,72 +5,64 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Format, Gram, QuantTensor, Result};
 
-/// What a quantizer must know of a layer's inputs.
+/// The statistics of a layer's inputs that a quantizer needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Needs {
-    /// Nothing: the weight is enough.
+    /// None: the weight is enough.
     Nothing,
-    /// Their [`Gram`].
+    /// The [`Gram`] matrix.
     Gram,
-    /// Their [`Gram`] with its drift from the inputs of the dense model.
+    /// The [`Gram`] matrix with its drift from the inputs of the dense model.
     Drift,
 }
 
 /// A method that turns a dense weight into a packed one.
 pub trait Quantizer {
-    /// The format that the weights will have.
+    /// The format of the quantized weights.
     ///
     /// # Errors
-    /// If the settings make no format; checked before the first weight is touched.
+    /// If the settings are not valid. Callers check this before they quantize the first weight.
     fn format(&self) -> Result<Format>;
 
-    /// What it must know of a layer's inputs.
+    /// The statistics of a layer's inputs that [`quantize`](Self::quantize) needs.
     fn needs(&self) -> Needs {
         Needs::Nothing
     }
 
-    /// Quantizes one weight, `[d_in, d_out]`, onto the weight's device.
+    /// Quantizes a weight, `[d_in, d_out]`, to the weight's device.
     ///
     /// # Errors
-    /// If the weight does not fit the format, it or the Gram holds NaN or infinity, or the Gram is
-    /// missing or of another size.
+    /// If the weight does not fit the format, the weight or the Gram matrix holds a NaN or an
+    /// infinity, or the Gram matrix is missing or has another size.
     fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized>;
 }
 
-impl<Q: Quantizer + ?Sized> Quantizer for Box<Q> {
-    fn format(&self) -> Result<Format> {
-        (**self).format()
-    }
+macro_rules! through_a_pointer {
+    ($pointer:ty) => {
+        impl<Q: Quantizer + ?Sized> Quantizer for $pointer {
+            fn format(&self) -> Result<Format> {
+                (**self).format()
+            }
 
-    fn needs(&self) -> Needs {
-        (**self).needs()
-    }
+            fn needs(&self) -> Needs {
+                (**self).needs()
+            }
 
-    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
-        (**self).quantize(weight, gram)
-    }
+            fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
+                (**self).quantize(weight, gram)
+            }
+        }
+    };
 }
+through_a_pointer!(Box<Q>);
+through_a_pointer!(&Q);
 
-impl<Q: Quantizer + ?Sized> Quantizer for &Q {
-    fn format(&self) -> Result<Format> {
-        (**self).format()
-    }
-
-    fn needs(&self) -> Needs {
-        (**self).needs()
-    }
-
-    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> Result<Quantized> {
-        (**self).quantize(weight, gram)
-    }
-}
-
-/// A quantized weight, and what had to be done for it.
+/// A quantized weight, and notes on exceptions.
 #[derive(Clone, Debug)]
 pub struct Quantized {
     /// The weight.
     pub weight: QuantTensor,
-    /// What did not go by the book; empty where everything did.
+    /// The exceptions from the method; empty if there were none.
     pub notes: Vec<Note>,
 }
 
@@ -83,37 +75,36 @@ impl From<QuantTensor> for Quantized {
     }
 }
 
-/// What happened while a weight was quantized.
+/// An exception from a method while it quantized a weight.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Note {
-    /// Fewer tokens than inputs: directions that no token has seen are rounded at will.
+    /// There were fewer tokens than inputs: some directions of the input space have no activations.
     FewTokens {
-        /// Tokens of the calibration.
+        /// The tokens of the calibration.
         n_tokens: usize,
-        /// Inputs of the layer.
+        /// The inputs of the layer.
         d_in: usize,
     },
-    /// Inputs that were zero in every token; their weights are set to zero.
+    /// Some inputs were zero in every token. Their weights are set to zero.
     DeadInputs {
-        /// How many.
+        /// The number of these inputs.
         n_inputs: usize,
     },
-    /// The Hessian had no Cholesky factor until its damping was raised.
+    /// The damping of the Hessian was raised until it had a Cholesky factor.
     Damped {
-        /// The damping, as a fraction of the mean of the diagonal.
+        /// The raised damping, as a fraction of the mean of the diagonal.
         damping: f64,
     },
-    /// The factor was taken in double precision.
+    /// The Hessian was factored in double precision.
     DoublePrecision,
     /// Small entries of the Hessian's diagonal were raised.
     DiagonalFloor {
-        /// To this fraction of the largest.
+        /// The fraction of the largest entry to which they were raised.
         fraction: f64,
     },
-    /// No factor at all, or errors that grew without end: the weights were rounded to the nearest
-    /// code.
+    /// The weight was rounded to nearest: there was no factor, or errors grew without bound.
     RoundedToNearest,
 }
 

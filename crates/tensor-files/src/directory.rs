@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::error::io;
 use crate::{Error, Result};
 
-/// Makes a directory whose files `write` writes: whole under its name, or not at all.
+/// Makes a directory with the files that `write` writes, atomically.
 ///
 /// The files are written into a hidden directory beside it and flushed to the disk; then that
 /// directory is given its name. A process that is killed before leaves `.NAME.PID.N.tmp` behind,
@@ -51,7 +51,7 @@ fn create_staging(parent: &Path, name: &OsStr) -> Result<PathBuf> {
     }
 }
 
-/// Checks that `dir` can be written by [`write_directory`]: that it is not there, or empty.
+/// Checks that [`write_directory`] can write `dir`: it does not exist, or is empty.
 ///
 /// # Errors
 /// [`Error::OutputExists`], or [`Error::Io`] if it cannot be looked at.
@@ -85,7 +85,7 @@ pub(crate) fn sync_directory(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The hidden name under which something is written before it is given its own.
+/// The hidden name of a file or directory that is being written.
 pub(crate) fn staging_name(name: &OsStr, attempt: usize) -> String {
     format!(
         ".{}.{}.{attempt}.tmp",

@@ -11,7 +11,7 @@ use crate::directory::{staging_name, sync_directory};
 use crate::error::{io, refuse};
 use crate::{Error, Result};
 
-/// Opens a regular file, and says how many bytes it has.
+/// Opens a regular file, and returns its length in bytes.
 pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
     // Before it is opened: opening a pipe waits for its other end.
     let info = fs::metadata(path).map_err(|source| io(path, source))?;
@@ -22,10 +22,10 @@ pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
     Ok((file, info.len()))
 }
 
-/// Bytes by which [`impostor`] knows a file.
+/// The number of bytes that [`impostor`] looks at.
 pub(crate) const IMPOSTOR_BYTES: u64 = 512;
 
-/// What stands in the place of a file, by its first bytes.
+/// The problem with a file that is not the expected one, by its first bytes.
 pub(crate) fn impostor(start: &[u8]) -> Option<&'static str> {
     let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start);
     let text = text.trim_ascii_start();
@@ -47,8 +47,7 @@ pub(crate) fn impostor(start: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// Whether there is something of this name, be it a link that leads nowhere: opening it says what is
-/// wrong.
+/// Whether a file of this name exists, dangling links included: opening it reports the problem.
 pub fn is_there(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok()
 }
@@ -97,7 +96,7 @@ pub fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
     })
 }
 
-/// Writes a JSON file, whole or not at all, in the place of one that is there.
+/// Writes a JSON file atomically, and replaces an existing one.
 ///
 /// # Errors
 /// [`Error::Io`] if it cannot be written.

@@ -1,6 +1,6 @@
 use std::path::{Path, PathBuf};
 
-/// What can be wrong with a file or a directory.
+/// An error about a file or a directory.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,7 +17,7 @@ pub enum Error {
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong, and what to do.
+        /// The problem, and the remedy.
         problem: String,
     },
     /// A tensor that a file does not have.
@@ -35,10 +35,10 @@ pub enum Error {
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// A directory to be written that holds something else.
+    /// An output directory that is not empty.
     #[error("`{path}` exists and is not an empty directory; choose another name or remove it")]
     OutputExists {
         /// The directory.

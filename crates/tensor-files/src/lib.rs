@@ -1,11 +1,31 @@
 //! Safetensors files, JSON files and directories, read with checks and written atomically.
 //!
-//! | item | what it does |
+//! | item | use |
 //! |---|---|
 //! | [`TensorFile`] | reads a safetensors file tensor by tensor |
-//! | [`LazyTensor`], [`write_tensors`] | write one, with one tensor in memory at a time |
-//! | [`read`], [`read_json`], [`write_json`] | the same for small files |
-//! | [`write_directory`] | makes a directory that is complete under its name, or not there |
+//! | [`write_tensors`], [`LazyTensor`] | write one, with one tensor in memory at a time |
+//! | [`read`], [`read_json`], [`write_json`] | read and write small files |
+//! | [`write_directory`] | makes a directory that is complete under its name, or does not exist |
+//!
+//! # Examples
+//!
+//! ```
+//! use tensor_files::{LazyTensor, TensorFile, write_directory, write_tensors};
+//!
+//! let parent = tempfile::tempdir().expect("a temporary directory");
+//! let dir = parent.path().join("model");
+//! write_directory(&dir, |dir| {
+//!     let weight = LazyTensor::floats([2, 2], || vec![0.5, -1.0, 2.0, 0.25]);
+//!     write_tensors(&dir.join("model.safetensors"), [("weight".into(), weight)])
+//! })?;
+//! let mut file = TensorFile::open(&dir.join("model.safetensors"))?;
+//! let (values, shape) = file.floats::<2>("weight")?;
+//! assert_eq!((values[1], shape), (-1.0, [2, 2]));
+//! assert!(file.floats::<2>("bias").is_err());
+//! // Nothing is overwritten.
+//! assert!(write_directory(&dir, |_| Ok::<(), tensor_files::Error>(())).is_err());
+//! # Ok::<(), tensor_files::Error>(())
+//! ```
 
 #![forbid(unsafe_code)]
 

@@ -123,8 +123,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         base.accuracy(&before)
     );
     for (path, linear) in base.linears_mut() {
-        let cost = linear.quantize(&path, &Rtn::new().with_bits(2).with_group_size(GROUP), None)?;
-        println!("{path}: {}", cost.distortion);
+        let report =
+            linear.quantize(&path, &Rtn::new().with_bits(2).with_group_size(GROUP), None)?;
+        println!("{path}: {}", report.error);
     }
     println!(
         "2 bits: {:.1} %; moved: {:.1} %",

@@ -34,7 +34,7 @@ fn a_length_is_in_characters_and_without_the_space() {
 }
 
 #[test]
-fn of_equal_choices_the_first_is_taken() {
+fn the_first_of_equal_choices_is_predicted() {
     let score = item(&["ab", "cd", "ef"], 1)
         .score(&[-3.0, -2.0, -2.0])
         .unwrap();
@@ -56,7 +56,7 @@ fn unlikely_choices_have_probabilities() {
 }
 
 #[test]
-fn what_cannot_be_compared_is_refused() {
+fn likelihoods_that_cannot_be_compared_are_refused() {
     assert!(matches!(item(&[], 0).score(&[]), Err(Error::NoItems)));
     let item = item(&["ab", "cd"], 0);
     let message = item.score(&[-1.0]).unwrap_err().to_string();
@@ -120,7 +120,7 @@ fn an_answer_is_an_index_a_letter_or_a_text() {
 }
 
 #[test]
-fn a_line_says_what_it_lacks() {
+fn the_problem_of_a_record_is_named() {
     let problem = |line| item_of(line, 12).unwrap_err().to_string();
     let cases = [
         (
@@ -133,7 +133,7 @@ fn a_line_says_what_it_lacks() {
         ),
         (
             r#"{"context": "a", "answer": 0}"#,
-            "`items.jsonl`, line 12: no `choices`; give a list of texts",
+            "`items.jsonl`, line 12: no `choices`; give a list of strings",
         ),
         (
             r#"{"context": "a", "choices": ["b"], "answer": 0}"#,
@@ -157,7 +157,7 @@ fn a_line_says_what_it_lacks() {
     );
 }
 
-/// One token for each character, but one for `th`, for ` b` and for two spaces.
+/// One token for each of `th`, ` b` and two spaces, and for each other character.
 fn encode(text: &str) -> Result<Vec<u32>> {
     let mut tokens = Vec::new();
     let mut rest = text;
@@ -200,7 +200,7 @@ fn spaces_of_the_context_go_to_the_continuation() {
 #[test]
 fn a_token_across_the_border_is_cut_by_count() {
     let t = u32::from('t');
-    // `th` is one token, and the context alone is one: the continuation is what comes after it.
+    // `th` is one token, as is the context: the continuation is the tokens after the first.
     let e = u32::from('e');
     assert_eq!(
         encode_pair("t", "he", || Ok(9), encode).unwrap(),
@@ -225,7 +225,7 @@ fn a_context_without_tokens_is_the_prefix() {
         encode_pair("  ", "c", || Ok(9), encode).unwrap(),
         (vec![9], vec![2, c])
     );
-    // The prefix is not read twice.
+    // A prefix with which the continuation begins comes once.
     assert_eq!(
         encode_pair("", "cc", || Ok(c), encode).unwrap(),
         (vec![c], vec![c])
@@ -257,7 +257,7 @@ proptest! {
         let choices = vec!["x"; sums.len()];
         let score = item(&choices, 0).score(&sums).unwrap();
         prop_assert!((score.probabilities.iter().sum::<f64>() - 1.0).abs() < 1e-12);
-        // Of one length, both predictions are one.
+        // Choices of one length have the same predictions.
         prop_assert_eq!(score.predicted, score.predicted_norm);
         let (confidence, _) = score.confidence();
         prop_assert!(score.probabilities.iter().all(|&probability| probability <= confidence));

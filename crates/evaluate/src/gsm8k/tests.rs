@@ -4,11 +4,11 @@ const REFERENCE: &str = "She sold 48/2 = <<48/2=24>>24 clips in May.\n#### 1,072
 
 #[test]
 fn answers_are_extracted_and_compared() {
-    // Text, strict, flexible.
+    // The text, the strict and the flexible answer.
     let cases = [
         ("It is 1,072.\n#### 1,072", Some("1,072"), Some("1,072")),
         ("#### 1072", Some("1072"), Some("1072")),
-        // The period is taken along, and left out of the comparison.
+        // The period is part of the answer, and ignored in the comparison.
         ("So #### 1072.", Some("1072."), Some("1072.")),
         ("#### $1,072", None, Some("$1,072")),
         ("The answer is $1072.", None, Some("$1072.")),
@@ -29,7 +29,7 @@ fn answers_are_extracted_and_compared() {
 }
 
 #[test]
-fn what_is_another_number_is_wrong() {
+fn another_number_is_wrong() {
     for text in [
         "#### -1072",
         "#### 1072.00",
@@ -78,7 +78,7 @@ fn without_a_number_there_is_no_answer() {
 fn normalization_is_that_of_the_harness() {
     let cases = [
         ("a #### b\n#### 1,000.", "1000"),
-        // A comma goes before the period is looked for.
+        // Commas are removed before the period.
         ("72.,", "72"),
         ("5.\n", "5\n"),
         ("5.\n\n", "5.\n\n"),
@@ -119,9 +119,19 @@ fn a_text_ends_at_the_first_stop() {
 }
 
 #[test]
-fn a_line_of_the_data_is_read() {
-    let line = r#"{"question": "How many?", "answer": "Six.\n#### 6", "id": 3}"#;
-    let problem: Problem = serde_json::from_str(line).unwrap();
+fn a_problem_is_read_from_a_record() {
+    let of = |json: &str| {
+        Problem::of(&Record {
+            fields: serde_json::from_str(json).unwrap(),
+            path: std::path::Path::new("test.jsonl").into(),
+            line: 3,
+        })
+    };
+    let problem = of(r#"{"question": "How many?", "answer": "Six.\n#### 6", "id": 3}"#).unwrap();
     assert_eq!(problem.answer, "Six.\n#### 6");
     assert!(is_correct(Some("6"), &problem.answer));
+    assert_eq!(
+        of(r#"{"question": "How many?"}"#).unwrap_err().to_string(),
+        "`test.jsonl`, line 3: missing field `answer`"
+    );
 }

@@ -1,6 +1,6 @@
-//! What an axis spans, and where its ticks are.
+//! The range of an axis and its ticks.
 
-/// The span of an axis, linear or logarithmic.
+/// A linear or logarithmic axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Axis {
     from: f64,
@@ -8,14 +8,15 @@ pub(super) struct Axis {
     pub(super) is_log: bool,
 }
 
-/// Values whose largest is so many times the smallest get a logarithmic axis.
+/// The ratio of the largest to the smallest value above which an axis is logarithmic.
 const LOG_FROM: f64 = 30.0;
-/// What is larger is beyond any axis, and what is smaller than its inverse is 0.
+/// The largest magnitude on an axis; magnitudes below its inverse count as 0.
 const LARGEST: f64 = 1e100;
 
 impl Axis {
-    /// An axis on which these values are, with some room beside them; those that are not finite, or
-    /// beyond any axis, count for nothing.
+    /// An axis that shows the values with some room on both sides.
+    ///
+    /// Values that are not finite or too large are ignored.
     pub(super) fn of(values: impl Iterator<Item = f64>) -> Self {
         let known = values.filter(|value| value.abs() <= LARGEST);
         let known = known.map(|value| {
@@ -41,13 +42,15 @@ impl Axis {
             };
         }
         let (middle, half) = ((least + most) / 2.0, (most - least) / 2.0);
-        let half = match (least == most, middle == 0.0) {
-            (false, _) => (half * 1.12).max(middle.abs() * 1e-6),
-            (true, false) => middle.abs() * 0.1,
-            (true, true) => 0.5,
+        let half = if least != most {
+            (half * 1.12).max(middle.abs() * 1e-6)
+        } else if middle != 0.0 {
+            middle.abs() * 0.1
+        } else {
+            0.5
         };
         let from = middle - half;
-        // No room below 0 for what cannot be there.
+        // An axis of values that are not negative begins at 0 or above.
         let from = if least >= 0.0 { from.max(0.0) } else { from };
         Self::linear(from, middle + half)
     }
@@ -60,20 +63,22 @@ impl Axis {
         }
     }
 
-    /// Where a value is, from 0 at the left to 1 at the right; at an end, if it is beyond.
+    /// The position of a value, from 0 at the left to 1 at the right, clamped to the axis.
     pub(super) fn place(&self, value: f64) -> f64 {
-        let place = match self.is_log {
-            true => (value / self.from).ln() / (self.to / self.from).ln(),
-            false => (value - self.from) / (self.to - self.from),
+        let place = if self.is_log {
+            (value / self.from).ln() / (self.to / self.from).ln()
+        } else {
+            (value - self.from) / (self.to - self.from)
         };
         place.clamp(0.0, 1.0)
     }
 
-    /// Values and labels of about `n` ticks, from left to right.
+    /// The values and labels of about `n` ticks, from left to right.
     pub(super) fn ticks(&self, n: usize) -> Vec<(f64, String)> {
-        match self.is_log {
-            true => self.powers(n),
-            false => self.steps(n),
+        if self.is_log {
+            self.powers(n)
+        } else {
+            self.steps(n)
         }
     }
 
@@ -92,11 +97,12 @@ impl Axis {
         let decimals = (-power).max(0) as usize;
         let (first, last) = ((self.from / step).ceil(), (self.to / step).floor());
         let labelled = |at: usize| {
-            // Not -0, which is written with its sign.
+            // Adding 0 turns -0, which prints its sign, into 0.
             let value = (first + at as f64) * step + 0.0;
-            let label = match value != 0.0 && (value.abs() >= 1e6 || decimals > 6) {
-                true => format!("{value:.2e}"),
-                false => format!("{value:.*}", decimals.min(6)),
+            let label = if value != 0.0 && (value.abs() >= 1e6 || decimals > 6) {
+                format!("{value:.2e}")
+            } else {
+                format!("{value:.*}", decimals.min(6))
             };
             (value, label)
         };
@@ -122,13 +128,13 @@ impl Axis {
         let few = candidates.iter().find(|values| values.len() <= n);
         let values = few.unwrap_or(&candidates[2]);
         let stride = values.len().div_ceil(n.max(1)).max(1);
-        let labelled = |&value: &f64| match (1e-4..1e5).contains(&value) {
-            // A product of a digit and a power of ten, which may be off in its last place.
-            true => {
-                let decimals = (-value.log10().floor()).max(0.0) as usize;
-                (value, format!("{value:.decimals$}"))
+        let labelled = |&value: &f64| {
+            if !(1e-4..1e5).contains(&value) {
+                return (value, format!("{value:.0e}"));
             }
-            false => (value, format!("{value:.0e}")),
+            // The product of a digit and a power of ten may be off in its last bit.
+            let decimals = (-value.log10().floor()).max(0.0) as usize;
+            (value, format!("{value:.decimals$}"))
         };
         values.iter().step_by(stride).map(labelled).collect()
     }
@@ -185,7 +191,6 @@ mod tests {
             let ticks = axis.ticks(5);
             prop_assert!((1..=6).contains(&ticks.len()));
             for (value, label) in ticks {
-                // The label is the value.
                 let read: f64 = label.parse().unwrap();
                 prop_assert!((read - value).abs() <= 1e-9 * value.abs().max(1.0), "{} {}", label, value);
             }

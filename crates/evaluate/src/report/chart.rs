@@ -1,4 +1,4 @@
-//! A report as a chart: panels in a grid, one for each metric of a protocol.
+//! Reports as charts: a grid of panels, one for each metric of a protocol.
 
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -7,28 +7,29 @@ use super::axis::Axis;
 use super::{Measurement, Report, Row, label};
 use crate::statistics::Estimate;
 
-/// Pixels of the font, of which the backend draws 1 / 1.24.
+/// The size of the font in pixels.
 const FONT: f64 = 16.0;
 const TITLE_FONT: f64 = 22.0;
+/// The ratio of the size that the SVG backend draws to the size of the font.
 const DRAWN: f64 = 1.0 / 1.24;
 
 const MARGIN: i32 = 28;
 const TITLE: i32 = 44;
-/// The line above a panel.
+/// The height of the line above a panel.
 const HEADER: i32 = 30;
 const ROW: i32 = 24;
-/// Ticks and the name of the axis.
+/// The height of the ticks and of the name of the axis.
 const FOOTER: i32 = 50;
 const GAP: i32 = 30;
-/// Between the names, the points and the values of a panel.
+/// The space between the names, the points and the values of a panel.
 const PAD: i32 = 14;
 
 const TEXT: RGBColor = RGBColor(0x22, 0x22, 0x22);
 const FAINT: RGBColor = RGBColor(0x66, 0x66, 0x66);
 const GRID: RGBColor = RGBColor(0xe2, 0xe2, 0xe2);
 
-/// Okabe and Ito's, which most people tell apart; not their yellow, which is too light.
-const COLOURS: [RGBColor; 7] = [
+/// The palette of Okabe and Ito, legible for the color-blind, without its light yellow.
+const COLORS: [RGBColor; 7] = [
     RGBColor(0x00, 0x72, 0xb2),
     RGBColor(0xd5, 0x5e, 0x00),
     RGBColor(0x00, 0x9e, 0x73),
@@ -41,7 +42,7 @@ const COLOURS: [RGBColor; 7] = [
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
-/// What all panels share.
+/// The layout that all panels share.
 struct Layout<'a> {
     models: Vec<&'a str>,
     panel: i32,
@@ -56,14 +57,23 @@ impl Layout<'_> {
         (left + self.names + PAD, right - PAD)
     }
 
-    /// Where a value is on the axis of a panel.
+    /// The horizontal position of a value in a panel.
     fn x(&self, axis: &Axis, left: i32, value: f64) -> i32 {
         let (from, to) = self.span(left);
         from + (axis.place(value) * f64::from(to - from)).round() as i32
     }
 }
 
-pub(super) fn svg(report: &Report) -> String {
+impl Report {
+    /// The report as a chart in SVG: a panel for each metric, a point and an interval for each model.
+    ///
+    /// An axis is logarithmic if its values span more than a factor of 30.
+    pub fn to_svg(&self) -> String {
+        svg(self)
+    }
+}
+
+fn svg(report: &Report) -> String {
     let rows = report.rows();
     let (n_columns, panel) = match rows.len() {
         0..=3 => (1, 760),
@@ -115,7 +125,7 @@ pub(super) fn svg(report: &Report) -> String {
         }
         area.present()
     };
-    draw(&mut svg).expect("a string takes what is drawn");
+    draw(&mut svg).expect("writing to a string");
     svg
 }
 
@@ -143,17 +153,17 @@ fn draw_panel<'a>(
     measurements.sort_by_key(|(of, _)| order(of));
     for (at, (of, value)) in measurements.iter().enumerate() {
         let y = top + ROW * at as i32 + ROW / 2 - 4;
-        let colour = COLOURS[order(of).unwrap_or(0) % COLOURS.len()];
+        let color = COLORS[order(of).unwrap_or(0) % COLORS.len()];
         let name = shortened(&of.model, f64::from(layout.names));
         let end = left + layout.names;
         text(area, &name, (end, y), HPos::Right, &TEXT)?;
         text(area, value, (right, y), HPos::Right, &TEXT)?;
-        draw_estimate(area, of, y, colour, |value| layout.x(&axis, left, value))?;
+        draw_estimate(area, of, y, color, |value| layout.x(&axis, left, value))?;
     }
     Ok(())
 }
 
-/// Ticks, and the name of the axis, below the measurements of a panel.
+/// Draws the ticks and the name of the axis below the measurements of a panel.
 fn draw_axis<'a>(
     area: &Area<'a>,
     layout: &Layout<'_>,
@@ -164,7 +174,7 @@ fn draw_axis<'a>(
     let x = |value| layout.x(axis, left, value);
     let (from, to) = layout.span(left);
     let bottom = top + ROW * row.measurements.len() as i32;
-    // As many ticks as have room for their labels.
+    // The largest number of ticks whose labels do not overlap.
     let apart = |ticks: &Vec<(f64, String)>| {
         let half = |label: &str| (width(label) / 2.0) as i32 + 4;
         let mut pairs = ticks.windows(2);
@@ -178,50 +188,51 @@ fn draw_axis<'a>(
         text(area, &tick, (x, bottom + 12), HPos::Center, &FAINT)?;
     }
     area.draw(&PathElement::new([(from, bottom), (to, bottom)], FAINT))?;
-    let better = match row.lower_is_better {
-        true => "lower",
-        false => "higher",
+    let better = if row.lower_is_better {
+        "lower"
+    } else {
+        "higher"
     };
     let scale = if axis.is_log { ", log scale" } else { "" };
     let about = format!(" ({better} is better{scale})");
     let room = f64::from(layout.panel) - width(&about);
     let name = shortened(row.metric, room) + &about;
-    // Under the middle of the axis, unless it would leave the panel there.
+    // Centered below the axis, but inside of the panel.
     let half = (width(&name) / 2.0).ceil() as i32;
     let half = half.min(layout.panel / 2);
     let middle = ((from + to) / 2).clamp(left + half, left + layout.panel - half);
     text(area, &name, (middle, bottom + 34), HPos::Center, &TEXT)
 }
 
-/// A point and its whisker.
+/// Draws a point and its interval.
 fn draw_estimate<'a>(
     area: &Area<'a>,
     of: &Measurement,
     y: i32,
-    colour: RGBColor,
+    color: RGBColor,
     x: impl Fn(f64) -> i32,
 ) -> Drawn<'a> {
     let estimate = &of.estimate;
     if label::has_interval(estimate) {
         let (lower, upper) = (x(estimate.lower), x(estimate.upper));
-        let thick = colour.stroke_width(2);
+        let thick = color.stroke_width(2);
         area.draw(&PathElement::new([(lower, y), (upper, y)], thick))?;
         for end in [lower, upper] {
             area.draw(&PathElement::new([(end, y - 5), (end, y + 5)], thick))?;
         }
     }
     if estimate.value.is_finite() {
-        area.draw(&Circle::new((x(estimate.value), y), 5, colour.filled()))?;
+        area.draw(&Circle::new((x(estimate.value), y), 5, color.filled()))?;
     }
     Ok(())
 }
 
-/// About how wide a text is, in pixels.
+/// The approximate width of a text in pixels.
 fn width(text: &str) -> f64 {
     label::width(text, FONT * DRAWN)
 }
 
-/// A name on one line, no wider than there is room.
+/// A name on one line, shortened to a width of `room` pixels.
 fn shortened(name: &str, room: f64) -> String {
     label::shortened(&label::one_line(name), FONT * DRAWN, room)
 }
@@ -235,7 +246,7 @@ fn values(row: &Row<'_>) -> Vec<String> {
         .collect()
 }
 
-/// The values that an axis has to show of a measurement.
+/// The values of a measurement that its axis must include.
 fn ends(of: &Measurement) -> [f64; 3] {
     let Estimate {
         value,
@@ -243,9 +254,10 @@ fn ends(of: &Measurement) -> [f64; 3] {
         upper,
         ..
     } = of.estimate;
-    match label::has_interval(&of.estimate) {
-        true => [value, lower, upper],
-        false => [value; 3],
+    if label::has_interval(&of.estimate) {
+        [value, lower, upper]
+    } else {
+        [value; 3]
     }
 }
 
@@ -254,9 +266,9 @@ fn text<'a>(
     text: &str,
     at: (i32, i32),
     side: HPos,
-    colour: &RGBColor,
+    color: &RGBColor,
 ) -> Drawn<'a> {
-    let style = ("sans-serif", FONT).into_font().color(colour);
+    let style = ("sans-serif", FONT).into_font().color(color);
     let style = style.pos(Pos::new(side, VPos::Center));
     area.draw(&Text::new(text.to_string(), at, style))
 }

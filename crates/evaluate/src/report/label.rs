@@ -1,8 +1,8 @@
-//! Numbers and names as a reader wants to see them.
+//! Numbers and names in readable form.
 
 use crate::statistics::Estimate;
 
-/// A number with so many decimals, or in powers of ten where that would be unreadable.
+/// A number with `decimals`, or in scientific notation if it is very large or small.
 pub(super) fn number(value: f64, decimals: usize) -> String {
     match value.abs() {
         size if size >= 1e7 && size.is_finite() => format!("{value:.3e}"),
@@ -11,30 +11,28 @@ pub(super) fn number(value: f64, decimals: usize) -> String {
     }
 }
 
-/// The decimals that estimates of one metric need at most.
+/// The largest number of decimals that estimates of one metric need.
 ///
-/// Four digits of a value but not more than three decimals, or as many as give half of an interval two
-/// digits.
+/// An estimate needs four digits but at most three decimals, or as many decimals as give half of its
+/// interval two digits.
 pub(super) fn decimals<'a>(estimates: impl Iterator<Item = &'a Estimate>) -> usize {
     estimates.map(own_decimals).max().unwrap_or(0)
 }
 
-/// The value with so many decimals, but not many more than it needs itself.
+/// The value with `decimals`, but at most one more than it needs itself.
 pub(super) fn value(estimate: &Estimate, decimals: usize) -> String {
     number(estimate.value, decimals.min(own_decimals(estimate) + 1))
 }
 
-/// The value as by [`value`], and its interval; one item has none.
+/// The value as by [`value`], and its interval if it has one.
 pub(super) fn with_interval(estimate: &Estimate, decimals: usize) -> String {
     let decimals = decimals.min(own_decimals(estimate) + 1);
     let value = number(estimate.value, decimals);
-    match has_interval(estimate) {
-        true => {
-            let ends = [estimate.lower, estimate.upper].map(|end| number(end, decimals));
-            format!("{value} [{}]", ends.join(", "))
-        }
-        false => value,
+    if !has_interval(estimate) {
+        return value;
     }
+    let ends = [estimate.lower, estimate.upper].map(|end| number(end, decimals));
+    format!("{value} [{}]", ends.join(", "))
 }
 
 pub(super) fn has_interval(estimate: &Estimate) -> bool {
@@ -52,15 +50,15 @@ fn own_decimals(estimate: &Estimate) -> usize {
         (digits - 1 - magnitude).clamp(0, 6) as usize
     };
     let half = (estimate.upper - estimate.lower) / 2.0;
-    match has_interval(estimate) && half > 0.0 {
-        true => for_digits(estimate.value, 4)
-            .min(3)
-            .max(for_digits(half, 2)),
-        false => for_digits(estimate.value, 4),
+    let of_value = for_digits(estimate.value, 4);
+    if has_interval(estimate) && half > 0.0 {
+        of_value.min(3).max(for_digits(half, 2))
+    } else {
+        of_value
     }
 }
 
-/// A name on one line, without what XML and terminals do not take.
+/// A name on one line, without characters that are invalid in XML or control a terminal.
 pub(super) fn one_line(name: &str) -> String {
     let space = |c: char| if c.is_control() { ' ' } else { c };
     let known = name
@@ -70,12 +68,12 @@ pub(super) fn one_line(name: &str) -> String {
     line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// What stands for the direction of a metric.
+/// The arrow that points in the better direction of a metric.
 pub(super) fn arrow(lower_is_better: bool) -> char {
     if lower_is_better { '↓' } else { '↑' }
 }
 
-/// About how wide a text is in a font of so many pixels; rather too wide, for the font is not known.
+/// An upper estimate of the width of a text in an unknown font of `size` pixels.
 pub(super) fn width(text: &str, size: f64) -> f64 {
     let part = |c: char| match c {
         'i' | 'j' | 'l' | 'I' | '.' | ',' | ':' | ';' | '|' | '\'' | '!' => 0.34,
@@ -88,20 +86,20 @@ pub(super) fn width(text: &str, size: f64) -> f64 {
     text.chars().map(part).sum::<f64>() * size
 }
 
-/// A text that is about so wide at most: what is too much goes from its middle.
+/// A text shortened in its middle to a width of about `room` pixels.
 pub(super) fn shortened(text: &str, size: f64, room: f64) -> String {
     if width(text, size) <= room {
         return text.into();
     }
     let characters: Vec<char> = text.chars().collect();
-    // Names of one family differ at their ends as often as at their beginnings.
+    // Names of models differ at their ends as often as at their beginnings.
     let cut = |kept: usize| {
         let head: String = characters[..kept.div_ceil(2)].iter().collect();
         let tail: String = characters[characters.len() - kept / 2..].iter().collect();
         format!("{}…{}", head.trim_end(), tail.trim_start())
     };
     let fits = |&kept: &usize| width(&cut(kept), size) <= room;
-    // No letter is narrower than a third of the size.
+    // No character is narrower than 0.3 of the size.
     let most = (room.max(0.0) / (size * 0.3)) as usize;
     let most = most.min(characters.len());
     cut((0..most).rev().find(fits).unwrap_or(0))
@@ -121,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn digits_are_what_the_interval_leaves() {
+    fn the_interval_sets_the_digits() {
         let show = |estimate| with_interval(&estimate, 6);
         let own = |estimate: Estimate| with_interval(&estimate, decimals([&estimate].into_iter()));
         assert_eq!(own(estimate(7.20144, 7.1, 7.3, 9)), "7.201 [7.100, 7.300]");
@@ -145,12 +143,12 @@ mod tests {
             own(estimate(5e9, 4e9, 6e9, 9)),
             "5.000e9 [4.000e9, 6.000e9]"
         );
-        // One item has no spread, a certain one has.
+        // One item has no interval, several equal ones have.
         assert_eq!(own(estimate(7.20144, 7.20144, 7.20144, 1)), "7.201");
         assert_eq!(own(estimate(1.0, 1.0, 1.0, 50)), "1.000 [1.000, 1.000]");
         assert_eq!(own(estimate(f64::INFINITY, 1.0, f64::INFINITY, 50)), "inf");
         assert_eq!(own(estimate(f64::NAN, f64::NAN, f64::NAN, 50)), "NaN");
-        // What another model needs does not make many digits of few.
+        // Decimals of another model add at most one digit.
         assert_eq!(
             show(estimate(12345.6, 12000.0, 13000.0, 9)),
             "12345.6 [12000.0, 13000.0]"

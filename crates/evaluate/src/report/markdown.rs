@@ -1,29 +1,34 @@
-//! A report as Markdown that also reads well in a terminal.
+//! Reports as Markdown that is readable as plain text.
 
 use std::fmt::Write as _;
 
 use super::{Report, label};
 
-pub(super) fn markdown(report: &Report) -> String {
-    let mut text = format!("# {}\n", escaped(&report.title));
-    if !report.settings.is_empty() {
+impl Report {
+    /// The report as Markdown: title, settings, and a table with a column for each model.
+    ///
+    /// A cell has a value and its interval, with as many digits as the interval makes significant; one
+    /// item has no interval. Names are escaped.
+    pub fn to_markdown(&self) -> String {
+        let mut text = format!("# {}\n", escaped(&self.title));
+        if !self.settings.is_empty() {
+            text.push('\n');
+        }
+        for (name, value) in &self.settings {
+            writeln!(text, "* {}: {}", escaped(name), escaped(value)).expect("writing to a string");
+        }
+        if self.measurements.is_empty() {
+            return text;
+        }
         text.push('\n');
+        text.push_str(&table(&cells(self)));
+        text.push_str("\n↓: lower is better, ↑: higher is better.");
+        let mut estimates = self.measurements.iter().map(|of| &of.estimate);
+        if estimates.any(label::has_interval) {
+            text.push_str(" In brackets: the confidence interval.");
+        }
+        text + "\n"
     }
-    for (name, value) in &report.settings {
-        writeln!(text, "* {}: {}", escaped(name), escaped(value)).expect("writing to a string");
-    }
-    if report.measurements.is_empty() {
-        return text;
-    }
-    text.push('\n');
-    text.push_str(&table(&cells(report)));
-    let estimates = || report.measurements.iter().map(|of| &of.estimate);
-    let note = match estimates().any(label::has_interval) {
-        true => "↓: lower is better, ↑: higher is better. In brackets: the confidence interval.",
-        false => "↓: lower is better, ↑: higher is better.",
-    };
-    writeln!(text, "\n{note}").expect("writing to a string");
-    text
 }
 
 fn cells(report: &Report) -> Vec<Vec<String>> {
@@ -45,9 +50,10 @@ fn cells(report: &Report) -> Vec<Vec<String>> {
             let of_model = row.measurements.iter().filter(|of| of.model == **model);
             let text = of_model.map(|of| label::with_interval(&of.estimate, decimals));
             let found: Vec<String> = text.collect();
-            cells.push(match found.is_empty() {
-                true => "-".into(),
-                false => found.join(" / "),
+            cells.push(if found.is_empty() {
+                "-".into()
+            } else {
+                found.join(" / ")
             });
         }
         rows.push(cells);
@@ -55,7 +61,7 @@ fn cells(report: &Report) -> Vec<Vec<String>> {
     rows
 }
 
-/// The table of these rows, whose first is the header: two columns of names, and numbers.
+/// A table of rows, the first of which is the header: two columns of names, then numbers.
 fn table(rows: &[Vec<String>]) -> String {
     let n_columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..n_columns)
@@ -67,20 +73,24 @@ fn table(rows: &[Vec<String>]) -> String {
     let mut text = String::new();
     let mut line = |row: &[String]| {
         for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            match column < 2 {
-                true => write!(text, "| {cell:<width$} "),
-                false => write!(text, "| {cell:>width$} "),
-            }
-            .expect("writing to a string");
+            let written = if column < 2 {
+                write!(text, "| {cell:<width$} ")
+            } else {
+                write!(text, "| {cell:>width$} ")
+            };
+            written.expect("writing to a string");
         }
         text.push_str("|\n");
     };
     for (at, row) in rows.iter().enumerate() {
         line(row);
         if at == 0 {
-            let rule = |(column, &width): (usize, &usize)| match column < 2 {
-                true => "-".repeat(width),
-                false => "-".repeat(width.saturating_sub(1)) + ":",
+            let rule = |(column, &width): (usize, &usize)| {
+                if column < 2 {
+                    "-".repeat(width)
+                } else {
+                    "-".repeat(width.saturating_sub(1)) + ":"
+                }
             };
             line(&widths.iter().enumerate().map(rule).collect::<Vec<_>>());
         }
@@ -88,7 +98,7 @@ fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// A name on one line that means itself: no markup, no entity, no border of a cell.
+/// A name on one line, with markup, entities and borders of cells escaped.
 fn escaped(name: &str) -> String {
     let characters: Vec<char> = label::one_line(name).chars().collect();
     let mut text = String::new();
@@ -100,7 +110,7 @@ fn escaped(name: &str) -> String {
         match c {
             '<' => text.push_str("&lt;"),
             '&' => text.push_str("&amp;"),
-            // Inside of a word, as in `q_proj`, it marks nothing.
+            // Inside of a word, as in `q_proj`, an underscore is no markup.
             '_' if beside(at.checked_sub(1)) && beside(Some(at + 1)) => text.push(c),
             '\\' | '|' | '`' | '*' | '_' | '[' | '~' => text.extend(['\\', c]),
             _ => text.push(c),

@@ -1,4 +1,4 @@
-//! Pairs of names and values as an object that keeps their order.
+//! Serializes pairs of names and values as an object in their order.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ pub(super) fn serialize<S: Serializer>(
     settings: &[(String, String)],
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    // One name twice is no object that others could read.
+    // Many parsers refuse an object with a repeated name.
     let is_last = |at: usize| {
         settings[at + 1..]
             .iter()

@@ -44,7 +44,7 @@ fn two_models() -> Report {
     report
 }
 
-/// The texts of an SVG, after checking that its tags are closed and its entities known.
+/// The texts of an SVG, checked for closed tags and known entities.
 fn texts(svg: &str) -> Vec<String> {
     let (mut open, mut texts, mut rest) = (Vec::new(), Vec::new(), svg);
     while let Some(at) = rest.find('<') {
@@ -148,7 +148,7 @@ fn names_do_not_break_the_table() {
 }
 
 #[test]
-fn two_measurements_of_one_thing_are_both_shown() {
+fn repeated_measurements_are_all_shown() {
     let mut report = two_models();
     let again = measurement("arc", "acc", "bf16", estimate(0.25, 0.25, 0.25, 1));
     report.measurements.push(again);
@@ -193,9 +193,9 @@ fn json_has_a_version_and_is_read_back() {
     let newer = json.replace("\"format_version\": 1", "\"format_version\": 2");
     assert_eq!(
         problem(&newer),
-        "not a report: its format_version is 2, known is 1"
+        "not a report: format_version is 2, expected 1"
     );
-    assert_eq!(problem("{}"), "not a report: it has no format_version");
+    assert_eq!(problem("{}"), "not a report: no format_version");
     assert!(problem(r#"{"format_version": 1}"#).contains("missing field"));
     assert!(problem("[").starts_with("not a report: EOF"));
 }

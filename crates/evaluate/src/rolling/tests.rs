@@ -5,7 +5,7 @@ use super::*;
 
 const BOS: u32 = 1000;
 
-/// The windows by the slices of `lm_eval/utils.py`: what is read, and what is predicted.
+/// The tokens read and predicted in each window, by the slices of `lm_eval/utils.py`.
 fn reference(tokens: &[u32], prefix: u32, max_len: usize) -> Vec<(Vec<u32>, Vec<u32>)> {
     if tokens.is_empty() {
         return Vec::new();
@@ -74,7 +74,7 @@ fn llama_cpp_scores_the_second_half() {
     let windows = llama_cpp_windows(&tokens, 8, Some(BOS)).unwrap();
     assert_eq!(windows.len(), 2);
     assert_eq!(windows[1].tokens, [BOS, 9, 10, 11, 12, 13, 14, 15]);
-    // The outputs at places 4, 5 and 6 predict those at 5, 6 and 7.
+    // The outputs at 4, 5 and 6 predict the tokens at 5, 6 and 7.
     assert_eq!(windows[1].targets(), [13, 14, 15]);
     assert_eq!(windows[1].losses(), 4..7);
     let plain = llama_cpp_windows(&tokens, 9, None).unwrap();
@@ -95,7 +95,7 @@ fn llama_cpp_scores_255_of_512() {
             n_ctx: 512
         }
     ));
-    assert!(error.to_string().contains("two windows, 1024:"), "{error}");
+    assert!(error.to_string().contains("two windows of 512;"), "{error}");
     assert_eq!(llama_cpp_windows(&[5; 6], 3, None).unwrap()[0].scored, 2..3);
     assert!(matches!(
         llama_cpp_windows(&[5; 6], 2, None),
@@ -106,7 +106,7 @@ fn llama_cpp_scores_255_of_512() {
 #[test]
 fn a_long_context_loses_its_beginning() {
     let window = ScoredWindow::after(&[1, 2, 3, 4], &[5, 6], 4).unwrap();
-    // Four are read, 2 to 5, and 6 is predicted.
+    // Four tokens are read, 2 to 5, and 6 is predicted.
     assert_eq!(
         (&window.tokens[..], window.scored),
         (&[2, 3, 4, 5, 6][..], 3..5)

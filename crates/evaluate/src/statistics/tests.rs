@@ -53,7 +53,7 @@ fn nineteen_intervals_of_twenty_hold_the_mean() {
         found.lower <= 0.0 && 0.0 <= found.upper
     };
     let n_held = (0..300).filter(|&seed| holds(seed)).count();
-    // 285 expected, and a little less of the percentile method; the standard deviation is 4.
+    // 285 are expected, slightly fewer by the percentile method; the standard deviation is 4.
     assert!((270..=296).contains(&n_held), "{n_held}");
 }
 
@@ -74,7 +74,7 @@ fn a_ratio_is_of_sums_and_draws_items_whole() {
 }
 
 #[test]
-fn the_seed_decides() {
+fn the_seed_sets_the_resamples() {
     let items = normals(1, 50);
     let of = |seed| Bootstrap::new().with_seed(seed).mean(&items).unwrap();
     assert_eq!(of(5), of(5));
@@ -98,7 +98,7 @@ fn a_monotone_function_keeps_the_interval() {
 }
 
 #[test]
-fn what_has_no_statistic_is_refused() {
+fn invalid_items_and_settings_are_refused() {
     let bootstrap = Bootstrap::new();
     assert!(matches!(bootstrap.mean(&[]), Err(Error::NoItems)));
     let item = |error| match error {
@@ -163,12 +163,12 @@ fn calibration_by_hand() {
     assert_relative_eq!(low.confidence, 0.325, epsilon = 1e-12);
     assert_eq!((high.above, high.at_most, high.n), (0.5, 1.0, 2));
     assert_relative_eq!(high.confidence, 0.85, epsilon = 1e-12);
-    // Signs must not cancel inside of a sum over bins, but do inside of a bin.
+    // Differences cancel inside of a bin, and not between bins.
     assert_relative_eq!(calibration(&items, 1).unwrap().ece, 0.0875, epsilon = 1e-12);
 }
 
 #[test]
-fn who_is_sure_and_right_is_calibrated() {
+fn certain_and_right_predictions_are_calibrated() {
     let sure = [(1.0, true), (0.0, false), (1.0, true)];
     let found = calibration(&sure, CALIBRATION_BINS).unwrap();
     assert_eq!(found.ece, 0.0);
@@ -189,7 +189,7 @@ fn a_border_belongs_to_the_bin_below() {
 }
 
 #[test]
-fn what_is_no_confidence_is_refused() {
+fn invalid_confidences_are_refused() {
     for wrong in [-0.01, 1.01, f64::NAN, f64::INFINITY] {
         let found = calibration(&[(0.5, true), (wrong, true)], 15);
         assert!(
@@ -204,7 +204,7 @@ fn what_is_no_confidence_is_refused() {
 
 proptest! {
     #[test]
-    fn a_mean_is_inside_of_what_the_items_span(
+    fn an_interval_is_inside_the_range_of_the_items(
         items in prop::collection::vec(-1e3..1e3, 1..40), seed: u64,
     ) {
         let bootstrap = Bootstrap::new().with_resamples(50).with_seed(seed);

@@ -1,4 +1,4 @@
-//! What protocols measure, against sums over all logits by hand.
+//! Protocols against sums over all logits by hand.
 
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
@@ -14,7 +14,7 @@ use quant_core::Rtn;
 
 const PROBE: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
 
-/// A LLaMA and an OPT of transformers, with a tokenizer of words for their first tokens.
+/// A LLaMA and an OPT of transformers, with a tokenizer of words.
 fn models() -> Vec<(tempfile::TempDir, Pretrained)> {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden");
     let model = |name: &str| {
@@ -44,7 +44,7 @@ fn tensor(ids: &[u32], n: usize) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(ids, shape), &Device::flex())
 }
 
-/// The logarithms of the probabilities of all tokens after each of some.
+/// The log-probabilities of all tokens after each token.
 fn log_probabilities(lm: &Pretrained, ids: &[u32]) -> Vec<Vec<f64>> {
     let logits: Vec<f32> = lm
         .model
@@ -135,7 +135,7 @@ fn perplexities_are_those_of_their_protocols() {
         let found = window_losses(&lm.model, std::slice::from_ref(&batch)).unwrap();
         assert_near(found[0], mean(&losses(&lm, &PROBE[..6])));
         assert_near(found[1], mean(&losses(&lm, &PROBE[6..])));
-        // What is to be predicted, and nothing else.
+        // Targets alone.
         let marks: Vec<bool> = (0..12).map(|at| at % 4 == 3).collect();
         let masked = batch.clone().with_targets(&marks).unwrap();
         let found = target_loss(&lm.model, &[masked.clone(), batch]).unwrap();
@@ -148,13 +148,13 @@ fn perplexities_are_those_of_their_protocols() {
             matches!(error, Error::PartialWindow { window: 0 }),
             "{error}"
         );
-        // Of each six tokens, the first of which becomes token 1, those after the fourth.
+        // The last two of each six tokens, the first of which becomes token 1.
         let found = llama_cpp_perplexity(&lm.model, &PROBE, 6, Some(1), &bootstrap, &device);
         let window = |from: usize| [&[1], &PROBE[from + 1..from + 6]].concat();
         let both = [losses(&lm, &window(0)), losses(&lm, &window(6))];
         let sum: f64 = both.iter().flat_map(|losses| &losses[3..]).sum();
         assert_near(found.unwrap().value.ln(), sum / 4.0);
-        // A document of seven tokens in windows of five, predicted from token 1 on.
+        // A document of seven tokens in windows of five, after token 1.
         let document = ("a b  c", PROBE[..7].to_vec());
         let found = word_losses(&lm.model, &[document], 1, 5, &device).unwrap();
         let first = losses(&lm, &[&[1], &PROBE[..5]].concat());
@@ -170,7 +170,7 @@ fn perplexities_are_those_of_their_protocols() {
 }
 
 #[test]
-fn predictions_are_compared_and_weighed() {
+fn predictions_are_compared() {
     let all = models();
     for (_dir, lm) in &all {
         let batch = [Batch::new(tensor(&PROBE, 2)).unwrap()];
@@ -222,13 +222,12 @@ fn choices_and_answers_are_those_of_the_model() {
         for (found, sum) in found.probabilities.iter().zip(&sums) {
             assert_near(*found, sum.exp() / total);
         }
-        // Words of these models are no numbers.
         let problem = gsm8k::Problem {
             question: "w3 w4".into(),
             answer: "#### 5".into(),
         };
         let answers = gsm8k::answers(&lm, &[], std::slice::from_ref(&problem), 4, |_| {}).unwrap();
-        // The question's prompt has unknown words, which are token 0.
+        // Unknown words of the prompt are token 0.
         let prompt = lm.encode(&gsm8k::prompt("w3 w4")).unwrap();
         assert!(prompt.contains(&0) && prompt.contains(&3));
         let written = generate(&lm.model, &prompt, &Generation::new(4), |_| {
@@ -238,7 +237,7 @@ fn choices_and_answers_are_those_of_the_model() {
         assert_eq!(answers[0].text.trim(), text.trim());
         let flexible = gsm8k::is_correct(gsm8k::flexible(&text), "#### 5");
         assert_eq!((answers[0].strict, answers[0].flexible), (false, flexible));
-        // More than the model was made for: the end of the prompt is kept.
+        // The end of a prompt beyond the positions of the model is kept.
         let shots = vec![problem.clone(); 60];
         assert_eq!(
             gsm8k::answers(&lm, &shots, &[problem], 4, |_| {})

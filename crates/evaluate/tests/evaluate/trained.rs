@@ -1,5 +1,4 @@
-//! Trained models against what transformers computed with them, where they are beside the project:
-//! figures and protocols are those of their READMEs.
+//! Trained models against results of transformers, from the READMEs of `../shared/data`.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -21,13 +20,13 @@ fn packed(lm: &Pretrained, bits: usize, group_size: Option<usize>) -> Pretrained
     lm
 }
 
-/// As many digits as the expected figure was written with.
+/// Asserts equality in the digits of `expected`.
 fn assert_rounds_to(found: f64, expected: &str, what: &str) {
     let digits = expected.split_once('.').map_or(0, |(_, part)| part.len());
     assert_eq!(format!("{found:.digits$}"), expected, "{what}: {found}");
 }
 
-/// `windows` and `documents`, at full precision and by round to nearest at 8, 4, 3 and 2 bits.
+/// The protocols `windows` and `documents`, in full precision and by round to nearest in 8, 4, 3 and 2 bits.
 #[test]
 #[ignore = "needs ../shared"]
 fn perplexities_on_stories_are_transformers() {
@@ -77,8 +76,7 @@ fn perplexities_on_stories_are_transformers() {
     }
 }
 
-/// LLaMA and OPT with groups of 128: losses of windows, what rounding changes them by, and greedy
-/// continuations.
+/// Losses of windows, their change by round to nearest, and greedy continuations.
 #[test]
 #[ignore = "needs ../shared"]
 fn figures_of_the_mini_models_are_transformers() {
@@ -121,7 +119,7 @@ fn figures_of_the_mini_models_are_transformers() {
             let change = mean(&found) - mean(&of_subset);
             let expected = row["subset_delta_nll"].as_f64().unwrap();
             let off = (change - expected).abs();
-            // A code in ten thousand falls to the other side of a tie.
+            // One code in ten thousand is a tie, and rounds the other way.
             assert!(
                 off < 2e-5,
                 "{name}, {bits} bits, {group:?}: {change}, {expected}"

@@ -2,21 +2,20 @@ use minijinja::Value;
 use serde_json::{Map, Value as Json};
 
 use crate::records::kind;
-use crate::template::bad_field;
-use crate::{Error, Record, Result, jinja};
+use crate::{Record, Result, jinja};
 
-/// Fields with which a record asks for more than its messages, of a record and of a message.
+/// Fields of a record, and of a message, that change the text and are not supported.
 const UNSUPPORTED: [&str; 3] = ["tools", "functions", "documents"];
 const UNSUPPORTED_IN_MESSAGES: [&str; 2] = ["tool_calls", "function_call"];
 
-/// A message as templates take it.
+/// A message in the form that chat templates expect.
 #[derive(Clone)]
 pub(super) struct Message {
     pub(super) is_assistant: bool,
     pub(super) value: Value,
 }
 
-/// The messages of a record, under the names that templates know.
+/// The messages of a record.
 pub(super) fn messages(record: &Record) -> Result<Vec<Message>> {
     refuse_unsupported(record, &record.fields, &UNSUPPORTED, "")?;
     let (field, messages) = match (
@@ -26,26 +25,18 @@ pub(super) fn messages(record: &Record) -> Result<Vec<Message>> {
         (Some(messages), _) => ("messages", messages),
         (None, Some(messages)) => ("conversations", messages),
         (None, None) => {
-            return Err(Error::MissingField {
-                path: record.path.to_path_buf(),
-                line: record.line,
-                field: "messages".into(),
-                found: record.fields.keys().cloned().collect(),
-            });
+            return Err(record.refuse_without("messages"));
         }
     };
     let Json::Array(messages) = messages else {
-        let problem = format!(
-            "is {}, where an array of messages was expected",
-            kind(messages)
-        );
-        return Err(bad_field(record, field, problem));
+        let problem = format!("is {}, expected an array of messages", kind(messages));
+        return Err(record.refuse_field(field, problem));
     };
     let message = |(at, message): (usize, &Json)| {
         let name = format!("{field}[{at}]");
         let Json::Object(message) = message else {
-            let problem = format!("is {}, where an object was expected", kind(message));
-            return Err(bad_field(record, &name, problem));
+            let problem = format!("is {}, expected an object", kind(message));
+            return Err(record.refuse_field(name, problem));
         };
         refuse_unsupported(
             record,
@@ -70,7 +61,7 @@ pub(super) fn messages(record: &Record) -> Result<Vec<Message>> {
     messages.iter().enumerate().map(message).collect()
 }
 
-/// A message of ShareGPT with its role, which transformers' templates know.
+/// Converts a message of ShareGPT to its role and the message that templates expect.
 fn share_gpt<'a>(
     record: &Record,
     message: &'a Map<String, Json>,
@@ -81,8 +72,8 @@ fn share_gpt<'a>(
         "gpt" | "assistant" => "assistant",
         "system" => "system",
         other => {
-            let problem = format!("is `{other}`; known are `system`, `human` and `gpt`");
-            return Err(bad_field(record, &format!("{name}.from"), problem));
+            let problem = format!("is `{other}`, expected `system`, `human` or `gpt`");
+            return Err(record.refuse_field(format!("{name}.from"), problem));
         }
     };
     let content = text(record, message, name, "value")?;
@@ -97,10 +88,10 @@ fn text<'a>(
 ) -> Result<&'a str> {
     let problem = match message.get(field) {
         Some(Json::String(text)) => return Ok(text),
-        Some(other) => format!("is {}, where a text was expected", kind(other)),
+        Some(other) => format!("is {}, expected a string", kind(other)),
         None => "is missing".into(),
     };
-    Err(bad_field(record, &format!("{name}.{field}"), problem))
+    Err(record.refuse_field(format!("{name}.{field}"), problem))
 }
 
 fn refuse_unsupported(
@@ -109,16 +100,16 @@ fn refuse_unsupported(
     names: &[&str],
     prefix: &str,
 ) -> Result<()> {
-    let is_something = |value: &Json| match value {
+    let is_present = |value: &Json| match value {
         Json::Null => false,
         Json::Array(values) => !values.is_empty(),
         _ => true,
     };
     let name = names
         .iter()
-        .find(|&&name| fields.get(name).is_some_and(is_something));
+        .find(|&&name| fields.get(name).is_some_and(is_present));
     name.map_or(Ok(()), |name| {
-        let problem = "is not supported, and without it the text would be another one; render such records before, and use a template of their fields";
-        Err(bad_field(record, &format!("{prefix}{name}"), problem.into()))
+        let problem = "is not supported and would change the text; render the conversation yourself, and use a template of fields";
+        Err(record.refuse_field(format!("{prefix}{name}"), problem.into()))
     })
 }

@@ -38,19 +38,19 @@ fn conversation() -> Json {
     ]})
 }
 
-/// Texts and whether they are learned.
+/// Texts, and whether each is a target.
 fn pieces(template: &str, fields: Json) -> Result<Vec<(String, bool)>> {
     let template = Template::Chat(Chat::new(template, &special())?);
     let pieces = template.pieces(&record(fields))?.into_iter();
-    Ok(pieces.map(|piece| (piece.text, piece.learn)).collect())
+    Ok(pieces.map(|piece| (piece.text, piece.is_target)).collect())
 }
 
 fn check(template: &str, fields: Json, expected: [&str; 4]) {
-    let learned = [false, true, false, true];
+    let is_target = [false, true, false, true];
     let expected: Vec<_> = expected
         .map(String::from)
         .into_iter()
-        .zip(learned)
+        .zip(is_target)
         .collect();
     assert_eq!(pieces(template, fields).unwrap(), expected);
 }
@@ -134,7 +134,7 @@ fn whitespace_and_marks() {
 }
 
 #[test]
-fn nothing_is_learned_of_a_conversation_without_an_answer() {
+fn a_conversation_without_an_answer_has_no_targets() {
     let fields = json!({"messages": [{"role": "user", "content": "Hello?"}]});
     assert_eq!(pieces(CHATML, fields).unwrap(), []);
 }
@@ -151,6 +151,11 @@ fn content_in_parts_is_the_template_s_matter() {
     );
 }
 
+fn is_unstable(error: &Error, message: usize) -> bool {
+    let expected = RecordError::PrefixUnstable { message };
+    matches!(error, Error::Record { line: 7, problem, .. } if *problem == expected)
+}
+
 #[test]
 fn templates_that_are_not_prefix_stable() {
     // The prompt is always there, as in LLaMA 3's first release, behind the last answer too.
@@ -159,19 +164,12 @@ fn templates_that_are_not_prefix_stable() {
     let one_answer = json!({"messages": messages.as_array().unwrap()[..3]});
     for (fields, expected) in [(conversation(), 4), (one_answer, 2)] {
         let error = pieces(&always, fields).unwrap_err();
-        assert!(
-            matches!(error, Error::PrefixUnstable { line: 7, message, .. }
-            if message == expected),
-            "{error}"
-        );
+        assert!(is_unstable(&error, expected), "{error}");
     }
     // Only the last answer is shown.
     let last = "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}";
     let error = pieces(last, conversation()).unwrap_err();
-    assert!(
-        matches!(error, Error::PrefixUnstable { message: 4, .. }),
-        "{error}"
-    );
+    assert!(is_unstable(&error, 4), "{error}");
     assert!(error.to_string().contains("not prefix-stable"));
 }
 
@@ -180,12 +178,22 @@ fn what_a_template_says_is_passed_on() {
     let fields = json!({"messages": [{"role": "assistant", "content": "Hello."},
         {"role": "assistant", "content": "Hello?"}]});
     let error = pieces(LLAMA_2, fields).unwrap_err();
-    assert!(matches!(&error, Error::Render { line: 7, .. }), "{error}");
+    assert!(
+        matches!(
+            &error,
+            Error::Record {
+                line: 7,
+                problem: RecordError::Render { .. },
+                ..
+            }
+        ),
+        "{error}"
+    );
     let fields = json!({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"},
         {"role": "assistant", "content": "c"}]});
     assert_eq!(
         pieces(LLAMA_2, fields).unwrap_err().to_string(),
-        "`data.jsonl`, line 7: the chat template does not take it: Conversation roles must alternate user/assistant/user/assistant/... (line 1 of the template)"
+        "`data.jsonl`, line 7: cannot render the chat template: Conversation roles must alternate user/assistant/user/assistant/... (line 1 of the template)"
     );
 }
 
@@ -194,11 +202,11 @@ fn messages_that_are_none() {
     let cases = [
         (
             json!({"messages": "a"}),
-            "`messages` is a string, where an array of messages was expected",
+            "`messages` is a string, expected an array of messages",
         ),
         (
             json!({"messages": ["a"]}),
-            "`messages[0]` is a string, where an object was expected",
+            "`messages[0]` is a string, expected an object",
         ),
         (
             json!({"messages": [{"content": "a"}]}),
@@ -206,11 +214,11 @@ fn messages_that_are_none() {
         ),
         (
             json!({"messages": [{"role": "user", "content": null}]}),
-            "`messages[0].content` is a null, where a text was expected",
+            "`messages[0].content` is a null, expected a string",
         ),
         (
             json!({"conversations": [{"from": "tool", "value": "a"}]}),
-            "`conversations[0].from` is `tool`; known are `system`, `human` and `gpt`",
+            "`conversations[0].from` is `tool`, expected `system`, `human` or `gpt`",
         ),
         (
             json!({"conversations": [{"from": "gpt"}]}),
@@ -227,13 +235,20 @@ fn messages_that_are_none() {
     ];
     for (fields, expected) in cases {
         let error = pieces(CHATML, fields).unwrap_err();
-        assert!(matches!(error, Error::Field { line: 7, .. }));
+        assert!(matches!(
+            error,
+            Error::Record {
+                line: 7,
+                problem: RecordError::Field { .. },
+                ..
+            }
+        ));
         assert!(error.to_string().contains(expected), "{error}");
     }
     let error = pieces(CHATML, json!({"text": "a"})).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "`data.jsonl`, line 7: no field `messages`, which the template names; there is `text`"
+        "`data.jsonl`, line 7: no field `messages`, which the template uses; the record has `text`"
     );
     assert!(pieces(CHATML, json!({"messages": [], "tools": null})).is_ok());
 }
@@ -250,7 +265,7 @@ fn a_template_needs_its_special_tokens() {
     assert!(
         matches!(
             error,
-            Error::BadTemplate {
+            Error::Template {
                 template: "chat",
                 line: 2,
                 ..

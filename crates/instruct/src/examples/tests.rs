@@ -51,20 +51,20 @@ fn fields_template() -> Template {
 }
 
 #[test]
-fn the_completion_and_the_end_are_learned() {
+fn the_completion_and_its_end_are_targets() {
     let plain = model(Value::Null);
     assert_eq!(plain.written("x:", " b"), "x : Ġb* </s>*");
     assert_eq!(plain.written("no", "w a"), "now Ġa* </s>*");
     let with_bos = model(like_llama_3());
     assert_eq!(with_bos.written("x:", " b"), "<s> x : Ġb* </s>*");
-    // The end comes once, where the tokenizer would put it too.
+    // Also where the tokenizer adds it, `</s>` comes once.
     let with_both = model(puts(&["<s>"], &["</s>"]));
     assert_eq!(with_both.written("x:", " b"), "<s> x : Ġb* </s>*");
 }
 
-/// Also where the tokenizer says that the token begins behind its space.
+/// Also where the offsets of the tokenizer exclude the space before a word.
 #[test]
-fn a_token_belongs_to_where_it_begins() {
+fn a_token_belongs_to_the_piece_in_which_it_begins() {
     for model in [model(Value::Null), model(like_llama_3())] {
         let written = |prompt, completion| {
             let written = model.written(prompt, completion);
@@ -76,7 +76,6 @@ fn a_token_belongs_to_where_it_begins() {
     }
 }
 
-/// A character of several tokens is in one piece.
 #[test]
 fn offsets_are_in_bytes() {
     let model = model(Value::Null);
@@ -84,9 +83,9 @@ fn offsets_are_in_bytes() {
     assert_eq!(model.written("語a", "語b"), "è ª ŀ a è* ª* ŀ* b* </s>*");
 }
 
-/// Of learned pieces, one after the other and empty ones, all tokens are learned.
+/// All their tokens are targets, also beside empty pieces.
 #[test]
-fn learned_pieces_may_touch() {
+fn target_pieces_may_be_adjacent() {
     let model = model(like_llama_3());
     let encoder = Encoder::new(&fields_template(), &model.tokenizer, &model.special).unwrap();
     let pieces = [
@@ -97,9 +96,9 @@ fn learned_pieces_may_touch() {
         (" a", true),
         (":", false),
     ];
-    let pieces = pieces.map(|(text, learn)| {
+    let pieces = pieces.map(|(text, is_target)| {
         let text = text.into();
-        Piece { text, learn }
+        Piece { text, is_target }
     });
     let example = encoder.encode(&pieces).unwrap();
     assert_eq!(
@@ -109,14 +108,14 @@ fn learned_pieces_may_touch() {
 }
 
 #[test]
-fn the_first_token_is_never_learned() {
+fn the_first_token_is_never_a_target() {
     assert_eq!(model(Value::Null).written("", "x b"), "x Ġb* </s>*");
     assert_eq!(model(like_llama_3()).written("", "x b"), "<s> x* Ġb* </s>*");
 }
 
 const CHATML: &str = "{% for m in messages %}{{'<|im_start|>' + m.role[0] + ':' + m.content + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>a:' }}{% endif %}";
 
-/// Special tokens of the template are taken as such, and none is added.
+/// Special tokens of the template are encoded as such, and none is added.
 #[test]
 fn a_chat_has_its_own_special_tokens() {
     let model = model(like_llama_3());
@@ -159,12 +158,12 @@ fn long_texts_are_cut() {
     assert_eq!(examples.collect::<Vec<_>>(), expected);
     assert_eq!(
         encoded.to_string(),
-        "3 examples, 10 tokens, 7 of them to be learned; 1 cut to 4 tokens; left out: 0 too long, 1 without anything to learn"
+        "3 examples, 10 tokens, 7 of them targets; 1 cut to 4 tokens; left out: 0 too long, 1 without targets"
     );
 }
 
 #[test]
-fn long_texts_are_left_out() {
+fn long_texts_are_dropped() {
     let limit = Limit {
         max_len: 4,
         too_long: TooLong::Drop,
@@ -199,12 +198,12 @@ fn long_texts_are_refused() {
         .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "`data.jsonl`, line 7: 5 tokens, more than the 4 that are allowed; leave such records out, have them cut, or allow more"
+        "`data.jsonl`, line 7: 5 tokens, more than the limit of 4; drop or cut such records, or raise the limit"
     );
 }
 
 #[test]
-fn nothing_is_left() {
+fn records_without_examples_are_refused() {
     let model = model(Value::Null);
     for (max_len, too_long, dropped, without) in [
         (1, TooLong::Cut, 0, 4),
@@ -267,13 +266,13 @@ fn duplicates_are_counted() {
 }
 
 proptest! {
-    /// The tokens are those of the whole text, and a piece's bytes decide on what is learned.
+    /// The tokens are those of the whole text, and the first byte of a token decides whether it is a target.
     #[test]
     fn tokens_are_those_of_the_text(prompt in "[ab x\né語]{0,12}", completion in "[ab x\né語]{0,12}") {
         let model = model(Value::Null);
         let text = prompt.clone() + &completion;
         let encoder = Encoder::new(&fields_template(), &model.tokenizer, &model.special).unwrap();
-        let piece = |text, learn| Piece { text, learn };
+        let piece = |text, is_target| Piece { text, is_target };
         let example = encoder.encode(&[piece(prompt.clone(), false), piece(completion, true)]).unwrap();
         let (end, tokens) = example.tokens().split_last().unwrap();
         prop_assert_eq!(*end, 2);

@@ -2,9 +2,9 @@ use proptest::prelude::*;
 
 use super::*;
 
-const FILLER: u32 = 0;
+const PADDING: u32 = 0;
 
-/// Examples of these lengths; no two tokens are the same, and every third is to be learned.
+/// Examples of these lengths; all tokens are different, and every third is a target.
 fn examples(lens: &[usize]) -> Vec<Example> {
     let mut next = 1;
     let example = |&len: &usize| {
@@ -26,7 +26,7 @@ fn texts(row: &Row) -> Vec<Example> {
         Example::new(tokens, row.is_target[start..end].to_vec())
     };
     let texts = starts.iter().zip(ends).map(text);
-    texts.filter(|text| text.tokens()[0] != FILLER).collect()
+    texts.filter(|text| text.tokens()[0] != PADDING).collect()
 }
 
 fn check_row(row: &Row, seq_len: usize) {
@@ -36,13 +36,13 @@ fn check_row(row: &Row, seq_len: usize) {
     for (at, &start) in row.starts.iter().enumerate() {
         assert!(start <= at);
         assert!(at == 0 || start == at || start == row.starts[at - 1]);
-        assert!(!(row.is_target[at] && (start == at || row.tokens[at] == FILLER)));
+        assert!(!(row.is_target[at] && (start == at || row.tokens[at] == PADDING)));
         // Padding shares no text with a token.
-        assert_eq!(row.tokens[at] == FILLER, row.tokens[start] == FILLER);
+        assert_eq!(row.tokens[at] == PADDING, row.tokens[start] == PADDING);
     }
 }
 
-/// Each example is there once, with its targets.
+/// Checks that each example is in one row, with its targets.
 fn check_texts<'a>(rows: impl Iterator<Item = &'a Row>, examples: &[Example]) {
     let mut found: Vec<Example> = rows.flat_map(texts).collect();
     found.sort_by_key(|example| example.tokens()[0]);
@@ -52,7 +52,7 @@ fn check_texts<'a>(rows: impl Iterator<Item = &'a Row>, examples: &[Example]) {
 #[test]
 fn rows_worked_by_hand() {
     let seed = 0;
-    let rows = pack(&examples(&[2, 5, 3, 1]), 6, FILLER, seed).unwrap();
+    let rows = pack(&examples(&[2, 5, 3, 1]), 6, PADDING, seed).unwrap();
     // 5 + 1, 3 + 2 and one token of padding.
     let full = Row {
         tokens: vec![3, 4, 5, 6, 7, 11],
@@ -60,40 +60,37 @@ fn rows_worked_by_hand() {
         starts: vec![0, 0, 0, 0, 0, 5],
         n_text: 6,
     };
-    let filled_up = Row {
-        tokens: vec![8, 9, 10, 1, 2, FILLER],
+    let padded = Row {
+        tokens: vec![8, 9, 10, 1, 2, PADDING],
         is_target: vec![false, true, false, false, false, false],
         starts: vec![0, 0, 0, 3, 3, 5],
         n_text: 5,
     };
     assert_eq!(rows.len(), 2);
-    assert!(
-        rows.contains(&full) && rows.contains(&filled_up),
-        "{rows:?}"
-    );
+    assert!(rows.contains(&full) && rows.contains(&padded), "{rows:?}");
 }
 
 #[test]
-fn the_seed_decides_on_the_order_alone() {
+fn the_seed_sets_the_order_alone() {
     let examples = examples(&[4; 40]);
-    let rows = |seed| pack(&examples, 4, FILLER, seed).unwrap();
+    let rows = |seed| pack(&examples, 4, PADDING, seed).unwrap();
     assert_eq!(rows(1), rows(1));
     assert_ne!(rows(1), rows(2));
-    let batches = |seed| pad(&examples, 3, None, FILLER, seed).unwrap();
+    let batches = |seed| pad(&examples, 3, None, PADDING, seed).unwrap();
     assert_eq!(batches(1), batches(1));
     assert_ne!(batches(1), batches(2));
 }
 
 #[test]
-fn an_example_that_no_row_holds() {
+fn an_example_longer_than_a_row() {
     let examples = examples(&[2, 5, 3]);
-    let error = pack(&examples, 4, FILLER, 0).unwrap_err();
+    let error = pack(&examples, 4, PADDING, 0).unwrap_err();
     assert_eq!(
         error.to_string(),
         "example 1 has 5 tokens, more than a row of 4; encode with a limit of 4"
     );
     assert!(matches!(
-        pad(&examples, 2, Some(4), FILLER, 0),
+        pad(&examples, 2, Some(4), PADDING, 0),
         Err(Error::LongExample {
             example: 1,
             n_tokens: 5,
@@ -103,17 +100,17 @@ fn an_example_that_no_row_holds() {
 }
 
 #[test]
-fn nothing_makes_no_rows() {
+fn no_examples_make_no_rows() {
     for lens in [&[][..], &[0, 0]] {
-        assert_eq!(pack(&examples(lens), 4, FILLER, 0).unwrap(), []);
+        assert_eq!(pack(&examples(lens), 4, PADDING, 0).unwrap(), []);
         assert_eq!(
-            pad(&examples(lens), 2, Some(4), FILLER, 0).unwrap(),
+            pad(&examples(lens), 2, Some(4), PADDING, 0).unwrap(),
             Vec::<Vec<Row>>::new()
         );
     }
 }
 
-/// First fit, by looking at one row after the other.
+/// The number of rows by first-fit decreasing with a linear search.
 fn first_fit(mut lens: Vec<usize>, seq_len: usize) -> usize {
     lens.sort_by_key(|&len| std::cmp::Reverse(len));
     let mut space = Vec::new();
@@ -135,7 +132,7 @@ proptest! {
         seed: u64,
     ) {
         let examples = examples(&lens);
-        let rows = pack(&examples, seq_len, FILLER, seed).unwrap();
+        let rows = pack(&examples, seq_len, PADDING, seed).unwrap();
         rows.iter().for_each(|row| check_row(row, seq_len));
         check_texts(rows.iter(), &examples);
         let at_least = lens.iter().sum::<usize>().div_ceil(seq_len);
@@ -153,7 +150,7 @@ proptest! {
         let examples = examples(&lens);
         let longest = lens.iter().max().unwrap();
         let seq_len = more.map(|more| longest + more);
-        let batches = pad(&examples, batch_size, seq_len, FILLER, seed).unwrap();
+        let batches = pad(&examples, batch_size, seq_len, PADDING, seed).unwrap();
         prop_assert_eq!(batches.len(), lens.len().div_ceil(batch_size));
         for batch in &batches {
             let in_batch = batch.iter().map(|row| texts(row)[0].tokens().len());

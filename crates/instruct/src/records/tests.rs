@@ -55,7 +55,7 @@ fn files_without_a_record() {
 fn a_line_that_is_not_json() {
     let error = read("{\"a\": 1}\n\n{\"a\": 1, b}\n{}").unwrap_err();
     assert!(
-        matches!(&error, Error::NotJson { line: 3, column: 10, problem, .. }
+        matches!(&error, Error::Record { line: 3, problem: RecordError::NotJson { column: 10, problem }, .. }
         if problem == "key must be a string")
     );
     // A record that goes over several lines, and two on one.
@@ -66,13 +66,17 @@ fn a_line_that_is_not_json() {
     );
     assert!(matches!(
         read("{\n\"a\": 1}\n"),
-        Err(Error::NotJson { line: 1, .. })
+        Err(Error::Record {
+            line: 1,
+            problem: RecordError::NotJson { .. },
+            ..
+        })
     ));
     assert!(matches!(
         read("{} {}\n"),
-        Err(Error::NotJson {
+        Err(Error::Record {
             line: 1,
-            column: 4,
+            problem: RecordError::NotJson { column: 4, .. },
             ..
         })
     ));
@@ -84,23 +88,33 @@ fn an_array_that_is_not_json() {
     assert!(
         matches!(
             error,
-            Error::NotJson {
+            Error::Record {
                 line: 2,
-                column: 7,
+                problem: RecordError::NotJson { column: 7, .. },
                 ..
             }
         ),
         "{error}"
     );
     let cut = read("[{\"a\": 1},\n {\"a\": 2},").unwrap_err();
-    assert!(matches!(cut, Error::NotJson { line: 2, .. }), "{cut}");
+    assert!(
+        matches!(
+            cut,
+            Error::Record {
+                line: 2,
+                problem: RecordError::NotJson { .. },
+                ..
+            }
+        ),
+        "{cut}"
+    );
     let more = read("[{\"a\": 1}]\n{\"a\": 2}").unwrap_err();
     assert!(
         matches!(
             more,
-            Error::NotJson {
+            Error::Record {
                 line: 2,
-                column: 1,
+                problem: RecordError::NotJson { column: 1, .. },
                 ..
             }
         ),
@@ -108,7 +122,14 @@ fn an_array_that_is_not_json() {
     );
     let not_utf8 = read(b"[{\"a\": 1},\n{\"a\": \"\xe9\"}]").unwrap_err();
     assert!(
-        matches!(not_utf8, Error::NotJson { line: 2, .. }),
+        matches!(
+            not_utf8,
+            Error::Record {
+                line: 2,
+                problem: RecordError::NotJson { .. },
+                ..
+            }
+        ),
         "{not_utf8}"
     );
 }
@@ -118,25 +139,26 @@ fn values_that_are_not_objects() {
     let line = read("{\"a\": 1}\n\"a\"\n").unwrap_err();
     assert!(matches!(
         line,
-        Error::NotObject {
+        Error::Record {
             line: 2,
-            found: "a string",
+            problem: RecordError::NotObject { found: "a string" },
             ..
         }
     ));
     let element = read("[{\"a\": 1},\n\n [1]]").unwrap_err();
     assert!(matches!(
         element,
-        Error::NotObject {
+        Error::Record {
             line: 3,
-            found: "an array",
+            problem: RecordError::NotObject { found: "an array" },
             ..
         }
     ));
     let error = read("17").unwrap_err().to_string();
-    assert!(error.ends_with(
-        "data.jsonl`, line 1: a number, where an object with named fields was expected"
-    ));
+    assert!(
+        error
+            .ends_with("data.jsonl`, line 1: expected an object with named fields, found a number")
+    );
 }
 
 #[test]
@@ -144,17 +166,17 @@ fn a_line_that_is_not_utf8() {
     let error = read(b"{\"a\": \"\xc3\xa9\"}\n{\"a\": \"\xe9\"}\n").unwrap_err();
     assert!(matches!(
         error,
-        Error::NotUtf8 {
+        Error::Record {
             line: 2,
-            column: 8,
+            problem: RecordError::NotUtf8 { column: 8 },
             ..
         }
     ));
 }
 
-/// A terabyte without a line end; none of it is on the disk, and no more is read than is allowed.
+/// A sparse file of a terabyte without a line feed, of which only the allowed size is read.
 #[test]
-fn a_line_without_end() {
+fn a_line_that_does_not_end() {
     let (_dir, path) = file("data.jsonl", "{}\n");
     File::options()
         .write(true)
@@ -165,16 +187,18 @@ fn a_line_without_end() {
     let error = read_records(&path).unwrap_err();
     assert!(matches!(
         error,
-        Error::LongRecord {
+        Error::Record {
             line: 2,
-            max: MAX_RECORD_BYTES,
+            problem: RecordError::TooLarge {
+                max: MAX_RECORD_BYTES
+            },
             ..
         }
     ));
 }
 
 #[test]
-fn a_line_may_be_as_long_as_is_said_and_no_longer() {
+fn the_limit_of_a_record_is_exact() {
     const MAX: usize = 100;
     let record = |len: usize| format!("{{\"a\":\"{}\"}}", "x".repeat(len - 8));
     let read = |content: String| {
@@ -188,9 +212,9 @@ fn a_line_may_be_as_long_as_is_said_and_no_longer() {
     for content in [record(MAX + 1), record(MAX + 1) + "\n"] {
         assert!(matches!(
             read(content),
-            Err(Error::LongRecord {
+            Err(Error::Record {
                 line: 1,
-                max: MAX,
+                problem: RecordError::TooLarge { max: MAX },
                 ..
             })
         ));
@@ -199,21 +223,27 @@ fn a_line_may_be_as_long_as_is_said_and_no_longer() {
     let array = format!("[{fits},\n{fits}]");
     assert_eq!(read(array).unwrap().len(), 2);
     let long = format!("[{fits},\n{{\"a\":\n\"{}\"}}]", "x".repeat(MAX));
-    assert!(matches!(read(long), Err(Error::LongRecord { line: 2, .. })));
+    assert!(matches!(
+        read(long),
+        Err(Error::Record {
+            line: 2,
+            problem: RecordError::TooLarge { .. },
+            ..
+        })
+    ));
 }
 
-/// No more than is allowed is read of an array's record either.
 #[test]
-fn a_record_without_end_in_an_array() {
+fn a_record_of_an_array_that_does_not_end() {
     let path = Path::new("data.json");
     let bytes = io::Cursor::new(b"[{}, {\"a\": \"").chain(io::repeat(b'x'));
     let error = array(bytes, path, 1000).unwrap_err();
     assert!(
         matches!(
             error,
-            Error::LongRecord {
+            Error::Record {
                 line: 1,
-                max: 1000,
+                problem: RecordError::TooLarge { max: 1000 },
                 ..
             }
         ),
@@ -244,16 +274,20 @@ fn files_that_are_something_else() {
         );
     }
     let error = read(lfs).unwrap_err().to_string();
-    assert!(error.ends_with("data.jsonl` is a Git LFS pointer, where records in JSON were expected; fetch what it points to with `git lfs pull`"));
+    assert!(
+        error.ends_with(
+            "data.jsonl` is a Git LFS pointer, expected JSON records; run `git lfs pull`"
+        )
+    );
 }
 
 #[test]
-fn paths_that_are_no_files() {
+fn paths_that_are_not_files() {
     let dir = tempfile::tempdir().unwrap();
     let error = read_records(dir.path()).unwrap_err();
     assert!(matches!(
         error,
-        Error::NotFile {
+        Error::NotRecords {
             found: "a directory",
             ..
         }
@@ -265,7 +299,7 @@ fn paths_that_are_no_files() {
     ));
 }
 
-/// Nobody writes to the pipe: to open it would be to wait.
+/// No process writes to the pipe: opening it would block.
 #[cfg(unix)]
 #[test]
 fn a_pipe_is_not_opened() {
@@ -279,20 +313,30 @@ fn a_pipe_is_not_opened() {
     let error = read_records(&path).unwrap_err();
     assert!(matches!(
         error,
-        Error::NotFile {
+        Error::NotRecords {
             found: "a pipe or a device",
             ..
         }
     ));
 }
 
-/// Deep nesting is an error, and no stack overflow.
+/// Deep nesting is an error instead of a stack overflow.
 #[test]
 fn deep_nesting() {
     let deep = format!("{{\"a\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
-    assert!(matches!(read(&deep), Err(Error::NotJson { line: 1, .. })));
+    assert!(matches!(
+        read(&deep),
+        Err(Error::Record {
+            line: 1,
+            problem: RecordError::NotJson { .. },
+            ..
+        })
+    ));
     assert!(matches!(
         read("[".repeat(100_000)),
-        Err(Error::NotJson { .. })
+        Err(Error::Record {
+            problem: RecordError::NotJson { .. },
+            ..
+        })
     ));
 }

@@ -29,10 +29,7 @@ fn the_end_of_a_text_must_be_stated_and_known() {
     fs::write(&data, "{\"question\": \"w1\", \"answer\": \"w2\"}\n").unwrap();
     let records = read_records(&data).unwrap();
     let template = Template::fields("{{ question }}", " {{ answer }}").unwrap();
-    let limit = Limit {
-        max_len: 8,
-        too_long: TooLong::Refuse,
-    };
+    let limit = Limit::new(8).with_too_long(TooLong::Refuse);
     let encode = || -> Result<Encoded, Error> {
         let special = SpecialTokens::read(dir.path(), &tokenizer)?;
         encode(&records, &template, &tokenizer, &special, limit)

@@ -4,7 +4,7 @@ use burn::tensor::Device;
 use instruct::{Error, Row, batch};
 
 #[test]
-fn rows_without_anything_to_learn_are_refused() {
+fn rows_without_targets_are_refused() {
     let error = batch(&[], &Device::flex()).unwrap_err();
     let is_empty = matches!(error, Error::Peft(peft::Error::EmptyBatch { batch: 0, .. }));
     assert!(is_empty, "{error}");
@@ -19,7 +19,7 @@ fn rows_without_anything_to_learn_are_refused() {
         let is_said = matches!(error, Error::Peft(peft::Error::NoTargets { .. }));
         assert!(is_said, "{error}");
     }
-    // Padding is not learned, whatever is said of it, and its end is not within a text.
+    // Padding is no target, whatever its mark, and does not begin within a text.
     let all = batch(&[row([true; 4], 3)], &Device::flex()).unwrap();
     assert_eq!(all.targets(), [true, true, false]);
     let error = batch(&[row([true; 4], 2)], &Device::flex()).unwrap_err();

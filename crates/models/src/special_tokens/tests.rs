@@ -46,12 +46,11 @@ fn a_text_or_an_object() {
         add_bos: true,
     };
     assert_eq!(special, expected);
-    assert_eq!(special.filler(), 2);
+    assert_eq!(special.padding(), 2);
 }
 
-/// As transformers reads them.
 #[test]
-fn which_file_states_it() {
+fn files_have_the_precedence_of_transformers() {
     let config = json!({"eos_token": "</s>", "pad_token": "</s>"});
     let map = json!({"eos_token": "<|im_end|>", "unk_token": "<unk>"});
     let special = read(Value::Null, config, map.clone()).unwrap();
@@ -67,15 +66,15 @@ fn which_file_states_it() {
 fn without_files() {
     let none = read(Value::Null, Value::Null, Value::Null).unwrap();
     assert_eq!(none, SpecialTokens::default());
-    assert_eq!(none.filler(), 0);
-    // What is put before a text is `bos`, whatever stands behind it.
+    assert_eq!(none.padding(), 0);
+    // A token before a text is `bos`, whether or not one is added after it.
     let special = read(puts(&["<s>"], &["</s>"]), Value::Null, Value::Null).unwrap();
     assert_eq!(
         (special.bos, special.eos, special.add_bos),
         (token("<s>", 1), None, true)
     );
-    let behind = read(puts(&[], &["</s>"]), Value::Null, Value::Null).unwrap();
-    assert_eq!(behind, SpecialTokens::default());
+    let after = read(puts(&[], &["</s>"]), Value::Null, Value::Null).unwrap();
+    assert_eq!(after, SpecialTokens::default());
 }
 
 #[test]
@@ -104,7 +103,7 @@ fn files_that_disagree_on_bos() {
     assert!(
         matches!(&error, Error::Disagreement { in_second, .. } if in_second == "<s> <|im_start|>")
     );
-    // `tokenizer.json` decides whether it is put, as for transformers.
+    // `tokenizer.json` decides whether it is added, as for transformers.
     for (post_processor, stated) in [(like_llama_3(), false), (Value::Null, true)] {
         let config = json!({"bos_token": "<s>", "add_bos_token": stated});
         let special = read(post_processor, config, Value::Null).unwrap();
@@ -118,7 +117,7 @@ fn files_that_disagree_on_bos() {
 }
 
 #[test]
-fn configurations_that_are_none() {
+fn invalid_configurations() {
     for token in [json!(1), json!({"text": "<s>"})] {
         let error = read(Value::Null, json!({"bos_token": token}), Value::Null).unwrap_err();
         assert!(matches!(&error, Error::Config { setting, .. } if setting == "bos_token"));
@@ -128,7 +127,7 @@ fn configurations_that_are_none() {
 }
 
 #[test]
-fn what_needs_a_token_says_so() {
+fn a_missing_token_is_named() {
     let none = SpecialTokens::default();
     let error = none.need_bos("the protocol `documents`").unwrap_err();
     assert_eq!(

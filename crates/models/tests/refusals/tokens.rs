@@ -192,11 +192,11 @@ fn texts_that_are_not_cut_as_a_batch_needs_it_are_refused() {
         (two().with_padding(&[true; 9]), "9 marks for 2 sequences"),
         (
             two().with_padding(&interrupted),
-            "the text of sequence 0 is interrupted",
+            "there is padding within the document of sequence 0",
         ),
         (
             apart().with_padding(&interrupted),
-            "token 1 of sequence 0 is unlike its text",
+            "the document of token 1 of sequence 0 is padding in part",
         ),
         (two().with_targets(&[true; 4]), "4 marks for 2 sequences"),
     ];

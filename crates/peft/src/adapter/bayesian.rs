@@ -1,18 +1,19 @@
 //! Bayesian-LoRA: LoRA that learns its rank and the bits of its factors.
 //!
-//! Meo et al. 2024, arXiv:2406.13046, of whose code none is public. What is here is our reading of the
-//! abstract, "priors on quantization levels and rank", by the means of Bayesian Bits (van Baalen et al.
-//! 2020, arXiv:2005.07093):
+//! Meo et al. 2024, arXiv:2406.13046, whose code is not public. This is our reading of the abstract,
+//! "priors on quantization levels and rank", by the means of Bayesian Bits (van Baalen et al. 2020,
+//! arXiv:2005.07093):
 //!
 //! * `ΔW = σ Â E B̂`, where the diagonal `E` has a gate for each rank.
-//! * A factor is rounded in a chain of grids, each of whose steps is a whole part of the last one's:
+//! * A factor is rounded in a chain of grids, each step of which divides the step before it:
 //!   `x̂ = z₂ (x₂ + z₄ (ε₄ + z₈ (ε₈ + z₁₆ ε₁₆)))`, with `x₂` on a grid of 2 bits over `± max |x|`, `ε_b` the
-//!   rest rounded to the grid of `b` bits, `s_b = s_{b/2} / (2^{b/2} + 1)`, and a gate `z_b` for each. Gradients
-//!   pass through rounding as if it were none.
+//!   residual rounded to the grid of `b` bits, `s_b = s_{b/2} / (2^{b/2} + 1)`, and a gate `z_b` for each. The
+//!   gradient of rounding is the identity (straight-through).
 //! * Gates are hard-concrete (Louizos et al. 2018, arXiv:1712.01312): while [`fit`](crate::fit()) trains
-//!   they are drawn, stretched beyond 0 and 1 and clipped; otherwise one is open if the probability that
-//!   it is shut is below 0.34. Their logits are kept in tenths, so that they move at the rate of factors.
-//! * The loss has the [`penalty`](BayesianAdapter::penalty), the expected part of the ranks and of the
+//!   they are drawn, stretched beyond 0 and 1 and clipped; otherwise a gate is open if the probability
+//!   that it is shut is below 0.34. The parameters are tenths of the logits, so that one learning rate
+//!   serves gates and factors.
+//! * The loss has a [`penalty`](BayesianAdapter::penalty): the expected part of the ranks and of the
 //!   bits that are open, times a weight.
 
 use burn::module::{Module, Param, ParamId};
@@ -33,19 +34,35 @@ const METHOD: &str = "Bayesian-LoRA";
 
 /// Bits that each gate of a chain adds to those before it.
 const BITS: [f32; 4] = [2.0, 2.0, 4.0, 8.0];
-/// The temperature of the gates, and what they are stretched to.
+/// The temperature of the gates, and the interval that they are stretched to.
 const TEMPERATURE: f32 = 2.0 / 3.0;
 const STRETCHED: [f32; 2] = [-0.1, 1.1];
-/// From this probability of being shut on, a gate is.
+/// The probability of being shut from which on a gate is.
 const SHUT: f32 = 0.34;
-/// What a parameter of one is as a logit.
+/// The logit of a parameter of 1.
 const LOGITS: f32 = 10.0;
-/// The logits in the beginning: open, with a probability of 0.97.
+/// The initial logits: open, with a probability of 0.97.
 const START: f32 = 2.0;
 
 /// Trains a matrix of low rank beside each layer's weight, its rank, and the bits of its factors.
 ///
-/// What is left after training is LoRA ([`BayesianAdapter::to_lora`]): it merges as that does.
+/// The result of the training is LoRA ([`BayesianAdapter::to_lora`]), and merges as it does.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Adapter, Bayesian, Linear, Method, Weight};
+///
+/// let weight = Weight::frozen(Tensor::ones([8, 6], &Device::flex()));
+/// let linear = Linear::new(weight, None);
+/// let Adapter::Bayesian(adapter) = Bayesian::new(4).init("proj", &linear)? else {
+///     unreachable!("of this method");
+/// };
+/// assert_eq!((adapter.rank(), adapter.bits()), (4, [16, 16]));
+/// assert!(Bayesian::new(4).with_penalty(-1.0).init("proj", &linear).is_err());
+/// # Ok::<(), peft::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bayesian {
     lora: Lora,
@@ -53,7 +70,7 @@ pub struct Bayesian {
 }
 
 impl Bayesian {
-    /// Of at most this rank on every linear layer, with `σ = 1` and a penalty of 0.01.
+    /// Bayesian-LoRA of at most this rank on every linear layer, with `σ = 1` and a penalty of 0.01.
     pub fn new(rank: usize) -> Self {
         Self {
             lora: Lora::new(rank),
@@ -61,25 +78,25 @@ impl Bayesian {
         }
     }
 
-    /// With this `α`: the product is multiplied by `σ = α / r`, whatever rank is left.
+    /// Sets `α`: the product is multiplied by `σ = α / r`, with the rank before training.
     pub fn with_alpha(mut self, alpha: f32) -> Self {
         self.lora = self.lora.with_alpha(alpha);
         self
     }
 
-    /// With this weight of what is open, in nats.
+    /// Sets the weight of the penalty, in nats.
     pub fn with_penalty(mut self, penalty: f32) -> Self {
         self.penalty = penalty;
         self
     }
 
-    /// On these layers only.
+    /// Sets the layers to adapt.
     pub fn with_targets(mut self, targets: impl Into<Targets>) -> Self {
         self.lora = self.lora.with_targets(targets);
         self
     }
 
-    /// With `A` drawn from this seed, and from the path of the layer.
+    /// Sets the seed from which `A` is drawn, together with the path of the layer.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.lora = self.lora.with_seed(seed);
         self
@@ -113,7 +130,7 @@ impl Method for Bayesian {
     }
 }
 
-/// Factors with the gates of their ranks and bits.
+/// Two factors, and the gates of their ranks and bits.
 #[derive(Module, Debug)]
 pub struct BayesianAdapter {
     a: Param<Tensor<2>>,
@@ -123,12 +140,12 @@ pub struct BayesianAdapter {
     b_gates: Param<Tensor<1>>,
     #[module(skip)]
     settings: BayesianSettings,
-    /// What gates are drawn from; none where they are open or shut.
+    /// The seed from which gates are drawn; without one they are open or shut.
     #[module(skip)]
     noise: Option<u64>,
 }
 
-/// What a [`BayesianAdapter`] is beside its tensors.
+/// The settings of a [`BayesianAdapter`] in a file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct BayesianSettings {
@@ -150,7 +167,7 @@ impl BayesianAdapter {
         })
     }
 
-    /// Ranks whose gate is open.
+    /// The number of ranks whose gate is open.
     pub fn rank(&self) -> usize {
         open(&self.rank_gates)
             .into_iter()
@@ -167,7 +184,7 @@ impl BayesianAdapter {
         })
     }
 
-    /// What is left of it: LoRA with factors that are rounded, and zeros where a rank is shut.
+    /// The adapter as LoRA: factors are rounded, and zero where the gate of a rank is shut.
     pub fn to_lora(&self) -> LoraAdapter {
         let settings = LoraSettings {
             alpha: self.settings.alpha,
@@ -181,13 +198,13 @@ impl BayesianAdapter {
         let a = rounded(self.a.val(), gates(&self.a_gates, &mut noise));
         let b = rounded(self.b.val(), gates(&self.b_gates, &mut noise));
         let a = a * ranks.unsqueeze_dim(0);
-        // Not leaves of the graph: what is trained is here.
+        // Not leaves of the graph: the parameters are those of this adapter.
         let [a, b] = [a, b].map(|factor| Param::initialized(ParamId::new(), factor));
         LoraAdapter::new(a, b, None, None, settings).expect("checked when this was made")
     }
 
-    /// What the loss has for this layer: the weight times the sum of the expected parts of the ranks and
-    /// of the bits that are open, each from 0 to 1, `[1]`.
+    /// The term of the loss for this layer, `[1]`: the weight times the sum of the expected parts of the
+    /// ranks and of the bits that are open, each in 0 ..= 1.
     pub fn penalty(&self) -> Tensor<1> {
         let ranks = probability(&self.rank_gates).mean();
         let bits = [&self.a_gates, &self.b_gates].map(|gates| {
@@ -307,14 +324,13 @@ fn probability(gates: &Param<Tensor<1>>) -> Tensor<1> {
     sigmoid(gates.val() * LOGITS - TEMPERATURE * (-low / high).ln())
 }
 
-/// Which gates are open, where none is drawn.
+/// The gates that are open where none is drawn.
 fn open(gates: &Param<Tensor<1>>) -> Vec<bool> {
     let open = floats(probability(gates).detach());
     open.into_iter().map(|open| 1.0 - open < SHUT).collect()
 }
 
-/// The values of gates: drawn from the noise, or open and shut. These have the gradients of their
-/// probabilities.
+/// The values of gates: drawn from the noise, or 0 and 1 with the gradients of their probabilities.
 fn gates(gates: &Param<Tensor<1>>, noise: &mut Option<impl Rng>) -> Tensor<1> {
     let n = gates.val().dims()[0];
     let device = gates.val().device();
@@ -349,7 +365,7 @@ fn rounded(factor: Tensor<2>, gates: Tensor<1>) -> Tensor<2> {
     };
     let range = factor.clone().detach().abs().max();
     let range = range.clamp_min(f32::MIN_POSITIVE * 1e12).unsqueeze::<2>();
-    // Just inside of the range, so that no code is beyond its last step; gradients pass through.
+    // Just inside the range, so that no code is beyond its last step; gradients pass through.
     let inside = (range.clone() * (1.0 - 1e-6)).expand(factor.dims());
     let plain = factor.clone().detach();
     let clipped = plain.clone().max_pair(inside.clone().neg());
@@ -417,7 +433,7 @@ mod tests {
                     "{found} {exact}"
                 );
             }
-            // What is above a shut gate does not count.
+            // A shut gate shuts those after it.
             let mut shut = [1.0; 4];
             if at < 3 {
                 shut[at + 1] = 0.0;
@@ -465,7 +481,7 @@ mod tests {
         let expected = x.clone().matmul(weight) + x.matmul(lora.a()).matmul(lora.b());
         let error = (y - expected).abs().max().into_scalar::<f32>();
         assert!(error < 1e-5, "{error}");
-        // Less is open, less is paid for.
+        // The penalty falls with what is open.
         let open = floats(self::adapter(&Bayesian::new(3)).penalty())[0];
         let shut = floats(adapter.penalty())[0];
         assert!(shut < open && open < 0.02, "{shut} {open}");

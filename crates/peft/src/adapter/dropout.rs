@@ -4,10 +4,10 @@ use rand::Rng;
 use super::tensors::layer_rng;
 use crate::{Error, Result};
 
-/// Zeroes a part of the inputs of an adapter and scales the others up, while a seed is set.
+/// Dropout of the inputs of an adapter, while a seed is set.
 ///
-/// What is dropped is a function of the seed, of the layer's path and of the shape: a block that is
-/// run again for its gradients drops the same.
+/// The mask is a function of the seed, the path of the layer and the shape: a block that is run again
+/// for its gradients drops the same inputs.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Dropout {
     probability: f32,

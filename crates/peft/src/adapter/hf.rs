@@ -1,4 +1,4 @@
-//! An adapter in the files of Hugging Face's PEFT: what is written, and what is read.
+//! The description of an adapter in the files of Hugging Face's PEFT, to write and to read it.
 
 use std::collections::BTreeSet;
 
@@ -40,9 +40,9 @@ pub(crate) struct HfFormat {
 
 /// Why a directory cannot be read.
 pub(crate) enum HfError {
-    /// The configuration, and what is wrong with it.
+    /// A configuration with this problem.
     Config(String),
-    /// Another file.
+    /// Another file with this error.
     Other(Error),
 }
 

@@ -1,16 +1,16 @@
-//! LoRA: a product of two thin matrices is added to the weight; over a packed weight it is QLoRA.
+//! LoRA: the weight plus a product of two thin matrices; over a packed weight it is QLoRA.
 //!
 //! Hu et al. 2021, arXiv:2106.09685, and Dettmers et al. 2023, arXiv:2305.14314:
-//! `y = x W + σ (x A) B` with `W` frozen. `σ = α / r`, or `α / √r` as rsLoRA has it (Kalajdzievski
-//! 2023, arXiv:2312.03732). `A` begins uniform in `±1 / √d_in`, as in PEFT (Kaiming with `a = √5`),
+//! `y = x W + σ (x A) B` with `W` frozen. `σ = α / r`, or `α / √r` in rsLoRA (Kalajdzievski 2023,
+//! arXiv:2312.03732). `A` begins uniform in `±1 / √d_in`, as in PEFT (Kaiming with `a = √5`),
 //! and `B` at zero.
 //!
 //! DoRA (Liu et al. 2024, arXiv:2402.09353) trains the norms of the outputs' weights apart from
-//! their directions: `y = (m / ‖W + σ A B‖) (x W + σ (x A) B)`, with a norm and an `m` for each output
-//! and the norm taken for a constant in the backward pass, as in PEFT. Of the norm,
-//! `‖w + σ A b‖² = ‖w‖² + 2 σ (wᵀ A) b + σ² bᵀ (AᵀA) b`: it takes a product of the weight with `r`
-//! rows, and no dense update. Where weight and update cancel to less than a thousandth of what they
-//! are, these squares have no digits left, and the norm is taken for that thousandth.
+//! their directions: `y = (m / ‖W + σ A B‖) (x W + σ (x A) B)`, with a norm and an `m` for each output.
+//! As in PEFT, the norm is a constant in the backward pass. It is computed as
+//! `‖w + σ A b‖² = ‖w‖² + 2 σ (wᵀ A) b + σ² bᵀ (AᵀA) b`, from a product of the weight with `r` rows and
+//! without a dense update. Where weight and update cancel to less than a thousandth of their size, no
+//! digits of this sum are left, and the norm is bounded below by that thousandth.
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Tensor};
@@ -31,8 +31,23 @@ mod tests;
 /// Trains a matrix of low rank beside each layer's weight, dense or packed.
 ///
 /// It merges into a dense weight within a bound that the certificate states. The sum with a packed
-/// weight has no codes: that merge is refused unless it is asked for by name
-/// ([`OffGrid`](crate::OffGrid)), and the adapters stay beside the base.
+/// weight is not on its grid: that merge is refused unless [`OffGrid`](crate::OffGrid) asks for it, and
+/// the adapters stay beside the base.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Error, Linear, Lora, Method, Weight};
+///
+/// let weight = Weight::frozen(Tensor::ones([8, 6], &Device::flex()));
+/// let linear = Linear::new(weight, None);
+/// let adapter = Lora::new(2).with_alpha(4.0).init("proj", &linear)?;
+/// assert_eq!(burn::module::Module::num_params(&adapter), 8 * 2 + 2 * 6);
+/// let error = Lora::new(7).init("proj", &linear).unwrap_err();
+/// assert!(matches!(error, Error::Rank { rank: 7, .. }));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lora {
     rank: usize,
@@ -46,7 +61,7 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Of this rank `r` on every linear layer, with `σ = 1`.
+    /// LoRA of this rank `r` on every linear layer, with `σ = 1`.
     pub fn new(rank: usize) -> Self {
         Self {
             rank,
@@ -60,62 +75,63 @@ impl Lora {
         }
     }
 
-    /// With this `α`: the product is multiplied by `σ = α / r`.
+    /// Sets `α`: the product is multiplied by `σ = α / r`.
     pub fn with_alpha(mut self, alpha: f32) -> Self {
         self.alpha = Some(alpha);
         self
     }
 
-    /// rsLoRA: `σ = α / √r`.
+    /// Sets rsLoRA: `σ = α / √r`.
     pub fn with_rank_stabilized(mut self, rank_stabilized: bool) -> Self {
         self.rank_stabilized = rank_stabilized;
         self
     }
 
-    /// DoRA: with a trained norm for each output.
+    /// Sets DoRA: a trained norm for each output.
     pub fn with_dora(mut self, dora: bool) -> Self {
         self.dora = dora;
         self
     }
 
-    /// With the bias trained too, of the layers that have one: PEFT's `lora_only`.
+    /// Sets whether the biases of the adapted layers train too: PEFT's `lora_only`.
     pub fn with_bias(mut self, bias: bool) -> Self {
         self.bias = bias;
         self
     }
 
-    /// Drops inputs of `A` with this probability while [`fit`](crate::fit()) trains.
+    /// Sets the probability with which inputs of `A` are dropped while [`fit`](crate::fit()) trains.
     pub fn with_dropout(mut self, probability: f32) -> Self {
         self.dropout = probability;
         self
     }
 
-    /// On these layers only.
+    /// Sets the layers to adapt.
     pub fn with_targets(mut self, targets: impl Into<Targets>) -> Self {
         self.targets = targets.into();
         self
     }
 
-    /// With `A` drawn from this seed, and from the path of the layer.
+    /// Sets the seed from which `A` is drawn, together with the path of the layer.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// `r`.
+    /// The rank `r`.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// The seed.
+    /// The seed of `A`.
     pub fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// The adapter of the layer at `path` that starts by adding `a · b`, `[d_in, r]` and `[r, d_out]`:
-    /// at each rank both factors have the same norm, and are divided by `√σ`, so that `σ A B = a b`
-    /// whatever `α` is. A rank whose product is zero starts as [`Method::init`] has it. DoRA's norms
-    /// start as those of the sum with the layer's weight.
+    /// An adapter of the layer at `path` that adds `a · b`, `[d_in, r]` and `[r, d_out]`.
+    ///
+    /// At each rank both factors have the same norm and are divided by `√σ`, so that `σ A B = a b` for
+    /// every `α`. A rank whose product is zero is initialized as by [`Method::init`]. DoRA's norms are
+    /// initialized to those of the sum with the layer's weight.
     ///
     /// # Errors
     /// As [`Method::init`]; [`Error::Shape`] if the factors do not fit.
@@ -132,7 +148,7 @@ impl Lora {
         let mut adapter = self.adapter(path, linear)?;
         let of_a = a.clone().square().sum_dim(0).sqrt();
         let of_b = b.clone().square().sum_dim(1).sqrt().transpose();
-        // A rank that adds nothing begins as LoRA's do, to be trained: `A` at random, `B` at zero.
+        // A rank that adds nothing begins with `A` at random and `B` at zero, so that it can train.
         let adds = (of_a.clone() * of_b.clone()).greater_elem(0.0).float();
         let log = |norm: Tensor<2>| norm.clamp_min(f32::MIN_POSITIVE).log();
         let balance = ((log(of_b) - log(of_a)) * 0.5).exp();
@@ -182,7 +198,7 @@ impl Lora {
 }
 
 impl From<usize> for Lora {
-    /// Of this rank on every linear layer.
+    /// LoRA of this rank on every linear layer.
     fn from(rank: usize) -> Self {
         Self::new(rank)
     }
@@ -198,7 +214,7 @@ impl Method for Lora {
     }
 }
 
-/// The factors of what is added to one layer's weight.
+/// The factors that are trained beside one layer's weight.
 #[derive(Module, Debug)]
 pub struct LoraAdapter {
     a: Param<Tensor<2>>,
@@ -217,11 +233,11 @@ pub struct LoraAdapter {
 struct Magnitude {
     /// `[d_out]`.
     m: Param<Tensor<1>>,
-    /// The squares of the norms of the weight itself, `[d_out]`, once a frozen weight is known.
+    /// The squared norms of the columns of a frozen weight, `[d_out]`, once it is known.
     squares: Option<Tensor<1>>,
 }
 
-/// What a [`LoraAdapter`] is beside its tensors.
+/// The settings of a [`LoraAdapter`] in a file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct LoraSettings {
@@ -233,13 +249,13 @@ pub(crate) struct LoraSettings {
 }
 
 impl LoraAdapter {
-    /// Of these factors, `[d_in, r]` and `[r, d_out]`, whose product is multiplied by `scale`.
+    /// An adapter of these factors, `[d_in, r]` and `[r, d_out]`, whose product is multiplied by `scale`.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the rank is 0 or `scale` is no positive number.
+    /// [`Error::Setting`] if the rank is 0 or `scale` is not a positive number.
     ///
     /// # Panics
-    /// If the factors have not one rank.
+    /// If the factors differ in rank.
     pub fn from_factors(a: Tensor<2>, b: Tensor<2>, scale: f32) -> Result<Self> {
         let rank = a.dims()[1];
         assert_eq!(rank, b.dims()[0], "the rank of the factors");
@@ -277,12 +293,12 @@ impl LoraAdapter {
         })
     }
 
-    /// The factor on the side of the inputs, `[d_in, r]`.
+    /// The factor `A`, `[d_in, r]`.
     pub fn a(&self) -> Tensor<2> {
         self.a.val()
     }
 
-    /// The factor on the side of the outputs, `[r, d_out]`.
+    /// The factor `B`, `[r, d_out]`.
     pub fn b(&self) -> Tensor<2> {
         self.b.val()
     }
@@ -292,17 +308,17 @@ impl LoraAdapter {
         self.magnitude.as_ref().map(|magnitude| magnitude.m.val())
     }
 
-    /// `α`.
+    /// The setting `α`.
     pub fn alpha(&self) -> f32 {
         self.settings.alpha
     }
 
-    /// `r`.
+    /// The rank `r`.
     pub fn rank(&self) -> usize {
         self.a().dims()[1]
     }
 
-    /// `σ`: `α / r`, or `α / √r` if it is rank-stabilized.
+    /// The factor `σ` of the product: `α / r`, or `α / √r` in rsLoRA.
     pub fn scale(&self) -> f32 {
         let rank = self.rank() as f32;
         let divisor = if self.settings.rank_stabilized {
@@ -313,7 +329,7 @@ impl LoraAdapter {
         self.settings.alpha / divisor
     }
 
-    /// What DoRA multiplies each output by, `[d_out]`.
+    /// The factors of the outputs in DoRA, `[d_out]`.
     fn factors(&self, weight: &Weight) -> Option<Tensor<1>> {
         let magnitude = self.magnitude.as_ref()?;
         let squares = magnitude.squares.clone();
@@ -326,7 +342,7 @@ impl LoraAdapter {
         let parts = squares + sum(square) * (scale * scale);
         let norm = parts.clone() + sum(cross) * (2.0 * scale);
         let norm = norm.max_pair(parts * 1e-6);
-        // An output without weights has no direction: it stays at 0 times its sum.
+        // An output whose weights are all zero has no direction.
         let norm = norm.clamp_min(f32::MIN_POSITIVE).sqrt().detach();
         Some(magnitude.m.val() / norm)
     }
@@ -525,7 +541,7 @@ pub(crate) fn combined(path: &str, parts: &[(&Adapter, f32)]) -> Result<LoraAdap
     LoraAdapter::from_factors(Tensor::cat(all_a, 1), Tensor::cat(all_b, 0), 1.0)
 }
 
-/// The squares of the norms of the outputs' weights, `[d_out]`.
+/// The squared norms of the columns of a weight, `[d_out]`.
 fn column_squares(weight: &Weight) -> Tensor<1> {
     weight.to_dense().square().sum_dim(0).squeeze_dim(0)
 }

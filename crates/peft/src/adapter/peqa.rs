@@ -1,9 +1,9 @@
 //! PEQA: the scales of a quantized weight are the trainable parameters.
 //!
 //! Kim et al. 2023, arXiv:2305.14152: `y = x · (s₀ + Δs)(q - z)`, with the codes frozen. Here the
-//! trained parameter is the logarithm `φ` of the factor of `s₀ + Δs = s₀ exp(φ)`, from 0 on: scales
-//! differ by orders of magnitude between layers and bit widths, with factors one learning rate serves
-//! them all, and a scale keeps its sign. The zeros may train too, `z = z₀ + δ` in units of a code.
+//! trained parameter is the logarithm `φ` of a factor, `s₀ + Δs = s₀ exp(φ)`, initialized to 0: scales
+//! differ by orders of magnitude between layers and bit widths; with factors one learning rate serves
+//! all of them, and a scale keeps its sign. The zeros may train too, `z = z₀ + δ` in units of a code.
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
@@ -16,9 +16,26 @@ use super::{Adapter, AdapterOps, Method, Settings};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::LazyTensor;
 
-/// Trains the scales of quantized layers: per channel or by group, as the layers are quantized.
+/// Trains the scales of quantized layers, one per channel or per group.
 ///
-/// Merging is exact: the trained scales become the weight's, and the codes stay.
+/// Merging is exact: the trained scales replace those of the weight, and the codes stay.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Error, Linear, Method, Peqa, Weight};
+/// use quant_core::Rtn;
+///
+/// let weight = Tensor::<1>::from_floats([-0.5, 1.0, 2.0, 0.25], &Device::flex());
+/// let mut linear = Linear::new(Weight::frozen(weight.reshape([2, 2])), None);
+/// let error = Peqa::new().init("proj", &linear).unwrap_err();
+/// assert!(matches!(error, Error::NeedsQuantized { .. }));
+/// linear.quantize("proj", &Rtn::new().with_bits(4), None)?;
+/// let adapter = Peqa::new().init("proj", &linear)?;
+/// assert_eq!(burn::module::Module::num_params(&adapter), 2);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peqa {
     targets: Targets,
@@ -32,7 +49,7 @@ impl Default for Peqa {
 }
 
 impl Peqa {
-    /// On every linear layer.
+    /// PEQA on every linear layer, with frozen zeros.
     pub fn new() -> Self {
         Self {
             targets: Targets::All,
@@ -40,13 +57,13 @@ impl Peqa {
         }
     }
 
-    /// On these layers only.
+    /// Sets the layers to adapt.
     pub fn with_targets(mut self, targets: impl Into<Targets>) -> Self {
         self.targets = targets.into();
         self
     }
 
-    /// With the zeros trained too, on an affine grid.
+    /// Sets whether the zeros of affine grids train too.
     pub fn with_zeros(mut self, zeros: bool) -> Self {
         self.zeros = zeros;
         self
@@ -92,17 +109,17 @@ pub(crate) struct PeqaSettings {
 const METHOD: &str = "PEQA";
 
 impl PeqaAdapter {
-    /// What each scale is multiplied by, `[n_groups, d_out]`.
+    /// The factors of the scales, `[n_groups, d_out]`.
     pub fn factors(&self) -> Tensor<2> {
         self.log_factors.val().exp()
     }
 
-    /// What is added to each zero, in units of a code, `[n_groups, d_out]`, if zeros are trained.
+    /// The shifts of the zeros in units of a code, `[n_groups, d_out]`, if zeros are trained.
     pub fn zero_shifts(&self) -> Option<Tensor<2>> {
         self.zero_shifts.as_ref().map(|shifts| shifts.val())
     }
 
-    /// The weight's scales and zeros with what was trained, `[n_groups, d_out]` each.
+    /// The trained scales and zeros, `[n_groups, d_out]` each.
     fn grid(&self, weight: &QuantTensor) -> (Tensor<2>, Option<Tensor<2>>) {
         let zeros = match (weight.zeros(), self.zero_shifts()) {
             (Some(zeros), Some(shifts)) => Some(zeros + shifts),
@@ -141,17 +158,12 @@ impl AdapterOps for PeqaAdapter {
             check_zeros(path, weight)?;
             check_shape(path, expected, shifts.val().dims())?;
         }
-        // Factors whose scales are beyond f32 are known before the layer is used.
-        let (scales, zeros) = self.grid(weight);
-        let (scales, zeros) = (scales.detach(), zeros.map(Tensor::detach));
-        let grid = weight.clone().with_grid(scales, zeros);
-        match grid {
-            Ok(_) => Ok(()),
-            Err(source) => Err(Error::Quant {
-                path: path.into(),
-                source,
-            }),
-        }
+        Ok(())
+    }
+
+    /// Factors whose scales are beyond `f32` are refused before the layer is used.
+    fn check_values(&self, path: &str, weight: &Weight) -> Result<()> {
+        self.on_codes(path, packed(weight)).map(drop)
     }
 
     fn on_codes(&self, path: &str, weight: &QuantTensor) -> Result<(QuantTensor, Exactness)> {

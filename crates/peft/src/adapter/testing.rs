@@ -1,4 +1,4 @@
-//! What tests compare adapters with.
+//! Matrices in `f64` for tests to compare adapters with.
 
 use burn::tensor::Tensor;
 
@@ -50,8 +50,8 @@ impl Matrix {
         Self::new(self.dims, |i, j| self.at(i, j).abs())
     }
 
-    /// Whether `found` is no further from this than `roundings` may take it, in sums of terms
-    /// whose magnitudes add up to `magnitudes`.
+    /// Whether `found` differs from this matrix by no more than `roundings` roundings of terms whose
+    /// magnitudes add up to `magnitudes`.
     pub(super) fn is_near(&self, found: &Self, roundings: usize, magnitudes: &Self) -> bool {
         let bound = of_roundings(roundings);
         assert_eq!(self.dims, found.dims);

@@ -1,4 +1,4 @@
-//! The tile adapter: what is added to the weight is constant over tiles of `p_in × p_out` weights.
+//! The tile adapter: the added matrix is constant over tiles of `p_in × p_out` weights.
 //!
 //! `y = x W + c · repeat(pool(x) F)`, where `pool` sums each `p_in` inputs, `repeat` gives each output
 //! to `p_out` in a row, and `F`, `[d_in / p_in, d_out / p_out]`, is a product of two factors or one
@@ -15,42 +15,45 @@
 //!
 //! The published code of QA-HiRA pools 4 inputs, repeats 8 outputs, and has neither a quantized base
 //! nor a merge nor an initialization that its own reset accepts. Tiles of 4 × 8 do not merge into
-//! groups that run along the inputs, which all formats here and in GPTQ have; 32 × 1 has as many
-//! parameters and does. So ours pools whole groups, begins at zero, which changes no output, and
-//! merges by the rule above. QA-BLoRA is known by its abstract: pooled inputs and repeated outputs
-//! aligned to blocks. `Tile::with_pool` and `Tile::with_repeat` take other tiles.
+//! groups that run along the inputs, as those of all formats here and of GPTQ do; tiles of 32 × 1
+//! have as many parameters and do. The method here therefore pools whole groups, is initialized to
+//! zero, and merges by the rule above. Of QA-BLoRA only the abstract is public: pooled inputs and
+//! repeated outputs aligned to blocks. `Tile::with_pool` and `Tile::with_repeat` take other tiles.
 //!
-//! `B` and the one matrix begin at zero. `A` begins uniform: as Xavier has it in QA-LoRA, and so in
-//! QA-BLoRA, which is ours; in `±1 / √(d_in / 2)`, as in LoRA, in Q-BaRA.
+//! `B` and the one matrix are initialized to zero. `A` is uniform: in QA-LoRA and QA-BLoRA by
+//! Xavier's rule, in Q-BaRA in `±1 / √(d_in / 2)`, as in LoRA.
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Tensor};
-use quant_core::{Grid, QuantTensor};
+use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
 use super::checks::{check_count, check_dtype, check_positive, check_shape};
 use super::dropout::Dropout;
 use super::hf::HfLayer;
 use super::lora::hf_layer;
-use super::tensors::{Source, bounded, floats, largest, of_roundings, stored, tensor, uniform};
+use super::tensors::{Source, bounded, floats, stored, uniform};
 use super::{Adapter, AdapterOps, Method, Settings};
 use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::LazyTensor;
 
 #[cfg(test)]
 mod tests;
+mod zeros;
 
-/// The published methods of which the tile adapter is the general form.
+use zeros::{groups_outside, of_groups};
+
+/// The published methods that the tile adapter generalizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TileMethod {
-    /// A group of inputs, pooled; a product of low rank.
+    /// Pooled groups of inputs; a product of low rank.
     QaLora,
     /// Pairs of inputs and of outputs; a product of twice the rank, over any base.
     QBara,
-    /// A group of inputs, pooled; one matrix.
+    /// Pooled groups of inputs; one matrix.
     QaHira,
-    /// A group of inputs, pooled, and pairs of outputs; a product of low rank.
+    /// Pooled groups of inputs and pairs of outputs; a product of low rank.
     QaBlora,
 }
 
@@ -65,26 +68,26 @@ impl TileMethod {
         }
     }
 
-    /// Whether it is meant to merge into the packed weight, and so refuses one that it could not.
+    /// Whether it refuses a packed weight that it cannot merge into.
     fn merges(self) -> bool {
         !matches!(self, TileMethod::QBara)
     }
 }
 
-/// How inputs are pooled: three factors of one sum.
+/// The pooling of inputs: three factors of one sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pooling {
-    /// The sum, as the paper of QA-LoRA has it.
+    /// The sum, as in the paper of QA-LoRA.
     Sum,
-    /// The mean, as its code has it: gradients are smaller by the size of a tile.
+    /// The mean, as in its code: gradients are smaller by the size of a tile.
     Mean,
-    /// The mean times the number of pools of the layer, as PEFT's `use_qalora` has it.
+    /// The mean times the number of pools of the layer, as in PEFT's `use_qalora`.
     Peft,
 }
 
 impl Pooling {
-    /// What the sum over a pool is multiplied by.
+    /// The factor of the sum over a pool.
     fn factor(self, pool: usize, n_pools: usize) -> f32 {
         match self {
             Pooling::Sum => 1.0,
@@ -95,12 +98,30 @@ impl Pooling {
 }
 
 /// Trains a matrix that is constant over tiles of each layer's weight.
+///
+/// # Examples
+///
+/// ```
+/// use burn::tensor::{Device, Distribution, Tensor};
+/// use peft::{Error, Linear, Method, Tile, Weight};
+/// use quant_core::Rtn;
+///
+/// let weight = Tensor::random([64, 32], Distribution::Default, &Device::flex());
+/// let mut linear = Linear::new(Weight::frozen(weight), None);
+/// linear.quantize("proj", &Rtn::new().with_bits(4).with_group_size(32), None)?;
+/// let adapter = Tile::qa_lora(1).init("proj", &linear)?;
+/// assert_eq!(burn::module::Module::num_params(&adapter), 2 + 32);
+/// // Groups of 32 inputs do not lie inside tiles of 16.
+/// let error = Tile::qa_lora(1).with_pool(16).init("proj", &linear).unwrap_err();
+/// assert!(matches!(error, Error::Tiles { .. }));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tile {
     method: TileMethod,
     pool: Option<usize>,
     repeat: usize,
-    /// Of the product; none for one matrix.
+    /// The rank of the product; none for one matrix.
     rank: Option<usize>,
     alpha: f32,
     pooling: Pooling,
@@ -140,7 +161,7 @@ impl Tile {
         }
     }
 
-    /// QA-HiRA on every linear layer: a number for each group and output.
+    /// QA-HiRA on every linear layer: one parameter for each group and output.
     pub fn qa_hira() -> Self {
         Self::new(TileMethod::QaHira, None)
     }
@@ -154,45 +175,46 @@ impl Tile {
         }
     }
 
-    /// With tiles of this many inputs, instead of the groups of the base. To merge, each group must
-    /// lie inside a tile.
+    /// Sets the number of inputs of a tile, by default that of a group of the base.
+    ///
+    /// To merge, each group must lie inside a tile.
     pub fn with_pool(mut self, inputs: usize) -> Self {
         self.pool = Some(inputs);
         self
     }
 
-    /// With tiles of this many outputs.
+    /// Sets the number of outputs of a tile.
     pub fn with_repeat(mut self, outputs: usize) -> Self {
         self.repeat = outputs;
         self
     }
 
-    /// With this `α`: what is added is multiplied by `σ = α / r`, with the rank that the method was
+    /// Sets `α`: the added matrix is multiplied by `σ = α / r`, with the rank that the method was
     /// given, and 1 for the one matrix of QA-HiRA.
     pub fn with_alpha(mut self, alpha: f32) -> Self {
         self.alpha = alpha;
         self
     }
 
-    /// With inputs pooled in this way.
+    /// Sets the pooling of inputs.
     pub fn with_pooling(mut self, pooling: Pooling) -> Self {
         self.pooling = pooling;
         self
     }
 
-    /// Drops pooled inputs with this probability while [`fit`](crate::fit()) trains.
+    /// Sets the probability with which pooled inputs are dropped while [`fit`](crate::fit()) trains.
     pub fn with_dropout(mut self, probability: f32) -> Self {
         self.dropout = probability;
         self
     }
 
-    /// On these layers only.
+    /// Sets the layers to adapt.
     pub fn with_targets(mut self, targets: impl Into<Targets>) -> Self {
         self.targets = targets.into();
         self
     }
 
-    /// With `A` drawn from this seed, and from the path of the layer.
+    /// Sets the seed from which `A` is drawn, together with the path of the layer.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
@@ -260,7 +282,13 @@ impl Method for Tile {
         if let Weight::Quant(weight) = weight
             && self.method.merges()
         {
-            settings.check_groups(path, weight)?;
+            if let Some(problem) = groups_outside(weight, settings.pool) {
+                return Err(Error::Tiles {
+                    method: name,
+                    path: path.into(),
+                    problem,
+                });
+            }
         }
         let device = weight.device();
         let zeros =
@@ -295,7 +323,7 @@ impl Method for Tile {
     }
 }
 
-/// What is added to one layer's weight, tile by tile.
+/// The matrix that is trained beside one layer's weight, with one value for each tile.
 #[derive(Module, Debug)]
 pub struct TileAdapter {
     factor: Factor,
@@ -305,7 +333,7 @@ pub struct TileAdapter {
     dropout: Dropout,
 }
 
-/// `F`.
+/// The matrix `F`.
 #[derive(Module, Debug)]
 enum Factor {
     Product(Product),
@@ -320,7 +348,7 @@ struct Product {
     b: Param<Tensor<2>>,
 }
 
-/// What a [`TileAdapter`] is beside its tensors.
+/// The settings of a [`TileAdapter`] in a file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct TileSettings {
@@ -329,7 +357,7 @@ pub(crate) struct TileSettings {
     pub(crate) repeat: usize,
     pub(crate) pooling: Pooling,
     pub(crate) alpha: f32,
-    /// By which `α` is divided.
+    /// The divisor of `α`.
     pub(crate) rank: usize,
     pub(crate) dropout: f32,
 }
@@ -343,7 +371,7 @@ impl TileSettings {
         Dropout::new(self.dropout).check()
     }
 
-    /// Tiles along the inputs and along the outputs of the layer at `path`.
+    /// The numbers of tiles along inputs and outputs of the layer at `path`.
     fn n_tiles(&self, path: &str, dims: [usize; 2]) -> Result<[usize; 2]> {
         let tile = [self.pool, self.repeat];
         if dims[0].is_multiple_of(tile[0]) && dims[1].is_multiple_of(tile[1]) {
@@ -354,51 +382,6 @@ impl TileSettings {
             path: path.into(),
             problem: format!("tiles of {tile:?} do not divide its weight, {dims:?}"),
         })
-    }
-
-    /// Checks that each group of the packed weight lies inside a tile, on a grid with zeros.
-    fn check_groups(&self, path: &str, weight: &QuantTensor) -> Result<()> {
-        match self.groups_outside(weight) {
-            None => Ok(()),
-            Some(problem) => Err(Error::Tiles {
-                method: self.tiles.name(),
-                path: path.into(),
-                problem,
-            }),
-        }
-    }
-
-    /// Why the weight's groups could not take on what is added, if so.
-    fn groups_outside(&self, weight: &QuantTensor) -> Option<String> {
-        let format = weight.format();
-        if format.grid() != Grid::Affine {
-            return Some(format!(
-                "{format} has no zeros, which are what could hold it"
-            ));
-        }
-        let [d_in, d_out] = weight.dims();
-        let mut scales = floats(weight.scales()).into_iter();
-        if let Some(at) = scales.position(|scale| scale == 0.0) {
-            let [group, output] = [at / d_out, at % d_out];
-            return Some(format!(
-                "the scale of group {group} of output {output} is 0"
-            ));
-        }
-        let group = weight.layout().group_size();
-        let order = weight.input_order();
-        let tile = |row: usize| {
-            let input = order.as_ref().map_or(row, |order| order[row] as usize);
-            input / self.pool
-        };
-        (0..d_in)
-            .find(|&row| tile(row) != tile(row / group * group))
-            .map(|_| match &order {
-                Some(_) => "its groups gather inputs of several tiles (`desc_act`)".into(),
-                None => format!(
-                    "groups of {group} inputs straddle tiles of {} inputs",
-                    self.pool
-                ),
-            })
     }
 }
 
@@ -412,7 +395,7 @@ impl TileAdapter {
         }
     }
 
-    /// Of these factors, `[d_in / pool, r]` and `[r, d_out / repeat]`.
+    /// An adapter of these factors, `[d_in / pool, r]` and `[r, d_out / repeat]`.
     pub(crate) fn of_product(
         a: Param<Tensor<2>>,
         b: Param<Tensor<2>>,
@@ -427,7 +410,7 @@ impl TileAdapter {
         self.settings.tiles
     }
 
-    /// Inputs and outputs of a tile.
+    /// The numbers of inputs and outputs of a tile.
     pub fn tile(&self) -> [usize; 2] {
         [self.settings.pool, self.settings.repeat]
     }
@@ -440,7 +423,7 @@ impl TileAdapter {
         }
     }
 
-    /// `F`, `[d_in / pool, d_out / repeat]`.
+    /// The matrix `F`, `[d_in / pool, d_out / repeat]`.
     pub fn matrix(&self) -> Tensor<2> {
         match &self.factor {
             Factor::Product(product) => product.a.val().matmul(product.b.val()),
@@ -448,7 +431,27 @@ impl TileAdapter {
         }
     }
 
-    /// Tiles along the inputs and along the outputs.
+    /// The matrix `F` row by row, computed in `f64`.
+    fn matrix_f64(&self) -> Vec<f64> {
+        let widened = |values: Tensor<2>| floats(values).into_iter().map(f64::from);
+        let product = match &self.factor {
+            Factor::Matrix(matrix) => return widened(matrix.val()).collect(),
+            Factor::Product(product) => product,
+        };
+        let a: Vec<f64> = widened(product.a.val()).collect();
+        let b: Vec<f64> = widened(product.b.val()).collect();
+        let [_, n_out] = self.n_tiles();
+        let rank = b.len() / n_out;
+        let mut matrix = vec![0.0; a.len() / rank * n_out];
+        for (row, a) in matrix.chunks_exact_mut(n_out).zip(a.chunks_exact(rank)) {
+            for (b, a) in b.chunks_exact(n_out).zip(a) {
+                row.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+            }
+        }
+        matrix
+    }
+
+    /// The numbers of tiles along inputs and outputs.
     fn n_tiles(&self) -> [usize; 2] {
         match &self.factor {
             Factor::Product(product) => [product.a.val().dims()[0], product.b.val().dims()[1]],
@@ -456,7 +459,7 @@ impl TileAdapter {
         }
     }
 
-    /// `c`: what the product of a sum over a pool with `F` is multiplied by.
+    /// The factor `c` of the product of pooled inputs with `F`.
     pub fn scale(&self) -> f32 {
         let TileSettings {
             pool,
@@ -466,39 +469,6 @@ impl TileAdapter {
             ..
         } = self.settings;
         alpha / rank as f32 * pooling.factor(pool, self.n_tiles()[0])
-    }
-
-    /// `c F` for each group and output of the weight, whose groups lie inside tiles.
-    fn added_to_groups(&self, weight: &QuantTensor) -> Vec<f64> {
-        let ([pool, repeat], [_, n_out]) = (self.tile(), self.n_tiles());
-        let scale = f64::from(self.scale());
-        let widened = |values: Tensor<2>| floats(values).into_iter().map(f64::from);
-        let matrix: Vec<f64> = match &self.factor {
-            Factor::Matrix(matrix) => widened(matrix.val()).collect(),
-            Factor::Product(product) => {
-                let a: Vec<f64> = widened(product.a.val()).collect();
-                let b: Vec<f64> = widened(product.b.val()).collect();
-                let rank = b.len() / n_out;
-                let mut matrix = vec![0.0; a.len() / rank * n_out];
-                for (row, a) in matrix.chunks_exact_mut(n_out).zip(a.chunks_exact(rank)) {
-                    for (b, a) in b.chunks_exact(n_out).zip(a) {
-                        row.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
-                    }
-                }
-                matrix
-            }
-        };
-        let order = weight.input_order();
-        let layout = weight.layout();
-        let [n_groups, d_out] = layout.grid_shape();
-        let mut added = Vec::with_capacity(n_groups * d_out);
-        for group in 0..n_groups {
-            let row = group * layout.group_size();
-            let input = order.as_ref().map_or(row, |order| order[row] as usize);
-            let tiles = &matrix[input / pool * n_out..][..n_out];
-            added.extend((0..d_out).map(|output| scale * tiles[output / repeat]));
-        }
-        added
     }
 
     pub(super) fn read(settings: TileSettings, path: &str, source: &mut Source) -> Result<Self> {
@@ -562,44 +532,20 @@ impl AdapterOps for TileAdapter {
     }
 
     fn on_codes(&self, path: &str, weight: &QuantTensor) -> Result<(QuantTensor, Exactness)> {
-        let refuse = |reason: String| Error::MergeIntoPacked {
-            method: self.method().name(),
-            path: path.into(),
-            reason,
-        };
-        if let Some(problem) = self.settings.groups_outside(weight) {
-            return Err(refuse(problem));
+        if let Some(reason) = groups_outside(weight, self.settings.pool) {
+            return Err(Error::MergeIntoPacked {
+                method: self.name(),
+                path: path.into(),
+                reason,
+            });
         }
-        let Some(zeros) = weight.zeros() else {
-            return Err(refuse("its grid has no zeros".into()));
-        };
-        let scales = floats(weight.scales());
-        // In f64, so that each zero is rounded once.
-        let (added, zeros) = (self.added_to_groups(weight), floats(zeros));
-        let mut merged = Vec::with_capacity(zeros.len());
-        let mut max_error = 0f64;
-        for ((&scale, &zero), &added) in scales.iter().zip(&zeros).zip(&added) {
-            let (scale, zero) = (f64::from(scale), f64::from(zero));
-            let shifted = (zero - added / scale) as f32;
-            let error = scale * (zero - f64::from(shifted)) - added;
-            max_error = max_error.max(error.abs());
-            merged.push(shifted);
-        }
-        let grid = weight.layout().grid_shape();
-        let device = weight.scales().device();
-        let zeros = tensor(merged, grid, &device);
-        let merged = weight.clone().with_grid(weight.scales(), Some(zeros));
-        let merged = merged.map_err(|source| Error::Quant {
+        let scale = f64::from(self.scale());
+        let added: Vec<f64> = self.matrix_f64().into_iter().map(|f| scale * f).collect();
+        let added = of_groups(weight, self.tile(), &added);
+        zeros::add(weight, &added).map_err(|source| Error::Quant {
             path: path.into(),
             source,
-        })?;
-        let max_weight = largest(merged.dequantize());
-        let exactness = Exactness::Bounded {
-            // A weight in f32 is rounded twice, when the zero is taken off and when it is scaled.
-            max_weight_error: max_error + of_roundings(2) * max_weight,
-            max_weight,
-        };
-        Ok((merged, exactness))
+        })
     }
 
     fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {

@@ -2,9 +2,9 @@
 //!
 //! Kopiczko et al. 2024, arXiv:2310.11454: `y = x W + (((x A) ∘ d) B) ∘ b` with `A`, `[d_in, r]`, and
 //! `B`, `[r, d_out]`. The pair has the largest `d_in` and the largest `d_out` of the adapted layers, and
-//! a layer takes the first rows of `A` and the first columns of `B`. As in PEFT, both begin uniform as
-//! Kaiming has it, in `±√(6 / fan_in)`, with the fan-in `d_in` of `A` and `r` of `B`; `d` begins at 0.1
-//! and `b` at zero.
+//! a layer takes the first rows of `A` and the first columns of `B`. As in PEFT, both are
+//! uniform by Kaiming's rule, in `±√(6 / fan_in)` with the fan-in `d_in` of `A` and `r` of `B`; `d` is
+//! initialized to 0.1 and `b` to zero.
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
@@ -26,7 +26,7 @@ const METHOD: &str = "VeRA";
 /// Trains two vectors of each layer, `r + d_out` parameters, dense or packed.
 ///
 /// It merges as [`Lora`](crate::Lora) does: into a dense weight within a bound, and into a packed one
-/// only where that is asked for by name ([`OffGrid`](crate::OffGrid)).
+/// only where [`OffGrid`](crate::OffGrid) asks for it.
 ///
 /// # Examples
 ///
@@ -44,7 +44,7 @@ const METHOD: &str = "VeRA";
 #[derive(Clone, Debug, PartialEq)]
 pub struct Vera {
     rank: usize,
-    initial_d: f32,
+    d_initial: f32,
     dropout: f32,
     targets: Targets,
     seed: u64,
@@ -55,7 +55,7 @@ impl Vera {
     pub fn new(rank: usize) -> Self {
         Self {
             rank,
-            initial_d: 0.1,
+            d_initial: 0.1,
             dropout: 0.0,
             targets: Targets::All,
             seed: 0,
@@ -63,8 +63,8 @@ impl Vera {
     }
 
     /// Sets the initial value of `d`, 0.1 by default.
-    pub fn with_initial_d(mut self, value: f32) -> Self {
-        self.initial_d = value;
+    pub fn with_d_initial(mut self, value: f32) -> Self {
+        self.d_initial = value;
         self
     }
 
@@ -112,7 +112,7 @@ impl Method for Vera {
 
     fn init_all(&self, layers: &[(String, &Linear)]) -> Result<Vec<Adapter>> {
         check_count("rank", self.rank)?;
-        check_positive("initial d", self.initial_d)?;
+        check_positive("d_initial", self.d_initial)?;
         for (path, linear) in layers {
             check_dtype(path, linear.weight())?;
         }
@@ -127,7 +127,7 @@ impl Method for Vera {
         let adapter = |(_, linear): &(String, &Linear)| {
             let device = linear.weight().device();
             let d_out = linear.weight().dims()[1];
-            let d = trained(vec![self.initial_d; self.rank], [self.rank], &device);
+            let d = trained(vec![self.d_initial; self.rank], [self.rank], &device);
             let b_vector = trained(vec![0.0; d_out], [d_out], &device);
             VeraAdapter::new([a.clone(), b.clone()], d, b_vector, self.dropout).map(Adapter::Vera)
         };
@@ -347,4 +347,93 @@ fn reader(config: &HfConfig, file: &mut TensorFile, device: &Device) -> Result<H
         let adapter = VeraAdapter::new(factors.clone(), d, b, config.vera_dropout)?;
         Ok(Adapter::Vera(adapter))
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use proptest::prelude::*;
+    use rand::RngExt;
+
+    use super::*;
+    use crate::adapter::tensors::layer_rng;
+    use crate::adapter::testing::Matrix;
+
+    proptest! {
+        /// Outputs and merged weights against sums in f64, with and without room for other layers.
+        #[test]
+        fn outputs_are_those_of_the_sum(
+            dims in (1..30usize, 1..30usize, 1..20usize),
+            room in (0..3usize, 0..3usize),
+            seed in any::<u64>(),
+        ) {
+            let (d_in, d_out, rank) = dims;
+            let mut rng = layer_rng(seed, "");
+            let mut random = |dims: [usize; 2]| {
+                let values = (0..dims[0] * dims[1]).map(|_| rng.random_range(-1.0..1.0));
+                tensor(values.collect(), dims, &Device::flex())
+            };
+            let factors = [random([d_in + room.0, rank]), random([rank, d_out + room.1])];
+            let [d, b] = [rank, d_out].map(|n| Param::from_tensor(random([1, n]).squeeze_dim(0)));
+            let adapter = VeraAdapter::new(factors.map(Shared::new), d, b, 0.0).unwrap();
+            let (weight, x) = (random([d_in, d_out]), random([3, d_in]));
+            let base = Weight::frozen(weight.clone());
+            adapter.check("up", &Linear::new(base.clone(), None)).unwrap();
+
+            let [a, b] = adapter.factors(d_in).map(Matrix::of);
+            let [d, lambda_b] = [adapter.d(), adapter.b()].map(|v| Matrix::of(v.unsqueeze()));
+            let a = Matrix::new(a.dims, |i, k| a.at(i, k) * d.at(0, k));
+            let b = Matrix::new(b.dims, |k, j| b.at(k, j) * lambda_b.at(0, j));
+            let w = Matrix::of(weight);
+            let sum = w.plus(1.0, &a.times(&b));
+            let magnitudes = w.abs().plus(1.0, &a.abs().times(&b.abs()));
+            let (merged, exactness) = adapter.to_dense(&base);
+            let Exactness::Bounded { max_weight_error, .. } = exactness else {
+                panic!("{exactness:?}");
+            };
+            let found = Matrix::of(merged);
+            prop_assert!(sum.is_near(&found, rank + 3, &magnitudes));
+            let errors = sum.values.iter().zip(&found.values).map(|(sum, found)| (sum - found).abs());
+            prop_assert!(errors.fold(0.0, f64::max) <= max_weight_error);
+            let rows = Matrix::of(x.clone());
+            let found = Matrix::of(adapter.forward(&base, x));
+            let y_magnitudes = rows.abs().times(&magnitudes);
+            prop_assert!(rows.times(&sum).is_near(&found, d_in + rank + 3, &y_magnitudes));
+        }
+    }
+
+    #[test]
+    fn layers_share_one_pair_that_follows_the_seed() {
+        let linear = |dims: [usize; 2]| {
+            Linear::new(Weight::frozen(Tensor::zeros(dims, &Device::flex())), None)
+        };
+        let (wide, tall) = (linear([4, 9]), linear([7, 3]));
+        let attached = |seed| {
+            let layers = [("wide".to_string(), &wide), ("tall".to_string(), &tall)];
+            Vera::new(5).with_seed(seed).init_all(&layers).unwrap()
+        };
+        let digests = |seed| -> Vec<Vec<String>> {
+            let adapters = attached(seed).into_iter();
+            let each = adapters.map(|adapter| {
+                let shared = adapter.ops().shared().into_iter();
+                shared.map(|shared| shared.digest().to_string()).collect()
+            });
+            each.collect()
+        };
+        let first = digests(1);
+        assert_eq!(first[0], first[1]);
+        assert_eq!(digests(1), first);
+        assert_ne!(digests(2), first);
+        let adapters = attached(1);
+        let dims: Vec<[usize; 2]> = (adapters[0].ops().shared().into_iter())
+            .map(|shared| shared.tensor.dims())
+            .collect();
+        assert_eq!(dims, [[7, 5], [5, 9]]);
+        for (adapter, linear) in adapters.iter().zip([&wide, &tall]) {
+            adapter.check("up", linear).unwrap();
+        }
+        // There is no room for a layer that is larger.
+        let error = adapters[0].check("up", &linear([8, 9])).unwrap_err();
+        assert!(matches!(error, crate::Error::Shape { .. }), "{error}");
+    }
 }

@@ -18,18 +18,19 @@ mod patterns;
 const SHARED_PREFIX: &str = "base_model.";
 
 impl Adapters {
-    /// Reads a directory that PEFT wrote, for `model`: LoRA, rsLoRA, DoRA and QA-LoRA.
+    /// Reads a directory that PEFT wrote, for `model`: LoRA, rsLoRA, DoRA, QA-LoRA and VeRA.
     ///
-    /// The file does not say what its base was: it is taken to be this model. The outputs are those
-    /// of PEFT. Further training with dropout differs: here QA-LoRA drops pooled inputs, as its paper
-    /// does, and the product of DoRA with the weight drops none.
+    /// The file does not identify its base, which is assumed to be this model. The outputs are those of
+    /// PEFT. Further training with dropout differs: here QA-LoRA drops pooled inputs, as in its paper,
+    /// and the product of DoRA with the weight drops none. VeRA is read with its random factors
+    /// (`save_projection=True`), which only PyTorch could draw again.
     ///
     /// # Errors
-    /// [`tensor_files::Error::File`] for what this program does not know, by its name: another type
-    /// of adapter, a setting that changes what an adapter computes, an initialization that changed
-    /// the base (PiSSA, OLoRA, …), a value out of its range. [`Error::UnknownLayer`],
+    /// [`tensor_files::Error::File`] for an unknown key, by its name: another type of adapter, a setting
+    /// that changes the outputs of an adapter, an initialization that changed the base (PiSSA, OLoRA,
+    /// …), a value out of its range. [`Error::UnknownLayer`],
     /// [`tensor_files::Error::MissingTensor`], [`tensor_files::Error::Tensor`] or [`Error::Shape`] if
-    /// the tensors are not those that the configuration and the model ask for, [`Error::Tiles`] if
+    /// the tensors do not fit configuration and model, [`Error::Tiles`] if
     /// groups do not divide a layer, [`Error::NoBias`] if a layer has no bias for a trained one,
     /// [`Error::NotF32`] for a dense layer of another dtype.
     pub fn load_hf(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
@@ -90,7 +91,7 @@ impl Adapters {
                 Error::Setting { .. } => refuse(format!("for layer `{path}`, {error}")),
                 other => other,
             })?;
-            adapter.ops().check(&path, linear)?;
+            adapter.check(&path, linear)?;
             layers.insert(path, adapter);
         }
         Ok(Self {

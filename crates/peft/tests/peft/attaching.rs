@@ -1,7 +1,5 @@
 use burn::tensor::{Device, Distribution, Tensor};
-use peft::{
-    Adapters, Error, Fingerprint, FitConfig, Linear, Linears, Lora, Peqa, Targets, Weight, fit,
-};
+use peft::{Adapters, Error, Fingerprint, FitConfig, Linear, Linears, Peqa, Targets, Weight, fit};
 use proptest::prelude::*;
 use quant_core::Rtn;
 

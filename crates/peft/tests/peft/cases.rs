@@ -2,11 +2,11 @@
 
 use peft::{Bayesian, Lora, Method, Peqa, Pooling, Targets, Tile, TileMethod, Vera};
 use proptest::prelude::*;
-use quant_core::{DoubleQuant, Grid, NormalFloat, Rtn};
+use quant_core::{DoubleQuant, Grid, NormalFloat, Quantizer, Rtn};
 
 use crate::model::{Bigram, HIDDEN, WIDTH, dense, quantized};
 
-/// What a layer is quantized to, if it is.
+/// The weights of a model: dense, or packed by a quantizer.
 #[derive(Clone, Debug)]
 pub(crate) enum Base {
     Dense,
@@ -137,7 +137,7 @@ pub(crate) fn tasks() -> impl Strategy<Value = (Rtn, [Tuning; 2])> {
     })
 }
 
-/// Those that may be attached.
+/// Methods on bases that they can attach to.
 pub(crate) fn cases() -> impl Strategy<Value = Case> {
     any_cases().prop_filter("refused", |case| case.merge().is_some())
 }
@@ -153,7 +153,7 @@ impl Case {
         }
     }
 
-    /// What the papers say of this method on this base; none where it has no place.
+    /// The merge that the papers promise for this method on this base; none where it cannot attach.
     pub(crate) fn merge(&self) -> Option<Merge> {
         let affine = match &self.base {
             Base::Rtn(rtn) => rtn.format().unwrap().grid() == Grid::Affine,
@@ -208,3 +208,4 @@ impl Case {
             Tuning::Tile(..) => true,
         }
     }
+}

@@ -1,7 +1,7 @@
 use burn::tensor::Tensor;
 use peft::{Error, Exactness, Fingerprint, Linears, OffGrid, Weight};
 use proptest::prelude::*;
-use quant_core::Rtn;
+use quant_core::{Quantizer, Rtn};
 
 use crate::cases::{Merge, Tuning, cases};
 use crate::model::{Bigram, batch, difference, logits, tune};
@@ -10,7 +10,7 @@ use crate::property;
 /// Codes, scales and zeros.
 type OnGrid = (Vec<u8>, Vec<f32>, Option<Vec<f32>>);
 
-/// What the packed layers hold.
+/// The codes and grids of the packed layers.
 fn codes(model: &Bigram) -> Vec<OnGrid> {
     let linears = model.linears().into_iter();
     let packed = linears.filter_map(|(_, linear)| match linear.weight() {
@@ -45,8 +45,8 @@ proptest! {
     #![proptest_config(property(64))]
 
     /// A merge changes no bit where it is exact, and nothing that f32 could tell where it is bounded;
-    /// codes and scales stay. What codes cannot hold is refused, and merges in the ways that are
-    /// asked for by name.
+    /// codes and scales stay. A sum that codes cannot hold is refused, and merges in the ways that
+    /// are asked for by name.
     #[test]
     fn merging_keeps_what_was_tuned(case in cases(), seed in 0..1000u64) {
         let mut model = case.adapted(seed);
@@ -127,7 +127,7 @@ proptest! {
                     let Exactness::Bounded { max_weight_error, max_weight } = layer.exactness else {
                         panic!("{:?}", layer.exactness);
                     };
-                    // What LoRA states is a bound, what the tiles state is measured.
+                    // LoRA states a bound, tiles a measured error.
                     let bound = match case.tuning {
                         Tuning::Tile(..) => 1e-6,
                         _ => 1e-4,

@@ -94,7 +94,7 @@ pub(crate) fn dense(seed: u64) -> Bigram {
     let bias = Tensor::<1>::full([WIDTH], 0.1, &Device::flex());
     let bias = Param::from_tensor(bias).set_require_grad(false);
     Bigram {
-        pub(crate) embedding: Param::from_tensor(tensor(seed, [VOCAB, HIDDEN])).set_require_grad(false),
+        embedding: Param::from_tensor(tensor(seed, [VOCAB, HIDDEN])).set_require_grad(false),
         up: Linear::new(
             Weight::frozen(tensor(seed + 1, [HIDDEN, WIDTH])),
             Some(bias),
@@ -139,8 +139,7 @@ pub(crate) fn tune(model: &mut Bigram, seed: u64) {
     fit(model, &batches, &config, |_| {}).unwrap();
 }
 
-/// What a layer is quantized to, if it is.
-
+/// A packed model with a fresh PEQA.
 pub(crate) fn adapted(seed: u64) -> Bigram {
     let mut model = quantized(seed, &Rtn::new().with_bits(3).with_group_size(4));
     peft::attach(&mut model, &Peqa::new()).unwrap();

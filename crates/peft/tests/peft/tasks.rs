@@ -49,11 +49,11 @@ proptest! {
             merged.push(model);
         }
         for at in [1, 0, 1] {
-            served.activate(Some(&format!("{at}"))).unwrap();
+            served.activate(&*format!("{at}")).unwrap();
             prop_assert_eq!(Fingerprint::of(served.model()), Fingerprint::of(&merged[at]));
             prop_assert_eq!(logits(served.model()), logits(&merged[at]));
         }
-        let error = served.activate(Some("2")).unwrap_err();
+        let error = served.activate("2").unwrap_err();
         let named = matches!(&error, Error::UnknownTask { name, names } if name == "2" && names == &["0", "1"]);
         prop_assert!(named, "{}", error);
         served.activate(None).unwrap();

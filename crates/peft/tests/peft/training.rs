@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use quant_core::Rtn;
 
 use crate::cases::cases;
-use crate::model::{Bigram, HIDDEN, VOCAB, WIDTH, adapted, batch, dense, logits, quantized, tensor, tune};
+use crate::model::{
+    Bigram, HIDDEN, VOCAB, WIDTH, adapted, batch, dense, logits, quantized, tensor, tune,
+};
 use crate::property;
 
 /// The paths of the parameters that have a gradient, and of those that have none.
@@ -22,7 +24,7 @@ struct Gradients<'a> {
 impl ModuleVisitor for Gradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let gradient = self.gradients.get::<D>(param.id);
-        // What is not tracked costs no work in the backward pass.
+        // A tensor that is not tracked costs no work in the backward pass.
         assert_eq!(param.val().is_tracked(), gradient.is_some());
         let list = match gradient {
             Some(gradient) => {
@@ -231,7 +233,7 @@ fn lora_plus_gives_b_its_own_rate() {
     assert!(matches!(config.check(), Err(Error::Setting { .. })));
 }
 
-/// A price on what is open shuts gates; without one, what the task needs stays open.
+/// A penalty on open gates shuts them; without one, gates that the task needs stay open.
 #[test]
 fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
     let tuned = |penalty: f32| {
@@ -252,7 +254,7 @@ fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
     assert!(rank == 0 || bits == [0, 0], "{rank} {bits:?}");
 }
 
-/// Dropout changes what is trained, by its seed alone, and nothing once training is over.
+/// Dropout changes the trained parameters by its seed alone, and no output after training.
 #[test]
 fn dropout_follows_its_seed() {
     let run = |probability, seed, checkpoint_blocks| {

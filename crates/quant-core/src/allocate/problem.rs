@@ -219,7 +219,7 @@ fn relax(layers: &[Vec<Item>], budget: u64) -> Relaxation {
     };
     let mut split = None;
     for (slope, layer, from, to) in edges {
-        // Behind an edge that was left out, the hull of that layer is out of reach.
+        // After an edge that was left out, the rest of that layer's hull cannot be reached.
         if greedy.positions[layer] != from {
             continue;
         }

@@ -42,9 +42,10 @@ fn cases() -> impl Strategy<Value = Case> {
                 let (group, pool) = (pool, pool * in_tile);
                 let rank = n_pools.min(n_out);
                 let settings = TileSettings {
-                    tiles: match one_matrix {
-                        true => TileMethod::QaHira,
-                        false => TileMethod::QaLora,
+                    tiles: if one_matrix {
+                        TileMethod::QaHira
+                    } else {
+                        TileMethod::QaLora
                     },
                     pool,
                     repeat,
@@ -53,12 +54,13 @@ fn cases() -> impl Strategy<Value = Case> {
                     rank,
                     dropout: 0.0,
                 };
-                let factor = match one_matrix {
-                    true => Factor::Matrix(Param::from_tensor(random([n_pools, n_out]))),
-                    false => Factor::Product(Product {
+                let factor = if one_matrix {
+                    Factor::Matrix(Param::from_tensor(random([n_pools, n_out])))
+                } else {
+                    Factor::Product(Product {
                         a: Param::from_tensor(random([n_pools, rank])),
                         b: Param::from_tensor(random([rank, n_out])),
-                    }),
+                    })
                 };
                 let (d_in, d_out) = (n_pools * pool, n_out * repeat);
                 Case {

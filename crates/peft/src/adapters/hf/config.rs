@@ -1,4 +1,4 @@
-//! `adapter_config.json` of PEFT: its keys, and what is written.
+//! `adapter_config.json` of PEFT, both ways.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -77,7 +77,7 @@ pub(super) fn patterns(config: &HfConfig) -> Result<Patterns, String> {
 
 /// The configuration of adapters of layers of `model`.
 pub(super) fn written(layers: &[(&str, HfLayer)], model: &impl Linears) -> Result<HfConfig> {
-    // What most layers have is the rule, the others are exceptions.
+    // The rank and alpha of most layers are the rule, the others are exceptions.
     let mut counts: BTreeMap<(usize, u32), usize> = BTreeMap::new();
     for (_, layer) in layers {
         let rank_and_alpha = (layer.rank, layer.alpha.to_bits());

@@ -1,4 +1,4 @@
-//! Which layers a configuration of PEFT targets, and the ranks that its patterns give them.
+//! The layers that a configuration of PEFT targets, and the ranks that its patterns give them.
 
 use regex::Regex;
 use serde::Deserialize;
@@ -31,7 +31,7 @@ enum Layers {
     Some(Vec<usize>),
 }
 
-/// The layers that are meant, and their ranks and alphas.
+/// The targeted layers, with their ranks and alphas.
 pub(super) struct Patterns {
     targets: Option<Matcher>,
     excluded: Option<Matcher>,
@@ -118,7 +118,7 @@ impl Patterns {
         })
     }
 
-    /// Whether the layer at `path` is to have an adapter.
+    /// Whether the layer at `path` is a target.
     pub(super) fn targets(&self, path: &str) -> bool {
         let meant = self.targets.as_ref();
         let excluded = self.excluded.as_ref();
@@ -185,7 +185,7 @@ mod tests {
         Patterns::new(serde_json::from_value(config).unwrap()).unwrap()
     }
 
-    /// Which of some layers a configuration targets, as PEFT's `check_target_module_exists` has it.
+    /// PEFT's `check_target_module_exists`.
     #[test]
     fn targets_are_those_of_peft() {
         let paths = [

@@ -1,21 +1,12 @@
 //! The truncated decomposition against the full one.
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use loftq::Truncation;
 use proptest::prelude::*;
 use quant_core::{full_svd, sum_of_squares, symmetric_eigen};
-use rand::RngExt;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-fn random([m, n]: [usize; 2], seed: u64) -> Tensor<2> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let values = (0..m * n).map(|_| rng.random_range(-1.0f32..1.0)).collect();
-    Tensor::from_data(TensorData::new::<f32, _>(values, [m, n]), &Device::flex())
-}
-
-fn floats(matrix: Tensor<2>) -> Vec<f32> {
-    matrix.into_data().try_into_vec().unwrap()
-}
+use crate::layers::{floats, random};
+use crate::property;
 
 /// The least squared error of each rank from 0 on.
 fn least_errors(matrix: &Tensor<2>) -> Vec<f64> {
@@ -204,7 +195,7 @@ fn eigenvectors_are_those_of_the_matrix() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(property(24))]
 
     #[test]
     fn any_shape_and_rank(m in 1usize..150, n in 1usize..150, part in 0.0f64..1.0, seed in 0u64..1000) {

@@ -1,13 +1,14 @@
 use serde_json::json;
 
 use super::*;
+use crate::Template;
 use crate::testing::record;
 
 /// The prompt and the completion of a record.
 fn texts(template: &Template, fields: Json) -> (String, String) {
     let pieces = template.pieces(&record(fields)).unwrap();
     let [prompt, completion] = <[Piece; 2]>::try_from(pieces).unwrap();
-    assert!(!prompt.learn && completion.learn);
+    assert!(!prompt.is_target && completion.is_target);
     (prompt.text, completion.text)
 }
 
@@ -16,7 +17,7 @@ fn refused(prompt: &str, completion: &str, fields: Json) -> Error {
     template.pieces(&record(fields)).unwrap_err()
 }
 
-/// What `PROMPT_DICT` of `train.py` gives.
+/// Compared with `PROMPT_DICT` of `train.py`.
 #[test]
 fn alpaca_with_and_without_an_input() {
     let fields = json!({"instruction": "Add <1>.", "input": "2 & 'x'", "output": "3\n"});
@@ -50,9 +51,8 @@ fn gsm8k() {
     );
 }
 
-/// Spaces and line ends of a template are those of the text.
 #[test]
-fn every_character_of_a_template_stands() {
+fn whitespace_of_a_template_is_kept() {
     let template = Template::fields("  {% if a %}\n{{ a }}\n{% endif %}\n\n", "{{ b }}\n").unwrap();
     let texts = texts(&template, json!({"a": "x", "b": "y"}));
     assert_eq!(texts, ("  \nx\n\n\n".into(), "y\n".into()));
@@ -76,12 +76,16 @@ fn a_missing_field_is_named() {
     );
     assert_eq!(
         error.to_string(),
-        "`data.jsonl`, line 7: no field `answer`, which the template names; there are `question`, `reply`"
+        "`data.jsonl`, line 7: no field `answer`, which the template uses; the record has `question`, `reply`"
     );
-    assert!(matches!(error, Error::MissingField { field, .. } if field == "answer"));
+    assert!(
+        matches!(error, Error::Record { problem: RecordError::MissingField { field, .. }, .. } if field == "answer")
+    );
     // Not `input`, which may be missing.
     let error = Template::alpaca().pieces(&record(json!({"instruction": "Say hello."})));
-    assert!(matches!(error, Err(Error::MissingField { field, .. }) if field == "output"));
+    assert!(
+        matches!(error, Err(Error::Record { problem: RecordError::MissingField { field, .. }, .. }) if field == "output")
+    );
     for prompt in [
         "{{ a | trim }}",
         "{{ a.b }}",
@@ -91,7 +95,7 @@ fn a_missing_field_is_named() {
     ] {
         let error = refused(prompt, "", json!({}));
         assert!(
-            matches!(&error, Error::MissingField { field, .. } if field == "a"),
+            matches!(&error, Error::Record { problem: RecordError::MissingField { field, .. }, .. } if field == "a"),
             "{prompt}: {error}"
         );
     }
@@ -106,7 +110,7 @@ fn a_field_in_a_field_that_is_missing_is_named() {
     );
     assert_eq!(
         error.to_string(),
-        "`data.jsonl`, line 7: the prompt template does not take it: `instances[0].text` is undefined (line 1 of the template)"
+        "`data.jsonl`, line 7: cannot render the prompt template: `instances[0].text` is undefined (line 1 of the template)"
     );
 }
 
@@ -120,30 +124,30 @@ fn a_field_without_a_text_is_refused() {
     for value in [json!([1]), json!({"b": 1})] {
         let error = refused("{{ a }}", "", json!({"a": value}));
         assert!(
-            matches!(&error, Error::Field { field, .. } if field == "a"),
+            matches!(&error, Error::Record { problem: RecordError::Field { field, .. }, .. } if field == "a"),
             "{error}"
         );
     }
-    // One of two: which, only the line says.
+    // Only the line of the template tells which of two it is.
     let error = refused(
         "{% if b %}{% endif %}\n{{ a }}",
         "",
         json!({"a": null, "b": null}),
     );
     assert!(
-        matches!(&error, Error::Render { problem, .. }
+        matches!(&error, Error::Record { problem: RecordError::Render { problem, .. }, .. }
         if problem == "none has no text of its own (line 2 of the template)"),
         "{error}"
     );
 }
 
 #[test]
-fn a_template_that_cannot_be_read() {
+fn a_template_that_does_not_parse() {
     let error = Template::fields("Q\n{{ question", "").unwrap_err();
     assert!(
         matches!(
             &error,
-            Error::BadTemplate {
+            Error::Template {
                 template: "prompt",
                 line: 2,
                 ..
@@ -155,7 +159,7 @@ fn a_template_that_cannot_be_read() {
     assert!(
         matches!(
             &error,
-            Error::BadTemplate {
+            Error::Template {
                 template: "completion",
                 ..
             }
