@@ -15,7 +15,7 @@ use evaluate::{
     byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
     window_losses, word_losses, word_perplexity,
 };
-use examples::arguments::{SeqLenArg, at_least};
+use examples::arguments::{SeqLenArg, at_least, distinct_names};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
@@ -449,39 +449,5 @@ impl Measured<'_> {
     fn share(&self, right: impl Iterator<Item = bool>) -> Result<Estimate> {
         let right: Vec<f64> = right.map(|right| f64::from(u8::from(right))).collect();
         Ok(self.bootstrap.mean(&right)?)
-    }
-}
-
-/// Names directories by their paths without the directories that all of them are in.
-fn distinct_names(dirs: &[PathBuf]) -> Vec<String> {
-    let parents = |dir: &PathBuf| dir.components().count().saturating_sub(1);
-    let most = dirs.iter().map(parents).min().unwrap_or(0);
-    let first = |n: usize| dirs[0].components().take(n).collect::<PathBuf>();
-    let is_shared = |&n: &usize| dirs.iter().all(|dir| dir.starts_with(first(n)));
-    // One directory alone has nothing to be told apart from.
-    let shared = (0..=most).rev().filter(|_| dirs.len() > 1).find(is_shared);
-    let name = |dir: &PathBuf| {
-        dir.components()
-            .skip(shared.unwrap_or(0))
-            .collect::<PathBuf>()
-    };
-    dirs.iter()
-        .map(|dir| name(dir).display().to_string())
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_tell_directories_apart() {
-        let names =
-            |dirs: &[&str]| distinct_names(&dirs.iter().map(PathBuf::from).collect::<Vec<_>>());
-        assert_eq!(names(&["/models/a/hf"]), ["/models/a/hf"]);
-        assert_eq!(names(&["/models/a/hf", "/models/b/hf"]), ["a/hf", "b/hf"]);
-        assert_eq!(names(&["a/hf", "b/hf"]), ["a/hf", "b/hf"]);
-        assert_eq!(names(&["m/a", "m/a/b"]), ["a", "a/b"]);
-        assert_eq!(names(&["hf", "../hf"]), ["hf", "../hf"]);
     }
 }

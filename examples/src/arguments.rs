@@ -146,6 +146,24 @@ impl fmt::Display for GroupSize {
     }
 }
 
+/// Names directories by their paths without the directories that all of them are in.
+pub fn distinct_names(dirs: &[PathBuf]) -> Vec<String> {
+    let parents = |dir: &PathBuf| dir.components().count().saturating_sub(1);
+    let most = dirs.iter().map(parents).min().unwrap_or(0);
+    let first = |n: usize| dirs[0].components().take(n).collect::<PathBuf>();
+    let is_shared = |&n: &usize| dirs.iter().all(|dir| dir.starts_with(first(n)));
+    // One directory alone has nothing to be told apart from.
+    let shared = (0..=most).rev().filter(|_| dirs.len() > 1).find(is_shared);
+    let name = |dir: &PathBuf| {
+        dir.components()
+            .skip(shared.unwrap_or(0))
+            .collect::<PathBuf>()
+    };
+    dirs.iter()
+        .map(|dir| name(dir).display().to_string())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,5 +184,16 @@ mod tests {
         assert_eq!(at_least::<2>("2"), Ok(2));
         assert!(at_least::<2>("1").is_err());
         assert!(at_least::<1>("-1").is_err());
+    }
+
+    #[test]
+    fn names_tell_directories_apart() {
+        let names =
+            |dirs: &[&str]| distinct_names(&dirs.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(names(&["/models/a/hf"]), ["/models/a/hf"]);
+        assert_eq!(names(&["/models/a/hf", "/models/b/hf"]), ["a/hf", "b/hf"]);
+        assert_eq!(names(&["a/hf", "b/hf"]), ["a/hf", "b/hf"]);
+        assert_eq!(names(&["m/a", "m/a/b"]), ["a", "a/b"]);
+        assert_eq!(names(&["hf", "../hf"]), ["hf", "../hf"]);
     }
 }
