@@ -316,9 +316,10 @@ impl Method for Tile {
     }
 
     fn learning_rate(&self, hidden_size: usize) -> f64 {
-        match self.rank {
-            Some(_) => learning_rate::of_factors(hidden_size),
-            None => learning_rate::of_elements(hidden_size),
+        match (self.rank, self.pooling) {
+            (Some(_), Pooling::Sum) => learning_rate::of_pooled_factors(hidden_size, self.alpha),
+            (Some(_), _) => learning_rate::of_factors(hidden_size),
+            (None, _) => learning_rate::of_elements(hidden_size),
         }
     }
 }
