@@ -229,7 +229,8 @@ fn tune(
     let mut adapted = lm.model.clone();
     let (rank, n_trainable) = attach(args, method, &mut adapted)?;
     let hidden_size = lm.model.config().hidden_size();
-    let learning_rate = args.method(method, 1).learning_rate(hidden_size);
+    let attached = args.method(method, rank.unwrap_or(1));
+    let learning_rate = attached.learning_rate(hidden_size);
     let fit = fit_config(learning_rate, args.steps, args.seed);
     peft::fit(&mut adapted, &texts.train, &fit, |_| {})?;
     let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
