@@ -18,7 +18,7 @@ use super::hf::{
 };
 use super::tensors::{Shared, Source, bounded, low_rank_sum, stored, tensor, trained, uniform};
 use super::{Adapter, AdapterOps, Method, Settings};
-use crate::{Exactness, Linear, Result, Targets, Weight};
+use crate::{Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::{LazyTensor, TensorFile};
 
 const METHOD: &str = "VeRA";
@@ -132,6 +132,10 @@ impl Method for Vera {
             VeraAdapter::new([a.clone(), b.clone()], d, b_vector, self.dropout).map(Adapter::Vera)
         };
         layers.iter().map(adapter).collect()
+    }
+
+    fn learning_rate(&self, _: usize) -> f64 {
+        learning_rate::of_vectors()
     }
 }
 
