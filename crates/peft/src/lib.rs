@@ -72,6 +72,7 @@ mod fingerprint;
 mod fit;
 mod fit_config;
 mod layer_report;
+mod learning_rate;
 mod linear;
 mod linears;
 mod merge;
