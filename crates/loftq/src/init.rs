@@ -49,7 +49,7 @@ pub trait Initialization<M: CausalLm + Stages> {
 ///     println!("{}: {}", layer.report.path, layer.report.error);
 /// })?;
 /// assert!(layers.iter().all(|layer| layer.rank == Some(16)));
-/// // Its adapters would be in the way of others.
+/// // The layers are quantized by now.
 /// assert!(loftq::init(model, &Loftq::new(16), &NormalFloat::new(), &[], |_| {}).is_err());
 /// # Ok(())
 /// # }
