@@ -89,11 +89,11 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
     let without = distance(&base, &dense, &calibration);
     for (name, method) in cases() {
         let mut model = dense.clone();
-        let mut heard = Vec::new();
-        let mut hear = |layer: &InitializedLayer| heard.push(layer.report.path.clone());
-        let layers = init(&mut model, &*method, &rtn(2), &calibration, &mut hear).unwrap();
+        let mut called = Vec::new();
+        let mut on_layer = |layer: &InitializedLayer| called.push(layer.report.path.clone());
+        let layers = init(&mut model, &*method, &rtn(2), &calibration, &mut on_layer).unwrap();
         let paths: Vec<String> = dense.linears().into_iter().map(|(path, _)| path).collect();
-        assert_eq!(heard, paths, "{name}");
+        assert_eq!(called, paths, "{name}");
         for ((layer, (path, linear)), (_, original)) in
             layers.iter().zip(model.linears()).zip(dense.linears())
         {
