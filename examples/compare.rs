@@ -438,7 +438,8 @@ fn chart(report: &Report) -> String {
                 "before tuning, full precision: {:.3}",
                 report.full_precision.task
             );
-            area.draw(&Text::new(label, (full, end + 8), at_end))?;
+            let style = if full > width / 2 { at_end } else { small };
+            area.draw(&Text::new(label, (full, end + 8), style))?;
             area.present()
         };
         draw().expect("a string takes what is drawn");
