@@ -297,7 +297,7 @@ mod tests {
         let all = [
             ("bf16", vec![0.5, -2.0]),
             ("f32", vec![0.1, 1.0]),
-            ("f16", vec![1.0, 2049.0 / 2048.0]),
+            ("f16", vec![1.0, 1025.0 / 1024.0]),
             ("rounded", vec![0.1, 1.0]),
         ];
         let counts: Vec<Cell<usize>> = all.iter().map(|_| Cell::new(0)).collect();

@@ -123,7 +123,10 @@ fn refusal_of_plan(dir: &Path) -> Error {
 /// Asserts that the file `name` as a whole is refused.
 #[track_caller]
 fn assert_file(error: &Error, name: &str, part: &str) {
-    let Error::File(tensor_files::Error::File { path, problem }) = error else {
+    let (Error::File(file) | Error::Peft(peft::Error::File(file))) = error else {
+        panic!("{name}, {part:?}: {error:?}");
+    };
+    let tensor_files::Error::File { path, problem } = file else {
         panic!("{name}, {part:?}: {error:?}");
     };
     let is_said = path.ends_with(name) && problem.contains(part);

@@ -16,7 +16,9 @@ use super::dropout::Dropout;
 use super::hf::{
     HfConfig, HfError, HfFormat, HfLayer, HfReader, hf_number, hf_vector, read_config,
 };
-use super::tensors::{Shared, Source, bounded, low_rank_sum, stored, tensor, trained, uniform};
+use super::tensors::{
+    Shared, Source, bounded, floats, low_rank_sum, stored, tensor, trained, uniform,
+};
 use super::{Adapter, AdapterOps, Method, Settings};
 use crate::{Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::{LazyTensor, TensorFile};
@@ -336,7 +338,11 @@ fn reader(config: &HfConfig, file: &mut TensorFile, device: &Device) -> Result<H
         let name = format!("base_model.{name}");
         let (values, dims) = file.floats::<2>(&name)?;
         if dims[rank_at] == r && r > 0 {
-            return Ok(Shared::new(tensor(values, dims, device).transpose()));
+            // In the memory layout of factors that are drawn or read from our files, so that
+            // products have the same bits.
+            let factor = tensor(values, dims, device).transpose();
+            let dims = factor.dims();
+            return Ok(Shared::new(tensor(floats(factor), dims, device)));
         }
         let problem = format!("is {dims:?}, where the configuration says rank {r}");
         Err(file.refuse(&name, problem).into())
