@@ -261,8 +261,11 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
             );
             let level = scale * (code - zero);
             let error = (value - level) / u[i * n + i];
+            // An error is a difference of f32, which is rounded by some 2e-7 of its terms.
+            let rounding = 1e-3 * magnitude[i * d_out + o] / u[i * n + i];
             for k in i + 1..n {
                 let of_drift = if k / block == i / block { value } else { level };
+                magnitude[k * d_out + o] += rounding * u[i * n + k].abs();
                 for change in [-error * u[i * n + k], of_drift * drift[i * n + k]] {
                     w[k * d_out + o] += change;
                     magnitude[k * d_out + o] += change.abs();
