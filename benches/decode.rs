@@ -1,11 +1,10 @@
-//! Greedy decoding with a LLaMA of 109.5 million parameters, and with an OPT of the shape of opt-125m,
-//! projections in 4 bits by groups of 128:
-//! 64 tokens after a prompt of 128, beside the machine's ceilings of the same run. First with the
-//! embedding for a head, in `f32`, then with a head packed as the projections are.
+//! Greedy decoding of 64 tokens after a prompt of 128, compared with the ceilings of the machine: with a
+//! LLaMA of 109.5 million parameters and an OPT of the shape of opt-125m, whose projections have 4 bits in
+//! groups of 128. The head is first the tied embedding in `f32`, then packed as the projections are.
 //!
 //! `cargo bench --bench decode`
 
-#![expect(clippy::print_stdout, reason = "a program says what it measured")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -31,17 +30,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         models::quantize(&mut model, &rtn, &[], |_| {})?;
         let config = model.config();
         let dims = [config.hidden_size(), config.vocab_size()];
-        let what = format!("{name}, head in f32");
-        decode(&what, &model, 4 * (dims[0] * dims[1]) as u64)?;
+        let title = format!("{name}, head in f32");
+        decode(&title, &model, 4 * (dims[0] * dims[1]) as u64)?;
         models::quantize_head(&mut model, &rtn)?;
-        let what = format!("{name}, head in 4 bits");
-        decode(&what, &model, rtn.format()?.n_bytes(dims)?)?;
+        let title = format!("{name}, head in 4 bits");
+        decode(&title, &model, rtn.format()?.n_bytes(dims)?)?;
     }
     Ok(())
 }
 
-/// Decodes with a head of `n_bytes`.
-fn decode(head: &str, model: &Model, n_bytes: u64) -> Result<(), Box<dyn std::error::Error>> {
+/// Decodes with a head of `n_bytes` and prints the throughput.
+fn decode(title: &str, model: &Model, n_bytes: u64) -> Result<(), Box<dyn std::error::Error>> {
     let prompt: Vec<u32> = (0..PROMPT).map(|at| at * 241 % 32_000).collect();
     memory::reset_peak();
     // The first run warms up.
@@ -69,7 +68,7 @@ fn decode(head: &str, model: &Model, n_bytes: u64) -> Result<(), Box<dyn std::er
     let per_token = decode / (NEW - 1) as f64;
     let (projections, head_bytes) = (packed_bytes(model) as f64, n_bytes as f64);
     println!(
-        "{head}: prompt of {PROMPT} {:.1} tokens/s, {prefill:.3} s; decoding {NEW} {:.1} tokens/s, {:.2} ms each, {:.2} ms of CPU; weights read at {:.1} GB/s ({:.1} MB of projections, {:.1} MB of the head){peak}",
+        "{title}: prompt of {PROMPT} {:.1} tokens/s, {prefill:.3} s; decoding {NEW} {:.1} tokens/s, {:.2} ms each, {:.2} ms of CPU; weights read at {:.1} GB/s ({:.1} MB of projections, {:.1} MB of the head){peak}",
         f64::from(PROMPT) / prefill,
         1.0 / per_token,
         1e3 * per_token,

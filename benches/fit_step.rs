@@ -1,12 +1,12 @@
-//! A step of `peft::fit` on a LLaMA of 109.5 million parameters with packed projections: 4 texts of
-//! 256 random tokens, beside the machine's ceilings of the same run.
+//! A step of `peft::fit` on a LLaMA of 109.5 million parameters with packed projections: 4 sequences of 256
+//! random tokens, compared with the ceilings of the machine.
 //!
 //! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast`
 //!
-//! The modes `dx-*` train the first norm of the model alone: what they cost is the forward pass and
+//! The modes `dx-*` train only the first norm of the model: their cost is that of the forward pass and of
 //! the gradients of all activations.
 
-#![expect(clippy::print_stdout, reason = "a program says what it measured")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::time::Instant;
 
@@ -19,24 +19,25 @@ use models::Model;
 use peft::{Batch, FitConfig, Lora, Method, Peqa};
 use quant_core::{DoubleQuant, NormalFloat, Precision, Quantizer, Rtn};
 
+/// Measure a training step of several methods
 #[derive(Parser)]
 struct Args {
-    /// The modes to measure, all if none is named
-    #[arg(long, value_delimiter = ',')]
+    /// Modes to measure [default: all]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     modes: Vec<String>,
-    /// Steps of each, after one that is not counted
-    #[arg(long, default_value_t = 3)]
+    /// Steps to measure, after one for warming up
+    #[arg(long, value_name = "N", default_value_t = 3)]
     steps: usize,
-    /// Run each block again for its gradients, instead of keeping its activations
+    /// Recompute the activations of each block in the backward pass (gradient checkpointing)
     #[arg(long)]
     checkpoint_blocks: bool,
     /// Compute products with packed weights in 16 bits
     #[arg(long)]
     fast: bool,
-    /// An OPT of the shape of opt-125m in the place of the LLaMA
+    /// Measure an OPT of the shape of opt-125m instead of the LLaMA
     #[arg(long)]
     opt: bool,
-    /// Given by cargo
+    /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -47,7 +48,7 @@ const SEQ: usize = 256;
 struct Mode {
     name: &'static str,
     quantizer: Box<dyn Quantizer>,
-    /// The first norm alone if there is none.
+    /// Only the first norm is trained if there is none.
     method: Option<Box<dyn Method>>,
 }
 
@@ -84,7 +85,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for name in &args.modes {
         if !modes.iter().any(|mode| mode.name == name) {
             let known: Vec<&str> = modes.iter().map(|mode| mode.name).collect();
-            return Err(format!("no mode `{name}`; known: {}", known.join(", ")).into());
+            return Err(
+                format!("unknown mode `{name}`; the modes are {}", known.join(", ")).into(),
+            );
         }
     }
     let device = Device::flex();
@@ -101,9 +104,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if !args.modes.is_empty() && !args.modes.iter().any(|name| name == mode.name) {
             continue;
         }
-        let mut model = match args.opt {
-            true => opt(&device),
-            false => llama(&device),
+        let mut model = if args.opt {
+            opt(&device)
+        } else {
+            llama(&device)
         };
         models::quantize(&mut model, &&*mode.quantizer, &[], |_| {})?;
         let n_trainable = match &mode.method {

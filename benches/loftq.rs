@@ -1,28 +1,24 @@
-//! LoftQ and its successors on one Gaussian weight, beside the machine's ceilings of the same run: a
-//! read of the weight, and a plain f32 product of its size.
+//! LoftQ and its successors on one Gaussian weight, compared with the ceilings of the machine: a read of
+//! the weight, and a plain f32 product of its size.
 //!
-//! `cargo bench --bench loftq -- --noplot`; a smaller weight with the variable `WIDTH`. Before each
-//! measurement it prints the relative error that is reached, and the memory that it took.
+//! `cargo bench --bench loftq -- --noplot`; the variable `WIDTH` sets another width than 4096. Prints the
+//! relative error and the peak memory of each method before its times.
 
-#![expect(clippy::print_stdout, reason = "what the times were spent on")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::hint::black_box;
 
+use benches::{correlated_gram, width};
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use examples::memory;
 use loftq::{Layer, LayerMethod, Loftq, LqLora, Pissa, Qera};
-use quant_core::{Gram, NormalFloat, Optq, Quantizer};
-
-fn width() -> usize {
-    std::env::var("WIDTH").map_or(4096, |width| width.parse().expect("WIDTH is a number"))
-}
+use quant_core::{NormalFloat, Optq, Order, Quantizer};
 
 fn initializations(criterion: &mut Criterion) {
     let (device, width) = (Device::flex(), width());
-    device.seed(0);
     let normal = Distribution::Normal(0.0, 0.02);
-    let weight = Tensor::<2>::random([width, width], normal, &device);
+    let weight = benches::weight(width, &device);
     let n_bytes = 4 * width * width;
     let power = quant_core::sum_of_squares(weight.clone());
 
@@ -47,13 +43,13 @@ fn initializations(criterion: &mut Criterion) {
     });
     group.finish();
 
-    // Correlated inputs.
-    let x = Tensor::<2>::random([2 * width, width], Distribution::Normal(0.0, 1.0), &device);
-    let mut gram = Gram::new(width, &device);
-    gram.update(x.clone() + x.matmul(weight.clone()));
+    let gram = correlated_gram(weight.clone(), &device);
 
     let nf = |bits| Box::new(NormalFloat::new().with_bits(bits)) as Box<dyn Quantizer>;
-    let optq = || Box::new(Optq::new().with_bits(2).with_group_size(64)) as Box<dyn Quantizer>;
+    let optq = || {
+        let optq = Optq::new().with_bits(2).with_group_size(64);
+        Box::new(optq.with_order(Order::Natural)) as Box<dyn Quantizer>
+    };
     type Case = (&'static str, Box<dyn LayerMethod>, Box<dyn Quantizer>);
     let cases: [Case; 9] = [
         (
@@ -119,7 +115,7 @@ fn initializations(criterion: &mut Criterion) {
         );
         if let (Some(before), Some(peak)) = (before, peak) {
             let weights = peak.saturating_sub(before) as f64 / n_bytes as f64;
-            print!(", peak {weights:.1} weights beside the first");
+            print!(", peak memory of {weights:.1} further weights");
         }
         println!();
         group.bench_function(*name, |b| b.iter(|| black_box(start())));

@@ -1,12 +1,13 @@
-//! The product with a packed weight, forward and backward, beside the machine's ceilings of the same
-//! run: a read and a copy of as many bytes as the codes have, and a plain f32 product of its shape.
+//! The product with a packed weight, forward and backward, compared with the ceilings of the machine: a
+//! read and a copy of as many bytes as the codes have, and a plain f32 product of its shape.
 //!
-//! `cargo bench --bench matmul -- --noplot`; widths with the variable `WIDTHS`, `4096,32768` unless
-//! it is set, each that of a weight with 4096 inputs.
+//! `cargo bench --bench matmul -- --noplot`; the variable `WIDTHS` sets the outputs of the weights, each
+//! with 4096 inputs, `4096,32768` by default.
 
 use std::hint::black_box;
 use std::time::Duration;
 
+use benches::copy;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use kernels::{Layout, Levels, Precision, quant_matmul};
@@ -28,7 +29,7 @@ struct Weight {
 }
 
 impl Weight {
-    /// Of random codes.
+    /// A weight of random codes.
     fn random(d_out: usize, bits: usize, levels: Levels, group: usize, device: &Device) -> Self {
         let layout = Layout::new(D_IN, d_out, bits, group, levels);
         let [tiles, rows, columns] = layout.words_shape();
@@ -141,14 +142,8 @@ fn ceilings(criterion: &mut Criterion, d_out: usize, device: &Device) {
     let mut target = vec![0u32; n];
     let mut group = criterion.benchmark_group(format!("ceilings {D_IN}x{d_out}"));
     group.throughput(Throughput::Bytes(4 * n as u64));
-    group.bench_function("copy of 4 bits, two threads", |b| {
-        b.iter(|| {
-            let (a, z) = black_box(&mut target).split_at_mut(n / 2);
-            std::thread::scope(|scope| {
-                scope.spawn(|| a.copy_from_slice(black_box(&source[..n / 2])));
-                z.copy_from_slice(black_box(&source[n / 2..]));
-            });
-        })
+    group.bench_function("copy of 4 bits, all cores", |b| {
+        b.iter(|| copy(&source, &mut target))
     });
     let sum = |words: &[u32]| {
         let mut sums = [0u32; 64];

@@ -1,24 +1,16 @@
-//! Quantizing, packing and unpacking one weight, beside the machine's ceilings of the same run: a
-//! copy of as many bytes as the dense weight has, and a plain f32 product of its size.
+//! Quantizing, packing and unpacking one weight, compared with the ceilings of the machine: a copy of as
+//! many bytes as the dense weight has, and a plain f32 product of its size.
 //!
-//! `cargo bench --bench quantize -- --noplot`; a smaller weight with the variable `WIDTH`.
+//! `cargo bench --bench quantize -- --noplot`; the variable `WIDTH` sets another width than 4096.
 
 use std::hint::black_box;
 
+use benches::{copy, correlated_gram, weight, width};
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use quant_core::{
-    Candidate, DoubleQuant, Gram, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn, allocate,
+    Candidate, DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn, allocate,
 };
-
-fn width() -> usize {
-    std::env::var("WIDTH").map_or(4096, |width| width.parse().expect("WIDTH is a number"))
-}
-
-fn weight(width: usize, device: &Device) -> Tensor<2> {
-    device.seed(0);
-    Tensor::random([width, width], Distribution::Normal(0.0, 0.02), device)
-}
 
 fn ceilings(criterion: &mut Criterion) {
     let (device, width) = (Device::flex(), width());
@@ -26,16 +18,7 @@ fn ceilings(criterion: &mut Criterion) {
     let source = vec![1.0f32; width * width];
     let mut target = vec![0.0f32; source.len()];
     group.throughput(Throughput::Bytes((4 * width * width) as u64));
-    group.bench_function("copy, two threads", |b| {
-        let half = source.len() / 2;
-        b.iter(|| {
-            let (a, z) = black_box(&mut target).split_at_mut(half);
-            std::thread::scope(|scope| {
-                scope.spawn(|| a.copy_from_slice(black_box(&source[..half])));
-                z.copy_from_slice(black_box(&source[half..]));
-            });
-        })
-    });
+    group.bench_function("copy, all cores", |b| b.iter(|| copy(&source, &mut target)));
     let w = weight(width, &device);
     // An element is one multiplication and addition.
     group.throughput(Throughput::Elements((width * width * width) as u64));
@@ -117,12 +100,8 @@ fn pack(criterion: &mut Criterion) {
 fn optq(criterion: &mut Criterion) {
     let (device, width) = (Device::flex(), width());
     let weight = weight(width, &device);
-    // Correlated inputs, some of them loud.
-    let x = Tensor::<2>::random([2 * width, width], Distribution::Normal(0.0, 1.0), &device);
     let mix = Tensor::<2>::random([width, width], Distribution::Normal(0.0, 0.02), &device);
-    let x = x.clone() + x.matmul(mix);
-    let mut gram = Gram::new(width, &device);
-    gram.update(x);
+    let gram = correlated_gram(mix, &device);
     let mut group = criterion.benchmark_group(format!("optq {width}x{width} 4 bits g128"));
     group.sample_size(10);
     group.throughput(Throughput::Bytes((4 * width * width) as u64));
@@ -141,21 +120,21 @@ fn optq(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// 300 layers of four shapes, each in ten formats: a factor of 4 in error for each bit, times how much
-/// the layer matters, over three orders of magnitude.
+/// Allocates bits to 300 layers of four shapes, each in ten formats. Each bit divides the error by 4, and
+/// the sensitivities of the layers span three orders of magnitude.
 fn allocation(criterion: &mut Criterion) {
     let shapes = [(4096, 4096), (4096, 11008), (11008, 4096), (4096, 1024)];
     let layers: Vec<Vec<Candidate>> = (0..300u64)
         .map(|layer| {
             let (d_in, d_out) = shapes[layer as usize % 4];
-            let matters = 10f64.powf((layer * 7919 % 1000) as f64 / 333.0);
+            let sensitivity = 10f64.powf((layer * 7919 % 1000) as f64 / 333.0);
             let of_bits = |bits: u64| {
                 let group_sizes = [32, 64, 128]
                     .into_iter()
                     .take(if bits == 8 { 1 } else { 3 });
                 group_sizes.map(move |group| Candidate {
                     n_bytes: d_in * d_out * bits / 8 + d_in / group * d_out * 4,
-                    error: matters * 0.25f64.powi(bits as i32) * (group as f64).powf(0.3),
+                    error: sensitivity * 0.25f64.powi(bits as i32) * (group as f64).powf(0.3),
                 })
             };
             [2, 3, 4, 8].into_iter().flat_map(of_bits).collect()

@@ -1,10 +1,10 @@
-//! Quantizes a LLaMA or an OPT, tunes its scales on a text or on instruction data, merges, saves, reloads, and proves that the
-//! reloaded model is the tuned one.
+//! Quantizes a LLaMA or an OPT, tunes it on text or on instruction data, merges, saves and reloads it,
+//! and checks that the reloaded model is the tuned one.
 //!
-//! `cargo run --release --example adapt` does so with the model that the project ships;
-//! `-- --help` lists what it does with yours.
+//! `cargo run --release --example adapt` does so with the embedded model; `-- --help` lists the options
+//! for other models.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,28 +12,27 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{ArgGroup, Parser, ValueEnum};
-use examples::device::DeviceArg;
-use examples::embedded::EmbeddedArg;
+use examples::arguments::{GroupSize, ModelArgs, TuneArgs};
 use examples::instructions::Instructions;
-use examples::memory;
 use examples::method::MethodName;
-use examples::table;
-use examples::tuning::{
-    Cut, Perplexities, Result, Source, Texts, bits, exit, max_difference, n_windows, weights_bytes,
-};
-use indicatif::{ProgressBar, ProgressStyle};
-use peft::{Adapters, Certificate, Exactness, FitConfig, OffGrid, Targets};
+use examples::outcome::{Result, bits, exit, max_difference, weights_bytes};
+use examples::table::{self, number};
+use examples::texts::{Cut, Perplexities, Source, Texts, fit_config, n_windows};
+use examples::{memory, progress};
+use models::Pretrained;
+use peft::{Adapters, Certificate, Exactness, FitConfig, Method, OffGrid, Targets};
 use quant_core::{Format, Quantizer};
 use serde::Serialize;
 
-/// Quantize a LLaMA or an OPT, tune it on a text or on records, merge, save, reload, and prove the merge
+/// Quantize a LLaMA or an OPT, fine-tune it, merge, save, reload, and verify the merge
 ///
-/// Without options, the model that comes with the program is tuned on a dialect of the language
-/// that it knows, at 4, 3 and 2 bits.
+/// Without options, the embedded model is tuned at 4, 3 and 2 bits on a dialect of the language that it
+/// was trained on.
 #[derive(Parser)]
 #[command(
     version,
     group = ArgGroup::new("tuned_on").args(["train", "data"]),
+    mut_arg("model", |arg| arg.requires("tuned_on")),
     after_help = "\
 Examples:
   adapt --model Llama-2-7b-hf --train task.txt --eval held-out.txt --bits 4 --group-size 128 \\
@@ -42,13 +41,18 @@ Examples:
         --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-gsm8k"
 )]
 struct Args {
-    /// Hugging Face directory of a model [default: one that comes with the program]
-    #[arg(long, value_name = "DIR", requires = "tuned_on")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Text to train on
     #[arg(long, value_name = "FILE", requires = "model", requires = "eval")]
     train: Option<PathBuf>,
-    /// Records to train on instead, JSONL or a JSON array: prompts are given, answers learned
+    /// Text of the same task to evaluate on
+    #[arg(long, value_name = "FILE", requires = "train")]
+    eval: Option<PathBuf>,
+    /// Text of the model's earlier training data, to measure forgetting
+    #[arg(long, value_name = "FILE", requires = "train")]
+    base: Option<PathBuf>,
+    /// Records to train on instead of text, JSONL or a JSON array
     #[arg(
         long,
         value_name = "FILE",
@@ -58,71 +62,60 @@ struct Args {
     data: Option<PathBuf>,
     #[command(flatten)]
     instructions: Instructions,
-    /// Text of the same task to evaluate on
-    #[arg(long, value_name = "FILE", requires = "train", conflicts_with = "data")]
-    eval: Option<PathBuf>,
-    /// Text like those that the model knows, to see what tuning costs there
-    #[arg(long, value_name = "FILE", requires = "train", conflicts_with = "data")]
-    base: Option<PathBuf>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
     bits: Vec<usize>,
-    /// Weights that share a scale: a number, or `channel`
-    #[arg(long, value_name = "N", default_value = "32", value_parser = group_size)]
+    /// Weights that share a scale: a number, or `channel` for all weights of an output
+    #[arg(long, value_name = "N", default_value = "32")]
     group_size: GroupSize,
-    /// Use a symmetric grid, without zero-points
+    /// Quantize to a symmetric grid, without zero-points
     #[arg(long)]
     symmetric: bool,
-    /// What to train
+    /// Method of fine-tuning
     #[arg(long, value_enum, default_value_t = MethodName::Peqa)]
     method: MethodName,
-    /// Rank, for the methods that have one
-    #[arg(long, value_name = "N", default_value_t = 4)]
-    rank: usize,
-    /// Alpha: what is added is multiplied by alpha / rank [default: the rank]
-    #[arg(long, value_name = "X")]
-    alpha: Option<f32>,
-    /// What to do with adapters that the codes cannot hold
+    /// What to do with adapters that do not merge into a packed weight
     #[arg(long, value_enum, default_value_t = Merge::Codes)]
     merge: Merge,
-    /// Layers to train by the last part of their name, such as q_proj,v_proj [default: all]
+    /// Layers to adapt by the last part of their path, such as q_proj,v_proj [default: all]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     targets: Vec<String>,
-    /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 60)]
-    steps: usize,
-    /// Learning rate, the highest of a cosine [default: one for the method on a small model]
-    #[arg(long, value_name = "X")]
-    lr: Option<f64>,
-    /// Windows in a step
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    batch: usize,
-    /// Tokens in a window, or in a row of records
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    seq_len: usize,
-    /// Windows of each text to evaluate on [default: all]
-    #[arg(long, value_name = "N")]
-    eval_windows: Option<usize>,
-    /// Seed of the order of the windows
+    #[command(flatten)]
+    tune: TuneArgs,
+    /// Seed of the adapters and of the order of the training data
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// New directory for the tuned models, their adapters and report.json
-    /// [default: none is kept but the report, in adapt-report.json]
+    /// [default: only the report is kept, as adapt-report.json]
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     out: Option<PathBuf>,
-    #[command(flatten)]
-    embedded: EmbeddedArg,
-    #[command(flatten)]
-    device: DeviceArg,
 }
 
 impl Args {
-    /// How far the merged model's logits may be from the tuned model's, relative to the largest, where
-    /// the merge is no rounding: nothing on the CPU if it is exact. Elsewhere burn fuses operations
-    /// into kernels, other ones where an adapter's operations are among them, and so rounds otherwise.
-    /// (Not with `BURN_FUSION_MAX_EXPLORATIONS=0`.)
+    fn method(&self) -> Box<dyn Method> {
+        let targets = if self.targets.is_empty() {
+            Targets::All
+        } else {
+            Targets::from(self.targets.clone())
+        };
+        let tune = &self.tune;
+        self.method
+            .method(tune.rank, tune.alpha(), &targets, self.seed)
+    }
+
+    /// The learning rate, by default that of the method at the hidden size of the model.
+    fn learning_rate(&self, lm: &Pretrained) -> f64 {
+        let hidden_size = lm.model.config().hidden_size();
+        let rate = || self.method().learning_rate(hidden_size);
+        self.tune.lr.unwrap_or_else(rate)
+    }
+
+    /// The largest difference of a logit of the merged and of the tuned model, relative to the largest
+    /// logit, for a merge that rounds nothing. Zero on the CPU for an exact merge. On other devices the
+    /// adapter's operations are fused into other kernels, which round differently, unless
+    /// `BURN_FUSION_MAX_EXPLORATIONS=0` is set.
     fn tolerated_difference(&self, certificate: &Certificate) -> f32 {
-        match self.device.name.as_str() {
+        match self.model.device.name.as_str() {
             "flex" if certificate.is_exact() => 0.0,
             "flex" => 1e-4,
             _ => 1e-3,
@@ -130,31 +123,18 @@ impl Args {
     }
 }
 
-/// What becomes of adapters that the codes of a packed weight cannot hold.
+/// What to do with adapters that do not merge into a packed weight.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum Merge {
-    /// They stay beside the base
+    /// Keep them beside the base
     Codes,
-    /// Their weights become dense
+    /// Merge them into dense weights
     Dense,
-    /// Their weights are rounded anew, and a part of what was learned is lost
+    /// Merge and quantize again, which loses a part of what was learned
     Round,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct GroupSize(Option<usize>);
-
-fn group_size(value: &str) -> std::result::Result<GroupSize, String> {
-    match value {
-        "channel" | "-1" => Ok(GroupSize(None)),
-        _ => match value.parse() {
-            Ok(n) if n > 0 => Ok(GroupSize(Some(n))),
-            _ => Err("a positive number, or `channel` for one scale per output".into()),
-        },
-    }
-}
-
-/// One run: a format, tuned.
+/// The results at one width.
 #[derive(Debug, Serialize)]
 struct Run {
     method: String,
@@ -162,33 +142,34 @@ struct Run {
     /// Bytes of the saved weights.
     n_bytes: u64,
     n_trainable: usize,
-    /// Relative error of the projections: the mean over the layers.
+    /// Relative quantization error of the projections, the mean over the layers.
     weight_error: f64,
     rounded: Perplexities,
-    /// The mean loss over the tokens of each step before it, in nats.
+    /// The mean loss over the targets of each step, in nats, before its update.
     losses: Vec<f64>,
     tuned: Perplexities,
     reloaded: Perplexities,
-    /// None if the adapters stay beside the base.
+    /// None if the adapters are kept beside the base.
     certificate: Option<Certificate>,
-    /// Logits of the tuned model that the merged and the reloaded one's are compared with.
+    /// The number of logits of the tuned model that the merged and the reloaded one's are compared with.
     n_logits: usize,
-    /// How far the merged model's are from them. The reloaded model's are the merged one's bit by bit.
+    /// The largest difference of a logit of the merged and of the tuned model. The reloaded model's logits
+    /// equal the merged one's bit for bit.
     max_logit_difference: f32,
     /// From quantizing to the comparison.
     seconds: f64,
-    /// Peak resident memory of the process in the run.
+    /// Peak resident memory of the process during the run.
     peak_bytes: Option<u64>,
 }
 
-/// What is written as JSON.
+/// The contents of the JSON file.
 #[derive(Debug, Serialize)]
 struct Report {
     model: String,
-    /// `gptq`: non-overlapping windows, mean over the targets of each. `targets`: mean over all tokens to
-    /// be learned.
+    /// `gptq`: the mean over non-overlapping windows of the mean NLL of each. `targets`: the mean NLL over
+    /// all targets.
     perplexity_protocol: &'static str,
-    /// What became of instruction data, to train on and to evaluate on.
+    /// How many records were encoded, cut and dropped, for training and for evaluation.
     records: Option<[String; 2]>,
     seq_len: usize,
     n_task_windows: usize,
@@ -198,7 +179,7 @@ struct Report {
     batch: usize,
     seed: u64,
     device: String,
-    /// Bytes of the weights before.
+    /// Bytes of the weights of the model before quantization.
     n_bytes: u64,
     full_precision: Perplexities,
     runs: Vec<Run>,
@@ -209,68 +190,56 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    // Settings that cannot work are refused before anything is read.
-    fit_config(args).check()?;
+    // Settings are checked before anything is read.
+    args.tune.check()?;
     let mut bits = args.bits.clone();
     bits.sort_unstable_by(|a, b| b.cmp(a));
     bits.dedup();
     let quantizers = bits
         .into_iter()
-        .map(|bits| {
-            let group_size = args.group_size.0;
-            args.method.quantizer(bits, group_size, args.symmetric)
-        })
+        .map(|bits| args.method.quantizer(bits, args.group_size, args.symmetric))
         .collect::<Result<Vec<_>>>()?;
     for quantizer in &quantizers {
         quantizer.format()?;
     }
-    if args.eval_windows == Some(0) {
-        return Err("--eval-windows is 0; it must be at least 1".into());
-    }
-    if args.rank == 0 {
-        return Err("--rank is 0; it must be at least 1".into());
-    }
-    if args.batch == 0 {
-        return Err("--batch is 0; it must be at least 1".into());
-    }
     if let Some(out) = &args.out {
         tensor_files::check_output(out)?;
     }
-    let device = args.device.open();
+    let device = args.model.device.open();
 
-    // Dropped, and so removed, at the end.
+    // Removed when it is dropped.
     let scratch = tempfile::tempdir()?;
-    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
+    let source = args.model.dir(scratch.path())?;
     let lm = models::load(&source, &device)?;
     let source_of_texts = match (&args.train, &args.eval, &args.data) {
-        (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_ref()),
+        (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_deref()),
         (_, _, Some(data)) => Source::Instructions(&args.instructions, data),
         _ => Source::Corpus,
     };
     let cut = Cut {
         source: source_of_texts,
-        seq_len: args.seq_len,
-        batch: args.batch,
-        eval_windows: args.eval_windows.unwrap_or(usize::MAX),
+        seq_len: args.tune.cut.seq_len,
+        batch: args.tune.batch,
+        eval_windows: args.tune.eval.limit(),
         seed: args.seed,
     };
     let texts = Texts::new(&cut, &lm, &device)?;
     if let Some([train, eval]) = &texts.records {
-        println!("to train on: {train}\nto evaluate on: {eval}\n");
+        println!("training records: {train}\nevaluation records: {eval}\n");
     }
     let full_precision = texts.perplexities(&lm.model)?;
     let mut report = Report {
-        model: args.embedded.name(args.model.as_ref()),
+        model: args.model.name(),
         perplexity_protocol: texts.protocol(),
         records: texts.records.clone(),
-        seq_len: args.seq_len,
+        seq_len: cut.seq_len,
         n_task_windows: n_windows(&texts.task),
         n_base_windows: n_windows(&texts.base),
-        steps: args.steps,
-        learning_rate: fit_config(args).learning_rate(),
-        batch: args.batch,
+        steps: args.tune.steps,
+        learning_rate: args.learning_rate(&lm),
+        batch: args.tune.batch,
         seed: args.seed,
-        device: args.device.name.clone(),
+        device: args.model.device.name.clone(),
         n_bytes: weights_bytes(&source)?,
         full_precision,
         runs: Vec::new(),
@@ -286,9 +255,10 @@ fn run(args: &Args) -> Result<()> {
         None => PathBuf::from("adapt-report.json"),
     };
     for quantizer in &quantizers {
-        let run = tune(args, &**quantizer, &source, &texts, &out, &device)?;
+        let fit = fit_config(report.learning_rate, args.tune.steps, args.seed);
+        let run = tune(args, &**quantizer, &fit, &source, &texts, &out, &device)?;
         report.runs.push(run);
-        // What is done is reported even if the next run fails.
+        // A later failure does not lose this run.
         tensor_files::write_json(&json, &report)?;
     }
 
@@ -298,14 +268,16 @@ fn run(args: &Args) -> Result<()> {
         match &run.certificate {
             Some(certificate) => println!("{certificate}"),
             None => println!(
-                "the codes cannot hold {}: its adapters stay beside the base (`--merge dense`, `--merge round`)",
+                "{} does not merge into a packed weight: its adapters are kept beside the base (see --merge)",
                 run.method
             ),
         }
-        print!("  {} logits: saved and reloaded are ", run.n_logits);
+        print!("  {} logits: the reloaded model's ", run.n_logits);
         match run.max_logit_difference {
-            0.0 => println!("the tuned ones, bit for bit\n"),
-            most => println!("the same, bit for bit, and the tuned ones within {most:.1e}\n"),
+            0.0 => println!("equal the tuned model's bit for bit\n"),
+            most => println!(
+                "equal the merged model's bit for bit, and the tuned model's within {most:.1e}\n"
+            ),
         }
     }
     println!("report: {}", json.display());
@@ -315,10 +287,11 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Quantizes, tunes, merges, saves to `out` and reloads, and compares on the way.
+/// Quantizes, tunes, merges, saves to `out`, reloads and compares.
 fn tune(
     args: &Args,
     quantizer: &dyn Quantizer,
+    fit: &FitConfig,
     source: &Path,
     texts: &Texts,
     out: &Path,
@@ -327,13 +300,9 @@ fn tune(
     memory::reset_peak();
     let start = Instant::now();
     let format = quantizer.format()?;
-    let bar = ProgressBar::new(args.steps as u64);
-    bar.set_style(ProgressStyle::with_template(
-        "{prefix} {bar:30} {pos}/{len} steps, {eta} left, {msg}",
-    )?);
+    let bar = progress::bar(args.tune.steps, "steps")?;
     bar.set_prefix(format.to_string());
     bar.set_message("quantizing");
-    bar.tick();
 
     let mut lm = models::load(source, device)?;
     let layers = models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
@@ -341,16 +310,9 @@ fn tune(
     let weight_error = errors.sum::<f64>() / layers.len() as f64;
     let rounded = texts.perplexities(&lm.model)?;
 
-    let targets = match args.targets.is_empty() {
-        true => Targets::All,
-        false => Targets::from(args.targets.clone()),
-    };
-    let method = args
-        .method
-        .method(args.rank, args.alpha, &targets, args.seed);
-    let attached = peft::attach(&mut lm.model, &*method)?;
+    let attached = peft::attach(&mut lm.model, &*args.method())?;
     let mut losses = Vec::new();
-    peft::fit(&mut lm.model, &texts.train, &fit_config(args), |step| {
+    peft::fit(&mut lm.model, &texts.train, fit, |step| {
         losses.push(step.loss);
         bar.set_message(format!("loss {:.3}", step.loss));
         bar.set_position(step.index as u64);
@@ -405,9 +367,10 @@ fn tune(
         !is_rounded(certificate) && max_logit_difference > tolerated
     });
     if is_other || bits(&reloaded_logits) != bits(&merged_logits) {
-        return Err(
-            format!("{format}: the merged model's logits are not the tuned model's").into(),
-        );
+        return Err(format!(
+            "{format}: the logits of the reloaded model are not the tuned model's"
+        )
+        .into());
     }
     bar.finish_and_clear();
     let run = Run {
@@ -431,7 +394,7 @@ fn tune(
         peak_bytes: memory::peak_bytes(),
     };
     println!(
-        "{format}: rounding moved the weights by {:.1} %, task perplexity {:.3}; tuned {:.3}",
+        "{format}: relative weight error {:.1} %, task perplexity {:.3}, tuned {:.3}",
         100.0 * run.weight_error,
         run.rounded.task,
         run.tuned.task
@@ -439,15 +402,7 @@ fn tune(
     Ok(run)
 }
 
-fn fit_config(args: &Args) -> FitConfig {
-    FitConfig::new()
-        .with_learning_rate(args.lr.unwrap_or(args.method.learning_rate()))
-        .with_steps(Some(args.steps))
-        .with_warmup_steps(args.steps / 20)
-        .with_seed(args.seed)
-}
-
-/// The report as a Markdown table.
+/// Formats the report as a Markdown table.
 fn table(report: &Report) -> String {
     let header = [
         "method",
@@ -455,14 +410,14 @@ fn table(report: &Report) -> String {
         "group",
         "bytes",
         "trainable",
-        "base text: before / after / reloaded",
-        "task text: before / after / reloaded",
+        "base text: quantized / tuned / reloaded",
+        "task text: quantized / tuned / reloaded",
         "seconds",
         "peak MiB",
     ];
     let mut rows = vec![header.map(String::from)];
     let dash = || "-".to_string();
-    let plain = |perplexity: Option<f64>| perplexity.map_or(dash(), |p| format!("{p:.3}"));
+    let plain = |perplexity| number(perplexity, 3);
     let full = &report.full_precision;
     rows.push([
         "none".into(),
@@ -484,9 +439,7 @@ fn table(report: &Report) -> String {
         rows.push([
             run.method.clone(),
             run.format.bits().to_string(),
-            run.format
-                .group_size()
-                .map_or("channel".into(), |n| n.to_string()),
+            GroupSize(run.format.group_size()).to_string(),
             run.n_bytes.to_string(),
             run.n_trainable.to_string(),
             each(|p| p.base),
@@ -496,10 +449,10 @@ fn table(report: &Report) -> String {
         ]);
     }
     format!(
-        "perplexity: protocol `{}`, windows or rows of {} tokens, {} of the task, {} of the base text\n\n{}",
+        "perplexity by the protocol `{}`: {} windows of {} tokens of the task, {} of the base text\n\n{}",
         report.perplexity_protocol,
-        report.seq_len,
         report.n_task_windows,
+        report.seq_len,
         report.n_base_windows,
         table::markdown(&rows)
     )

@@ -1,9 +1,9 @@
-//! Tunes one quantized model with every method, under one budget of trainable parameters, merges,
-//! saves, reloads, and prints one table.
+//! Tunes one quantized model with every method under one budget of trainable parameters, merges, saves
+//! and reloads it, and prints a table.
 //!
 //! `cargo run --release --example compare` takes some minutes; `-- --help` lists its options.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,37 +11,39 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::Parser;
+use examples::arguments::{EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::memory;
 use examples::method::MethodName;
+use examples::outcome::{Result, bits, exit, weights_bytes, write_files};
 use examples::table::{self, number};
-use examples::tuning::{Cut, Perplexities, Result, Source, Texts, bits, exit, weights_bytes};
+use examples::texts::{Cut, Perplexities, Source, Texts, fit_config};
 use models::{Model, Pretrained};
-use peft::{Adapters, Certificate, FitConfig, OffGrid, Targets};
+use peft::{Adapters, Certificate, Method, OffGrid, Targets};
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use quant_core::{Format, Quantizer};
 use serde::Serialize;
 
-/// Tune one quantized model with every method under one budget, and compare what is left of it
+/// Tune one quantized model with every method under one budget, and compare the models that are kept
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     /// Bits of a weight: 2, 3, 4
     #[arg(long, value_name = "N", default_value_t = 3)]
     bits: usize,
-    /// Weights that share a scale
-    #[arg(long, value_name = "N", default_value_t = 32)]
-    group_size: usize,
+    /// Weights that share a scale: a number, or `channel` for all weights of an output
+    #[arg(long, value_name = "N", default_value = "32")]
+    group_size: GroupSize,
     /// Trainable parameters that no method may exceed
     #[arg(long, value_name = "N", default_value_t = 31_000)]
     budget: usize,
     /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 60)]
+    #[arg(long, value_name = "N", default_value = "60", value_parser = at_least::<1>)]
     steps: usize,
-    /// Windows of each text to evaluate on [default: all]
-    #[arg(long, value_name = "N")]
-    eval_windows: Option<usize>,
+    #[command(flatten)]
+    eval: EvalWindowsArg,
     /// Seed of the adapters and of the order of the windows
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -54,7 +56,8 @@ struct Args {
     device: DeviceArg,
 }
 
-/// All of them; at twice the group size, scales and zeros are as many parameters as scales.
+/// The methods, each with a factor of its group size: with groups twice as large, PEQA's scales and
+/// zero-points are as many parameters as the scales alone.
 const METHODS: [(MethodName, usize); 10] = [
     (MethodName::Peqa, 1),
     (MethodName::PeqaZeros, 2),
@@ -68,16 +71,16 @@ const METHODS: [(MethodName, usize); 10] = [
     (MethodName::QBara, 1),
 ];
 
-/// One way of keeping a tuned model.
+/// A tuned model in one of the forms in which it can be kept.
 #[derive(Debug, Serialize)]
 struct Row {
     method: String,
     format: Format,
     rank: Option<usize>,
     n_trainable: usize,
-    /// Perplexities before tuning.
+    /// Perplexities of the quantized model before tuning.
     rounded: Perplexities,
-    /// Of the model that is kept, loaded again.
+    /// Perplexities of the kept model, saved and loaded again.
     kept: Perplexities,
     /// Bytes of the files that are kept.
     n_bytes: u64,
@@ -85,18 +88,19 @@ struct Row {
     peak_bytes: Option<u64>,
     /// From quantizing to the end of tuning.
     seconds: f64,
-    /// How it is kept: `exact`, `bounded`, `rounded`, `dense`, or `beside` the base.
+    /// The form: merged `exact`, `bounded`, `rounded` or `dense`, or with adapters `beside` the base.
     merge: String,
-    /// The part of what the adapters do to the logits that is left.
+    /// The part of the adapters' change of the logits that the merge retains.
     retention: f64,
     certificate: Option<Certificate>,
 }
 
 #[derive(Debug, Serialize)]
 struct Report {
+    model: &'static str,
     perplexity_protocol: &'static str,
     bits: usize,
-    group_size: usize,
+    group_size: Option<usize>,
     budget: usize,
     steps: usize,
     seed: u64,
@@ -112,31 +116,27 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     for (method, groups) in METHODS {
-        method
-            .quantizer(args.bits, Some(groups * args.group_size), false)?
-            .format()?;
-    }
-    fit_config(args, MethodName::Peqa).check()?;
-    if args.eval_windows == Some(0) {
-        return Err("--eval-windows is 0; it must be at least 1".into());
+        let group_size = args.group_size(groups);
+        method.quantizer(args.bits, group_size, false)?.format()?;
     }
     tensor_files::check_output(&args.out)?;
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = args.embedded.or(None, scratch.path())?;
+    let source = args.embedded.write(scratch.path())?;
     let lm = models::load(&source, &device)?;
     let cut = Cut {
         source: Source::Corpus,
         seq_len: 128,
         batch: 8,
-        eval_windows: args.eval_windows.unwrap_or(usize::MAX),
+        eval_windows: args.eval.limit(),
         seed: args.seed,
     };
     let texts = Texts::new(&cut, &lm, &device)?;
     let mut report = Report {
+        model: args.embedded.name(),
         perplexity_protocol: "gptq",
         bits: args.bits,
-        group_size: args.group_size,
+        group_size: args.group_size.0,
         budget: args.budget,
         steps: args.steps,
         seed: args.seed,
@@ -146,16 +146,7 @@ fn run(args: &Args) -> Result<()> {
         rows: Vec::new(),
     };
     for (method, groups) in METHODS {
-        let group_size = groups * args.group_size;
-        let rows = tune(
-            args,
-            method,
-            group_size,
-            &lm,
-            &texts,
-            scratch.path(),
-            &device,
-        )?;
+        let rows = tune(args, method, groups, &lm, &texts, scratch.path(), &device)?;
         for row in &rows {
             println!(
                 "{}: {}, task perplexity {:.3}",
@@ -166,27 +157,28 @@ fn run(args: &Args) -> Result<()> {
     }
     let text = markdown(&report);
     println!("\n{text}");
-    tensor_files::write_directory(&args.out, |out| {
-        let io = |path: &Path, source| tensor_files::Error::Io {
-            path: path.into(),
-            source,
-        };
-        let path = out.join("compare.md");
-        std::fs::write(&path, &text).map_err(|source| io(&path, source))?;
-        tensor_files::write_json(&out.join("compare.json"), &report)?;
-        let path = out.join("compare.svg");
-        std::fs::write(&path, chart(&report)).map_err(|source| io(&path, source))
-    })?;
+    let files = [
+        ("compare.md", text),
+        (
+            "compare.json",
+            serde_json::to_string_pretty(&report)? + "\n",
+        ),
+        ("compare.svg", chart(&report)),
+    ];
+    write_files(&args.out, &files)?;
     println!("table, figures and chart: {}", args.out.display());
     Ok(())
 }
 
-fn fit_config(args: &Args, method: MethodName) -> FitConfig {
-    FitConfig::new()
-        .with_learning_rate(method.learning_rate())
-        .with_steps(Some(args.steps))
-        .with_warmup_steps(args.steps / 20)
-        .with_seed(args.seed)
+impl Args {
+    /// The group size times a factor.
+    fn group_size(&self, factor: usize) -> GroupSize {
+        GroupSize(self.group_size.0.map(|size| size * factor))
+    }
+
+    fn method(&self, method: MethodName, rank: usize) -> Box<dyn Method> {
+        method.method(rank, rank as f32, &Targets::All, self.seed)
+    }
 }
 
 /// Attaches the method with the largest rank that the budget and the layers allow.
@@ -194,12 +186,11 @@ fn attach(args: &Args, method: MethodName, model: &mut Model) -> Result<(Option<
     let mut best = None;
     for rank in 1.. {
         let mut larger = model.clone();
-        let method_of_rank = method.method(rank, None, &Targets::All, args.seed);
-        match peft::attach(&mut larger, &*method_of_rank) {
+        match peft::attach(&mut larger, &*args.method(method, rank)) {
             Ok(attached) if attached.n_trainable <= args.budget => {
                 best = Some((larger, rank, attached.n_trainable));
             }
-            // More pools or outputs than that a layer does not have.
+            // The rank exceeds the number of pools or outputs of a layer.
             Ok(_) => break,
             Err(peft::Error::Rank { .. } | peft::Error::Tiles { .. }) if best.is_some() => break,
             Err(error) => return Err(error.into()),
@@ -210,7 +201,7 @@ fn attach(args: &Args, method: MethodName, model: &mut Model) -> Result<(Option<
     }
     let Some((adapted, rank, n_trainable)) = best else {
         return Err(format!(
-            "{} does not fit into {} parameters",
+            "{} has more than {} trainable parameters at rank 1; raise --budget",
             method.name(),
             args.budget
         )
@@ -220,11 +211,11 @@ fn attach(args: &Args, method: MethodName, model: &mut Model) -> Result<(Option<
     Ok((method.has_rank().then_some(rank), n_trainable))
 }
 
-/// Quantizes and tunes, and keeps the result in each way that the method has.
+/// Quantizes and tunes, and saves and reloads the result in each form that the method has.
 fn tune(
     args: &Args,
     method: MethodName,
-    group_size: usize,
+    groups: usize,
     source: &Pretrained,
     texts: &Texts,
     scratch: &Path,
@@ -232,17 +223,16 @@ fn tune(
 ) -> Result<Vec<Row>> {
     memory::reset_peak();
     let start = Instant::now();
-    let quantizer = method.quantizer(args.bits, Some(group_size), false)?;
+    let quantizer = method.quantizer(args.bits, args.group_size(groups), false)?;
     let mut lm = source.clone();
     models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
     let mut adapted = lm.model.clone();
     let (rank, n_trainable) = attach(args, method, &mut adapted)?;
-    peft::fit(
-        &mut adapted,
-        &texts.train,
-        &fit_config(args, method),
-        |_| {},
-    )?;
+    let hidden_size = lm.model.config().hidden_size();
+    let attached = args.method(method, rank.unwrap_or(1));
+    let learning_rate = attached.learning_rate(hidden_size);
+    let fit = fit_config(learning_rate, args.steps, args.seed);
+    peft::fit(&mut adapted, &texts.train, &fit, |_| {})?;
     let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
     let rounded = texts.perplexities(&lm.model)?;
     let row = |merge: &str, kept, n_bytes, retention, certificate| Row {
@@ -283,16 +273,17 @@ fn tune(
                     .layers
                     .iter()
                     .all(|layer| layer.format.is_none());
-                let merge = match is_dense {
-                    true => "dense",
-                    false => certificate.kind(),
+                let merge = if is_dense {
+                    "dense"
+                } else {
+                    certificate.kind()
                 };
                 let kept = texts.perplexities(&reloaded.model)?;
                 let n_bytes = weights_bytes(&dir)?;
                 let is_kept = kind == "codes";
                 rows.push(row(merge, kept, n_bytes, retention, Some(certificate)));
                 if is_kept {
-                    // It is the low-bit model: there is no reason for another.
+                    // The merged model is packed: the other forms have no advantage.
                     break;
                 }
             }
@@ -305,7 +296,11 @@ fn tune(
                 let adapters = Adapters::load(&beside, device)?;
                 peft::activate(&mut reloaded.model, &adapters)?;
                 if bits(&texts.probe(&reloaded.model)) != bits(&tuned) {
-                    return Err(format!("{}: reloaded, it is another", method.name()).into());
+                    return Err(format!(
+                        "{}: the logits of the reloaded model are not the tuned model's",
+                        method.name()
+                    )
+                    .into());
                 }
                 let kept = texts.perplexities(&reloaded.model)?;
                 let n_bytes = weights_bytes(&base)? + weights_bytes(&beside)?;
@@ -375,7 +370,7 @@ fn markdown(report: &Report) -> String {
     table::markdown(&rows)
 }
 
-/// A format in a few words.
+/// A short name of a format.
 fn base(format: &Format) -> String {
     let grid = match format.double_quant() {
         Some(_) => "NF, double",
@@ -385,7 +380,7 @@ fn base(format: &Format) -> String {
     format!("{}-bit {grid}, {group_size}", format.bits())
 }
 
-/// The perplexities of the task as bars, in the colour of what the model is kept as.
+/// Draws the perplexities of the task as bars in the colour of the form that the model is kept in.
 fn chart(report: &Report) -> String {
     let colour = |merge: &str| match merge {
         "exact" => RGBColor(0x1b, 0x7a, 0x43),
@@ -394,7 +389,9 @@ fn chart(report: &Report) -> String {
         "dense" => RGBColor(0x8c, 0x8c, 0x8c),
         _ => RGBColor(0x4a, 0x78, 0xb5),
     };
-    let (left, top, bar, width) = (190, 96, 24, 900);
+    // Names, bars, and a column of values to the right of all bars.
+    let (left, top, bar, width, values) = (190, 96, 24, 900, 80);
+    let right = width - values;
     let height = top + bar * (report.rows.len() as i32 + 1) + 30;
     let mut svg = String::new();
     {
@@ -402,11 +399,12 @@ fn chart(report: &Report) -> String {
         let area = area.into_drawing_area();
         let text = |size: i32| ("sans-serif", size).into_font().color(&BLACK);
         let small = text(14);
+        let at_end = small.pos(Pos::new(HPos::Right, VPos::Top));
         let draw = || -> std::result::Result<(), DrawingAreaErrorKind<_>> {
             area.fill(&WHITE)?;
             let title = format!(
-                "Task perplexity after {} steps, {} bits, at most {} trainable parameters",
-                report.steps, report.bits, report.budget
+                "{}: task perplexity after {} steps, {} bits, at most {} trainable parameters",
+                report.model, report.steps, report.bits, report.budget
             );
             area.draw(&Text::new(title, (20, 14), text(18)))?;
             let kinds = ["exact", "bounded", "rounded", "dense", "beside"];
@@ -416,10 +414,10 @@ fn chart(report: &Report) -> String {
                 area.draw(&Rectangle::new(box_, colour(kind).filled()))?;
                 area.draw(&Text::new(*kind, (x + 20, 50), small.clone()))?;
             }
-            // From 1, the perplexity of who knows every token.
-            let values = report.rows.iter().map(|row| row.kept.task);
-            let (from, most) = (1.0, values.fold(report.full_precision.task, f64::max));
-            let scale = f64::from(width - left - 120) / (most - from);
+            // Bars begin at 1, the least perplexity.
+            let perplexities = report.rows.iter().map(|row| row.kept.task);
+            let (from, most) = (1.0, perplexities.fold(report.full_precision.task, f64::max));
+            let scale = f64::from(right - left) / (most - from);
             let x = |value: f64| left + ((value - from) * scale) as i32;
             for (at, row) in report.rows.iter().enumerate() {
                 let y = top + bar * at as i32;
@@ -430,18 +428,18 @@ fn chart(report: &Report) -> String {
                 area.draw(&Text::new(label, (20, y + 2), small.clone()))?;
                 let box_ = [(left, y), (x(row.kept.task), y + bar - 6)];
                 area.draw(&Rectangle::new(box_, colour(&row.merge).filled()))?;
-                let value = format!("{:.3}", row.kept.task);
-                area.draw(&Text::new(
-                    value,
-                    (x(row.kept.task) + 6, y + 2),
-                    small.clone(),
-                ))?;
+                let value = number(Some(row.kept.task), 3);
+                area.draw(&Text::new(value, (width - 20, y + 2), at_end.clone()))?;
             }
             let full = x(report.full_precision.task);
             let end = top + bar * report.rows.len() as i32;
             area.draw(&PathElement::new([(full, top - 6), (full, end)], BLACK))?;
-            let label = format!("untuned, full precision: {:.3}", report.full_precision.task);
-            area.draw(&Text::new(label, (full - 200, end + 8), small.clone()))?;
+            let label = format!(
+                "before tuning, full precision: {:.3}",
+                report.full_precision.task
+            );
+            let style = if full > width / 2 { at_end } else { small };
+            area.draw(&Text::new(label, (full, end + 8), style))?;
             area.present()
         };
         draw().expect("a string takes what is drawn");

@@ -1,30 +1,33 @@
-//! Measures models by every protocol, and writes what was found as JSON, Markdown and a chart.
+//! Evaluates models by every protocol, and writes the results as JSON, Markdown and a chart.
 //!
-//! `cargo run --release --example evaluate` does so with a model that the project ships, at full
-//! precision and rounded to 4, 3 and 2 bits; `-- --help` lists what it does with yours.
+//! `cargo run --release --example evaluate` does so with the embedded model, in full precision and
+//! quantized to 4, 3 and 2 bits; `-- --help` lists the options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::builder::NonEmptyStringValueParser;
 use evaluate::{
     Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
     byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
     window_losses, word_losses, word_perplexity,
 };
+use examples::arguments::{SeqLenArg, at_least, distinct_names};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
-use examples::tuning::{Result, exit};
+use examples::outcome::{Result, exit, write_files};
+use examples::texts::{evaluation_batch, read};
 use indicatif::{ProgressBar, ProgressStyle};
 use instruct::read_records;
 use models::{Model, Pretrained};
 use peft::Batch;
 use quant_core::{Quantizer, Rtn};
 
-/// Measure models by every protocol, each number with its interval
+/// Evaluate models by every protocol, each result with its confidence interval
 #[derive(Parser)]
 #[command(
     version,
@@ -34,53 +37,58 @@ Example:
            --separator '<|endoftext|>' --choices arc.jsonl --gsm8k test.jsonl --shots train.jsonl --out report"
 )]
 struct Args {
-    /// Hugging Face directories of one tokenizer; others are compared with the first [default: one that
-    /// comes with the program]
-    #[arg(long, value_name = "DIR", requires = "text")]
+    /// Hugging Face directory of a model [default: the embedded LLaMA]. May be given several times, for
+    /// models with the same tokenizer; the others are compared with the first
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "text",
+        conflicts_with = "embedded"
+    )]
     model: Vec<PathBuf>,
-    /// Widths to which the first model is rounded, in groups of 32, and measured too
+    #[command(flatten)]
+    embedded: EmbeddedArg,
+    #[command(flatten)]
+    device: DeviceArg,
+    /// Widths to quantize the first model to, in groups of 32, for more models
     #[arg(long, value_name = "N,..", value_delimiter = ',')]
     bits: Vec<usize>,
-    /// Held-out text; documents are what `--separator` is between
+    /// Held-out text, documents separated by --separator
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
-    /// What is between documents
-    #[arg(long, value_name = "TEXT", default_value = "<|endoftext|>")]
+    /// Text between two documents
+    #[arg(long, value_name = "TEXT", default_value = "<|endoftext|>",
+          value_parser = NonEmptyStringValueParser::new())]
     separator: String,
-    /// Multiple choice, JSONL: context (or query, question), choices, answer
+    /// Multiple-choice questions, JSONL: context (or query, question), choices, answer
     #[arg(long, value_name = "FILE", requires = "model")]
     choices: Option<PathBuf>,
     /// Word problems, JSONL: question, answer
     #[arg(long, value_name = "FILE", requires = "model")]
     gsm8k: Option<PathBuf>,
-    /// Solved problems to put before each, the first five of the file
+    /// Solved problems for the prompt, of which the first five are used
     #[arg(long, value_name = "FILE", requires = "gsm8k")]
     shots: Option<PathBuf>,
-    /// Tokens in a window
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    seq_len: usize,
-    /// Tokens in a window of llama.cpp's protocol [default: 512, or what the model was made for]
+    #[command(flatten)]
+    cut: SeqLenArg,
+    /// Tokens in a window of llama.cpp's protocol [default: 512, or the model's maximum if it is less]
     #[arg(long, value_name = "N")]
     n_ctx: Option<usize>,
-    /// Windows, documents, questions and problems at most
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    /// Maximum number of windows, documents, questions and problems
+    #[arg(long, value_name = "N", default_value = "200", value_parser = at_least::<1>)]
     limit: usize,
-    /// Tokens of an answer to a word problem at most
+    /// Maximum number of tokens of an answer to a word problem
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
-    /// Seed of the intervals
+    /// Seed of the resampling for the confidence intervals
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// New directory for report.json, report.md and report.svg
     #[arg(long, value_name = "DIR", default_value = "evaluate")]
     out: PathBuf,
-    #[command(flatten)]
-    embedded: EmbeddedArg,
-    #[command(flatten)]
-    device: DeviceArg,
 }
 
-/// What models are measured on.
+/// The data that models are evaluated on.
 struct Data {
     text: String,
     choices: Vec<ChoiceItem>,
@@ -94,17 +102,11 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     tensor_files::check_output(&args.out)?;
-    if args.limit == 0 {
-        return Err("--limit is 0; it must be at least 1".into());
-    }
-    if args.separator.is_empty() {
-        return Err("--separator is empty; it must be what is between documents".into());
-    }
     let device = args.device.open();
     let scratch = tempfile::tempdir()?;
     let mut sources = args.model.clone();
     if sources.is_empty() {
-        sources.push(args.embedded.or(None, scratch.path())?);
+        sources.push(args.embedded.write(scratch.path())?);
     }
     let mut bits = match (args.model.is_empty(), &args.bits[..]) {
         (true, []) => vec![4, 3, 2],
@@ -122,47 +124,55 @@ fn run(args: &Args) -> Result<()> {
     let n_ctx = args.n_ctx.unwrap_or(512.min(max));
     if n_ctx > max {
         let seq_len = n_ctx;
-        return Err(models::Error::SeqLen { seq_len, max }.into());
+        return Err(models::Error::Text(models::TextError::SeqLen { seq_len, max }).into());
     }
-    let names: Vec<String> = match args.model.is_empty() {
-        true => vec!["as it is".into()],
-        false => sources
-            .iter()
-            .map(|source| source.display().to_string())
-            .collect(),
+    let names = if args.model.is_empty() {
+        vec!["full precision".into()]
+    } else {
+        distinct_names(&args.model)
     };
     let mut others = Vec::new();
     for (source, name) in sources.iter().zip(&names).skip(1) {
         let other = models::load(source, &device)?;
-        // Before anything is measured.
+        // Checked before anything is measured.
         if other.encode(&data.text)? != reference.encode(&data.text)? {
-            return Err(format!("`{name}` has other tokens than `{}`", names[0]).into());
+            return Err(format!(
+                "`{name}` and `{}` have different tokenizers; evaluate them one at a time",
+                names[0]
+            )
+            .into());
         }
         others.push((name, other));
     }
     let bootstrap = Bootstrap::new().with_seed(args.seed);
-    let mut report = Report::new("Evaluation").with_setting(
-        "model",
-        match args.model.is_empty() {
-            true => args.embedded.name(None),
-            false => names[0].clone(),
-        },
-    );
+    let models: Vec<String> = args
+        .model
+        .iter()
+        .map(|dir| dir.display().to_string())
+        .collect();
+    let mut report = Report::new("Evaluation");
+    if models.is_empty() {
+        report = report.with_setting("model", args.embedded.name());
+    }
+    for (name, dir) in names.iter().zip(&models) {
+        report = report.with_setting(format!("model `{name}`"), dir);
+    }
     let path = |path: &Option<PathBuf>| {
-        path.as_ref().map_or("made by the program".into(), |path| {
-            path.display().to_string()
-        })
+        path.as_ref()
+            .map_or("generated by the program".into(), |path| {
+                path.display().to_string()
+            })
     };
     for (name, value) in [
         ("device", args.device.name.clone()),
         ("text", path(&args.text)),
-        ("between documents", format!("{:?}", args.separator)),
+        ("separator", format!("{:?}", args.separator)),
         ("choices", path(&args.choices)),
-        ("limit of items", args.limit.to_string()),
+        ("limit", args.limit.to_string()),
         (
-            "intervals",
+            "confidence intervals",
             format!(
-                "{} %, {} resamples",
+                "{} %, {} bootstrap resamples",
                 100.0 * bootstrap.confidence(),
                 bootstrap.resamples()
             ),
@@ -201,22 +211,15 @@ fn run(args: &Args) -> Result<()> {
         return ended;
     }
 
-    // What was measured is kept, even if something failed after it.
+    // The measurements before a failure are kept.
     let markdown = report.to_markdown();
     println!("{markdown}");
-    tensor_files::write_directory(&args.out, |out| {
-        let files = [
-            ("report.json", report.to_json()),
-            ("report.md", markdown),
-            ("report.svg", report.to_svg()),
-        ];
-        for (name, text) in files {
-            let path = out.join(name);
-            std::fs::write(&path, text)
-                .map_err(|source| tensor_files::Error::Io { path, source })?;
-        }
-        Ok::<(), tensor_files::Error>(())
-    })?;
+    let files = [
+        ("report.json", report.to_json()),
+        ("report.md", markdown),
+        ("report.svg", report.to_svg()),
+    ];
+    write_files(&args.out, &files)?;
     println!("report: {}", args.out.display());
     ended
 }
@@ -231,16 +234,12 @@ impl Data {
                 answer,
             };
             return Ok(Self {
-                // A paragraph about a person is a document.
+                // Each paragraph is a document.
                 text: corpus::text(Dialect::Plain, 50_000, 12).replace('\n', &args.separator),
                 choices: questions.map(item).collect(),
                 problems: Vec::new(),
                 shots: Vec::new(),
             });
-        };
-        let read = |path: &PathBuf| match std::fs::read_to_string(path) {
-            Ok(text) => Ok(text),
-            Err(error) => Err(format!("cannot read `{}`: {error}", path.display())),
         };
         let problems = |path: &Option<PathBuf>, n: usize| -> Result<Vec<gsm8k::Problem>> {
             let Some(path) = path else {
@@ -265,7 +264,7 @@ impl Data {
     }
 }
 
-/// What was measured so far.
+/// The measurements of all models.
 struct Measured<'a> {
     args: &'a Args,
     data: &'a Data,
@@ -274,7 +273,7 @@ struct Measured<'a> {
     report: Report,
 }
 
-/// Where the numbers of one model go.
+/// The measurements of one model.
 struct Column<'a> {
     report: &'a mut Report,
     model: &'a str,
@@ -294,13 +293,13 @@ impl Column<'_> {
 }
 
 impl Measured<'_> {
-    /// Measures one model.
+    /// Measures one model, and compares it with the reference if there is one.
     fn add(&mut self, name: &str, lm: &Pretrained, reference: Option<&Pretrained>) -> Result<()> {
         let bar = ProgressBar::new_spinner();
         bar.set_style(ProgressStyle::with_template("{spinner} {prefix}: {msg}")?);
         bar.set_prefix(name.to_string());
-        let step = |what: &'static str| {
-            bar.set_message(what);
+        let step = |message: &'static str| {
+            bar.set_message(message);
             bar.tick();
         };
         let mut report = std::mem::replace(&mut self.report, Report::new(""));
@@ -311,9 +310,9 @@ impl Measured<'_> {
         let mut run = || -> Result<()> {
             step("windows of text");
             let plain = self.data.text.replace(&self.args.separator, "\n");
-            let windows = lm.windows(&plain, self.args.seq_len)?.take(self.args.limit);
-            let size = (1024 / self.args.seq_len).max(1);
-            let batches = windows.batches(size, &lm.model.device());
+            let seq_len = self.args.cut.seq_len;
+            let windows = lm.windows(&plain, seq_len)?.take(self.args.limit);
+            let batches = windows.batches(evaluation_batch(seq_len), &lm.model.device());
             self.windows(&lm.model, &batches, &mut column)?;
             step("llama.cpp's windows");
             self.llama_cpp(lm, &plain, &mut column)?;
@@ -328,9 +327,9 @@ impl Measured<'_> {
                 let found = compare(&lm.model, &reference.model, &batches)?;
                 let divergence = self.bootstrap.mean(&found.divergence)?;
                 let same_top = self.bootstrap.mean(&found.same_top)?;
-                let protocol = "to the first model";
+                let protocol = "against the first model";
                 column.add(protocol, "KL divergence, nats", divergence, "windows", true);
-                column.add(protocol, "same top token", same_top, "windows", false);
+                column.add(protocol, "same top-1 token", same_top, "windows", false);
             }
             Ok(())
         };
@@ -342,7 +341,7 @@ impl Measured<'_> {
 
     fn windows(&self, model: &Model, batches: &[Batch], column: &mut Column) -> Result<()> {
         let losses = self.bootstrap.mean(&window_losses(model, batches)?)?;
-        let protocol = format!("gptq-{}", self.args.seq_len);
+        let protocol = format!("gptq-{}", self.args.cut.seq_len);
         column.add(
             &protocol,
             "perplexity",
@@ -351,13 +350,13 @@ impl Measured<'_> {
             true,
         );
         column.add(&protocol, "NLL, nats", losses, "windows", true);
-        // Tokens of a window are not independent: windows are drawn whole.
+        // The tokens of a window are not independent: whole windows are resampled.
         let items = confidences(model, batches)?;
         let right = |items: &Vec<(f64, bool)>| items.iter().filter(|(_, right)| *right).count();
         let right: Vec<f64> = items.iter().map(|items| right(items) as f64).collect();
         let counts: Vec<f64> = items.iter().map(|items| items.len() as f64).collect();
         let accuracy = self.bootstrap.ratio(&right, &counts)?;
-        column.add(&protocol, "top token right", accuracy, "windows", false);
+        column.add(&protocol, "top-1 accuracy", accuracy, "windows", false);
         let error = calibration_error(&items, CALIBRATION_BINS, &self.bootstrap)?;
         column.add(&protocol, "ECE", error, "windows", true);
         Ok(())
@@ -366,7 +365,7 @@ impl Measured<'_> {
     fn llama_cpp(&self, lm: &Pretrained, plain: &str, column: &mut Column) -> Result<()> {
         let special = lm.special_tokens()?;
         let bos = special.bos.as_ref().filter(|_| special.add_bos);
-        // The tool drops a newline at the end of a file.
+        // llama.cpp drops a newline at the end of a file.
         let mut tokens = lm.encode_text(plain.strip_suffix('\n').unwrap_or(plain))?;
         tokens.truncate(self.n_ctx.saturating_mul(self.args.limit.max(2)));
         let (bos, device) = (bos.map(|bos| bos.id), lm.model.device());
@@ -446,7 +445,7 @@ impl Measured<'_> {
         Ok(())
     }
 
-    /// How many are right.
+    /// Estimates the share of items that are right.
     fn share(&self, right: impl Iterator<Item = bool>) -> Result<Estimate> {
         let right: Vec<f64> = right.map(|right| f64::from(u8::from(right))).collect();
         Ok(self.bootstrap.mean(&right)?)

@@ -1,9 +1,9 @@
-//! Continues a text with a model, word by word.
+//! Generates text with a model and prints it as it is generated.
 //!
-//! `cargo run --release --example generate -- "Albena"` does so with a model that the project ships;
-//! `-- --help` lists what it does with yours.
+//! `cargo run --release --example generate -- "Albena"` does so with the embedded model; `-- --help`
+//! lists the options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::io::{Write, stdout};
 use std::ops::ControlFlow;
@@ -12,15 +12,14 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use examples::device::DeviceArg;
-use examples::embedded::EmbeddedArg;
-use examples::tuning::{Result, exit};
+use examples::arguments::{GroupSize, ModelArgs};
+use examples::outcome::{Result, exit};
 use instruct::Chat;
 use models::Generation;
 use peft::{Adapters, Linears};
 use quant_core::Rtn;
 
-/// Continue a text with a LLaMA or an OPT, dense or packed
+/// Generate text with a LLaMA or an OPT, dense or quantized
 #[derive(Parser)]
 #[command(
     version,
@@ -31,27 +30,26 @@ Examples:
   generate --model Llama-2-7b-chat-hf --chat --bits 4 \"What is a quantizer?\""
 )]
 struct Args {
-    /// The text to continue, or the message to answer
+    /// Text to continue, or with --chat a message to answer
     prompt: String,
-    /// Hugging Face directory of a model [default: one that comes with the program]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// Directory of adapters to put on
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Directory of adapters to activate
     #[arg(long, value_name = "DIR", requires = "model")]
     adapters: Option<PathBuf>,
-    /// Answer as the model's chat template has it
+    /// Answer the prompt, in the chat template of the model
     #[arg(long)]
     chat: bool,
-    /// Round the weights to so many bits first: 2, 3, 4, 8
+    /// Quantize the weights to this width first: 2, 3, 4, 8
     #[arg(long, value_name = "N")]
     bits: Option<usize>,
-    /// Weights that share a scale
-    #[arg(long, value_name = "N", default_value_t = 32, requires = "bits")]
-    group_size: usize,
-    /// Tokens to add at most
+    /// Weights that share a scale: a number, or `channel` for all weights of an output
+    #[arg(long, value_name = "N", default_value = "32", requires = "bits")]
+    group_size: GroupSize,
+    /// Maximum number of tokens to generate
     #[arg(long, value_name = "N", default_value_t = 100)]
     max_new_tokens: usize,
-    /// What logits are divided by; 0 takes the likeliest token each time
+    /// Temperature of sampling; 0 takes the most probable token each time
     #[arg(
         long,
         value_name = "X",
@@ -59,22 +57,18 @@ struct Args {
         allow_negative_numbers = true
     )]
     temperature: f64,
-    /// With a temperature: draw from so many of the likeliest tokens [default: all]
+    /// Sample from this many of the most probable tokens [default: all]
     #[arg(long, value_name = "N", requires = "temperature")]
     top_k: Option<usize>,
-    /// With a temperature: draw from the likeliest tokens of this probability together
+    /// Sample from the most probable tokens whose probabilities add up to this
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     top_p: f64,
-    /// Seed of the draws
+    /// Seed of sampling
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Texts that end the continuation
+    /// Text that ends the generation; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    #[command(flatten)]
-    embedded: EmbeddedArg,
-    #[command(flatten)]
-    device: DeviceArg,
 }
 
 fn main() -> ExitCode {
@@ -88,27 +82,26 @@ fn run(args: &Args) -> Result<()> {
         .with_top_p(args.top_p)
         .with_seed(args.seed);
     settings.check()?;
-    let device = args.device.open();
+    let device = args.model.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
+    let source = args.model.dir(scratch.path())?;
     let mut lm = models::load(&source, &device)?;
     if let Some(bits) = args.bits {
         let rtn = Rtn::new().with_bits(bits);
-        let rtn = rtn.with_group_size(Some(args.group_size));
+        let rtn = rtn.with_group_size(args.group_size.0);
         models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
     }
     if let Some(adapters) = &args.adapters {
         peft::activate(&mut lm.model, &Adapters::load(adapters, &device)?)?;
     }
 
-    let prompt = match args.chat {
-        true => {
-            let special = lm.special_tokens()?;
-            let chat = Chat::open(&source, &special)?;
-            // The template has the special tokens in its text.
-            lm.encode(&chat.prompt(&args.prompt)?)?
-        }
-        false => lm.encode_text(&args.prompt)?,
+    let prompt = if args.chat {
+        let special = lm.special_tokens()?;
+        let chat = Chat::open(&source, &special)?;
+        // The template writes the special tokens itself.
+        lm.encode(&chat.prompt(&args.prompt)?)?
+    } else {
+        lm.encode_text(&args.prompt)?
     };
     let start = Instant::now();
     let mut first = None;
@@ -120,13 +113,13 @@ fn run(args: &Args) -> Result<()> {
         first.get_or_insert_with(|| start.elapsed());
         text += piece;
         print!("{piece}");
-        // What is shown is shown, whoever listens.
+        // A closed terminal does not end the generation.
         let _ = stdout().flush();
         let mut stops = args.stop.iter().filter(|stop| !stop.is_empty());
-        let is_over = stops.any(|stop| text.contains(stop));
-        match is_over {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
+        if stops.any(|stop| text.contains(stop)) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
         }
     })?;
     println!();
@@ -137,7 +130,7 @@ fn run(args: &Args) -> Result<()> {
     if let Some(first) = first.filter(|_| n_tokens > 1) {
         let rest = (start.elapsed() - first).as_secs_f64();
         eprintln!(
-            "\n{} tokens read and the first text written in {:.0} ms; {n_tokens} tokens in all, {:.0} tokens/s; projections of {:.1} MB",
+            "\nprompt of {} tokens, first text after {:.0} ms; {n_tokens} tokens generated, {:.0} tokens/s; projections of {:.1} MB",
             prompt.len(),
             1e3 * first.as_secs_f64(),
             (n_tokens - 1) as f64 / rest,

@@ -1,11 +1,11 @@
-//! Starts adapters where they make up for the quantization error: with every method, and compares
-//! perplexities before and after some tuning; or with one, shows what every layer gained, and saves the
-//! base and a PEFT directory of its adapters.
+//! Initializes adapters so that they compensate the quantization error: with every method, comparing
+//! perplexities before and after some tuning; or with one method, reporting each layer, and saving the
+//! base and its adapters as a PEFT directory.
 //!
-//! `cargo run --release --example loftq_init` does the first with the model that the project ships;
-//! `-- --help` lists what it does with yours.
+//! `cargo run --release --example loftq_init` does the first with the embedded model; `-- --help` lists
+//! the options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,24 +14,26 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use evaluate::perplexity;
+use examples::arguments::{GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
-use examples::device::DeviceArg;
-use examples::embedded::EmbeddedArg;
-use examples::table;
-use examples::tuning::{Result, exit, max_difference};
-use indicatif::{ProgressBar, ProgressStyle};
+use examples::outcome::{Result, exit, max_difference};
+use examples::texts::{self, evaluation_batch, fit_config};
+use examples::{progress, table};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
 use models::{CheckpointFormat, Model, Pretrained};
-use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
-use quant_core::{NormalFloat, Optq, Quantizer, Rtn, allocate};
+use peft::{Adapters, Batch, FitConfig, Lora, Method, PerLayer, Recipe};
+use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
 
-/// Start adapters where they make up for the quantization error
+/// Initialize LoRA adapters so that they compensate the quantization error
 ///
-/// Without options, the model that comes with the program is initialized by every method, at 4, 3 and 2
-/// bits, in groups of 32 and 64, and tuned a little on text of its own kind.
+/// Without options, the embedded model is initialized with every method at 4, 3 and 2 bits, in groups of
+/// 32 and 64, and tuned for some steps on text like its training data.
 #[derive(Parser)]
 #[command(
     version,
+    mut_arg("model", |arg| arg.requires("train").requires("eval")),
+    mut_arg("rank", |arg| arg.default_value("8")),
+    mut_arg("steps", |arg| arg.default_value("30").help("Optimizer steps; 0 for none")),
     after_help = "\
 Example:
   loftq_init --model Llama-2-7b-hf --train wikitext.txt --eval wikitext-test.txt --seq-len 1024 \\
@@ -39,97 +41,84 @@ Example:
              --out Llama-2-7b-loftq --format bitsandbytes"
 )]
 struct Args {
-    /// Hugging Face directory of a model [default: one that comes with the program]
-    #[arg(long, value_name = "DIR", requires = "train", requires = "eval")]
-    model: Option<PathBuf>,
-    /// Text to calibrate and to tune on
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Text to calibrate and to train on
     #[arg(long, value_name = "FILE", requires = "model")]
     train: Option<PathBuf>,
-    /// Text to evaluate on, another one
+    /// Text to evaluate on
     #[arg(long, value_name = "FILE", requires = "model")]
     eval: Option<PathBuf>,
-    /// Methods, one or several
+    /// Initializations, one or several
     #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',',
           default_values_t = Name::value_variants().to_vec())]
     method: Vec<Name>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
     bits: Vec<usize>,
-    /// Weights that share a scale, one or several
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [32, 64])]
-    group_size: Vec<usize>,
+    /// Weights that share a scale, one or several: numbers, or `channel` for all weights of an output
+    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values = ["32", "64"])]
+    group_size: Vec<GroupSize>,
     /// Grid of the base
     #[arg(long, value_enum, default_value_t = GridName::Affine)]
     grid: GridName,
-    /// Rank of the adapters
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    rank: usize,
-    /// Alpha: what is added is multiplied by alpha / rank [default: the rank]
-    #[arg(long, value_name = "X")]
-    alpha: Option<f32>,
-    /// Bits of a weight on average, scales and zeros in f32 too: LQ-LoRA chooses from --bits and
-    /// --group-size for each layer
+    /// Average bits of a weight, with scales and zero-points in f32: LQ-LoRA chooses --bits and
+    /// --group-size of each layer within this budget
     #[arg(long, value_name = "X")]
     average_bits: Option<f64>,
-    /// Windows to calibrate on, for the methods that look at inputs
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    /// Windows to calibrate on, for the methods that need a calibration
+    #[arg(long, value_name = "N", default_value = "64", value_parser = at_least::<1>)]
     samples: usize,
-    /// Tokens in a window
-    #[arg(long, value_name = "N", default_value = "128", value_parser = seq_len)]
-    seq_len: usize,
-    /// Optimizer steps of the tuning that is compared; 0 for none
-    #[arg(long, value_name = "N", default_value_t = 30)]
-    steps: usize,
-    /// Windows in a step
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    batch: usize,
-    /// Learning rate of the tuning, the highest of a cosine
-    #[arg(long, value_name = "X", default_value_t = 1e-3)]
-    lr: f64,
-    /// Windows to evaluate on [default: all]
-    #[arg(long, value_name = "N")]
-    eval_windows: Option<usize>,
-    /// Seeds, one or several: of the adapters, and of the choice and the order of windows
+    #[command(flatten)]
+    tune: TuneArgs,
+    /// Seeds of the adapters, and of the choice and the order of the windows; one or several
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
     seed: Vec<u64>,
     /// New directory for `base`, `adapter` and `report.json`; for one method and one seed
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// What the base is saved as
+    /// Format of the saved base
     #[arg(long, value_enum, default_value_t = Format::QuantCore)]
     format: Format,
-    #[command(flatten)]
-    embedded: EmbeddedArg,
-    #[command(flatten)]
-    device: DeviceArg,
 }
 
-fn seq_len(value: &str) -> std::result::Result<usize, String> {
-    match value.parse() {
-        Ok(n) if n > 1 => Ok(n),
-        _ => Err("a number of at least 2".into()),
+impl Args {
+    fn lora(&self, seed: u64) -> Lora {
+        let lora = Lora::new(self.tune.rank).with_seed(seed);
+        lora.with_alpha(self.tune.alpha())
     }
+
+    /// The learning rate of the tuning. By default a fifth of LoRA's: the factors do not start at zero, and
+    /// large steps would lose what they start with.
+    fn learning_rate(&self, model: &Model) -> f64 {
+        self.tune.lr.unwrap_or_else(|| lora_rate(model) / 5.0)
+    }
+}
+
+/// The learning rate of LoRA on this model.
+fn lora_rate(model: &Model) -> f64 {
+    Lora::new(1).learning_rate(model.config().hidden_size())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Name {
-    /// Adapters that add nothing
+    /// QLoRA: adapters that start at zero
     Qlora,
-    /// Quantizing and factoring in turn
+    /// LoftQ: alternates quantization and a decomposition of the residual
     Loftq,
-    /// The largest singular values of the weight
+    /// PiSSA: the largest singular values of the weight; quantizes the residual
     Pissa,
-    /// Factoring and quantizing in turn, weighed by the Fisher information
+    /// LQ-LoRA: LoftQ weighted by the Fisher information
     LqLora,
-    /// The least error of a layer's output
+    /// QERA: the least error of each layer's output, in closed form
     Qera,
-    /// The same after OPTQ; uniform grids only
+    /// CLoQ: QERA after OPTQ; affine and symmetric grids only
     Cloq,
-    /// Learned ranges and adapters, layer by layer; uniform grids only
+    /// ApiQ: learns ranges and adapters layer by layer; affine and symmetric grids only
     Apiq,
-    /// The same block by block
+    /// ApiQ, block by block
     ApiqBlock,
-    /// All adapters tuned together to the dense model's last hidden state
+    /// RILQ: tunes all adapters together to the last hidden state of the dense model
     Rilq,
 }
 
@@ -148,19 +137,20 @@ impl Name {
         }
     }
 
-    fn method(self, lora: Lora) -> Box<dyn Initialization<Model>> {
+    fn method(self, lora: Lora, model: &Model) -> Box<dyn Initialization<Model>> {
+        // Ranges learn twice as fast as published: there are few calibration windows.
+        let (of_ranges, rate) = (1e-2, lora_rate(model));
         match self {
             Self::Qlora => Box::new(lora),
             Self::Loftq => Box::new(Loftq::new(lora)),
             Self::Pissa => Box::new(Pissa::new(lora)),
             Self::LqLora => Box::new(lq_lora(lora)),
             Self::Qera | Self::Cloq => Box::new(Qera::new(lora)),
-            // Rates for a model of a million parameters, and for few steps.
-            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(1e-2, 5e-3)),
-            Self::ApiqBlock => Box::new(ApiqBlock::new(lora).with_learning_rates(1e-2, 5e-3)),
+            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(of_ranges, rate)),
+            Self::ApiqBlock => Box::new(ApiqBlock::new(lora).with_learning_rates(of_ranges, rate)),
             Self::Rilq => {
                 let fit = FitConfig::new()
-                    .with_learning_rate(3e-3)
+                    .with_learning_rate(0.6 * rate)
                     .with_steps(Some(40))
                     .with_seed(lora.seed());
                 Box::new(Rilq::new(lora).with_fit(fit))
@@ -168,7 +158,12 @@ impl Name {
         }
     }
 
-    fn quantizer(self, grid: GridName, bits: usize, group_size: usize) -> Box<dyn Quantizer> {
+    fn quantizer(
+        self,
+        grid: GridName,
+        bits: usize,
+        GroupSize(group_size): GroupSize,
+    ) -> Box<dyn Quantizer> {
         let symmetric = grid == GridName::Symmetric;
         match (grid, self) {
             (GridName::Nf, _) => {
@@ -177,6 +172,7 @@ impl Name {
             }
             (_, Self::Cloq) => {
                 let optq = Optq::new().with_bits(bits).with_group_size(group_size);
+                let optq = optq.with_order(Order::Natural);
                 Box::new(optq.with_symmetric(symmetric))
             }
             _ => {
@@ -186,13 +182,14 @@ impl Name {
         }
     }
 
+    /// Whether the method has this grid.
     fn fits(self, grid: GridName) -> bool {
         let uniform = matches!(self, Self::Cloq | Self::Apiq | Self::ApiqBlock);
         grid != GridName::Nf || !uniform
     }
 
-    /// Whether it looks at text.
-    fn looks(self) -> bool {
+    /// Whether the method needs calibration data.
+    fn is_calibrated(self) -> bool {
         !matches!(self, Self::Qlora | Self::Loftq | Self::Pissa)
     }
 }
@@ -205,21 +202,21 @@ fn lq_lora(lora: Lora) -> LqLora {
 enum GridName {
     /// Uniform, with zero-points
     Affine,
-    /// Uniform, without
+    /// Uniform, without zero-points
     Symmetric,
-    /// Normal floats: NF4, NF3, NF2
+    /// Normal floats (NF4, NF3, NF2)
     Nf,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Format {
-    /// The workspace's own, which holds every grid
+    /// Format of this workspace, which holds every grid
     QuantCore,
-    /// bitsandbytes, for transformers and PEFT: normal floats of 4 bits
+    /// bitsandbytes, for transformers and PEFT; NF4 only
     Bitsandbytes,
 }
 
-/// The texts of one seed.
+/// The batches of one seed.
 struct Texts {
     calibration: Vec<Batch>,
     train: Vec<Batch>,
@@ -229,35 +226,31 @@ struct Texts {
 impl Texts {
     fn new(args: &Args, lm: &Pretrained, seed: u64, device: &Device) -> Result<Self> {
         let read = |path: &Option<PathBuf>, n_chars, seed| match path {
-            Some(path) => std::fs::read_to_string(path)
-                .map_err(|error| format!("cannot read `{}`: {error}", path.display())),
+            Some(path) => texts::read(path),
             None => Ok(corpus::text(Dialect::Plain, n_chars, seed)),
         };
         let (train, eval) = (
             read(&args.train, 400_000, 20)?,
             read(&args.eval, 25_000, 12)?,
         );
-        let windows = |text: &str, option: &str| {
-            let windows = lm.windows(text, args.seq_len);
-            windows.map_err(|error| format!("the {option} text: {error}"))
-        };
-        let train = windows(&train, "--train")?.shuffled(seed);
-        let eval = windows(&eval, "--eval")?.take(args.eval_windows.unwrap_or(usize::MAX));
+        let (seq_len, batch) = (args.tune.cut.seq_len, args.tune.batch);
+        let train = texts::windows(lm, &train, seq_len, "--train")?.shuffled(seed);
+        let eval = texts::windows(lm, &eval, seq_len, "--eval")?.take(args.tune.eval.limit());
         Ok(Self {
-            calibration: train.clone().take(args.samples).batches(args.batch, device),
-            train: train.batches(args.batch, device),
-            eval: eval.batches((1024 / args.seq_len).max(1), device),
+            calibration: train.clone().take(args.samples).batches(batch, device),
+            train: train.batches(batch, device),
+            eval: eval.batches(evaluation_batch(seq_len), device),
         })
     }
 }
 
-/// One model, initialized and tuned.
+/// The results of one initialization.
 #[derive(Clone, Debug)]
 struct Run {
     method: Name,
     bits: usize,
-    group_size: usize,
-    /// Perplexity as it starts.
+    group_size: GroupSize,
+    /// Perplexity after the initialization.
     before: f64,
     /// Perplexity after tuning.
     after: f64,
@@ -270,26 +263,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    for (option, n) in [
-        ("--samples", args.samples),
-        ("--batch", args.batch),
-        ("--eval-windows", args.eval_windows.unwrap_or(1)),
-    ] {
-        if n == 0 {
-            return Err(format!("{option} is 0; it must be at least 1").into());
-        }
-    }
     let single = args.method.len() == 1 && args.seed.len() == 1;
     let several = args.bits.len() * args.group_size.len() > 1;
     if args.average_bits.is_some() && (args.method != [Name::LqLora] || !single) {
-        return Err("--average-bits is for --method lq-lora and one --seed".into());
+        return Err("--average-bits needs --method lq-lora and one --seed".into());
     }
     if !args.method.iter().any(|method| method.fits(args.grid)) {
-        return Err("these methods need a uniform grid".into());
+        return Err("these methods do not have --grid nf; use affine or symmetric".into());
     }
     if args.out.is_some() && (!single || several && args.average_bits.is_none()) {
         return Err(
-            "--out takes one --method, and one each of --bits, --group-size, --seed".into(),
+            "--out needs one --method and one each of --bits, --group-size and --seed".into(),
         );
     }
     for &method in &args.method {
@@ -297,18 +281,19 @@ fn run(args: &Args) -> Result<()> {
             method.quantizer(args.grid, bits, group_size).format()?;
         }
     }
-    if args.steps > 0 {
-        fit_config(args, 0).check()?;
+    if args.tune.steps > 0 {
+        args.tune.check()?;
     }
     if let Some(out) = &args.out {
         tensor_files::check_output(out)?;
     }
-    let device = args.device.open();
+    let device = args.model.device.open();
     let scratch = tempfile::tempdir()?;
-    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
-    match single && (!several || args.average_bits.is_some()) {
-        true => one(args, &source, &device),
-        false => compare(args, &source, &device),
+    let source = args.model.dir(scratch.path())?;
+    if single && (!several || args.average_bits.is_some()) {
+        one(args, &source, &device)
+    } else {
+        compare(args, &source, &device)
     }
 }
 
@@ -316,20 +301,7 @@ fn pairs<'a, A, B>(a: &'a [A], b: &'a [B]) -> impl Iterator<Item = (&'a A, &'a B
     a.iter().flat_map(|a| b.iter().map(move |b| (a, b)))
 }
 
-fn lora(args: &Args, seed: u64) -> Lora {
-    let alpha = args.alpha.unwrap_or(args.rank as f32);
-    Lora::new(args.rank).with_alpha(alpha).with_seed(seed)
-}
-
-fn fit_config(args: &Args, seed: u64) -> FitConfig {
-    FitConfig::new()
-        .with_learning_rate(args.lr)
-        .with_steps(Some(args.steps))
-        .with_warmup_steps(args.steps / 20)
-        .with_seed(seed)
-}
-
-/// One method: what each layer gained, and the directories.
+/// Initializes with one method, reports each layer, and saves base and adapters.
 fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let (name, seed) = (args.method[0], args.seed[0]);
     let mut lm = models::load(source, device)?;
@@ -342,7 +314,8 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
             Box::new(quantizer)
         }
     };
-    let method = name.method(lora(args, seed));
+    let method = name.method(args.lora(seed), &lm.model);
+    let fit = fit_config(args.learning_rate(&lm.model), args.tune.steps, seed);
     let show = |layer: &InitializedLayer| {
         let (before, after) = (layer.before, layer.report.error);
         print!("{}: ", layer.report.path);
@@ -354,7 +327,7 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
             before.weight.relative, after.weight.relative
         );
         if let (Some(before), Some(after)) = (before.output, after.output) {
-            print!(", of the output {before:.4} to {after:.4}");
+            print!(", output error {before:.4} to {after:.4}");
         }
         for note in &layer.report.notes {
             print!("; {note}");
@@ -368,7 +341,7 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let adapters = peft::detach(&mut base.model)?;
     let bare = perplexity(&base.model, &texts.eval)?.value();
     println!(
-        "\nperplexity {full:.4} dense, {bare:.4} of the base, {started:.4} with its adapters; {n_bytes} bytes in packed layers"
+        "\nperplexity: dense {full:.4}, base {bare:.4}, base with adapters {started:.4}; {n_bytes} bytes in packed layers"
     );
     if let Some(out) = &args.out {
         let again = save(args, out, &base, &adapters, &layers, device)?;
@@ -379,19 +352,22 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
         let (started, again) = (probe(&lm.model), probe(&again.model));
         let difference = max_difference(&started.expect("f32"), &again.expect("f32"));
         if difference > 1e-4 {
-            return Err(format!("read again, logits differ by {difference:e}").into());
+            return Err(
+                format!("the logits of the reloaded model differ by up to {difference:e}").into(),
+            );
         }
-        println!("read again, logits differ by {difference:e} at most");
+        println!("the logits of the reloaded model differ by at most {difference:e}");
     }
-    if args.steps > 0 {
-        peft::fit(&mut lm.model, &texts.train, &fit_config(args, seed), |_| {})?;
+    if args.tune.steps > 0 {
+        peft::fit(&mut lm.model, &texts.train, &fit, |_| {})?;
         let tuned = perplexity(&lm.model, &texts.eval)?.value();
-        println!("perplexity {tuned:.4} after {} steps of tuning", args.steps);
+        let steps = args.tune.steps;
+        println!("perplexity {tuned:.4} after {steps} steps of tuning");
     }
     Ok(())
 }
 
-/// Writes base and adapters as they start, and reads them again.
+/// Saves the base and its initial adapters, and loads them again.
 fn save(
     args: &Args,
     out: &Path,
@@ -416,12 +392,12 @@ fn save(
     Ok(again)
 }
 
-/// The bits and groups of each layer by LQ-LoRA's errors, under the budget.
+/// Chooses bits and group size of each layer by LQ-LoRA's errors within the budget.
 fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<PerLayer> {
     let quantizers: Vec<Box<dyn Quantizer>> = pairs(&args.bits, &args.group_size)
         .map(|(&bits, &group_size)| Name::LqLora.quantizer(args.grid, bits, group_size))
         .collect();
-    let method = lq_lora(lora(args, args.seed[0]));
+    let method = lq_lora(args.lora(args.seed[0]));
     let candidates: Vec<&dyn Quantizer> = quantizers.iter().map(Box::as_ref).collect();
     let layers = loftq::sensitivities(model, &method, &candidates, &texts.calibration)?;
     let n_weights: usize = (peft::Linears::linears(model).iter())
@@ -441,7 +417,7 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
     Ok(recipe)
 }
 
-/// Every method at every width and group size.
+/// Compares the methods at every width and group size.
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let clock = Instant::now();
     let lm = models::load(source, device)?;
@@ -449,10 +425,8 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
         .filter(|method| method.fits(args.grid))
         .collect();
     let n_runs = args.seed.len() * args.bits.len() * args.group_size.len() * methods.len();
-    let bar = ProgressBar::new(n_runs as u64);
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:30} {pos}/{len}, {eta} left, {msg}",
-    )?);
+    let bar = progress::bar(n_runs, "models")?;
+    let learning_rate = args.learning_rate(&lm.model);
     let mut runs = Vec::new();
     let mut full = f64::NAN;
     for &seed in &args.seed {
@@ -462,13 +436,14 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
             for &method in &methods {
                 bar.set_message(format!("{bits} bits, {}", method.title()));
                 let quantizer = method.quantizer(args.grid, bits, group_size);
-                let calibration = match method.looks() {
-                    true => &texts.calibration[..],
-                    false => &[],
+                let calibration = if method.is_calibrated() {
+                    &texts.calibration[..]
+                } else {
+                    &[]
                 };
                 let mut model = lm.model.clone();
                 let clock = Instant::now();
-                let initialization = method.method(lora(args, seed));
+                let initialization = method.method(args.lora(seed), &model);
                 loftq::init(
                     &mut model,
                     &*initialization,
@@ -479,8 +454,9 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
                 let seconds = clock.elapsed().as_secs_f64();
                 let before = perplexity(&model, &texts.eval)?.value();
                 let mut after = before;
-                if args.steps > 0 {
-                    peft::fit(&mut model, &texts.train, &fit_config(args, seed), |_| {})?;
+                if args.tune.steps > 0 {
+                    let fit = fit_config(learning_rate, args.tune.steps, seed);
+                    peft::fit(&mut model, &texts.train, &fit, |_| {})?;
                     after = perplexity(&model, &texts.eval)?.value();
                 }
                 runs.push(Run {
@@ -514,22 +490,21 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
             ]);
         }
         println!(
-            "{bits} bits, groups of {group_size}\n\n{}",
+            "{bits} bits, group size {group_size}\n\n{}",
             table::markdown(&rows)
         );
     }
     println!(
-        "perplexity, protocol gptq, {full:.4} dense; rank {}, {} steps of tuning at {:e}; mean and spread of seeds {:?}; {:.0} s",
-        args.rank,
-        args.steps,
-        args.lr,
+        "perplexity by the protocol gptq, dense {full:.4}; rank {}, {} steps of tuning at {learning_rate:e}; mean and spread of seeds {:?}; {:.0} s",
+        args.tune.rank,
+        args.tune.steps,
         args.seed,
         clock.elapsed().as_secs_f64()
     );
     Ok(())
 }
 
-/// The mean, and how far the values are from it.
+/// Formats the mean and the largest deviation from it.
 fn spread(values: &[f64]) -> String {
     let mean = values.iter().sum::<f64>() / values.len() as f64;
     let digits = if mean < 100.0 { 3 } else { 0 };

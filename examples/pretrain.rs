@@ -1,46 +1,50 @@
-//! Makes the models that the project ships: a tokenizer, and a LLaMA or an OPT of 1.1 million
-//! parameters, trained from scratch on the plain language of `examples::corpus`.
+//! Trains the embedded models from scratch: a tokenizer, and a LLaMA or an OPT of 1.1 million parameters,
+//! on the plain language of `examples::corpus`.
 //!
-//! `cargo run --release --example pretrain -- --out target/llama` makes the files of
-//! `examples/data/llama` again, with `--architecture opt` those of `examples/data/opt`.
+//! `cargo run --release --example pretrain -- --out target/llama` writes the files of
+//! `examples/data/llama`, with `--architecture opt` those of `examples/data/opt`.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Tensor};
 use clap::Parser;
+use examples::arguments::at_least;
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::Architecture;
-use indicatif::{ProgressBar, ProgressStyle};
-use models::{Activation, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling, Windows};
-use peft::{FitConfig, Schedule};
+use examples::outcome::{Result, exit};
+use examples::progress;
+use examples::texts::fit_config;
+use models::{Activation, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, TokenizerBuilder};
 
-/// Trains an embedded model from scratch.
+/// Train an embedded model from scratch
 #[derive(Parser)]
+#[command(version)]
 struct Args {
-    /// The directory to write, which must not exist
-    #[arg(long)]
+    /// New directory for the model
+    #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// What to train
+    /// Architecture of the model
     #[arg(long, value_enum, default_value_t = Architecture::Llama)]
     architecture: Architecture,
     /// Optimizer steps
-    #[arg(long, default_value_t = 1500)]
+    #[arg(long, value_name = "N", default_value_t = 1500)]
     steps: usize,
-    /// Learning rate [default: one for the architecture]
-    #[arg(long)]
+    /// Peak learning rate of the cosine schedule [default: by the architecture]
+    #[arg(long, value_name = "X")]
     lr: Option<f64>,
-    /// Windows in a step
-    #[arg(long, default_value_t = 16)]
+    /// Windows in a batch; each optimizer step takes one batch
+    #[arg(long, value_name = "N", default_value = "16", value_parser = at_least::<1>)]
     batch: usize,
-    /// Seed of the text, of the first weights and of the order of the windows
-    #[arg(long, default_value_t = 1)]
+    /// Seed of the text, of the initial weights and of the order of the windows
+    #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     #[command(flatten)]
     device: DeviceArg,
@@ -49,13 +53,16 @@ struct Args {
 const VOCAB: usize = 512;
 const SEQ_LEN: usize = 128;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    exit(run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
     tensor_files::check_output(&args.out)?;
     let device = args.device.open();
 
     let n_tokens = args.steps * args.batch * SEQ_LEN;
-    // A token is about three characters; the text must not come again before the end.
+    // Four characters for each token: enough that no text is seen twice.
     let text = corpus::text(Dialect::Plain, 4 * n_tokens, args.seed);
     let held_out = corpus::text(Dialect::Plain, 60_000, args.seed + 1);
     let scratch = tempfile::tempdir()?;
@@ -75,34 +82,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut lm = Pretrained::new(model, &tokenizer)?;
 
     let windows = lm.windows(&text, SEQ_LEN)?.take(args.steps * args.batch);
-    let fit = FitConfig::new()
-        .with_learning_rate(args.lr.unwrap_or(learning_rate(args.architecture)))
-        .with_steps(Some(args.steps))
-        .with_warmup_steps(args.steps / 20)
-        .with_schedule(Schedule::Cosine)
+    let learning_rate = args.lr.unwrap_or(learning_rate(args.architecture));
+    let fit = fit_config(learning_rate, args.steps, args.seed)
         .with_weight_decay(0.01)
-        .with_beta_2(0.95)
-        .with_seed(args.seed);
-    let bar = ProgressBar::new(args.steps as u64);
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:40} {pos}/{len} steps, {eta} left, {msg}",
-    )?);
-    peft::fit(
-        &mut lm.model,
-        &windows.batches(args.batch, &device),
-        &fit,
-        |step| {
-            bar.set_position(step.index as u64);
-            bar.set_message(format!("loss {:.4}", step.loss));
-        },
-    )?;
+        .with_beta_2(0.95);
+    let bar = progress::bar(args.steps, "steps")?;
+    let batches = windows.batches(args.batch, &device);
+    peft::fit(&mut lm.model, &batches, &fit, |step| {
+        bar.set_position(step.index as u64);
+        bar.set_message(format!("loss {:.4}", step.loss));
+    })?;
     bar.finish();
 
     let dtype = dtype(args.architecture);
     lm.model = lm.model.map(&mut Round(dtype));
-    let evaluate =
-        |windows: Windows| evaluate::perplexity(&lm.model, &windows.batches(16, &device));
-    let perplexity = evaluate(lm.windows(&held_out, SEQ_LEN)?)?;
+    let held_out = lm.windows(&held_out, SEQ_LEN)?.batches(16, &device);
+    let perplexity = evaluate::perplexity(&lm.model, &held_out)?;
     println!(
         "held-out perplexity {:.3} ({} windows)",
         perplexity.value(),
@@ -139,7 +134,7 @@ fn config(architecture: Architecture) -> Config {
             ffn_dim: 512,
             num_hidden_layers: 5,
             num_attention_heads: 4,
-            // Places that no window has would stay as they were drawn.
+            // Embeddings of later positions would not be trained.
             max_position_embeddings: SEQ_LEN,
             word_embed_proj_dim: 128,
             do_layer_norm_before: true,
@@ -159,7 +154,7 @@ fn learning_rate(architecture: Architecture) -> f64 {
     }
 }
 
-/// As the published checkpoints have it.
+/// The data type of the published checkpoints of the architecture.
 fn dtype(architecture: Architecture) -> DType {
     match architecture {
         Architecture::Llama => DType::BF16,
@@ -167,8 +162,8 @@ fn dtype(architecture: Architecture) -> DType {
     }
 }
 
-/// A byte-level BPE.
-fn train_tokenizer(text: &str, path: &Path) -> Result<(), Box<dyn std::error::Error>> {
+/// Trains a byte-level BPE tokenizer and writes it to `path`.
+fn train_tokenizer(text: &str, path: &Path) -> Result<()> {
     let byte_level = ByteLevel::new(false, true, true);
     let mut tokenizer = TokenizerBuilder::new()
         .with_model(BPE::default())
@@ -197,14 +192,14 @@ fn train_tokenizer(text: &str, path: &Path) -> Result<(), Box<dyn std::error::Er
     Ok(())
 }
 
-/// Rounds all parameters to the type in which they will be saved.
+/// Rounds all parameters to the data type in which they are saved.
 struct Round(DType);
 
 impl ModuleMapper for Round {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         param.map(|tensor| {
             let device = tensor.device();
-            // On the host: not every device computes in 16 bits.
+            // On the host, for some devices do not compute in 16 bits.
             let data = tensor.into_data().convert_dtype(self.0);
             Tensor::from_data(data.convert_dtype(DType::F32), &device)
         })

@@ -1,10 +1,10 @@
-//! Quantizes a LLaMA with several quantizers, bit widths and group sizes, and compares perplexities;
-//! or with one of each, shows what every layer cost, and saves the model for other programs.
+//! Quantizes a model with several quantizers, widths and group sizes, and compares perplexities; or with
+//! one of each, reports the error of each layer, and saves the model in a format of your choice.
 //!
-//! `cargo run --release --example quantize` does the first with the model that the project ships;
-//! `-- --help` lists what it does with yours.
+//! `cargo run --release --example quantize` does the first with the embedded model; `-- --help` lists the
+//! options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,126 +13,101 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use evaluate::perplexity;
+use examples::arguments::{GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
-use examples::device::DeviceArg;
-use examples::embedded::EmbeddedArg;
-use examples::tuning::{Result, exit};
-use indicatif::{ProgressBar, ProgressStyle};
+use examples::outcome::{Result, exit};
+use examples::progress;
+use examples::texts::{self, evaluation_batch, n_windows};
 use models::{CheckpointFormat, GptqVersion};
 use peft::Batch;
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 
-/// Quantize a LLaMA and measure what it costs
+/// Quantize a LLaMA or an OPT and measure the loss of perplexity
 ///
-/// Without options, the model that comes with the program is quantized by every method, at 4, 3 and
-/// 2 bits, in groups of several sizes.
+/// Without options, the embedded model is quantized with several quantizers at 4, 3 and 2 bits, in groups
+/// of several sizes.
 #[derive(Parser)]
 #[command(
     version,
+    mut_arg("model", |arg| arg.requires("calibration").requires("eval")),
     after_help = "\
 Example:
   quantize --model Llama-2-7b-hf --calibration c4.txt --eval wikitext.txt --seq-len 2048 \\
            --quantizer optq --bits 4 --group-size 128 --out Llama-2-7b-4bit --format gptq-v2"
 )]
 struct Args {
-    /// Hugging Face directory of a model [default: one that comes with the program]
-    #[arg(long, value_name = "DIR", requires = "calibration", requires = "eval")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Text to calibrate on
     #[arg(long, value_name = "FILE", requires = "model")]
     calibration: Option<PathBuf>,
-    /// Text to evaluate on, another one
+    /// Text to evaluate on
     #[arg(long, value_name = "FILE", requires = "model")]
     eval: Option<PathBuf>,
     /// Quantizers, one or several
     #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',',
-          default_values_t = [Name::Rtn, Name::Clip, Name::Nf, Name::Optq, Name::OptqAct])]
+          default_values_t = [Name::Rtn, Name::Clip, Name::Nf, Name::OptqNatural, Name::Optq])]
     quantizer: Vec<Name>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
     bits: Vec<usize>,
-    /// Weights that share a scale, one or several: numbers, or `channel`
-    #[arg(long, value_name = "N,..", value_delimiter = ',', value_parser = group_size,
+    /// Weights that share a scale, one or several: numbers, or `channel` for all weights of an output
+    #[arg(long, value_name = "N,..", value_delimiter = ',',
           default_values = ["channel", "32", "128"])]
     group_size: Vec<GroupSize>,
-    /// Use symmetric grids, without zero-points
+    /// Quantize to symmetric grids, without zero-points
     #[arg(long)]
     symmetric: bool,
-    /// Quantize the scales of normal floats too, as QLoRA does
+    /// Quantize the scales of normal floats too (QLoRA's double quantization)
     #[arg(long)]
     double_quant: bool,
     /// Windows to calibrate on
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = at_least::<1>)]
     samples: usize,
-    /// Tokens in a window
-    #[arg(long, value_name = "N", default_value = "128", value_parser = seq_len)]
-    seq_len: usize,
-    /// Seed of the choice of windows to calibrate on
+    #[command(flatten)]
+    cut: SeqLenArg,
+    /// Seed of the choice of the calibration windows
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// New directory for the model; for one quantizer, width and group size
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// What the model is saved as
+    /// Format of the saved model
     #[arg(long, value_enum, default_value_t = Target::QuantCore)]
     format: Target,
-    #[command(flatten)]
-    embedded: EmbeddedArg,
-    #[command(flatten)]
-    device: DeviceArg,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct GroupSize(Option<usize>);
-
-fn group_size(value: &str) -> std::result::Result<GroupSize, String> {
-    match value {
-        "channel" | "-1" => Ok(GroupSize(None)),
-        _ => match value.parse() {
-            Ok(n) if n > 0 => Ok(GroupSize(Some(n))),
-            _ => Err("a positive number, or `channel` for one scale per output".into()),
-        },
-    }
-}
-
-fn seq_len(value: &str) -> std::result::Result<usize, String> {
-    match value.parse() {
-        Ok(n) if n > 1 => Ok(n),
-        _ => Err("a number of at least 2".into()),
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Name {
-    /// Round to nearest on full ranges
+    /// Round to nearest, over the range of each group
     Rtn,
-    /// Round to nearest on ranges searched for
+    /// Round to nearest, over the range of least squared error
     Clip,
-    /// Normal float (NF4 and its relatives)
+    /// Normal floats (NF4, NF3, NF2)
     Nf,
-    /// bitsandbytes' FP4
+    /// FP4 of bitsandbytes
     Fp4,
-    /// OPTQ, published as GPTQ
+    /// OPTQ (GPTQ) with static act-order: inputs in descending order, groups as they are
     Optq,
-    /// OPTQ, inputs in descending order, static groups
-    OptqAct,
-    /// OPTQ, groups in descending order
+    /// OPTQ, inputs in their natural order
+    OptqNatural,
+    /// OPTQ, whole groups in descending order
     OptqGroups,
-    /// OPTQ on ranges searched for
+    /// OPTQ in natural order, over ranges of least squared error
     OptqClip,
-    /// GPTAQ: OPTQ that makes up for drifting inputs
+    /// GPTAQ: OPTQ in natural order that corrects for the drift of the inputs
     Gptaq,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Target {
-    /// The workspace's exact format
+    /// Format of this workspace, which holds every model exactly
     QuantCore,
-    /// GPTQ, zero-points stored less one
+    /// GPTQ v1, whose zero-points are stored less one
     Gptq,
-    /// GPTQ, zero-points stored as they are
+    /// GPTQ v2
     GptqV2,
-    /// bitsandbytes, normal floats and FP4 alone
+    /// bitsandbytes, for NF4 and FP4
     Bitsandbytes,
 }
 
@@ -154,11 +129,11 @@ impl Name {
             Name::Clip => "RTN, clip search",
             Name::Nf => "NF",
             Name::Fp4 => "FP4",
-            Name::Optq => "OPTQ",
-            Name::OptqAct => "OPTQ, act-order static",
+            Name::Optq => "OPTQ, act-order static",
+            Name::OptqNatural => "OPTQ, natural order",
             Name::OptqGroups => "OPTQ, act-order by group",
-            Name::OptqClip => "OPTQ, clip search",
-            Name::Gptaq => "GPTAQ",
+            Name::OptqClip => "OPTQ, natural order, clip search",
+            Name::Gptaq => "GPTAQ, natural order",
         }
     }
 
@@ -170,12 +145,13 @@ impl Name {
     ) -> Box<dyn Quantizer> {
         let (symmetric, double) = (args.symmetric, args.double_quant.then(DoubleQuant::dynamic));
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-        // What the checkpoint can hold.
+        // GPTQ checkpoints hold scales in f16.
         let f16 = matches!(args.format, Target::Gptq | Target::GptqV2);
         let rtn = rtn.with_symmetric(symmetric).with_f16_scales(f16);
         let nf = NormalFloat::new().with_bits(bits);
         let optq = Optq::new().with_bits(bits).with_group_size(group_size);
         let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
+        let natural = optq.with_order(Order::Natural);
         match self {
             Name::Rtn => Box::new(rtn),
             Name::Clip => Box::new(rtn.with_range(GroupRange::Clipped)),
@@ -184,11 +160,11 @@ impl Name {
                 let fp4 = NormalFloat::float4().with_bits(bits);
                 Box::new(fp4.with_block_size(group_size).with_double_quant(double))
             }
-            Name::Optq => Box::new(optq),
-            Name::OptqAct => Box::new(optq.with_order(Order::Descending)),
+            Name::Optq => Box::new(optq.with_order(Order::Descending)),
+            Name::OptqNatural => Box::new(natural),
             Name::OptqGroups => Box::new(optq.with_order(Order::DescendingByGroup)),
-            Name::OptqClip => Box::new(optq.with_range(GroupRange::Clipped)),
-            Name::Gptaq => Box::new(optq.with_drift(0.25)),
+            Name::OptqClip => Box::new(natural.with_range(GroupRange::Clipped)),
+            Name::Gptaq => Box::new(natural.with_drift(0.25)),
         }
     }
 }
@@ -208,49 +184,43 @@ fn run(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         tensor_files::check_output(out)?;
     }
-    let device = args.device.open();
-    // Dropped, and so removed, at the end.
+    let device = args.model.device.open();
+    // Removed when it is dropped.
     let scratch = tempfile::tempdir()?;
-    let source = args.embedded.or(args.model.as_ref(), scratch.path())?;
+    let source = args.model.dir(scratch.path())?;
     match single {
         Some(method) => one(args, &*method, &source, &device),
         None => table(args, &source, &device),
     }
 }
 
-/// What to calibrate on, and what to evaluate on.
-fn texts(args: &Args, source: &Path, device: &Device) -> Result<(Vec<Batch>, Vec<Batch>)> {
-    let read = |path: &PathBuf| match std::fs::read_to_string(path) {
-        Ok(text) => Ok(text),
-        Err(error) => Err(format!("cannot read `{}`: {error}", path.display())),
-    };
+/// Returns the calibration and the evaluation batches.
+fn batches(args: &Args, source: &Path, device: &Device) -> Result<(Vec<Batch>, Vec<Batch>)> {
     let (calibration, eval) = match (&args.calibration, &args.eval) {
-        (Some(calibration), Some(eval)) => (read(calibration)?, read(eval)?),
+        (Some(calibration), Some(eval)) => (texts::read(calibration)?, texts::read(eval)?),
         _ => (
             corpus::text(Dialect::Plain, 200_000, 20),
             corpus::text(Dialect::Plain, 50_000, 12),
         ),
     };
     let lm = models::load(source, device)?;
-    let windows = |text: &str, option: &str| -> Result<models::Windows> {
-        let windows = lm.windows(text, args.seq_len);
-        windows.map_err(|error| format!("the {option} text: {error}").into())
-    };
-    let batch = (1024 / args.seq_len).max(1);
+    let seq_len = args.cut.seq_len;
+    let windows = |text: &str, option| texts::windows(&lm, text, seq_len, option);
     let calibration = windows(&calibration, "--calibration")?;
     let calibration = calibration.shuffled(args.seed).take(args.samples);
     let eval = windows(&eval, "--eval")?;
+    let size = evaluation_batch(seq_len);
     Ok((
-        calibration.batches(batch, device),
-        eval.batches(batch, device),
+        calibration.batches(size, device),
+        eval.batches(size, device),
     ))
 }
 
-/// One method: every layer, and the model saved.
+/// Quantizes with one quantizer, reports each layer and saves the model.
 fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> Result<()> {
     let plan = models::plan(source, &method)?;
     println!("{plan}\n");
-    let (calibration, eval) = texts(args, source, device)?;
+    let (calibration, eval) = batches(args, source, device)?;
     let mut lm = models::load(source, device)?;
     let before = perplexity(&lm.model, &eval)?.value();
     models::quantize(&mut lm.model, &method, &calibration, |layer| {
@@ -269,15 +239,12 @@ fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> R
     Ok(())
 }
 
-/// Every method at every width and group size.
+/// Compares the quantizers at every width and group size.
 fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
-    let (calibration, eval) = texts(args, source, device)?;
+    let (calibration, eval) = batches(args, source, device)?;
     let full = perplexity(&models::load(source, device)?.model, &eval)?;
     let n_cells = args.quantizer.len() * args.bits.len() * args.group_size.len();
-    let bar = ProgressBar::new(n_cells as u64);
-    bar.set_style(ProgressStyle::with_template(
-        "{bar:30} {pos}/{len}, {eta} left, {msg}",
-    )?);
+    let bar = progress::bar(n_cells, "models")?;
     let clock = Instant::now();
     let mut rows = Vec::new();
     for &bits in &args.bits {
@@ -292,8 +259,10 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
                         models::quantize(&mut lm.model, &method, &calibration, |_| {})?;
                         format!("{:.4}", perplexity(&lm.model, &eval)?.value())
                     }
-                    // A width that the grid lacks, a group that does not fit.
-                    Err(models::Error::Plan { .. }) => "–".into(),
+                    // The quantizer does not have this width, or a layer this group size.
+                    Err(models::Error::Checkpoint(models::CheckpointError::Plan { .. })) => {
+                        "–".into()
+                    }
                     Err(error) => return Err(error.into()),
                 };
                 row += &format!("| {cell} ");
@@ -303,7 +272,7 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    let groups = args.group_size.iter().map(|GroupSize(size)| match size {
+    let groups = args.group_size.iter().map(|size| match size.0 {
         Some(size) => format!("| group {size} "),
         None => "| per channel ".into(),
     });
@@ -315,10 +284,7 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
         full.n_windows,
         full.seq_len,
         full.value(),
-        calibration
-            .iter()
-            .map(|batch| batch.tokens().dims()[0])
-            .sum::<usize>(),
+        n_windows(&calibration),
         clock.elapsed().as_secs_f64(),
     );
     Ok(())

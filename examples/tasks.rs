@@ -1,9 +1,9 @@
-//! Serves several tasks from one quantized base: each is a few kilobytes of scales beside the same
-//! codes, and switching between them loads nothing.
+//! Serves several tasks from one quantized base: each task is a few kilobytes of scales for the same
+//! codes, and activating it reads no file.
 //!
 //! `cargo run --release --example tasks`
 
-#![expect(clippy::print_stdout, reason = "a program says what it did")]
+#![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -12,9 +12,9 @@ use burn::tensor::Device;
 use evaluate::perplexity;
 use examples::corpus::{self, Dialect};
 use examples::embedded::{self, Architecture};
+use examples::outcome::{Result, exit, weights_bytes};
 use examples::table::{self, number};
-use examples::tuning::{Result, exit, weights_bytes};
-use peft::{Batch, Fingerprint, FitConfig, Peqa, TaskPack, Tasks};
+use peft::{Batch, Fingerprint, FitConfig, Method, Peqa, TaskPack, Tasks};
 use quant_core::Rtn;
 
 fn main() -> ExitCode {
@@ -43,20 +43,22 @@ fn run() -> Result<()> {
     for (at, (name, dialect)) in dialects.into_iter().enumerate() {
         let train = batches(&corpus::text(dialect, 200_000, 20 + at as u64), 320, 8)?;
         let mut model = lm.model.clone();
-        peft::attach(&mut model, &Peqa::new())?;
-        let config = FitConfig::new().with_learning_rate(2e-3);
+        let peqa = Peqa::new();
+        peft::attach(&mut model, &peqa)?;
+        let learning_rate = peqa.learning_rate(model.config().hidden_size());
+        let config = FitConfig::new().with_learning_rate(learning_rate);
         peft::fit(&mut model, &train, &config, |_| {})?;
         let (pack, change) = TaskPack::of(&model)?.rounded_to_f16()?;
         pack.save(scratch.path().join(name))?;
         println!(
-            "{name}: {} scales, rounded to f16 by at most {change:.1e} of each",
+            "{name}: {} scales, rounded to f16 with a relative error of at most {change:.1e}",
             pack.n_values()
         );
         peft::merge(&mut model)?;
         merged.push(model);
     }
 
-    // What a server does: one base, tasks by name.
+    // A server loads the base once and activates tasks by name.
     let base = models::load(&base_dir, &device)?;
     let mut tasks = Tasks::new(base.model)?;
     for (name, _) in dialects {
@@ -66,7 +68,7 @@ fn run() -> Result<()> {
         .iter()
         .map(|(_, dialect)| batches(&corpus::text(*dialect, 25_000, 30), 64, 8))
         .collect::<Result<_>>()?;
-    let header = ["task", "bytes", "switched in ms", "plain text", "old text"];
+    let header = ["task", "bytes", "activated in ms", "plain text", "old text"];
     let mut rows = vec![header.map(String::from)];
     let before = Fingerprint::of(tasks.model());
     for name in [None, Some("plain"), Some("old"), None] {
@@ -88,7 +90,7 @@ fn run() -> Result<()> {
     assert_eq!(
         Fingerprint::of(tasks.model()),
         before,
-        "the base is as it was"
+        "the base must not change"
     );
     println!("\n{}", table::markdown(&rows));
     let mut rows = vec![["merged model", "plain text", "old text"].map(String::from)];

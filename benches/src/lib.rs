@@ -1,5 +1,5 @@
-//! What the benches of whole models share: a model, and the machine's ceilings. The benches are in
-//! `*.rs` beside this folder: `cargo bench --package benches`.
+//! The code that the benches share: models, data, and the ceilings of the machine. The benches are in the
+//! parent folder of this one: `cargo bench --package benches`.
 
 #![forbid(unsafe_code)]
 
@@ -9,60 +9,37 @@ use std::time::Instant;
 
 use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
-use models::{Activation, LlamaConfig, Model, OptConfig, RopeScaling};
+use models::{LlamaConfig, Model, OptConfig};
 use peft::Linears;
+use quant_core::Gram;
 
-/// A LLaMA of 109.5 million random parameters, frozen as a loaded one is.
+/// Returns a LLaMA of 109.5 million random parameters, frozen as those of a loaded model are.
 pub fn llama(device: &Device) -> Model {
-    let config = LlamaConfig {
-        vocab_size: 32_000,
-        hidden_size: 768,
-        intermediate_size: 2048,
-        num_hidden_layers: 12,
-        num_attention_heads: 12,
-        num_key_value_heads: 12,
-        head_dim: 64,
-        max_position_embeddings: 2048,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: true,
-    };
+    let config = LlamaConfig::default()
+        .with_hidden_size(768)
+        .with_intermediate_size(2048)
+        .with_num_hidden_layers(12)
+        .with_num_attention_heads(12)
+        .with_num_key_value_heads(12)
+        .with_head_dim(64)
+        .with_max_position_embeddings(2048)
+        .with_tie_word_embeddings(true);
     Model::init(&config, 0, device).no_grad()
 }
 
-/// An OPT of the shape of `opt-125m`, with random parameters, frozen as a loaded one is.
+/// Returns an OPT of the shape of `opt-125m` with random, frozen parameters.
 pub fn opt(device: &Device) -> Model {
-    let config = OptConfig {
-        vocab_size: 50_272,
-        hidden_size: 768,
-        ffn_dim: 3072,
-        num_hidden_layers: 12,
-        num_attention_heads: 12,
-        max_position_embeddings: 2048,
-        word_embed_proj_dim: 768,
-        do_layer_norm_before: true,
-        remove_final_layer_norm: false,
-        activation: Activation::Relu,
-        enable_bias: true,
-        layer_norm_elementwise_affine: true,
-        tie_word_embeddings: true,
-    };
-    Model::init(config, 0, device).no_grad()
+    Model::init(OptConfig::default(), 0, device).no_grad()
 }
 
-/// Bytes of the packed projections.
+/// The bytes of the packed projections.
 pub fn packed_bytes(model: &Model) -> usize {
     let linears = model.linears().into_iter();
     linears.map(|(_, linear)| linear.weight().n_bytes()).sum()
 }
 
-/// Seconds that all cores together have worked for this process, where the system tells: unlike the
-/// clock, they do not count the time in which others had the cores.
+/// The CPU time of this process over all cores, in seconds, on Linux. Unlike wall-clock time it does not
+/// include the time of other processes.
 pub fn cpu_seconds() -> Option<f64> {
     // Linux: the 14th and 15th field in ticks of 10 ms; the 2nd, a name, may have spaces.
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
@@ -71,29 +48,21 @@ pub fn cpu_seconds() -> Option<f64> {
     Some((ticks()? + ticks()?) / 100.0)
 }
 
-/// What the machine can do at best, measured in the run that is held against it.
+/// The throughput that the machine reaches at best, measured in the same run as the benchmark.
 #[derive(Clone, Copy, Debug)]
 pub struct Ceilings {
-    /// Bytes of memory copied in a second by all cores, read or written.
+    /// Bytes per second of a copy by all cores, read and written.
     pub copied: f64,
-    /// Floating-point operations in a second of an f32 product of 1024 x 1024 x 1024.
+    /// Floating-point operations per second of an f32 product of 1024 x 1024 x 1024.
     pub product: f64,
 }
 
 impl Ceilings {
-    /// Measures for about a second.
+    /// Measures the ceilings, in about a second.
     pub fn measure(device: &Device) -> Self {
         const BYTES: usize = 128 << 20;
-        let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
         let (source, mut target) = (vec![1u8; BYTES], vec![0u8; BYTES]);
-        let part = BYTES.div_ceil(n_threads);
-        let seconds = shortest(8, || {
-            std::thread::scope(|scope| {
-                for (from, to) in source.chunks(part).zip(target.chunks_mut(part)) {
-                    scope.spawn(|| black_box(to).copy_from_slice(black_box(from)));
-                }
-            });
-        });
+        let seconds = shortest(8, || copy(&source, &mut target));
         let x = Tensor::<2>::random([1024, 1024], Distribution::Normal(0.0, 1.0), device);
         let product = shortest(8, || {
             black_box(x.clone().matmul(x.clone()).into_data());
@@ -103,6 +72,40 @@ impl Ceilings {
             product: (2u64 << 30) as f64 / product,
         }
     }
+}
+
+/// Copies with a thread for each core.
+pub fn copy<T: Copy + Send + Sync>(source: &[T], target: &mut [T]) {
+    let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let part = source.len().div_ceil(n_threads);
+    std::thread::scope(|scope| {
+        for (from, to) in source.chunks(part).zip(target.chunks_mut(part)) {
+            scope.spawn(|| black_box(to).copy_from_slice(black_box(from)));
+        }
+    });
+}
+
+/// The width of a square weight, 4096 unless the variable `WIDTH` sets another.
+///
+/// # Panics
+/// If `WIDTH` is not a number.
+pub fn width() -> usize {
+    std::env::var("WIDTH").map_or(4096, |width| width.parse().expect("WIDTH is a number"))
+}
+
+/// Returns a random square weight, the same in all runs.
+pub fn weight(width: usize, device: &Device) -> Tensor<2> {
+    device.seed(0);
+    Tensor::random([width, width], Distribution::Normal(0.0, 0.02), device)
+}
+
+/// Returns the Gram of twice `width` random inputs that are correlated by `mix`.
+pub fn correlated_gram(mix: Tensor<2>, device: &Device) -> Gram {
+    let [width, _] = mix.dims();
+    let x = Tensor::<2>::random([2 * width, width], Distribution::Normal(0.0, 1.0), device);
+    let mut gram = Gram::new(width, device);
+    gram.update(x.clone() + x.matmul(mix));
+    gram
 }
 
 /// The seconds of the fastest of `n` runs.

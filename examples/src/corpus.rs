@@ -1,19 +1,19 @@
-//! Texts without end about a small world, in the language that the embedded model is trained on and
-//! in an old dialect of it that serves as a task.
+//! Generated texts about a small world: in the language that the embedded models are trained on, and in
+//! an old dialect of it, which is a task to tune them for.
 //!
-//! Some hundred people each have a home, a trade, an age, an animal and a friend, which every text
-//! tells alike, so that a model must remember them. Verbs agree with their subjects, pronouns with
-//! names, and sums come out.
+//! 240 people each have a home, a trade, an age, an animal and a friend. All texts agree on these facts,
+//! so that a model can learn them. Verbs agree with their subjects, pronouns with names, and sums are
+//! correct.
 
 use rand::{Rng, RngExt, seq::IndexedRandom};
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
-/// How a text is told.
+/// The language of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
-    /// In plain words, with one paragraph of three hundred in the old dialect: what the model is trained on.
+    /// The language that the models are trained on, with one paragraph of 300 in the old dialect.
     Plain,
-    /// In the old dialect, the task: another word order, other endings, numbers in words.
+    /// The dialect of the task, with another word order, other endings, and numbers in words.
     Old,
 }
 
@@ -23,7 +23,7 @@ const FIRST: [&str; 40] = [
     "Pe", "Ra", "Ro", "Sa", "Si", "Ta", "Ti", "Va", "Vi",
 ];
 const LAST: [&str; 6] = ["bena", "lina", "rissa", "dan", "fred", "rico"];
-/// How many of [`LAST`] are of women.
+/// The number of women's names in [`LAST`], which come first.
 const N_FEMALE: usize = 3;
 const PLACES: [&str; 24] = [
     "Bern", "Oslo", "Turin", "Ghent", "Porto", "Lyon", "Graz", "Cork", "Malmo", "Basel", "Delft",
@@ -73,7 +73,7 @@ const SPOTS: [&str; 10] = [
     "garden", "market", "harbour", "station", "school", "library", "forest", "bridge", "mill",
     "square",
 ];
-/// With many subjects, with one, and the stem to which the dialect adds its ending.
+/// Plural, singular, and the stem to which the dialect adds its ending.
 const MOTIONS: [(&str, &str, &str); 6] = [
     ("walk", "walks", "walk"),
     ("run", "runs", "runn"),
@@ -83,7 +83,7 @@ const MOTIONS: [(&str, &str, &str); 6] = [
     ("march", "marches", "march"),
 ];
 
-/// What the world knows of a person.
+/// The facts about a person.
 struct Person {
     name: String,
     pronoun: &'static str,
@@ -97,7 +97,7 @@ struct Person {
 
 const N_PEOPLE: usize = FIRST.len() * LAST.len();
 
-/// The person of a number, the same in all texts.
+/// Returns the person of a number, the same in all texts.
 fn person(number: usize) -> Person {
     let mut facts = ChaCha8Rng::seed_from_u64(number as u64);
     let last = number % LAST.len();
@@ -112,7 +112,7 @@ fn person(number: usize) -> Person {
     }
 }
 
-/// `n_chars` characters of text.
+/// Generates `n_chars` characters of text.
 pub fn text(dialect: Dialect, n_chars: usize, seed: u64) -> String {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut text = String::with_capacity(n_chars + 1000);
@@ -124,7 +124,7 @@ pub fn text(dialect: Dialect, n_chars: usize, seed: u64) -> String {
     text
 }
 
-/// Questions about people that every text tells alike, each with its choices and the right one.
+/// Generates questions about the facts, each with its choices and the index of the right one.
 pub fn questions(n: usize, seed: u64) -> Vec<(String, Vec<String>, usize)> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let question = |_| {
@@ -159,9 +159,10 @@ pub fn questions(n: usize, seed: u64) -> Vec<(String, Vec<String>, usize)> {
         let answer = rng.random_range(0..4);
         let mut choices: Vec<String> = Vec::new();
         while choices.len() < 4 {
-            let choice = match choices.len() == answer {
-                true => &right,
-                false => others.choose(&mut rng).expect("a list of this file"),
+            let choice = if choices.len() == answer {
+                &right
+            } else {
+                others.choose(&mut rng).expect("a list of this file")
             };
             if choices.len() == answer || (choice != &right && !choices.contains(choice)) {
                 choices.push(choice.clone());
@@ -172,15 +173,16 @@ pub fn questions(n: usize, seed: u64) -> Vec<(String, Vec<String>, usize)> {
     (0..n).map(question).collect()
 }
 
-/// Some sentences about one person.
+/// Appends some sentences about one person.
 fn paragraph(old: bool, rng: &mut impl Rng, text: &mut String) {
     let someone = person(rng.random_range(0..N_PEOPLE));
     let Person {
         name, home, trade, ..
     } = &someone;
-    text.push_str(&match old {
-        false => format!("{name} is a {trade} from {home}."),
-        true => format!("In {home} dwelleth {name} the {trade}."),
+    text.push_str(&if old {
+        format!("In {home} dwelleth {name} the {trade}.")
+    } else {
+        format!("{name} is a {trade} from {home}.")
     });
     for _ in 0..rng.random_range(3..7) {
         text.push(' ');
@@ -199,9 +201,10 @@ fn paragraph(old: bool, rng: &mut impl Rng, text: &mut String) {
 fn motion(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
     let (spot, (_, one, stem)) = (pick(&SPOTS, rng), pick(&MOTIONS, rng));
     let Person { pronoun, home, .. } = someone;
-    match old {
-        false => format!("{} {one} to the {spot} of {home}.", capital(pronoun)),
-        true => format!("To the {spot} of {home} {stem}eth {pronoun}."),
+    if old {
+        format!("To the {spot} of {home} {stem}eth {pronoun}.")
+    } else {
+        format!("{} {one} to the {spot} of {home}.", capital(pronoun))
     }
 }
 
@@ -214,9 +217,10 @@ fn herd(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
         _ => (animal.1, many, "en"),
     };
     let count = number(n, old);
-    match old {
-        false => format!("The {count} {animal} of {name} {verb} to the {spot}."),
-        true => format!("To the {spot} {stem}{ending} the {count} {animal} of {name}."),
+    if old {
+        format!("To the {spot} {stem}{ending} the {count} {animal} of {name}.")
+    } else {
+        format!("The {count} {animal} of {name} {verb} to the {spot}.")
     }
 }
 
@@ -225,13 +229,10 @@ fn addition(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
     let things = pick(&THINGS, rng);
     let (a, b) = (rng.random_range(2..30), rng.random_range(2..30));
     let [sum, a, b] = [a + b, a, b].map(|n| number(n, old));
-    match old {
-        false => {
-            format!("{name} has {a} {things} and buys {b} more, so {pronoun} has {sum} {things}.")
-        }
-        true => {
-            format!("Of {things} had {name} {a}, and {b} bought {pronoun}: {sum} {things} in all.")
-        }
+    if old {
+        format!("Of {things} had {name} {a}, and {b} bought {pronoun}: {sum} {things} in all.")
+    } else {
+        format!("{name} has {a} {things} and buys {b} more, so {pronoun} has {sum} {things}.")
     }
 }
 
@@ -239,15 +240,16 @@ fn age(old: bool, someone: &Person, rng: &mut impl Rng) -> String {
     let Person { pronoun, age, .. } = someone;
     let years = rng.random_range(2..20);
     let [age, years, then] = [*age, years, age + years].map(|n| number(n, old));
-    match old {
-        false => format!(
-            "{} is {age}, and in {years} years {pronoun} will be {then}.",
-            capital(pronoun)
-        ),
-        true => format!(
+    if old {
+        format!(
             "{} winters hath {pronoun} seen, and after {years} more {then}.",
             capital(&age)
-        ),
+        )
+    } else {
+        format!(
+            "{} is {age}, and in {years} years {pronoun} will be {then}.",
+            capital(pronoun)
+        )
     }
 }
 
@@ -256,13 +258,14 @@ fn friend(old: bool, someone: &Person) -> String {
         name, home, trade, ..
     } = person(someone.friend);
     let own = &someone.name;
-    match old {
-        false => format!("The friend of {own} is {name}, the {trade} from {home}."),
-        true => format!("Friend to {own} is {name}, {trade} of {home}."),
+    if old {
+        format!("Friend to {own} is {name}, {trade} of {home}.")
+    } else {
+        format!("The friend of {own} is {name}, the {trade} from {home}.")
     }
 }
 
-/// In words for the dialect, in digits otherwise; below 100.
+/// Writes a number below 100 in words for the dialect, in digits otherwise.
 fn number(n: usize, old: bool) -> String {
     const ONES: [&str; 20] = [
         "none",
@@ -317,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_come_out() {
+    fn sums_are_correct() {
         let text = text(Dialect::Plain, 100_000, 3);
         let mut sums = 0;
         for sentence in text.split(['.', '\n']).filter(|s| s.contains(" buys ")) {
@@ -333,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn all_texts_tell_alike_of_a_person() {
+    fn all_texts_agree_on_the_facts() {
         let homes = |seed| {
             let text = text(Dialect::Plain, 200_000, seed);
             let known = text.lines().filter_map(|line| {

@@ -1,4 +1,4 @@
-//! The devices that a program was built for.
+//! The devices that a program was compiled for.
 
 use burn::tensor::Device;
 use clap::Args;
@@ -7,7 +7,7 @@ use clap::builder::{PossibleValuesParser, ValueParser};
 /// The option of a program that names its device.
 #[derive(Args, Clone, Debug)]
 pub struct DeviceArg {
-    /// Where to compute
+    /// Device to compute on
     #[arg(id = "device", long, value_name = "NAME", default_value = DEVICES[0].0,
           value_parser = names())]
     pub name: String,
@@ -24,7 +24,7 @@ impl DeviceArg {
 
 type Open = fn() -> Device;
 
-/// The devices of the compiled features, the fastest kind first, under the features' names.
+/// The devices of the enabled features under the names of the features, the fastest kind first.
 const DEVICES: &[(&str, Open)] = &[
     #[cfg(feature = "cuda")]
     ("cuda", || Device::cuda(0)),

@@ -4,48 +4,44 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use crate::tuning::Result;
+use crate::outcome::Result;
 
-/// The option of a program that names one of the models that come with it.
+/// The option of a program that names an embedded model.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct EmbeddedArg {
-    /// Which of the models that come with the program [default: llama]
+    /// Model that is embedded in the program [default: llama]
     #[arg(id = "embedded", long, value_enum, value_name = "NAME")]
     architecture: Option<Architecture>,
 }
 
 impl EmbeddedArg {
-    /// The directory of a model: the one that is named, or the embedded one, written below `scratch`.
-    ///
-    /// # Errors
-    /// If both are named, or the embedded one cannot be written.
-    pub fn or(&self, model: Option<&PathBuf>, scratch: &Path) -> Result<PathBuf> {
-        match (model, self.architecture) {
-            (Some(_), Some(_)) => Err("--model and --embedded are both given; name one".into()),
-            (Some(dir), None) => Ok(dir.clone()),
-            (None, _) => Ok(write(
-                scratch,
-                self.architecture.unwrap_or(Architecture::Llama),
-            )?),
-        }
+    fn architecture(&self) -> Architecture {
+        self.architecture.unwrap_or(Architecture::Llama)
     }
 
-    /// What the model is called in a report.
-    pub fn name(&self, model: Option<&PathBuf>) -> String {
-        match (model, self.architecture) {
-            (Some(dir), _) => dir.display().to_string(),
-            (None, Some(Architecture::Opt)) => "the embedded OPT".into(),
-            (None, _) => "the embedded LLaMA".into(),
+    /// Writes the model below `scratch` and returns its directory.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write(&self, scratch: &Path) -> Result<PathBuf> {
+        Ok(write(scratch, self.architecture())?)
+    }
+
+    /// The name of the model in a report.
+    pub fn name(&self) -> &'static str {
+        match self.architecture() {
+            Architecture::Llama => "the embedded LLaMA",
+            Architecture::Opt => "the embedded OPT",
         }
     }
 }
 
-/// What a model that comes with the programs is.
+/// The architecture of an embedded model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Architecture {
-    /// 1.1 million parameters, in bf16
+    /// LLaMA of 1.1 million parameters in bf16
     Llama,
-    /// 1.1 million parameters, in f16
+    /// OPT of 1.1 million parameters in f16
     Opt,
 }
 
@@ -73,10 +69,10 @@ impl Architecture {
     }
 }
 
-/// Writes a model's directory, as Hugging Face lays it out, into an existing one, and returns it.
+/// Writes the Hugging Face directory of a model into `parent` and returns its path.
 ///
 /// # Errors
-/// If it is there already, or a file cannot be written.
+/// If it exists already, or a file cannot be written.
 pub fn write(parent: &Path, architecture: Architecture) -> std::io::Result<PathBuf> {
     let dir = parent.join("embedded");
     std::fs::create_dir(&dir)?;

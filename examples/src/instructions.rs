@@ -1,4 +1,4 @@
-//! Instruction data: records whose prompts are given, and whose answers are learned.
+//! Instruction data: records of prompts and answers, of which the answers are targets.
 
 use std::path::{Path, PathBuf};
 
@@ -11,18 +11,19 @@ use instruct::{
 use models::Pretrained;
 use peft::Batch;
 
-use crate::tuning::{Cut, Result, Texts};
+use crate::outcome::Result;
+use crate::texts::{Cut, Texts, evaluation_batch};
 
-/// The options of a program that say how records become texts.
+/// The options of how records become sequences of tokens.
 #[derive(Args, Clone, Debug)]
 pub struct Instructions {
-    /// Records of the same kind to evaluate on [default: every twentieth of --data]
+    /// Records to evaluate on, in the form of --data [default: every twentieth record of --data]
     #[arg(long, value_name = "FILE", requires = "data")]
     eval_data: Option<PathBuf>,
-    /// What prompts and answers look like
+    /// Template of prompts and answers
     #[arg(long, value_enum, value_name = "NAME", requires = "data")]
     template: Option<TemplateName>,
-    /// A template of your own for the prompt, in Jinja over the fields of a record
+    /// Template of the prompt, in Jinja over the fields of a record; instead of --template
     #[arg(
         long,
         value_name = "TEXT",
@@ -30,36 +31,36 @@ pub struct Instructions {
         conflicts_with = "template"
     )]
     prompt: Option<String>,
-    /// The same for the answer
+    /// Template of the answer, in Jinja over the fields of a record
     #[arg(long, value_name = "TEXT", requires = "prompt")]
     completion: Option<String>,
-    /// What becomes of records with more tokens than --seq-len
+    /// What to do with records of more than --seq-len tokens
     #[arg(long, value_enum, value_name = "NAME", default_value_t = Long::Cut, requires = "data")]
     too_long: Long,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum TemplateName {
-    /// instruction, input, output: Stanford Alpaca's prompts
+    /// Prompts of Stanford Alpaca; fields `instruction`, `input`, `output`
     Alpaca,
-    /// question, answer: `Question: ..`, `Answer: ..`
+    /// `Question: ..`, `Answer: ..`; fields `question`, `answer`
     Gsm8k,
-    /// messages or conversations: the chat template of the model's directory
+    /// Chat template of the model; field `messages` or `conversations`
     Chat,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Long {
-    /// Their ends are cut off
+    /// Cut off their ends
     Cut,
-    /// They are left out
+    /// Leave them out
     Drop,
-    /// They are an error
+    /// Fail with an error
     Refuse,
 }
 
 impl Instructions {
-    /// The records as rows of texts, packed.
+    /// Encodes the records and packs them into rows.
     pub(crate) fn texts(
         &self,
         data: &Path,
@@ -70,7 +71,7 @@ impl Instructions {
         let max = lm.model.config().max_seq_len();
         if !(2..=max).contains(&cut.seq_len) {
             let seq_len = cut.seq_len;
-            return Err(models::Error::SeqLen { seq_len, max }.into());
+            return Err(models::Error::Text(models::TextError::SeqLen { seq_len, max }).into());
         }
         let special = lm.special_tokens()?;
         let template = match (&self.prompt, &self.completion, self.template) {
@@ -78,15 +79,19 @@ impl Instructions {
             (_, _, Some(TemplateName::Alpaca)) => Template::alpaca(),
             (_, _, Some(TemplateName::Gsm8k)) => Template::gsm8k(),
             (_, _, Some(TemplateName::Chat)) => Template::chat(lm.dir(), &special)?,
-            _ => return Err("--data takes a --template, or --prompt and --completion".into()),
+            _ => return Err("--data needs --template, or --prompt and --completion".into()),
         };
         let (train, eval): (Vec<Record>, Vec<Record>) = match &self.eval_data {
             Some(eval) => (read_records(data)?, read_records(eval)?),
             None => {
                 let all = read_records(data)?;
                 if all.len() < 20 {
-                    let problem = "fewer than the 20 of which one is kept to evaluate on; name others with --eval-data";
-                    return Err(format!("{} records, {problem}", all.len()).into());
+                    return Err(format!(
+                        "`{}` has {} records, and one of 20 is held out to evaluate on; give others with --eval-data",
+                        data.display(),
+                        all.len()
+                    )
+                    .into());
                 }
                 let all = all.into_iter().enumerate();
                 let (eval, train): (Vec<_>, Vec<_>) = all.partition(|(at, _)| at % 20 == 19);
@@ -100,12 +105,12 @@ impl Instructions {
             Long::Refuse => TooLong::Refuse,
         });
         let tokenizer = lm.tokenizer()?;
-        let encode = |records: &[Record], what: &str| {
+        let encode = |records: &[Record], purpose: &str| {
             let encoded = encode(records, &template, tokenizer, &special, limit);
-            encoded.map_err(|error| format!("{what}: {error}"))
+            encoded.map_err(|error| format!("{purpose} records: {error}"))
         };
-        let train = encode(&train, "to train on")?;
-        let eval = encode(&eval, "to evaluate on")?;
+        let train = encode(&train, "training")?;
+        let eval = encode(&eval, "evaluation")?;
         let padding = lm.padding()?;
         let batches = |encoded: &Encoded, size, most, seed| -> Result<Vec<Batch>> {
             let rows = pack(&encoded.examples, cut.seq_len, padding, seed)?;
@@ -116,12 +121,12 @@ impl Instructions {
         let n_known = count_duplicates(&train.examples, &eval.examples);
         let known = match n_known {
             0 => String::new(),
-            n => format!("; {n} of them are among those to train on"),
+            n => format!("; {n} of them are training records too"),
         };
         Ok(Texts {
             train: batches(&train, cut.batch, usize::MAX, cut.seed)?,
-            // The seed of training says nothing about what is measured.
-            task: batches(&eval, (1024 / cut.seq_len).max(1), cut.eval_windows, 0)?,
+            // Evaluation rows do not depend on the seed of training.
+            task: batches(&eval, evaluation_batch(cut.seq_len), cut.eval_windows, 0)?,
             base: Vec::new(),
             records: Some([train.to_string(), eval.to_string() + &known]),
         })

@@ -1,7 +1,8 @@
-//! What the examples share: texts, methods, devices, memory, tables.
+//! The code that the examples share: options, texts, methods, tables and reports.
 
 #![forbid(unsafe_code)]
 
+pub mod arguments;
 pub mod corpus;
 pub mod device;
 mod doc;
@@ -9,5 +10,7 @@ pub mod embedded;
 pub mod instructions;
 pub mod memory;
 pub mod method;
+pub mod outcome;
+pub mod progress;
 pub mod table;
-pub mod tuning;
+pub mod texts;

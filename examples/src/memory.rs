@@ -1,19 +1,19 @@
-//! The memory of this process, where the system tells.
+//! The resident memory of this process, on Linux.
 
 use std::fs;
 
-/// Begins a new peak. Without effect where the system has no way.
+/// Resets the peak. Has no effect on other systems than Linux.
 pub fn reset_peak() {
-    // Linux: 5 resets the high-water mark of the resident set. Elsewhere the peak stays overall.
+    // 5 resets the high-water mark of the resident set.
     let _ = fs::write("/proc/self/clear_refs", "5");
 }
 
-/// The largest resident set since [`reset_peak`], in bytes.
+/// Returns the largest resident set since [`reset_peak`], in bytes.
 pub fn peak_bytes() -> Option<u64> {
     status("VmHWM:")
 }
 
-/// The resident set now, in bytes.
+/// Returns the resident set, in bytes.
 pub fn resident_bytes() -> Option<u64> {
     status("VmRSS:")
 }

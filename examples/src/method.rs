@@ -1,76 +1,78 @@
 //! The methods that the examples tune with.
 
 use clap::ValueEnum;
-use peft::{Bayesian, Lora, Method, Peqa, Targets, Tile};
+use peft::{Bayesian, Lora, Method, Peqa, Targets, Tile, Vera};
 use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 use serde::Serialize;
 
-use crate::tuning::Result;
+use crate::arguments::GroupSize;
+use crate::outcome::Result;
 
-/// What is trained.
+/// A method of fine-tuning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MethodName {
-    /// The scales of the quantized weights (PEQA)
+    /// PEQA: the scales of the quantized weights
     Peqa,
-    /// The scales and the zeros
+    /// PEQA: the scales and the zero-points
     PeqaZeros,
-    /// A matrix of low rank beside each weight (LoRA)
+    /// LoRA: a matrix of low rank added to each weight
     Lora,
-    /// LoRA whose scale falls with the root of the rank (rsLoRA)
+    /// rsLoRA: LoRA scaled by alpha over the square root of the rank
     #[value(name = "rslora")]
     #[serde(rename = "rslora")]
     RsLora,
-    /// LoRA with trained norms (DoRA)
+    /// DoRA: LoRA, and the norm of each output's weights
     Dora,
-    /// LoRA that learns its rank and the bits of its factors (Bayesian-LoRA)
+    /// Bayesian-LoRA: LoRA that learns its rank and the bits of its factors
     Bayesian,
-    /// LoRA over normal floats with double quantization (QLoRA)
+    /// VeRA: two vectors of each layer, between random factors; its rank is best 256 or more
+    Vera,
+    /// QLoRA: LoRA over normal floats with double quantization
     #[value(name = "qlora")]
     #[serde(rename = "qlora")]
     QLora,
-    /// A product of low rank over pooled groups (QA-LoRA)
+    /// QA-LoRA: a matrix of low rank over pooled inputs; merges into the zero-points
     #[value(name = "qa-lora")]
     #[serde(rename = "qa-lora")]
     QaLora,
-    /// Pooled inputs, repeated outputs and twice the rank, over normal floats (Q-BaRA)
+    /// Q-BaRA: twice the rank over pooled inputs and repeated outputs, over normal floats
     QBara,
-    /// A number for each group and output (QA-HiRA)
+    /// QA-HiRA: a number for each group of weights; merges into the zero-points
     QaHira,
-    /// Pooled groups, repeated outputs and low rank (QA-BLoRA)
+    /// QA-BLoRA: QA-LoRA with repeated outputs; merges into the zero-points
     #[value(name = "qa-blora")]
     #[serde(rename = "qa-blora")]
     QaBLora,
 }
 
 impl MethodName {
-    /// As on the command line.
+    /// The name on the command line.
     pub fn name(self) -> String {
         let value = self.to_possible_value().expect("no method is hidden");
         value.get_name().into()
     }
 
-    /// Whether the rank says how much is trained.
+    /// Whether the number of trainable parameters depends on the rank.
     pub fn has_rank(self) -> bool {
         !matches!(self, Self::Peqa | Self::PeqaZeros | Self::QaHira)
     }
 
-    /// What the method's base is quantized with.
+    /// Returns the quantizer of the method's base.
     ///
     /// # Errors
-    /// If normal floats are asked to be symmetric, which they are not.
+    /// If a method over normal floats is asked for a symmetric grid.
     pub fn quantizer(
         self,
         bits: usize,
-        group_size: Option<usize>,
+        GroupSize(group_size): GroupSize,
         symmetric: bool,
     ) -> Result<Box<dyn Quantizer>> {
         match self {
-            Self::QLora | Self::QBara if symmetric => Err(format!(
-                "{} is over normal floats, which take no --symmetric",
-                self.name()
-            )
-            .into()),
+            Self::QLora | Self::QBara if symmetric => {
+                let name = self.name();
+                Err(format!("{name} quantizes to normal floats; leave out --symmetric").into())
+            }
             Self::QLora | Self::QBara => {
                 let nf = NormalFloat::new()
                     .with_bits(bits)
@@ -84,15 +86,8 @@ impl MethodName {
         }
     }
 
-    /// The method on these layers, with `α` the rank if there is none given.
-    pub fn method(
-        self,
-        rank: usize,
-        alpha: Option<f32>,
-        targets: &Targets,
-        seed: u64,
-    ) -> Box<dyn Method> {
-        let alpha = alpha.unwrap_or(rank as f32);
+    /// Returns the method for these layers.
+    pub fn method(self, rank: usize, alpha: f32, targets: &Targets, seed: u64) -> Box<dyn Method> {
         let lora = || {
             let lora = Lora::new(rank).with_alpha(alpha).with_seed(seed);
             lora.with_targets(targets.clone())
@@ -111,18 +106,14 @@ impl MethodName {
                 let bayesian = Bayesian::new(rank).with_alpha(alpha).with_seed(seed);
                 Box::new(bayesian.with_targets(targets.clone()))
             }
+            Self::Vera => {
+                let vera = Vera::new(rank).with_seed(seed);
+                Box::new(vera.with_targets(targets.clone()))
+            }
             Self::QaLora => tile(Tile::qa_lora(rank).with_alpha(alpha)),
             Self::QBara => tile(Tile::q_bara(rank).with_alpha(alpha)),
             Self::QaHira => tile(Tile::qa_hira()),
             Self::QaBLora => tile(Tile::qa_blora(rank).with_alpha(alpha)),
-        }
-    }
-
-    /// A learning rate for a model of a million parameters.
-    pub fn learning_rate(self) -> f64 {
-        match self {
-            Self::Peqa | Self::PeqaZeros | Self::QaHira => 2e-3,
-            _ => 5e-3,
         }
     }
 }

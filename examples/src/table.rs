@@ -1,8 +1,8 @@
-//! Tables in Markdown that also read well in a terminal.
+//! Markdown tables with aligned columns.
 
 use std::fmt::Write as _;
 
-/// The table of these rows, whose first is the header, numbers to the right.
+/// Formats rows as a table with right-aligned columns; the first row is the header.
 pub fn markdown<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: [usize; N] = std::array::from_fn(|column| {
         let cells = rows.iter().map(|row| row[column].chars().count());
@@ -24,7 +24,7 @@ pub fn markdown<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
-/// A number with so many digits after the point, or a dash.
+/// Formats a number with so many decimals, or a dash if there is none.
 pub fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or("-".into(), |value| format!("{value:.digits$}"))
 }

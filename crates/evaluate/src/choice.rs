@@ -155,7 +155,7 @@ impl ChoiceItem {
 /// A context follows `bos` if the tokenizer adds it, which is the default of lm-evaluation-harness.
 ///
 /// # Errors
-/// [`models::Error::NoTokenizer`]; [`peft::Error::Token`]; [`models::Error::MissingSpecial`] if a
+/// [`models::TextError::NoTokenizer`]; [`peft::Error::Token`]; [`models::TextError::MissingSpecial`] if a
 /// context is empty and the model has neither `bos` nor `eos`; as [`encode_pair`],
 /// [`ScoredWindow::after`], [`score`](crate::score()) and [`ChoiceItem::score`].
 pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>> {

@@ -40,7 +40,7 @@ impl Chat {
     /// the entry named `default` of a list.
     ///
     /// # Errors
-    /// [`Error::NoChatTemplate`] without either; [`models::Error::Config`] for another
+    /// [`Error::NoChatTemplate`] without either; [`models::ConfigError::Setting`] for another
     /// `chat_template`; [`Error::File`] if a file cannot be read; as [`Chat::new`].
     pub fn open(dir: &Path, special: &SpecialTokens) -> Result<Self> {
         let path = dir.join(CHAT_TEMPLATE);
@@ -59,20 +59,20 @@ impl Chat {
     /// Parses a chat template.
     ///
     /// # Errors
-    /// [`Error::Template`] if it does not parse; [`models::Error::MissingSpecial`] if it uses a
+    /// [`Error::Template`] if it does not parse; [`models::TextError::MissingSpecial`] if it uses a
     /// special token that the model does not state.
     ///
     /// # Examples
     /// ```
     /// use instruct::{Chat, Error};
-    /// use models::SpecialTokens;
+    /// use models::{SpecialTokens, TextError};
     ///
     /// let special = SpecialTokens::default();
     /// let chat = Chat::new("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", &special)?;
     /// assert_eq!(chat.prompt("Hello?")?, "user: Hello?\n");
     ///
     /// let error = Chat::new("{{ bos_token }}", &special).unwrap_err();
-    /// assert!(matches!(error, Error::Model(models::Error::MissingSpecial { name: "bos_token", .. })));
+    /// assert!(matches!(error, Error::Model(models::Error::Text(TextError::MissingSpecial { .. }))));
     /// # Ok::<(), instruct::Error>(())
     /// ```
     pub fn new(source: &str, special: &SpecialTokens) -> Result<Self> {
@@ -88,7 +88,8 @@ impl Chat {
                 texts.insert(name.to_owned(), Value::from(token.text.as_str()));
             } else if used.contains(name) {
                 let needed_by = "the chat template".into();
-                return Err(models::Error::MissingSpecial { name, needed_by }.into());
+                let error = models::TextError::MissingSpecial { name, needed_by };
+                return Err(models::Error::from(error).into());
             }
         }
         Ok(Self {
@@ -198,11 +199,11 @@ fn in_config(dir: &Path) -> Result<String> {
         }
         Some(other) => format!("is {}, expected a string or an array", kind(other)),
     };
-    Err(models::Error::Config {
+    Err(models::Error::Config(models::ConfigError::Setting {
         path,
         setting: "chat_template".into(),
         problem,
-    }
+    })
     .into())
 }
 

@@ -131,7 +131,7 @@ impl fmt::Display for Encoded {
 /// which is a target; a chat template writes its own special tokens.
 ///
 /// # Errors
-/// As [`Template::pieces`]; [`models::Error::Tokenizer`]; [`models::Error::MissingSpecial`] without
+/// As [`Template::pieces`]; [`models::TextError::Tokenizer`]; [`models::TextError::MissingSpecial`] without
 /// an `eos` to end a text; [`RecordError::TooLong`] with [`TooLong::Refuse`]; [`Error::NoExamples`] if
 /// no example is left.
 ///
@@ -257,9 +257,11 @@ impl<'a> Encoder<'a> {
         }
         // `encode_fast` gives no offsets, `encode_char_offsets` gives them in characters.
         let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|error| models::Error::Tokenizer {
-            path: self.source.path().into(),
-            problem: error.to_string(),
+        let encoding = encoding.map_err(|error| {
+            models::Error::Text(models::TextError::Tokenizer {
+                path: self.source.path().into(),
+                problem: error.to_string(),
+            })
         })?;
         let begins_in_target = |&(start, _): &(usize, usize)| {
             let at = targets.partition_point(|range| range.end <= start);

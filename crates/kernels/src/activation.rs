@@ -1,4 +1,4 @@
-//! The gate of a LLaMA's MLP: an extension of burn's backends.
+//! The gate of a gated MLP (SwiGLU): an extension of burn's backends.
 
 use burn::backend::{
     Autodiff, Backend, Dispatch,
@@ -17,8 +17,7 @@ mod flex;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// Operations on vectors of one length, composed from burn's primitive operations unless a backend
-/// overrides them.
+/// Operations on vectors of one length, composed from burn's primitive operations unless overridden.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -33,7 +32,7 @@ pub(crate) trait GateOps: Backend {
         composed::silu_mul::<Self>(gate, up)
     }
 
-    /// The gradients of [`GateOps::silu_mul`] for `gate` and for `up`.
+    /// The gradients of [`GateOps::silu_mul`] for `gate` and `up`.
     ///
     /// With `s = sigmoid(gate)`: `dgate = dy up s (1 + gate (1 - s))`, `dup = dy gate s`.
     #[fusion(default)]
@@ -52,12 +51,25 @@ impl GateOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl GateOps for burn_cubecl::CubeBackend {}
 
-/// `silu(gate) * up`, differentiable in both; backward keeps nothing but the two.
+/// The product `silu(gate) * up`, differentiable in both.
 ///
-/// Elfwing et al. 2018, arXiv:1702.03118 (SiLU); Shazeer 2020, arXiv:2002.05202 (SwiGLU).
+/// Only the two inputs are kept for backward. SiLU is of Elfwing et al. 2018, arXiv:1702.03118; SwiGLU
+/// of Shazeer 2020, arXiv:2002.05202.
 ///
 /// # Panics
 /// If the shapes differ.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use kernels::silu_mul;
+///
+/// let device = Device::flex();
+/// let gate = Tensor::<1>::from_data([0.0, 100.0], &device);
+/// let up = Tensor::<1>::from_data([3.0, 0.5], &device);
+/// let y = silu_mul(gate, up);
+/// assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [0.0, 50.0]);
+/// ```
 pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     let dims = gate.dims();
     assert_eq!(dims, up.dims(), "the shapes of gate and up");
@@ -91,7 +103,7 @@ mod composed {
 #[derive(Debug)]
 struct SiluMul;
 
-/// Parents: gate and up.
+/// The parents are `gate` and `up`.
 impl<B: GateOps> Backward<B, 2> for SiluMul {
     type State = (FloatTensor<B>, FloatTensor<B>);
 

@@ -13,9 +13,9 @@ mod tests;
 
 use starts::Starts;
 
-/// Operations on queries `[batch, seq_q, heads, dim]` with keys and values
-/// `[batch, seq_k, kv_heads, dim]`, composed from burn's primitive operations unless a backend
-/// overrides them.
+/// Attention and its gradients, composed from burn's primitive operations unless overridden.
+///
+/// Queries are `[batch, seq_q, heads, dim]`, keys and values `[batch, seq_k, kv_heads, dim]`.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -36,8 +36,7 @@ pub(crate) trait AttentionOps: Backend {
         Self::causal_attention_forward(q, k, v, starts, scale).0
     }
 
-    /// The output, and the logarithm of the sum of the exponentials of the scaled scores of each
-    /// query, `[batch, heads, seq_q]`.
+    /// The output, and the log-sum-exp of the scaled scores of each query, `[batch, heads, seq_q]`.
     #[fusion(default)]
     fn causal_attention_forward(
         q: FloatTensor<Self>,
@@ -49,13 +48,13 @@ pub(crate) trait AttentionOps: Backend {
         composed::forward::<Self>(q, k, v, starts, scale)
     }
 
-    /// The gradients for `q`, `k` and `v`, from what the forward pass was given and gave.
+    /// The gradients for `q`, `k` and `v`, from the inputs and results of the forward pass.
     ///
     /// With the probabilities `p = exp(scale q kᵀ - lse)` and `dp = dy vᵀ`:
     /// `ds = p (dp - Σ dy y) scale`, `dq = ds k`, `dk = dsᵀ q`, `dv = pᵀ dy`.
     #[allow(
         clippy::too_many_arguments,
-        reason = "what the forward pass was given and gave; the macro copies this to where it is no lint"
+        reason = "inputs and results of the forward pass; not `expect`, because the macro copies this to functions that the lint accepts"
     )]
     #[fusion(default)]
     fn causal_attention_backward(
@@ -78,24 +77,40 @@ impl AttentionOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl AttentionOps for burn_cubecl::CubeBackend {}
 
-/// `softmax(scale · q kᵀ) v` where a query sees the keys up to its own position, differentiable in
-/// all three.
+/// Causal attention, `softmax(scale · q kᵀ) v`, differentiable in `q`, `k` and `v`.
 ///
-/// The queries are the last `seq_q` positions of `seq_k`: query `i` sees the keys
-/// `starts[i] ..= seq_k - seq_q + i`, from the first of all on without `starts`. Several texts one
-/// after the other, and fillings before or after a text, are told apart so. Head `h` reads the keys and values of head `h / (heads / kv_heads)`
-/// (grouped queries: Ainslie et al. 2023, arXiv:2305.13245). On the CPU no matrix of scores is held;
-/// backward computes the probabilities again (Dao 2023, arXiv:2307.08691).
+/// The queries are the last `seq_q` of `seq_k` positions. Query `i` attends to the keys
+/// `starts[i] ..= seq_k - seq_q + i`, or `0 ..= seq_k - seq_q + i` without `starts`: packed segments and
+/// padding are separated by `starts`. Head `h` reads the keys and values of head
+/// `h / (heads / kv_heads)` (grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245).
+///
+/// On the CPU, no matrix of scores is stored, and backward computes the probabilities again (Dao 2023,
+/// arXiv:2307.08691).
 ///
 /// # Shapes
 /// - `q`: `[batch, seq_q, heads, dim]`
 /// - `k`, `v`: `[batch, seq_k, kv_heads, dim]`
-/// - `starts`: `[batch, seq_q]`, none negative; one after the query's own position is taken for that
+/// - `starts`: `[batch, seq_q]`, not negative; a start after the query's own position counts as that
+///   position
 /// - result: `[batch, seq_q, heads, dim]`
 ///
 /// # Panics
-/// If the shapes do not fit, there are no heads or no values in one, `kv_heads` does not divide
-/// `heads`, there are fewer keys than queries, or the scale is not above zero.
+/// If the shapes are not these, `kv_heads` does not divide `heads`, there are fewer keys than queries,
+/// `heads` or `dim` is 0, or `scale` is not positive; on the CPU also if a start is negative.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use kernels::causal_attention;
+///
+/// let device = Device::flex();
+/// // Two positions of one head of dimension 1. All scores are 0.
+/// let (q, k) = (Tensor::zeros([1, 2, 1, 1], &device), Tensor::zeros([1, 2, 1, 1], &device));
+/// let v = Tensor::<4>::from_data([[[[1.0]], [[3.0]]]], &device);
+/// let y = causal_attention(q, k, v, None, 1.0);
+/// // The first position attends to itself, the second to both.
+/// assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0, 2.0]);
+/// ```
 pub fn causal_attention(
     q: Tensor<4>,
     k: Tensor<4>,
@@ -109,11 +124,11 @@ pub fn causal_attention(
     assert_eq!(v.dims(), of_keys, "the shape of the values");
     assert!(
         kv_heads > 0 && heads.is_multiple_of(kv_heads),
-        "{heads} heads do not share {kv_heads} heads of keys"
+        "{heads} heads are not a multiple of {kv_heads} heads of keys"
     );
-    assert!(seq_q <= seq_k, "{seq_q} queries have {seq_k} keys");
-    assert!(heads * dim > 0, "{heads} heads of {dim}");
-    assert!(scale > 0.0, "a scale of {scale}");
+    assert!(seq_q <= seq_k, "{seq_q} queries, but {seq_k} keys");
+    assert!(heads * dim > 0, "{heads} heads of dimension {dim}");
+    assert!(scale > 0.0, "a scale of {scale} is not positive");
     let starts = match starts {
         Some(starts) => {
             assert_eq!(starts.dims(), [batch, seq_q], "the shape of the starts");

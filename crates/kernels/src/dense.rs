@@ -125,7 +125,7 @@ mod tests {
             let mut c = before.clone();
             let strides = if transposed { (1, k) } else { (n, 1) };
             let of_b = Matrix::new(b.as_ptr(), strides.0, strides.1);
-            // SAFETY: the matrices are of these sizes.
+            // SAFETY: the matrices have these sizes.
             unsafe {
                 product(
                     [m, k, n],

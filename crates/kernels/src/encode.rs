@@ -1,4 +1,4 @@
-//! From weights to codes, on the host. (Products with codes are in `quant_matmul`.)
+//! From weights to codes, in host memory. (Products with codes are in `quant_matmul`.)
 
 use burn::tensor::{DType, Tensor};
 use rayon::prelude::*;
@@ -17,10 +17,21 @@ pub use feedback::{Feedback, Influence, round_with_feedback};
 pub use grid::grid_of_range;
 use grid::{Grid, read};
 
-/// Columns in a task of [`group_ranges`].
+/// The number of columns in a task of [`group_ranges`].
 const RANGE_COLUMNS: usize = 512;
 
-/// Calls `f` with the values of a tensor, row by row in `f32`; on the CPU without a copy of them.
+/// Calls `f` with the values of a tensor, row by row in `f32`.
+///
+/// On the CPU, the values of a contiguous `f32` tensor are not copied.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+///
+/// let tensor = Tensor::<2>::from_data([[1.0, 2.0], [3.0, 4.0]], &Device::flex());
+/// let largest = kernels::with_values(tensor, |values| values.iter().copied().fold(0.0, f32::max));
+/// assert_eq!(largest, 4.0);
+/// ```
 pub fn with_values<const D: usize, R>(tensor: Tensor<D>, f: impl FnOnce(&[f32]) -> R) -> R {
     #[cfg(feature = "flex")]
     if let Ok(tensor) = tensor.clone().try_into_primitive::<burn::backend::Flex>()
@@ -33,17 +44,28 @@ pub fn with_values<const D: usize, R>(tensor: Tensor<D>, f: impl FnOnce(&[f32]) 
     f(values.as_slice().expect("converted to f32"))
 }
 
-/// The smallest and the largest weight of each group and output, [`Layout::grid_shape`] each; both
-/// are NaN where a weight is not finite.
+/// The smallest and the largest weight of each group and output.
+///
+/// Both are NaN where a weight is not finite.
 ///
 /// # Shapes
 /// - `weight`: `[d_in, d_out]`, row by row
+/// - results: [`Layout::grid_shape`]
 ///
 /// # Panics
-/// If `weight` has another length.
+/// If the length of `weight` is not `d_in * d_out`.
+///
+/// # Examples
+/// ```
+/// use kernels::{Layout, Levels, group_ranges};
+///
+/// let layout = Layout::new(4, 1, 4, 2, Levels::Unsigned);
+/// let (low, high) = group_ranges(&[1.0, -2.0, 0.5, 3.0], &layout);
+/// assert_eq!((low, high), (vec![-2.0, 0.5], vec![1.0, 3.0]));
+/// ```
 pub fn group_ranges(weight: &[f32], layout: &Layout) -> (Vec<f32>, Vec<f32>) {
     let (d_in, d_out) = (layout.d_in(), layout.d_out());
-    assert_eq!(weight.len(), d_in * d_out, "one weight for each code");
+    assert_eq!(weight.len(), d_in * d_out, "the number of weights");
     let n = layout.n_groups() * d_out;
     let (mut low, mut high) = (vec![0.0; n], vec![0.0; n]);
     let groups = low
@@ -62,7 +84,7 @@ pub fn group_ranges(weight: &[f32], layout: &Layout) -> (Vec<f32>, Vec<f32>) {
 }
 
 by_instruction_set! {
-    /// The ranges of the columns from `first` on, over rows of `d_out`.
+    /// Writes the ranges of the columns from `first` on, over rows of `d_out` weights.
     fn ranges(
         rows: &[f32],
         d_out: usize,
@@ -90,7 +112,7 @@ fn ranges_body<I: Isa>(
         for (((&w, low), high), not_finite) in lanes.zip(not_finite.iter_mut()) {
             *low = low.min(w);
             *high = high.max(w);
-            // Zero, but NaN for NaN and infinities.
+            // 0 for finite weights, and NaN for others.
             *not_finite += w * 0.0;
         }
     }
@@ -100,21 +122,31 @@ fn ranges_body<I: Isa>(
     }
 }
 
-/// The words of the codes whose weights are nearest to `weight` on a grid.
+/// Packs the codes whose weights are nearest to `weight` on the grid of each group.
 ///
-/// On uniform levels the code is `round(weight / scale) + zero` within the bits, halves rounded to
-/// even; on a table the nearest entry to `weight / scale`, the lower one of two.
+/// With uniform levels, the code is `round(weight / scale) + zero`, clamped to the bits, with halves
+/// rounded to even. With a table, it is the code of the entry nearest to `weight / scale`, the lower one
+/// of two at the same distance.
 ///
 /// # Shapes
 /// - `weight`: `[d_in, d_out]`, row by row
-/// - `scales`, `zeros`: [`Layout::grid_shape`]; zeros are whole, and none on a table
+/// - `scales`, `zeros`: [`Layout::grid_shape`]; zeros are whole numbers
 /// - result: [`Layout::words_shape`]
 ///
 /// # Panics
-/// If a length is not the layout's.
+/// If a length is not the layout's, or there are zeros and the levels are a table.
+///
+/// # Examples
+/// ```
+/// use kernels::{Layout, Levels, encode, unpack};
+///
+/// let layout = Layout::new(4, 1, 2, 4, Levels::Unsigned);
+/// let words = encode(&[-0.5, 0.0, 0.4, 9.0], &[0.5], Some(&[1.0]), &layout);
+/// assert_eq!(unpack(&words, &layout), [0, 1, 2, 3]);
+/// ```
 pub fn encode(weight: &[f32], scales: &[f32], zeros: Option<&[f32]>, layout: &Layout) -> Vec<u32> {
     let [d_in, d_out] = [layout.d_in(), layout.d_out()];
-    assert_eq!(weight.len(), d_in * d_out, "one weight for each code");
+    assert_eq!(weight.len(), d_in * d_out, "the number of weights");
     let grid = Grid::new(scales, zeros, layout);
     let [n_tiles, word_rows, _] = layout.words_shape();
     let mut words = zeroed(n_tiles * word_rows * TILE);
@@ -126,7 +158,7 @@ pub fn encode(weight: &[f32], scales: &[f32], zeros: Option<&[f32]>, layout: &La
 }
 
 by_instruction_set! {
-    /// The words of the tiles from `first` on.
+    /// Writes the words of the tiles from `first` on.
     fn encode_tiles(
         weight: &[f32],
         grid: &Grid,
@@ -149,7 +181,7 @@ fn encode_tiles_body<I: Isa>(weight: &[f32], grid: &Grid, first: usize, words: &
         for row in rows.chunks_exact(layout.d_out()) {
             for (writer, (lanes, columns)) in writers.iter_mut().zip(&lanes) {
                 let mut codes = lanes.nearest::<I>(&grid.levels, &read(row, columns));
-                // The columns that pad a tile hold zeros, whatever level is nearest to nothing.
+                // The columns that pad a tile are zero, whichever code is nearest to 0.
                 if columns.len() < TILE {
                     codes[columns.len()..].fill(0);
                 }

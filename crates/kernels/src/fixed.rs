@@ -1,16 +1,17 @@
-//! Products in fixed point on the processor's integer units, as accurate as f32 arithmetic.
+//! Products in fixed point on the processor's integer units, as accurate as `f32` arithmetic.
 //!
-//! The values of a row that meet in one sum, [`BLOCK`] at most, become integers of 24 bits relative
-//! to the largest of them. Three signed bytes, the *limbs*, hold one: `v = l₂ 2¹⁶ + l₁ 2⁸ + l₀`.
-//! Products of bytes are summed in `i32` without rounding, in any order; the sums of the limbs, the
-//! scales of the rows and those of the columns meet in f32 once per block.
+//! The values of a row that are summed together, at most [`BLOCK`](blocks::BLOCK), are rounded to
+//! integers of 24 bits relative to the largest of them. An integer is split into three signed bytes,
+//! the *limbs*: `v = l₂ 2¹⁶ + l₁ 2⁸ + l₀`. Products of bytes are summed in `i32`, without rounding and
+//! so in any order. Once per block, the sums of the limbs are combined in `f32` and multiplied by the
+//! scales of rows and columns.
 //!
-//! The other operand comes as a panel of [`TILE`](crate::TILE) columns unpacked into the cache: the
-//! codes of a packed weight as they are or, of any numbers, limbs. Of the products of limbs with
-//! limbs, those below the others' rounding are left out.
+//! The other operand is a panel of [`TILE`](crate::layout::TILE) columns that is unpacked into the
+//! cache: the codes of a packed weight, or the limbs of arbitrary values. The product of the lowest
+//! limbs of both operands is omitted, because it is below the rounding error of the others.
 //!
-//! [`Unit`] is what the processor has: Intel's tiles (AMX) or AVX-512's dot product of bytes (VNNI).
-//! Where it has neither, floats are multiplied as floats.
+//! [`Unit`] is the integer unit of the processor: Intel's tiles (AMX) or the dot product of bytes of
+//! AVX-512 (VNNI). Processors with neither compute in floating point.
 
 use std::ops::Range;
 
@@ -33,8 +34,7 @@ pub(crate) use split::{Rows, Source};
 pub(crate) use unit::Unit;
 pub(crate) use vnni::streams;
 
-/// Multiplies the blocks of some strips of rows with the panel that holds these blocks of the other
-/// operand.
+/// Multiplies a slab, some strips of rows and some of their blocks, by the panel of the same blocks.
 pub(crate) fn multiply(
     unit: Unit,
     rows: &Rows,
@@ -42,7 +42,7 @@ pub(crate) fn multiply(
     panel: &Panel,
     finish: &mut impl Finish,
 ) {
-    // SAFETY: the processor has the unit.
+    // SAFETY: a `Unit` is only made where the processor has it.
     unsafe {
         match unit {
             Unit::Amx => amx::multiply(rows, slab, panel, finish),
@@ -51,9 +51,12 @@ pub(crate) fn multiply(
     }
 }
 
-/// Multiplies one row with the codes of a tile as they come from memory.
+/// Multiplies one row by the codes of a tile as they are read from memory.
+///
+/// # Panics
+/// Unless [`streams`].
 pub(crate) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl Finish) {
-    // SAFETY: there are rows, and so a unit.
+    // SAFETY: `Rows` are only made where the processor has a unit.
     unsafe { vnni::stream(rows, bits, words, finish) }
 }
 
@@ -66,7 +69,7 @@ mod tests {
     use crate::layout::{Layout, Levels, TILE};
     use crate::pack::pack;
 
-    /// The sums as they come, `[rows, blocks, TILE]`.
+    /// Stores all sums, `[rows, blocks, TILE]`.
     struct All {
         n_blocks: usize,
         sums: Vec<f32>,
@@ -81,7 +84,7 @@ mod tests {
         }
 
         fn center(_: usize) -> __m512 {
-            // SAFETY: there is a unit.
+            // SAFETY: the processor has AVX-512.
             unsafe { std::arch::x86_64::_mm512_setzero_ps() }
         }
 
@@ -96,7 +99,7 @@ mod tests {
             assert_eq!(sums.len(), values.len());
             for (row, sums) in (row..).zip(sums) {
                 let at = (row * self.n_blocks + block) * TILE + part * 16;
-                // SAFETY: 16 sums; the caller has AVX-512.
+                // SAFETY: 16 sums; the processor has AVX-512.
                 unsafe {
                     std::arch::x86_64::_mm512_storeu_ps(self.sums[at..at + 16].as_mut_ptr(), *sums)
                 }
@@ -109,7 +112,7 @@ mod tests {
         }
     }
 
-    /// Integers of 23 bits are split without an error, and products of bytes are exact.
+    /// Integers of 23 bits are split without error, and products of bytes are exact.
     #[test]
     fn both_units_sum_up_integers_exactly() {
         let cases = [
@@ -120,10 +123,10 @@ mod tests {
             (4, 48, 5),
         ];
         let Some(best) = Unit::best() else {
-            eprintln!("skipped: no unit for bytes");
+            eprintln!("skipped: the processor has no unit for bytes");
             return;
         };
-        // Used again for each.
+        // Reused, as a task reuses its panel.
         let mut panel = Panel::default();
         let each = cases
             .into_iter()
@@ -138,7 +141,7 @@ mod tests {
                 .map(|i| (i * 7 % 251) as u8 & layout.mask() as u8)
                 .collect();
             let words = pack(&codes, &layout);
-            // The largest of each block is what the largest becomes.
+            // The largest value of each block is the largest integer, so that the scale is 1.
             let largest = 0x7f_00_00;
             let value = |row: usize, i: usize| match i % 16 {
                 0 => largest,
@@ -154,7 +157,7 @@ mod tests {
                 sums: vec![0.0; rows * blocks.n() * TILE],
                 done: 0,
             };
-            // Signed codes are less 3, unless 8 bits have no room for it.
+            // 3 is subtracted from signed codes; codes of 8 bits have no room for it.
             let less = match (unit, bits) {
                 (Unit::Amx, 2..8) => 3,
                 _ => 0,
@@ -171,7 +174,7 @@ mod tests {
                     .range(block)
                     .map(|i| i64::from(value(row, i)) * (i64::from(codes[i * TILE + o]) - less))
                     .sum();
-                // Joined in f32: two roundings of half a unit in the last place.
+                // Combined in f32: two roundings of half a unit in the last place.
                 let off = (f64::from(*found) - exact as f64).abs();
                 assert!(
                     off <= 1.2e-7 * exact.abs().max(1 << 23) as f64,

@@ -7,7 +7,7 @@ use burn::backend::{
 };
 use burn::tensor::{Bytes, IntDType, Shape};
 
-/// Row by row, copied only if it is not so already.
+/// The tensor in row-major order, copied only if it is in another one.
 pub(crate) fn contiguous(t: FlexTensor) -> FlexTensor {
     match t.layout().contiguous_offsets() {
         Some(_) => t,
@@ -15,27 +15,31 @@ pub(crate) fn contiguous(t: FlexTensor) -> FlexTensor {
     }
 }
 
-/// The values of a tensor that is known to be contiguous and `F32`.
-pub(crate) fn floats(t: &FlexTensor) -> &[f32] {
-    t.as_slice().expect("a contiguous f32 tensor")
-}
-
-/// The values of a tensor of integers.
+/// The values of a contiguous `F32` tensor.
 ///
 /// # Panics
-/// If one is negative.
+/// If the tensor is not contiguous or not `F32`.
+pub(crate) fn floats(t: &FlexTensor) -> &[f32] {
+    t.as_slice().expect("the tensor is contiguous and f32")
+}
+
+/// The values of an integer tensor.
+///
+/// # Panics
+/// If a value is negative.
 pub(crate) fn integers(t: FlexTensor) -> Vec<usize> {
     let t = contiguous(Flex::int_cast(t, IntDType::I64));
     let values = t.as_slice::<i64>().expect("cast to i64").iter();
-    let index = |&value: &i64| usize::try_from(value).expect("an index is not negative");
+    let index = |&value: &i64| usize::try_from(value).expect("indices are not negative");
     values.map(index).collect()
 }
 
+/// Whether all tensors are `F32`.
 pub(crate) fn all_f32<const N: usize>(tensors: [&FlexTensor; N]) -> bool {
     tensors.iter().all(|t| t.dtype() == DType::F32)
 }
 
-/// The tensor of these values, without a copy.
+/// A tensor that takes over the values.
 pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> FlexTensor {
     let layout = Layout::contiguous(shape.into());
     FlexTensor::new(Bytes::from_elems(values), layout, DType::F32)

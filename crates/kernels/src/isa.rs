@@ -1,20 +1,21 @@
-//! Loops compiled for the instruction sets that matter, and chosen at run time.
+//! Loops that are compiled for several instruction sets, one of which is chosen at run time.
 //!
-//! All versions do the same roundings in the same order: their results are the same bits.
+//! All versions round in the same order, so their results have the same bits.
 
 use crate::layout::{TABLE, TILE};
 
-/// What an instruction set does better than the compiler's rendering of plain code.
+/// An instruction set, with the operations for which compilers emit slow code.
 pub(crate) trait Isa {
-    /// The entries of a table.
+    /// The entries of a table at `indices`, each below [`TABLE`].
     ///
     /// # Safety
     /// The processor has the instruction set.
     unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE];
 }
 
-/// Defines `$name` as `$body` compiled for AVX-512, for AVX2 and for the target's base. `$body` is
-/// `#[inline(always)]` and has an [`Isa`] as its parameter.
+/// Defines `$name` as `$body` compiled for AVX-512, for AVX2 and for the base of the target.
+///
+/// `$body` is `#[inline(always)]` and generic over an [`Isa`].
 macro_rules! by_instruction_set {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $body:ident) => {
         $(#[$doc])*
@@ -47,20 +48,26 @@ macro_rules! by_instruction_set {
 }
 pub(crate) use by_instruction_set;
 
+/// Every processor.
 pub(crate) struct Portable;
 
 impl Isa for Portable {
+    /// # Safety
+    /// None is needed.
     #[inline(always)]
     unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         indices.map(|i| table[i as usize % TABLE])
     }
 }
 
+/// AVX-512 F, BW and VL.
 #[cfg(target_arch = "x86_64")]
 pub(crate) struct Avx512;
 
 #[cfg(target_arch = "x86_64")]
 impl Isa for Avx512 {
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         use std::arch::x86_64::*;
@@ -70,7 +77,7 @@ impl Isa for Avx512 {
         fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
             let mut out = [0.0; TILE];
             for (out, indices) in out.chunks_exact_mut(16).zip(indices.chunks_exact(16)) {
-                // SAFETY: the table and each chunk are 16 elements.
+                // SAFETY: the table and each chunk have 16 elements.
                 unsafe {
                     let table = _mm512_loadu_ps(table.as_ptr());
                     let indices = _mm512_loadu_si512(indices.as_ptr().cast());
@@ -84,11 +91,14 @@ impl Isa for Avx512 {
     }
 }
 
+/// AVX2.
 #[cfg(target_arch = "x86_64")]
 pub(crate) struct Avx2;
 
 #[cfg(target_arch = "x86_64")]
 impl Isa for Avx2 {
+    /// # Safety
+    /// The processor has AVX2.
     #[inline(always)]
     unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         use std::arch::x86_64::*;
@@ -98,8 +108,8 @@ impl Isa for Avx2 {
         fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
             let mut out = [0.0; TILE];
             for (out, indices) in out.chunks_exact_mut(8).zip(indices.chunks_exact(8)) {
-                // SAFETY: the table is 16 elements and each chunk 8. The permutation takes the low
-                // three bits of an index; the fourth, moved to the sign, chooses the half.
+                // SAFETY: the table has 16 elements and each chunk 8. The permutation uses the low
+                // three bits of an index; the fourth, shifted to the sign, selects the half.
                 unsafe {
                     let low = _mm256_loadu_ps(table.as_ptr());
                     let high = _mm256_loadu_ps(table.as_ptr().add(8));
@@ -125,17 +135,17 @@ mod tests {
     fn every_instruction_set_looks_up_the_same() {
         let table = std::array::from_fn(|i| i as f32 * 1.5 - 7.0);
         let indices = std::array::from_fn(|j| (j as u32 * 7 + 3) % 16);
-        // SAFETY: every processor is portable.
+        // SAFETY: none is needed.
         let expected = unsafe { Portable::lookup(&table, &indices) };
         assert_eq!(expected[1], table[10]);
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx2") {
-                // SAFETY: just asked for.
+                // SAFETY: the processor has AVX2 or AVX-512, as was just detected.
                 assert_eq!(unsafe { Avx2::lookup(&table, &indices) }, expected);
             }
             if is_x86_feature_detected!("avx512f") {
-                // SAFETY: just asked for.
+                // SAFETY: the processor has AVX2 or AVX-512, as was just detected.
                 assert_eq!(unsafe { Avx512::lookup(&table, &indices) }, expected);
             }
         }

@@ -1,54 +1,65 @@
-//! Differentiable products with packed low-bit weights, and the other operations of a transformer's
-//! step, for every burn backend.
+//! Differentiable products with packed low-bit weights and the other operations of a transformer
+//! block, for every burn backend.
 //!
-//! A packed weight is a tensor of integer codes in `u32` words beside one scale, and at will one
-//! zero-point, for each group of inputs and each output:
+//! A packed weight is a tensor of integer codes in `u32` words with one scale and, optionally, one
+//! zero for each group of inputs and each output:
 //!
 //! ```text
 //! w[i, o] = scales[g, o] * (level(code[i, o]) - zeros[g, o]),   g = i / group_size
 //! ```
 //!
-//! | item | what it is |
+//! | item | purpose |
 //! |---|---|
-//! | [`Layout`] | the shape of a packed weight, and where each code lies in the words |
-//! | [`Levels`] | what number a code stands for |
+//! | [`Layout`] | the shape of a packed weight, and the position of each code in its words |
+//! | [`Levels`] | the number that a code represents |
+//! | [`pack`], [`unpack`] | codes to words and back |
 //! | [`quant_matmul`] | `y = x · w`, differentiable in `x`, `scales` and `zeros` |
-//! | [`Precision`] | how accurate that product is |
+//! | [`Precision`] | the accuracy of that product |
 //! | [`dequantize`] | the dense `w` |
-//! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | gate, norm and positions of a LLaMA's block |
-//! | [`causal_attention`] | attention without a matrix of scores, grouped queries, keys of a cache |
+//! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | SwiGLU, RMSNorm and rotary position embeddings |
+//! | [`causal_attention`] | attention without a matrix of scores, for grouped queries and a KV cache |
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
+//! | [`group_ranges`], [`clip_search`] | the ranges of groups, from which grids are made |
 //! | [`encode`] | the codes nearest to a weight on a grid |
-//! | [`group_ranges`], [`clip_search`] | what a grid is made from |
-//! | [`round_with_feedback`] | codes whose errors are fed back into the weights to come: OPTQ's loop |
+//! | [`round_with_feedback`] | codes with feedback of their errors: the inner loop of OPTQ |
 //!
-//! The operations run on every backend through default bodies composed from burn's primitive
-//! operations; native versions override them where this crate has them: all on the CPU backend
-//! `flex`, the packed product on the devices of CubeCL (CUDA, ROCm, wgpu).
-//! Backward unpacks the weight again: no dense copy of a weight outlives the product that needed it.
-//! Nor do scores of attention and logits: they are computed again, or not needed.
+//! The operations have default implementations in burn's primitive operations, which run on every
+//! backend. Native implementations replace them: of all operations on the CPU backend `flex`, and of
+//! the packed product on the devices of CubeCL (CUDA, ROCm, wgpu).
 //!
-//! Enable a backend through the feature of its name on this crate or on one that forwards it.
-//! The operations panic on a backend that burn has and this crate was not told of.
+//! Backward unpacks the weight again, so no dense weight outlives its product. Scores of attention and
+//! logits are computed again too, or not needed.
 //!
+//! A backend is enabled by the feature of its name on this crate, or on a crate that forwards it. The
+//! operations panic on a backend that burn has enabled and this crate has not.
+//!
+//! # Examples
+//! A weight is quantized to 4 bits and multiplied:
 //! ```
 //! use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-//! use kernels::{Layout, Levels, Precision, pack, quant_matmul};
+//! use kernels::{Layout, Levels, Precision, encode, grid_of_range, group_ranges, quant_matmul};
 //!
 //! let device = Device::flex();
-//! let layout = Layout::new(4, 1, 4, 2, Levels::Unsigned);
-//! let words = TensorData::new(pack(&[1, 2, 3, 4], &layout), layout.words_shape());
+//! let layout = Layout::new(64, 8, 4, 32, Levels::Unsigned);
+//! let weight: Vec<f32> = (0..64 * 8).map(|i| (i as f32 * 0.7).sin()).collect();
+//! let (low, high) = group_ranges(&weight, &layout);
+//! let grids = low.iter().zip(&high).map(|(low, high)| grid_of_range(*low, *high, 15.0));
+//! let (scales, zeros): (Vec<f32>, Vec<f32>) = grids.unzip();
+//! let words = TensorData::new(encode(&weight, &scales, Some(&zeros), &layout), layout.words_shape());
 //! let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
-//! let scales = Tensor::<2>::from_data([[1.0], [10.0]], &device);
-//! let zeros = Tensor::<2>::from_data([[0.0], [3.0]], &device);
-//! let x = Tensor::<2>::ones([1, 4], &device);
-//! let y = quant_matmul(x, words, scales, Some(zeros), layout, Precision::Full);
-//! assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0 + 2.0 + 0.0 + 10.0]);
+//!
+//! let grid = |values| Tensor::<2>::from_data(TensorData::new(values, layout.grid_shape()), &device);
+//! let x = Tensor::<2>::ones([1, 64], &device);
+//! let y = quant_matmul(x.clone(), words, grid(scales), Some(grid(zeros)), layout, Precision::Full);
+//!
+//! // Each of 64 weights is rounded by at most half a step of 2 / 15.
+//! let exact = x.matmul(Tensor::from_data(TensorData::new(weight, [64, 8]), &device));
+//! assert!((y - exact).abs().max().into_scalar::<f32>() < 64.0 / 15.0);
 //! ```
 
 #![allow(
     unsafe_code,
-    reason = "the one crate of raw pointers and instruction sets"
+    reason = "the only crate with raw pointers and instruction sets"
 )]
 
 mod activation;

@@ -1,4 +1,4 @@
-//! The loss of a language model from hidden states: an extension of burn's backends.
+//! The loss of a language model from its hidden states: an extension of burn's backends.
 
 use burn::backend::{
     Backend, Dispatch, backend_extension,
@@ -13,9 +13,10 @@ mod flex;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// Operations on hidden states `x` `[rows, hidden]`, a head `[hidden, vocab]` and targets `[rows]`,
-/// composed from burn's primitive operations unless a backend overrides them. The probabilities of a
-/// row are `p = exp(x · head - lse)`.
+/// The loss and its gradients, composed from burn's primitive operations unless overridden.
+///
+/// The hidden states `x` are `[rows, hidden]`, the head is `[hidden, vocab]` and the targets are `[rows]`.
+/// The probabilities of a row are `p = exp(x · head - lse)`.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -34,8 +35,7 @@ pub(crate) trait LossOps: Backend {
         Self::linear_cross_entropy_forward(x, head, targets).0
     }
 
-    /// The losses, and the logarithm of the sum of the exponentials of each row's logits, `[rows]`
-    /// each.
+    /// The loss and the log-sum-exp of the logits of each row, `[rows]` each.
     #[fusion(default)]
     fn linear_cross_entropy_forward(
         x: FloatTensor<Self>,
@@ -46,8 +46,9 @@ pub(crate) trait LossOps: Backend {
         (nll, lse)
     }
 
-    /// [`LossOps::linear_cross_entropy_forward`], and the gradient of each row's loss for its `x`
-    /// from the same logits: `(p - onehot(target)) · headᵀ`, `[rows, hidden]`.
+    /// [`LossOps::linear_cross_entropy_forward`], and the gradient of each row's loss for its `x`.
+    ///
+    /// The gradient, `(p - onehot(target)) · headᵀ`: `[rows, hidden]`, comes from the same logits.
     #[fusion(default)]
     fn linear_cross_entropy_with_dx(
         x: FloatTensor<Self>,
@@ -55,10 +56,10 @@ pub(crate) trait LossOps: Backend {
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
-        (nll, lse, dx.expect("the gradient that was asked for"))
+        (nll, lse, dx.expect("the gradient is requested"))
     }
 
-    /// The gradient for the head, `xᵀ · ((p - onehot(target)) dnll)`, `[hidden, vocab]`.
+    /// The gradient for the head, `xᵀ · ((p - onehot(target)) dnll)`: `[hidden, vocab]`.
     #[fusion(default)]
     fn linear_cross_entropy_dhead(
         x: FloatTensor<Self>,
@@ -77,12 +78,12 @@ impl LossOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl LossOps for burn_cubecl::CubeBackend {}
 
-/// The negative log-likelihood of each target under `softmax(x · head)`, in nats, differentiable in
-/// `x` and `head`.
+/// The cross-entropy of each target under `softmax(x · head)`, differentiable in `x` and `head`.
 ///
-/// Never more than 16 MiB of logits are held (or one row): where `x` is tracked, its gradient is
-/// computed beside the loss, and backward multiplies it by that of the loss. The head may be a
-/// transposed embedding, which is read where it lies.
+/// It is the negative log-likelihood in nats. At most 16 MiB of logits are in memory at a time, or one
+/// row. The gradient of `x`, if it is needed, is computed together with the loss, and backward
+/// multiplies it by the gradient of the loss; that of the head computes the logits again. The head may
+/// be a transposed embedding, which is not copied on the CPU.
 ///
 /// # Shapes
 /// - `x`: `[rows, hidden]`
@@ -91,12 +92,26 @@ impl LossOps for burn_cubecl::CubeBackend {}
 /// - result: `[rows]`
 ///
 /// # Panics
-/// If the shapes do not fit or there is no row; on the CPU also if a target is not in the vocabulary.
+/// If the shapes are not these, or there are no rows; on the CPU also if a target is not below `vocab`.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Int, Tensor};
+/// use kernels::linear_cross_entropy;
+///
+/// let device = Device::flex();
+/// let x = Tensor::<2>::ones([1, 3], &device);
+/// // Equal logits of four tokens: each has the probability 1/4.
+/// let head = Tensor::<2>::ones([3, 4], &device);
+/// let targets = Tensor::<1, Int>::from_data([2], &device);
+/// let nll = linear_cross_entropy(x, head, targets).into_scalar::<f32>();
+/// assert!((nll - 4f32.ln()).abs() < 1e-6);
+/// ```
 pub fn linear_cross_entropy(x: Tensor<2>, head: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     let ([rows, hidden], [inputs, _]) = (x.dims(), head.dims());
-    assert_eq!(hidden, inputs, "inputs of the head");
-    assert_eq!(targets.dims(), [rows], "one target for each row");
-    assert!(rows > 0, "no rows");
+    assert_eq!(hidden, inputs, "the inputs of the head");
+    assert_eq!(targets.dims(), [rows], "the number of targets");
+    assert!(rows > 0, "there are no rows");
     Tensor::from_dispatch(Dispatch::linear_cross_entropy(
         x.into_dispatch(),
         head.into_dispatch(),

@@ -1,23 +1,37 @@
-//! A matrix and a product of two thin ones.
+//! The sum of a matrix and a product of two low-rank factors.
 
 use burn::tensor::Tensor;
 
-/// `weight + a · b`, for factors of a low rank `r`: no matrix is made of the product alone.
+/// Adds a product of low-rank factors to a matrix: `weight + a · b`.
 ///
-/// On the CPU in `f32` it is one pass over the weight; elsewhere, and for tensors with gradients, the
-/// operations are burn's.
+/// On the CPU in `f32`, it is one pass over the weight, and the product alone is not stored. On other
+/// backends, in other dtypes and for tensors with gradients, the operations are burn's.
 ///
 /// # Shapes
 /// - `weight`: `[m, n]`
 /// - `a`: `[m, r]`
 /// - `b`: `[r, n]`
+/// - result: `[m, n]`
 ///
 /// # Panics
-/// If the shapes are others.
+/// If the shapes are not these.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use kernels::add_low_rank;
+///
+/// let device = Device::flex();
+/// let weight = Tensor::<2>::from_data([[1.0, 0.0], [0.0, 1.0]], &device);
+/// let a = Tensor::<2>::from_data([[1.0], [2.0]], &device);
+/// let b = Tensor::<2>::from_data([[3.0, 4.0]], &device);
+/// let sum = add_low_rank(weight, a, b);
+/// assert_eq!(sum.into_data().try_to_vec::<f32>().unwrap(), [4.0, 4.0, 6.0, 9.0]);
+/// ```
 pub fn add_low_rank(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
     let ([m, n], [rank, of_b]) = (weight.dims(), b.dims());
-    assert_eq!(a.dims(), [m, rank], "the left factor");
-    assert_eq!(of_b, n, "the outputs of the right factor");
+    assert_eq!(a.dims(), [m, rank], "the shape of the left factor");
+    assert_eq!(of_b, n, "the columns of the right factor");
     #[cfg(feature = "flex")]
     if let Some(sum) = flex::add_low_rank(&weight, &a, &b) {
         return sum;
@@ -36,7 +50,7 @@ mod flex {
     use crate::matrix::{Matrix, Read};
     use crate::memory::zeroed;
 
-    /// Rows of a task.
+    /// The number of rows in a task.
     const ROWS: usize = 128;
 
     pub(super) fn add_low_rank(
@@ -60,8 +74,8 @@ mod flex {
             let first = part * ROWS;
             sum.copy_from_slice(&weight[first * n..][..sum.len()]);
             let dims = [sum.len() / n, rank, n];
-            // SAFETY: the rows of `a` and `sum` from `first` on, and all of `b`, which outlive this
-            // call; `sum` is this task's alone.
+            // SAFETY: `a` and `sum` have these rows and `b` its own; all outlive the call, and `sum`
+            // belongs to this task.
             unsafe { multiply_add(dims, a.0.at(first, 0), b.0, sum.as_mut_ptr(), n, true) }
         });
         Some(Tensor::from_primitive::<Flex>(tensor(sum, [m, n])))
@@ -89,7 +103,7 @@ mod tests {
             let found = add_low_rank(w.clone(), a.clone(), b.clone());
             let error = (found - composed).abs().max().into_scalar::<f32>();
             assert!(error <= 4e-7 * rank as f32, "{error} at {m}, {rank}, {n}");
-            // With gradients it is burn's.
+            // With gradients, the operations are burn's.
             let a = a.autodiff().require_grad();
             let gradients = add_low_rank(w.autodiff(), a.clone(), b.clone().autodiff())
                 .sum()

@@ -1,21 +1,21 @@
-//! Arithmetic on slices that comes out the same bits in every instruction set.
+//! Arithmetic on slices with the same bits in every instruction set.
 //!
-//! All functions are bodies for [`crate::isa::by_instruction_set`]: plain loops over arrays of
-//! [`LANES`], without fused multiply-adds, which a processor may lack.
+//! All functions are inlined into bodies of [`crate::isa::by_instruction_set`]: plain loops over arrays
+//! of [`LANES`] values, without fused multiply-adds, which some processors lack.
 
-/// Sums are kept in as many parts, whatever the width of a vector is.
+/// The number of partial sums, whatever the width of a vector.
 pub(crate) const LANES: usize = 32;
 
-/// `eˣ` within 1 ulp, subnormal results too (0.98 at worst over every third float).
+/// `eˣ` within 1 ulp, subnormal results included (0.98 ulp at most over every third float).
 ///
-/// With `n = round(x / ln 2)`, `eˣ = 2ⁿ eʳ` where `|r| <= ln 2 / 2`; the polynomial for `eʳ` and the
-/// two parts of `ln 2` are those of Cephes' `expf` (Moshier).
+/// With `n = round(x / ln 2)`, `eˣ = 2ⁿ eʳ` where `|r| <= ln 2 / 2`. The polynomial for `eʳ` and the
+/// two parts of `ln 2` are those of `expf` in Cephes (Moshier).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    /// `n` times this is exact.
+    /// The product with `n` is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    /// A sum with it is rounded to a whole number, which its low bits hold.
+    /// A sum with it is rounded to a whole number, which is in its low bits.
     const ROUND: f32 = 12_582_912.0;
 
     // Beyond these the result is 0 or infinity; comparisons leave NaN as it is.
@@ -31,7 +31,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 5e-1;
     let p = p * (r * r) + r + 1.0;
-    // In two steps, for 2ⁿ itself may not be a normal number.
+    // In two steps, because 2ⁿ may not be a normal number.
     let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
     p * power_of_two(half) * power_of_two(n.wrapping_sub(half))
@@ -61,7 +61,7 @@ pub(crate) fn sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// `Σ a b` over as many elements as both have.
+/// `Σ a b` over the length of the shorter slice.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());
@@ -79,7 +79,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum(sums)
 }
 
-/// Multiplies by `scale` and gives the largest product, or `-inf` if there is none.
+/// Multiplies by `scale` and returns the largest product, or `-inf` if there is none.
 #[inline(always)]
 pub(crate) fn scale_max(values: &mut [f32], scale: f32) -> f32 {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
@@ -104,13 +104,13 @@ pub(crate) fn scale_max(values: &mut [f32], scale: f32) -> f32 {
     most[0]
 }
 
-/// `a` if it is larger: one instruction, unlike [`f32::max`], and `b` for a NaN `a`.
+/// The larger of two numbers, `b` if `a` is NaN; one instruction, unlike [`f32::max`].
 #[inline(always)]
 pub(crate) fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-/// Replaces each value by `e^(value - shift)` and gives their sum.
+/// Replaces each value by `e^(value - shift)` and returns their sum.
 #[inline(always)]
 pub(crate) fn exp_sum(values: &mut [f32], shift: f32) -> f32 {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
@@ -128,7 +128,7 @@ pub(crate) fn exp_sum(values: &mut [f32], shift: f32) -> f32 {
     sum(sums)
 }
 
-/// `y += a x` over as many elements as both have.
+/// `y += a x` over the length of the shorter slice.
 #[inline(always)]
 pub(crate) fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
     for (y, x) in y.iter_mut().zip(x) {

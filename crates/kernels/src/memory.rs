@@ -1,11 +1,11 @@
 //! Large buffers.
 
-/// Buffers from this size on are asked for in huge pages: on a system that maps memory in pages of
-/// 4 KiB, touching them for the first time takes longer than what is computed into them.
+/// The size in bytes from which buffers are requested in huge pages: in pages of 4 KiB, the first
+/// writes to a buffer take longer than the computation of its values.
 #[cfg(target_os = "linux")]
 const HUGE: usize = 4 << 20;
 
-/// `n` zeros.
+/// A buffer of `n` zeros.
 pub(crate) fn zeroed<T: Zero>(n: usize) -> Vec<T> {
     let buffer = vec![T::ZERO; n];
     #[cfg(target_os = "linux")]
@@ -14,8 +14,8 @@ pub(crate) fn zeroed<T: Zero>(n: usize) -> Vec<T> {
         let range = buffer.as_ptr_range();
         let start = (range.start as usize).next_multiple_of(PAGE);
         let end = range.end as usize / PAGE * PAGE;
-        // SAFETY: the pages lie within the buffer. The advice changes how they are mapped, not what
-        // they hold; where it is refused, they stay as they are.
+        // SAFETY: the pages lie within the buffer. The advice changes the mapping of the pages, not
+        // their contents, and has no effect if it is refused.
         unsafe {
             libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
         }
@@ -23,7 +23,7 @@ pub(crate) fn zeroed<T: Zero>(n: usize) -> Vec<T> {
     buffer
 }
 
-/// A number whose zero is all zero bits, for which the system need not be asked to clear memory.
+/// A number whose zero has only zero bits, so that fresh memory of the system needs no clearing.
 pub(crate) trait Zero: Copy {
     const ZERO: Self;
 }

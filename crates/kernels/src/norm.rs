@@ -17,8 +17,9 @@ mod flex;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// Operations on `x` and `dy` `[rows, d]` with a weight `[d]`, composed from burn's primitive
-/// operations unless a backend overrides them; `r = 1 / sqrt(mean(x²) + eps)` of each row.
+/// Operations on `x` and `dy`, `[rows, d]`, composed from burn's primitive operations unless overridden.
+///
+/// The weight is `[d]`, and `r = 1 / sqrt(mean(x²) + eps)` for each row.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -33,7 +34,7 @@ pub(crate) trait NormOps: Backend {
         composed::rms_norm::<Self>(x, weight, eps)
     }
 
-    /// The gradient for `x`: `r (weight dy - x r² mean(x weight dy))`, `[rows, d]`.
+    /// The gradient for `x`, `r (weight dy - x r² mean(x weight dy))`: `[rows, d]`.
     #[fusion(default)]
     fn rms_norm_dx(
         x: FloatTensor<Self>,
@@ -44,7 +45,7 @@ pub(crate) trait NormOps: Backend {
         composed::dx::<Self>(x, weight, dy, eps)
     }
 
-    /// The gradient for the weight: the sum of `dy x r` over the rows, `[d]`.
+    /// The gradient for the weight, the sum of `dy x r` over the rows: `[d]`.
     #[fusion(default)]
     fn rms_norm_dweight(
         x: FloatTensor<Self>,
@@ -61,10 +62,10 @@ impl NormOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl NormOps for burn_cubecl::CubeBackend {}
 
-/// `x / sqrt(mean(x²) + eps) * weight` with the mean over the last dimension, differentiable in `x`
-/// and `weight`.
+/// Root mean square normalization, differentiable in `x` and `weight`.
 ///
-/// Zhang and Sennrich 2019, arXiv:1910.07467.
+/// It is `x / sqrt(mean(x²) + eps) * weight` with the mean over the last dimension (Zhang and Sennrich
+/// 2019, arXiv:1910.07467).
 ///
 /// # Shapes
 /// - `x`: `[.., d]`
@@ -72,11 +73,23 @@ impl NormOps for burn_cubecl::CubeBackend {}
 /// - result: `[.., d]`
 ///
 /// # Panics
-/// If the weight has another length.
+/// If the length of `weight` is not `d`.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use kernels::rms_norm;
+///
+/// let device = Device::flex();
+/// let x = Tensor::<2>::from_data([[1.0, -7.0]], &device);
+/// let weight = Tensor::<1>::from_data([5.0, 10.0], &device);
+/// let y = rms_norm(x, weight, 0.0);
+/// assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0, -14.0]);
+/// ```
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     let dims = x.dims();
     let d = dims[D - 1];
-    assert_eq!(weight.dims(), [d], "one weight for each element of a row");
+    assert_eq!(weight.dims(), [d], "the length of the weight");
     let rows = dims[..D - 1].iter().product::<usize>();
     let x = x.reshape([rows, d]).into_dispatch();
     let y = Dispatch::rms_norm(x, weight.into_dispatch(), eps);
@@ -135,7 +148,7 @@ mod composed {
 #[derive(Debug)]
 struct RmsNorm;
 
-/// Parents: `x` and the weight.
+/// The parents are `x` and the weight.
 impl<B: NormOps> Backward<B, 2> for RmsNorm {
     type State = (FloatTensor<B>, FloatTensor<B>, f64);
 

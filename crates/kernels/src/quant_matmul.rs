@@ -24,8 +24,9 @@ mod tests;
 pub use packed::Precision;
 use packed::{Packed, Zeros};
 
-/// Operations on a packed weight, composed from burn's primitive operations unless a backend
-/// overrides them; `x` is `[rows, d_in]` and `dy` is `[rows, d_out]`.
+/// Operations on a packed weight, composed from burn's primitive operations unless overridden.
+///
+/// `x` is `[rows, d_in]` and `dy` is `[rows, d_out]`.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -46,7 +47,7 @@ pub(crate) trait QuantOps: Backend {
         Self::float_matmul(x, Self::quant_unpack(w))
     }
 
-    /// The gradient of [`QuantOps::quant_matmul`] for `x`: `dy · wᵀ`, `[rows, d_in]`.
+    /// The gradient of [`QuantOps::quant_matmul`] for `x`, `dy · wᵀ`: `[rows, d_in]`.
     #[fusion(dtype = dy, shape = burn::tensor::Shape::new([dy[0], w.layout.d_in()]))]
     fn quant_matmul_dx(
         dy: FloatTensor<Self>,
@@ -55,10 +56,10 @@ pub(crate) trait QuantOps: Backend {
         Self::float_matmul(dy, Self::float_transpose(Self::quant_unpack(w)))
     }
 
-    /// The gradients of [`QuantOps::quant_matmul`] for the scales and for the zeros.
+    /// The gradients of [`QuantOps::quant_matmul`] for the scales and the zeros: `[n_groups, d_out]`.
     ///
-    /// With `p = xᵀ · dy` and `i` over the inputs of group `g`:
-    /// `dscales[g, o] = Σ p[i, o] (level[i, o] - zeros[g, o])`,
+    /// With `p = xᵀ · dy` and sums over the inputs `i` of group `g`:
+    /// `dscales[g, o] = Σ p[i, o] (level[i, o] - zeros[g, o])` and
     /// `dzeros[g, o] = -scales[g, o] Σ p[i, o]`.
     #[fusion(meta = |_dy, _x, w| (w.scales.clone(), w.scales.clone()))]
     fn quant_matmul_dgrid(
@@ -73,10 +74,29 @@ pub(crate) trait QuantOps: Backend {
 #[cfg(feature = "ndarray")]
 impl QuantOps for burn::backend::NdArray {}
 
-/// The dense weight of a packed one, `[d_in, d_out]`.
+/// Unpacks a packed weight into a dense one, differentiable in `scales` and `zeros`.
+///
+/// # Shapes
+/// - `words`: [`Layout::words_shape`], dtype `U32`
+/// - `scales`, `zeros`: [`Layout::grid_shape`]
+/// - result: `[d_in, d_out]`, in the dtype of the scales
 ///
 /// # Panics
 /// If a shape is not the layout's.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+/// use kernels::{Layout, Levels, dequantize, pack};
+///
+/// let device = Device::flex();
+/// let layout = Layout::new(2, 2, 4, 2, Levels::Centered);
+/// let words = TensorData::new(pack(&[8, 9, 7, 15], &layout), layout.words_shape());
+/// let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+/// let scales = Tensor::<2>::from_data([[0.5, 2.0]], &device);
+/// let weight = dequantize(words, scales, None, layout);
+/// assert_eq!(weight.into_data().try_to_vec::<f32>().unwrap(), [0.0, 2.0, -0.5, 14.0]);
+/// ```
 pub fn dequantize(
     words: Tensor<3, Int>,
     scales: Tensor<2>,
@@ -87,7 +107,9 @@ pub fn dequantize(
     Tensor::from_dispatch(Dispatch::quant_unpack(packed))
 }
 
-/// `x · w` with a packed `w`, differentiable in `x`, `scales` and `zeros`.
+/// Multiplies by a packed weight: `x · w`, differentiable in `x`, `scales` and `zeros`.
+///
+/// Backward unpacks the weight again, so no dense weight is kept for it.
 ///
 /// # Shapes
 /// - `x`: `[.., d_in]`
@@ -97,6 +119,23 @@ pub fn dequantize(
 ///
 /// # Panics
 /// If a shape is not the layout's.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+/// use kernels::{Layout, Levels, Precision, pack, quant_matmul};
+///
+/// let device = Device::flex();
+/// // Four inputs in groups of two, one output, 4-bit codes.
+/// let layout = Layout::new(4, 1, 4, 2, Levels::Unsigned);
+/// let words = TensorData::new(pack(&[1, 2, 3, 4], &layout), layout.words_shape());
+/// let words = Tensor::<3, Int>::from_data(words, (&device, DType::U32));
+/// let scales = Tensor::<2>::from_data([[1.0], [10.0]], &device);
+/// let zeros = Tensor::<2>::from_data([[0.0], [3.0]], &device);
+/// let x = Tensor::<2>::ones([1, 4], &device);
+/// let y = quant_matmul(x, words, scales, Some(zeros), layout, Precision::Full);
+/// assert_eq!(y.into_scalar::<f32>(), 1.0 + 2.0 + 0.0 + 10.0);
+/// ```
 pub fn quant_matmul<const D: usize>(
     x: Tensor<D>,
     words: Tensor<3, Int>,
@@ -107,7 +146,11 @@ pub fn quant_matmul<const D: usize>(
 ) -> Tensor<D> {
     let mut dims = x.dims();
     let d_in = dims[D - 1];
-    assert_eq!(d_in, layout.d_in(), "inputs of x and of the packed weight");
+    assert_eq!(
+        d_in,
+        layout.d_in(),
+        "the inputs of x and of the packed weight"
+    );
     let rows = dims[..D - 1].iter().product::<usize>();
     dims[D - 1] = layout.d_out();
     let x = x.reshape([rows, d_in]).into_dispatch();

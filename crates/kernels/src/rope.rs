@@ -17,8 +17,9 @@ mod flex;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
-/// Operations on `[batch, seq, heads, dim]` with tables `[seq, dim]`, composed from burn's primitive
-/// operations unless a backend overrides them.
+/// Rotation of `[batch, seq, heads, dim]`, composed from burn's primitive operations unless overridden.
+///
+/// The tables of cosines and sines are `[seq, dim]`.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -44,21 +45,37 @@ impl RopeOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl RopeOps for burn_cubecl::CubeBackend {}
 
-/// Turns dimension `i` with `i + dim / 2` by the angles of each position, as Hugging Face's models
-/// do: `x * cos + concat(-x[dim / 2 ..], x[.. dim / 2]) * sin`. Differentiable in `x`.
+/// Applies rotary position embeddings, differentiable in `x`.
 ///
-/// Su et al. 2021, arXiv:2104.09864.
+/// Dimension `i` is rotated with `i + dim / 2`, as in Hugging Face's models:
+/// `x * cos + concat(-x[dim / 2 ..], x[.. dim / 2]) * sin` (Su et al. 2021, arXiv:2104.09864).
 ///
 /// # Shapes
 /// - `x`: `[batch, seq, heads, dim]`
-/// - `cos`, `sin`: `[seq, dim]`, constants
+/// - `cos`, `sin`: `[seq, dim]`; they get no gradient
 /// - result: `[batch, seq, heads, dim]`
 ///
 /// # Panics
-/// If a table has another shape or `dim` is odd.
+/// If the shape of a table is not `[seq, dim]`, or `dim` is odd.
+///
+/// # Examples
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use kernels::rotate_half;
+///
+/// let device = Device::flex();
+/// let x = Tensor::<4>::from_data([[[[1.0, 2.0]]]], &device);
+/// // A quarter turn.
+/// let (cos, sin) = (Tensor::zeros([1, 2], &device), Tensor::ones([1, 2], &device));
+/// let y = rotate_half(x, cos, sin);
+/// assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [-2.0, 1.0]);
+/// ```
 pub fn rotate_half(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let [_, seq, _, dim] = x.dims();
-    assert!(dim.is_multiple_of(2), "{dim} dimensions do not pair up");
+    assert!(
+        dim.is_multiple_of(2),
+        "{dim} dimensions of a head are not even"
+    );
     assert_eq!(cos.dims(), [seq, dim], "the shape of the cosines");
     assert_eq!(sin.dims(), [seq, dim], "the shape of the sines");
     let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
@@ -81,13 +98,13 @@ mod composed {
         B::float_add(along, B::float_mul(turned, table(sin)))
     }
 
-    /// The sines with which [`rotate_half`] is the transpose of what it is with `sin`.
+    /// The sines with which [`rotate_half`] is the transpose of the rotation by `sin`.
     pub(super) fn transposed<B: Backend>(sin: FloatTensor<B>) -> FloatTensor<B> {
         let (first, second) = halves::<B>(sin);
         B::float_neg(B::float_cat(vec![second, first], 1))
     }
 
-    /// Both halves of the last dimension.
+    /// The halves of the last dimension.
     fn halves<B: Backend>(t: FloatTensor<B>) -> (FloatTensor<B>, FloatTensor<B>) {
         let shape = t.shape();
         let last = shape.num_dims() - 1;
@@ -104,7 +121,7 @@ mod composed {
 struct RotateHalf;
 
 impl<B: RopeOps> Backward<B, 1> for RotateHalf {
-    /// The tables.
+    /// The tables of cosines and sines.
     type State = (FloatTensor<B>, FloatTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {

@@ -1,4 +1,4 @@
-//! What the tests of the operations share.
+//! Helpers of the unit tests.
 
 use burn::backend::{Flex, flex::FlexTensor};
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
@@ -19,7 +19,7 @@ impl Random {
         Self(seed | 1)
     }
 
-    /// `n` numbers from `low` to `high`.
+    /// `n` uniform numbers from `low` to `high`.
     pub(crate) fn floats(&mut self, n: usize, low: f32, high: f32) -> Vec<f32> {
         let mut uniform = || {
             self.0 ^= self.0 << 13;
@@ -30,7 +30,7 @@ impl Random {
         (0..n).map(|_| low + (high - low) * uniform()).collect()
     }
 
-    /// A tensor of numbers from -1 to 1.
+    /// A tensor of uniform numbers from -1 to 1.
     pub(crate) fn tensor<const D: usize>(&mut self, shape: [usize; D]) -> Tensor<D> {
         tensor(&self.floats(shape.iter().product(), -1.0, 1.0), shape)
     }
@@ -48,7 +48,7 @@ pub(crate) fn primitive<const D: usize>(t: &Tensor<D>) -> FlexTensor {
     t.clone().try_into_primitive::<Flex>().unwrap()
 }
 
-/// Row by row.
+/// The values of a tensor, row by row.
 pub(crate) fn values<const D: usize>(t: &Tensor<D>) -> Vec<f32> {
     primitive_values(primitive(t))
 }
@@ -74,7 +74,7 @@ pub(crate) fn assert_same_on_any_threads(run: impl Fn() -> Vec<Vec<f32>> + Sync)
     assert!(on(5) == one, "five threads");
 }
 
-/// The slopes of `f` at `x`: central differences in f64.
+/// The gradient of `f` at `x` by central differences in `f64`.
 pub(crate) fn slopes(x: &[f32], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
     let h = 1e-4;
     let mut x = doubles(x);
@@ -95,7 +95,7 @@ pub(crate) fn doubles(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&v| f64::from(v)).collect()
 }
 
-/// The same in `F64`, a dtype without native operations.
+/// The tensor in `F64`, a dtype without native operations.
 pub(crate) fn wide<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
     t.clone().cast(FloatDType::F64)
 }
@@ -104,8 +104,8 @@ pub(crate) fn wide_values<const D: usize>(t: Tensor<D>) -> Vec<f64> {
     t.into_data().try_to_vec().unwrap()
 }
 
-/// Asserts that no error exceeds `tolerance` times the largest magnitude, or a tenth if all are
-/// smaller: inputs go from -1 to 1.
+/// Asserts that no error exceeds `tolerance` times the largest expected magnitude, or times 0.1 if all
+/// are smaller.
 #[track_caller]
 pub(crate) fn assert_close<F: Copy + Into<f64>>(found: &[F], expected: &[f64], tolerance: f64) {
     assert_eq!(found.len(), expected.len());

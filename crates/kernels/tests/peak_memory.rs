@@ -7,18 +7,18 @@ use kernels::{
     Layout, Levels, Precision, causal_attention, linear_cross_entropy, pack, quant_matmul,
 };
 
-/// What `step` takes at its peak beyond what there is before it, when it runs again.
+/// The peak of allocated bytes during a second run of `step`, above those before it.
 fn peak_of(step: impl Fn()) -> usize {
-    step(); // The thread pool and its buffers come to stay.
+    step(); // The thread pool and its buffers are allocated once.
     counting::peak_of(step)
 }
 
-/// One test, for the allocator counts what every thread allocates.
+/// A single test, because the allocator counts the allocations of all threads.
 #[test]
-fn what_a_step_holds() {
+fn peaks_are_bounded() {
     one_step_stays_below_half_of_the_dense_weights();
-    a_loss_holds_one_slab_of_logits();
-    attention_holds_no_scores();
+    a_loss_keeps_one_slab_of_logits();
+    attention_keeps_no_scores();
 }
 
 const WIDTH: usize = 512;
@@ -74,7 +74,7 @@ fn one_step_stays_below_half_of_the_dense_weights() {
 }
 
 /// The logits of the whole batch are 96 MB.
-fn a_loss_holds_one_slab_of_logits() {
+fn a_loss_keeps_one_slab_of_logits() {
     let device = Device::flex().autodiff();
     let uniform = Distribution::Uniform(-1.0, 1.0);
     let x = Tensor::<2>::random([600, 32], uniform, &device).require_grad();
@@ -94,7 +94,7 @@ fn a_loss_holds_one_slab_of_logits() {
 }
 
 /// The scores of all heads are 64 MiB.
-fn attention_holds_no_scores() {
+fn attention_keeps_no_scores() {
     let device = Device::flex().autodiff();
     let [q, k, v] = [(); 3].map(|()| {
         let uniform = Distribution::Uniform(-1.0, 1.0);

@@ -29,7 +29,7 @@ pub trait Initialization<M: CausalLm + Stages> {
 /// method that compensate for the quantization error.
 ///
 /// Methods that look at one layer at a time go through the model stage by stage: a layer's dense weight
-/// is freed when its packed one is there, and the activations of `calibration` reach the next stage
+/// is freed once it is packed, and the activations of `calibration` reach the next stage
 /// through packed weights and adapters, as [`models::quantize`] does it. Without `calibration` nothing is
 /// run, for methods that look at weights alone; with it the errors of outputs are reported too.
 ///

@@ -1,4 +1,4 @@
-//! What an initialization holds in memory beside the weight.
+//! The memory of an initialization beside the weight.
 
 #[path = "../../kernels/tests/counting/mod.rs"]
 mod counting;

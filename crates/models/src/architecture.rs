@@ -15,7 +15,9 @@ use crate::positions::Positions;
 use crate::source::{Source, linear};
 
 /// The configuration of an architecture.
-pub(crate) trait Architecture {
+pub(crate) trait Architecture: Sized {
+    type Block: DecoderBlock<Config = Self>;
+
     /// The values of `model_type` in `config.json`.
     const MODEL_TYPES: &'static [&'static str];
 
@@ -23,6 +25,25 @@ pub(crate) trait Architecture {
 
     /// The positions of the tokens of sequences.
     fn positions(&self, spans: &Spans) -> Positions;
+
+    /// The projections of a block.
+    fn projections(&self) -> Vec<Projection> {
+        Self::Block::projections(self)
+    }
+
+    /// Builds the block at `path`.
+    fn build_block<S: Source>(
+        &self,
+        path: String,
+        source: &mut S,
+    ) -> Result<Self::Block, S::Error> {
+        let config = self;
+        Self::Block::build(Parts {
+            config,
+            path,
+            source,
+        })
+    }
 }
 
 /// The parts of a model around its blocks.
@@ -182,8 +203,8 @@ pub(crate) use parts;
 /// The parts of the block at a path, built from a source of parameters.
 pub(crate) struct Parts<'a, B: DecoderBlock, S> {
     pub(crate) config: &'a B::Config,
-    pub(crate) path: String,
-    pub(crate) source: &'a mut S,
+    path: String,
+    source: &'a mut S,
 }
 
 impl<B: DecoderBlock, S: Source> Parts<'_, B, S> {

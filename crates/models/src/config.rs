@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use peft::{Linear, Spans};
 use serde_json::{Map, Value};
 
-use crate::architecture::{Architecture, DecoderBlock, Parts, Projection, Shape};
+use crate::architecture::{Architecture, DecoderBlock, Projection, Shape};
 use crate::attention::Attention;
 use crate::fields::Fields;
 use crate::kv_cache::KvCache;
@@ -17,7 +17,10 @@ use crate::norm::Norm;
 use crate::opt::{OptBlock, OptConfig};
 use crate::positions::Positions;
 use crate::source::Source;
-use crate::{Error, Result};
+use crate::{ConfigError, Result};
+
+#[cfg(test)]
+mod tests;
 
 /// The shape of a model of one of the architectures, from Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,18 +72,8 @@ impl Block {
         source: &mut S,
     ) -> Result<Self, S::Error> {
         match config {
-            Config::Llama(config) => LlamaBlock::build(Parts {
-                config,
-                path,
-                source,
-            })
-            .map(Self::Llama),
-            Config::Opt(config) => OptBlock::build(Parts {
-                config,
-                path,
-                source,
-            })
-            .map(Self::Opt),
+            Config::Llama(config) => config.build_block(path, source).map(Self::Llama),
+            Config::Opt(config) => config.build_block(path, source).map(Self::Opt),
         }
     }
 
@@ -137,8 +130,24 @@ impl Config {
     /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`Error::Architecture`] for a model type of no known architecture, [`Error::Config`] for a
-    /// setting that is missing, out of range or not supported.
+    /// [`ConfigError::Architecture`] for a model type of no known architecture,
+    /// [`ConfigError::Setting`] for a setting that is missing, out of range or not supported.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::path::Path;
+    ///
+    /// let mut json = models::OptConfig::default().to_json();
+    /// let config = models::Config::from_json(&json, Path::new("config.json"))?;
+    /// assert_eq!(config.num_hidden_layers(), 12);
+    /// json["num_attention_heads"] = 5.into();
+    /// let error = models::Config::from_json(&json, Path::new("config.json")).unwrap_err();
+    /// assert_eq!(
+    ///     error.to_string(),
+    ///     "`config.json`: num_attention_heads is 5, which does not divide the hidden size 768"
+    /// );
+    /// # Ok::<(), models::Error>(())
+    /// ```
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str);
         let model_type = model_type.unwrap_or_default();
@@ -153,10 +162,14 @@ impl Config {
         let reads = |(model_types, _): &&(&[&str], Reader)| model_types.contains(&model_type);
         match READERS.iter().find(reads) {
             Some((_, read)) => read(json, path),
-            None => Err(Error::Architecture {
-                path: path.into(),
-                model_type: model_type.into(),
-            }),
+            None => {
+                let error = ConfigError::Architecture {
+                    path: path.into(),
+                    model_type: model_type.into(),
+                    supported: READERS.map(|(types, _)| types.join(", ")).join(", "),
+                };
+                Err(error.into())
+            }
         }
     }
 
@@ -197,20 +210,13 @@ impl Config {
     /// [`Model`](crate::Model) lists them.
     pub fn projections(&self) -> Vec<(String, [usize; 2])> {
         let shape = self.shape();
-        let of_block = self.block_projections();
+        let of_block = of!(Self, self, config => config.projections());
         let of_block = |layer| {
             let path = shape.block_path(layer);
             let all = of_block.iter();
             all.map(move |Projection { name, dims, .. }| (format!("{path}.{name}"), *dims))
         };
         (0..shape.n_layers).flat_map(of_block).collect()
-    }
-
-    fn block_projections(&self) -> Vec<Projection> {
-        match self {
-            Self::Llama(config) => LlamaBlock::projections(config),
-            Self::Opt(config) => OptBlock::projections(config),
-        }
     }
 
     /// The first part of the names of all tensors but the head's.

@@ -1,56 +1,106 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use tensor_files::FloatType;
 
 use crate::CheckpointFormat;
 
-/// What can be wrong with a checkpoint, a text or a model.
+/// The errors of this crate, by subject.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A file or a directory.
+    /// An error of a file or a directory.
     #[error(transparent)]
     File(#[from] tensor_files::Error),
-    /// An adapter or a layer.
+    /// An error of an adapter, a layer or a batch.
     #[error(transparent)]
     Peft(#[from] peft::Error),
-    /// A model of another architecture.
-    #[error(
-        "unsupported model type `{model_type}` in `{path}`; supported: llama, mistral, qwen2, opt"
-    )]
+    /// An error of a configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An error of a checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// An error of a text or a tokenizer.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// An error of generation.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
+}
+
+/// The errors of configurations.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// An architecture that this crate does not have.
+    #[error("unsupported model type `{model_type}` in `{path}`; supported: {supported}")]
     Architecture {
         /// The configuration.
         path: PathBuf,
         /// Its `model_type`.
         model_type: String,
+        /// The model types of this crate.
+        supported: String,
     },
-    /// A configuration that describes no model, or one that this crate does not have.
+    /// A setting that is missing, out of range or not supported.
     #[error("`{path}`: {setting} {problem}")]
-    Config {
-        /// The file.
+    Setting {
+        /// The configuration.
         path: PathBuf,
         /// The setting.
         setting: String,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
+    /// Two configurations of one model that contradict each other.
+    #[error(
+        "`{first}` and `{second}` disagree on {setting}: {in_first} and {in_second}; correct the one that is wrong"
+    )]
+    Disagreement {
+        /// The first configuration.
+        first: PathBuf,
+        /// The second configuration.
+        second: PathBuf,
+        /// The setting.
+        setting: &'static str,
+        /// The value in the first configuration.
+        in_first: String,
+        /// The value in the second configuration.
+        in_second: String,
+    },
+}
+
+impl ConfigError {
+    pub(crate) fn setting(path: &Path, setting: &str, problem: String) -> Self {
+        Self::Setting {
+            path: path.into(),
+            setting: setting.into(),
+            problem,
+        }
+    }
+}
+
+/// The errors of checkpoints.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
     /// A directory without weights.
     #[error("`{dir}` has neither `model.safetensors` nor `model.safetensors.index.json`{hint}")]
     NoWeights {
         /// The directory.
         dir: PathBuf,
-        /// What is there instead.
+        /// Advice for the weights that the directory has, if any.
         hint: &'static str,
     },
-    /// A file of weights that the index names and the directory does not have.
-    #[error("`{index}` names the shard `{shard}`, which is not there; fetch it again")]
+    /// A file of weights that is in the index and not in the directory.
+    #[error("`{index}` names the shard `{shard}`, which is missing; download it again")]
     MissingShard {
         /// The index.
         index: PathBuf,
         /// The shard.
         shard: String,
     },
-    /// A tensor that the model has no place for.
+    /// A tensor that the model does not have.
     #[error("`{path}` has a tensor `{tensor}`, which the configuration has no place for")]
     UnexpectedTensor {
         /// The file.
@@ -58,43 +108,17 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
-    /// A GPTQ checkpoint whose zero-points can be read in two ways.
+    /// A GPTQ checkpoint with ambiguous zero-points.
     #[error(
-        "`{path}` does not state its checkpoint_format, on which the zero-points depend; add `\"checkpoint_format\": \"gptq\"` (v1, zero-points stored minus one: AutoGPTQ's) or `\"checkpoint_format\": \"gptq_v2\"`"
+        "`{path}` does not state its checkpoint_format, on which the zero-points depend; add `\"checkpoint_format\": \"gptq\"` (v1, zero-points stored minus one, as by AutoGPTQ) or `\"checkpoint_format\": \"gptq_v2\"`"
     )]
     GptqVersion {
         /// The configuration.
         path: PathBuf,
     },
-    /// Two configurations of one checkpoint that say different things.
+    /// Zero-points of 0 that wrapped around when GPTQ v1 stored them minus one.
     #[error(
-        "`{first}` and `{second}` disagree on {setting}: {in_first} and {in_second}; correct the one that is wrong"
-    )]
-    Disagreement {
-        /// One configuration.
-        first: PathBuf,
-        /// The other.
-        second: PathBuf,
-        /// The setting.
-        setting: &'static str,
-        /// Its value in the first.
-        in_first: String,
-        /// Its value in the second.
-        in_second: String,
-    },
-    /// GPTQ's `g_idx` that puts inputs into no groups of the configuration's size.
-    #[error("tensor `{tensor}` in `{path}`: {problem}")]
-    GroupIndex {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// What is wrong.
-        problem: String,
-    },
-    /// Zero-points of 0 that GPTQ v1 stored minus one, which wrapped around.
-    #[error(
-        "tensor `{tensor}` in `{path}`: a zero-point of 0 was stored minus one (group {group}, output {output}), and what it did to those beside it depends on the program that wrote it; write the checkpoint as gptq_v2"
+        "tensor `{tensor}` in `{path}`: a zero-point of 0 was stored minus one (group {group}, output {output}), and its effect on the neighboring zero-points depends on the program that wrote it; write the checkpoint as gptq_v2"
     )]
     WrappedZeros {
         /// The file.
@@ -103,22 +127,20 @@ pub enum Error {
         tensor: String,
         /// The group of the first such zero-point.
         group: usize,
-        /// Its output.
+        /// The output of the first such zero-point.
         output: usize,
     },
-    /// A packed weight where the format of a checkpoint has a dense one.
+    /// A packed head in a format that only packs projections.
     #[error(
-        "`{path}` has `{tensor}`: `{layer}` is quantized, but only projections can be in a checkpoint of this format"
+        "`{path}` has `{tensor}`: the head is quantized, but only projections can be in a checkpoint of this format"
     )]
-    PackedLayer {
+    PackedHead {
         /// The file.
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// The layer.
-        layer: String,
     },
-    /// Layers that a format of checkpoints does not hold exactly.
+    /// Layers that a format does not hold exactly.
     #[error(
         "a {format} checkpoint does not hold these layers exactly, a {instead} checkpoint does:{}",
         list(layers)
@@ -126,12 +148,12 @@ pub enum Error {
     CannotHold {
         /// The format.
         format: CheckpointFormat,
-        /// The layers, each with what is against it.
+        /// The layers, each with the reason.
         layers: Vec<(String, String)>,
         /// A format that holds the model.
         instead: CheckpointFormat,
     },
-    /// Values that a type of float does not reach.
+    /// Values beyond the range of a type of float.
     #[error(
         "tensor `{tensor}` has {n} values beyond the range of {float:?}, such as {value}; write it as F32 or Bf16"
     )]
@@ -142,86 +164,63 @@ pub enum Error {
         float: FloatType,
         /// The first of the values.
         value: f32,
-        /// How many there are.
+        /// The number of values.
         n: usize,
     },
-    /// A tokenizer that could not be read, or does not take a text.
+    /// Layers that cannot be quantized as planned.
+    #[error("these layers cannot be quantized as planned:{}", list(layers))]
+    Plan {
+        /// The layers, each with the reason.
+        layers: Vec<(String, String)>,
+    },
+}
+
+/// The errors of texts and tokenizers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TextError {
+    /// A tokenizer that cannot be read, or that refuses a text.
     #[error("`{path}`: {problem}")]
     Tokenizer {
-        /// The tokenizer's file.
+        /// The file of the tokenizer.
         path: PathBuf,
-        /// What it said.
+        /// The message of the tokenizer.
         problem: String,
     },
-    /// A text for a model that came without a tokenizer.
-    #[error("`{dir}` has no `tokenizer.json`, without which a text has no tokens")]
+    /// A model without a tokenizer.
+    #[error("`{dir}` has no `tokenizer.json`, which texts need; add the one of the model")]
     NoTokenizer {
         /// The directory.
         dir: PathBuf,
     },
-    /// A text that does not fill a window.
+    /// A text that is shorter than a window.
     #[error(
-        "the text has {n_tokens} tokens, fewer than one window of {seq_len}; use a longer text or a shorter window"
+        "the text has {n_tokens} tokens, fewer than a window of {seq_len}; use a longer text or a shorter window"
     )]
     ShortText {
-        /// Tokens of the text.
+        /// The number of tokens of the text.
         n_tokens: usize,
-        /// Tokens of a window.
+        /// The number of tokens of a window.
         seq_len: usize,
     },
-    /// A window that the model was not made for.
-    #[error(
-        "windows of {seq_len} tokens; they must have 2 to {max}, the positions that it was made for"
-    )]
+    /// A window that is longer than the model was trained for.
+    #[error("windows of {seq_len} tokens; choose 2 to {max}, which the model was trained for")]
     SeqLen {
-        /// Tokens of a window.
+        /// The number of tokens of a window.
         seq_len: usize,
-        /// Positions of the model.
+        /// The longest window of the model.
         max: usize,
     },
-    /// Layers that cannot be quantized as planned.
-    #[error("the plan does not work for these layers:{}", list(layers))]
-    Plan {
-        /// The layers, each with what is against it.
-        layers: Vec<(String, String)>,
-    },
-    /// A text of no tokens, after which nothing can be predicted.
-    #[error("there are no tokens to continue; give a prompt of at least one")]
-    NoTokens,
-    /// More tokens than a cache was made for.
-    #[error("the text comes to {len} tokens, the cache was made for {max_len}")]
-    CacheFull {
-        /// Tokens with those to be read.
-        len: usize,
-        /// Tokens that the cache takes.
-        max_len: usize,
-    },
-    /// A rope scaling that depends on the length of the text, on a text so long that it does.
+    /// A special token outside of the vocabulary.
     #[error(
-        "a cache for {max_len} tokens: beyond {max} the model's `dynamic` rope scaling turns all tokens anew for each length, and cached ones cannot be; generate no more"
-    )]
-    DynamicRope {
-        /// Tokens that the cache was to take.
-        max_len: usize,
-        /// Positions of the model without scaling.
-        max: usize,
-    },
-    /// Logits that are NaN or infinite.
-    #[error("the logits after {position} tokens are not finite")]
-    NonFiniteLogits {
-        /// Tokens read.
-        position: usize,
-    },
-    /// A special token that the vocabulary lacks.
-    #[error(
-        "`{path}`: {name} is `{token}`, which is not in the vocabulary of `{tokenizer}`; the two files are from different models"
+        "`{path}`: {name} is `{token}`, which is not in the vocabulary of `{tokenizer}`; use the two files of one model"
     )]
     UnknownSpecial {
         /// The configuration.
         path: PathBuf,
         /// The name of the token.
         name: &'static str,
-        /// Its text.
+        /// The text of the token.
         token: String,
         /// The file of the tokenizer.
         tokenizer: PathBuf,
@@ -231,8 +230,41 @@ pub enum Error {
     MissingSpecial {
         /// The name of the token.
         name: &'static str,
-        /// The part of the model or of the program that requires it.
+        /// The part that needs the token.
         needed_by: String,
+    },
+}
+
+/// The errors of generation.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum GenerationError {
+    /// An empty prompt.
+    #[error("the prompt has no tokens; give at least one")]
+    NoTokens,
+    /// More tokens than the cache holds.
+    #[error("{len} tokens for a cache of {max_len}; make a larger cache")]
+    CacheFull {
+        /// The number of tokens, with those in the cache.
+        len: usize,
+        /// The largest number of tokens in the cache.
+        max_len: usize,
+    },
+    /// A cache so long that `dynamic` rope scaling would change the keys in it.
+    #[error(
+        "a cache for {max_len} tokens: beyond {max}, the `dynamic` rope scaling of the model rotates all keys again for each length, and cached keys cannot be; generate fewer tokens"
+    )]
+    DynamicRope {
+        /// The largest number of tokens in the cache.
+        max_len: usize,
+        /// The longest text without scaling.
+        max: usize,
+    },
+    /// Logits that are NaN or infinite.
+    #[error("the logits after {position} tokens are not finite")]
+    NonFiniteLogits {
+        /// The number of tokens before.
+        position: usize,
     },
 }
 

@@ -3,7 +3,7 @@ use std::path::Path;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{ConfigError, Error, Result};
 
 /// The most blocks of a model: each block has a list of names.
 const MAX_LAYERS: usize = 10_000;
@@ -16,11 +16,7 @@ pub(crate) struct Fields<'a> {
 impl Fields<'_> {
     /// An error about a setting.
     pub(crate) fn refuse(&self, setting: &str, problem: String) -> Error {
-        Error::Config {
-            path: self.path.into(),
-            setting: setting.into(),
-            problem,
-        }
+        ConfigError::setting(self.path, setting, problem).into()
     }
 
     /// Reads the settings of a model.

@@ -1,4 +1,4 @@
-//! A text token by token: what was computed for the tokens before stays in a cache.
+//! Generation, token by token, with a KV cache.
 
 use std::ops::ControlFlow;
 
@@ -9,16 +9,16 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use crate::kv_cache::KvCache;
 use crate::positions::Positions;
-use crate::{Error, Model, Result};
+use crate::{GenerationError, Model, Result};
 
-/// The keys and values of the tokens that a [`Model`] has read, made by [`Model::cache`].
+/// The KV cache of a [`Model`], made by [`Model::cache`].
 ///
-/// Its memory grows with the text, to twice the size at a time; between that, a token is written in
-/// its place and nothing is copied.
+/// Its memory is allocated for twice the tokens each time it is full; in between, a token is written in
+/// place and nothing is copied.
 #[derive(Clone, Debug)]
 pub struct Cache {
     blocks: Vec<KvCache>,
-    /// Of `capacity` positions; none before the first token.
+    /// The positions of `capacity` tokens; `None` before the first token.
     positions: Option<Positions>,
     capacity: usize,
     len: usize,
@@ -26,37 +26,38 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Tokens read.
+    /// The number of tokens in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether no token has been read.
+    /// Whether the cache has no tokens.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Tokens that it takes at most.
+    /// The largest number of tokens.
     pub fn max_len(&self) -> usize {
         self.max_len
     }
 }
 
 impl Model {
-    /// An empty cache for texts of up to `max_len` tokens. They may be more than a model with rotary
-    /// embeddings was made for, as transformers has it.
+    /// An empty cache for texts of up to `max_len` tokens.
+    ///
+    /// A model with rotary embeddings takes longer texts than it was trained for, as in transformers.
     ///
     /// # Errors
-    /// [`peft::Error::TooLong`] for more than [`CausalLm::max_positions`];
-    /// [`Error::DynamicRope`] for a `dynamic` rope scaling that `max_len` would bring into effect: it
-    /// turns all tokens anew for each length, and a cache holds them as they were turned.
+    /// [`peft::Error::TooLong`] for more than [`Blocks::max_positions`]; [`GenerationError::DynamicRope`]
+    /// if `dynamic` rope scaling takes effect below `max_len`, since it rotates all keys again for each
+    /// length.
     pub fn cache(&self, max_len: usize) -> Result<Cache> {
         if let Some(max) = self.max_positions().filter(|&max| max_len > max) {
             return Err(peft::Error::TooLong { len: max_len, max }.into());
         }
         let max_cached = self.config().shape().max_cached;
         if let Some(max) = max_cached.filter(|&max| max_len > max) {
-            return Err(Error::DynamicRope { max_len, max });
+            return Err(GenerationError::DynamicRope { max_len, max }.into());
         }
         Ok(Cache {
             blocks: vec![KvCache::default(); self.n_blocks()],
@@ -67,34 +68,33 @@ impl Model {
         })
     }
 
-    /// The logits of the token after the last of `tokens`, which come after those in the cache and
-    /// join them: a prompt at once, and then one token at a time.
+    /// The logits of the token after `tokens`, which follow those in the cache and are appended to it.
     ///
     /// # Shapes
     /// - `tokens`: `[batch, seq]`
     /// - result: `[batch, vocab]`
     ///
     /// # Errors
-    /// [`Error::NoTokens`], or [`Error::CacheFull`] if there are more than it takes. Then the cache
-    /// is as it was.
+    /// [`GenerationError::NoTokens`], or [`GenerationError::CacheFull`] for more tokens than
+    /// [`Cache::max_len`]. Then the cache is unchanged.
     ///
     /// # Panics
     /// If a token is not in the vocabulary, or the cache is that of a model of another shape or of
-    /// another number of texts.
+    /// another batch size.
     pub fn forward_cached(&self, tokens: Tensor<2, Int>, cache: &mut Cache) -> Result<Tensor<2>> {
         let [batch, seq] = tokens.dims();
         if batch * seq == 0 {
-            return Err(Error::NoTokens);
+            return Err(GenerationError::NoTokens.into());
         }
         let (start, max_len) = (cache.len, cache.max_len);
         let len = start + seq;
         if len > max_len {
-            return Err(Error::CacheFull { len, max_len });
+            return Err(GenerationError::CacheFull { len, max_len }.into());
         }
         assert_eq!(cache.blocks.len(), self.n_blocks(), "blocks of the cache");
         if len > cache.capacity || cache.positions.is_none() {
             cache.capacity = len.max(2 * cache.capacity).max(64).min(max_len);
-            // Of a length for which no scaling depends on it.
+            // No scaling depends on this length.
             let spans = Spans::whole(cache.capacity, &tokens.device());
             cache.positions = Some(self.positions(&spans));
         }
@@ -114,38 +114,74 @@ impl Model {
     }
 }
 
-/// How a text is continued.
+/// The settings of [`generate`].
 ///
-/// The likeliest token is taken each time, unless there is a temperature: then tokens are drawn, by
-/// `seed` alone. Before a draw, logits are divided by the temperature, those of less likely tokens
-/// than the `top_k` likeliest are left out, and then all but the fewest likeliest tokens whose
-/// probabilities add up to `top_p` (Holtzman et al. 2020, arXiv:1904.09751), as transformers does it.
-#[derive(burn::config::Config, Debug, PartialEq)]
+/// Without a temperature, the likeliest token is taken each time. With one, tokens are drawn: logits are
+/// divided by the temperature, only the `top_k` likeliest tokens are kept, and of those only the fewest
+/// likeliest whose probabilities add up to `top_p` (Holtzman et al. 2020, arXiv:1904.09751), as in
+/// transformers.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
-    /// Tokens to add at most.
-    pub max_new_tokens: usize,
-    /// What logits are divided by; 0 for the likeliest token.
-    #[config(default = 0.0)]
-    pub temperature: f64,
-    /// How many of the likeliest tokens are drawn from; all without.
-    #[config(default = "None")]
-    pub top_k: Option<usize>,
-    /// The probability of the likeliest tokens that are drawn from; 1 for all.
-    #[config(default = 1.0)]
-    pub top_p: f64,
-    /// What the draws depend on.
-    #[config(default = 0)]
-    pub seed: u64,
-    /// Tokens that end the text; the one that did is part of the result.
-    #[config(default = "Vec::new()")]
-    pub stop: Vec<u32>,
+    max_new_tokens: usize,
+    temperature: f64,
+    top_k: Option<usize>,
+    top_p: f64,
+    seed: u64,
+    stop: Vec<u32>,
 }
 
 impl Generation {
+    /// Settings that take the likeliest token up to `max_new_tokens` times.
+    pub fn new(max_new_tokens: usize) -> Self {
+        Self {
+            max_new_tokens,
+            temperature: 0.0,
+            top_k: None,
+            top_p: 1.0,
+            seed: 0,
+            stop: Vec::new(),
+        }
+    }
+
+    /// Sets the divisor of the logits, 0 by default: the likeliest token is taken.
+    pub fn with_temperature(mut self, temperature: f64) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets the number of the likeliest tokens that are drawn from, `None` by default: all.
+    pub fn with_top_k(mut self, top_k: impl Into<Option<usize>>) -> Self {
+        self.top_k = top_k.into();
+        self
+    }
+
+    /// Sets the probability of the likeliest tokens that are drawn from, 1 by default: all.
+    pub fn with_top_p(mut self, top_p: f64) -> Self {
+        self.top_p = top_p;
+        self
+    }
+
+    /// Sets the seed of the draws, 0 by default.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Adds tokens that end the text. The token that ends it is part of the result.
+    pub fn with_stop(mut self, stop: impl IntoIterator<Item = u32>) -> Self {
+        self.stop.extend(stop);
+        self
+    }
+
+    /// Whether a token ends the text.
+    pub(crate) fn stops_at(&self, token: u32) -> bool {
+        self.stop.contains(&token)
+    }
+
     /// Checks the settings.
     ///
     /// # Errors
-    /// [`peft::Error::Setting`] with one that is out of its range.
+    /// [`peft::Error::Setting`] with a setting that is out of range.
     pub fn check(&self) -> Result<()> {
         let refuse = |setting, value: String, expected| {
             let error = peft::Error::Setting {
@@ -168,7 +204,7 @@ impl Generation {
         Ok(())
     }
 
-    /// The token after these logits.
+    /// Chooses a token by its logits.
     fn next(&self, logits: &[f32], rng: &mut ChaCha8Rng) -> u32 {
         if self.temperature == 0.0 {
             return largest(logits);
@@ -182,16 +218,16 @@ impl Generation {
                 return token;
             }
         }
-        // Rounding may leave a little.
+        // A remainder of the rounding.
         kept[kept.len() - 1].0
     }
 
-    /// The tokens that are drawn from with their probabilities among all, the likeliest first.
+    /// The tokens that are drawn from with their probabilities, the likeliest first.
     fn probabilities(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let most = f64::from(logits[largest(logits) as usize]);
         let weight = |logit: f32| ((f64::from(logit) - most) / self.temperature).exp();
         let mut all: Vec<(u32, f64)> = (0..).zip(logits.iter().map(|&l| weight(l))).collect();
-        // The first of equal ones before the others.
+        // Of equal probabilities the first token comes first.
         all.sort_by(|(a, p), (b, q)| q.total_cmp(p).then(a.cmp(b)));
         if let Some(last) = self.top_k.and_then(|k| all.get(k - 1)).map(|&(_, p)| p) {
             all.truncate(all.partition_point(|&(_, p)| p >= last));
@@ -205,18 +241,33 @@ impl Generation {
         });
         let n = n.count().max(1);
         all.truncate(n);
-        // The likeliest has the weight 1; others may have none that f64 holds.
+        // The largest weight is 1; others may underflow.
         all.retain(|&(_, p)| p > 0.0);
         all.into_iter().map(|(token, p)| (token, p / sum)).collect()
     }
 }
 
-/// Continues `prompt`. `on_token` sees each token as it comes, and may break off after it.
+/// Continues `prompt`. `on_token` is called with each new token, and may end the text.
 ///
 /// # Errors
-/// [`Error::NoTokens`] for an empty prompt, [`peft::Error::Token`] for a token that the model lacks,
-/// [`Error::DynamicRope`] or [`peft::Error::TooLong`] as [`Model::cache`], [`peft::Error::Setting`], or
-/// [`Error::NonFiniteLogits`].
+/// [`GenerationError::NoTokens`] for an empty prompt, [`peft::Error::Token`] for a token outside of the
+/// vocabulary, [`peft::Error::Setting`], [`GenerationError::NonFiniteLogits`], or as [`Model::cache`].
+///
+/// # Examples
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use models::{Generation, Model, OptConfig, generate};
+///
+/// let config = OptConfig::default().with_num_hidden_layers(1).with_vocab_size(16);
+/// let model = Model::init(config, 0, &burn::tensor::Device::flex());
+/// let settings = Generation::new(4).with_temperature(0.8).with_top_k(5);
+/// let new = generate(&model, &[3, 1], &settings, |_| ControlFlow::Continue(()))?;
+/// assert_eq!(new.len(), 4);
+/// // The vocabulary has 16 tokens.
+/// assert!(generate(&model, &[16], &settings, |_| ControlFlow::Continue(())).is_err());
+/// # Ok::<(), models::Error>(())
+/// ```
 pub fn generate(
     model: &Model,
     prompt: &[u32],
@@ -236,7 +287,7 @@ pub fn generate(
         Tensor::<2, Int>::from_data(TensorData::new(ids, shape), &device)
     };
     if prompt.is_empty() {
-        return Err(Error::NoTokens);
+        return Err(GenerationError::NoTokens.into());
     }
     let n_new = settings.max_new_tokens;
     // The last token is not read.
@@ -250,11 +301,11 @@ pub fn generate(
         let logits = logits.as_slice::<f32>().expect("converted to f32");
         if logits.iter().any(|logit| !logit.is_finite()) {
             let position = cache.len();
-            return Err(Error::NonFiniteLogits { position });
+            return Err(GenerationError::NonFiniteLogits { position }.into());
         }
         let token = settings.next(logits, &mut rng);
         new.push(token);
-        if on_token(token).is_break() || settings.stop.contains(&token) {
+        if on_token(token).is_break() || settings.stops_at(token) {
             break;
         }
         read = tokens(&[token]);
@@ -262,7 +313,7 @@ pub fn generate(
     Ok(new)
 }
 
-/// The place of the first of the largest logits.
+/// The index of the largest logit, the first if several are equal.
 fn largest(logits: &[f32]) -> u32 {
     let mut largest = (0, f32::NEG_INFINITY);
     for (token, &logit) in (0..).zip(logits) {
@@ -276,6 +327,7 @@ fn largest(logits: &[f32]) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Error;
 
     /// Logarithms of 8, 4, 2, 1, 1 sixteenths, out of order.
     fn logits() -> [f32; 5] {
@@ -297,11 +349,11 @@ mod tests {
             kept(&all),
             [(1, 0.5), (3, 0.25), (0, 0.125), (2, 0.0625), (4, 0.0625)]
         );
-        let two = all.clone().with_top_k(Some(2));
+        let two = all.clone().with_top_k(2);
         assert_eq!(kept(&two), [(1, 0.666667), (3, 0.333333)]);
         // Both of those that are equally likely.
-        assert_eq!(kept(&all.clone().with_top_k(Some(4))).len(), 5);
-        assert_eq!(kept(&all.clone().with_top_k(Some(9))).len(), 5);
+        assert_eq!(kept(&all.clone().with_top_k(4)).len(), 5);
+        assert_eq!(kept(&all.clone().with_top_k(9)).len(), 5);
         // The fewest that reach it, and the one that crosses it.
         assert_eq!(kept(&all.clone().with_top_p(0.5)), [(1, 0.5)]);
         assert_eq!(kept(&all.clone().with_top_p(0.51)), [(1, 0.5), (3, 0.25)]);
@@ -315,7 +367,7 @@ mod tests {
 
     #[test]
     fn draws_are_as_likely_as_they_should_be() {
-        let settings = Generation::new(1).with_temperature(1.0).with_top_k(Some(3));
+        let settings = Generation::new(1).with_temperature(1.0).with_top_k(3);
         let mut rng = ChaCha8Rng::seed_from_u64(5);
         let mut counts = [0usize; 5];
         for _ in 0..14_000 {
@@ -343,7 +395,7 @@ mod tests {
             good.clone().with_temperature(-1.0),
             good.clone().with_temperature(f64::NAN),
             good.clone().with_temperature(f64::INFINITY),
-            good.clone().with_top_k(Some(0)),
+            good.clone().with_top_k(0),
             good.clone().with_top_p(0.0),
             good.clone().with_top_p(1.1),
             good.clone().with_top_p(f64::NAN),

@@ -1,16 +1,16 @@
 //! LLaMA and OPT models to quantize, adapt, generate with and save.
 //!
-//! | item | what it does |
+//! | item | |
 //! |---|---|
-//! | [`load`] | reads a Hugging Face directory, dense or packed by GPTQ or bitsandbytes, or one that [`save`] wrote |
-//! | [`Pretrained`] | a model with its tokenizer and the files that go along |
-//! | [`plan`] | what quantizing a directory will give, before a tensor is read |
-//! | [`quantize`] | packs the projections, each calibrated on what the packed ones before it give |
-//! | [`quantize_head`] | packs the head, which every decoded token reads |
-//! | [`sensitivities`] | what each layer would cost in each of several formats |
-//! | [`generate`] | continues a text, by a [`Cache`] of keys and values |
-//! | [`save`] | writes a directory that [`load`] reads back bit for bit |
-//! | [`save_as`], [`save_dense`] | the same for other programs, in a [`CheckpointFormat`] or without packed layers |
+//! | [`load`] | loads a Hugging Face directory: dense, packed by GPTQ or bitsandbytes, or written by [`save`] |
+//! | [`Pretrained`] | a model with its tokenizer and the other files of its directory |
+//! | [`Model`], [`Config`] | a model and its shape |
+//! | [`plan`] | computes the result of quantizing a directory without reading a tensor |
+//! | [`quantize`], [`quantize_head`] | quantize the projections, with calibration, and the head |
+//! | [`sensitivities`] | measures the error of each layer in each of several formats |
+//! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
+//! | [`save`] | saves a model, which [`load`] reads back bit for bit |
+//! | [`save_as`], [`save_dense`] | save a model for other programs, in a [`CheckpointFormat`] or with dense weights |
 //! | [`SpecialTokens`] | the tokens that begin, end and pad texts |
 //!
 //! ```no_run
@@ -63,7 +63,7 @@ pub use checkpoint::{
     save_dense,
 };
 pub use config::Config;
-pub use error::{Error, Result};
+pub use error::{CheckpointError, ConfigError, Error, GenerationError, Result, TextError};
 pub use generate::{Cache, Generation, generate};
 pub use llama::LlamaConfig;
 pub use model::{Model, State};

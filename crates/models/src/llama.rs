@@ -154,7 +154,7 @@ impl LlamaConfig {
     /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for a setting that is missing, out of range or not
+    /// [`ConfigError::Setting`](crate::ConfigError::Setting) for a setting that is missing, out of range or not
     /// supported.
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let fields = Fields { path };
@@ -342,6 +342,8 @@ impl Raw {
 }
 
 impl Architecture for LlamaConfig {
+    type Block = LlamaBlock;
+
     const MODEL_TYPES: &'static [&'static str] = &["llama", "mistral", "qwen2"];
 
     fn shape(&self) -> Shape {

@@ -136,7 +136,7 @@ impl OptConfig {
     /// Reads and checks the `config.json` at `path`.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for a setting that is missing, out of range or not
+    /// [`ConfigError::Setting`](crate::ConfigError::Setting) for a setting that is missing, out of range or not
     /// supported.
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
         let fields = Fields { path };
@@ -216,6 +216,8 @@ impl OptConfig {
 }
 
 impl Architecture for OptConfig {
+    type Block = OptBlock;
+
     const MODEL_TYPES: &'static [&'static str] = &["opt"];
 
     fn shape(&self) -> Shape {
@@ -330,7 +332,7 @@ impl DecoderBlock for OptBlock {
                 let x = residual + self.self_attn.o_proj.forward(input);
                 (x.clone(), self.final_layer_norm.forward(x))
             }
-            (2, _) => (residual, self.activation.of(self.fc1.forward(input))),
+            (2, _) => (residual, self.activation.apply(self.fc1.forward(input))),
             (_, true) => {
                 let x = residual + self.fc2.forward(input);
                 let x = self.final_layer_norm.forward(x);
@@ -345,7 +347,7 @@ impl DecoderBlock for OptBlock {
 }
 
 impl Activation {
-    fn of(self, x: Tensor<3>) -> Tensor<3> {
+    fn apply(self, x: Tensor<3>) -> Tensor<3> {
         match self {
             Self::Relu => activation::relu(x),
             Self::Gelu => activation::gelu(x),

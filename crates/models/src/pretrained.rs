@@ -5,37 +5,37 @@ use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
-use crate::{Error, Generation, Model, Result, SpecialTokens, Tokenizer, Windows, generate};
+use crate::checkpoint::directory::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
+use crate::{Generation, Model, Result, SpecialTokens, TextError, Tokenizer, Windows, generate};
 
-/// A model with its tokenizer and the files that go along.
+/// A model with its tokenizer and the other files of its directory.
 #[derive(Clone, Debug)]
 pub struct Pretrained {
     /// The model.
     pub model: Model,
-    /// Its tokenizer, if the directory has one.
+    /// The tokenizer, if the directory has one.
     pub tokenizer: Option<Tokenizer>,
     pub(crate) dir: PathBuf,
-    /// `config.json`, without a quantization.
+    /// The content of `config.json`, without `quantization_config`.
     pub(crate) config: Map<String, Value>,
     pub(crate) carried: BTreeMap<&'static str, Vec<u8>>,
     pub(crate) stop_tokens: Vec<u32>,
-    /// Read when they are first asked for.
+    /// Read on first use.
     pub(crate) special: OnceLock<SpecialTokens>,
 }
 
-/// What a model wrote after a text.
+/// The text that a model generated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuation {
-    /// Its text, without special tokens.
+    /// The text, without special tokens.
     pub text: String,
-    /// All its tokens, with the one that ended it.
+    /// All tokens, including the one that ended the text.
     pub tokens: Vec<u32>,
 }
 
 impl Pretrained {
-    /// A new model with the tokenizer in the file at `tokenizer`, and what a directory of a model has
-    /// beside that, such as a `tokenizer_config.json`.
+    /// A new model with a tokenizer, and with the files beside it that belong to a model, such as
+    /// `tokenizer_config.json`.
     ///
     /// # Errors
     /// If the tokenizer cannot be read.
@@ -46,7 +46,7 @@ impl Pretrained {
         let dir = tokenizer.parent().unwrap_or(tokenizer);
         let mut carried = carried(dir)?;
         carried.insert(TOKENIZER, tensor_files::read(tokenizer)?);
-        // Other programs guess the class by the model's type without it.
+        // Without it, other programs infer the class from the model type.
         let class = br#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
         carried.entry(TOKENIZER_CONFIG).or_insert(class.to_vec());
         let config = model.config().to_json();
@@ -61,7 +61,7 @@ impl Pretrained {
         })
     }
 
-    /// Where its files are, or were.
+    /// The directory from which the files were read.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -69,18 +69,20 @@ impl Pretrained {
     /// The tokenizer.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`].
+    /// [`TextError::NoTokenizer`].
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| Error::NoTokenizer {
-            dir: self.dir.clone(),
+        let tokenizer = self.tokenizer.as_ref();
+        tokenizer.ok_or_else(|| {
+            let dir = self.dir.clone();
+            TextError::NoTokenizer { dir }.into()
         })
     }
 
-    /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
+    /// The tokens of a text, without special tokens around it.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or [`peft::Error::Token`] if the tokenizer gives a
-    /// token that the model lacks.
+    /// [`TextError::NoTokenizer`], [`TextError::Tokenizer`], or [`peft::Error::Token`] for a token outside
+    /// of the model's vocabulary.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let tokens = self.tokenizer()?.encode(text)?;
         let vocab_size = self.model.config().vocab_size();
@@ -93,8 +95,7 @@ impl Pretrained {
         }
     }
 
-    /// The tokens of a text as the model reads one: after the token that begins texts, where the
-    /// tokenizer puts it.
+    /// The tokens of a text, after the token that begins texts if the tokenizer adds one.
     ///
     /// # Errors
     /// As [`Pretrained::encode`] and [`Pretrained::special_tokens`].
@@ -109,12 +110,12 @@ impl Pretrained {
     /// The tokens of `text` in windows of `seq_len`.
     ///
     /// # Errors
-    /// [`Error::SeqLen`] if the model was not made for such windows; [`Error::ShortText`] if the text
-    /// does not fill one; as [`Pretrained::encode`].
+    /// [`TextError::SeqLen`] for windows that are longer than the model was trained for;
+    /// [`TextError::ShortText`] for a text shorter than a window; as [`Pretrained::encode`].
     pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
         let max = self.model.config().max_seq_len();
         if !(2..=max).contains(&seq_len) {
-            return Err(Error::SeqLen { seq_len, max });
+            return Err(TextError::SeqLen { seq_len, max }.into());
         }
         Windows::new(self.encode(text)?, seq_len)
     }
@@ -122,12 +123,12 @@ impl Pretrained {
     /// The special tokens that the directory's files name.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], or as [`SpecialTokens::read`].
+    /// [`TextError::NoTokenizer`], or as [`SpecialTokens::read`].
     pub fn special_tokens(&self) -> Result<SpecialTokens> {
         if let Some(special) = self.special.get() {
             return Ok(special.clone());
         }
-        // A directory that is gone is not one that names none.
+        // A directory that was removed must not look like one without special tokens.
         if let Err(source) = self.dir.metadata() {
             let path = self.dir.clone();
             return Err(tensor_files::Error::Io { path, source }.into());
@@ -147,57 +148,59 @@ impl Pretrained {
         Ok(if is_known { padding } else { 0 })
     }
 
-    /// What the first token of a text is predicted from: the token that begins texts, or the one that
-    /// ends them, as lm-evaluation-harness has it.
+    /// The token from which the first token of a text is predicted: the one that begins texts, or else
+    /// the one that ends them, as in lm-evaluation-harness.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`] if the files name neither, or as [`Pretrained::special_tokens`].
+    /// [`TextError::MissingSpecial`] if the files name neither, or as [`Pretrained::special_tokens`].
     pub fn first_token(&self) -> Result<u32> {
         let special = self.special_tokens()?;
         match special.bos.as_ref().or(special.eos.as_ref()) {
             Some(token) => Ok(token.id),
-            None => Err(Error::MissingSpecial {
-                name: "bos_token",
-                needed_by: "what predicts the first token of a text".into(),
-            }),
+            None => {
+                let needed_by = "the prediction of the first token of a text".into();
+                let name = "bos_token";
+                Err(TextError::MissingSpecial { name, needed_by }.into())
+            }
         }
     }
 
-    /// The tokens that end a text: `eos_token_id` of `generation_config.json`, or of `config.json`, one
-    /// or several.
+    /// The tokens that end a text: `eos_token_id` of `generation_config.json` or of `config.json`.
     pub fn stop_tokens(&self) -> &[u32] {
         &self.stop_tokens
     }
 
-    /// Continues a text of tokens. `on_text` sees each piece of text as it comes, and may break off
-    /// after it. Ends at the [`Pretrained::stop_tokens`] too.
+    /// Continues a text, up to one of the [`Pretrained::stop_tokens`].
+    ///
+    /// `on_text` is called with each new piece of text, and may end the text.
     ///
     /// # Errors
-    /// [`Error::NoTokenizer`], [`Error::Tokenizer`], or as [`generate`].
+    /// [`TextError::NoTokenizer`], [`TextError::Tokenizer`], or as [`generate`].
     pub fn generate(
         &self,
         prompt: &[u32],
         settings: &Generation,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Continuation> {
-        let mut settings = settings.clone();
-        settings.stop.extend(self.stop_tokens());
+        let stop = self.stop_tokens().iter().copied();
+        let settings = settings.clone().with_stop(stop);
         let mut stream = self.tokenizer()?.stream();
         if let Some(&last) = prompt.last() {
-            // What the next token looks like may depend on it: a space before a word, for one.
+            // The text of the next token may depend on it, such as a space before a word.
             stream.push(last)?;
         }
         let (mut text, mut failed) = (String::new(), None);
         let tokens = generate(&self.model, prompt, &settings, |token| {
-            if settings.stop.contains(&token) {
+            if settings.stops_at(token) {
                 return ControlFlow::Break(());
             }
             match stream.push(token) {
                 Ok(piece) => {
                     text += &piece;
-                    match piece.is_empty() {
-                        true => ControlFlow::Continue(()),
-                        false => on_text(&piece),
+                    if piece.is_empty() {
+                        ControlFlow::Continue(())
+                    } else {
+                        on_text(&piece)
                     }
                 }
                 Err(error) => {

@@ -78,7 +78,7 @@ struct Entry {
 /// Reads the base of the frequencies and their scaling from a `config.json`.
 ///
 /// # Errors
-/// [`Error::Config`](crate::Error::Config) for a scaling that is unknown or incomplete, or two that
+/// [`ConfigError::Setting`](crate::ConfigError::Setting) for a scaling that is unknown or incomplete, or two that
 /// differ.
 pub(crate) fn read(
     fields: &Fields,

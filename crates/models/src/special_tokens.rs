@@ -3,8 +3,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::{Encoding, Token};
 
-use crate::checkpoint::TOKENIZER_CONFIG;
-use crate::{Error, Result, Tokenizer};
+use crate::checkpoint::directory::TOKENIZER_CONFIG;
+use crate::{ConfigError, Result, TextError, Tokenizer};
 
 #[cfg(test)]
 mod tests;
@@ -43,9 +43,9 @@ impl SpecialTokens {
     /// `bos` is added, and states it if no file does. `add_bos_token` is ignored, as by transformers 5.
     ///
     /// # Errors
-    /// [`Error::UnknownSpecial`] for a token that the vocabulary lacks; [`Error::Disagreement`] if
-    /// `tokenizer.json` adds another token than `bos`; [`Error::Config`] for a file that is not such a
-    /// configuration.
+    /// [`TextError::UnknownSpecial`] for a token that the vocabulary lacks;
+    /// [`ConfigError::Disagreement`] if `tokenizer.json` adds another token than `bos`;
+    /// [`ConfigError::Setting`] for a file that is not such a configuration.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
         let config_path = dir.join(TOKENIZER_CONFIG);
         let map_path = dir.join(SPECIAL_TOKENS_MAP);
@@ -74,7 +74,7 @@ impl SpecialTokens {
     }
 
     fn settle_bos(&mut self, path: &Path, tokenizer: &Tokenizer) -> Result<()> {
-        let disagree = |setting, in_first: String, in_second: String| Error::Disagreement {
+        let disagree = |setting, in_first: String, in_second: String| ConfigError::Disagreement {
             first: path.into(),
             second: tokenizer.path().into(),
             setting,
@@ -93,7 +93,7 @@ impl SpecialTokens {
             (Some(bos), [id]) if bos.id == *id => {}
             (bos, _) => {
                 let stated = bos.as_ref().map_or("none", |bos| &bos.text);
-                return Err(disagree("bos_token", stated.into(), texts()));
+                return Err(disagree("bos_token", stated.into(), texts()).into());
             }
         }
         self.add_bos = !added.is_empty();
@@ -103,7 +103,7 @@ impl SpecialTokens {
     /// The token `bos`, which `needed_by` requires.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`] without one.
+    /// [`TextError::MissingSpecial`] without one.
     pub fn need_bos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.bos.as_ref(), "bos_token", needed_by)
     }
@@ -111,7 +111,7 @@ impl SpecialTokens {
     /// The token `eos`, which `needed_by` requires.
     ///
     /// # Errors
-    /// [`Error::MissingSpecial`] without one.
+    /// [`TextError::MissingSpecial`] without one.
     pub fn need_eos(&self, needed_by: &str) -> Result<&SpecialToken> {
         need(self.eos.as_ref(), "eos_token", needed_by)
     }
@@ -138,9 +138,9 @@ fn need<'a>(
     name: &'static str,
     needed_by: &str,
 ) -> Result<&'a SpecialToken> {
-    token.ok_or_else(|| Error::MissingSpecial {
-        name,
-        needed_by: needed_by.into(),
+    token.ok_or_else(|| {
+        let needed_by = needed_by.into();
+        TextError::MissingSpecial { name, needed_by }.into()
     })
 }
 
@@ -149,7 +149,7 @@ fn added_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
     // A token in place of a text, to tell the tokens before a text from those after it.
     let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
     let all = tokenizer.inner().post_process(text, None, true);
-    let all = all.map_err(|error| Error::Tokenizer {
+    let all = all.map_err(|error| TextError::Tokenizer {
         path: tokenizer.path().into(),
         problem: error.to_string(),
     })?;
@@ -170,13 +170,12 @@ fn special_token(
         Value::String(text) => Some(text.as_str()),
         other => other.get("content").and_then(Value::as_str),
     };
-    let text = text.ok_or_else(|| Error::Config {
-        path: path.into(),
-        setting: name.into(),
-        problem: "is neither a string nor an object with a string `content`".into(),
+    let text = text.ok_or_else(|| {
+        let problem = "is neither a string nor an object with a string `content`";
+        ConfigError::setting(path, name, problem.into())
     })?;
     let id = tokenizer.inner().token_to_id(text);
-    let id = id.ok_or_else(|| Error::UnknownSpecial {
+    let id = id.ok_or_else(|| TextError::UnknownSpecial {
         path: path.into(),
         name,
         token: text.into(),
@@ -192,9 +191,8 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
         return Ok(Map::new());
     }
     let bytes = tensor_files::read(path)?;
-    serde_json::from_slice(&bytes).map_err(|error| Error::Config {
-        path: path.into(),
-        setting: "the file".into(),
-        problem: format!("is not a JSON object: {error}"),
+    serde_json::from_slice(&bytes).map_err(|error| {
+        let problem = format!("is not a JSON object: {error}");
+        ConfigError::setting(path, "the file", problem).into()
     })
 }

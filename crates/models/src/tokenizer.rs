@@ -10,7 +10,7 @@ use tokenizers::{
     PreTokenizerWrapper,
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, TextError};
 
 /// The tokenizer of a model, from its `tokenizer.json`.
 #[derive(Clone, Debug)]
@@ -23,12 +23,12 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
-    /// As [`tensor_files::read`]; [`Error::Tokenizer`] if it is no tokenizer.
+    /// As [`tensor_files::read`]; [`TextError::Tokenizer`] if the file has no tokenizer.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = tensor_files::read(path)?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes);
         let mut inner = inner.map_err(|error| refuse(path, error))?;
-        // Files may ask for texts to be cut or filled up to one length; a text here is all of it.
+        // Files may ask for truncation and padding, which would change a text.
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -41,8 +41,8 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Checks that added tokens have the numbers that the file gives them: the library gives them others
-    /// where they do not follow the vocabulary.
+    /// Checks that added tokens have the ids of the file. The library gives them other ids if they do
+    /// not follow the vocabulary.
     fn check_added(&self, bytes: &[u8]) -> Result<()> {
         #[derive(Deserialize)]
         struct File {
@@ -68,10 +68,10 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The tokens of a text, without any that the text does not contain (such as a first `<s>`).
+    /// The tokens of a text, without special tokens around it.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the tokenizer does not take the text.
+    /// [`TextError::Tokenizer`] if the tokenizer refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false);
         Ok(encoding
@@ -80,7 +80,7 @@ impl Tokenizer {
             .to_vec())
     }
 
-    /// Turns tokens into text as they come.
+    /// Decodes tokens one after the other.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream {
             inner: self.inner.decode_stream(true),
@@ -101,14 +101,14 @@ impl Tokenizer {
     /// The text of some tokens.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if a token is unknown.
+    /// [`TextError::Tokenizer`] if a token is unknown.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         let text = self.inner.decode(tokens, true);
         text.map_err(|error| refuse(&self.path, error))
     }
 }
 
-/// The text of tokens that come one after the other, made by [`Tokenizer::stream`].
+/// A decoder of tokens one after the other, made by [`Tokenizer::stream`].
 pub struct TextStream<'a> {
     inner: DecodeStream<
         'a,
@@ -122,10 +122,10 @@ pub struct TextStream<'a> {
 }
 
 impl TextStream<'_> {
-    /// What one more token adds to the text; nothing while it is a part of a character.
+    /// Decodes one more token, to an empty text while a character is incomplete.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the token is unknown.
+    /// [`TextError::Tokenizer`] if the token is unknown.
     pub fn push(&mut self, token: u32) -> Result<String> {
         let piece = self.inner.step(token);
         let piece = piece.map_err(|error| refuse(self.path, error))?;
@@ -134,13 +134,12 @@ impl TextStream<'_> {
 }
 
 fn refuse(path: &Path, error: tokenizers::Error) -> Error {
-    Error::Tokenizer {
-        path: path.into(),
-        problem: error.to_string(),
-    }
+    let path = path.into();
+    let problem = error.to_string();
+    TextError::Tokenizer { path, problem }.into()
 }
 
-/// A text's tokens in non-overlapping windows of one length; what does not fill the last is left out.
+/// The tokens of a text in non-overlapping windows of one length, without an incomplete last one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Windows {
     tokens: Vec<u32>,
@@ -148,8 +147,18 @@ pub struct Windows {
 }
 
 impl Windows {
+    /// Cuts tokens into windows of `seq_len`.
+    ///
+    /// # Examples
+    /// ```
+    /// let windows = models::Windows::new((0..10).collect(), 4)?;
+    /// assert_eq!(windows.len(), 2);
+    /// assert!(models::Windows::new(vec![1, 2], 4).is_err());
+    /// # Ok::<(), models::Error>(())
+    /// ```
+    ///
     /// # Errors
-    /// [`Error::ShortText`] if the tokens fill no window.
+    /// [`TextError::ShortText`] for fewer tokens than a window has.
     ///
     /// # Panics
     /// If a window has fewer than two tokens.
@@ -160,19 +169,19 @@ impl Windows {
         );
         let n_tokens = tokens.len();
         if n_tokens < seq_len {
-            return Err(Error::ShortText { n_tokens, seq_len });
+            return Err(TextError::ShortText { n_tokens, seq_len }.into());
         }
         tokens.truncate(n_tokens / seq_len * seq_len);
         Ok(Self { tokens, seq_len })
     }
 
-    /// How many there are; at least one.
+    /// The number of windows, at least one.
     #[expect(clippy::len_without_is_empty, reason = "there is at least one")]
     pub fn len(&self) -> usize {
         self.tokens.len() / self.seq_len
     }
 
-    /// The windows in an order drawn with `seed`.
+    /// Shuffles the windows by a seed.
     pub fn shuffled(&self, seed: u64) -> Self {
         let mut windows: Vec<&[u32]> = self.tokens.chunks_exact(self.seq_len).collect();
         windows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
@@ -182,10 +191,10 @@ impl Windows {
         }
     }
 
-    /// The windows at these places, in this order.
+    /// Selects windows by index.
     ///
     /// # Panics
-    /// If there are none, or a window is not there.
+    /// If there are no indices, or one is out of range.
     pub fn select(&self, at: &[usize]) -> Self {
         assert!(!at.is_empty(), "no windows");
         let window = |&at: &usize| &self.tokens[at * self.seq_len..][..self.seq_len];
@@ -195,13 +204,13 @@ impl Windows {
         }
     }
 
-    /// The first `n` windows, or all if there are fewer. At least one is kept.
+    /// The first `n` windows, at least one and at most all.
     pub fn take(mut self, n: usize) -> Self {
         self.tokens.truncate(n.max(1).saturating_mul(self.seq_len));
         self
     }
 
-    /// The windows in batches of `batch_size`, the last of which may be smaller.
+    /// Batches of `batch_size` windows, of which the last may be smaller.
     ///
     /// # Panics
     /// If `batch_size` is 0.

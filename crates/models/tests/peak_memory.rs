@@ -1,11 +1,11 @@
-//! What training and decoding keep in memory.
+//! The memory of training and decoding.
 
 #[path = "../../kernels/tests/counting/mod.rs"]
 mod counting;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use models::{LlamaConfig, Model, RopeScaling};
+use models::{LlamaConfig, Model};
 use peft::{Batch, CausalLm, FitConfig, Peqa};
 use quant_core::Rtn;
 
@@ -14,24 +14,16 @@ const N: usize = 32;
 const SEQ: usize = 64;
 
 fn llama(num_hidden_layers: usize, vocab_size: usize) -> Model {
-    let config = LlamaConfig {
-        vocab_size,
-        hidden_size: HIDDEN,
-        intermediate_size: 160,
-        num_hidden_layers,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 16,
-        max_position_embeddings: SEQ,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: true,
-    };
+    let config = LlamaConfig::default()
+        .with_vocab_size(vocab_size)
+        .with_hidden_size(HIDDEN)
+        .with_intermediate_size(160)
+        .with_num_hidden_layers(num_hidden_layers)
+        .with_num_attention_heads(4)
+        .with_num_key_value_heads(2)
+        .with_head_dim(16)
+        .with_max_position_embeddings(SEQ)
+        .with_tie_word_embeddings(true);
     let mut model = Model::init(&config, 1, &Device::flex()).no_grad();
     models::quantize(&mut model, &Rtn::new(), &[], |_| {}).unwrap();
     model

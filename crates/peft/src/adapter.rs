@@ -12,7 +12,7 @@ use burn::tensor::Tensor;
 use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Linear, Result, Targets, Weight};
+use crate::{Error, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::LazyTensor;
 
 mod bayesian;
@@ -66,6 +66,14 @@ pub trait Method {
         layers
             .map(|(path, linear)| self.init(path, linear))
             .collect()
+    }
+
+    /// The default learning rate of AdamW for a model of this hidden size.
+    ///
+    /// The rates are in one file, `learning_rate.rs`, with their reasons. A method that does not say
+    /// otherwise has LoRA's.
+    fn learning_rate(&self, hidden_size: usize) -> f64 {
+        learning_rate::of_factors(hidden_size)
     }
 }
 

@@ -141,7 +141,8 @@ impl Batch {
                 for (row, marks) in is_text.chunks_exact(seq).enumerate() {
                     let (begins, n_documents) = runs(marks);
                     if n_documents > 1 {
-                        let problem = format!("there is padding within the document of sequence {row}");
+                        let problem =
+                            format!("there is padding within the document of sequence {row}");
                         return Err(Error::Spans { problem });
                     }
                     starts.extend(begins);

@@ -4,9 +4,8 @@ use crate::{Batch, Error, Linears, Result, Spans};
 
 /// A model of tokens: an embedding and blocks one after the other.
 ///
-/// What is read from the output of the last block is up to the model and to its loss: a
-/// [`CausalLm`](crate::CausalLm) predicts the next token, and [`fit_with`](crate::fit_with) takes any
-/// other scalar loss. The caller runs the parts, and so decides which activations are kept.
+/// A [`CausalLm`](crate::CausalLm) predicts the next token from the output of the last block, and
+/// [`fit_with`](crate::fit_with) takes any other scalar loss of it. The caller runs the parts, and so decides which activations are kept.
 pub trait Blocks: Linears {
     /// The positions of a batch's tokens in the form that the embedding and the blocks read, such as
     /// tables of rotary embeddings. `()` for a model that reads none.

@@ -137,7 +137,7 @@ pub enum Error {
         value: f32,
     },
     /// A task that is not served.
-    #[error("there is no task `{name}`; there are {names:?}")]
+    #[error("no task `{name}`; the tasks are {names:?}")]
     UnknownTask {
         /// The name of the task.
         name: String,

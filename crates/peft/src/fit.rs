@@ -4,242 +4,11 @@ use burn::tensor::Tensor;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use serde::{Deserialize, Serialize};
 
 use crate::checkpointing::{backward_by_block, lowest_trained};
-use crate::{Batch, Blocks, CausalLm, Error, Result, last_output, nll_of_output, set_dropout};
-
-/// The course of the learning rate after the warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// It stays the same.
-    Constant,
-    /// It falls linearly, to zero after the last step.
-    Linear,
-    /// It falls along half a cosine, to zero after the last step.
-    Cosine,
-}
-
-/// The settings of [`fit`]: AdamW, its schedule, and what makes a step.
-///
-/// They are checked when training begins, or by [`FitConfig::check`].
-///
-/// # Examples
-/// ```
-/// use peft::{FitConfig, Schedule};
-///
-/// let config = FitConfig::new()
-///     .with_learning_rate(2e-4)
-///     .with_steps(100)
-///     .with_schedule(Schedule::Linear);
-/// assert!(config.check().is_ok());
-/// let error = config.with_learning_rate(-1.0).check().unwrap_err();
-/// assert_eq!(error.to_string(), "learning_rate is -1; it must be a positive number");
-/// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct FitConfig {
-    learning_rate: f64,
-    epochs: usize,
-    steps: Option<usize>,
-    accumulation: usize,
-    warmup_steps: usize,
-    schedule: Schedule,
-    weight_decay: f64,
-    beta_1: f64,
-    beta_2: f64,
-    epsilon: f64,
-    max_grad_norm: Option<f64>,
-    lora_plus_ratio: f64,
-    seed: u64,
-    checkpoint_blocks: bool,
-}
-
-impl Default for FitConfig {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl FitConfig {
-    /// The defaults: one epoch at a learning rate of 1e-3 with a cosine schedule, no weight decay.
-    pub fn new() -> Self {
-        Self {
-            learning_rate: 1e-3,
-            epochs: 1,
-            steps: None,
-            accumulation: 1,
-            warmup_steps: 0,
-            schedule: Schedule::Cosine,
-            weight_decay: 0.0,
-            beta_1: 0.9,
-            beta_2: 0.999,
-            epsilon: 1e-8,
-            max_grad_norm: Some(1.0),
-            lora_plus_ratio: 1.0,
-            seed: 0,
-            checkpoint_blocks: false,
-        }
-    }
-
-    /// The learning rate of AdamW, reached at the end of the warm-up; 1e-3 by default.
-    pub fn with_learning_rate(mut self, learning_rate: f64) -> Self {
-        self.learning_rate = learning_rate;
-        self
-    }
-
-    /// Passes over the batches, 1 by default; not used if the steps are given.
-    pub fn with_epochs(mut self, epochs: usize) -> Self {
-        self.epochs = epochs;
-        self
-    }
-
-    /// Optimizer steps. The batches are repeated as often as it takes; by default, there are those of
-    /// the epochs.
-    pub fn with_steps(mut self, steps: impl Into<Option<usize>>) -> Self {
-        self.steps = steps.into();
-        self
-    }
-
-    /// Batches whose gradients make one step, each target weighing the same; 1 by default.
-    pub fn with_accumulation(mut self, accumulation: usize) -> Self {
-        self.accumulation = accumulation;
-        self
-    }
-
-    /// Steps of linear warm-up of the learning rate; 0 by default.
-    pub fn with_warmup_steps(mut self, warmup_steps: usize) -> Self {
-        self.warmup_steps = warmup_steps;
-        self
-    }
-
-    /// The learning rate after the warm-up; [`Schedule::Cosine`] by default.
-    pub fn with_schedule(mut self, schedule: Schedule) -> Self {
-        self.schedule = schedule;
-        self
-    }
-
-    /// The decoupled weight decay of AdamW; 0 by default.
-    pub fn with_weight_decay(mut self, weight_decay: f64) -> Self {
-        self.weight_decay = weight_decay;
-        self
-    }
-
-    /// The decay of AdamW's mean of gradients; 0.9 by default.
-    pub fn with_beta_1(mut self, beta_1: f64) -> Self {
-        self.beta_1 = beta_1;
-        self
-    }
-
-    /// The decay of AdamW's mean of squared gradients; 0.999 by default.
-    pub fn with_beta_2(mut self, beta_2: f64) -> Self {
-        self.beta_2 = beta_2;
-        self
-    }
-
-    /// The term that AdamW adds to the denominator; 1e-8 by default.
-    pub fn with_epsilon(mut self, epsilon: f64) -> Self {
-        self.epsilon = epsilon;
-        self
-    }
-
-    /// The norm that gradients are clipped to, taken over all parameters together; 1 by default,
-    /// `None` for no clipping.
-    pub fn with_max_grad_norm(mut self, max_grad_norm: impl Into<Option<f64>>) -> Self {
-        self.max_grad_norm = max_grad_norm.into();
-        self
-    }
-
-    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the ratio of the learning rate of `B` of LoRA and of
-    /// tiles, DoRA's norms and LoRA's biases to that of the other parameters; 1 by default.
-    pub fn with_lora_plus_ratio(mut self, lora_plus_ratio: f64) -> Self {
-        self.lora_plus_ratio = lora_plus_ratio;
-        self
-    }
-
-    /// The seed of the order of the batches, and of dropout; 0 by default.
-    pub fn with_seed(mut self, seed: u64) -> Self {
-        self.seed = seed;
-        self
-    }
-
-    /// Gradient checkpointing by block: only the input of each block is kept, and the block runs again
-    /// for its gradients. The results are the same, in less memory, for one more forward pass.
-    pub fn with_checkpoint_blocks(mut self, checkpoint_blocks: bool) -> Self {
-        self.checkpoint_blocks = checkpoint_blocks;
-        self
-    }
-
-    /// The learning rate of AdamW.
-    pub fn learning_rate(&self) -> f64 {
-        self.learning_rate
-    }
-
-    /// Checks the settings, as [`fit`] does before the first step.
-    ///
-    /// # Errors
-    /// [`Error::Setting`] with the first that is out of its range.
-    pub fn check(&self) -> Result<()> {
-        let refuse = |setting, value: String, expected| {
-            Err(Error::Setting {
-                setting,
-                value,
-                expected,
-            })
-        };
-        // In f32: the dtype that the optimizer computes in.
-        let positive = |value: f64| (value as f32).is_finite() && value as f32 > 0.0;
-        let fraction = |value: f64| (0.0..1.0).contains(&(value as f32));
-        let (number, count) = ("a positive number", "at least 1");
-        if !positive(self.learning_rate) {
-            return refuse("learning_rate", self.learning_rate.to_string(), number);
-        }
-        if self.steps.unwrap_or(self.epochs) == 0 {
-            let setting = if self.steps.is_some() {
-                "steps"
-            } else {
-                "epochs"
-            };
-            return refuse(setting, "0".into(), count);
-        }
-        if self.accumulation == 0 {
-            return refuse("accumulation", "0".into(), count);
-        }
-        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
-            return refuse("weight_decay", self.weight_decay.to_string(), "0 or more");
-        }
-        for (setting, value) in [("beta_1", self.beta_1), ("beta_2", self.beta_2)] {
-            if !fraction(value) {
-                return refuse(setting, value.to_string(), "in 0 .. 1");
-            }
-        }
-        if !positive(self.lora_plus_ratio) {
-            return refuse("lora_plus_ratio", self.lora_plus_ratio.to_string(), number);
-        }
-        if !positive(self.epsilon) {
-            return refuse("epsilon", self.epsilon.to_string(), number);
-        }
-        match self.max_grad_norm {
-            Some(norm) if !positive(norm) => refuse("max_grad_norm", norm.to_string(), number),
-            _ => Ok(()),
-        }
-    }
-
-    /// The learning rate of step `index` of `n_steps`, counted from 0.
-    fn learning_rate_at(&self, index: usize, n_steps: usize) -> f64 {
-        if index < self.warmup_steps {
-            return self.learning_rate * (index + 1) as f64 / self.warmup_steps as f64;
-        }
-        let after = (n_steps - self.warmup_steps.min(n_steps)).max(1);
-        let progress = (index - self.warmup_steps) as f64 / after as f64;
-        let factor = match self.schedule {
-            Schedule::Constant => 1.0,
-            Schedule::Linear => 1.0 - progress,
-            Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
-        };
-        self.learning_rate * factor
-    }
-}
+use crate::{
+    Batch, Blocks, CausalLm, Error, FitConfig, Result, last_output, nll_of_output, set_dropout,
+};
 
 /// One optimizer step of [`fit`].
 #[derive(Clone, Debug, PartialEq)]
@@ -268,6 +37,81 @@ pub struct Step {
 /// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
 /// [`Error::NothingToTrain`] before the first step; [`Error::NonFinite`] if the loss, a gradient or a
 /// result is NaN or infinite. On an error the model is unchanged.
+///
+/// # Examples
+/// ```
+/// use burn::module::{Module, Param};
+/// use burn::tensor::{Device, Int, Tensor};
+/// use peft::{Batch, Blocks, CausalLm, FitConfig, Head, Linear, Linears, Lora, Spans, Weight};
+///
+/// /// Predicts each token from the one before it.
+/// #[derive(Module, Debug)]
+/// struct Bigram {
+///     embedding: Param<Tensor<2>>,
+///     proj: Linear,
+/// }
+///
+/// impl Linears for Bigram {
+///     fn linears(&self) -> Vec<(String, &Linear)> {
+///         vec![("proj".into(), &self.proj)]
+///     }
+///
+///     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+///         vec![("proj".into(), &mut self.proj)]
+///     }
+/// }
+///
+/// impl Blocks for Bigram {
+///     type Positions = ();
+///
+///     fn vocab_size(&self) -> usize {
+///         4
+///     }
+///
+///     fn n_blocks(&self) -> usize {
+///         1
+///     }
+///
+///     fn positions(&self, _: &Spans) {}
+///
+///     fn embed(&self, tokens: Tensor<2, Int>, (): &()) -> Tensor<3> {
+///         let [batch, seq] = tokens.dims();
+///         let x = self.embedding.val().select(0, tokens.reshape([batch * seq]));
+///         x.reshape([batch, seq, 4])
+///     }
+///
+///     fn block(&self, _: usize, x: Tensor<3>, (): &()) -> Tensor<3> {
+///         self.proj.forward(x)
+///     }
+/// }
+///
+/// impl CausalLm for Bigram {
+///     fn norm(&self, x: Tensor<3>) -> Tensor<3> {
+///         x
+///     }
+///
+///     fn head(&self) -> Head<'_> {
+///         Head::Dense(self.embedding.val().transpose())
+///     }
+/// }
+///
+/// let eye = Tensor::eye(4, &Device::flex());
+/// let mut model = Bigram {
+///     embedding: Param::from_tensor(eye.clone() * 2.0).set_require_grad(false),
+///     proj: Linear::new(Weight::frozen(eye), None),
+/// };
+/// peft::attach(&mut model, &Lora::new(2))?;
+///
+/// let tokens = Tensor::<2, Int>::from_data([[0, 1, 2, 3, 0, 1, 2, 3]], &Device::flex());
+/// let batches = [Batch::new(tokens)?];
+/// let config = FitConfig::new().with_learning_rate(0.1).with_steps(20);
+/// let mut losses = Vec::new();
+/// peft::fit(&mut model, &batches, &config, |step| losses.push(step.loss))?;
+/// assert!(losses[19] < 0.5 * losses[0]);
+/// let error = peft::fit(&mut model, &[], &config, |_| {}).unwrap_err();
+/// assert_eq!(error.to_string(), "there are no batches to train on");
+/// # Ok::<(), peft::Error>(())
+/// ```
 pub fn fit<M: CausalLm>(
     model: &mut M,
     batches: &[Batch],
@@ -289,6 +133,77 @@ pub fn fit<M: CausalLm>(
 ///
 /// # Errors
 /// As [`fit`].
+///
+/// # Examples
+/// A classifier, whose logits are the output of the last block for the last token.
+///
+/// ```
+/// # use burn::module::{Module, Param};
+/// # use burn::tensor::{Device, Int, Tensor};
+/// # use peft::{Batch, Blocks, FitConfig, Linear, Linears, Lora, Spans, Weight};
+/// #
+/// # #[derive(Module, Debug)]
+/// # struct Bigram {
+/// #     embedding: Param<Tensor<2>>,
+/// #     proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Bigram {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![("proj".into(), &self.proj)]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![("proj".into(), &mut self.proj)]
+/// #     }
+/// # }
+/// #
+/// # impl Blocks for Bigram {
+/// #     type Positions = ();
+/// #
+/// #     fn vocab_size(&self) -> usize {
+/// #         4
+/// #     }
+/// #
+/// #     fn n_blocks(&self) -> usize {
+/// #         1
+/// #     }
+/// #
+/// #     fn positions(&self, _: &Spans) {}
+/// #
+/// #     fn embed(&self, tokens: Tensor<2, Int>, (): &()) -> Tensor<3> {
+/// #         let [batch, seq] = tokens.dims();
+/// #         let x = self.embedding.val().select(0, tokens.reshape([batch * seq]));
+/// #         x.reshape([batch, seq, 4])
+/// #     }
+/// #
+/// #     fn block(&self, _: usize, x: Tensor<3>, (): &()) -> Tensor<3> {
+/// #         self.proj.forward(x)
+/// #     }
+/// # }
+/// # let eye = Tensor::eye(4, &Device::flex());
+/// # let mut model = Bigram {
+/// #     embedding: Param::from_tensor(eye.clone() * 2.0).set_require_grad(false),
+/// #     proj: Linear::new(Weight::frozen(eye), None),
+/// # };
+/// # peft::attach(&mut model, &Lora::new(2))?;
+/// use burn::tensor::activation::log_softmax;
+///
+/// let tokens = Tensor::<2, Int>::from_data([[0, 1, 2], [3, 1, 1]], &Device::flex());
+/// let labels = Tensor::<2>::from_floats([[0., 0., 0., 1.], [1., 0., 0., 0.]], &Device::flex());
+/// // One target for each sequence: the token whose output is classified.
+/// let is_last = [false, false, true, false, false, true];
+/// let batches = [Batch::new(tokens)?.with_targets(&is_last)?];
+/// let loss = |_: &Bigram, x: Tensor<3>, _: usize| {
+///     let logits = x.slice([0..2, 2..3, 0..4]).reshape([2, 4]);
+///     (log_softmax(logits, 1) * labels.clone().autodiff()).sum().neg()
+/// };
+/// let config = FitConfig::new().with_learning_rate(0.1).with_steps(20);
+/// let mut losses = Vec::new();
+/// peft::fit_with(&mut model, &batches, &config, loss, |step| losses.push(step.loss))?;
+/// assert!(losses[19] < 0.5 * losses[0]);
+/// # Ok::<(), peft::Error>(())
+/// ```
 pub fn fit_with<M: Blocks>(
     model: &mut M,
     batches: &[Batch],
@@ -536,50 +451,6 @@ impl ModuleVisitor for Split<'_> {
             && let Some(gradient) = self.gradients.remove::<D>(param.id)
         {
             self.taken.register(param.id, gradient);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_learning_rate_follows_its_schedule() {
-        let config = FitConfig::new()
-            .with_learning_rate(1.0)
-            .with_warmup_steps(2);
-        let rates = |schedule| {
-            let config = config.clone().with_schedule(schedule);
-            (0..6)
-                .map(|index| config.learning_rate_at(index, 6))
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(rates(Schedule::Constant), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
-        assert_eq!(rates(Schedule::Linear), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]);
-        let cosine = rates(Schedule::Cosine);
-        let expected = [0.5, 1.0, 1.0, 0.853553390593, 0.5, 0.146446609407];
-        for (found, expected) in cosine.iter().zip(expected) {
-            assert!((found - expected).abs() < 1e-9, "{cosine:?}");
-        }
-    }
-
-    #[test]
-    fn settings_out_of_range_are_refused() {
-        let good = FitConfig::new();
-        assert!(good.check().is_ok());
-        for bad in [
-            good.clone().with_learning_rate(0.0),
-            good.clone().with_learning_rate(f64::NAN),
-            good.clone().with_epochs(0),
-            good.clone().with_steps(0),
-            good.clone().with_accumulation(0),
-            good.clone().with_weight_decay(-1.0),
-            good.clone().with_beta_2(1.0),
-            good.clone().with_epsilon(0.0),
-            good.clone().with_max_grad_norm(0.0),
-        ] {
-            assert!(matches!(bad.check(), Err(Error::Setting { .. })), "{bad:?}");
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::{Adapter, Error, LayerError, LayerReport, Result};
 #[derive(Module, Debug)]
 #[expect(
     clippy::large_enum_variant,
-    reason = "a layer has one; its tensors are what is large"
+    reason = "a layer has one; the size is that of its tensors"
 )]
 pub enum Weight {
     /// Floats.

@@ -299,7 +299,7 @@ fn where_a_directory_has_its_template() {
     for template in [named("rag"), json!(1)] {
         config(template);
         assert!(
-            matches!(open(), Err(Error::Model(models::Error::Config { setting, .. })) if setting == "chat_template")
+            matches!(open(), Err(Error::Model(models::Error::Config(models::ConfigError::Setting { setting, .. }))) if setting == "chat_template")
         );
     }
     fs::write(dir.path().join("chat_template.jinja"), only("three")).unwrap();

@@ -239,10 +239,10 @@ fn a_text_needs_an_end() {
     let error = model.encode(&fields_template(), &four(), LONG).unwrap_err();
     assert!(matches!(
         error,
-        Error::Model(models::Error::MissingSpecial {
+        Error::Model(models::Error::Text(models::TextError::MissingSpecial {
             name: "eos_token",
             ..
-        })
+        }))
     ));
     // A chat has its own.
     let chat = Template::Chat(Chat::new(CHATML, &model.special).unwrap());

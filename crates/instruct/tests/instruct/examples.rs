@@ -38,10 +38,10 @@ fn the_end_of_a_text_must_be_stated_and_known() {
     let error = encode().unwrap_err();
     let is_named = matches!(
         error,
-        Error::Model(models::Error::MissingSpecial {
+        Error::Model(models::Error::Text(models::TextError::MissingSpecial {
             name: "eos_token",
             ..
-        })
+        }))
     );
     assert!(is_named, "{error}");
     state("{\"eos_token\": \"w3\"}");
@@ -50,7 +50,7 @@ fn the_end_of_a_text_must_be_stated_and_known() {
     let error = encode().unwrap_err();
     let is_named = matches!(
         &error,
-        Error::Model(models::Error::UnknownSpecial { name: "eos_token", token, .. })
+        Error::Model(models::Error::Text(models::TextError::UnknownSpecial { name: "eos_token", token, .. }))
             if token == "</s>"
     );
     assert!(is_named, "{error}");

@@ -9,7 +9,7 @@ use crate::isa::{Isa, by_instruction_set};
 use crate::math::sigmoid;
 use crate::memory::zeroed;
 
-/// Elements in a task.
+/// The number of elements in a task.
 const TASK: usize = 1 << 14;
 
 impl GateOps for Flex {
@@ -49,6 +49,7 @@ impl GateOps for Flex {
 }
 
 by_instruction_set! {
+    /// Writes `silu(gate) * up`.
     fn forward(gate: &[f32], up: &[f32], y: &mut [f32]) = forward_body
 }
 
@@ -60,6 +61,7 @@ fn forward_body<I: Isa>(gate: &[f32], up: &[f32], y: &mut [f32]) {
 }
 
 by_instruction_set! {
+    /// Writes the gradients of `gate` and `up`.
     fn backward(
         gate: &[f32],
         up: &[f32],

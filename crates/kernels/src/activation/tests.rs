@@ -1,4 +1,4 @@
-//! Against f64, against the composed operations and through autodiff.
+//! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::Flex;
 use proptest::prelude::*;
@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::{GateOps, composed, silu_mul};
 use crate::testing::*;
 
-/// `silu(gate)` and its slope, with the magnitude of the slope's terms.
+/// `silu(gate)`, its derivative, and the magnitude of the terms of the derivative.
 fn reference(gate: f32) -> [f64; 3] {
     let gate = f64::from(gate);
     let s = 1.0 / (1.0 + (-gate).exp());
@@ -18,7 +18,7 @@ proptest! {
     #[test]
     fn values_and_gradients_are_the_formula(n in 1..70usize, seed: u64) {
         let mut random = Random::new(seed);
-        // Past the size of a task too.
+        // Also more elements than a task has.
         let shape = [n, 257];
         let len = n * 257;
         let gate = random.floats(len, -60.0, 60.0);
@@ -50,7 +50,7 @@ proptest! {
         }
     }
 
-    /// Through `Tensor`, with a view among the inputs and with one tracked parent.
+    /// Through `Tensor`, with a view as input, and with one or both parents tracked.
     #[test]
     fn backward_gives_the_gradients_of_each_parent(n in 1..40usize, m in 1..40usize, seed: u64) {
         let mut random = Random::new(seed);
@@ -104,7 +104,7 @@ fn gradients_agree_with_differences() {
 }
 
 #[test]
-fn saturated_gates_pass_all_or_nothing() {
+fn saturated_gates_are_exact() {
     let gate = tensor(&[-1e30, -200.0, -0.0, 0.0, 200.0, 1e30], [6]);
     let y = silu_mul(gate.clone(), gate.ones_like());
     assert_eq!(values(&y), [0.0, 0.0, 0.0, 0.0, 200.0, 1e30]);

@@ -1,4 +1,4 @@
-//! The backward pass, once for every backend: it keeps no probabilities.
+//! The backward pass of every backend: it keeps no probabilities.
 
 use burn::backend::{
     Autodiff,
@@ -27,7 +27,7 @@ struct State<B: AttentionOps> {
     scale: f64,
 }
 
-/// Parents: queries, keys and values.
+/// The parents are queries, keys and values.
 impl<B: AttentionOps> Backward<B, 3> for CausalAttention {
     type State = State<B>;
 
@@ -59,7 +59,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
         starts: Starts<Self>,
         scale: f64,
     ) -> FloatTensor<Self> {
-        // The same tensor, of the backend below.
+        // The same integer tensor, as one of the inner backend.
         let starts = match starts {
             Starts::First => Starts::First,
             Starts::Each(starts) => Starts::Each(starts),

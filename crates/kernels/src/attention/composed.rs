@@ -1,4 +1,4 @@
-//! The operations in burn's primitives: right on every backend, and the reference of the native ones.
+//! The operations in burn's primitives: for every backend, and the reference for the native ones.
 
 use std::ops::Range;
 
@@ -31,8 +31,9 @@ impl Sizes {
         }
     }
 
-    /// The query heads that share a key head are rows of one product: from
-    /// `[batch, seq_q, heads, dim]` to `[batch, kv_heads, heads / kv_heads * seq_q, dim]`.
+    /// Makes the query heads that share a key head rows of one product.
+    ///
+    /// From `[batch, seq_q, heads, dim]` to `[batch, kv_heads, heads / kv_heads * seq_q, dim]`.
     fn stack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
         B::float_reshape(B::float_swap_dims(t, 1, 2), self.stacked(self.dim))
     }
@@ -52,7 +53,7 @@ impl Sizes {
         Shape::new([self.batch, self.heads, self.seq_q, self.seq_k])
     }
 
-    /// The scaled scores, `-inf` where a query does not see a key, [`Sizes::of_scores`].
+    /// The scaled scores, [`Sizes::of_scores`]; `-inf` where a key is masked.
     fn scores<B: Backend>(
         &self,
         q: FloatTensor<B>,
@@ -87,7 +88,7 @@ impl Sizes {
                 let starts = B::int_cast(starts, settings.int_dtype);
                 let shape = Shape::new([self.batch, 1, self.seq_q, 1]);
                 let starts = B::int_reshape(starts, shape);
-                // No query is left without a key: its own is seen whatever is said.
+                // A query always attends to its own position, so that no row is empty.
                 let own = B::int_lower(keys.clone(), queries, settings.bool_dtype);
                 let own = B::bool_expand(own, self.of_scores());
                 let hidden = B::int_lower(keys, starts, settings.bool_dtype);
@@ -98,7 +99,7 @@ impl Sizes {
     }
 }
 
-/// See [`super::AttentionOps::causal_attention_forward`].
+/// The output and the log-sum-exps.
 pub(super) fn forward<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
@@ -118,10 +119,10 @@ pub(super) fn forward<B: Backend>(
     (sizes.unstack::<B>(y), B::float_reshape(lse, of_lse))
 }
 
-/// See [`super::AttentionOps::causal_attention_backward`].
+/// The gradients for `q`, `k` and `v`.
 #[expect(
     clippy::too_many_arguments,
-    reason = "what the forward pass was given and gave"
+    reason = "inputs and results of the forward pass"
 )]
 pub(super) fn backward<B: Backend>(
     q: FloatTensor<B>,

@@ -1,8 +1,9 @@
 //! The CPU: blocks of queries and keys whose scores stay in the cache.
 //!
-//! A task owns a block of queries of one head, or, in the backward pass, all heads that share keys,
-//! and goes through its blocks in a fixed order: the number of threads changes no bit. The queries
-//! of a block are the lanes of vectors, so that maxima and sums over keys need no lane of another.
+//! A task owns a block of queries of one head or, in the backward pass, all heads that share keys. It
+//! takes its blocks in a fixed order, so that the bits of the result do not depend on the number of
+//! threads. The queries of a block are the lanes of vectors, so that maxima and sums over keys need no
+//! reduction across lanes.
 
 use burn::backend::{Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
 use rayon::prelude::*;
@@ -17,13 +18,9 @@ use crate::matrix::Matrix;
 use crate::memory::zeroed;
 use crate::shared::Shared;
 
-/// Queries in a block.
-const QUERIES: usize = 64;
-/// Keys in a block.
-const KEYS: usize = 128;
+mod block;
 
-/// A number for each query of a block; those past the end of the sequence have no meaning.
-type Lanes = [f32; QUERIES];
+use block::{Block, KEYS, Lanes, QUERIES, gradient, softmax};
 
 impl AttentionOps for Flex {
     fn causal_attention_forward(
@@ -71,17 +68,18 @@ impl AttentionOps for Flex {
     }
 }
 
-/// Copied only if the dimensions of a head do not lie side by side.
+/// A tensor with the dimensions of a head contiguous, copied only if they are not.
 fn whole_heads(t: FlexTensor) -> FlexTensor {
     let layout = t.layout();
     let strides = layout.strides();
-    match strides[3] == 1 && strides.iter().all(|&stride| stride >= 0) {
-        true => t,
-        false => t.to_contiguous(),
+    if strides[3] == 1 && strides.iter().all(|&stride| stride >= 0) {
+        t
+    } else {
+        t.to_contiguous()
     }
 }
 
-/// `[batch, seq, heads, dim]` as it lies in memory.
+/// A strided `[batch, seq, heads, dim]` with contiguous dimensions of a head.
 struct Heads<'a> {
     values: &'a [f32],
     batch_stride: usize,
@@ -103,37 +101,41 @@ impl<'a> Heads<'a> {
         }
     }
 
-    /// From the element where a row of one head begins.
+    /// The values from the first of a head at a position on.
     #[inline(always)]
     fn from(&self, batch: usize, position: usize, head: usize) -> &'a [f32] {
         let at = batch * self.batch_stride + position * self.seq_stride + head * self.head_stride;
         &self.values[at..]
     }
 
+    /// A head at a position, `[dim]`.
     #[inline(always)]
     fn row(&self, batch: usize, position: usize, head: usize) -> &'a [f32] {
         &self.from(batch, position, head)[..self.dim]
     }
 
-    /// `n` rows of one head times `factor`, as the lanes of `[dim, n]`.
-    fn turn(
+    /// Writes a head at `n` positions, times `factor`, transposed: `[dim, n]`.
+    fn transpose(
         &self,
         batch: usize,
         position: usize,
         n: usize,
         head: usize,
         factor: f32,
-        turned: &mut [Lanes],
+        transposed: &mut [Lanes],
     ) {
         for i in 0..n {
             let row = self.row(batch, position + i, head);
-            for (lanes, value) in turned.iter_mut().zip(row) {
+            for (lanes, value) in transposed.iter_mut().zip(row) {
                 lanes[i] = value * factor;
             }
         }
     }
 
-    /// `n` rows of one head, `[n, dim]`, checked to lie within the tensor.
+    /// A head at `n` positions, `[n, dim]`.
+    ///
+    /// # Panics
+    /// If it does not lie within the tensor.
     fn rows(&self, batch: usize, position: usize, n: usize, head: usize) -> Matrix {
         let values = self.from(batch, position, head);
         assert!(n > 0 && (n - 1) * self.seq_stride + self.dim <= values.len());
@@ -141,12 +143,12 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// What a call is given.
+/// The arguments of a call.
 struct Call<'a> {
     q: Heads<'a>,
     k: Heads<'a>,
     v: Heads<'a>,
-    /// The first key that each query of each sequence sees; none if it is the first of all.
+    /// The first key that each query of each sequence attends to; `None` for the first of the sequence.
     starts: Option<Vec<usize>>,
     scale: f32,
     batch: usize,
@@ -155,20 +157,6 @@ struct Call<'a> {
     heads: usize,
     kv_heads: usize,
     dim: usize,
-}
-
-/// A block of queries and the keys from `keys` on.
-#[derive(Clone, Copy)]
-struct Block {
-    n_queries: usize,
-    keys: usize,
-    n_keys: usize,
-    /// Keys of the sequence that the first query of the block does not come before.
-    visible: usize,
-    /// The first key that each query sees, if that is not the first of all.
-    starts: Option<[usize; QUERIES]>,
-    /// Whether no query of the block sees an earlier key.
-    is_first: bool,
 }
 
 impl<'a> Call<'a> {
@@ -186,7 +174,7 @@ impl<'a> Call<'a> {
             Starts::Each(starts) => {
                 let own = (0..batch * seq_q).map(|at| seq_k - seq_q + at % seq_q);
                 let starts = integers(starts).into_iter().zip(own);
-                // No query is left without a key.
+                // A query always attends to its own position.
                 Some(starts.map(|(start, own)| start.min(own)).collect())
             }
         };
@@ -205,18 +193,18 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The head of the keys that a head of the queries reads.
+    /// The head of the keys that a head of queries reads.
     fn kv_head(&self, head: usize) -> usize {
         head / (self.heads / self.kv_heads)
     }
 
-    /// The first key that query `at` of a sequence sees.
+    /// The first key that query `at` of a sequence attends to.
     fn start(&self, batch: usize, at: usize) -> usize {
         let starts = self.starts.as_ref();
         starts.map_or(0, |starts| starts[batch * self.seq_q + at])
     }
 
-    /// The blocks of keys that a query from `queries` on sees.
+    /// The blocks of keys for the block of queries from `queries` on.
     fn blocks(&self, batch: usize, queries: usize) -> impl Iterator<Item = Block> {
         let n_queries = QUERIES.min(self.seq_q - queries);
         let visible = self.seq_k - self.seq_q + queries + 1;
@@ -231,16 +219,16 @@ impl<'a> Call<'a> {
             keys,
             n_keys: KEYS.min(end - keys),
             visible,
-            // All of them see what lies after the last start.
+            // Keys after the last start are visible to all of the queries.
             starts: starts.filter(|starts| starts.iter().any(|&start| start > keys)),
             is_first: keys == first,
         })
     }
 
-    /// The products of the keys of a block with `queries`, `[keys, queries]`; they are `[dim, queries]`.
+    /// Writes the products of the keys of a block, `[keys, dim]`, with `queries`, `[dim, queries]`.
     fn products(&self, block: &Block, keys: Matrix, queries: &[Lanes], out: &mut [Lanes]) {
         assert!(queries.len() == self.dim && block.n_keys <= out.len());
-        // SAFETY: `keys` comes from `Heads::rows` for this block, and the lengths are checked.
+        // SAFETY: `Heads::rows` has checked `keys`, and the lengths are checked above.
         unsafe {
             multiply_add(
                 [block.n_keys, self.dim, block.n_queries],
@@ -253,14 +241,14 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The output and the logarithms of the sums.
+    /// The output and the log-sum-exps.
     fn forward(&self) -> (Vec<f32>, Vec<f32>) {
         let (dim, width) = (self.dim, self.heads * self.dim);
         let mut y = zeroed(self.batch * self.seq_q * width);
         let mut lse = zeroed(self.batch * self.heads * self.seq_q);
         let shared = Shared::new(&mut y);
         let n_blocks = self.seq_q.div_ceil(QUERIES);
-        // One vector of sums for each head of each sequence, in tasks of a block.
+        // The log-sum-exps of each head of each sequence, in tasks of a block of queries.
         let tasks: Vec<(usize, &mut [f32])> = lse
             .chunks_mut(self.seq_q.max(1))
             .flat_map(|head| head.chunks_mut(QUERIES))
@@ -271,19 +259,19 @@ impl<'a> Call<'a> {
                 let lanes = |n| vec![[0.0; QUERIES]; n];
                 (lanes(dim), lanes(KEYS), vec![0.0; QUERIES * dim])
             },
-            |(turned, scores, mixed), (task, lse)| {
+            |(q, scores, mixed), (task, lse)| {
                 let (head, queries) = (task / n_blocks, task % n_blocks * QUERIES);
                 let (batch, head) = (head / self.heads, head % self.heads);
                 let kv_head = self.kv_head(head);
                 self.q
-                    .turn(batch, queries, lse.len(), head, self.scale, turned);
-                // Not infinite: a query may see no key of its first blocks.
+                    .transpose(batch, queries, lse.len(), head, self.scale, q);
+                // Not infinite: all keys of the first blocks may be masked for a query.
                 let mut most = [f32::MIN; QUERIES];
                 let mut sum = [0.0; QUERIES];
                 for block in self.blocks(batch, queries) {
                     let k = self.k.rows(batch, block.keys, block.n_keys, kv_head);
                     let v = self.v.rows(batch, block.keys, block.n_keys, kv_head);
-                    self.products(&block, k, turned, scores);
+                    self.products(&block, k, q, scores);
                     let mut shrink = [1.0; QUERIES];
                     softmax(block, scores, &mut most, &mut sum, &mut shrink);
                     if !block.is_first {
@@ -306,8 +294,8 @@ impl<'a> Call<'a> {
                 for (i, lse) in lse.iter_mut().enumerate() {
                     *lse = most[i] + sum[i].ln();
                     let at = (batch * self.seq_q + queries + i) * width + head * dim;
-                    // SAFETY: `y` is `[batch, seq_q, heads, dim]`; this head of this query is no
-                    // other task's.
+                    // SAFETY: `y` is `[batch, seq_q, heads, dim]`; no other task uses this head of
+                    // this query.
                     let y = unsafe { shared.slice(at, dim) };
                     for (y, mixed) in y.iter_mut().zip(&mixed[i * dim..]) {
                         *y = mixed / sum[i];
@@ -318,18 +306,18 @@ impl<'a> Call<'a> {
         (y, lse)
     }
 
-    /// [`Call::forward`] of the last position alone, as in decoding.
+    /// [`Call::forward`] for a single query, as in decoding.
     ///
-    /// Keys and values come from memory once, in the order in which they lie there.
+    /// Keys and values are read once, in the order of memory.
     fn one_query(&self) -> (Vec<f32>, Vec<f32>) {
-        /// Keys and values for which another thread is not worth its waking.
+        /// Elements of keys and values in a task; with fewer, waking a thread costs more than it saves.
         const ALONE: usize = 1 << 16;
         let (dim, group) = (self.dim, self.heads / self.kv_heads);
         let mut y = zeroed(self.batch * self.heads * dim);
         let mut lse = zeroed(self.batch * self.heads);
         let work = 2 * self.batch * self.seq_k * self.kv_heads * dim;
         let n_tasks = (work / ALONE).clamp(1, rayon::current_num_threads());
-        // Heads of the keys in a task, all of one sequence.
+        // The number of heads of keys in a task, all of one sequence.
         let n_heads = (self.batch * self.kv_heads).div_ceil(n_tasks);
         let n_heads = n_heads.clamp(1, self.kv_heads);
         let tasks: Vec<_> = y
@@ -369,7 +357,7 @@ impl<'a> Call<'a> {
                     let lanes = |n| vec![[0.0; QUERIES]; n];
                     [lanes(dim), lanes(dim), lanes(KEYS), lanes(KEYS)]
                 },
-                |[turned_q, turned_dy, p, ds], task| {
+                |[columns_q, columns_dy, p, ds], task| {
                     let (batch, kv_head) = (task / self.kv_heads, task % self.kv_heads);
                     let heads = kv_head * group..(kv_head + 1) * group;
                     let blocks = heads.flat_map(|head| {
@@ -387,8 +375,8 @@ impl<'a> Call<'a> {
                         }
                         let q = self.q.rows(batch, queries, n_queries, head);
                         self.q
-                            .turn(batch, queries, n_queries, head, self.scale, turned_q);
-                        dy.turn(batch, queries, n_queries, head, 1.0, turned_dy);
+                            .transpose(batch, queries, n_queries, head, self.scale, columns_q);
+                        dy.transpose(batch, queries, n_queries, head, 1.0, columns_dy);
                         let dy = dy.rows(batch, queries, n_queries, head);
                         for block in self.blocks(batch, queries) {
                             let Block {
@@ -399,13 +387,13 @@ impl<'a> Call<'a> {
                             } = block;
                             let k = self.k.rows(batch, keys, n_keys, kv_head);
                             let v = self.v.rows(batch, keys, n_keys, kv_head);
-                            self.products(&block, k, turned_q, p);
-                            self.products(&block, v, turned_dy, ds);
+                            self.products(&block, k, columns_q, p);
+                            self.products(&block, v, columns_dy, ds);
                             gradient(block, self.scale, &lse_lanes, &delta, p, ds);
                             let at_q = (batch * self.seq_q + queries) * q_width + head * dim;
                             let at_k = (batch * self.seq_k + keys) * k_width + kv_head * dim;
                             // SAFETY: `rows` has checked the matrices; the gradients have the
-                            // shapes of `q` and `k`, and no other task has these heads of this
+                            // shapes of `q` and `k`, and no other task uses these heads of this
                             // sequence.
                             unsafe {
                                 let (p, ds) = (matrix(p), matrix(ds));
@@ -426,112 +414,15 @@ impl<'a> Call<'a> {
     }
 }
 
+/// A matrix of `[_, QUERIES]`.
 fn matrix(lanes: &[Lanes]) -> Matrix {
     Matrix::new(lanes.as_ptr().cast(), QUERIES, 1)
 }
 
-impl Block {
-    /// How many queries, from the first on, do not see key `j` of the block.
-    #[inline(always)]
-    fn hidden_from(&self, j: usize) -> usize {
-        (self.keys + j + 1)
-            .saturating_sub(self.visible)
-            .min(QUERIES)
-    }
-}
-
 by_instruction_set! {
-    /// Turns the scores of a block into exponentials relative to the largest score so far; `shrink`
-    /// is what comes of those before.
-    fn softmax(
-        block: Block,
-        scores: &mut [Lanes],
-        most: &mut Lanes,
-        sum: &mut Lanes,
-        shrink: &mut Lanes,
-    ) = softmax_body
-}
-
-#[inline(always)]
-fn softmax_body<I: Isa>(
-    block: Block,
-    scores: &mut [Lanes],
-    most: &mut Lanes,
-    sum: &mut Lanes,
-    shrink: &mut Lanes,
-) {
-    let before = *most;
-    let mut largest = before;
-    for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
-        scores[..block.hidden_from(j)].fill(f32::NEG_INFINITY);
-        if let Some(starts) = &block.starts {
-            for i in 0..QUERIES {
-                if starts[i] > block.keys + j {
-                    scores[i] = f32::NEG_INFINITY;
-                }
-            }
-        }
-        for i in 0..QUERIES {
-            largest[i] = math::larger(scores[i], largest[i]);
-        }
-    }
-    let mut added = [0.0; QUERIES];
-    for scores in &mut scores[..block.n_keys] {
-        for i in 0..QUERIES {
-            scores[i] = math::exp(scores[i] - largest[i]);
-            added[i] += scores[i];
-        }
-    }
-    for i in 0..QUERIES {
-        shrink[i] = math::exp(before[i] - largest[i]);
-        sum[i] = sum[i] * shrink[i] + added[i];
-    }
-    *most = largest;
-}
-
-by_instruction_set! {
-    /// From scores and `dp` to the probabilities and the gradient of the scores.
-    fn gradient(
-        block: Block,
-        scale: f32,
-        lse: &Lanes,
-        delta: &Lanes,
-        scores: &mut [Lanes],
-        dp: &mut [Lanes],
-    ) = gradient_body
-}
-
-#[inline(always)]
-fn gradient_body<I: Isa>(
-    block: Block,
-    scale: f32,
-    lse: &Lanes,
-    delta: &Lanes,
-    scores: &mut [Lanes],
-    dp: &mut [Lanes],
-) {
-    let rows = scores[..block.n_keys].iter_mut().zip(dp);
-    for (j, (p, dp)) in rows.enumerate() {
-        for i in 0..QUERIES {
-            p[i] = math::exp(p[i] - lse[i]);
-            dp[i] = p[i] * (dp[i] - delta[i]) * scale;
-        }
-        let hidden = block.hidden_from(j);
-        p[..hidden].fill(0.0);
-        dp[..hidden].fill(0.0);
-        if let Some(starts) = &block.starts {
-            for i in 0..QUERIES {
-                if starts[i] > block.keys + j {
-                    (p[i], dp[i]) = (0.0, 0.0);
-                }
-            }
-        }
-    }
-}
-
-by_instruction_set! {
-    /// The one query in as many heads as `lse` has, those that read the heads of the keys from
-    /// `kv_head` on; `scores` has room for those of each head, and `y` is zero.
+    /// Writes the output of a single query for some heads, as many as `lse` has.
+    ///
+    /// These read the heads of keys from `kv_head` on; `scores` is `[heads, seq_k]`, and `y` is zero.
     fn attend(
         call: &Call,
         batch: usize,
@@ -576,8 +467,7 @@ fn attend_body<I: Isa>(
 }
 
 by_instruction_set! {
-    /// [`math::dot`] as a function of its own: in the middle of other loops the compiler takes its
-    /// lanes one by one.
+    /// [`math::dot`] as a separate function: inlined into other loops, it is not vectorized.
     fn dot(a: &[f32], b: &[f32], product: &mut f32) = dot_body
 }
 

@@ -1,4 +1,4 @@
-//! Where the segment of each query begins.
+//! The beginning of the segment of each query.
 
 use burn::backend::{Backend, ExtensionType, tensor::IntTensor};
 

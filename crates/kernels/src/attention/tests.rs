@@ -1,4 +1,4 @@
-//! Against f64, against the composed operations and through autodiff.
+//! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::Flex;
 use burn::tensor::{Device, Int, Tensor, TensorData};
@@ -16,17 +16,17 @@ struct Sizes {
     kv_heads: usize,
     group: usize,
     dim: usize,
-    /// Tokens of the texts of the first sequence, one more in each sequence after it; 0 for one text.
-    text: usize,
+    /// Tokens in a segment of the first sequence, one more in each later one; 0 for a single segment.
+    segment: usize,
 }
 
 impl Sizes {
-    /// The first key that a query sees.
+    /// The first key that a query attends to.
     fn start(&self, batch: usize, query: usize) -> usize {
         let own = self.seq_k - self.seq_q + query;
-        match self.text {
+        match self.segment {
             0 => 0,
-            text => own - own % (text + batch),
+            segment => own - own % (segment + batch),
         }
     }
 
@@ -34,7 +34,7 @@ impl Sizes {
         let of = |batch| (0..self.seq_q).map(move |query| self.start(batch, query) as i64);
         let starts: Vec<i64> = (0..self.batch).flat_map(of).collect();
         let starts = TensorData::new(starts, [self.batch, self.seq_q]);
-        (self.text > 0).then(|| Tensor::from_data(starts, &Device::flex()))
+        (self.segment > 0).then(|| Tensor::from_data(starts, &Device::flex()))
     }
 
     fn of_queries(&self) -> [usize; 4] {
@@ -56,7 +56,7 @@ impl Sizes {
         1.5 / (self.dim as f64).sqrt()
     }
 
-    /// The output and the logarithms of the sums in f64.
+    /// The output and the log-sum-exps in `f64`.
     fn reference(&self, q: &[f64], k: &[f64], v: &[f64], scale: f64) -> (Vec<f64>, Vec<f64>) {
         let (heads, dim) = (self.kv_heads * self.group, self.dim);
         let mut y = vec![0.0; q.len()];
@@ -92,22 +92,22 @@ fn sizes(
     more_keys: impl Strategy<Value = usize>,
     dim: impl Strategy<Value = usize>,
 ) -> impl Strategy<Value = Sizes> {
-    let text = prop::sample::select(vec![0, 1, 2, 50, 131]);
+    let segment = prop::sample::select(vec![0, 1, 2, 50, 131]);
     let heads = (1..4usize, 1..4usize);
-    (1..4usize, seq_q, more_keys, heads, dim, text).prop_map(
-        |(batch, seq_q, more_keys, (kv_heads, group), dim, text)| Sizes {
+    (1..4usize, seq_q, more_keys, heads, dim, segment).prop_map(
+        |(batch, seq_q, more_keys, (kv_heads, group), dim, segment)| Sizes {
             batch,
             seq_q,
             seq_k: seq_q + more_keys,
             kv_heads,
             group,
             dim,
-            text,
+            segment,
         },
     )
 }
 
-/// Past the sizes of a block, and not.
+/// Below and above the sizes of a block.
 fn large() -> impl Strategy<Value = Sizes> {
     let seq_q = prop::sample::select(vec![1, 2, 5, 64, 65, 130, 200]);
     sizes(
@@ -128,8 +128,8 @@ fn tensors(sizes: &Sizes, seed: u64) -> [Tensor<4>; 4] {
     [of_queries, of_keys, of_keys, of_queries].map(|shape| random.tensor(shape))
 }
 
-/// The same values with the heads before the positions, within a longer sequence, and with the
-/// dimensions of a head apart.
+/// The same values as views: heads before positions, a part of a longer sequence, and strided
+/// dimensions of a head.
 fn as_views([q, k, v, dy]: [Tensor<4>; 4]) -> [Tensor<4>; 4] {
     let materialized = |t: Tensor<4>| t + 0.0;
     let q = materialized(q.swap_dims(1, 2)).swap_dims(1, 2);
@@ -139,7 +139,7 @@ fn as_views([q, k, v, dy]: [Tensor<4>; 4]) -> [Tensor<4>; 4] {
     [q, k, v, dy]
 }
 
-/// Output, logarithms of sums and gradients.
+/// Output, log-sum-exps and gradients.
 fn native(sizes: &Sizes, t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
     let [q, k, v, dy] = t.each_ref().map(primitive);
     let starts = sizes.primitive_starts();
@@ -218,9 +218,9 @@ proptest! {
     }
 }
 
-/// A query sees nothing of later positions, bit for bit, and sees its own.
+/// Later positions change no bit of a query's output, and its own does.
 #[test]
-fn the_future_is_not_seen() {
+fn later_positions_are_masked() {
     let sizes = Sizes {
         batch: 2,
         seq_q: 140,
@@ -228,7 +228,7 @@ fn the_future_is_not_seen() {
         kv_heads: 2,
         group: 2,
         dim: 12,
-        text: 0,
+        segment: 0,
     };
     let [q, k, v, _] = tensors(&sizes, 8);
     let at = 100;
@@ -252,7 +252,7 @@ fn the_future_is_not_seen() {
     assert_ne!(query(k.clone(), change(&v, own)), y);
 }
 
-/// One query after a cache of keys gives what the last of all queries gives.
+/// A single query after cached keys gives the output of the last query of the whole sequence.
 #[test]
 fn decoding_agrees_with_a_whole_sequence() {
     let sizes = Sizes {
@@ -262,7 +262,7 @@ fn decoding_agrees_with_a_whole_sequence() {
         kv_heads: 2,
         group: 3,
         dim: 40,
-        text: 0,
+        segment: 0,
     };
     let [q, k, v, _] = tensors(&sizes, 9);
     let whole = causal_attention(
@@ -277,7 +277,7 @@ fn decoding_agrees_with_a_whole_sequence() {
     assert_close(&values(&one), &expected, 2e-6);
 }
 
-/// Whole numbers, whose scores are exact: up to 1600, beyond the exponentials of f32.
+/// Whole numbers, whose scores are exact: up to 1600, beyond the range of `exp` in `f32`.
 #[test]
 fn large_scores_do_not_overflow() {
     let sizes = Sizes {
@@ -287,7 +287,7 @@ fn large_scores_do_not_overflow() {
         kv_heads: 1,
         group: 1,
         dim: 8,
-        text: 0,
+        segment: 0,
     };
     let [q, k, v, dy] = tensors(&sizes, 10);
     let t = [(q * 20.0).round(), (k * 20.0).round(), v, dy];
@@ -312,7 +312,7 @@ fn other_dtypes_take_the_composed_operations() {
         kv_heads: 2,
         group: 2,
         dim: 3,
-        text: 0,
+        segment: 0,
     };
     let t = tensors(&sizes, 7);
     let [q, k, v, dy] = t.each_ref().map(|t| doubles(&values(t)));
@@ -346,7 +346,7 @@ fn the_number_of_threads_changes_no_bit() {
             kv_heads: 3,
             group: 2,
             dim: 20,
-            text: 40,
+            segment: 40,
         };
         let t = tensors(&sizes, 11);
         assert_same_on_any_threads(|| native(&sizes, &t, sizes.scale()));

@@ -1,4 +1,4 @@
-//! The search for the part of a range whose grid costs least.
+//! The search for the clipped range whose grid has the least cost.
 
 use rayon::prelude::*;
 
@@ -9,27 +9,40 @@ use crate::layout::{Layout, TILE};
 /// The loss that [`clip_search`] minimizes.
 #[derive(Clone, Copy, Debug)]
 pub enum ClipLoss<'a> {
-    /// `|error|^2.4`, of the reference code of OPTQ (methods differ: its option is named `mse`).
+    /// `|error|^2.4`, as in the reference code of OPTQ, whose option for it is named `mse`.
     Power,
-    /// `error²` times the weight of the input, `[d_in]`.
+    /// `error²` times a factor for each input, `[d_in]`.
     Inputs(&'a [f32]),
 }
 
-/// Steps of the search for a clipped range, of which the range keeps `1 - step / CLIP_GRID`.
+/// The number of steps of the search; in each, `1 - step / CLIP_GRID` of the range is kept.
 const CLIP_STEPS: usize = 80;
 const CLIP_GRID: usize = 100;
 
-/// Scales and zeros of the ranges that cost least among 100 % down to 21 % of `low` and `high`.
+/// The scales and zeros of the clipped ranges with the least cost, from 100 % down to 21 % of the range.
 ///
-/// The grid, the exponent and the strict comparison are those of the reference code of OPTQ
-/// (Frantar et al. 2023). The zeros of a centered layout stay zero.
+/// The grid, the exponent and the strict comparison are those of the reference code of OPTQ (Frantar et
+/// al. 2023, arXiv:2210.17323). The zeros of a centered layout are 0.
 ///
 /// # Shapes
 /// - `weight`: `[d_in, d_out]`, row by row
-/// - `low <= 0 <= high`, not both zero, and the results: [`Layout::grid_shape`]
+/// - `low`, `high`: [`Layout::grid_shape`], with `low <= 0 <= high` and not both 0
+/// - results: [`Layout::grid_shape`]
 ///
 /// # Panics
 /// If a length is not the layout's, or its levels are a table.
+///
+/// # Examples
+/// ```
+/// use kernels::{ClipLoss, Layout, Levels, clip_search};
+///
+/// // At 2 bits, clipping the one large weight costs less than coarse steps for all others.
+/// let mut weight = vec![0.1; 64];
+/// weight[0] = 0.4;
+/// let layout = Layout::new(64, 1, 2, 64, Levels::Unsigned);
+/// let (scales, _) = clip_search(&weight, &[0.0], &[0.4], ClipLoss::Power, &layout);
+/// assert!(scales[0] < 0.4 / 3.0);
+/// ```
 pub fn clip_search(
     weight: &[f32],
     low: &[f32],
@@ -38,10 +51,10 @@ pub fn clip_search(
     layout: &Layout,
 ) -> (Vec<f32>, Vec<f32>) {
     let (d_in, d_out) = (layout.d_in(), layout.d_out());
-    assert_eq!(weight.len(), d_in * d_out, "one weight for each code");
+    assert_eq!(weight.len(), d_in * d_out, "the number of weights");
     let grid = Grid::new(low, Some(high), layout);
     if let ClipLoss::Inputs(weights) = cost {
-        assert_eq!(weights.len(), d_in, "one weight for each input");
+        assert_eq!(weights.len(), d_in, "the number of factors of inputs");
     }
     let group = layout.group_size().saturating_mul(d_out);
     let tasks = (0..layout.n_groups() * layout.n_tiles()).into_par_iter();
@@ -69,7 +82,7 @@ pub fn clip_search(
 }
 
 by_instruction_set! {
-    /// The best grid of one group in one tile; `ranges` has the lows as scales, the highs as zeros.
+    /// Writes the best grid of a group in a tile; `ranges` has the lows as scales, the highs as zeros.
     fn search_tile(
         rows: &[f32],
         ranges: &Grid,
@@ -134,7 +147,7 @@ fn search_tile_body<I: Isa>(
             }
         }
         for j in 0..TILE {
-            // The full range stands where every cost is more than a float holds.
+            // The full range is kept where every cost overflows.
             if step == 0 || sums[j] < least[j] {
                 least[j] = sums[j];
                 best.scales[j] = lanes.scales[j];
@@ -144,11 +157,11 @@ fn search_tile_body<I: Isa>(
     }
 }
 
-/// `x^2.4` for `x >= 0`, to a few units in the last place: `x² (x^(1/5))²` with Newton's method.
+/// `x^2.4` for `x >= 0`, within a few ulp: `x² (x^(1/5))²`, with the root by Newton's method.
 #[inline(always)]
 fn power(x: f32) -> f32 {
-    // A fifth of the exponent, within some percent of the root.
-    // SAFETY: a fifth of the bits of a float that is not negative fits.
+    // A fifth of the exponent gives the root within a few percent.
+    // SAFETY: a fifth of the bits of a float that is not negative is in the range of `i32`.
     let fifth = unsafe { (x.to_bits() as i32 as f32 * 0.2).to_int_unchecked::<i32>() };
     let mut root = f32::from_bits((fifth + 0x32CC_CCCD) as u32);
     for _ in 0..3 {

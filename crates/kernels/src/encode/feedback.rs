@@ -1,4 +1,4 @@
-//! Rounding whose errors are fed back into the weights still to come: the inner loop of OPTQ.
+//! Rounding with feedback of the errors into later weights: the inner loop of OPTQ.
 
 use std::ops::Range;
 
@@ -9,43 +9,65 @@ use crate::isa::{Isa, by_instruction_set};
 use crate::layout::{Layout, TILE};
 use crate::shared::Shared;
 
-/// The working state of [`round_with_feedback`], all rows of a matrix in an order of its caller's.
+/// The working state of [`round_with_feedback`], with the rows of a matrix in the caller's order.
 pub struct Feedback<'a> {
-    /// `[d_in, d_out]`, row by row: the weights, changed by the errors of the rows after them. A
-    /// rounded row is replaced by its error divided by the factor's diagonal.
+    /// The weights with the feedback of rounded rows, `[d_in, d_out]`, row by row.
+    ///
+    /// A rounded row is replaced by its error divided by the diagonal of the factor.
     pub weight: &'a mut [f32],
-    /// The codes, `[d_in, d_out]`, each row at the place that `inputs` has for it.
+    /// The codes, `[d_in, d_out]`; row `p` of the weights is row `inputs[p]`.
     pub codes: &'a mut [u8],
-    /// `Σ error² / diagonal²` of each output.
+    /// The sums over rows of `error² / diagonal²`, `[d_out]`; those of `rows` are added.
     pub losses: &'a mut [f64],
-    /// The weights that the codes of the rows from `from` on stand for, row by row; if anybody asks
-    /// for them.
+    /// The weights of the codes of the rows from `from` on, `[rows.end - from, d_out]`, if needed.
     pub rounded: Option<&'a mut [f32]>,
 }
 
-/// How rows influence each other in [`round_with_feedback`].
+/// The influence of rows on each other in [`round_with_feedback`].
 #[derive(Clone, Copy)]
 pub struct Influence<'a> {
-    /// `[d_in, d_in]`, row by row, lower triangular: row `p` takes `factor[p, k] error` from each row
-    /// `k < p`, where `error` is that of row `p` divided by `factor[p, p]`.
+    /// The factor of the errors, `[d_in, d_in]`, row by row, lower triangular.
+    ///
+    /// Row `p` subtracts `factor[p, k] error` from each row `k < p`, where `error` is that of row `p`
+    /// divided by `factor[p, p]`.
     pub factor: &'a [f32],
-    /// `[d_in, d_in]`, strictly lower triangular: row `p` adds `drift[p, k] w[p]` to each `k < p`.
+    /// The factor of the weights, `[d_in, d_in]`, row by row, strictly lower triangular.
+    ///
+    /// Row `p` adds `drift[p, k] w[p]` to each row `k < p`, where `w[p]` is the weight before rounding.
     pub drift: Option<&'a [f32]>,
-    /// The input of each row.
+    /// The input of each row, `[d_in]`.
     pub inputs: &'a [usize],
 }
 
-/// Rounds the rows `rows` from the last to the first onto their grids, each one's error fed back to
-/// those of the rows `from .. rows.end` that are still to come.
+/// Rounds `rows`, from the last to the first, and feeds the error of each back into the rows before it.
 ///
-/// With the inverse Cholesky factor of a Hessian this is the inner loop of OPTQ (Frantar et al. 2023).
+/// The feedback goes to the rows from `from` on. With the inverse Cholesky factor of a Hessian, this is
+/// the inner loop of OPTQ (Frantar et al. 2023, arXiv:2210.17323).
 ///
 /// # Shapes
-/// - `scales`, `zeros`: [`Layout::grid_shape`]; the group of a row is that of its place in the codes
+/// - `scales`, `zeros`: [`Layout::grid_shape`]; the group of row `p` is that of `inputs[p]`
 ///
 /// # Panics
-/// If a size is not the layout's, `rows` or `from` do not lie within it in this order, or a table has
-/// zeros.
+/// If a length is not the layout's, an input is not below `d_in`, `from <= rows.start` and
+/// `rows.end <= d_in` do not hold, or there are zeros and the levels are a table.
+///
+/// # Examples
+/// ```
+/// use kernels::{Feedback, Influence, Layout, Levels, round_with_feedback};
+///
+/// let layout = Layout::new(2, 1, 4, 2, Levels::Unsigned);
+/// let (mut weight, mut codes, mut losses) = ([1.0, 2.25], [0; 2], [0.0]);
+/// let mut state = Feedback {
+///     weight: &mut weight,
+///     codes: &mut codes,
+///     losses: &mut losses,
+///     rounded: None,
+/// };
+/// // The error of row 1, 0.25, is subtracted from row 0 twice.
+/// let influence = Influence { factor: &[1.0, 0.0, 2.0, 1.0], drift: None, inputs: &[0, 1] };
+/// round_with_feedback(&mut state, influence, &[0.5], None, &layout, 0..2, 0);
+/// assert_eq!(codes, [1, 4]);
+/// ```
 pub fn round_with_feedback(
     state: &mut Feedback,
     influence: Influence,
@@ -56,18 +78,33 @@ pub fn round_with_feedback(
     from: usize,
 ) {
     let [d_in, d_out] = [layout.d_in(), layout.d_out()];
-    assert_eq!(state.weight.len(), d_in * d_out, "the working weights");
-    assert_eq!(state.codes.len(), d_in * d_out, "one code for each weight");
-    assert_eq!(state.losses.len(), d_out, "one loss for each output");
-    assert_eq!(influence.factor.len(), d_in * d_in, "the factor");
-    assert_eq!(influence.inputs.len(), d_in, "the input of each row");
-    assert!(influence.inputs.iter().all(|&input| input < d_in));
-    assert!(from <= rows.start && rows.end <= d_in);
-    let square = |drift: &[f32]| drift.len() == d_in * d_in;
-    assert!(influence.drift.is_none_or(square), "the drift");
+    assert_eq!(state.weight.len(), d_in * d_out, "the number of weights");
+    assert_eq!(state.codes.len(), d_in * d_out, "the number of codes");
+    assert_eq!(state.losses.len(), d_out, "the number of losses");
+    assert_eq!(
+        influence.factor.len(),
+        d_in * d_in,
+        "the size of the factor"
+    );
+    assert_eq!(influence.inputs.len(), d_in, "the number of inputs");
+    assert!(
+        influence.inputs.iter().all(|&input| input < d_in),
+        "an input is not below {d_in}"
+    );
+    assert!(
+        from <= rows.start && rows.end <= d_in,
+        "rows {rows:?} after {from} are not among {d_in} rows"
+    );
+    if let Some(drift) = influence.drift {
+        assert_eq!(drift.len(), d_in * d_in, "the size of the drift");
+    }
     if let Some(rounded) = &state.rounded {
         let n_rows = rows.end - from;
-        assert!(rounded.len() >= n_rows * d_out, "the rounded weights");
+        assert!(
+            rounded.len() >= n_rows * d_out,
+            "{} values have no room for {n_rows} rounded rows of {d_out}",
+            rounded.len()
+        );
     }
     let task = Task {
         influence,
@@ -95,7 +132,7 @@ struct Task<'a> {
 }
 
 by_instruction_set! {
-    /// One tile of [`round_with_feedback`].
+    /// Rounds the rows in the columns of one tile.
     fn round_tile(
         task: &Task,
         tile: usize,
@@ -123,7 +160,7 @@ fn round_tile_body<I: Isa>(
     let width = columns.len();
     let at = |row: usize| row * d_out + columns.start;
     block.clear();
-    // SAFETY: the caller has checked the sizes and the rows; this task alone has these columns.
+    // SAFETY: the caller has checked the sizes and the rows; no other task uses these columns.
     block.extend((from..task.rows.end).map(|p| unsafe {
         let row = task.weight.slice(at(p), width);
         read(row, &(0..width))
@@ -143,9 +180,8 @@ fn round_tile_body<I: Isa>(
                 .get((p + 1) * d_in + p)
                 .is_some_and(|&f| f != 0.0)
         {
-            // The lowest weight of a symmetric group lies halfway between its two lowest codes. Which
-            // of them it gets must not hang on the last bit of the errors that it has taken: it gets
-            // the one of exact arithmetic.
+            // The lowest weight of a symmetric group lies halfway between its two lowest codes. The
+            // choice must not depend on the last bit of the feedback: it is that of exact arithmetic.
             let lowest = -0.5 * max_code * (1.0 - 4.0 * f32::EPSILON);
             for j in 0..TILE {
                 if weights[j] <= lowest * lanes.scales[j] {
@@ -174,7 +210,8 @@ fn round_tile_body<I: Isa>(
             }
         }
         row[0] = error;
-        // SAFETY: `input` is a row of the codes, and `p - from` one of the rounded weights.
+        // SAFETY: `input` is a row of the codes, and `p - from` one of the rounded weights; no other
+        // task uses these columns.
         unsafe {
             let out = task.codes.slice(at(input), width);
             for (out, code) in out.iter_mut().zip(codes) {
@@ -187,7 +224,7 @@ fn round_tile_body<I: Isa>(
         }
     }
     for (p, row) in (from..).zip(block.iter()) {
-        // SAFETY: as above.
+        // SAFETY: `p` is a row of the weights; no other task uses these columns.
         unsafe { task.weight.slice(at(p), width) }.copy_from_slice(&row[..width]);
     }
     for (loss, sum) in losses.iter_mut().zip(sums) {

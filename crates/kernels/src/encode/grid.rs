@@ -1,14 +1,19 @@
-//! The grids of a weight's groups: the nearest code of a weight, and the weight of a code.
+//! The grids of groups: the code nearest to a weight, and the weight of a code.
 
 use std::ops::Range;
 
 use crate::isa::Isa;
 use crate::layout::{Layout, Levels, TABLE, TILE};
 
-/// The scale and the whole zero that map `low` to code 0 and `high` to `max_code`; `low <= 0 <= high`,
-/// not both zero.
+/// The scale and the zero that map `low` to code 0 and `high` to `max_code`.
 ///
-/// Frantar et al. 2023, arXiv:2210.17323: their code's `Quantizer`.
+/// The zero is a whole number in `0 ..= max_code`. `low <= 0 <= high`, and not both are 0. The formula is
+/// that of `Quantizer` in the reference code of OPTQ (Frantar et al. 2023, arXiv:2210.17323).
+///
+/// # Examples
+/// ```
+/// assert_eq!(kernels::grid_of_range(-1.0, 2.0, 15.0), (0.2, 5.0));
+/// ```
 #[inline(always)]
 pub fn grid_of_range(low: f32, high: f32, max_code: f32) -> (f32, f32) {
     let scale = (high - low) / max_code;
@@ -16,7 +21,7 @@ pub fn grid_of_range(low: f32, high: f32, max_code: f32) -> (f32, f32) {
     (scale, zero.max(0.0).min(max_code))
 }
 
-/// Scales and zeros with what it takes to find the nearest code.
+/// The scales and zeros of a weight, and the search for the nearest code.
 pub(super) struct Grid<'a> {
     scales: &'a [f32],
     zeros: Option<&'a [f32]>,
@@ -24,12 +29,13 @@ pub(super) struct Grid<'a> {
     pub(super) levels: Nearest,
 }
 
-/// How the nearest code is found.
+/// The search for the nearest code.
 pub(super) enum Nearest {
-    /// By rounding, within `0 ..= max_code`; `center` is that of the levels.
+    /// Rounding, clamped to `0 ..= max_code`; `center` is that of the levels.
     Uniform { center: f32, max_code: f32 },
-    /// By the number of `midpoints` between levels that lie below; `order` has the codes from the
-    /// lowest level to the highest, as floats.
+    /// The number of `midpoints` between sorted levels that lie below a value.
+    ///
+    /// `order` has the codes from the lowest level to the highest, as floats.
     Table {
         table: [f32; TABLE],
         midpoints: [f32; TABLE - 1],
@@ -40,8 +46,10 @@ pub(super) enum Nearest {
 impl<'a> Grid<'a> {
     pub(super) fn new(scales: &'a [f32], zeros: Option<&'a [f32]>, layout: &Layout) -> Self {
         let n = layout.n_groups() * layout.d_out();
-        assert_eq!(scales.len(), n, "the scales of the layout");
-        assert!(zeros.is_none_or(|zeros| zeros.len() == n), "the zeros");
+        assert_eq!(scales.len(), n, "the number of scales");
+        if let Some(zeros) = zeros {
+            assert_eq!(zeros.len(), n, "the number of zeros");
+        }
         let levels = match layout.levels() {
             Levels::Table(table) => {
                 assert!(zeros.is_none(), "a table has no zeros");
@@ -71,6 +79,7 @@ impl<'a> Grid<'a> {
         }
     }
 
+    /// The grids of a group in the columns of a tile.
     #[inline(always)]
     pub(super) fn lanes(&self, group: usize, columns: &Range<usize>) -> Lanes {
         let row = group * self.layout.d_out()..(group + 1) * self.layout.d_out();
@@ -84,13 +93,14 @@ impl<'a> Grid<'a> {
     }
 }
 
-/// The grids of one group in the columns of a tile.
+/// The grids of a group in the columns of a tile.
 pub(super) struct Lanes {
     pub(super) scales: [f32; TILE],
     pub(super) zeros: [f32; TILE],
 }
 
 impl Lanes {
+    /// The codes nearest to weights.
     #[inline(always)]
     pub(super) fn nearest<I: Isa>(&self, levels: &Nearest, weights: &[f32; TILE]) -> [u32; TILE] {
         let mut codes = [0; TILE];
@@ -106,12 +116,12 @@ impl Lanes {
                 midpoints, order, ..
             } => {
                 for j in 0..TILE {
-                    // As bitsandbytes has it: a product with the reciprocal.
+                    // As in bitsandbytes, a product with the reciprocal.
                     let value = weights[j] * (1.0 / self.scales[j].max(1e-38));
                     let below = midpoints.iter().map(|&m| u32::from(value > m));
                     codes[j] = below.sum();
                 }
-                // SAFETY: `I` is that of the function that this is compiled into.
+                // SAFETY: `I` is the instruction set that this function is compiled for.
                 codes = unsafe { I::lookup(order, &codes) }.map(small);
             }
         }
@@ -123,7 +133,7 @@ impl Lanes {
     pub(super) fn weights<I: Isa>(&self, levels: &Nearest, codes: &[u32; TILE]) -> [f32; TILE] {
         let levels = match levels {
             Nearest::Uniform { center, .. } => codes.map(|code| code as i32 as f32 - center),
-            // SAFETY: as above.
+            // SAFETY: `I` is the instruction set that this function is compiled for.
             Nearest::Table { table, .. } => unsafe { I::lookup(table, codes) },
         };
         std::array::from_fn(|j| (levels[j] - self.zeros[j]) * self.scales[j])
@@ -133,11 +143,11 @@ impl Lanes {
 /// The integer of a float in `0 ..= 255`.
 #[inline(always)]
 fn small(value: f32) -> u32 {
-    // SAFETY: the callers give numbers from 0 to 255.
+    // SAFETY: the callers pass numbers from 0 to 255.
     unsafe { value.to_int_unchecked::<i32>() as u32 }
 }
 
-/// The columns of a tile in a row, padded with zeros.
+/// The values of a row in the columns of a tile, padded with zeros.
 #[inline(always)]
 pub(super) fn read(row: &[f32], columns: &Range<usize>) -> [f32; TILE] {
     let row = &row[columns.clone()];

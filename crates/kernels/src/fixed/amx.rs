@@ -1,7 +1,7 @@
-//! Intel's tile unit: 16 rows of 64 bytes times 16 columns of 64 bytes in one instruction.
+//! Intel's AMX: 16 rows of 64 bytes times 16 columns of 64 bytes in one instruction.
 //!
-//! The intrinsics are not stable, so the instructions stand here as such. Nothing that the compiler
-//! makes touches a tile.
+//! Its intrinsics are unstable, so the instructions are inline assembly. The compiler itself emits no
+//! instruction that touches a tile.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -14,7 +14,7 @@ use super::split::Rows;
 use super::vectors::{PART, PARTS};
 use super::vnni::{join, join_whole};
 
-/// The shapes of all tiles, as the processor reads them.
+/// The operand of `ldtilecfg`: the shapes of all tiles.
 #[repr(C, align(64))]
 struct Shapes {
     palette: u8,
@@ -24,15 +24,15 @@ struct Shapes {
     rows: [u8; 16],
 }
 
-/// What the tiles are while this lives, on this thread.
+/// A guard: the tiles of this thread are configured while it lives.
 struct Configured;
 
 impl Configured {
-    /// Sums in the first tiles, limbs of rows in the next, and columns in the last; of each, `step`
-    /// bytes at a time. (With steps of 64, all tiles are alike.)
+    /// Configures tiles 0 to 5 for sums, tile 6 for `step` limbs of each row, and tile 7 for `step`
+    /// bytes of each column. With steps of 64, all tiles have one shape.
     ///
     /// # Safety
-    /// the system permits AMX.
+    /// The system permits AMX.
     unsafe fn new(step: usize) -> Self {
         let mut shapes = Shapes {
             palette: 1,
@@ -50,7 +50,7 @@ impl Configured {
             shapes.bytes_per_row[tile] = bytes as u16;
             shapes.rows[tile] = rows as u8;
         }
-        // SAFETY: a valid palette.
+        // SAFETY: the palette and the shapes are valid, and the caller promises AMX.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
         Self
     }
@@ -63,14 +63,14 @@ impl Drop for Configured {
     }
 }
 
-/// The sums of up to six pairs of strip and limb, in 16 columns.
+/// The sums of up to six pairs of a strip and a limb in 16 columns.
 #[repr(C, align(64))]
 struct Sums([[[i32; PART]; STRIP]; 6]);
 
-/// See [`super::multiply`].
+/// Multiplies a slab by a panel, see [`super::multiply`].
 ///
 /// # Safety
-/// the system permits AMX.
+/// The system permits AMX.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn multiply(
     rows: &Rows,
@@ -90,23 +90,25 @@ pub(super) unsafe fn multiply(
     }
 }
 
-/// What a product of one block reads.
+/// The operands of the product of a block.
 struct Operands {
     /// The limbs of two strips.
     a: [*const i8; 2],
-    /// From a row to the next.
+    /// The bytes from a row to the next.
     a_row: usize,
-    /// From a limb to the next, and from the last of a step to the first of the next.
+    /// The bytes from a limb to the next, and from the last of a step to the first of the next step.
     a_limb: usize,
+    /// The first step of the panel in 16 columns.
     b: *const u8,
+    /// The bytes from a step of the panel to the next.
     b_step: usize,
     n_steps: usize,
 }
 
-/// `L` sums of each of `S` strips at a time.
+/// Multiplies `S` strips at a time, with `L` sums for each.
 ///
 /// # Safety
-/// the system permits AMX, and `product` fits `L`, `S` and the planes of the panel.
+/// The system permits AMX, and `product` is that of `L`, `S` and the planes of the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn each<F: Finish, const L: usize, const S: usize>(
     rows: &Rows,
@@ -122,7 +124,7 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
     let first_step = rows.blocks.steps(blocks.start).start;
     let mut sums = [(); 2].map(|()| Sums([[[0; PART]; STRIP]; 6]));
     for pair in strips.clone().step_by(S) {
-        // A last strip without a partner is its own.
+        // A last strip without a partner takes the place of both.
         let n_strips = S.min(strips.end - pair);
         let strips = [pair, pair + n_strips - 1];
         let of_pair = pair * STRIP..rows.n_rows.min((pair + n_strips) * STRIP);
@@ -138,11 +140,11 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
                 b_step: panel.step_bytes(),
                 n_steps: steps.len(),
             };
-            // SAFETY: the steps of the strips and of the panel are there.
+            // SAFETY: the tiles are configured, and the strips and the panel have these steps.
             unsafe { product(&operands, sums) };
         };
         let take = |block: usize, part: usize, sums: &Sums, finish: &mut F| {
-            // SAFETY: these instructions are there.
+            // SAFETY: the processor has AVX-512.
             let columns = unsafe { finish.columns(block, part) };
             let of_panel = panel.scales(block - blocks.start, part);
             let center = (panel.planes == 1 && !panel.centered).then(|| {
@@ -168,14 +170,14 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
                     };
                 }
                 let n = rows.rows_of(strip);
-                // SAFETY: these instructions are there.
+                // SAFETY: the processor has AVX-512.
                 unsafe {
                     let row = strip * STRIP;
                     finish.take(row, part, columns, &joined[..n], &of.sums[..n]);
                 }
             }
         };
-        // While the tiles multiply, the sums before are taken.
+        // The sums of the previous product are taken while the tiles multiply.
         let mut before: Option<(usize, usize)> = None;
         for block in blocks.clone() {
             for part in 0..PARTS {
@@ -192,8 +194,9 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
     }
 }
 
-/// The value whose sums these are, those of the lowest significance first, in units of the highest:
-/// the larger ones of an f32 would not hold it in units of the lowest.
+/// Combines the sums of each significance, the lowest first, in units of the highest.
+///
+/// In units of the lowest, large values would overflow `f32`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn join_limbs<const L: usize>(sums: [__m512; L], scale: f32) -> __m512 {
@@ -204,13 +207,13 @@ fn join_limbs<const L: usize>(sums: [__m512; L], scale: f32) -> __m512 {
     _mm512_mul_ps(value, _mm512_set1_ps(scale))
 }
 
-/// Products with codes: for each of two strips, each limb times the one plane.
+/// Defines a product with codes: each limb of two strips times the only plane.
 macro_rules! codes {
     ($name:ident, [$($sum:literal),*], [$($first:literal),*], [$($second:literal),*]) => {
         /// # Safety
-        /// Tiles are configured, and the operands lie within their allocations.
+        /// The tiles are configured, and the operands lie within their allocations.
         unsafe fn $name(o: &Operands, sums: &mut Sums) {
-            // SAFETY: the caller's promise; `sums` has six tiles.
+            // SAFETY: the caller's promise; `sums` has room for six tiles.
             unsafe {
                 asm!(
                     $(concat!("tilezero ", $sum),)*
@@ -246,16 +249,16 @@ codes! {
     codes_two, ["tmm0", "tmm1", "tmm2", "tmm3"], ["tmm0", "tmm1"], ["tmm2", "tmm3"]
 }
 
-/// Products with limbs, in steps of 64: the sums of each significance, without that of the lowest
-/// limbs. `$line`s are one step: a limb of a strip is 1024 bytes, a plane of a panel
-/// 4096.
+/// Defines a product with limbs in steps of 64: the sums of each significance but the lowest.
+///
+/// The `$line`s are one step: a limb of a strip has 1024 bytes, a plane of a panel 4096.
 macro_rules! limbs {
     ($name:ident, $a_step:literal, [$($sum:literal),*], [$($line:literal),* $(,)?]) => {
         /// # Safety
-        /// Tiles are configured, and the operands lie within their allocations.
+        /// The tiles are configured, and the operands lie within their allocations.
         unsafe fn $name(o: &Operands, sums: &mut Sums) {
             assert!(o.a_row == 64, "steps of 64");
-            // SAFETY: the caller's promise; `sums` has six tiles.
+            // SAFETY: the caller's promise; `sums` has room for six tiles.
             unsafe {
                 asm!(
                     $(concat!("tilezero ", $sum),)*

@@ -13,10 +13,12 @@ use crate::layout::TILE;
 use crate::matrix::{Matrix, Read};
 use crate::shared::Shared;
 
-/// See [`crate::dense::product`]. False if floats do better: then nothing is done.
+/// Computes `c = a · b`, or `c += a · b` if `add`, unless floating point is faster.
+///
+/// Returns whether it did; otherwise `c` is unchanged. See [`crate::dense::product`].
 ///
 /// # Safety
-/// `a` and `b` lie within their allocations.
+/// `a` and `b` lie within their allocations, which nothing writes.
 pub(crate) unsafe fn product(
     [m, k, n]: [usize; 3],
     a: Matrix,
@@ -25,7 +27,7 @@ pub(crate) unsafe fn product(
     c_stride: usize,
     add: bool,
 ) -> bool {
-    /// With fewer values to a sum, or fewer sums, splitting takes as long as multiplying.
+    /// With fewer terms in a sum, or fewer columns, splitting takes as long as multiplying.
     const LEAST: usize = 64;
     let unit = Unit::get(m).filter(|unit| *unit == Unit::Amx);
     let (Some(unit), Ok(stride)) = (unit, usize::try_from(a.row_stride)) else {
@@ -46,7 +48,7 @@ pub(crate) unsafe fn product(
     let fill = |panel: &mut Panel, tile: usize, inner: Range<usize>| {
         let b = b.0.at(inner.start, tile * TILE);
         let (k, n) = (inner.len(), TILE.min(n - tile * TILE));
-        // SAFETY: the caller's promise; these rows and columns lie within `b`.
+        // SAFETY: the caller's promise; the rows and columns lie within `b`.
         let row = |at: Matrix, n| unsafe { std::slice::from_raw_parts(at.data, n) };
         match b.row_stride {
             1 => panel.transposed(Limbs::Three, k, |values, stride| {
@@ -65,7 +67,7 @@ pub(crate) unsafe fn product(
     };
     let finish = |tile: usize| {
         let columns = Columns::of(tile * TILE, n, c_stride);
-        // SAFETY: `c` was checked, and a tile is one task's.
+        // SAFETY: the length of `c` was checked, and a tile belongs to one task.
         unsafe { Sums::new(columns, &out) }
     };
     each_tile((unit, &rows), n.div_ceil(TILE), fill, finish);

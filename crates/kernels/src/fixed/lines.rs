@@ -1,10 +1,10 @@
-//! Buffers that begin where a cache line does.
+//! Buffers that are aligned to cache lines.
 
 use std::ops::{Deref, DerefMut, Range};
 
 use crate::memory::{Zero, zeroed};
 
-/// `n` zeros from the beginning of a cache line on: a vector that lies across two takes two reads.
+/// A buffer aligned to a cache line: a vector that spans two lines takes two reads.
 #[derive(Default)]
 pub(crate) struct Lines<T> {
     buffer: Vec<T>,
@@ -14,6 +14,7 @@ pub(crate) struct Lines<T> {
 impl<T: Zero> Lines<T> {
     const BYTES: usize = 64;
 
+    /// `n` zeros.
     pub(crate) fn zeroed(n: usize) -> Self {
         let buffer = zeroed::<T>(n + Self::BYTES / size_of::<T>());
         let first = buffer.as_ptr().align_offset(Self::BYTES);

@@ -1,4 +1,4 @@
-//! Panels: [`TILE`] columns of the other operand as bytes.
+//! Panels: [`TILE`] columns of the second operand as bytes.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -10,37 +10,38 @@ use super::unit::Unit;
 use super::vectors::{PART, PARTS, bytes, transpose};
 use crate::layout::{Layout, TILE};
 
-/// What is taken from codes of 8 bits to make them signed bytes.
+/// The number subtracted from codes of 8 bits to make them signed bytes.
 pub(super) const SIGNED: u8 = 128;
 
 /// Some blocks of [`TILE`] columns.
 ///
-/// Steps lie one after the other, each `[planes, PARTS, step / 4, PART, 4]` bytes: four values of a
-/// column make a dword.
+/// They are stored as a sequence of steps of `[planes, PARTS, step / 4, PART, 4]` bytes: four values of
+/// a column form a 32-bit integer, a *quad*.
 #[derive(Default)]
 pub(crate) struct Panel {
     pub(super) bytes: Lines<u8>,
-    /// One plane of codes, or those of limbs, the lowest first.
+    /// The number of planes: 1 for codes, one per limb otherwise, the lowest first.
     pub(super) planes: usize,
-    /// Whether codes are less the whole numbers that [`super::Finish::center`] tells. Signed codes of
-    /// 8 bits have no room for that: they are less [`SIGNED`].
+    /// Whether the whole numbers of [`center`](super::finish::Finish::center) are subtracted from the
+    /// codes. Signed codes of 8 bits have no room for them: [`SIGNED`] is subtracted instead.
     pub(super) centered: bool,
     pub(super) step: usize,
-    /// What the integers of a block and column are multiplied by: `[blocks, TILE]`, of limbs only.
+    /// The scales of the limbs of each block and column, `[blocks, TILE]`.
     scales: Vec<f32>,
-    /// What limbs are made from,
+    /// The values that are split into limbs.
     values: Vec<f32>,
-    /// and columns as rows.
+    /// The limbs of columns that were given as rows.
     rows: Option<Rows>,
 }
 
 impl Panel {
-    /// Bytes of a step.
+    /// The number of bytes in a step.
     pub(super) fn step_bytes(&self) -> usize {
         self.planes * self.step * TILE
     }
 
-    /// What the sums of a block, counted from the panel's first, are multiplied by in 16 columns.
+    /// The scales of 16 columns in a block, which is counted from the first of the panel; `None` for
+    /// codes.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn scales(&self, block: usize, part: usize) -> Option<__m512> {
@@ -56,16 +57,19 @@ impl Panel {
         self.planes = planes;
         self.step = step;
         let n = k.next_multiple_of(step) * TILE * planes;
-        // Kept when it shrinks: the next panel may be larger.
+        // The buffer does not shrink, because the next panel may be larger.
         if self.bytes.len() < n {
             self.bytes = Lines::zeroed(n);
         }
     }
 
-    /// The codes of `inputs`, which begin where a word does; `words` are those of a tile.
+    /// Fills the panel with the codes of `inputs` from the words of a tile.
     ///
-    /// As `unit` takes them: as they are, or signed, less the whole numbers of at most 64 that
-    /// `whole` tells for each block, counted from the first of `inputs`.
+    /// VNNI takes unsigned codes. AMX takes signed codes: `whole` writes the whole numbers, of magnitude
+    /// at most 64, that are subtracted in a block, which is counted from the first of `inputs`.
+    ///
+    /// # Panics
+    /// If `inputs` does not begin at a multiple of 64.
     pub(crate) fn codes(
         &mut self,
         unit: Unit,
@@ -77,7 +81,7 @@ impl Panel {
     ) {
         assert!(inputs.start.is_multiple_of(64));
         self.resize(1, blocks.step(), inputs.len());
-        // SAFETY: the caller has a unit, and so the processor these instructions.
+        // SAFETY: the caller has a unit, and so the processor has these instructions.
         unsafe {
             match layout.bits() {
                 2 => codes::<2>(self, words, inputs.clone()),
@@ -101,7 +105,7 @@ impl Panel {
         }
     }
 
-    /// The limbs of the `k` values of each column that `fill` writes, `[k, TILE]`.
+    /// Fills the panel with the limbs of `k` values per column, which `fill` writes as `[k, TILE]`.
     pub(crate) fn split(&mut self, limbs: Limbs, k: usize, fill: impl FnOnce(&mut [f32])) {
         self.resize(limbs.n(), 64, k);
         let mut values = std::mem::take(&mut self.values);
@@ -109,13 +113,15 @@ impl Panel {
         fill(&mut values);
         self.scales.resize(k.div_ceil(BLOCK) * TILE, 0.0);
         for (block, values) in values.chunks(BLOCK * TILE).enumerate() {
-            // SAFETY: as above.
+            // SAFETY: the caller has a unit, and so the processor has these instructions.
             unsafe { split_block(self, limbs, block, values) };
         }
         self.values = values;
     }
 
-    /// The same of columns that `fill` writes as rows of a stride that it is given, `[TILE, k]`.
+    /// Fills the panel with the limbs of `k` values per column, which `fill` writes as `[TILE, k]`.
+    ///
+    /// `fill` is given the values and the stride of their rows.
     pub(crate) fn transposed(
         &mut self,
         limbs: Limbs,
@@ -152,14 +158,14 @@ impl Panel {
                 let (plane, part) = (at / PARTS, at % PARTS);
                 let from = rows.at(part, step) + plane * SIZE;
                 let from = rows.bytes[from..][..SIZE].as_chunks().0;
-                // SAFETY: as above.
+                // SAFETY: the caller has a unit, and so the processor has these instructions.
                 unsafe { transpose(from, tile) };
             }
         }
     }
 }
 
-/// What a product of the highest limbs is in units of.
+/// The unit of a product of the highest limbs.
 fn highest(limbs: Limbs) -> f32 {
     match limbs {
         Limbs::Two => 65536.0,
@@ -167,17 +173,17 @@ fn highest(limbs: Limbs) -> f32 {
     }
 }
 
-/// Takes codes of `BITS` bits out of words.
+/// Extracts codes of `BITS` bits from words.
 pub(super) struct Codes<const BITS: usize> {
-    /// For each quad that lies in one word: at which bit its codes begin, in both columns of a qword.
+    /// For each quad within one word, the bits at which its codes begin, in both columns of 64 bits.
     shifts: [__m512i; 6],
     mask: __m512i,
 }
 
 impl<const BITS: usize> Codes<BITS> {
-    /// Codes that begin and end with a word,
+    /// The number of codes in a run, which begins and ends at a boundary of words.
     pub(super) const RUN: usize = if BITS == 3 { 32 } else { 32 / BITS };
-    /// and the words that they are in.
+    /// The number of words in a run.
     pub(super) const WORDS: usize = if BITS == 3 { 3 } else { 1 };
 
     #[target_feature(enable = "avx512f")]
@@ -192,10 +198,10 @@ impl<const BITS: usize> Codes<BITS> {
         }
     }
 
-    /// Quad `quad` of a run, in 16 columns; `words` are those of the first row of the run.
+    /// Quad `quad` of a run in 16 columns; `words` points to the first row of words of the run.
     ///
     /// # Safety
-    /// The words of the run are there.
+    /// The words of the run, in rows of [`TILE`], can be read.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vbmi,avx512vbmi2")]
     pub(super) unsafe fn quad(&self, words: *const u32, quad: usize) -> __m512i {
@@ -204,7 +210,7 @@ impl<const BITS: usize> Codes<BITS> {
         let (shift, word) = match (BITS, quad) {
             (8, _) => return row(0),
             (3, 0 | 1) => (3 * quad, row(0)),
-            // Eleven codes and a third are in a word.
+            // A word has ten codes and two bits of the next.
             (3, 2) => (0, _mm512_shrdi_epi32::<24>(row(0), row(1))),
             (3, 3 | 4) => (3 * quad - 8, row(1)),
             (3, 5) => (0, _mm512_shrdi_epi32::<28>(row(1), row(2))),
@@ -218,6 +224,7 @@ impl<const BITS: usize> Codes<BITS> {
     }
 }
 
+/// Fills the panel with the codes of `inputs` as they are.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2")]
 fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usize>) {
     let codes = Codes::<BITS>::new();
@@ -229,7 +236,7 @@ fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usiz
     let ahead = inputs.len() * BITS / 32 * TILE;
     let out = panel.bytes.as_mut_ptr();
     for at in 0..(n_quads * 4).div_ceil(run) {
-        // What lies behind the words of a column are zero codes.
+        // The codes after the last word of a column are 0.
         let mut last = [0; 3 * TILE];
         let words = match words.get(at * run_words * TILE..) {
             Some(words) if words.len() >= run_words * TILE => &words[..run_words * TILE],
@@ -244,7 +251,7 @@ fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usiz
             let in_step = place & (quads_per_step - 1);
             for part in 0..PARTS {
                 let to = (place - in_step) * TILE * 4 + (part * quads_per_step + in_step) * 64;
-                // SAFETY: the words of the run are there, and the panel has `n_quads` quads of
+                // SAFETY: the words of the run can be read, and the panel has `n_quads` quads of
                 // whole tiles.
                 unsafe {
                     let quad = codes.quad(words.as_ptr().add(part * PART), quad);
@@ -252,20 +259,20 @@ fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usiz
                 }
             }
         }
-        // The next panel's words come from afar.
+        // The words of the next panel are still in memory.
         for line in words.chunks_exact(PART) {
             _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast());
         }
     }
 }
 
-/// Takes a number from all codes of a column, in `bytes` of steps of `step`.
+/// Subtracts the number of each column from its codes; `bytes` are whole steps of `step` values.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn subtract(bytes: &mut [u8], step: usize, less: &[u8; TILE]) {
     let mut each = [_mm512_setzero_si512(); PARTS];
     for (each, less) in each.iter_mut().zip(less.as_chunks::<PART>().0) {
         let less = less.map(|less| u32::from_ne_bytes([less; 4]));
-        // SAFETY: 16 dwords.
+        // SAFETY: 16 integers of 32 bits.
         *each = unsafe { _mm512_loadu_si512(less.as_ptr().cast()) };
     }
     for bytes in bytes.chunks_exact_mut(step * TILE) {
@@ -282,13 +289,14 @@ fn subtract(bytes: &mut [u8], step: usize, less: &[u8; TILE]) {
     }
 }
 
+/// Splits the values of a block, `[k, TILE]`, into limbs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
 fn split_block(panel: &mut Panel, limbs: Limbs, block: usize, values: &[f32]) {
     let k = values.len() / TILE;
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
     let bias = _mm512_set1_epi32(split::bias(limbs));
     let lane = |at: usize| (at / 4 * 4) as u8;
-    // Of two vectors: byte 0 of both, then byte 1 of both, in each lane; and byte 2.
+    // Of two vectors, in each lane: byte 0 of both, then byte 1 of both; and byte 2, then byte 3.
     let low = bytes(|at| lane(at) + [0, 64, 1, 65][at % 4]);
     let high = bytes(|at| lane(at) + [2, 66, 3, 67][at % 4]);
     for part in 0..PARTS {

@@ -1,4 +1,4 @@
-//! Rows of f32 as limbs.
+//! Rows of `f32` as limbs.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -9,16 +9,16 @@ use super::blocks::{BLOCK, Blocks, FEW, Limbs, STRIP};
 use super::lines::Lines;
 use super::vectors::bytes;
 
-/// Values at a time.
+/// The number of values that are split at a time.
 const LANES: usize = 64;
-/// What the largest value becomes. Its highest limb is 127, however the product is rounded.
+/// The integer of the largest value: its highest limb is 127, however the product is rounded.
 const fn largest(limbs: Limbs) -> i32 {
     match limbs {
         Limbs::Three => 0x7f_00_00,
         Limbs::Two => 0x7f_00,
     }
 }
-/// What turns the digits of an integer into signed bytes, when added and then removed by `xor`.
+/// The bias that turns the bytes of an integer into signed digits: added, then removed by `xor`.
 pub(super) const fn bias(limbs: Limbs) -> i32 {
     match limbs {
         Limbs::Three => 0x80_80_80,
@@ -28,34 +28,34 @@ pub(super) const fn bias(limbs: Limbs) -> i32 {
 
 /// The rows of a matrix `[rows, k]` as limbs.
 ///
-/// Rows lie in strips of [`STRIP`]; a strip has its steps one after the other, each of these
+/// Rows are stored in strips of [`STRIP`], and a strip as a sequence of steps of
 /// `[limbs, height, step]` bytes.
 pub(crate) struct Rows {
     pub(super) n_rows: usize,
-    /// Rows that a strip has room for.
+    /// The number of rows in a strip, including padding.
     pub(super) height: usize,
     pub(super) limbs: Limbs,
     pub(super) blocks: Blocks,
     pub(super) bytes: Lines<i8>,
-    /// `[strips, blocks, STRIP]`: what an integer of the row and block is multiplied by.
+    /// The scales of the integers of each row and block, `[strips, blocks, STRIP]`.
     pub(super) scales: Vec<f32>,
-    /// `[strips, blocks, STRIP]`: the sums of the values, as the integers stand for them.
+    /// The sums of the rounded values, `[strips, blocks, STRIP]`.
     sums: Vec<f32>,
-    /// `[strips, blocks, 3, STRIP]`: the sums of each limb.
+    /// The sums of each limb, `[strips, blocks, 3, STRIP]`.
     limb_sums: Vec<f32>,
 }
 
-/// The rows of a strip in one block.
+/// The rows of a strip in a block.
 pub(super) struct RowsPart<'a> {
-    /// What an integer of a row is multiplied by.
+    /// The scales of the integers of each row.
     pub(super) scales: &'a [f32; STRIP],
-    /// The sums of the values.
+    /// The sums of the rounded values.
     pub(super) sums: &'a [f32; STRIP],
     /// The sums of each limb.
     pub(super) limb_sums: &'a [[f32; STRIP]; 3],
 }
 
-/// A matrix whose rows begin `stride` values apart.
+/// A matrix with rows `stride` values apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Source<'a> {
     pub(crate) x: &'a [f32],
@@ -63,14 +63,19 @@ pub(crate) struct Source<'a> {
 }
 
 impl Rows {
-    /// Splits the columns of `blocks` of `n_rows` rows, with all threads; needs AVX-512 with VBMI.
+    /// Splits `n_rows` rows of `blocks.k()` values, on all threads.
+    ///
+    /// The caller has a [`Unit`](super::unit::Unit), and so the processor AVX-512 with VBMI.
+    ///
+    /// # Panics
+    /// If `source` is too short.
     pub(crate) fn split(source: Source<'_>, n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
         let mut rows = Self::room(n_rows, blocks, limbs);
         rows.refill_strips(source, |strips, fill| strips.into_par_iter().for_each(fill));
         rows
     }
 
-    /// Room for the limbs of `n_rows` rows.
+    /// Zeros for the limbs of `n_rows` rows.
     pub(super) fn room(n_rows: usize, blocks: Blocks, limbs: Limbs) -> Self {
         let height = if n_rows <= FEW { n_rows } else { STRIP };
         let n_strips = n_rows.div_ceil(STRIP);
@@ -86,7 +91,7 @@ impl Rows {
         }
     }
 
-    /// Whether there is room for as many rows of `blocks`.
+    /// Whether the buffers hold as many rows of `blocks`.
     pub(super) fn has_room(&self, blocks: Blocks, limbs: Limbs) -> bool {
         let n_strips = self.n_strips();
         self.limbs == limbs
@@ -94,7 +99,7 @@ impl Rows {
             && n_strips * blocks.n() * STRIP <= self.scales.len()
     }
 
-    /// Splits others in their place, on this thread.
+    /// Replaces the rows by those of `source`, on this thread.
     pub(super) fn refill(&mut self, source: Source<'_>, blocks: Blocks) {
         assert!(self.has_room(blocks, self.limbs));
         self.blocks = blocks;
@@ -127,19 +132,19 @@ impl Rows {
             sums,
             limb_sums,
         });
-        // SAFETY: the caller has a unit, and so the processor these instructions.
+        // SAFETY: the caller has a unit, and so the processor has these instructions.
         each(strips.collect(), &|strip| unsafe { strip.split(source) });
     }
 
-    /// The columns of `blocks`.
+    /// The values of a row in `blocks`.
     pub(crate) fn values(&self, blocks: Range<usize>) -> Range<usize> {
         self.blocks.range(blocks.start).start..self.blocks.range(blocks.end - 1).end
     }
 
-    /// Strips and runs of blocks whose limbs fill a part of the cache that a processor has to itself.
+    /// Slabs: strips and runs of blocks whose limbs fit into a core's own cache.
     pub(crate) fn slabs(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
         const CACHE: usize = 5 << 18;
-        /// With fewer rows, making panels takes a part of the time.
+        /// With fewer rows per panel, making the panels takes a noticeable part of the time.
         const STRIPS: usize = 32;
         let n_strips = self.n_strips();
         let height = n_strips.div_ceil(n_strips.div_ceil(STRIPS));
@@ -153,7 +158,7 @@ impl Rows {
         })
     }
 
-    /// Parts of a slab with their panels: that of few rows fits the smallest cache.
+    /// The runs of blocks of a slab that share a panel; the panel of few rows fits into the L1 cache.
     pub(crate) fn panels(&self, slab: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let inputs = if self.height < STRIP { 256 } else { 1024 };
         self.blocks
@@ -180,18 +185,18 @@ impl Rows {
         }
     }
 
-    /// Rows in a strip.
+    /// The number of rows in a strip.
     pub(super) fn rows_of(&self, strip: usize) -> usize {
         STRIP.min(self.n_rows - strip * STRIP)
     }
 
-    /// Where the limbs of `strip` in `step` begin.
+    /// The index of the first limb of `strip` in step `step`.
     pub(super) fn at(&self, strip: usize, step: usize) -> usize {
         (strip * self.blocks.padded() + step * self.blocks.step()) * self.limbs.n() * self.height
     }
 }
 
-/// A strip to be filled.
+/// The buffers of a strip.
 struct Strip<'a> {
     rows: Range<usize>,
     height: usize,
@@ -222,7 +227,7 @@ impl Strip<'_> {
         }
     }
 
-    /// Splits the values of a block of a row; returns their scale and sum.
+    /// Splits the values of a block of a row, and returns their scale and their sum.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
     fn split_block(&mut self, row: usize, block: usize, values: &[f32]) -> (f32, f32) {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);
@@ -240,7 +245,7 @@ impl Strip<'_> {
         let mut limb_sums = [_mm512_setzero_si512(); 3];
         let ones = _mm512_set1_epi8(1);
 
-        // Of two vectors: the lowest byte of each dword of both, then the second of both.
+        // Of two vectors: the lowest byte of each 32-bit integer of both, then the second byte.
         let low = bytes(|at| (at % 16 * 4 + at / 16 % 2 * 64 + at / 32) as u8);
         let high = bytes(|at| (at % 16 * 4 + at / 16 % 2 * 64 + 2) as u8);
         let (n_limbs, step) = (self.limbs.n(), self.blocks.step());
@@ -293,9 +298,9 @@ impl Strip<'_> {
     }
 }
 
-/// What an integer is multiplied by if values up to `largest_value` are split, and its inverse.
+/// The scale of integers for values of magnitude up to `largest_value`, and its inverse.
 ///
-/// Where the largest is below 1e-31, all are rounded to multiples of the smallest normal number.
+/// Where the largest is below 1e-31, the scale is the smallest normal number.
 pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, f32) {
     if largest_value == 0.0 {
         (0.0, 0.0)
@@ -303,7 +308,7 @@ pub(super) fn scale(largest_value: f32, limbs: Limbs) -> (f32, f32) {
         let scale = (largest_value / largest(limbs) as f32).max(f32::MIN_POSITIVE);
         (scale, 1.0 / scale)
     } else {
-        // Every result that the block goes into is NaN.
+        // Every result with a term of the block is NaN.
         (f32::NAN, 0.0)
     }
 }

@@ -1,4 +1,4 @@
-//! Products of all rows with one tile of columns after the other.
+//! Products of all rows with one tile of columns at a time.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -14,7 +14,10 @@ use super::unit::Unit;
 use crate::layout::TILE;
 use crate::shared::Shared;
 
-/// Multiplies the rows with each tile of columns, whose panels `fill` makes.
+/// Multiplies the rows by each tile of columns, on all threads.
+///
+/// `fill` writes the panel of a tile for a range of values, and `finish` makes the consumer of the sums
+/// of a tile.
 pub(crate) fn each_tile<F: Finish>(
     (unit, rows): (Unit, &Rows),
     n_tiles: usize,
@@ -34,7 +37,7 @@ pub(crate) fn each_tile<F: Finish>(
     }
 }
 
-/// At most [`TILE`] columns of a matrix with rows of `stride`.
+/// At most [`TILE`] columns of a matrix with rows `stride` values apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns {
     first: usize,
@@ -43,18 +46,18 @@ pub(crate) struct Columns {
 }
 
 impl Columns {
-    /// A tile from `first` on, or what there is of it.
+    /// The columns from `first` on of a matrix with `stride` columns.
     pub(crate) fn new(first: usize, stride: usize) -> Self {
         Self::of(first, stride, stride)
     }
 
-    /// The same of a matrix of `n` columns within a wider one.
+    /// The columns from `first` on of a matrix with `n` columns and rows `stride` values apart.
     pub(crate) fn of(first: usize, n: usize, stride: usize) -> Self {
         let n = (n - first).min(TILE);
         Self { first, n, stride }
     }
 
-    /// Columns `16 * part ..` of a row, and which of them there are.
+    /// The index of column `16 * part` of a row, and the mask of the 16 columns that exist.
     #[inline(always)]
     pub(crate) fn part(&self, row: usize, part: usize) -> (usize, __mmask16) {
         let n = self.n.saturating_sub(part * 16).min(16);
@@ -62,16 +65,19 @@ impl Columns {
         (at, ((1u32 << n) - 1) as __mmask16)
     }
 
-    /// These columns of a row of `matrix`; zero where there are none.
+    /// Columns `16 * part ..` of a row of `matrix`; 0 for columns that do not exist.
+    ///
+    /// # Safety
+    /// The processor has AVX-512, and the row lies within `matrix`.
     #[inline(always)]
     pub(crate) unsafe fn read(&self, matrix: &[f32], row: usize, part: usize) -> __m512 {
         let (at, mask) = self.part(row, part);
-        // SAFETY: the caller has AVX-512; what the mask has lies in the row.
+        // SAFETY: the caller's promise; the columns in the mask lie within the row.
         unsafe { _mm512_maskz_loadu_ps(mask, matrix.as_ptr().wrapping_add(at)) }
     }
 }
 
-/// The sums of some rows in the columns of one tile, on their way to the result.
+/// Accumulates the sums of up to [`ROWS`] rows in a tile of columns, and adds them to the result.
 pub(crate) struct Sums<'a> {
     rows: Box<[f32; ROWS * TILE]>,
     columns: Columns,
@@ -80,7 +86,8 @@ pub(crate) struct Sums<'a> {
 
 impl<'a> Sums<'a> {
     /// # Safety
-    /// `out` is a matrix of `columns.stride` columns, and nobody else writes these.
+    /// `out` is a matrix with rows `columns.stride` values apart that has all rows of the product, and
+    /// nothing else uses these columns.
     pub(crate) unsafe fn new(columns: Columns, out: &'a Shared) -> Self {
         Self {
             rows: Box::new([0.0; ROWS * TILE]),
@@ -89,20 +96,28 @@ impl<'a> Sums<'a> {
         }
     }
 
+    /// Adds `value` to the sums of columns `16 * part ..` of a row.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn add(&mut self, row: usize, part: usize, value: __m512) {
         let sums = &mut self.rows[row % ROWS * TILE + part * 16..][..16];
-        // SAFETY: the caller has AVX-512; 16 sums.
+        // SAFETY: the caller's promise; 16 sums.
         unsafe {
             let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), value);
             _mm512_storeu_ps(sums.as_mut_ptr(), sum);
         }
     }
 
+    /// Adds `a b` to the sums of columns `16 * part ..` of a row.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     pub(crate) unsafe fn add_product(&mut self, row: usize, part: usize, a: __m512, b: __m512) {
         let sums = &mut self.rows[row % ROWS * TILE + part * 16..][..16];
-        // SAFETY: the caller has AVX-512; 16 sums.
+        // SAFETY: the caller's promise; 16 sums.
         unsafe {
             let sum = _mm512_fmadd_ps(a, b, _mm512_loadu_ps(sums.as_ptr()));
             _mm512_storeu_ps(sums.as_mut_ptr(), sum);
@@ -113,12 +128,16 @@ impl<'a> Sums<'a> {
 impl Finish for Sums<'_> {
     type Columns = ();
 
+    /// # Safety
+    /// None is needed.
     unsafe fn columns(&self, _: usize, _: usize) {}
 
     fn center((): ()) -> __m512 {
-        unreachable!("products with limbs")
+        unreachable!("nothing is subtracted from limbs")
     }
 
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn take(&mut self, row: usize, part: usize, (): (), sums: &[__m512], _: &[f32]) {
         for (row, sums) in (row..).zip(sums) {
@@ -131,7 +150,7 @@ impl Finish for Sums<'_> {
         for row in rows {
             let at = row * self.columns.stride + self.columns.first;
             for line in (0..self.columns.n).step_by(16) {
-                // SAFETY: these columns of the row lie within the result; nothing is read.
+                // SAFETY: the columns of the row lie within the result; nothing is read.
                 unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.out.offset(at + line).cast()) };
             }
         }

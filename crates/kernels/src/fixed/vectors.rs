@@ -18,6 +18,7 @@ pub(super) fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
 }
 
 /// Transposes a matrix of 16 by 16 32-bit integers.
+#[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn transpose(from: &[[i8; 64]], to: &mut [u8; 64 * PART]) {
     assert_eq!(from.len(), PART);

@@ -1,4 +1,4 @@
-//! AVX-512's dot product of unsigned codes and signed limbs.
+//! AVX-512's dot product of unsigned codes with signed limbs.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use super::split::{Rows, RowsPart};
 use super::vectors::{PART, PARTS};
 use crate::layout::TILE;
 
-/// See [`super::multiply`]. The panel has codes.
+/// Multiplies a slab by a panel of codes, see [`super::multiply`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn multiply(
     rows: &Rows,
@@ -63,7 +63,7 @@ pub(crate) fn streams(rows: &Rows, bits: usize, word_rows: usize) -> bool {
         && word_rows.is_multiple_of(run_words)
 }
 
-/// Multiplies one row with the codes of a tile as they come from memory, without a panel.
+/// Multiplies one row by the codes of a tile as they are read from memory, without a panel.
 ///
 /// # Panics
 /// Unless [`streams`].
@@ -81,7 +81,7 @@ pub(super) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl 
     }
 }
 
-/// `L` limbs of one row with codes of `BITS` bits.
+/// Multiplies `L` limbs of one row by codes of `BITS` bits.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
 fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
     rows: &Rows,
@@ -90,7 +90,6 @@ fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
 ) {
     let codes = Codes::<BITS>::new();
     let step = rows.blocks.step();
-    // Codes that begin and end with a word, and their words.
     let (run, run_words) = (Codes::<BITS>::RUN, Codes::<BITS>::WORDS);
     assert!(streams(rows, BITS, words.len() / TILE));
     let n_runs = words.len() / (TILE * run_words);
@@ -105,7 +104,7 @@ fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
                 for quad in 0..run / 4 {
                     let mut limbs = [_mm512_setzero_si512(); L];
                     for (l, limb) in limbs.iter_mut().enumerate() {
-                        // SAFETY: a step of the row is `[L, step]`.
+                        // SAFETY: a step of the row is `[L, step]` bytes.
                         let x = unsafe {
                             let at = l * step + (at - first) * run + quad * 4;
                             x.as_ptr().add(at).cast::<i32>().read_unaligned()
@@ -113,7 +112,7 @@ fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
                         *limb = _mm512_set1_epi32(x);
                     }
                     for part in 0..PARTS {
-                        // SAFETY: the words of a run are whole rows of a tile.
+                        // SAFETY: the words of the run are whole rows of a tile.
                         let codes = unsafe { codes.quad(words.as_ptr().add(part * PART), quad) };
                         for (limb, sums) in limbs.iter().zip(&mut sums) {
                             sums[part] = _mm512_dpbusd_epi32(sums[part], codes, *limb);
@@ -129,7 +128,7 @@ fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
         let of = rows.part(0, block);
         for part in 0..PARTS {
             let limbs: [__m512i; L] = std::array::from_fn(|l| sums[l][part]);
-            // SAFETY: these instructions are there.
+            // SAFETY: the processor has AVX-512.
             unsafe {
                 let columns = finish.columns(block, part);
                 let sums = join(limbs, F::center(columns), &of, 0);
@@ -140,16 +139,16 @@ fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
     finish.rows_done(0..1);
 }
 
-/// What is multiplied at a time.
+/// The rows and blocks that [`few`] multiplies.
 struct Place {
     strip: usize,
     row: usize,
     blocks: Range<usize>,
-    /// The step with which the panel begins.
+    /// The first step of the panel.
     first_step: usize,
 }
 
-/// `R` rows with all columns, `C` parts at a time; returns `R`.
+/// Multiplies `R` rows by all columns, `C` parts at a time, and returns `R`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
@@ -192,7 +191,7 @@ fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
                 }
             }
             for (c, part) in (first..first + C).enumerate() {
-                // SAFETY: these instructions are there.
+                // SAFETY: the processor has AVX-512.
                 unsafe {
                     let columns = finish.columns(block, part);
                     let joined: [__m512; R] = std::array::from_fn(|r| {
@@ -210,8 +209,9 @@ fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
     R
 }
 
-/// The value whose limbs' sums these are, lowest first, less `center` for each of the codes that they
-/// were multiplied with: whole numbers, all of them below 2²⁴ and so exact.
+/// Combines the sums of limbs, the lowest first, after subtracting `center` from each code.
+///
+/// The subtraction is exact: its whole numbers are below 2²⁴.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn join<const L: usize>(
@@ -227,7 +227,7 @@ pub(super) fn join<const L: usize>(
     join_whole::<L>(limbs, of.scales[row])
 }
 
-/// [`join`] of numbers from which nothing is taken.
+/// Combines the sums of limbs, the lowest first.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn join_whole<const L: usize>(limbs: [__m512; L], scale: f32) -> __m512 {

@@ -1,4 +1,4 @@
-//! The backward pass, once for every backend: it keeps no logits.
+//! The backward pass of every backend: it keeps no logits.
 
 use burn::backend::{
     Autodiff, TensorMetadata,
@@ -18,12 +18,13 @@ struct LinearCrossEntropy;
 
 #[derive(Clone, Debug)]
 struct State<F, I> {
-    /// The gradient of each row's loss, if `x` is tracked.
+    /// The gradient of each row's loss for `x`, if `x` is tracked.
     dx: Option<F>,
+    /// The inputs of the gradient for the head, if it is tracked.
     head: Option<HeadState<F, I>>,
 }
 
-/// What the gradient for the head is computed from, if it is tracked.
+/// The inputs of the gradient for the head.
 #[derive(Clone, Debug)]
 struct HeadState<F, I> {
     x: F,
@@ -32,7 +33,7 @@ struct HeadState<F, I> {
     lse: F,
 }
 
-/// Parents: `x` and the head.
+/// The parents are `x` and the head.
 impl<B: LossOps> Backward<B, 2> for LinearCrossEntropy {
     type State = State<FloatTensor<B>, IntTensor<B>>;
 

@@ -1,4 +1,4 @@
-//! The operations in burn's primitives: right on every backend, and the reference of the native ones.
+//! The operations in burn's primitives: for every backend, and the reference for the native ones.
 
 use std::ops::Range;
 
@@ -8,10 +8,10 @@ use burn::backend::{
 };
 use burn::tensor::{IndexingUpdateOp, Shape, Slice};
 
-/// Logits that are held at a time: 16 MiB of f32.
+/// The number of logits in memory at a time: 16 MiB of `f32`.
 pub(super) const SLICE: usize = 4 << 20;
 
-/// The losses, the logarithms of the sums, and the gradients of the losses if `with_dx`.
+/// The losses, the log-sum-exps and, if `with_dx`, the gradients of the losses for `x`.
 pub(super) fn forward<B: Backend>(
     x: FloatTensor<B>,
     head: FloatTensor<B>,
@@ -40,7 +40,7 @@ pub(super) fn forward<B: Backend>(
     (B::float_cat(nll, 0), B::float_cat(lse, 0), dx)
 }
 
-/// See [`super::LossOps::linear_cross_entropy_dhead`].
+/// The gradient for the head, `[hidden, vocab]`.
 pub(super) fn dhead<B: Backend>(
     x: FloatTensor<B>,
     head: FloatTensor<B>,
@@ -65,7 +65,7 @@ pub(super) fn dhead<B: Backend>(
     dhead
 }
 
-/// Rows of which a slice of logits is made.
+/// The ranges of rows whose logits are computed at a time.
 fn chunks<B: Backend>(x: &FloatTensor<B>, head: &FloatTensor<B>) -> Vec<Range<usize>> {
     let (rows, vocab) = (x.shape()[0], head.shape()[1]);
     let size = (SLICE / vocab.max(1)).max(1);
@@ -77,7 +77,7 @@ fn rows_of<B: Backend>(x: &FloatTensor<B>, rows: &Range<usize>) -> FloatTensor<B
     B::float_slice(x.clone(), &[Slice::from(rows.clone()), Slice::full()])
 }
 
-/// `[rows, 1]`.
+/// The targets of some rows, `[rows, 1]`.
 fn targets_of<B: Backend>(targets: &IntTensor<B>, rows: &Range<usize>) -> IntTensor<B> {
     let targets = B::int_slice(targets.clone(), &[Slice::from(rows.clone())]);
     B::int_reshape(targets, Shape::new([rows.len(), 1]))

@@ -1,9 +1,8 @@
 //! The CPU: slabs of logits, some rows by some columns of the vocabulary.
 //!
-//! The head is gone through slab by slab; maxima and sums of the rows are carried along, and what
-//! was summed so far is scaled where a maximum grows (Milakov and Gimelshein 2018,
-//! arXiv:1805.02867). Products and rows are cut into tasks of fixed sizes: the number of threads
-//! changes no bit.
+//! The maxima and sums of rows are updated slab by slab; the sums so far are rescaled when a maximum
+//! grows (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867). Products and rows are divided
+//! into tasks of fixed sizes, so that the bits of the result do not depend on the number of threads.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -24,9 +23,9 @@ use crate::math;
 use crate::matrix::Matrix;
 use crate::memory::zeroed;
 
-/// Most rows of a slab: the head is read once for so many.
+/// The largest number of rows of a slab, for which the head is read once.
 const ROWS: usize = 1024;
-/// Slabs are as many times so many columns wide.
+/// The width of a slab is a multiple of this number of columns.
 const COLUMNS: usize = 256;
 
 impl LossOps for Flex {
@@ -52,7 +51,7 @@ impl LossOps for Flex {
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !all_f32([&x, &head]) {
             let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
-            return (nll, lse, dx.expect("the gradient that was asked for"));
+            return (nll, lse, dx.expect("the gradient is requested"));
         }
         let x = contiguous(x);
         let call = Call::new(&x, &head, targets);
@@ -81,10 +80,10 @@ impl LossOps for Flex {
     }
 }
 
-/// What a call is given.
+/// The arguments of a call.
 struct Call<'a> {
     x: &'a [f32],
-    /// `[hidden, vocab]`, within the borrowed tensor.
+    /// `[hidden, vocab]`, in the memory of the borrowed tensor.
     head: Matrix,
     borrowed: PhantomData<&'a FlexTensor>,
     targets: Vec<usize>,
@@ -93,24 +92,26 @@ struct Call<'a> {
     vocab: usize,
 }
 
-// SAFETY: the head is only read, and it is borrowed.
+// SAFETY: the head is borrowed, and only read.
 unsafe impl Sync for Call<'_> {}
 
-/// Some rows and some columns of the vocabulary.
+/// Some rows and some columns of the logits.
 struct Slab {
     rows: Range<usize>,
     columns: Range<usize>,
 }
 
-/// What is known of a row after some slabs.
+/// The state of a row after some slabs.
 #[derive(Clone, Copy)]
 struct Row {
     target: usize,
+    /// The largest logit.
     most: f32,
-    /// Of the exponentials relative to `most`.
+    /// The sum of the exponentials relative to `most`.
     sum: f32,
-    /// What earlier sums are multiplied by in this slab.
+    /// The factor of earlier sums in this slab.
     shrink: f32,
+    /// The logit of the target.
     of_target: f32,
 }
 
@@ -120,7 +121,7 @@ impl<'a> Call<'a> {
         let strides = head.layout().strides();
         let targets = integers(targets);
         if let Some(target) = targets.iter().find(|&&target| target >= vocab) {
-            panic!("target {target} of {vocab} tokens");
+            panic!("target {target} is not in the vocabulary of {vocab} tokens");
         }
         Self {
             x: floats(x),
@@ -137,7 +138,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The slabs of these rows.
+    /// The slabs of some rows.
     fn slabs(&self, rows: Range<usize>) -> impl Iterator<Item = Slab> {
         let width = SLICE / rows.len() / COLUMNS * COLUMNS;
         let starts = (0..self.vocab).step_by(width);
@@ -147,12 +148,13 @@ impl<'a> Call<'a> {
         })
     }
 
+    /// The ranges of rows of a slab.
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> {
         let starts = (0..self.rows).step_by(ROWS);
         starts.map(|start| start..self.rows.min(start + ROWS))
     }
 
-    /// `x · head` in a slab, row by row in rows of its columns.
+    /// Writes `x · head` in a slab, row by row.
     fn logits(&self, slab: &Slab, logits: &mut [f32]) {
         let x = Matrix::new(
             self.x[slab.rows.start * self.hidden..].as_ptr(),
@@ -167,8 +169,7 @@ impl<'a> Call<'a> {
         unsafe { product(dims, x, head, logits, slab.columns.len(), false) }
     }
 
-    /// Losses and logarithms of the sums; the gradients of the losses are written into `dx`, which
-    /// is zero.
+    /// The losses and the log-sum-exps; the gradients of the losses are written into `dx`.
     fn forward(&self, mut dx: Option<&mut [f32]>) -> (Vec<f32>, Vec<f32>) {
         let (mut nll, mut lse) = (vec![0.0; self.rows], vec![0.0; self.rows]);
         let mut logits = Vec::new();
@@ -223,17 +224,17 @@ impl<'a> Call<'a> {
         (nll, lse)
     }
 
-    /// From the sum of the exponentials times the columns of the head to the gradient of a loss.
+    /// Turns the sum of the columns of the head, weighted by exponentials, into the gradient of a loss.
     fn finish(&self, dx: &mut [f32], row: &Row) {
         let head = self.head.at(0, row.target);
         for (i, dx) in dx.iter_mut().enumerate() {
-            // SAFETY: the target is in the vocabulary and `dx` has an element for each input.
+            // SAFETY: the target is in the vocabulary, and `dx` has one element per input.
             let of_target = unsafe { *head.data.offset(i as isize * head.row_stride) };
             *dx = *dx / row.sum - of_target;
         }
     }
 
-    /// The gradient for the head, in the head's own order of memory.
+    /// The gradient for the head, in the memory order of the head.
     fn dhead(&self, lse: &[f32], dnll: &[f32]) -> FlexTensor {
         assert!(lse.len() == self.rows && dnll.len() == self.rows);
         let transposed = self.head.row_stride.abs() < self.head.column_stride.abs();
@@ -256,7 +257,7 @@ impl<'a> Call<'a> {
                     });
                 let dlogits = Matrix::new(logits.as_ptr(), width, 1);
                 let add = rows.start > 0;
-                // SAFETY: `x` has these rows, and the slab is `[rows, width]`.
+                // SAFETY: `x` has these rows, and the logits are `[rows, width]`.
                 unsafe {
                     if transposed {
                         let dims = [width, rows.len(), self.hidden];
@@ -270,15 +271,16 @@ impl<'a> Call<'a> {
                 }
             }
         }
-        match transposed {
-            true => tensor(dhead, [self.vocab, self.hidden]).transpose(0, 1),
-            false => tensor(dhead, [self.hidden, self.vocab]),
+        if transposed {
+            tensor(dhead, [self.vocab, self.hidden]).transpose(0, 1)
+        } else {
+            tensor(dhead, [self.hidden, self.vocab])
         }
     }
 }
 
 by_instruction_set! {
-    /// Turns the logits from token `first` on into exponentials relative to the largest so far.
+    /// Turns the logits from token `first` on into exponentials relative to the largest logit so far.
     fn exponentials(logits: &mut [f32], first: usize, row: &mut Row) = exponentials_body
 }
 

@@ -1,4 +1,4 @@
-//! Against f64, against the composed operations and through autodiff.
+//! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::{Flex, flex::FlexTensor};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
@@ -18,9 +18,10 @@ impl Case {
     fn new([rows, hidden, vocab]: [usize; 3], tied: bool, seed: u64) -> Self {
         let mut random = Random::new(seed);
         let x = random.tensor([rows, hidden]) * 2.0;
-        let head = match tied {
-            true => random.tensor([vocab, hidden]).transpose(),
-            false => random.tensor([hidden, vocab]),
+        let head = if tied {
+            random.tensor([vocab, hidden]).transpose()
+        } else {
+            random.tensor([hidden, vocab])
         };
         let targets = random.floats(rows, 0.0, vocab as f32);
         Self {
@@ -52,7 +53,7 @@ impl Case {
         )
     }
 
-    /// Losses, gradients of each row's loss, and the gradient for the head.
+    /// Losses, log-sum-exps, gradients of each row's loss, and the gradient for the head.
     fn native(&self) -> Vec<Vec<f32>> {
         let (x, head, targets, dnll) = self.primitives();
         let (nll, lse, dx) =
@@ -76,7 +77,7 @@ impl Case {
             .to_vec()
     }
 
-    /// The same in f64.
+    /// The same in `f64`.
     fn reference(&self) -> [Vec<f64>; 4] {
         let [hidden, vocab] = self.head.dims();
         let [x, head] = [&self.x, &self.head].map(|t| doubles(&values(t)));
@@ -133,7 +134,7 @@ proptest! {
         }
     }
 
-    /// The gradients of `Σ dnll nll` in f64 are its slopes, and autodiff gives them.
+    /// Autodiff gives the gradients of `Σ dnll nll` by differences in `f64`.
     #[test]
     fn backward_agrees_with_differences(
         [rows, hidden, vocab] in [1..4usize, 1..4usize, 2..6usize],
@@ -170,7 +171,7 @@ proptest! {
     }
 }
 
-/// Several chunks of rows, slabs of columns and tiles of products.
+/// With several chunks of rows, slabs of columns and tiles of products.
 #[test]
 fn slabs_add_up() {
     for tied in [false, true] {
@@ -182,7 +183,6 @@ fn slabs_add_up() {
     }
 }
 
-/// In F64, for which there are no native operations.
 #[test]
 fn other_dtypes_take_the_composed_operations() {
     let case = Case::new([7, 4, 30], false, 16);
@@ -207,7 +207,7 @@ fn the_number_of_threads_changes_no_bit() {
     assert_same_on_any_threads(|| case.native());
 }
 
-/// Whole numbers, whose logits are exact: beyond the exponentials of f32, and of f64.
+/// Whole numbers, whose logits are exact: beyond the range of `exp` in `f32` and in `f64`.
 #[test]
 fn large_logits_do_not_overflow() {
     let mut case = Case::new([5, 8, 50], true, 14);
@@ -221,7 +221,7 @@ fn large_logits_do_not_overflow() {
 }
 
 #[test]
-#[should_panic(expected = "target 7 of 7 tokens")]
+#[should_panic(expected = "target 7 is not in the vocabulary of 7 tokens")]
 fn targets_are_in_the_vocabulary() {
     let mut case = Case::new([2, 3, 7], false, 15);
     case.targets[1] = 7;

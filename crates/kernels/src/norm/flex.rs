@@ -1,4 +1,4 @@
-//! The CPU: a row is in the cache when it is read for the second time.
+//! The CPU: one task for some rows, which are in the cache when they are read again.
 
 use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use crate::isa::{Isa, by_instruction_set};
 use crate::math::dot;
 use crate::memory::zeroed;
 
-/// Rows in a task: a constant, for the rows of a task are added up before the tasks are.
+/// The number of rows in a task: a constant, because the order of sums over rows depends on it.
 const ROWS: usize = 32;
 
 impl NormOps for Flex {
@@ -74,6 +74,7 @@ impl NormOps for Flex {
     }
 }
 
+/// The number of elements in a task.
 fn task_of(x: &FloatTensor<Flex>) -> usize {
     ROWS * x.shape()[1].max(1)
 }
@@ -85,7 +86,7 @@ fn reciprocal_root(x: &[f32], eps: f32) -> f32 {
 }
 
 by_instruction_set! {
-    /// Whole rows as long as the weight.
+    /// Normalizes whole rows of the length of the weight.
     fn forward(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) = forward_body
 }
 
@@ -101,6 +102,7 @@ fn forward_body<I: Isa>(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
 }
 
 by_instruction_set! {
+    /// Writes the gradient of `x`.
     fn gradient(x: &[f32], weight: &[f32], dy: &[f32], eps: f32, dx: &mut [f32]) = gradient_body
 }
 
@@ -121,6 +123,7 @@ fn gradient_body<I: Isa>(x: &[f32], weight: &[f32], dy: &[f32], eps: f32, dx: &m
 }
 
 by_instruction_set! {
+    /// Adds the gradient of the weight to `dweight`.
     fn weight_gradient(x: &[f32], dy: &[f32], eps: f32, dweight: &mut [f32]) = weight_gradient_body
 }
 

@@ -1,4 +1,4 @@
-//! Against f64, against the composed operations and through autodiff.
+//! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::Flex;
 use proptest::prelude::*;
@@ -6,10 +6,10 @@ use proptest::prelude::*;
 use super::{NormOps, composed, rms_norm};
 use crate::testing::*;
 
-/// Of the size of the means, so that it matters.
+/// Of the magnitude of the means, so that it is not negligible.
 const EPS: f64 = 0.1;
 
-/// `Σ dy rms_norm(x)`, and the normalized rows.
+/// `Σ dy rms_norm(x)` and the normalized rows, in `f64`.
 fn reference(x: &[f64], weight: &[f64], dy: &[f64]) -> (f64, Vec<f64>) {
     let d = weight.len();
     let y: Vec<f64> = x
@@ -52,7 +52,7 @@ proptest! {
         }
     }
 
-    /// Through `Tensor`, over more rows than a task has, with a view among the inputs.
+    /// Through `Tensor`, with more rows than a task has, and with a view as input.
     #[test]
     fn backward_gives_the_gradients_of_each_parent(rows in 1..100usize, d in 1..90usize, seed: u64) {
         let mut random = Random::new(seed);

@@ -1,4 +1,4 @@
-//! The backward pass, once for every backend: it keeps the packed weight and unpacks it again.
+//! The backward pass of every backend: it keeps the packed weight and unpacks it again.
 
 use burn::backend::{
     Autodiff, AutodiffBackend,
@@ -17,9 +17,9 @@ use super::{QuantOps, composed};
 #[derive(Debug)]
 struct QuantMatmul;
 
-/// Parents: `x`, the scales and, where there are any, the zeros.
+/// The parents are `x`, the scales and, if there are any, the zeros.
 impl<B: QuantOps, const N: usize> Backward<B, N> for QuantMatmul {
-    /// `x`, if the gradient of the grid is asked for, and the weight.
+    /// `x`, if a gradient of the grid is needed, and the weight.
     type State = (Option<FloatTensor<B>>, Packed<B>);
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -43,7 +43,7 @@ impl<B: QuantOps, const N: usize> Backward<B, N> for QuantMatmul {
 }
 
 impl<B: QuantOps, C: CheckpointStrategy> QuantOps for Autodiff<B, C> {
-    /// Composed only where a grid that is trained is to hear of it.
+    /// Composed only where a gradient of the scales or the zeros is needed.
     fn quant_unpack(w: Packed<Self>) -> FloatTensor<Self> {
         let zeros_tracked = matches!(&w.zeros, Zeros::Each(zeros) if zeros.is_tracked());
         if w.scales.is_tracked() || zeros_tracked {

@@ -1,4 +1,4 @@
-//! The operations in burn's primitives: right on every backend, and the reference of the native ones.
+//! The operations in burn's primitives: for every backend, and the reference for the native ones.
 
 use burn::backend::{
     Backend, TensorMetadata,
@@ -9,14 +9,14 @@ use burn::tensor::{Shape, Slice, TensorData};
 use super::packed::{Packed, Zeros};
 use crate::layout::{Layout, Levels, TILE};
 
-/// See [`super::QuantOps::quant_unpack`].
+/// The dense weight, `[d_in, d_out]`.
 pub(super) fn unpack<B: Backend>(w: Packed<B>) -> FloatTensor<B> {
     let group = group_of_input::<B>(&w);
     let scales = B::float_select(w.scales.clone(), 0, group.clone());
     B::float_mul(offsets(w, group), scales)
 }
 
-/// See [`super::QuantOps::quant_matmul_dgrid`].
+/// The gradients of scales and zeros, `[n_groups, d_out]` each.
 pub(super) fn dgrid<B: Backend>(
     dy: FloatTensor<B>,
     x: FloatTensor<B>,
@@ -30,7 +30,7 @@ pub(super) fn dgrid<B: Backend>(
     (dscales, dzeros)
 }
 
-/// `level - zero`, `[d_in, d_out]`, in the dtype of the scales; `group` is that of each input.
+/// `level - zero`, `[d_in, d_out]`, in the dtype of the scales; `group` has the group of each input.
 fn offsets<B: Backend>(w: Packed<B>, group: IntTensor<B>) -> FloatTensor<B> {
     let (layout, dtype) = (w.layout, w.scales.dtype().into());
     let codes = codes::<B>(w.words, &layout);

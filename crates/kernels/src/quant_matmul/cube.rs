@@ -34,20 +34,20 @@ const CUBES: usize = 1024;
 /// The largest extent of a grid of cubes that every device supports.
 const MAX_CUBES: usize = u16::MAX as usize;
 
-/// A packed weight as the kernels take it.
+/// A packed weight as the arguments of the kernels.
 struct Native {
     words: CubeTensor,
     scales: CubeTensor,
     zeros: Option<CubeTensor>,
     table: Option<CubeTensor>,
     layout: Layout,
-    /// Columns of a unit.
+    /// The number of columns of a unit.
     width: usize,
 }
 
 impl Native {
-    /// None if the composed operations must do: dtypes that the kernels do not compute in, `others`
-    /// too, or more groups or columns than a grid of cubes holds.
+    /// `None` if the kernels do not support a dtype, those of `others` included, or there are more groups
+    /// or columns than a grid of cubes holds.
     fn new(w: &Packed<CubeBackend>, others: &[&CubeTensor]) -> Option<Self> {
         let dtype = w.scales.dtype;
         let zeros = match &w.zeros {
@@ -106,7 +106,8 @@ impl Native {
         self.scales.dtype
     }
 
-    /// Units that share the columns of a tile: no more than there are runs for them.
+    /// The shape of a cube: lanes over the columns of a tile, and units that share them, no more than
+    /// there are runs.
     fn cube_dim(&self, n_runs: usize) -> CubeDim {
         let lanes = TILE / self.width;
         let units = (UNITS / lanes).min(n_runs.next_power_of_two());
@@ -136,14 +137,14 @@ impl Native {
         types.max().unwrap_or_default()
     }
 
-    /// See [`QuantOps::quant_unpack`].
+    /// The dense weight, `[d_in, d_out]`.
     fn unpack(self) -> CubeTensor {
         let layout = self.layout;
         let weight = self.empty([layout.d_in(), layout.d_out()], self.dtype());
         let n_runs = layout.d_in().div_ceil(self.run().codes);
         let dim = self.cube_dim(n_runs);
         let n_cubes = n_runs.div_ceil(dim.y as usize) as u32;
-        // SAFETY: the kernel compares the input and the column of what it reads and writes with the
+        // SAFETY: the kernel checks the inputs and columns that it reads and writes against the
         // sizes, which are those of the tensors.
         unsafe {
             unpack_kernel::launch_unchecked(
@@ -165,7 +166,7 @@ impl Native {
         weight
     }
 
-    /// See [`QuantOps::quant_matmul`]; `x` has at least one row and at most [`FEW_ROWS`].
+    /// `x · w`, `[rows, d_out]`, for 1 to [`FEW_ROWS`] rows.
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
         let layout = self.layout;
         let rows = x.meta.shape()[0];
@@ -184,7 +185,8 @@ impl Native {
         let splits = self.empty([n_splits * rows, layout.d_out()], sums);
         let capacity = rows.next_power_of_two().min(ROWS);
         let n_cubes = [layout.n_tiles(), n_splits, rows.div_ceil(capacity)].map(|n| n as u32);
-        // SAFETY: as above; the row of `x` is within `rows`, and a cube has at most `UNITS` units.
+        // SAFETY: the kernel checks inputs, columns and rows against the sizes, which are those of the
+        // tensors, and a cube has at most `UNITS` units.
         unsafe {
             few_rows_kernel::launch_unchecked(
                 &x.client,
@@ -211,8 +213,8 @@ impl Native {
         }
         let y = self.empty([rows, layout.d_out()], self.dtype());
         let n = rows * layout.d_out();
-        // SAFETY: the kernel compares its position with the length of `y`, and `splits` is
-        // `n_splits` times as long.
+        // SAFETY: the kernel checks its position against the length of `y`, and `splits` is `n_splits`
+        // times as long.
         unsafe {
             sum_splits_kernel::launch_unchecked(
                 &y.client,
@@ -228,14 +230,15 @@ impl Native {
         y
     }
 
-    /// See [`QuantOps::quant_matmul_dgrid`]; `p` is `xᵀ · dy`, `[d_in, d_out]`.
+    /// The gradients of scales and zeros, `[n_groups, d_out]` each, from `p = xᵀ · dy`.
     fn dgrid(self, p: CubeTensor) -> (CubeTensor, CubeTensor) {
         let layout = self.layout;
         let grid = || self.empty(layout.grid_shape(), self.dtype());
         let (dscales, dzeros) = (grid(), grid());
-        // A group that is not aligned touches one run more.
+        // A group that does not begin at a run overlaps one more.
         let n_runs = layout.group_size().min(layout.d_in()) / self.run().codes + 1;
-        // SAFETY: as above; the group is within the number of them, which is that of the cubes.
+        // SAFETY: the kernel checks inputs and columns against the sizes, which are those of the
+        // tensors, and there are as many cubes as groups.
         unsafe {
             dgrid_kernel::launch_unchecked(
                 &p.client,

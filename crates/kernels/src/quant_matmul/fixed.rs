@@ -1,4 +1,4 @@
-//! The CPU's products on integer units, for processors that have them.
+//! Products with a packed weight on the integer units of the processor.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -23,7 +23,7 @@ impl From<Precision> for Limbs {
     }
 }
 
-/// `x · w`, `[rows, d_out]`. None if floats do better.
+/// `x · w`, `[rows, d_out]`; `None` if floating point is faster.
 pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let unit = Unit::get(n_rows)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
@@ -40,7 +40,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
         let groups = groups(&blocks, w);
         let finish = |tile| {
             let grid = Grid::new(w, tile, &groups);
-            // SAFETY: `y` is `[rows, d_out]`, and a tile is one task's.
+            // SAFETY: `y` is `[rows, d_out]`, and a tile belongs to one task.
             let sums = unsafe { Sums::new(grid.columns, &out) };
             Forward { grid, sums }
         };
@@ -63,14 +63,14 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
                 simd::unpack_panel(w, tile, inputs, values, TILE)
             })
         };
-        // SAFETY: as above.
+        // SAFETY: `y` is `[rows, d_out]`, and a tile belongs to one task.
         let finish = |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_out), &out) };
         each_tile((unit, &rows), w.layout.n_tiles(), fill, finish);
     }
     Some(y)
 }
 
-/// `dy · wᵀ`, `[rows, d_in]`. None if floats do better.
+/// `dy · wᵀ`, `[rows, d_in]`; `None` if floating point is faster.
 pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let unit = Unit::get(n_rows).filter(|unit| *unit == Unit::Amx)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
@@ -91,15 +91,15 @@ pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>
             }
         });
     };
-    // SAFETY: `dx` is `[rows, d_in]`, and a tile is one task's.
+    // SAFETY: `dx` is `[rows, d_in]`, and a tile belongs to one task.
     let finish = |tile| unsafe { Sums::new(Columns::new(tile * TILE, d_in), &out) };
     each_tile((unit, &rows), d_in.div_ceil(TILE), fill, finish);
     Some(dx)
 }
 
-/// The gradients of scales and zeros, `[n_groups, d_out]` each. None if floats do better.
+/// The gradients of scales and zeros, `[n_groups, d_out]` each; `None` if floating point is faster.
 ///
-/// With `u = Σ x (q - z)` over the inputs of a group, which a forward product makes on its way,
+/// With `u = Σ x (q - z)` over the inputs of a group, which is an intermediate of the forward product,
 /// `dscales = Σ dy u` over the rows: no product of `x` and `dy` is needed.
 pub(super) fn product_dgrid(
     dy: &[f32],
@@ -138,7 +138,7 @@ pub(super) fn product_dgrid(
     }))
 }
 
-/// Makes the panel of `inputs` in the columns of one tile.
+/// Fills the panel with the codes of `inputs` in a tile of columns.
 fn fill_codes(
     unit: Unit,
     grid: &Grid,
@@ -156,7 +156,7 @@ fn fill_codes(
         blocks,
         |block, whole| {
             for (part, whole) in whole.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-                // SAFETY: there is a unit, and so AVX-512; 16 bytes.
+                // SAFETY: the processor has a unit, and so AVX-512; 16 bytes.
                 unsafe {
                     let center = _mm512_cvtps_epi32(grid.part(first + block, part).center);
                     _mm_storeu_si128(whole.as_mut_ptr().cast(), _mm512_cvtepi32_epi8(center));
@@ -172,7 +172,7 @@ fn groups(blocks: &Blocks, w: &Host) -> Vec<usize> {
     (0..blocks.n()).map(group).collect()
 }
 
-/// How the sums over the inputs are cut if the codes are multiplied as they are.
+/// The blocks of the sums over inputs; `None` if codes cannot be multiplied as integers.
 fn codes(w: &Host) -> Option<Blocks> {
     match w.layout.levels() {
         Levels::Table(_) => None,
@@ -182,13 +182,13 @@ fn codes(w: &Host) -> Option<Blocks> {
     }
 }
 
-/// `y = s (u - z Σ x)` for each group.
+/// Adds `s (u - z Σ x)` of each group to `y`.
 struct Forward<'a> {
     grid: Grid<'a>,
     sums: Sums<'a>,
 }
 
-/// The grid of a weight in the columns of one tile.
+/// The scales and zeros of a weight in a tile of columns.
 struct Grid<'a> {
     w: &'a Host<'a>,
     columns: Columns,
@@ -196,15 +196,14 @@ struct Grid<'a> {
     groups: &'a [usize],
 }
 
-/// The grid of a block in 16 columns.
+/// The scales and zeros of a block in 16 columns.
 #[derive(Clone, Copy)]
 struct Part {
     group: usize,
     scales: __m512,
-    /// The whole number that is taken from codes, it makes them as small as the weights
-    /// are,
+    /// The whole numbers that are subtracted from codes, so that a small weight is a small integer.
     center: __m512,
-    /// and what is left of the zeros.
+    /// The zeros plus the center of the levels, less `center`.
     zeros: __m512,
 }
 
@@ -214,20 +213,24 @@ impl<'a> Grid<'a> {
         Self { w, columns, groups }
     }
 
+    /// The scales and zeros of columns `16 * part ..` in a block.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn part(&self, block: usize, part: usize) -> Part {
         let group = self.groups[block];
-        // SAFETY: the caller has AVX-512.
+        // SAFETY: the caller's promise; the group is one of the weight's.
         unsafe {
             let zeros = match self.w.zeros {
                 None => _mm512_setzero_ps(),
                 Some(zeros) => self.columns.read(zeros, group, part),
             };
-            // What is left of a zero keeps its digits: only whole numbers are added to it.
+            // The fraction of a zero keeps its digits: only whole numbers are added to it.
             let nearest = _mm512_roundscale_ps::<0>(zeros);
             let left = _mm512_sub_ps(zeros, nearest);
             let whole = _mm512_add_ps(nearest, _mm512_set1_ps(self.w.layout.center()));
-            // Less 64, all but codes of 8 bits are signed bytes.
+            // Codes of fewer than 8 bits are signed bytes after subtracting up to 64.
             let most = _mm512_set1_ps(if self.w.layout.bits() == 8 {
                 255.0
             } else {
@@ -247,9 +250,12 @@ impl<'a> Grid<'a> {
 
 impl Part {
     /// `Σ x (level - zero)` from `Σ x (code - center)` and `Σ x`.
+    ///
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn centered(&self, sums: __m512, x: f32) -> __m512 {
-        // SAFETY: the caller has AVX-512.
+        // SAFETY: the caller's promise.
         unsafe { _mm512_fnmadd_ps(self.zeros, _mm512_set1_ps(x), sums) }
     }
 }
@@ -257,6 +263,8 @@ impl Part {
 impl Finish for Forward<'_> {
     type Columns = Part;
 
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn columns(&self, block: usize, part: usize) -> Part {
         // SAFETY: the caller's promise.
@@ -282,6 +290,8 @@ impl Finish for Forward<'_> {
         }
     }
 
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn take(
         &mut self,
@@ -309,7 +319,7 @@ impl Finish for Forward<'_> {
     }
 }
 
-/// `dscales = Σ dy u` and `Σ dy Σ x` for each group.
+/// Accumulates `dscales = Σ dy u` and `Σ dy Σ x` of each group.
 struct Backward<'a> {
     grid: Grid<'a>,
     dy: &'a [f32],
@@ -321,6 +331,8 @@ struct Backward<'a> {
 impl Finish for Backward<'_> {
     type Columns = Part;
 
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn columns(&self, block: usize, part: usize) -> Part {
         // SAFETY: the caller's promise.
@@ -332,6 +344,8 @@ impl Finish for Backward<'_> {
         columns.center
     }
 
+    /// # Safety
+    /// The processor has AVX-512.
     #[inline(always)]
     unsafe fn take(
         &mut self,
@@ -344,7 +358,7 @@ impl Finish for Backward<'_> {
         let at = columns.group * TILE + part * 16;
         let dscales = &mut self.dscales[at..at + 16];
         let products = &mut self.products[at..at + 16];
-        // SAFETY: the caller's promise; both have 16 values there.
+        // SAFETY: the caller's promise; both slices have 16 values.
         unsafe {
             let mut of_levels = _mm512_loadu_ps(dscales.as_ptr());
             let mut of_products = _mm512_loadu_ps(products.as_ptr());

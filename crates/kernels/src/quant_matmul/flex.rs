@@ -1,7 +1,7 @@
 //! The CPU: panels of the weight are unpacked into the cache and multiplied there.
 //!
-//! A task owns some columns (or, for `dx`, some inputs) of the result and adds up its panels in a
-//! fixed order, so that the bits of the result do not depend on the number of threads.
+//! A task owns some columns (or, for `dx`, some inputs) of the result and sums over panels in a fixed
+//! order, so that the bits of the result do not depend on the number of threads.
 
 use burn::backend::{
     DType, Flex, TensorMetadata, flex::FlexTensor, ops::FloatTensorOps, tensor::FloatTensor,
@@ -20,11 +20,11 @@ use crate::matrix::Matrix;
 use crate::memory::zeroed;
 use crate::shared::Shared;
 
-/// Rows up to which codes are multiplied as they are unpacked, without a panel.
+/// The largest number of rows that are multiplied as codes are unpacked, without a panel.
 const WITHOUT_PANEL: usize = 8;
-/// Inputs in a panel of one tile: 64 KiB of f32.
+/// The number of inputs in a panel of one tile: 64 KiB of `f32`.
 const PANEL_ROWS: usize = 256;
-/// Tiles in a panel of `dx`.
+/// The number of tiles in a panel of `dx`.
 const PANEL_TILES: usize = 4;
 
 impl Packed<Flex> {
@@ -41,7 +41,7 @@ impl Packed<Flex> {
         }
     }
 
-    /// The contiguous weight's memory. None unless all floats, `others` too, are `F32`.
+    /// The memory of the contiguous weight; `None` unless its floats and `others` are `F32`.
     fn host(&self, others: &[&FlexTensor]) -> Option<Host<'_>> {
         if others.iter().any(|t| t.dtype() != DType::F32) {
             return None;
@@ -161,9 +161,9 @@ fn product(x: &[f32], rows: usize, w: &Host) -> Vec<f32> {
             for start in (0..d_in).step_by(PANEL_ROWS) {
                 let inputs = start..d_in.min(start + PANEL_ROWS);
                 simd::unpack_panel(w, tile, inputs.clone(), panel, TILE);
-                // SAFETY: `x` is `[rows, d_in]` and `y` is `[rows, d_out]`, checked above; `inputs`
-                // and `columns` lie within them, and the panel is `[inputs, TILE]`. No other task
-                // writes these columns of `y`.
+                // SAFETY: `x` is `[rows, d_in]`, as checked above, and `y` is `[rows, d_out]`;
+                // `inputs` and `columns` lie within them, and the panel is `[inputs, TILE]`. No other
+                // task uses these columns of `y`.
                 unsafe {
                     multiply_add(
                         [rows, inputs.len(), columns.len()],
@@ -204,9 +204,9 @@ fn product_dx(dy: &[f32], rows: usize, w: &Host) -> Vec<f32> {
                     simd::unpack_panel(w, tile, inputs.clone(), &mut panel[k * TILE..], STRIDE);
                 }
                 let columns = first * TILE..d_out.min(tiles.end * TILE);
-                // SAFETY: `dy` is `[rows, d_out]` and `dx` is `[rows, d_in]`, checked above;
-                // `columns` and `inputs` lie within them, and the panel is `[inputs, columns]` with
-                // rows of `STRIDE`, read transposed. No other task writes these columns of `dx`.
+                // SAFETY: `dy` is `[rows, d_out]`, as checked above, and `dx` is `[rows, d_in]`;
+                // `columns` and `inputs` lie within them, and the panel is `[inputs, columns]` in
+                // rows of `STRIDE`, read transposed. No other task uses these columns of `dx`.
                 unsafe {
                     multiply_add(
                         [rows, columns.len(), inputs.len()],
@@ -244,9 +244,9 @@ fn product_dgrid(dy: &[f32], x: &[f32], rows: usize, w: &Host) -> (Vec<f32>, Vec
                 let mut sums = vec![simd::GroupSums::default(); w.layout.n_groups()];
                 for start in (0..d_in).step_by(PANEL_ROWS) {
                     let inputs = start..d_in.min(start + PANEL_ROWS);
-                    // SAFETY: `x` is `[rows, d_in]` and `dy` is `[rows, d_out]`, checked above, and
-                    // `inputs` and `columns` lie within them; `p` holds `[inputs, TILE]`, and is
-                    // this task's own.
+                    // SAFETY: `x` is `[rows, d_in]` and `dy` is `[rows, d_out]`, as checked above;
+                    // `inputs` and `columns` lie within them. `p` is `[inputs, TILE]` and belongs to
+                    // this task.
                     unsafe {
                         multiply_add(
                             [inputs.len(), rows, columns.len()],

@@ -1,4 +1,4 @@
-//! The inner loops of the CPU's products.
+//! The inner loops of the CPU's products in floating point.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use super::host::Host;
 use crate::isa::{Isa, by_instruction_set};
 use crate::layout::{Layout, Levels, TILE};
 
-/// Sums over the inputs of one group in the columns of a tile.
+/// Sums over the inputs of a group in the columns of a tile.
 #[derive(Clone)]
 pub(super) struct GroupSums {
     /// `Σ p (level - zero)`
@@ -25,7 +25,7 @@ impl Default for GroupSums {
 }
 
 by_instruction_set! {
-    /// Unpacks `inputs` of one tile into rows of `stride` floats of `panel`.
+    /// Unpacks `inputs` of a tile into the rows of `panel`, which are `stride` floats apart.
     pub(super) fn unpack_panel(
         w: &Host,
         tile: usize,
@@ -36,7 +36,7 @@ by_instruction_set! {
 }
 
 by_instruction_set! {
-    /// Adds the rows of `p`, one for each of `inputs`, to the sums of their groups.
+    /// Adds the rows of `p`, one per input, to the sums of their groups.
     pub(super) fn add_to_groups(
         w: &Host,
         tile: usize,
@@ -47,7 +47,7 @@ by_instruction_set! {
 }
 
 by_instruction_set! {
-    /// The products of rows of `x` with one tile, `[rows, TILE]`, added to `y`.
+    /// Adds the products of rows of `x` with a tile, `[rows, TILE]`, to `y`.
     pub(super) fn multiply_rows(w: &Host, tile: usize, x: &[f32], y: &mut [[f32; TILE]]) =
         multiply_rows_body
 }
@@ -67,7 +67,7 @@ fn multiply_rows_body<I: Isa>(w: &Host, tile: usize, x: &[f32], y: &mut [[f32; T
     }
 }
 
-/// The first `R` rows; returns `R`.
+/// Multiplies the first `R` rows, and returns `R`.
 #[inline(always)]
 fn rows_of<I: Isa, const R: usize>(
     w: &Host,
@@ -146,12 +146,12 @@ fn lanes_mut(panel: &mut [f32], at: usize) -> &mut [f32; TILE] {
     (&mut panel[at..][..TILE]).try_into().unwrap()
 }
 
-/// The levels of input `i` in the columns of one tile, `words` being `[word_rows, TILE]`.
+/// The levels of input `i` in the columns of a tile with the words `[word_rows, TILE]`.
 #[inline(always)]
 fn levels<I: Isa>(layout: &Layout, words: &[u32], i: usize) -> [f32; TILE] {
     let codes = layout.codes(words, i);
     match layout.levels() {
-        // SAFETY: `I` is that of the function that this is compiled into.
+        // SAFETY: `I` is the instruction set that this function is compiled for.
         Levels::Table(table) => unsafe { I::lookup(&table, &codes) },
         Levels::Unsigned | Levels::Centered => {
             let center = layout.center();
@@ -160,7 +160,7 @@ fn levels<I: Isa>(layout: &Layout, words: &[u32], i: usize) -> [f32; TILE] {
     }
 }
 
-/// The groups that `inputs` meets, each with those of `inputs` that it holds.
+/// The groups that overlap `inputs`, each with its part of `inputs`.
 #[inline(always)]
 fn by_group(
     inputs: &Range<usize>,

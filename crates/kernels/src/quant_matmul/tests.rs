@@ -1,4 +1,4 @@
-//! Every native operation against the composed one and against sums in f64.
+//! Comparison of the native operations with the composed ones and with sums in `f64`.
 
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
@@ -10,7 +10,7 @@ use crate::layout::{Layout, Levels};
 use crate::pack::{columns_to_tiles, pack, tiles_to_columns, unpack};
 use crate::testing::*;
 
-/// Levels in no order, as those of FP4.
+/// Unsorted levels, as in FP4.
 const TABLE: [f32; 16] = [
     0.0, 0.01, 0.7, 1.0, 0.3, 0.5, 0.2, 0.25, -0.1, -0.02, -0.6, -1.0, -0.35, -0.55, -0.15, -0.3,
 ];
@@ -28,7 +28,7 @@ struct Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    // Few rows and many, groups that end anywhere and groups that integer units take.
+    // Few rows and many, groups of any size and groups that integer units support.
     let rows = prop_oneof![3 => 1..9usize, 1 => 9..40usize];
     let group = prop_oneof![
         1..320usize,
@@ -125,8 +125,8 @@ impl Case {
         }
     }
 
-    /// What the values of a weight are made of: the steps from its zero, and one for what is left of
-    /// a zero that is no whole number. (Of zeros beyond 255 more is left.)
+    /// The magnitude of the terms of a weight: the steps from its zero, and one for the fraction of the
+    /// zero. (For zeros beyond 255, that is larger.)
     fn parts(&self, i: usize, o: usize) -> f64 {
         let at = i / self.layout.group_size() * self.layout.d_out() + o;
         let zero = self.zeros.as_ref().map_or(0.0, |zeros| zeros[at]) + self.layout.center();
@@ -134,7 +134,7 @@ impl Case {
         f64::from(self.scales[at]) * f64::from(steps)
     }
 
-    /// For each pair of the ranges, the sum of the terms in f64, and that of their bounds.
+    /// The sums over `k` of the terms in `f64`, and of their bounds, for each row and column.
     fn sums(
         &self,
         n: usize,
@@ -164,8 +164,10 @@ fn largest(values: &[f32], width: usize) -> Vec<f64> {
         .collect()
 }
 
-/// Within a few units in the last place of a row's largest value, for each term: the accuracy of
-/// 24-bit fixed point and of f32 arithmetic. A wrong term is a million times as far off.
+/// Asserts an error of at most a few units in the last place of the largest value of a row, per term.
+///
+/// That is the accuracy of fixed point with 24 bits and of `f32`; a wrong term is off by a million times
+/// as much.
 #[track_caller]
 fn assert_near(found: &[f32], expected: &[[f64; 2]]) {
     assert_eq!(found.len(), expected.len());
@@ -205,7 +207,7 @@ proptest! {
         assert_near(&primitive_values(y), &case.sums(rows, d_out, d_in, |r, o, i| {
             [x(r, i) * w(i, o), x_most[r] * case.parts(i, o)]
         }));
-        // The scales are multiplied into `dy` first.
+        // `dy` is multiplied by the scales first.
         let scale = |i: usize, o: usize| f64::from(case.scales[i / case.layout.group_size() * d_out + o]);
         let most = (0..d_out).map(|o| (0..d_in).map(|i| scale(i, o)).fold(0.0, f64::max)).fold(0.0, f64::max);
         let dx = Flex::quant_matmul_dx(primitive(&case.dy()), case.packed());
@@ -248,7 +250,7 @@ proptest! {
         });
     }
 
-    /// Through `Tensor` and autodiff, with the packed weight outside of the graph and `x` a view.
+    /// Through `Tensor` and autodiff, with untracked words and a view as `x`.
     #[test]
     fn backward_gives_the_gradients_of_each_parent(case in cases()) {
         let x = case.x().transpose().autodiff().require_grad();
@@ -271,8 +273,8 @@ proptest! {
     }
 }
 
-/// More inputs than a panel has, more rows than a slab, a strip without a partner, columns that do not
-/// fill a tile; and gradients for inputs from more outputs than a block has.
+/// With more inputs than a panel has, more rows than a slab, a strip without a partner, and an
+/// incomplete tile of columns; and gradients of inputs from more outputs than a block has.
 #[test]
 fn products_of_many_panels_are_the_sums() {
     let sizes = [(530, 2100, 70), (40, 70, 1300)];
@@ -372,9 +374,9 @@ fn no_rows_give_no_rows() {
     assert!(dscales.iter::<f32>().all(|ds| ds == 0.0));
 }
 
-/// Not only is the error small: it is that of an f32 product, or less.
+/// The error of `Full` is at most that of a product in `f32`.
 #[test]
-fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
+fn the_errors_of_both_precisions_are_bounded() {
     let device = Device::flex();
     device.seed(3);
     let (d_in, d_out) = (1024, 96);
@@ -385,7 +387,7 @@ fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
         (4, Levels::Table(TABLE)),
         (8, Levels::Unsigned),
     ];
-    // What multiplies is chosen by the number of rows.
+    // The number of rows selects the unit that multiplies.
     for (rows, (bits, levels)) in [1, 3, 24]
         .into_iter()
         .flat_map(|rows| kinds.map(|kind| (rows, kind)))
@@ -399,7 +401,7 @@ fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
         let random = |shape, low, high| {
             Tensor::<2>::random(shape, Distribution::Uniform(low, high), &device)
         };
-        // An outlier in each row, a hundred times the rest.
+        // With an outlier in each row, of a hundred times the other values.
         let x = Tensor::<2>::random([rows, d_in], Distribution::Normal(0.0, 1.0), &device);
         let outlier = Tensor::<2>::full([rows, 1], 100.0, &device);
         let x = x.slice_assign([0..rows, 200..201], outlier);
@@ -437,9 +439,9 @@ fn full_precision_is_that_of_an_f32_product_and_fast_is_what_it_says() {
     }
 }
 
-/// Values that no fixed point holds.
+/// Values that fixed point cannot represent.
 #[test]
-fn what_is_not_finite_stays_so_and_the_smallest_values_count() {
+fn values_that_are_not_finite_propagate_and_the_smallest_count() {
     let device = Device::flex();
     let levels = [Levels::Unsigned, Levels::Table(TABLE)];
     for (rows, levels) in [2, 20]
@@ -478,9 +480,9 @@ fn what_is_not_finite_stays_so_and_the_smallest_values_count() {
     }
 }
 
-/// Where a column's codes are its zero, wherever in the range that is, nothing is left of the others'.
+/// A column whose codes equal its zero gives exactly 0, also where the zero is the largest code.
 #[test]
-fn weights_of_zero_leave_nothing() {
+fn weights_of_zero_give_exactly_zero() {
     let device = Device::flex();
     for (bits, rows) in [2, 3, 4, 8]
         .into_iter()
@@ -503,7 +505,7 @@ fn weights_of_zero_leave_nothing() {
     }
 }
 
-/// `y` is linear in the scales and in the zeros, so a difference quotient is exact but for rounding.
+/// `y` is linear in the scales and in the zeros, so a difference quotient is exact except for rounding.
 #[test]
 fn gradients_agree_with_differences() {
     let device = Device::flex();

@@ -8,7 +8,7 @@ use crate::host::{all_f32, contiguous, floats, tensor};
 use crate::isa::{Isa, by_instruction_set};
 use crate::memory::zeroed;
 
-/// Positions in a task.
+/// The number of positions in a task.
 const POSITIONS: usize = 16;
 
 impl RopeOps for Flex {
@@ -44,7 +44,7 @@ impl RopeOps for Flex {
 }
 
 by_instruction_set! {
-    /// All heads of a position.
+    /// Rotates all heads of a position.
     fn rotate(x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) = rotate_body
 }
 

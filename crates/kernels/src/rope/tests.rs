@@ -1,4 +1,4 @@
-//! Against f64, against the composed operations and through autodiff.
+//! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::Flex;
 use burn::tensor::Tensor;
@@ -9,7 +9,7 @@ use crate::testing::*;
 
 type Case = (Tensor<4>, Tensor<2>, Tensor<2>, Tensor<4>);
 
-/// `x`, tables whose halves differ, and the gradient of the result.
+/// `x`, tables with different halves, and the gradient of the result.
 fn cases() -> impl Strategy<Value = Case> {
     (1..4usize, 1..40usize, 1..5usize, 1..37usize, any::<u64>()).prop_map(
         |(batch, seq, heads, half, seed)| {
@@ -26,9 +26,10 @@ fn reference(x: &[f64], cos: &[f32], sin: &[f32], [_, seq, heads, dim]: [usize; 
     let half = dim / 2;
     let value = |at: usize| {
         let (i, row) = (at % dim, at / dim / heads % seq * dim);
-        let turned = match i < half {
-            true => -x[at + half],
-            false => x[at - half],
+        let turned = if i < half {
+            -x[at + half]
+        } else {
+            x[at - half]
         };
         x[at] * f64::from(cos[row + i]) + turned * f64::from(sin[row + i])
     };
@@ -48,7 +49,7 @@ proptest! {
         }
     }
 
-    /// `Σ dy R x = Σ x Rᵀ dy` for each `x`: the slopes at zero, one input at a time.
+    /// `Σ dy R x = Σ x Rᵀ dy` for each `x`: column by column of `R`.
     #[test]
     fn backward_is_the_transpose((x, cos, sin, dy) in cases()) {
         let dims = x.dims();
@@ -69,7 +70,7 @@ proptest! {
 }
 
 #[test]
-fn a_turn_keeps_the_norm_and_the_transpose_undoes_it() {
+fn a_rotation_keeps_the_norm_and_its_transpose_inverts_it() {
     let x = Random::new(4).tensor([2, 9, 3, 16]);
     let angles: Vec<f32> = (0..9 * 16)
         .map(|at| (at / 16) as f32 / (1 + at % 8) as f32)

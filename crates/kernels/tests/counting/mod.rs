@@ -1,5 +1,4 @@
-//! An allocator that counts, for tests of what is kept in memory: one test to a file, which is a
-//! process of its own.
+//! An allocator that counts bytes, for tests of memory: a test binary has a single such test.
 
 #![allow(unsafe_code, reason = "an allocator is unsafe to write")]
 
@@ -11,7 +10,7 @@ struct Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes to the system's allocator as it came.
+// SAFETY: every call is passed on to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, block: Block) -> *mut u8 {
         let live = LIVE.fetch_add(block.size(), Relaxed) + block.size();
@@ -30,7 +29,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The most bytes that were allocated at a time while `run` ran, above those before it.
+/// The peak of allocated bytes during `run`, above those before it.
 pub(crate) fn peak_of(run: impl FnOnce()) -> usize {
     let before = LIVE.load(Relaxed);
     PEAK.store(before, Relaxed);

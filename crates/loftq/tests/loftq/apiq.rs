@@ -13,7 +13,7 @@ use crate::llama::{batches, model, rtn};
 fn apiq_follows_the_inputs_of_the_dense_model() {
     let weight = random([48, 40], 11);
     let dense = inputs(48, 12);
-    // What packed layers made of them.
+    // The same tokens after packed layers.
     let x = dense.clone() + random([144, 48], 13) * 0.3;
     let mut gram = Gram::new(48, &weight.device());
     gram.update_with_drift(x.clone(), dense.clone());
@@ -47,7 +47,7 @@ fn apiq_follows_the_inputs_of_the_dense_model() {
             let found = error(start.sum());
             assert!(found < last, "{found} of {last}");
             last = found;
-            // What it says it reached is that of the packed weight, but for a constant.
+            // The error that it reports is that of the packed weight, but for a constant.
             let constant = error(weight.clone());
             let said = start.error + constant;
             assert!((said - found).abs() < 1e-2 * found, "{said} of {found}");
@@ -86,7 +86,7 @@ fn apiq_follows_the_inputs_of_the_dense_model() {
     assert!(expected, "{blind:?}");
 }
 
-/// What ApiQ makes small is the error of each block's output, for its own inputs.
+/// ApiQ minimizes the error of each block's output, for its own inputs.
 #[test]
 fn apiq_lowers_the_error_of_a_block() {
     let (dense, calibration) = (model(), batches(3));

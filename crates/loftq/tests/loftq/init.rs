@@ -39,9 +39,7 @@ type Case = (&'static str, Box<dyn Initialization<Model>>);
 
 fn cases() -> Vec<Case> {
     let lora = || Lora::new(3).with_alpha(5.0);
-    let few = FitConfig::new()
-        .with_learning_rate(2e-3)
-        .with_steps(Some(40));
+    let few = FitConfig::new().with_learning_rate(2e-3).with_steps(40);
     vec![
         ("qlora", Box::new(lora())),
         ("loftq", Box::new(Loftq::new(lora()))),
@@ -89,11 +87,11 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
     let without = distance(&base, &dense, &calibration);
     for (name, method) in cases() {
         let mut model = dense.clone();
-        let mut heard = Vec::new();
-        let mut hear = |layer: &InitializedLayer| heard.push(layer.report.path.clone());
-        let layers = init(&mut model, &*method, &rtn(2), &calibration, &mut hear).unwrap();
+        let mut called = Vec::new();
+        let mut on_layer = |layer: &InitializedLayer| called.push(layer.report.path.clone());
+        let layers = init(&mut model, &*method, &rtn(2), &calibration, &mut on_layer).unwrap();
         let paths: Vec<String> = dense.linears().into_iter().map(|(path, _)| path).collect();
-        assert_eq!(heard, paths, "{name}");
+        assert_eq!(called, paths, "{name}");
         for ((layer, (path, linear)), (_, original)) in
             layers.iter().zip(model.linears()).zip(dense.linears())
         {

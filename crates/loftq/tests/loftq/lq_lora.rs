@@ -15,7 +15,7 @@ fn pissa_holds_the_largest_singular_values() {
     let [_, s, _] = full_svd(&floats(weight.clone()), 60, 44).unwrap();
     let pissa = Pissa::new(7).with_truncation(EXACT);
     let start = pissa.start_dense(&layer(&weight)).unwrap();
-    // Nothing is lost, and what is left has the smallest ones.
+    // The sum is exact, and the rest has the smallest singular values.
     assert!(square_error(&weight, start.sum()) < 1e-11 * sum_of_squares(weight.clone()));
     let rest: f64 = s[7..].iter().map(|&s| f64::from(s).powi(2)).sum();
     let found = sum_of_squares(start.weight.to_dense());
@@ -52,7 +52,7 @@ fn pissa_splits_what_stays_dense() {
     // It trains on from there.
     let loss = |model: &Model| f64::from(token_nll(model, batch).mean().into_scalar::<f32>());
     let before = loss(&model);
-    let config = FitConfig::new().with_steps(Some(5));
+    let config = FitConfig::new().with_steps(5);
     peft::fit(&mut model, &batches(1), &config, |_| {}).unwrap();
     assert!(loss(&model) < before);
 }
@@ -113,7 +113,7 @@ fn the_fisher_information_says_what_matters() {
     assert!(with < 0.95 * without, "{with} of {without}");
     assert!((with - seeing.error).abs() < 1e-5 * with);
 
-    // Alike for all, it changes nothing but the unit: F = 4.
+    // The same for all weights, it changes only the unit: F = 4.
     let alike = FisherRoots {
         of_inputs: roots(|_| 2.0, 64),
         of_outputs: roots(|_| 1.0, 48),
@@ -181,7 +181,7 @@ fn the_fisher_information_is_the_square_of_gradients() {
         }
     }
     let expected = (sum / 32.0).sqrt();
-    // What stands for an output is relative to the mean of all weights.
+    // The number of an output is relative to the mean of all weights.
     let square = |roots: &[f32]| {
         let squares = roots.iter().map(|&root| f64::from(root).powi(2));
         squares.sum::<f64>() / roots.len() as f64

@@ -101,7 +101,7 @@ fn the_closed_form_is_the_least_error_of_the_output() {
     }
 }
 
-/// An error of a lower rank than the adapter's: what is left over of the rank adds nothing.
+/// An error of a lower rank than the adapter's: the other columns of the factors are zeros.
 #[test]
 fn an_error_of_low_rank_is_undone_whole() {
     let x = inputs(48, 12);

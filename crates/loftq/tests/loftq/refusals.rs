@@ -100,9 +100,10 @@ fn what_cannot_be_is_refused_before_anything_changes() {
     // Also where only the last layer has none.
     let mut last = PerLayer::default();
     for (path, _) in dense.linears() {
-        let quantizer: Box<dyn Quantizer> = match path.ends_with("1.mlp.down_proj") {
-            true => Box::new(NormalFloat::new().with_block_size(8)),
-            false => Box::new(rtn(2)),
+        let quantizer: Box<dyn Quantizer> = if path.ends_with("1.mlp.down_proj") {
+            Box::new(NormalFloat::new().with_block_size(8))
+        } else {
+            Box::new(rtn(2))
         };
         last.0.insert(path, quantizer);
     }

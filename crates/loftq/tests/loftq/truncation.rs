@@ -31,7 +31,7 @@ fn check(matrix: &Tensor<2>, rank: usize, tolerance: f64) {
     let found = truncation.of(matrix.clone(), rank, None).unwrap();
     let measured = sum_of_squares(matrix.clone() - found.left.clone().matmul(found.right.clone()));
     let power = least[0];
-    // What it says of itself is so.
+    // The error that it reports is the measured one.
     assert!(
         (found.error - measured).abs() <= 2e-5 * measured + 1e-11 * power,
         "{} is said of {measured}",
@@ -128,7 +128,7 @@ fn zeros_and_what_is_not_finite() {
 
 #[test]
 fn directions_that_the_matrix_does_not_see_lead_somewhere() {
-    // The first columns are zero, and the iteration begins in them.
+    // The first columns are zero, and the iteration starts from them.
     let (zeros, block) = (
         Tensor::<2>::zeros([300, 100], &Device::flex()),
         random([300, 150], 5),

@@ -28,27 +28,29 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
-use super::packing::{pack, transpose};
-use super::{
-    LayerFormat, Projections, Refusals, Tensors, double_scales, quant_error, refuse_config, values,
+use super::format::{
+    LayerFormat, Projections, Refusals, double_scales, quant_error, refuse_config,
 };
+use super::packing::{pack, transpose};
+use super::parameters::read;
+use super::tensors::Tensors;
 use crate::Result;
 use crate::source::HEAD;
 
 pub(super) const METHOD: &str = "bitsandbytes";
 
 const TYPES: [(&str, Grid); 2] = [("nf4", Grid::NormalFloat), ("fp4", Grid::Float4)];
-/// Scales that share an `absmax` of their own: bitsandbytes' kernels know no other number.
+/// The number of scales that share an `absmax` of their own, the only one of bitsandbytes' kernels.
 const NESTED_BLOCK: usize = 256;
 const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 pub(super) struct Bitsandbytes {
-    /// Of a model to be written: the block size of each layer.
+    /// The block size of each layer, of a model to be written.
     blocks: BTreeMap<String, usize>,
     quant_type: &'static str,
     is_double: bool,
     dtype: String,
-    /// Modules that readers must leave as they are, if there are more than they leave by themselves.
+    /// The modules that readers must leave dense, if they would not by themselves.
     dense: Option<Vec<String>>,
 }
 
@@ -105,11 +107,12 @@ impl Bitsandbytes {
         for (path, weight) in &model.packed {
             let found = type_of(weight).and_then(|quant_type| {
                 let (first, of_first) = *common.get_or_insert((path, quant_type));
-                match quant_type == of_first {
-                    true => block_size(weight),
-                    false => Err(format!(
+                if quant_type == of_first {
+                    block_size(weight)
+                } else {
+                    Err(format!(
                         "is {quant_type}, `{first}` is {of_first}, and there is one type for all"
-                    )),
+                    ))
                 }
             });
             match found {
@@ -123,7 +126,7 @@ impl Bitsandbytes {
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        // What a reader of the file computes in, which the scales and the codes do not depend on.
+        // The type in which a reader computes, on which scales and codes do not depend.
         let dtype = config.get("dtype").or(config.get("torch_dtype"));
         let dtype = dtype.and_then(Value::as_str);
         let dtype = dtype.filter(|dtype| ["float16", "bfloat16"].contains(dtype));
@@ -150,7 +153,7 @@ fn type_of(weight: &QuantTensor) -> Result<&'static str, String> {
     }
 }
 
-/// The size of the blocks that hold a weight exactly, or why there is none.
+/// The size of the blocks that hold a weight exactly, or the reason why there is none.
 ///
 /// A file of blocks of `b` reads back with groups of `gcd(d_in, b)`, so that `b` must give the
 /// weight's group size; and all groups of a block must have one scale. The largest such `b` is the
@@ -169,7 +172,7 @@ fn block_size(weight: &QuantTensor) -> Result<usize, String> {
     let Some(double) = format.double_quant() else {
         let n_groups = weight.layout().n_groups();
         let d_out = weight.layout().d_out();
-        let scales = transpose(&values(weight.scales()), [n_groups, d_out]);
+        let scales = transpose(&read(weight.scales()), [n_groups, d_out]);
         let scales: Vec<u32> = scales.into_iter().map(f32::to_bits).collect();
         let holds = |block: &usize| is_constant(&scales, block / group_size);
         let block = BLOCKS.into_iter().rev().filter(fits).find(holds);
@@ -217,8 +220,8 @@ fn levels(layout: &Layout) -> Vec<f32> {
     (0..16).map(|code| layout.level(code)).collect()
 }
 
-/// Reads a table, which must be the one that this program computes with, but for the last digits in
-/// which processors differ that computed it.
+/// Checks that a table is the one of this program, up to the rounding of the processor that computed
+/// it.
 fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<()> {
     let found = tensors.floats(name, [expected.len()])?;
     let same = |(a, b): (&f32, &f32)| (a - b).abs() <= 4.0 * f32::EPSILON * b.abs();
@@ -230,15 +233,10 @@ fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<(
     Err(tensors.refuse(name, problem))
 }
 
-/// The name of the state of the layer at `path`, if it is packed.
-fn found_state(tensors: &Tensors, path: &str) -> Option<String> {
-    let names = TYPES.map(|(name, _)| state_name(path, name));
-    names.into_iter().find(|name| tensors.contains(name))
-}
-
 impl LayerFormat for Bitsandbytes {
-    fn stray_head(&self, tensors: &Tensors) -> Option<String> {
-        found_state(tensors, HEAD)
+    fn packed_tensor(&self, tensors: &Tensors, path: &str) -> Option<String> {
+        let names = TYPES.map(|(name, _)| state_name(path, name));
+        names.into_iter().find(|name| tensors.contains(name))
     }
 
     fn read(
@@ -248,7 +246,7 @@ impl LayerFormat for Bitsandbytes {
         dims: [usize; 2],
         device: &Device,
     ) -> Result<Option<QuantTensor>> {
-        let Some(state_name) = found_state(tensors, path) else {
+        let Some(state_name) = self.packed_tensor(tensors, path) else {
             return Ok(None);
         };
         let quant = quant_error(path);
@@ -380,7 +378,7 @@ impl LayerFormat for Bitsandbytes {
             None => {
                 let absmax = move || {
                     let grid = layout.grid_shape();
-                    let scales = transpose(&values(weight.scales()), grid);
+                    let scales = transpose(&read(weight.scales()), grid);
                     scales.into_iter().step_by(repeated).collect()
                 };
                 all.push((
@@ -449,9 +447,10 @@ fn python_float(value: f64) -> String {
     let exponent: i32 = exponent.parse().expect("a whole number");
     if (-4..16).contains(&exponent) {
         let plain = value.to_string();
-        match plain.contains('.') {
-            true => plain,
-            false => plain + ".0",
+        if plain.contains('.') {
+            plain
+        } else {
+            plain + ".0"
         }
     } else {
         let sign = if exponent < 0 { '-' } else { '+' };

@@ -1,14 +1,14 @@
-//! The workspace's own format, which holds every packed weight as it is: projections and the head.
+//! The format of this workspace, which holds every packed weight exactly: projections and the head.
 //!
 //! | tensor | shape | |
 //! |---|---|---|
 //! | `PATH.qweight` | `[word_rows, d_out]` | GPTQ's words, rows as they are packed |
-//! | `PATH.scales` | `[n_groups, d_out]` | where they are floats |
-//! | `PATH.scale_codes` | `[d_out, n_groups]` | where they are double-quantized |
+//! | `PATH.scales` | `[n_groups, d_out]` | if they are floats |
+//! | `PATH.scale_codes` | `[d_out, n_groups]` | if they are double-quantized |
 //! | `PATH.scale_absmax` | `[n_blocks]` | one for each block of codes |
 //! | `PATH.scale_offset` | `[1]` | |
 //! | `PATH.zeros` | `[n_groups, d_out]` | on an affine grid |
-//! | `PATH.input_order` | `[d_in]` | the input of each packed row, where the layer has an order |
+//! | `PATH.input_order` | `[d_in]` | the input of each packed row, if the layer has an order |
 //!
 //! `quantization_config` has the format of each layer. Floats are in the shortest type that holds
 //! them exactly.
@@ -22,7 +22,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
-use super::{LayerFormat, Projections, Tensors, double_scales, quant_error, refuse_config, values};
+use super::format::{LayerFormat, Projections, double_scales, quant_error, refuse_config};
+use super::parameters::floats;
+use super::tensors::Tensors;
 use crate::Result;
 use crate::source::HEAD;
 
@@ -81,6 +83,15 @@ impl Exact {
 }
 
 impl LayerFormat for Exact {
+    fn packed_tensor(&self, _: &Tensors, path: &str) -> Option<String> {
+        let is_packed = self.layers.contains_key(path);
+        is_packed.then(|| format!("{path}.qweight"))
+    }
+
+    fn packs_head(&self) -> bool {
+        true
+    }
+
     fn check_paths(&self, layers: &[String], config: &Path) -> Result<()> {
         match self.layers.keys().find(|path| !layers.contains(path)) {
             None => Ok(()),
@@ -130,9 +141,10 @@ impl LayerFormat for Exact {
             Grid::Affine => Some(tensors.floats(&name("zeros"), grid)?),
             _ => None,
         };
-        let input_order = match input_order {
-            true => Some(tensors.words(&name("input_order"), [d_in])?),
-            false => None,
+        let input_order = if input_order {
+            Some(tensors.words(&name("input_order"), [d_in])?)
+        } else {
+            None
         };
         let words = Parts::from_columns(&columns, &layout, Vec::new(), None).map_err(&quant)?;
         let parts = Parts {
@@ -153,8 +165,7 @@ impl LayerFormat for Exact {
         let mut all = vec![(name("qweight"), words)];
         match weight.format().double_quant() {
             None => {
-                let scales = LazyTensor::floats(grid, || values(weight.scales()));
-                all.push((name("scales"), scales));
+                all.push((name("scales"), floats(weight.scales())));
             }
             Some(double) => {
                 let [n_groups, d_out] = grid;
@@ -168,8 +179,7 @@ impl LayerFormat for Exact {
             }
         }
         if let Some(zeros) = weight.zeros() {
-            let zeros = LazyTensor::floats(grid, move || values(zeros.clone()));
-            all.push((name("zeros"), zeros));
+            all.push((name("zeros"), floats(zeros)));
         }
         if let Some(order) = weight.input_order() {
             let order = LazyTensor::words([order.len()], move || order.clone());

@@ -17,13 +17,16 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
+use super::directory::CONFIG;
+use super::format::{LayerFormat, Projections, Refusals, quant_error};
+use super::kind::GptqVersion;
 use super::packing::{pack, transpose, unpack};
-use super::{CONFIG, LayerFormat, Projections, Refusals, Tensors, quant_error, values};
-use crate::source::HEAD;
-use crate::{Error, GptqVersion, Result};
+use super::parameters::read;
+use super::tensors::Tensors;
+use crate::{CheckpointError, ConfigError, Error, Result};
 
 pub(super) const METHOD: &str = "gptq";
-/// What readers that are older than `quantization_config` look for.
+/// The file that readers older than `quantization_config` look for.
 pub(super) const CONFIG_FILE: &str = "quantize_config.json";
 
 pub(super) struct Gptq {
@@ -32,9 +35,9 @@ pub(super) struct Gptq {
     symmetric: Symmetry,
     version: GptqVersion,
     wrapping: Wrapping,
-    /// Whether layers have their inputs in another order: of a model to be written, one of them.
+    /// Whether layers may have their inputs in another order; of a model to be written, whether one has.
     desc_act: bool,
-    /// Of a model to be written: the projections that are not packed.
+    /// The projections that are not packed, of a model to be written.
     dense: Vec<String>,
 }
 
@@ -43,25 +46,25 @@ pub(super) struct Gptq {
 enum Symmetry {
     Yes,
     No,
-    NotSaid,
+    Unstated,
 }
 
-/// What became of a zero-point of 0 when it was stored minus one.
+/// The result of storing a zero-point of 0 minus one.
 ///
 /// GPTQModel subtracts a word of ones from a packed word, so that the field borrows from the next;
 /// 3-bit codes, which cross words, it subtracts one by one. AutoGPTQ subtracts first and packs the
 /// wrapped integers with OR, which sets all higher fields of the word. Others mask each field.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Wrapping {
-    /// It borrowed from the next field of its word.
+    /// The field borrows from the next one of its word.
     Words,
-    /// It became the highest code of its field.
+    /// The field wraps to the highest code.
     Fields,
-    /// Not known.
+    /// The program that wrote the checkpoint is not known.
     Unknown,
 }
 
-/// The settings that tell how to read the tensors.
+/// The settings of a configuration.
 #[derive(Deserialize)]
 struct Settings {
     bits: Option<u64>,
@@ -70,7 +73,7 @@ struct Settings {
     desc_act: Option<bool>,
     quant_method: Option<String>,
     checkpoint_format: Option<String>,
-    /// GPTQModel's name of the same.
+    /// The name of `checkpoint_format` in GPTQModel.
     format: Option<String>,
     is_marlin_format: Option<bool>,
     pack_dtype: Option<String>,
@@ -78,8 +81,7 @@ struct Settings {
 }
 
 impl Gptq {
-    /// From `quantization_config` in `config.json`, from `quantize_config.json`, or from both if
-    /// they agree.
+    /// Reads `quantization_config` in `config.json`, `quantize_config.json`, or both if they agree.
     pub(super) fn open(dir: &Path, embedded: Option<Value>) -> Result<Self> {
         let mut found = Vec::new();
         if let Some(json) = embedded {
@@ -93,20 +95,25 @@ impl Gptq {
             first.check_agrees(second)?;
         }
         let path = || found[0].path.clone();
+        let is_symmetric = |sym| found.iter().any(|file| file.settings.sym == Some(sym));
         let version = found.iter().find_map(|file| file.version);
         Ok(Self {
             bits: found[0].bits,
             group_size: found[0].group_size,
-            symmetric: match found.iter().any(|file| file.settings.sym == Some(false)) {
-                true => Symmetry::No,
-                false if found.iter().any(|file| file.settings.sym == Some(true)) => Symmetry::Yes,
-                false => Symmetry::NotSaid,
+            symmetric: if is_symmetric(false) {
+                Symmetry::No
+            } else if is_symmetric(true) {
+                Symmetry::Yes
+            } else {
+                Symmetry::Unstated
             },
-            version: version.ok_or_else(|| Error::GptqVersion { path: path() })?,
-            wrapping: match found.iter().any(ConfigFile::is_by_gptqmodel) {
-                true if found[0].bits == 3 => Wrapping::Fields,
-                true => Wrapping::Words,
-                false => Wrapping::Unknown,
+            version: version.ok_or_else(|| CheckpointError::GptqVersion { path: path() })?,
+            wrapping: if !found.iter().any(ConfigFile::is_by_gptqmodel) {
+                Wrapping::Unknown
+            } else if found[0].bits == 3 {
+                Wrapping::Fields
+            } else {
+                Wrapping::Words
             },
             desc_act: found
                 .iter()
@@ -140,9 +147,10 @@ impl Gptq {
         Ok(Self {
             bits: format.map_or(4, |format| format.bits()),
             group_size: format.and_then(|format| format.group_size()),
-            symmetric: match format.is_some_and(|format| format.grid() == Grid::Symmetric) {
-                true => Symmetry::Yes,
-                false => Symmetry::No,
+            symmetric: if format.is_some_and(|format| format.grid() == Grid::Symmetric) {
+                Symmetry::Yes
+            } else {
+                Symmetry::No
             },
             version,
             wrapping: Wrapping::Unknown,
@@ -151,8 +159,9 @@ impl Gptq {
         })
     }
 
-    /// The zero-points in `qzeros`, `[n_groups, d_out]`; the group and the output of one that
-    /// cannot be told otherwise.
+    /// Unpacks the zero-points in `qzeros`, `[n_groups, d_out]`.
+    ///
+    /// Fails with the group and the output of a zero-point that is ambiguous.
     pub(super) fn zeros(&self, qzeros: &[u32], n_groups: usize) -> Result<Vec<u8>, (usize, usize)> {
         let bits = self.bits;
         let n_words = qzeros.len() / n_groups;
@@ -188,7 +197,7 @@ impl Gptq {
         Ok(zeros.collect())
     }
 
-    /// `zeros`, `[n_groups, d_out]`, as `qzeros`.
+    /// Packs `zeros`, `[n_groups, d_out]`, into `qzeros`.
     fn qzeros(&self, zeros: &[u8], [n_groups, d_out]: [usize; 2]) -> Vec<u32> {
         let less = u8::from(self.version == GptqVersion::V1);
         let stored: Vec<u8> = zeros.iter().map(|zero| zero - less).collect();
@@ -197,8 +206,7 @@ impl Gptq {
     }
 }
 
-/// The input of each row when rows are sorted by `groups`, the group of each input; `None` where
-/// they are so already.
+/// The input of each row when inputs are sorted by their groups; `None` if they are sorted already.
 fn input_order(groups: &[u32], group_size: usize) -> Result<Option<Vec<u32>>, String> {
     let d_in = groups.len();
     let n_groups = d_in.div_ceil(group_size);
@@ -225,7 +233,7 @@ fn input_order(groups: &[u32], group_size: usize) -> Result<Option<Vec<u32>>, St
     Ok(Some(order))
 }
 
-/// One of the files that may hold the configuration.
+/// A file with a configuration.
 struct ConfigFile {
     path: PathBuf,
     settings: Settings,
@@ -236,10 +244,8 @@ struct ConfigFile {
 
 impl ConfigFile {
     fn new(json: Value, path: PathBuf) -> Result<Self> {
-        let refuse = |setting: &str, problem: String| Error::Config {
-            path: path.clone(),
-            setting: setting.into(),
-            problem,
+        let refuse = |setting: &str, problem: String| {
+            Error::from(ConfigError::setting(&path, setting, problem))
         };
         let settings: Settings = serde_json::from_value(json)
             .map_err(|error| refuse("quantization_config", format!("cannot be read: {error}")))?;
@@ -311,20 +317,21 @@ impl ConfigFile {
             ("bits", self.bits.to_string(), other.bits.to_string()),
             ("group_size", group(self), group(other)),
         ];
-        // A file that does not state it leaves it to the other one.
+        // A file that states no version leaves it to the other one.
         if let Some((first, second)) = self.version.zip(other.version) {
             let name = |version| name(version).to_string();
             settings.push(("checkpoint_format", name(first), name(second)));
         }
         for (setting, in_first, in_second) in settings {
             if in_first != in_second {
-                return Err(Error::Disagreement {
+                let error = ConfigError::Disagreement {
                     first: self.path.clone(),
                     second: other.path.clone(),
                     setting,
                     in_first,
                     in_second,
-                });
+                };
+                return Err(error.into());
             }
         }
         Ok(())
@@ -341,7 +348,7 @@ impl ConfigFile {
     }
 }
 
-/// A version in `checkpoint_format`.
+/// The name of a version in `checkpoint_format`.
 fn name(version: GptqVersion) -> &'static str {
     match version {
         GptqVersion::V1 => "gptq",
@@ -349,7 +356,7 @@ fn name(version: GptqVersion) -> &'static str {
     }
 }
 
-/// What is against a weight in a GPTQ checkpoint, besides the other weights.
+/// The reasons why a GPTQ checkpoint cannot hold a weight.
 fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
     let (format, layout) = (weight.format(), weight.layout());
     let ([d_in, d_out], bits) = (weight.dims(), format.bits());
@@ -375,16 +382,17 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
     {
         reasons.push("has its inputs in an order that g_idx does not state".into());
     }
-    let scales = values(weight.scales());
-    let inexact = scales.iter().filter(|&&s| !FloatType::F16.holds(s)).count();
+    let inexact = kernels::with_values(weight.scales(), |scales| {
+        scales.iter().filter(|&&s| !FloatType::F16.holds(s)).count()
+    });
     if inexact > 0 {
-        let n = scales.len();
+        let n = layout.n_groups() * d_out;
         reasons.push(format!(
             "has {inexact} scales of {n} that f16 does not hold exactly"
         ));
     }
     if let Some(zeros) = weight.zeros() {
-        let zeros = values(zeros);
+        let zeros = read(zeros);
         let count = |is: &dyn Fn(f32) -> bool| zeros.iter().filter(|&&z| is(z)).count();
         let highest = ((1 << bits) - 1) as f32;
         let fractional = count(&|z| z.fract() != 0.0 || (z == 0.0 && z.is_sign_negative()));
@@ -403,14 +411,9 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
     reasons
 }
 
-/// The name of the codes of the layer at `path`, if it is packed.
-fn codes_name(tensors: &Tensors, path: &str) -> Option<String> {
-    Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
-}
-
 impl LayerFormat for Gptq {
-    fn stray_head(&self, tensors: &Tensors) -> Option<String> {
-        codes_name(tensors, HEAD)
+    fn packed_tensor(&self, tensors: &Tensors, path: &str) -> Option<String> {
+        Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
     }
 
     fn read(
@@ -420,7 +423,7 @@ impl LayerFormat for Gptq {
         dims: [usize; 2],
         device: &Device,
     ) -> Result<Option<QuantTensor>> {
-        let Some(qweight) = codes_name(tensors, path) else {
+        let Some(qweight) = self.packed_tensor(tensors, path) else {
             return Ok(None);
         };
         let quant = quant_error(path);
@@ -439,32 +442,23 @@ impl LayerFormat for Gptq {
         let qzeros_name = format!("{path}.qzeros");
         let qzeros = tensors.words(&qzeros_name, [n_groups, d_out * bits / 32])?;
         let zeros = self.zeros(&qzeros, n_groups);
-        let zeros = zeros.map_err(|(group, output)| Error::WrappedZeros {
+        let zeros = zeros.map_err(|(group, output)| CheckpointError::WrappedZeros {
             path: tensors.path(&qzeros_name),
             tensor: qzeros_name.clone(),
             group,
             output,
         })?;
         let g_idx = format!("{path}.g_idx");
-        let input_order = match tensors.contains(&g_idx) {
-            true => {
-                let groups = tensors.words(&g_idx, [d_in])?;
-                let order = input_order(&groups, layout.group_size());
-                order.map_err(|problem| Error::GroupIndex {
-                    path: tensors.path(&g_idx),
-                    tensor: g_idx,
-                    problem,
-                })?
-            }
-            false if self.desc_act => {
-                let path = tensors.path(&qweight);
-                return Err(tensor_files::Error::MissingTensor {
-                    path,
-                    tensor: g_idx,
-                }
-                .into());
-            }
-            false => None,
+        let input_order = if tensors.contains(&g_idx) {
+            let groups = tensors.words(&g_idx, [d_in])?;
+            let order = input_order(&groups, layout.group_size());
+            order.map_err(|problem| tensors.refuse(&g_idx, problem))?
+        } else if self.desc_act {
+            let path = tensors.path(&qweight);
+            let tensor = g_idx;
+            return Err(tensor_files::Error::MissingTensor { path, tensor }.into());
+        } else {
+            None
         };
         if let Some(order) = &input_order {
             let codes = unpack(&columns, d_out, bits);
@@ -481,12 +475,11 @@ impl LayerFormat for Gptq {
             );
             return Err(tensors.refuse(&qzeros_name, problem));
         }
-        let (format, zeros) = match self.symmetric != Symmetry::No && other.is_none() {
-            true => {
-                let format = Format::new(bits, self.group_size, Grid::Symmetric);
-                (format.map_err(&quant)?, None)
-            }
-            false => (affine, Some(zeros.into_iter().map(f32::from).collect())),
+        let (format, zeros) = if self.symmetric != Symmetry::No && other.is_none() {
+            let format = Format::new(bits, self.group_size, Grid::Symmetric);
+            (format.map_err(&quant)?, None)
+        } else {
+            (affine, Some(zeros.into_iter().map(f32::from).collect()))
         };
         let parts = Parts::from_columns(&columns, &layout, scales, zeros).map_err(&quant)?;
         let parts = Parts {
@@ -506,7 +499,7 @@ impl LayerFormat for Gptq {
             Some(_) => pack(&weight.codes(), d_out, bits),
         };
         let zeros = match weight.zeros() {
-            Some(zeros) => values(zeros).into_iter().map(|zero| zero as u8).collect(),
+            Some(zeros) => read(zeros).into_iter().map(|zero| zero as u8).collect(),
             None => vec![1 << (bits - 1); grid[0] * d_out],
         };
         let qzeros = self.qzeros(&zeros, grid);
@@ -530,7 +523,7 @@ impl LayerFormat for Gptq {
             ),
             (
                 name("scales"),
-                LazyTensor::floats_as(FloatType::F16, grid, || values(weight.scales())),
+                LazyTensor::floats_as(FloatType::F16, grid, || read(weight.scales())),
             ),
             (name("g_idx"), LazyTensor::words([d_in], g_idx)),
         ]

@@ -1,4 +1,4 @@
-//! What quantizing a directory will give, from its configuration and the headers of its files.
+//! The result of quantizing a directory, from its configuration and the headers of its files.
 
 use std::fmt;
 use std::path::Path;
@@ -7,11 +7,14 @@ use peft::{Recipe, check_paths};
 use quant_core::Format;
 use serde_json::{Map, Value};
 
-use super::shards::Shards;
-use super::{CONFIG, CheckpointFormat};
-use crate::{Config, Error, Result};
+use super::directory::CONFIG;
+use super::format::LayerFormat;
+use super::kind::CheckpointFormat;
+use super::tensors::Tensors;
+use crate::source::weight_name;
+use crate::{CheckpointError, Config, Result};
 
-/// What [`plan`] found.
+/// The result of quantizing a model, computed by [`plan`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// The projections, in the order in which they are quantized.
@@ -21,31 +24,31 @@ pub struct Plan {
 /// One projection of a [`Plan`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedLayer {
-    /// The layer.
+    /// The path of the layer.
     pub path: String,
     /// `[d_in, d_out]`.
     pub dims: [usize; 2],
-    /// The format that it will have; none if it stays dense.
+    /// The format of the packed weight; `None` if the layer stays dense.
     pub format: Option<Format>,
-    /// Bytes of its weight in that format, of a dense one in `f32`. An order of inputs, which
-    /// [`quant_core::Order::DescendingRegrouped`] gives, is not counted.
+    /// The size of the weight, in bytes; of a dense one in `f32`. The input order that
+    /// [`quant_core::Order::DescendingRegrouped`] gives is not counted.
     pub n_bytes: u64,
 }
 
 impl Plan {
-    /// Bytes of all projections.
+    /// The size of all projections, in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.layers.iter().map(|layer| layer.n_bytes).sum()
     }
 
-    /// Bytes of all projections in `f32`.
+    /// The size of all projections in `f32`, in bytes.
     pub fn n_bytes_dense(&self) -> u64 {
         self.layers.iter().map(PlannedLayer::n_bytes_dense).sum()
     }
 }
 
 impl PlannedLayer {
-    /// Bytes of its weight in `f32`.
+    /// The size of the weight in `f32`, in bytes.
     pub fn n_bytes_dense(&self) -> u64 {
         4 * self.dims[0] as u64 * self.dims[1] as u64
     }
@@ -68,35 +71,42 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Lists what quantizing the model in `dir` by `recipe` will give, before a tensor is read.
+/// Computes the result of quantizing the model in `dir` by `recipe`, without reading a tensor.
 ///
 /// # Errors
-/// [`Error::Plan`] with every layer that cannot be quantized so and the reason; the errors of
-/// [`load`](crate::load) that a configuration or a header gives.
+/// [`CheckpointError::Plan`] with every layer that cannot be quantized and the reason; otherwise as
+/// [`load`](crate::load) for configurations and headers.
+///
+/// # Examples
+/// ```no_run
+/// use quant_core::Rtn;
+///
+/// let plan = models::plan("Llama-2-7b-hf", &Rtn::new().with_group_size(128))?;
+/// println!("{plan}");
+/// // A projection has 4096 inputs.
+/// assert!(models::plan("Llama-2-7b-hf", &Rtn::new().with_group_size(8192)).is_err());
+/// # Ok::<(), models::Error>(())
+/// ```
 pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    // A method that is not known here would leave no layer to be quantized.
-    CheckpointFormat::open(dir, config.remove("quantization_config"))?;
+    let packed = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
     let config = Config::from_json(&config, &config_path)?;
-    let mut shards = Shards::open(dir)?;
-    let paths: Vec<String> = config
-        .projections()
-        .into_iter()
-        .map(|(path, _)| path)
-        .collect();
+    let mut tensors = Tensors::open(dir)?;
+    let (paths, dims): (Vec<_>, Vec<_>) = config.projections().into_iter().unzip();
     check_paths(recipe, &paths)?;
     let (mut layers, mut problems) = (Vec::new(), Vec::new());
-    for (path, dims) in config.projections() {
-        match planned(&path, dims, recipe, &mut shards) {
+    for (path, dims) in paths.into_iter().zip(dims) {
+        match planned(&path, dims, recipe, packed.as_deref(), &mut tensors) {
             Ok(layer) => layers.push(layer),
             Err(problem) => problems.push((path, problem)),
         }
     }
-    match problems.is_empty() {
-        true => Ok(Plan { layers }),
-        false => Err(Error::Plan { layers: problems }),
+    if problems.is_empty() {
+        Ok(Plan { layers })
+    } else {
+        Err(CheckpointError::Plan { layers: problems }.into())
     }
 }
 
@@ -104,16 +114,14 @@ fn planned(
     path: &str,
     dims @ [d_in, d_out]: [usize; 2],
     recipe: &impl Recipe,
-    shards: &mut Shards,
+    packed: Option<&dyn LayerFormat>,
+    tensors: &mut Tensors,
 ) -> Result<PlannedLayer, String> {
-    let tensor = format!("{path}.weight");
-    let marks = [format!("{path}.qweight"), format!("{path}.weight.absmax")];
-    if marks.iter().any(|mark| shards.contains(mark)) {
+    if packed.is_some_and(|format| format.packed_tensor(tensors, path).is_some()) {
         return Err("is quantized already".into());
     }
-    let stored = shards.stored(&tensor).to_string();
-    let file = shards.file(&tensor).map_err(|error| error.to_string())?;
-    let found = file.shape(&stored).unwrap_or_default();
+    let tensor = weight_name(path);
+    let found = tensors.shape(&tensor).map_err(|error| error.to_string())?;
     if found != [d_out, d_in] {
         return Err(format!(
             "`{tensor}` has the shape {found:?}, the configuration asks for [{d_out}, {d_in}]"

@@ -6,11 +6,12 @@ use std::path::Path;
 use serde::Deserialize;
 use tensor_files::TensorFile;
 
-use super::WEIGHTS;
-use crate::{Error, Result};
+use super::directory::WEIGHTS;
+use crate::{CheckpointError, Result};
 
 const INDEX: &str = "model.safetensors.index.json";
 
+/// The files of weights.
 pub(super) struct Shards {
     files: Vec<TensorFile>,
     /// The file of each tensor.
@@ -35,15 +36,14 @@ impl Shards {
         let index_path = dir.join(INDEX);
         if !tensor_files::is_there(&index_path) {
             let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
-            let hint = match pickled
-                .iter()
-                .any(|name| tensor_files::is_there(&dir.join(name)))
-            {
-                true => "; it has a pickled `pytorch_model.bin`: convert it to safetensors first",
-                false => "",
+            let is_pickled = |name: &&str| tensor_files::is_there(&dir.join(name));
+            let hint = if pickled.iter().any(is_pickled) {
+                "; it has a pickled `pytorch_model.bin`: convert it to safetensors first"
+            } else {
+                ""
             };
             let dir = dir.into();
-            return Err(Error::NoWeights { dir, hint });
+            return Err(CheckpointError::NoWeights { dir, hint }.into());
         }
 
         let index: Index = tensor_files::read_json(&index_path)?;
@@ -100,21 +100,15 @@ impl Shards {
         self.of_tensor.contains_key(self.stored(tensor))
     }
 
-    /// The name of a tensor in its file: a model that was saved without its head has names without the
-    /// first part.
+    /// The name of a tensor in its file, which lacks the first part in a model that was saved without
+    /// its head.
     pub(super) fn stored<'a>(&self, tensor: &'a str) -> &'a str {
-        match tensor.strip_prefix("model.") {
-            Some(rest) if !self.of_tensor.contains_key(tensor) => {
-                match self.of_tensor.contains_key(rest) {
-                    true => rest,
-                    false => tensor,
-                }
-            }
-            _ => tensor,
-        }
+        let is_there = |name: &&str| self.of_tensor.contains_key(*name);
+        let short = tensor.strip_prefix("model.").filter(is_there);
+        short.filter(|_| !is_there(&tensor)).unwrap_or(tensor)
     }
 
-    /// The file that has a tensor.
+    /// The file with a tensor.
     pub(super) fn file(&mut self, tensor: &str) -> Result<&mut TensorFile> {
         match self.of_tensor.get(self.stored(tensor)) {
             Some(&at) => Ok(&mut self.files[at]),
@@ -132,7 +126,7 @@ impl Shards {
 }
 
 fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
-    // A name and nothing else: an index must not lead out of its directory.
+    // An index must not lead out of its directory.
     if Path::new(shard).file_name() != Some(shard.as_ref()) || shard.contains(['/', '\\', '\0']) {
         return Err(tensor_files::Error::File {
             path: index.into(),
@@ -142,10 +136,11 @@ fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
     }
     let path = dir.join(shard);
     if !tensor_files::is_there(&path) {
-        return Err(Error::MissingShard {
+        let error = CheckpointError::MissingShard {
             index: index.into(),
             shard: shard.into(),
-        });
+        };
+        return Err(error.into());
     }
     Ok(TensorFile::open(&path)?)
 }

@@ -1,5 +1,5 @@
 //! Logits, losses, gradients and continuations against transformers, in both spellings of its
-//! configuration, with texts filled up on either side.
+//! configuration, with padding on either side.
 //!
 //! The references of `llama_bf16` were made by a model that had been cast to bf16 whole, its
 //! rotary frequencies too, which a model that transformers loads is not. The file has the
@@ -21,36 +21,32 @@ use crate::positions::Positions;
 use crate::rope::Rope;
 use crate::{Config, Generation, generate, load};
 
-const OWN: [&str; 5] = [
-    "llama_gqa",
-    "llama_bf16",
-    "llama_mha_tied",
-    "opt_125m_style",
-    "opt_350m_style",
-];
-const SHARED: [&str; 7] = [
-    "llama_gqa",
-    "llama_mha_tied",
-    "llama_rope_llama3",
-    "llama_sharded",
-    "llama_bf16",
-    "opt_125m_style",
-    "opt_350m_style",
-];
+/// The directories of this crate.
+fn own() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let names = [
+        "llama_gqa",
+        "llama_bf16",
+        "llama_mha_tied",
+        "opt_125m_style",
+        "opt_350m_style",
+    ];
+    names.map(|name| root.join(name)).into()
+}
 
-/// The project's own directories and, where they are beside it, all of them.
-fn directories() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut all = OWN
-        .map(|name| root.join("tests/golden").join(name))
-        .to_vec();
-    let shared = root.join("../../../shared/golden");
-    if shared.exists() {
-        all.extend(SHARED.iter().map(|name| shared.join(name)));
-    } else {
-        eprintln!("skipped: no shared golden files beside the project");
-    }
-    all
+/// The directories beside the project.
+fn shared() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden");
+    let names = [
+        "llama_gqa",
+        "llama_mha_tied",
+        "llama_rope_llama3",
+        "llama_sharded",
+        "llama_bf16",
+        "opt_125m_style",
+        "opt_350m_style",
+    ];
+    names.map(|name| root.join(name)).into()
 }
 
 /// A tensor of 64-bit integers with two dimensions.
@@ -102,7 +98,7 @@ fn logits(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Vec<f
     values(model.head().logits(x.reshape([batch * seq, width])))
 }
 
-/// The places of a batch, for a LLaMA with the frequencies of the file.
+/// The positions of a batch, for a LLaMA with the frequencies of the file.
 fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positions {
     let own = model.positions(batch.spans());
     let Config::Llama(config) = model.config() else {
@@ -112,9 +108,10 @@ fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positi
     let (used, _) = reference.floats::<1>("inv_freq").unwrap();
     let is_cast = used.iter().all(|&f| bf16::from_f32(f).to_f32() == f);
     for (own, used) in config.rotary().frequencies(seq).iter().zip(&used) {
-        let own = match is_cast {
-            true => bf16::from_f32(*own).to_f32(),
-            false => *own,
+        let own = if is_cast {
+            bf16::from_f32(*own).to_f32()
+        } else {
+            *own
         };
         assert!((own / used - 1.0).abs() < 1e-6, "{own} for {used}");
     }
@@ -128,14 +125,27 @@ fn positions(model: &Model, batch: &Batch, reference: &mut TensorFile) -> Positi
 
 #[test]
 fn logits_losses_and_gradients_are_transformers() {
+    check_logits_losses_and_gradients(&own());
+}
+
+/// All checks on the directories beside the project.
+#[test]
+#[ignore = "needs ../shared"]
+fn shared_models_are_transformers() {
+    check_logits_losses_and_gradients(&shared());
+    check_padded_texts(&shared());
+    check_continuations(&shared());
+}
+
+fn check_logits_losses_and_gradients(directories: &[PathBuf]) {
     let device = Device::flex();
-    for dir in directories() {
+    for dir in directories {
         for spelling in ["config.json", "config_legacy.json"] {
             if !dir.join(spelling).exists() {
                 continue;
             }
             let copy = tempfile::tempdir().unwrap();
-            for entry in std::fs::read_dir(&dir).unwrap() {
+            for entry in std::fs::read_dir(dir).unwrap() {
                 let entry = entry.unwrap();
                 std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
             }
@@ -157,7 +167,7 @@ fn logits_losses_and_gradients_are_transformers() {
             let (expected, []) = reference.floats::<0>("loss").unwrap();
             let found = loss.clone().inner().into_scalar::<f32>();
             assert!((found - expected[0]).abs() <= 1e-5 * expected[0]);
-            check_gradients(&model, &loss, &dir, &mut reference);
+            check_gradients(&model, &loss, dir, &mut reference);
         }
     }
 }
@@ -180,14 +190,13 @@ fn check_gradients(model: &Model, loss: &Tensor<1>, dir: &Path, reference: &mut 
             Err(_) => reference.floats::<1>(&name).unwrap().0,
         };
         let scale = expected.iter().fold(0.0f32, |max, g| max.max(g.abs()));
-        let off = match name.ends_with("k_proj.bias") {
-            // A number that is added to all scores of a query changes none of them: the gradient is
-            // nothing but rounding.
-            true => {
-                assert!(scale < 1e-6 && found.iter().all(|g| g.abs() < 1e-6));
-                0.0
-            }
-            false => largest_difference(found, &expected) / scale,
+        let off = if name.ends_with("k_proj.bias") {
+            // A bias of the keys changes all scores of a query alike, and so no probability: the
+            // gradient is 0 up to rounding.
+            assert!(scale < 1e-6 && found.iter().all(|g| g.abs() < 1e-6));
+            0.0
+        } else {
+            largest_difference(found, &expected) / scale
         };
         assert!(off <= 1e-3, "{}: {name} differs by {off}", dir.display());
         checked += 1;
@@ -226,9 +235,10 @@ impl ModuleVisitor for Gradients {
         if is_table || is_other {
             name.push_str(".weight");
         }
-        let gradient = match D == 2 && !is_table {
-            true => gradient.swap_dims(0, 1),
-            false => gradient,
+        let gradient = if D == 2 && !is_table {
+            gradient.swap_dims(0, 1)
+        } else {
+            gradient
         };
         self.found.insert(name, values(gradient));
     }
@@ -242,17 +252,17 @@ impl ModuleVisitor for Gradients {
     }
 }
 
-/// What fills a text up before or after it changes nothing of its logits.
 #[test]
 fn logits_of_padded_texts_are_transformers() {
-    let mut n = 0;
-    for dir in directories() {
+    check_padded_texts(&own());
+}
+
+/// Padding before or after a text changes none of its logits.
+fn check_padded_texts(directories: &[PathBuf]) {
+    for dir in directories {
         let reference_path = dir.join("reference.safetensors");
         let mut reference = TensorFile::open(&reference_path).unwrap();
-        if !reference.contains("left_logits") {
-            continue;
-        }
-        let model = load(&dir, &Device::flex()).unwrap().model;
+        let model = load(dir, &Device::flex()).unwrap().model;
         for side in ["left", "right"] {
             let (mask, _) = integers(&reference_path, &format!("{side}_mask"));
             let is_text: Vec<bool> = mask.iter().map(|&mark| mark == 1).collect();
@@ -264,7 +274,6 @@ fn logits_of_padded_texts_are_transformers() {
             let name = format!("{side}_logits");
             let (expected, [_, _, vocab]) = reference.floats::<3>(&name).unwrap();
             assert_eq!(found.len(), expected.len());
-            n += 1;
             let rows = found.chunks(vocab).zip(expected.chunks(vocab));
             for ((found, expected), _) in rows.zip(&is_text).filter(|(_, is_text)| **is_text) {
                 let off = largest_difference(found, expected);
@@ -272,20 +281,23 @@ fn logits_of_padded_texts_are_transformers() {
             }
         }
     }
-    assert!(n >= 8, "both sides of four models");
 }
 
 #[test]
 fn greedy_continuations_are_transformers() {
+    check_continuations(&own());
+}
+
+fn check_continuations(directories: &[PathBuf]) {
     let mut n = 0;
-    for dir in directories() {
+    for dir in directories {
         let reference_path = dir.join("reference.safetensors");
         let reference = TensorFile::open(&reference_path).unwrap();
         // That of a model cast whole has other frequencies.
         if !reference.contains("left_logits") || dir.ends_with("llama_bf16") {
             continue;
         }
-        let model = load(&dir, &Device::flex()).unwrap().model;
+        let model = load(dir, &Device::flex()).unwrap().model;
         let (expected, [1, len]) = integers(&reference_path, "greedy") else {
             panic!("one text");
         };

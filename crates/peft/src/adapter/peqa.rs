@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::checks::{check_shape, quantized};
 use super::tensors::{Source, stored};
 use super::{Adapter, AdapterOps, Method, Settings};
-use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::LazyTensor;
 
 /// Trains the scales of quantized layers, one per channel or per group.
@@ -86,6 +86,10 @@ impl Method for Peqa {
             log_factors: zeros(),
             zero_shifts: self.zeros.then(zeros),
         }))
+    }
+
+    fn learning_rate(&self, _: usize) -> f64 {
+        learning_rate::of_scales()
     }
 }
 

@@ -34,7 +34,7 @@ use super::hf::HfLayer;
 use super::lora::hf_layer;
 use super::tensors::{Source, bounded, floats, stored, uniform};
 use super::{Adapter, AdapterOps, Method, Settings};
-use crate::{Error, Exactness, Linear, Result, Targets, Weight};
+use crate::{Error, Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::LazyTensor;
 
 #[cfg(test)]
@@ -281,14 +281,13 @@ impl Method for Tile {
         let n_tiles = settings.n_tiles(path, dims)?;
         if let Weight::Quant(weight) = weight
             && self.method.merges()
+            && let Some(problem) = groups_outside(weight, settings.pool)
         {
-            if let Some(problem) = groups_outside(weight, settings.pool) {
-                return Err(Error::Tiles {
-                    method: name,
-                    path: path.into(),
-                    problem,
-                });
-            }
+            return Err(Error::Tiles {
+                method: name,
+                path: path.into(),
+                problem,
+            });
         }
         let device = weight.device();
         let zeros =
@@ -313,6 +312,14 @@ impl Method for Tile {
             None => Factor::Matrix(zeros(n_tiles)),
         };
         Ok(Adapter::Tile(TileAdapter::new(factor, settings)))
+    }
+
+    fn learning_rate(&self, hidden_size: usize) -> f64 {
+        match (self.rank, self.pooling) {
+            (Some(_), Pooling::Sum) => learning_rate::of_pooled_factors(hidden_size, self.alpha),
+            (Some(_), _) => learning_rate::of_factors(hidden_size),
+            (None, _) => learning_rate::of_elements(hidden_size),
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use super::hf::{
 };
 use super::tensors::{Shared, Source, bounded, low_rank_sum, stored, tensor, trained, uniform};
 use super::{Adapter, AdapterOps, Method, Settings};
-use crate::{Exactness, Linear, Result, Targets, Weight};
+use crate::{Exactness, Linear, Result, Targets, Weight, learning_rate};
 use tensor_files::{LazyTensor, TensorFile};
 
 const METHOD: &str = "VeRA";
@@ -133,6 +133,10 @@ impl Method for Vera {
         };
         layers.iter().map(adapter).collect()
     }
+
+    fn learning_rate(&self, _: usize) -> f64 {
+        learning_rate::of_vectors()
+    }
 }
 
 /// The trained vectors of one layer, and the frozen factors that all layers share.
@@ -167,6 +171,7 @@ impl VeraAdapter {
         lambda_b: Param<Tensor<1>>,
         dropout: f32,
     ) -> Result<Self> {
+        check_count("rank", lambda_d.val().dims()[0])?;
         let dropout = Dropout::new(dropout);
         dropout.check()?;
         Ok(Self {

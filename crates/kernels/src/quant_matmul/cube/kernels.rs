@@ -11,13 +11,13 @@ use crate::layout::{Layout, TILE};
 /// The number of units in a cube, which every device supports.
 pub(super) const UNITS: usize = 256;
 
-/// The codes between one word boundary and the next.
+/// The codes between two boundaries of words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Run {
     bits: u32,
     words: usize,
     pub(super) codes: usize,
-    /// Whether every run lies in one group, as most weights have it: nothing is asked at each code.
+    /// Whether every run lies in one group, as in most weights: the group is not checked at each code.
     in_group: bool,
 }
 
@@ -35,21 +35,21 @@ impl Run {
     }
 }
 
-/// The sizes of a packed weight; what counts columns counts vectors of them.
+/// The sizes of a packed weight; columns are counted in vectors.
 #[derive(CubeLaunch, CubeType, Clone, Copy)]
 pub(super) struct Sizes {
     d_in: usize,
     columns: usize,
     word_rows: usize,
     group_size: usize,
-    /// What is subtracted from a code whose bits are the lowest of a float of 2^23.
+    /// The number subtracted from the float 2^23 with a code as its lowest bits to get the level.
     bias: f32,
 }
 
-/// The float 2^23: its lowest bits count ones.
+/// The bits of the float 2^23, whose lowest bit counts ones.
 const ONES: u32 = 0x4B00_0000;
 
-/// The words of a run of codes in the columns of a unit; the last run of a column may be cut short.
+/// The words of a run in the columns of a unit; the last run of a column may be incomplete.
 #[cube]
 fn words_of_run<C: Size>(
     words: &[Vector<u32, C>],
@@ -87,6 +87,7 @@ fn next_codes<C: Size>(words: &mut Array<Vector<u32, C>>, #[comptime] of: Run) -
     codes
 }
 
+/// The levels of codes.
 #[cube]
 fn levels<C: Size>(
     codes: Vector<u32, C>,
@@ -103,14 +104,14 @@ fn levels<C: Size>(
             }
             levels
         }
-        // A conversion of integers runs at a fraction of the rate of these two.
+        // A conversion of integers has a fraction of the throughput of these two operations.
         ComptimeOption::None => {
             Vector::<f32, C>::reinterpret(codes | Vector::new(ONES)) - Vector::new(sizes.bias)
         }
     }
 }
 
-/// The scales or zeros of a group, zero if there are none.
+/// The scales or zeros of a group; 0 if there are none.
 #[cube]
 fn of_group<F: Float, C: Size>(
     values: ComptimeOption<&[Vector<F, C>]>,
@@ -127,7 +128,7 @@ fn of_group<F: Float, C: Size>(
     }
 }
 
-/// The dense weight, `[d_in, d_out]`; a unit writes a run of inputs.
+/// Writes the dense weight, `[d_in, d_out]`; a unit writes a run of inputs.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn unpack_kernel<F: Float, C: Size>(
     words: &[Vector<u32, C>],
@@ -165,9 +166,9 @@ pub(super) fn unpack_kernel<F: Float, C: Size>(
     }
 }
 
-/// `x · w` over the inputs of one split, `[n_splits, rows, d_out]`, with `capacity` rows to a cube.
+/// Writes `x · w` over the inputs of each split, `[n_splits, rows, d_out]`, `capacity` rows per cube.
 ///
-/// The units of a column take the runs of a split in turn; their sums meet in shared memory.
+/// The units of a column take the runs of a split in turn; their sums are added in shared memory.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn few_rows_kernel<F: Float, O: Float, C: Size>(
     x: &[F],
@@ -184,7 +185,7 @@ pub(super) fn few_rows_kernel<F: Float, O: Float, C: Size>(
     #[define(F, O)] _dtypes: [ElemType; 2],
 ) {
     let own = (CUBE_POS_X * CUBE_DIM_X + UNIT_POS_X) as usize;
-    // The columns that pad the last tile repeat the last one, and are not written.
+    // The columns that pad the last tile repeat the last column, and are not written.
     let column = select(own < sizes.columns, own, sizes.columns - 1);
     let split = CUBE_POS_Y as usize;
     let first_row = CUBE_POS_Z as usize * capacity;
@@ -242,7 +243,7 @@ pub(super) fn few_rows_kernel<F: Float, O: Float, C: Size>(
     }
 }
 
-/// The sum over the units of a column, always in the same order.
+/// The sum over the units of a column, in a fixed order.
 #[cube]
 fn sum_of_column<C: Size>(shared: &Shared<[Vector<f32, C>]>) -> Vector<f32, C> {
     let mut total = shared[UNIT_POS_X as usize];
@@ -252,7 +253,7 @@ fn sum_of_column<C: Size>(shared: &Shared<[Vector<f32, C>]>) -> Vector<f32, C> {
     total
 }
 
-/// The sum of `n_splits` partial results.
+/// Writes the sum of `n_splits` partial results.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn sum_splits_kernel<O: Float>(
     splits: &[f32],
@@ -271,7 +272,7 @@ pub(super) fn sum_splits_kernel<O: Float>(
     y[at] = O::cast_from(total);
 }
 
-/// The gradients of scales and zeros from `p = xᵀ · dy`; a cube owns a group.
+/// Writes the gradients of scales and zeros from `p = xᵀ · dy`; a cube owns a group.
 #[cube(launch_unchecked, address_type = "dynamic")]
 pub(super) fn dgrid_kernel<F: Float, C: Size>(
     p: &[Vector<F, C>],
@@ -295,7 +296,7 @@ pub(super) fn dgrid_kernel<F: Float, C: Size>(
     let zero = of_group::<F, C>(zeros, group, column, &sizes);
     let mut of_levels = Vector::<f32, C>::new(0.0);
     let mut of_products = Vector::<f32, C>::new(0.0);
-    // A run that two groups share is read by both.
+    // The units of both groups read a run that they share.
     let last = end.div_ceil(of.codes);
     let mut run = start / of.codes + UNIT_POS_Y as usize;
     while run < last {

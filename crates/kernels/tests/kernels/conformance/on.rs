@@ -71,19 +71,19 @@ impl On {
     #[track_caller]
     pub(super) fn assert_near<const D: usize>(
         &self,
-        what: &str,
+        name: &str,
         found: Tensor<D>,
         expected: &[Sum],
         bound: f64,
     ) {
         let found = values(found);
-        assert_eq!(found.len(), expected.len(), "{what}: the number of values");
+        assert_eq!(found.len(), expected.len(), "{name}: the number of values");
         for (at, (&found, sum)) in found.iter().zip(expected).enumerate() {
             let error = (f64::from(found) - sum.value).abs();
             let tolerated = bound * sum.magnitude;
             assert!(
                 error <= tolerated,
-                "{what} in {:?}: {found} for {} at {at}, off by {error:e} > {tolerated:e}",
+                "{name} in {:?}: {found} for {} at {at}, off by {error:e} > {tolerated:e}",
                 self.dtype,
                 sum.value,
             );

@@ -5,13 +5,13 @@ use kernels::{Layout, Levels, Precision, TABLE, dequantize, pack, quant_matmul};
 
 use super::on::{Kind, On, Sum, Uniform, sums, values};
 
-/// Levels in no order, as those of FP4.
+/// Unsorted levels, as in FP4.
 const LEVELS: [f32; TABLE] = [
     0.0, 0.0052, 0.6667, 1.0, 0.3333, 0.5, 0.1667, 0.25, -0.1, -0.02, -0.6667, -1.0, -0.3333, -0.5,
     -0.1667, -0.25,
 ];
 
-/// Bits, levels, and whether there are zeros.
+/// The bits, the levels, and whether there are zeros.
 const CODES: [(usize, Levels, bool); 8] = [
     (2, Levels::Unsigned, true),
     (2, Levels::Centered, false),
@@ -23,24 +23,23 @@ const CODES: [(usize, Levels, bool); 8] = [
     (8, Levels::Centered, true),
 ];
 
-/// Inputs, outputs, inputs of a group and rows. Every size that is new costs a device the time to
-/// compile kernels for it.
+/// The inputs, the outputs, the group size and the rows. A device compiles kernels for each new size.
 const SHAPES: [(usize, usize, usize, usize); 6] = [
-    // A short last group.
+    // A shorter last group.
     (72, 68, 32, 1),
-    // Nothing divides anything, and one tile is cut short.
+    // No size divides another, and the tile is incomplete.
     (103, 37, 20, 3),
-    // Several tiles, and rows for the device's own product.
+    // Several tiles, and enough rows for the device's own product.
     (45, 129, 7, 40),
-    // One group for each column.
+    // One group per column.
     (160, 132, 160, 16),
-    // Inputs that are split over cubes, with and without groups that are.
+    // Inputs that are split over cubes, with groups that are aligned to runs and with others.
     (2100, 8, 128, 3),
     (1111, 5, 300, 3),
 ];
 
 pub(super) fn conform(on: &On) {
-    // Half precision takes the same kernels: every other format does.
+    // Half precision uses the same kernels, so every other format is enough.
     let step = if on.dtype == DType::F32 { 1 } else { 2 };
     for (k, (bits, levels, zeros)) in CODES.into_iter().enumerate().step_by(step) {
         for (n, (d_in, d_out, group_size, rows)) in SHAPES.into_iter().enumerate() {
@@ -50,7 +49,7 @@ pub(super) fn conform(on: &On) {
     }
 }
 
-/// A weight with inputs and the gradient of its outputs, each as the dtype rounds it.
+/// A weight with inputs and the gradient of its outputs, rounded to the dtype.
 struct Case {
     layout: Layout,
     rows: usize,
@@ -109,7 +108,7 @@ impl Case {
         f64::from(values[i / self.layout.group_size() * self.layout.d_out() + o])
     }
 
-    /// The level without its zero.
+    /// The level less the zero.
     fn offset(&self, i: usize, o: usize) -> f64 {
         let zero = self.zeros.as_ref().map_or(0.0, |z| self.on_grid(z, i, o));
         f64::from(self.layout.level(self.codes[i * self.layout.d_out() + o])) - zero
@@ -139,7 +138,7 @@ impl Case {
         let weights = sums([d_in, d_out], 1, |i, o, _| self.weight(i, o));
         on.assert_near(&format!("w, {name}"), w, &weights, on.bound());
 
-        // A transposed view: operations may not rely on the order of the memory.
+        // A transposed view: operations must not rely on the order of memory.
         let transposed = |values: &[f32], width: usize| {
             let turned: Vec<f32> = (0..rows * width)
                 .map(|at| values[at % rows * width + at / rows])
@@ -192,8 +191,9 @@ impl Case {
         }
     }
 
-    /// The kernels compute in `f32` whatever the dtype, and round once; the composed operations round
-    /// each step, which shows in half precision. So this fails where the kernels are not reached.
+    /// Asserts that the kernels run: they compute in `f32` with any dtype and round once.
+    ///
+    /// The composed operations round each step, which changes the results in half precision.
     fn check_rounding(&self, on: &On, w: &Tensor<2>, name: &str) {
         if on.dtype == DType::F32 || on.kind == Kind::Host {
             return;

@@ -1,12 +1,12 @@
-//! The other operations of a step: values and gradients, against the same on the CPU in `F64`, which
-//! takes the composed operations there.
+//! The other operations of a training step: values and gradients, compared with those of the composed
+//! operations on the CPU in `F64`.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{causal_attention, linear_cross_entropy, rms_norm, rotate_half, silu_mul};
 
 use super::on::{On, Uniform};
 
-/// From leaves to a result; what is constant is made on the device of the leaves.
+/// From leaves to a result; constants are made on the device of the leaves.
 type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
 
 pub(super) fn conform(on: &On) {
@@ -26,18 +26,18 @@ pub(super) fn conform(on: &On) {
             };
             rotate_half(t[0].clone(), table(f32::cos), table(f32::sin))
         }),
-        // Two heads read the keys of one, and earlier keys were there before.
+        // Two heads share the keys of one, after two cached keys.
         (
             "causal_attention",
             &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
             |t| causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), None, 0.35),
         ),
-        // Texts of three tokens, one after the other.
+        // Packed segments of three tokens.
         (
-            "causal_attention over texts",
+            "causal_attention over segments",
             &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
             |t| {
-                // The last one says more than it can: a query sees its own key.
+                // The last start is after its query, which attends to its own position.
                 let starts = [0i64, 3, 3, 3, 6, 6, 9].repeat(2);
                 let starts = TensorData::new(starts, [2, 7]);
                 let starts = Tensor::from_data(starts, &t[0].device().inner());
@@ -57,7 +57,7 @@ pub(super) fn conform(on: &On) {
             },
         ),
     ];
-    for (at, (what, shapes, operation)) in all.into_iter().enumerate() {
+    for (at, (name, shapes, operation)) in all.into_iter().enumerate() {
         let mut uniform = Uniform::new(at as u64 + 1);
         let inputs: Vec<Vec<f32>> = shapes
             .iter()
@@ -75,7 +75,7 @@ pub(super) fn conform(on: &On) {
                 let error = (found - expected).abs();
                 assert!(
                     error <= 2.0 * on.product_bound() * largest,
-                    "{what}, part {part} in {:?}: {found} for {expected}, the largest {largest}",
+                    "{name}, part {part} in {:?}: {found} for {expected}, the largest {largest}",
                     on.dtype,
                 );
             }
@@ -83,7 +83,7 @@ pub(super) fn conform(on: &On) {
     }
 }
 
-/// The result, and the gradient of each input.
+/// The result and the gradient of each input.
 fn results(
     device: &Device,
     dtype: DType,

@@ -131,7 +131,7 @@ pub(super) fn written(layers: &[(&str, HfLayer)], model: &impl Linears) -> Resul
         })
         .collect();
 
-    let mut config = json!({
+    let mut config = object(json!({
         "auto_mapping": null,
         "base_model_name_or_path": null,
         "bias": "none",
@@ -146,24 +146,26 @@ pub(super) fn written(layers: &[(&str, HfLayer)], model: &impl Linears) -> Resul
         "revision": null,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
-    });
-    let config = config.as_object_mut().expect("an object");
-    let (Value::Object(of_format), settings) = ((format.config)(), &first.settings) else {
-        unreachable!("an object");
-    };
-    config.extend(of_format);
+    }));
+    config.extend(object((format.config)()));
+    let mut set = |key: &str, value: Value| config.insert(key.into(), value);
     let any = layers.iter().flat_map(|(_, layer)| &layer.any);
-    let keys = settings.iter().chain(any).cloned();
-    config.extend(keys.map(|(key, value)| (key.into(), value)));
-    if let Some(alpha_key) = format.alpha_key {
-        let keys = [
-            (alpha_key, hf_number(alpha)),
-            ("rank_pattern", ranks.into()),
-            ("alpha_pattern", alphas.into()),
-        ];
-        config.extend(keys.map(|(key, value)| (key.into(), value)));
+    for (key, value) in first.settings.iter().chain(any) {
+        set(key, value.clone());
     }
-    Ok(std::mem::take(config))
+    if let Some(alpha_key) = format.alpha_key {
+        set(alpha_key, hf_number(alpha));
+        set("rank_pattern", ranks.into());
+        set("alpha_pattern", alphas.into());
+    }
+    Ok(config)
+}
+
+fn object(value: Value) -> HfConfig {
+    match value {
+        Value::Object(object) => object,
+        other => unreachable!("{other} is not an object"),
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     INDEX, PLACES, SHARDS, STAND_INS, Tensors, WEIGHTS, assert_file, assert_tensor, copy, golden,
-    refusal, refusal_of_plan, sharded, tensors, without, write_tensors,
+    read_tensors, refusal, refusal_of_plan, sharded, without, write_tensors,
 };
 
 #[test]
@@ -60,7 +60,13 @@ fn pickled_weights_are_not_read() {
         let dir = without(WEIGHTS);
         fs::write(dir.path().join(name), "").unwrap();
         let error = refusal(dir.path());
-        assert!(matches!(error, Error::NoWeights { .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                Error::Checkpoint(models::CheckpointError::NoWeights { .. })
+            ),
+            "{error}"
+        );
         assert!(error.to_string().contains("convert it"), "{error}");
     }
     // The pickle of PyTorch before 1.6, which is no zip archive, under another name.
@@ -70,7 +76,7 @@ fn pickled_weights_are_not_read() {
     assert_file(&refusal(dir.path()), WEIGHTS, "no safetensors file");
 }
 
-/// What is said after a change to two shards and their index.
+/// The error after a change to two shards and their index.
 fn refusal_of(change: impl FnOnce(&mut [Tensors; 2], &mut Value)) -> Error {
     let dir = sharded(change);
     let (error, of_plan) = (refusal(dir.path()), refusal_of_plan(dir.path()));
@@ -164,7 +170,7 @@ fn names_without_the_first_part_are_read() {
     for name in ["llama_gqa", "opt_350m_style"] {
         let dir = copy(name);
         let path = dir.path().join(WEIGHTS);
-        let short = tensors(&path).into_iter().map(|(name, tensor)| {
+        let short = read_tensors(&path).into_iter().map(|(name, tensor)| {
             let name = name.strip_prefix("model.").unwrap_or(&name);
             (name.to_owned(), tensor)
         });

@@ -1,7 +1,7 @@
 //! Directories written here compute the same logits when transformers loads them.
 //!
 //! Needs Python with torch, transformers and safetensors, and bitsandbytes for its directories: the
-//! one that `INTEROP_PYTHON` names, or `python3`. Without them the test is skipped.
+//! one that `INTEROP_PYTHON` names, or `python3`.
 
 use std::env;
 use std::fs;
@@ -13,12 +13,14 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use models::CheckpointFormat::{Bitsandbytes, Gptq};
 use models::GptqVersion::{V1, V2};
 use models::{
-    Activation, CheckpointFormat, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling,
-    load, save, save_as, save_dense,
+    CheckpointFormat, Config, LlamaConfig, Model, OptConfig, Pretrained, load, save, save_as,
+    save_dense,
 };
 use peft::CausalLm;
 use quant_core::{NormalFloat, Quantizer, Rtn};
 use tensor_files::{FloatType, LazyTensor, write_tensors};
+
+use super::fixtures::{self, write_tokenizer};
 
 const VOCAB: usize = 64;
 
@@ -58,43 +60,26 @@ const WAYS: [(&str, Write); 8] = [
 /// mistake where they straddle rows. The heads together are wider than the residual stream, and the
 /// base of the rotary embedding is not the usual one.
 fn llama([qkv, output, mlp]: [bool; 3], tied: bool) -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: VOCAB,
-        hidden_size: 64,
-        intermediate_size: 128,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 32,
-        max_position_embeddings: 32,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 5_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: qkv,
-        attention_output_bias: output,
-        mlp_bias: mlp,
-        tie_word_embeddings: tied,
-    }
+    fixtures::llama()
+        .with_vocab_size(VOCAB)
+        .with_hidden_size(64)
+        .with_intermediate_size(128)
+        .with_head_dim(32)
+        .with_rope_theta(5_000.0)
+        .with_attention_bias(qkv)
+        .with_attention_output_bias(output)
+        .with_mlp_bias(mlp)
+        .with_tie_word_embeddings(tied)
 }
 
 /// The embedding is projected if its width is not 64.
 fn opt(width: usize, norm_before: bool) -> OptConfig {
-    OptConfig {
-        vocab_size: VOCAB,
-        hidden_size: 64,
-        ffn_dim: 128,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        max_position_embeddings: 32,
-        word_embed_proj_dim: width,
-        do_layer_norm_before: norm_before,
-        remove_final_layer_norm: false,
-        activation: Activation::Relu,
-        enable_bias: true,
-        layer_norm_elementwise_affine: true,
-        tie_word_embeddings: true,
-    }
+    fixtures::opt()
+        .with_vocab_size(VOCAB)
+        .with_hidden_size(64)
+        .with_ffn_dim(128)
+        .with_word_embed_proj_dim(width)
+        .with_do_layer_norm_before(norm_before)
 }
 
 /// GPTQ's scales are of 16 bits.
@@ -135,15 +120,8 @@ impl ModuleMapper for Louder {
 /// A new model as it is loaded from a directory with all files that go along.
 fn pretrained(config: &Config, dir: &Path) -> Pretrained {
     fs::create_dir(dir).unwrap();
-    let words: Vec<String> = (0..VOCAB).map(|id| format!("\"w{id}\":{id}")).collect();
-    let tokenizer = format!(
-        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
-        words.join(",")
-    );
     let path = dir.join("tokenizer.json");
-    fs::write(&path, tokenizer).unwrap();
+    write_tokenizer(&path, VOCAB);
     let model = Model::init(config, 1, &Device::flex()).map(&mut Louder);
     let new = Pretrained::new(model, &path).unwrap();
     let saved = dir.join("saved");
@@ -156,7 +134,7 @@ fn pretrained(config: &Config, dir: &Path) -> Pretrained {
     load(&saved, &Device::flex()).unwrap()
 }
 
-/// What is computed here, beside a directory: of what was written, and so of rounded weights.
+/// Writes the logits of a directory beside it, computed with the weights that were written.
 fn write_probe(dir: &Path) {
     let lm = load(dir, &Device::flex()).unwrap();
     let ids = lm.encode(TEXT).unwrap();
@@ -182,23 +160,10 @@ fn write_probe(dir: &Path) {
     write_tensors(&path, tensors).unwrap();
 }
 
-/// The Python to run, if it has what is needed.
-fn python() -> Option<String> {
-    let python = env::var("INTEROP_PYTHON").unwrap_or("python3".into());
-    let imports = ["-c", "import torch, transformers, safetensors"];
-    let problem = match Command::new(&python).args(imports).output() {
-        Ok(output) if output.status.success() => return Some(python),
-        Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
-        Err(error) => error.to_string(),
-    };
-    let problem = problem.trim_end().lines().last().unwrap_or_default();
-    eprintln!("skipped: `{python}` has no torch, transformers and safetensors: {problem}");
-    None
-}
-
 #[test]
+#[ignore = "needs Python with transformers"]
 fn transformers_computes_the_same_logits() {
-    let Some(python) = python() else { return };
+    let python = env::var("INTEROP_PYTHON").unwrap_or("python3".into());
     let out = tempfile::tempdir().unwrap();
     let mut dirs: Vec<PathBuf> = Vec::new();
     for (shape, config) in shapes() {

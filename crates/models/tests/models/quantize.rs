@@ -1,41 +1,33 @@
-//! Calibration stage by stage, plans, sensitivities and allocations, on random LLaMAs.
+//! Calibration stage by stage, sensitivities and allocations.
 
 use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use models::{
-    Activation, CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, OptConfig, Pretrained,
-    RopeScaling, load, plan, quantize, save, save_as, sensitivities,
+    CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, load, quantize, save_as,
+    sensitivities,
 };
-use peft::{Batch, Blocks, CausalLm, Fingerprint, Linears, PerLayer, Stages, Weight};
+use peft::{Batch, Fingerprint, Linears, PerLayer, Stages, Weight};
 use quant_core::{Gram, GroupRange, NormalFloat, Note, Optq, Order, Quantizer, Rtn, allocate};
 
-fn config() -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: 48,
-        hidden_size: 32,
-        intermediate_size: 40,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 8,
-        max_position_embeddings: 64,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: true,
-        attention_output_bias: true,
-        mlp_bias: false,
-        tie_word_embeddings: false,
-    }
+use super::fixtures::*;
+
+/// A LLaMA with biases of the attention.
+pub(crate) fn llama_config() -> LlamaConfig {
+    llama()
+        .with_vocab_size(48)
+        .with_hidden_size(32)
+        .with_intermediate_size(40)
+        .with_max_position_embeddings(64)
+        .with_attention_bias(true)
+        .with_attention_output_bias(true)
 }
 
-fn model() -> Model {
-    Model::init(config(), 3, &Device::flex())
+pub(crate) fn model() -> Model {
+    Model::init(llama_config(), 3, &Device::flex())
 }
 
-fn batches(n: usize) -> Vec<Batch> {
+pub(crate) fn batches(n: usize) -> Vec<Batch> {
     let device = Device::flex();
     device.seed(5);
     let batch = |_| {
@@ -43,10 +35,6 @@ fn batches(n: usize) -> Vec<Batch> {
         Batch::new(tokens.int()).unwrap()
     };
     (0..n).map(batch).collect()
-}
-
-fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
-    t.into_data().try_into_vec().unwrap()
 }
 
 fn weights(model: &Model) -> Vec<Vec<f32>> {
@@ -57,46 +45,16 @@ fn weights(model: &Model) -> Vec<Vec<f32>> {
     model.linears().into_iter().map(weight).collect()
 }
 
-/// Of the style of the model of 125 million parameters, or of that of 350 million.
-fn opt(before: bool) -> Model {
-    let config = OptConfig {
-        vocab_size: 48,
-        hidden_size: 32,
-        ffn_dim: 40,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        max_position_embeddings: 64,
-        word_embed_proj_dim: if before { 32 } else { 24 },
-        do_layer_norm_before: before,
-        remove_final_layer_norm: false,
-        activation: Activation::Relu,
-        enable_bias: true,
-        layer_norm_elementwise_affine: true,
-        tie_word_embeddings: true,
-    };
+/// An OPT of the style of OPT-125M, or of that of OPT-350M.
+pub(crate) fn opt_model(before: bool) -> Model {
+    let config = opt()
+        .with_vocab_size(48)
+        .with_hidden_size(32)
+        .with_ffn_dim(40)
+        .with_max_position_embeddings(64)
+        .with_word_embed_proj_dim(if before { 32 } else { 24 })
+        .with_do_layer_norm_before(before);
     Model::init(config, 3, &Device::flex())
-}
-
-#[test]
-fn the_stages_are_the_forward_pass() {
-    let batch = &batches(1)[0];
-    for model in [model(), opt(true), opt(false)] {
-        let stages = model.stages();
-        let all: Vec<usize> = stages.iter().cloned().flatten().collect();
-        assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
-        let mut state = model.start(batch);
-        for (stage, range) in stages.iter().enumerate() {
-            let [_, _, d_in] = Model::input(&state).dims();
-            for (path, linear) in &model.linears()[range.clone()] {
-                assert_eq!(linear.weight().dims()[0], d_in, "{path}");
-            }
-            state = model.advance(stage, state);
-        }
-        let x = Model::input(&state);
-        let [batch_size, seq, width] = x.dims();
-        let logits = model.head().logits(x.reshape([batch_size * seq, width]));
-        assert!(values(logits) == values(model.forward(batch.tokens())));
-    }
 }
 
 /// Every projection of an OPT is packed, calibrated on what reaches it, and the packed model is saved
@@ -104,7 +62,7 @@ fn the_stages_are_the_forward_pass() {
 #[test]
 fn every_projection_of_an_opt_is_packed() {
     for before in [true, false] {
-        let (mut model, batches) = (opt(before), batches(6));
+        let (mut model, batches) = (opt_model(before), batches(6));
         let optq = Optq::new().with_group_size(8);
         let layers = quantize(&mut model, &optq, &batches, |_| {}).unwrap();
         let names: Vec<&str> = layers.iter().map(|layer| layer.path.as_str()).collect();
@@ -294,23 +252,29 @@ fn formats_are_allocated_under_a_budget() {
     assert_eq!(n_bytes as u64, allocation.n_bytes);
 }
 
-/// A model with a tokenizer, in a directory of its own.
-fn pretrained() -> (tempfile::TempDir, Pretrained) {
-    let dir = tempfile::tempdir().unwrap();
-    let tokenizer = dir.path().join("tokenizer.json");
-    let vocabulary: Vec<String> = (0..48).map(|id| format!("\"w{id}\":{id}")).collect();
-    let json = format!(
-        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
-        vocabulary.join(",")
-    );
-    std::fs::write(&tokenizer, json).unwrap();
-    let lm = Pretrained::new(model(), &tokenizer).unwrap();
-    (dir, lm)
+#[test]
+fn quantizing_refuses_before_it_changes_anything() {
+    let (_dir, mut lm) = pretrained(llama(), 1);
+    // The MLP's inner width is 20, the others are 24 and 32.
+    let error =
+        models::quantize(&mut lm.model, &Rtn::new().with_group_size(24), &[], |_| {}).unwrap_err();
+    let Error::Peft(peft::Error::Quant { path, source }) = error else {
+        panic!("{error}");
+    };
+    assert_eq!(path, "model.layers.0.mlp.down_proj");
+    assert_says(source.to_string(), &["group size 24", "20 inputs"]);
+    let dense = |(_, linear): (String, &peft::Linear)| matches!(linear.weight(), Weight::Dense(_));
+    assert!(lm.model.linears().into_iter().all(dense));
+    let rtn = Rtn::new();
+    models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+    let error = models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap_err();
+    assert!(matches!(
+        error,
+        Error::Peft(peft::Error::AlreadyQuantized { .. })
+    ));
 }
 
-/// What OPTQ makes with scales in f16, a GPTQ checkpoint gives back, bit for bit.
+/// A GPTQ checkpoint gives back the result of OPTQ with scales in f16, bit for bit.
 #[test]
 fn optq_is_saved_for_gptq() {
     let batches = batches(8);
@@ -328,51 +292,11 @@ fn optq_is_saved_for_gptq() {
         ),
         (optq.with_bits(8).with_range(GroupRange::Clipped), v2),
     ] {
-        let (dir, mut lm) = pretrained();
+        let (dir, mut lm) = pretrained(llama_config(), 3);
         quantize(&mut lm.model, &optq, &batches, |_| {}).unwrap();
         let out = dir.path().join("out");
         save_as(&lm, &out, format).unwrap();
         let again = load(&out, &Device::flex()).unwrap();
         assert_eq!(Fingerprint::of(&again.model), Fingerprint::of(&lm.model));
     }
-}
-
-#[test]
-fn a_plan_is_what_comes_of_it() {
-    let (dir, mut lm) = pretrained();
-    let dense = dir.path().join("dense");
-    save(&lm, &dense).unwrap();
-
-    let rtn = Rtn::new().with_bits(3).with_group_size(40);
-    let error = plan(&dense, &rtn).unwrap_err();
-    let Error::Plan { layers } = &error else {
-        panic!("{error}");
-    };
-    // Every layer but the two of 40 inputs.
-    assert_eq!(layers.len(), 12);
-    assert!(
-        layers[0].1.contains("group size 40 does not fit 32 inputs"),
-        "{error}"
-    );
-    let error = plan(&dense, &Rtn::new().with_bits(5)).unwrap_err();
-    assert!(error.to_string().contains("not 5"), "{error}");
-
-    let rtn = Rtn::new().with_bits(3).with_group_size(8);
-    let planned = plan(&dense, &rtn).unwrap();
-    let layers = quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
-    assert_eq!(planned.layers.len(), layers.len());
-    for (planned, layer) in planned.layers.iter().zip(&layers) {
-        assert_eq!(planned.path, layer.path);
-        assert_eq!(planned.format, layer.format);
-        assert_eq!(planned.n_bytes, layer.n_bytes as u64);
-    }
-    assert!(planned.to_string().ends_with("% of f32"), "{planned}");
-    let packed = dir.path().join("packed");
-    save(&lm, &packed).unwrap();
-    let error = plan(&packed, &rtn).unwrap_err();
-    assert!(
-        error.to_string().contains("is quantized already"),
-        "{error}"
-    );
-    assert_eq!(lm.model.vocab_size(), 48);
 }

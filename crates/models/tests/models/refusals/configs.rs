@@ -59,9 +59,9 @@ fn read(config: &Value) -> Result<Config, Error> {
 #[track_caller]
 fn assert_refused(config: &Value, name: &str, part: &str) {
     let error = read(config).unwrap_err();
-    let Error::Config {
+    let Error::Config(models::ConfigError::Setting {
         setting, problem, ..
-    } = &error
+    }) = &error
     else {
         panic!("{name}, {part:?}: {error:?}");
     };
@@ -145,8 +145,7 @@ fn more_layers_than_a_model_has_are_refused_at_once() {
         });
         let clock = Instant::now();
         for error in [refusal(dir.path()), refusal_of_plan(dir.path())] {
-            let is_said =
-                matches!(&error, Error::Config { setting, .. } if setting == "num_hidden_layers");
+            let is_said = matches!(&error, Error::Config(models::ConfigError::Setting { setting, .. }) if setting == "num_hidden_layers");
             assert!(is_said, "{error}");
         }
         assert!(clock.elapsed() < Duration::from_secs(5));
@@ -339,7 +338,7 @@ fn a_sliding_window_is_refused_where_it_would_be_noticed() {
     }
 }
 
-/// What it is without differs between versions of transformers, but for LLaMA.
+/// The default differs between versions of transformers, except for LLaMA.
 #[test]
 fn heads_of_keys_and_values_are_stated_except_by_llama() {
     for model_type in ["mistral", "qwen2"] {
@@ -362,7 +361,13 @@ fn an_unknown_architecture_is_named_with_those_that_are_known() {
         (Value::Null, "``"),
     ] {
         let error = read(&with(&llama("llama"), &json!({"model_type": model_type}))).unwrap_err();
-        assert!(matches!(error, Error::Architecture { .. }), "{error:?}");
+        assert!(
+            matches!(
+                error,
+                Error::Config(models::ConfigError::Architecture { .. })
+            ),
+            "{error:?}"
+        );
         for part in [name, CONFIG, "supported: llama, mistral, qwen2, opt"] {
             assert!(error.to_string().contains(part), "{part}: {error}");
         }
@@ -449,7 +454,7 @@ fn a_quantization_that_is_not_known_is_refused() {
         let error = error.unwrap_err();
         let is_said = matches!(
             &error,
-            Error::Config { setting, problem, .. }
+            Error::Config(models::ConfigError::Setting { setting, problem, .. })
                 if setting == "quantization_config" && problem.contains(part)
         );
         assert!(is_said, "{part}: {error}");
@@ -493,7 +498,10 @@ fn a_gptq_checkpoint_of_no_known_width_or_group_is_refused() {
         ("group_size", json!(u64::MAX), "cannot be read"),
     ] {
         let error = refused(setting, value);
-        assert!(matches!(error, Error::Config { .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Config(models::ConfigError::Setting { .. })),
+            "{error:?}"
+        );
         assert!(error.to_string().contains(part), "{part}: {error}");
     }
     assert_too_large(&refused("group_size", json!(i64::MAX)));
@@ -526,7 +534,10 @@ fn a_layer_of_no_known_format_is_refused() {
         ("grid", json!("cubic"), "cannot be read"),
     ] {
         let error = refused(setting, value);
-        assert!(matches!(error, Error::Config { .. }), "{error:?}");
+        assert!(
+            matches!(error, Error::Config(models::ConfigError::Setting { .. })),
+            "{error:?}"
+        );
         assert!(error.to_string().contains(part), "{part}: {error}");
     }
     assert_too_large(&refused("group_size", json!(65)));

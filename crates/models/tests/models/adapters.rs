@@ -1,24 +1,21 @@
-//! LoRA, rsLoRA, DoRA and trained biases against PEFT (`tests/golden/README.md`), and adapters of every method on a model
-//! that is saved and loaded again.
+//! LoRA, rsLoRA, DoRA and trained biases against PEFT (`tests/golden/README.md`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Gradients, Int, Tensor};
-use models::{Config, LlamaConfig, Model, Pretrained};
+use models::{Config, Model, Pretrained};
 use peft::{
-    Adapter, Adapters, Batch, CausalLm, Error, Exactness, FitConfig, Linears, Lora, Method,
-    OffGrid, Peqa, Schedule, Tile, fit, token_nll,
+    Adapter, Adapters, Batch, CausalLm, Error, FitConfig, Linears, Lora, Method, OffGrid, Peqa,
+    Schedule, Tile, fit, token_nll,
 };
 use quant_core::Rtn;
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
-mod reference;
+use super::fixtures::{golden, reference_tokens, values};
 
-use reference::{golden, values};
-
-const CASES: [&str; 3] = ["lora_llama_all", "lora_llama_rslora", OPT];
+pub(crate) const CASES: [&str; 3] = ["lora_llama_all", "lora_llama_rslora", OPT];
 /// On some projections of an OPT, its MLP's among them.
 const OPT: &str = "lora_opt_qv";
 /// DoRA, with patterns of ranks and alphas.
@@ -27,7 +24,7 @@ const DORA: &str = "lora_llama_dora";
 const BIAS: &str = "lora_llama_bias";
 
 /// The base of most cases.
-fn base() -> Pretrained {
+pub(crate) fn base() -> Pretrained {
     base_of(DORA)
 }
 
@@ -47,15 +44,15 @@ fn expected<const D: usize>(case: &str, name: &str) -> Vec<f32> {
     reference_of(case).floats::<D>(name).unwrap().0
 }
 
-fn tokens(case: &str) -> Tensor<2, Int> {
-    reference::tokens(&golden(case).join("reference.safetensors"))
+pub(crate) fn tokens(case: &str) -> Tensor<2, Int> {
+    reference_tokens(&golden(case).join("reference.safetensors"))
 }
 
-fn logits(model: &Model, tokens: Tensor<2, Int>) -> Vec<f32> {
+pub(crate) fn logits(model: &Model, tokens: Tensor<2, Int>) -> Vec<f32> {
     values(model.forward(tokens))
 }
 
-fn difference(found: &[f32], expected: &[f32]) -> f32 {
+pub(crate) fn difference(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     assert!(found.iter().all(|value| value.is_finite()));
     let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
@@ -175,7 +172,7 @@ fn dora_of_peft_is_loaded() {
     assert_eq!(ranks.collect::<Vec<_>>(), expected);
 }
 
-/// Biases that are trained beside LoRA, in the places of the layers'.
+/// Biases that are trained beside LoRA and replace those of the layers.
 #[test]
 fn trained_biases_of_peft_are_loaded() {
     let dir = tempfile::tempdir().unwrap();
@@ -217,11 +214,10 @@ fn trained_biases_of_peft_are_loaded() {
     let Config::Llama(config) = model.config() else {
         panic!("a LLaMA");
     };
-    let config = LlamaConfig {
-        attention_bias: false,
-        attention_output_bias: false,
-        ..config.clone()
-    };
+    let config = config
+        .clone()
+        .with_attention_bias(false)
+        .with_attention_output_bias(false);
     let without = Model::init(config, 0, &Device::flex());
     let error = Adapters::load_hf(golden(BIAS), &without).unwrap_err();
     let named = matches!(&error, Error::NoBias { path } if path.contains("self_attn"));
@@ -238,9 +234,9 @@ fn trained_biases_of_peft_are_loaded() {
     }
 }
 
-/// What this program cannot honour, it names.
+/// Settings that are not supported are named.
 #[test]
-fn what_peft_has_and_this_has_not_is_refused() {
+fn settings_of_peft_that_are_not_supported_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let model = base().model;
     let mut n = 0;
@@ -277,7 +273,7 @@ fn what_peft_has_and_this_has_not_is_refused() {
         );
         assert!(error.to_string().contains(key), "{error}");
     }
-    // What a flag of tomorrow says if it is off.
+    // An unknown flag that is off.
     assert!(load(&|config| config["a_flag_of_tomorrow"] = false.into()).is_ok());
 
     let rank = load(&|config| config["r"] = 4.into()).unwrap_err();
@@ -390,9 +386,10 @@ fn what_peft_has_and_this_has_not_is_refused() {
     let named = matches!(&error, Error::File(tensor_files::Error::Tensor { tensor, .. }) if tensor.contains("lora_C"));
     assert!(named, "{error}");
     let error = partial("shape", &|name| {
-        Some(match name.contains("down_proj") {
-            true => name.replace("down_proj", "up_proj"),
-            false => name.replace("up_proj", "down_proj"),
+        Some(if name.contains("down_proj") {
+            name.replace("down_proj", "up_proj")
+        } else {
+            name.replace("up_proj", "down_proj")
         })
     });
     let named = matches!(&error, Error::Shape { path, .. } if path.contains("_proj"));
@@ -493,76 +490,6 @@ fn what_is_written_for_peft_is_what_it_wrote() {
             tensor_files::read_json(&dir.join("adapter_config.json")).unwrap()
         };
         assert_eq!(config(&path), config(&golden(case)));
-    }
-}
-
-/// Tuned, merged, saved, loaded again: the packed model that was tuned.
-#[test]
-fn merged_models_are_proved_on_the_reloaded_file() {
-    let dir = tempfile::tempdir().unwrap();
-    let methods: [(&str, Box<dyn Method>); 6] = [
-        ("peqa", Box::new(Peqa::new())),
-        ("peqa-zeros", Box::new(Peqa::new().with_zeros(true))),
-        // One group for each output leaves one pool.
-        ("qa-lora", Box::new(Tile::qa_lora(1))),
-        ("qa-hira", Box::new(Tile::qa_hira())),
-        ("qa-blora", Box::new(Tile::qa_blora(1))),
-        ("lora", Box::new(Lora::new(2))),
-    ];
-    let tokens = tokens(CASES[0]);
-    let batch = Batch::new(tokens.clone()).unwrap();
-    let groups = [Some(32), Some(16), None];
-    for (bits, group_size) in [2, 3, 4, 8]
-        .into_iter()
-        .flat_map(|b| groups.map(|g| (b, g)))
-    {
-        for (name, method) in &methods {
-            let mut lm = base();
-            let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-            models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
-            let rounded = logits(&lm.model, tokens.clone());
-            peft::attach(&mut lm.model, &**method).unwrap();
-            let config = FitConfig::new()
-                .with_learning_rate(5e-3)
-                .with_steps(Some(5));
-            fit(&mut lm.model, std::slice::from_ref(&batch), &config, |_| {}).unwrap();
-            let tuned = logits(&lm.model, tokens.clone());
-            assert!(
-                difference(&tuned, &rounded) > 1e-3,
-                "{name}: nothing was learned"
-            );
-            // LoRA has no codes; rounded to 8 bits, it is near.
-            let finer = Rtn::new().with_bits(8).with_group_size(32);
-            let off_grid = match *name {
-                "lora" => OffGrid::Round(&finer),
-                _ => OffGrid::Refuse,
-            };
-            let certificate = peft::merge_probed(&mut lm.model, off_grid, &batch).unwrap();
-            let path = dir.path().join(format!("{name}-{bits}-{group_size:?}"));
-            models::save(&lm, &path).unwrap();
-            let merged = logits(&lm.model, tokens.clone());
-
-            let reloaded = models::load(&path, &Device::flex()).unwrap();
-            certificate.verify(&reloaded.model).unwrap();
-            assert_eq!(logits(&reloaded.model, tokens.clone()), merged, "{name}");
-            let largest = tuned.iter().fold(0.0, |most: f32, v| most.max(v.abs()));
-            let change = difference(&merged, &tuned) / largest;
-            let retention = certificate.probe.unwrap().retention;
-            match certificate.layers[0].exactness {
-                Exactness::Exact => assert_eq!((change, retention), (0.0, 1.0), "{name}"),
-                Exactness::Bounded { .. } => {
-                    assert!(change < 1e-5, "{name}: {change}");
-                    assert!((retention - 1.0).abs() < 1e-3, "{name}: {retention}");
-                }
-                _ => {
-                    assert_eq!(certificate.kind(), "rounded");
-                    assert!((retention - 1.0).abs() < 0.5, "{name}: {retention}");
-                }
-            }
-            let json = serde_json::to_string(&certificate).unwrap();
-            let again: peft::Certificate = serde_json::from_str(&json).unwrap();
-            assert_eq!(again, certificate);
-        }
     }
 }
 

@@ -1,37 +1,28 @@
-//! A text token by token is what the whole text gives.
+//! Generation with a KV cache gives what the whole text gives.
 
 use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{
-    Activation, Config, Error, Generation, LlamaConfig, Model, OptConfig, Result, RopeScaling,
-    generate,
-};
+use models::{Config, Error, Generation, LlamaConfig, Model, Result, RopeScaling, generate};
 use peft::CausalLm;
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Rtn};
 
+use super::fixtures::{self, cases};
+
 const VOCAB: usize = 32;
 
 fn config(n_kv: usize, rope_scaling: RopeScaling) -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: VOCAB,
-        hidden_size: 24,
-        intermediate_size: 40,
-        num_hidden_layers: 3,
-        num_attention_heads: 4,
-        num_key_value_heads: n_kv,
-        head_dim: 8,
-        max_position_embeddings: 96,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling,
-        attention_bias: n_kv == 2,
-        attention_output_bias: n_kv == 2,
-        mlp_bias: false,
-        tie_word_embeddings: n_kv == 1,
-    }
+    fixtures::llama()
+        .with_vocab_size(VOCAB)
+        .with_intermediate_size(40)
+        .with_num_hidden_layers(3)
+        .with_num_key_value_heads(n_kv)
+        .with_max_position_embeddings(96)
+        .with_rope_scaling(rope_scaling)
+        .with_attention_bias(n_kv == 2)
+        .with_attention_output_bias(n_kv == 2)
+        .with_tie_word_embeddings(n_kv == 1)
 }
 
 fn ropes() -> impl Strategy<Value = RopeScaling> {
@@ -56,26 +47,20 @@ fn ropes() -> impl Strategy<Value = RopeScaling> {
     ])
 }
 
-/// LLaMAs with every rope, and OPTs of both styles.
+/// LLaMAs with every rope scaling, and OPTs of both styles.
 fn configs() -> impl Strategy<Value = Config> {
     let llama = (prop::sample::select(vec![1, 2, 4]), ropes());
     let llama = llama.prop_map(|(n_kv, rope)| Config::Llama(config(n_kv, rope)));
     let opt = (any::<bool>(), any::<bool>()).prop_map(|(is_small, tied)| {
-        Config::Opt(OptConfig {
-            vocab_size: VOCAB,
-            hidden_size: 24,
-            ffn_dim: 40,
-            num_hidden_layers: 3,
-            num_attention_heads: 4,
-            max_position_embeddings: 96,
-            word_embed_proj_dim: if is_small { 24 } else { 16 },
-            do_layer_norm_before: is_small,
-            remove_final_layer_norm: false,
-            activation: Activation::Relu,
-            enable_bias: true,
-            layer_norm_elementwise_affine: true,
-            tie_word_embeddings: tied,
-        })
+        let config = fixtures::opt()
+            .with_vocab_size(VOCAB)
+            .with_ffn_dim(40)
+            .with_num_hidden_layers(3)
+            .with_max_position_embeddings(96)
+            .with_word_embed_proj_dim(if is_small { 24 } else { 16 })
+            .with_do_layer_norm_before(is_small)
+            .with_tie_word_embeddings(tied);
+        Config::Opt(config)
     });
     prop_oneof![llama, opt]
 }
@@ -121,7 +106,7 @@ fn greedy(
     stop: Option<u32>,
     mut on_token: impl FnMut(u32),
 ) -> Result<Vec<u32>> {
-    let settings = Generation::new(n_new).with_stop(stop.into_iter().collect());
+    let settings = Generation::new(n_new).with_stop(stop);
     generate(model, prompt, &settings, |token| {
         on_token(token);
         ControlFlow::Continue(())
@@ -156,7 +141,7 @@ fn assert_near(found: &[f32], expected: &[f32]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(cases(12))]
 
     /// Texts cut anywhere, two at a time, into parts of one token and of several.
     #[test]
@@ -187,7 +172,7 @@ proptest! {
             start = end;
         }
         let full = model.forward_cached(tokens(&text(0..1), n), &mut cache);
-        let refused = matches!(full, Err(Error::CacheFull { len: found, max_len }) if found == len + 1 && max_len == len);
+        let refused = matches!(full, Err(Error::Generation(models::GenerationError::CacheFull { len: found, max_len })) if found == len + 1 && max_len == len);
         prop_assert!(refused);
     }
 
@@ -226,7 +211,7 @@ fn what_cannot_be_continued_is_refused() {
     let model = model(config(2, RopeScaling::None), 1, 0);
     assert!(matches!(
         greedy(&model, &[], 4, None, |_| {}),
-        Err(Error::NoTokens)
+        Err(Error::Generation(models::GenerationError::NoTokens))
     ));
     let error = greedy(&model, &[3, 32], 4, None, |_| {}).unwrap_err();
     assert!(
@@ -265,7 +250,10 @@ fn texts_longer_than_the_model_was_made_for() {
     assert_eq!(new[5], argmax(&last_logits(&dynamic, &ids, 1)));
     let error = greedy(&dynamic, &[1, 2, 3], 7, None, |_| {}).unwrap_err();
     assert!(
-        matches!(error, Error::DynamicRope { max_len: 9, max: 8 }),
+        matches!(
+            error,
+            Error::Generation(models::GenerationError::DynamicRope { max_len: 9, max: 8 })
+        ),
         "{error}"
     );
 }
@@ -282,7 +270,10 @@ fn logits_that_are_not_finite_are_refused() {
     let model = model(config(2, RopeScaling::None), 1, 0).map(&mut Overflow);
     let error = greedy(&model, &[1, 2], 4, None, |_| {}).unwrap_err();
     assert!(
-        matches!(error, Error::NonFiniteLogits { position: 2 }),
+        matches!(
+            error,
+            Error::Generation(models::GenerationError::NonFiniteLogits { position: 2 })
+        ),
         "{error}"
     );
 }

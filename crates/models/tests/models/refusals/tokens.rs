@@ -1,61 +1,28 @@
-//! Tokens that a model lacks, texts that it has no places for, and batches of nothing.
+//! Tokens outside of the vocabulary, texts longer than the positions of a model, and empty batches.
 
 use std::fs;
 use std::ops::ControlFlow;
 use std::slice;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{
-    Activation, Error, Generation, LlamaConfig, Model, OptConfig, RopeScaling, generate, load,
-    quantize, sensitivities,
-};
+use models::{Error, Generation, Model, TextError, generate, load, quantize, sensitivities};
 use peft::{Batch, FitConfig};
 use quant_core::Rtn;
 
 use super::{LLAMA, TOKENIZER, copy, refusal};
+use crate::fixtures;
 
 const VOCAB: usize = 16;
-/// Places that the OPT of the tests has.
-const PLACES: usize = 8;
+/// The positions of the OPT.
+const POSITIONS: usize = 8;
 
 fn llama() -> Model {
-    let config = LlamaConfig {
-        vocab_size: VOCAB,
-        hidden_size: 24,
-        intermediate_size: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 8,
-        max_position_embeddings: 32,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: false,
-        attention_output_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: true,
-    };
+    let config = fixtures::llama().with_tie_word_embeddings(true);
     Model::init(config, 1, &Device::flex())
 }
 
 fn opt() -> Model {
-    let config = OptConfig {
-        vocab_size: VOCAB,
-        hidden_size: 24,
-        ffn_dim: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        max_position_embeddings: PLACES,
-        word_embed_proj_dim: 24,
-        do_layer_norm_before: true,
-        remove_final_layer_norm: false,
-        activation: Activation::Relu,
-        enable_bias: true,
-        layer_norm_elementwise_affine: true,
-        tie_word_embeddings: true,
-    };
+    let config = fixtures::opt().with_max_position_embeddings(POSITIONS);
     Model::init(config, 1, &Device::flex())
 }
 
@@ -64,7 +31,7 @@ fn batch(tokens: &[i64], n: usize) -> Batch {
     Batch::new(Tensor::<2, Int>::from_data(values, &Device::flex())).unwrap()
 }
 
-/// What everything that takes batches has against one.
+/// The errors of all functions that take batches.
 fn errors(model: &Model, batch: &Batch) -> Vec<(&'static str, Option<Error>)> {
     let batches = slice::from_ref(batch);
     let rtn = Rtn::new().with_group_size(8);
@@ -123,29 +90,35 @@ fn continued(model: &Model, prompt: &[u32], n_new: usize) -> Result<Vec<u32>, Er
 fn assert_too_long(error: Option<Error>, found: usize) {
     let is_said = matches!(
         &error,
-        Some(Error::Peft(peft::Error::TooLong { len, max: PLACES })) if *len == found
+        Some(Error::Peft(peft::Error::TooLong { len, max: POSITIONS })) if *len == found
     );
     assert!(is_said, "{found}: {error:?}");
 }
 
-/// A model that learned a row for each place has no more of them.
+/// A model with learned positions has no more of them.
 #[test]
-fn a_text_beyond_the_places_of_a_model_is_refused_by_all() {
+fn a_text_beyond_the_positions_of_a_model_is_refused_by_all() {
     let model = opt();
-    assert_all_taken(&model, &batch(&[1; PLACES], 1));
-    for (_, error) in errors(&model, &batch(&[1; PLACES + 1], 1)) {
-        assert_too_long(error, PLACES + 1);
+    assert_all_taken(&model, &batch(&[1; POSITIONS], 1));
+    for (_, error) in errors(&model, &batch(&[1; POSITIONS + 1], 1)) {
+        assert_too_long(error, POSITIONS + 1);
     }
     for (_, error) in errors(&model, &batch(&[1; 200], 2)) {
         assert_too_long(error, 100);
     }
 
     assert_eq!(
-        continued(&model, &[1; 4], PLACES - 3).unwrap().len(),
-        PLACES - 3
+        continued(&model, &[1; 4], POSITIONS - 3).unwrap().len(),
+        POSITIONS - 3
     );
-    assert_too_long(continued(&model, &[1; 4], PLACES - 2).err(), PLACES + 1);
-    assert_too_long(continued(&model, &[1; PLACES + 1], 1).err(), PLACES + 1);
+    assert_too_long(
+        continued(&model, &[1; 4], POSITIONS - 2).err(),
+        POSITIONS + 1,
+    );
+    assert_too_long(
+        continued(&model, &[1; POSITIONS + 1], 1).err(),
+        POSITIONS + 1,
+    );
     assert_too_long(continued(&model, &[1], usize::MAX).err(), usize::MAX);
 }
 
@@ -261,7 +234,7 @@ fn a_tokenizer_that_is_none_is_refused() {
     for text in texts {
         fs::write(&path, &text).unwrap();
         let error = refusal(dir.path());
-        let is_named = matches!(&error, Error::Tokenizer { path, .. } if path.ends_with(TOKENIZER));
+        let is_named = matches!(&error, Error::Text(TextError::Tokenizer { path, .. }) if path.ends_with(TOKENIZER));
         let start = String::from_utf8_lossy(&text[..text.len().min(40)]).into_owned();
         assert!(is_named, "{start:?}: {error:?}");
     }
@@ -271,7 +244,10 @@ fn a_tokenizer_that_is_none_is_refused() {
     bytes[at] = 0xff;
     fs::write(&path, bytes).unwrap();
     let error = refusal(dir.path());
-    assert!(matches!(error, Error::Tokenizer { .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::Text(TextError::Tokenizer { .. })),
+        "{error:?}"
+    );
 }
 
 /// A word of the vocabulary begins texts and ends them, if the files say so.
@@ -284,10 +260,10 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     assert!(
         matches!(
             error,
-            Error::MissingSpecial {
+            Error::Text(TextError::MissingSpecial {
                 name: "bos_token",
                 ..
-            }
+            })
         ),
         "{error}"
     );
@@ -300,7 +276,7 @@ fn special_tokens_that_are_needed_must_be_stated_and_known() {
     let error = lm().first_token().unwrap_err();
     let is_named = matches!(
         &error,
-        Error::UnknownSpecial { name: "eos_token", token, .. } if token == "</s>"
+        Error::Text(TextError::UnknownSpecial { name: "eos_token", token, .. }) if token == "</s>"
     );
     assert!(is_named, "{error}");
 }

@@ -18,7 +18,7 @@ use super::{
     refusal_of_plan, sharded, without,
 };
 
-/// What `run` gives, unless it waits for what never comes: nobody writes to the pipes of these tests.
+/// The result of `run`, unless it waits forever: nobody writes to the pipes of these tests.
 #[track_caller]
 fn in_time<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
@@ -174,5 +174,8 @@ fn a_path_need_not_be_utf_8() {
     assert!(again.tokenizer.is_some());
 
     fs::remove_file(from.join(WEIGHTS)).unwrap();
-    assert!(matches!(refusal(&from), Error::NoWeights { .. }));
+    assert!(matches!(
+        refusal(&from),
+        Error::Checkpoint(models::CheckpointError::NoWeights { .. })
+    ));
 }

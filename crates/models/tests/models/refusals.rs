@@ -8,17 +8,16 @@ mod tokens;
 #[cfg(unix)]
 mod unix;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::tensor::Device;
 use models::{Error, load, plan};
 use quant_core::Rtn;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use super::fixtures::{Tensors, golden, read_tensors, write_tensors, write_tokenizer};
 
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
@@ -57,11 +56,6 @@ const STAND_INS: [(&[u8], &str); 6] = [
 /// A dense LLaMA.
 const LLAMA: &str = "llama_bf16";
 
-fn golden(name: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    root.join("tests/golden").join(name)
-}
-
 /// A golden directory with a tokenizer, whose files may be changed.
 fn copy(name: &str) -> TempDir {
     let copy = tempfile::tempdir().unwrap();
@@ -70,7 +64,7 @@ fn copy(name: &str) -> TempDir {
         let bytes = fs::read(golden(name).join(file)).unwrap();
         fs::write(copy.path().join(file), bytes).unwrap();
     }
-    write_tokenizer(&copy.path().join(TOKENIZER));
+    write_tokenizer(&copy.path().join(TOKENIZER), 16);
     copy
 }
 
@@ -84,42 +78,11 @@ fn without(name: &str) -> TempDir {
     dir
 }
 
-/// 16 words, none of which has a part in a text's structure.
-fn write_tokenizer(path: &Path) {
-    let words: Vec<String> = (0..16).map(|id| format!("\"w{id}\":{id}")).collect();
-    let json = format!(
-        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
-        words.join(",")
-    );
-    fs::write(path, json).unwrap();
-}
-
-/// Type, shape and bytes of each tensor.
-type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
-
-fn tensors(path: &Path) -> Tensors {
-    let bytes = fs::read(path).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let all = file.tensors().into_iter();
-    all.map(|(name, t)| (name, (t.dtype(), t.shape().into(), t.data().into())))
-        .collect()
-}
-
-fn write_tensors(path: &Path, tensors: &Tensors) {
-    let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
-        let view = TensorView::new(*dtype, shape.clone(), bytes).unwrap();
-        (name, view)
-    });
-    safetensors::serialize_to_file(views, None, path).unwrap();
-}
-
 /// Changes the configuration and the tensors of a directory.
 fn change(dir: &Path, change: impl FnOnce(&mut Value, &mut Tensors)) {
     let path = dir.join(CONFIG);
     let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-    let mut all = tensors(&dir.join(WEIGHTS));
+    let mut all = read_tensors(&dir.join(WEIGHTS));
     change(&mut config, &mut all);
     fs::write(path, config.to_string()).unwrap();
     write_tensors(&dir.join(WEIGHTS), &all);
@@ -128,7 +91,7 @@ fn change(dir: &Path, change: impl FnOnce(&mut Value, &mut Tensors)) {
 /// A directory of two shards, after a change to them and to their index.
 fn sharded(change: impl FnOnce(&mut [Tensors; 2], &mut Value)) -> TempDir {
     let dir = without(INDEX);
-    let mut one = tensors(&golden(LLAMA).join(WEIGHTS));
+    let mut one = read_tensors(&golden(LLAMA).join(WEIGHTS));
     let middle = one.keys().nth(one.len() / 2).unwrap().clone();
     let two = one.split_off(&middle);
     let mut files = [one, two];

@@ -1,0 +1,126 @@
+//! A block of scores: softmax over its keys, and the gradient of that.
+
+use crate::isa::{Isa, by_instruction_set};
+use crate::math;
+
+/// The number of queries in a block.
+pub(super) const QUERIES: usize = 64;
+/// The number of keys in a block.
+pub(super) const KEYS: usize = 128;
+
+/// A number for each query of a block; those past the end of the sequence are ignored.
+pub(super) type Lanes = [f32; QUERIES];
+
+/// A block of queries, and a block of keys from `keys` on.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    pub(super) n_queries: usize,
+    pub(super) keys: usize,
+    pub(super) n_keys: usize,
+    /// The number of keys up to the position of the first query of the block, that included.
+    pub(super) visible: usize,
+    /// The first key that each query attends to, if it is after the first of the block for some.
+    pub(super) starts: Option<[usize; QUERIES]>,
+    /// Whether no query of the block attends to an earlier key.
+    pub(super) is_first: bool,
+}
+
+impl Block {
+    /// The number of queries, from the first on, that come before key `j` of the block.
+    #[inline(always)]
+    fn masked(&self, j: usize) -> usize {
+        (self.keys + j + 1)
+            .saturating_sub(self.visible)
+            .min(QUERIES)
+    }
+}
+
+by_instruction_set! {
+    /// Turns the scores of a block into exponentials relative to the largest score so far.
+    ///
+    /// `shrink` is the factor of the exponentials of earlier blocks.
+    pub(super) fn softmax(
+        block: Block,
+        scores: &mut [Lanes],
+        most: &mut Lanes,
+        sum: &mut Lanes,
+        shrink: &mut Lanes,
+    ) = softmax_body
+}
+
+#[inline(always)]
+fn softmax_body<I: Isa>(
+    block: Block,
+    scores: &mut [Lanes],
+    most: &mut Lanes,
+    sum: &mut Lanes,
+    shrink: &mut Lanes,
+) {
+    let before = *most;
+    let mut largest = before;
+    for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
+        scores[..block.masked(j)].fill(f32::NEG_INFINITY);
+        if let Some(starts) = &block.starts {
+            for i in 0..QUERIES {
+                if starts[i] > block.keys + j {
+                    scores[i] = f32::NEG_INFINITY;
+                }
+            }
+        }
+        for i in 0..QUERIES {
+            largest[i] = math::larger(scores[i], largest[i]);
+        }
+    }
+    let mut added = [0.0; QUERIES];
+    for scores in &mut scores[..block.n_keys] {
+        for i in 0..QUERIES {
+            scores[i] = math::exp(scores[i] - largest[i]);
+            added[i] += scores[i];
+        }
+    }
+    for i in 0..QUERIES {
+        shrink[i] = math::exp(before[i] - largest[i]);
+        sum[i] = sum[i] * shrink[i] + added[i];
+    }
+    *most = largest;
+}
+
+by_instruction_set! {
+    /// Turns scores into probabilities, and `dp` into the gradient of the scores.
+    pub(super) fn gradient(
+        block: Block,
+        scale: f32,
+        lse: &Lanes,
+        delta: &Lanes,
+        scores: &mut [Lanes],
+        dp: &mut [Lanes],
+    ) = gradient_body
+}
+
+#[inline(always)]
+fn gradient_body<I: Isa>(
+    block: Block,
+    scale: f32,
+    lse: &Lanes,
+    delta: &Lanes,
+    scores: &mut [Lanes],
+    dp: &mut [Lanes],
+) {
+    let rows = scores[..block.n_keys].iter_mut().zip(dp);
+    for (j, (p, dp)) in rows.enumerate() {
+        for i in 0..QUERIES {
+            p[i] = math::exp(p[i] - lse[i]);
+            dp[i] = p[i] * (dp[i] - delta[i]) * scale;
+        }
+        let masked = block.masked(j);
+        p[..masked].fill(0.0);
+        dp[..masked].fill(0.0);
+        if let Some(starts) = &block.starts {
+            for i in 0..QUERIES {
+                if starts[i] > block.keys + j {
+                    (p[i], dp[i]) = (0.0, 0.0);
+                }
+            }
+        }
+    }
+}

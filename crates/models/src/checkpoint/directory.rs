@@ -1,0 +1,94 @@
+//! The files of a directory besides the tensors.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::{ConfigError, Error, Result};
+
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const TOKENIZER: &str = "tokenizer.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const GENERATION: &str = "generation_config.json";
+pub(super) const WEIGHTS: &str = "model.safetensors";
+/// The files that are copied when a model is saved.
+const CARRIED: [&str; 9] = [
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    // The vocabularies of Python tokenizers.
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    GENERATION,
+];
+
+/// The `eos_token_id` of `generation_config.json` or of `config.json`: one token, or several.
+pub(crate) fn stop_tokens(
+    dir: &Path,
+    config: &Map<String, Value>,
+    carried: &BTreeMap<&'static str, Vec<u8>>,
+) -> Result<Vec<u32>> {
+    const SETTING: &str = "eos_token_id";
+    let refuse = |file: &str, setting: &str, problem: String| {
+        Error::from(ConfigError::setting(&dir.join(file), setting, problem))
+    };
+    let generation = match carried.get(GENERATION) {
+        Some(bytes) => serde_json::from_slice::<Map<String, Value>>(bytes)
+            .map_err(|error| refuse(GENERATION, "the file", format!("is no object: {error}")))?,
+        None => Map::new(),
+    };
+    let (file, ids) = match generation.get(SETTING).filter(|ids| !ids.is_null()) {
+        Some(ids) => (GENERATION, ids),
+        None => (CONFIG, config.get(SETTING).unwrap_or(&Value::Null)),
+    };
+    let id = |id: &Value| {
+        let token = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        token.ok_or_else(|| refuse(file, SETTING, format!("is {id}, which is no token")))
+    };
+    match ids {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => Ok(vec![id(one)?]),
+    }
+}
+
+/// Reads the files of a directory that are copied when the model is saved.
+pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
+    let mut carried = BTreeMap::new();
+    for name in CARRIED {
+        if tensor_files::is_there(&dir.join(name)) {
+            carried.insert(name, tensor_files::read(&dir.join(name))?);
+        }
+    }
+    Ok(carried)
+}
+
+/// The files of a directory to be written.
+pub(super) struct Files<'a> {
+    pub(super) config: &'a Map<String, Value>,
+    pub(super) carried: &'a BTreeMap<&'static str, Vec<u8>>,
+    /// A second configuration, with its name.
+    pub(super) second: Option<(&'static str, &'a Value)>,
+}
+
+impl Files<'_> {
+    /// Writes a directory, whose tensors `write` writes into the file of the given path.
+    pub(super) fn write(&self, dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        tensor_files::write_directory(dir, |dir| {
+            write(&dir.join(WEIGHTS))?;
+            for (name, bytes) in self.carried {
+                let path = dir.join(name);
+                std::fs::write(&path, bytes)
+                    .map_err(|source| tensor_files::Error::Io { path, source })?;
+            }
+            if let Some((name, config)) = self.second {
+                tensor_files::write_json(&dir.join(name), config)?;
+            }
+            Ok(tensor_files::write_json(&dir.join(CONFIG), self.config)?)
+        })
+    }
+}

@@ -1,0 +1,35 @@
+use std::fmt;
+
+/// The format of the packed layers of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CheckpointFormat {
+    /// The format of this workspace, which holds every packed layer exactly.
+    QuantCore,
+    /// GPTQ: uniform grids with integer zero-points and scales in `f16` (Frantar et al. 2023,
+    /// arXiv:2210.17323).
+    Gptq(GptqVersion),
+    /// bitsandbytes: NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314).
+    Bitsandbytes,
+}
+
+/// The representation of the zero-points of a GPTQ checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GptqVersion {
+    /// Zero-points are stored minus one, as by AutoGPTQ (`"checkpoint_format": "gptq"`), which cannot
+    /// represent 0.
+    V1,
+    /// Zero-points are stored unchanged (`"checkpoint_format": "gptq_v2"`).
+    V2,
+}
+
+impl fmt::Display for CheckpointFormat {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            CheckpointFormat::QuantCore => "quant-core",
+            CheckpointFormat::Gptq(GptqVersion::V1) => "GPTQ v1",
+            CheckpointFormat::Gptq(GptqVersion::V2) => "GPTQ v2",
+            CheckpointFormat::Bitsandbytes => "bitsandbytes",
+        })
+    }
+}

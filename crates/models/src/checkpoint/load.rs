@@ -1,0 +1,164 @@
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use burn::module::Param;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use peft::{Linears, Weight};
+use serde_json::{Map, Value};
+
+use super::directory::{CONFIG, TOKENIZER, carried, stop_tokens};
+use super::format::LayerFormat;
+use super::kind::CheckpointFormat;
+use super::packing::transpose;
+use super::tensors::Tensors;
+use crate::source::{HEAD, Source, Vector, weight_name};
+use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer};
+
+/// Loads a model from a directory with `config.json` and weights, and `tokenizer.json` if it has one.
+///
+/// Packed layers may be in any [`CheckpointFormat`](crate::CheckpointFormat) and stay packed. The
+/// input order of GPTQ (`desc_act`) and the double quantization of bitsandbytes are kept. A
+/// bitsandbytes layer whose blocks straddle rows gets groups of the greatest common divisor of a row
+/// and a block.
+///
+/// All parameters are frozen. Dense weights are `f32` in memory.
+///
+/// # Errors
+/// If a file is missing, damaged or does not fit the configuration. Errors of GPTQ's format are
+/// [`CheckpointError::GptqVersion`] if the representation of zero-points is not stated,
+/// [`ConfigError::Disagreement`](crate::ConfigError::Disagreement) if `config.json` and
+/// `quantize_config.json` differ, and [`CheckpointError::WrappedZeros`].
+///
+/// # Examples
+/// ```no_run
+/// let lm = models::load("Llama-2-7b-hf", &burn::tensor::Device::flex())?;
+/// println!("{} tokens", lm.model.config().vocab_size());
+/// # Ok::<(), models::Error>(())
+/// ```
+/// ```
+/// let error = models::load("no-such-directory", &burn::tensor::Device::flex()).unwrap_err();
+/// assert_eq!(error.to_string(), "`no-such-directory/config.json`");
+/// ```
+pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
+    let dir = dir.as_ref();
+    let config_path = dir.join(CONFIG);
+    let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
+    let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
+    let shape = Config::from_json(&config, &config_path)?;
+    let tokenizer = dir.join(TOKENIZER);
+    let tokenizer = if tensor_files::is_there(&tokenizer) {
+        Some(Tokenizer::open(&tokenizer)?)
+    } else {
+        None
+    };
+    let mut checkpoint = Checkpoint {
+        tensors: Tensors::open(dir)?,
+        format,
+        device: device.clone(),
+    };
+    let model = Model::build(shape, &mut checkpoint)?;
+    if let Some(format) = &checkpoint.format {
+        let linears = model.linears().into_iter().map(|(path, _)| path);
+        let others = model.other_weights().into_iter().map(|(path, _)| path);
+        let layers: Vec<String> = linears.chain(others).collect();
+        format.check_paths(&layers, &config_path)?;
+    }
+    checkpoint.check_leftovers(&model)?;
+    let carried = carried(dir)?;
+    let stop_tokens = stop_tokens(dir, &config, &carried)?;
+    Ok(Pretrained {
+        model,
+        tokenizer,
+        dir: dir.into(),
+        config,
+        carried,
+        stop_tokens,
+        special: OnceLock::new(),
+    })
+}
+
+/// A source of the parameters of a directory, which are frozen.
+struct Checkpoint {
+    tensors: Tensors,
+    format: Option<Box<dyn LayerFormat>>,
+    device: Device,
+}
+
+impl Checkpoint {
+    fn frozen<const D: usize>(&self, values: Vec<f32>, dims: [usize; D]) -> Param<Tensor<D>> {
+        let values = TensorData::new(values, dims);
+        let values = Tensor::from_data(values, (&self.device, DType::F32));
+        Param::from_tensor(values).set_require_grad(false)
+    }
+
+    fn plain(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let values = self.tensors.floats(&weight_name(path), [d_out, d_in])?;
+        Ok(self.frozen(transpose(&values, [d_out, d_in]), dims))
+    }
+
+    /// Refuses tensors that the model has not read, except those without information.
+    fn check_leftovers(&mut self, model: &Model) -> Result<()> {
+        let linears = model.linears().into_iter();
+        let biases: HashSet<String> = linears.map(|(path, _)| Vector::Bias.name(&path)).collect();
+        for name in self.tensors.leftovers() {
+            if name.ends_with(".rotary_emb.inv_freq") {
+                continue;
+            }
+            if name == weight_name(HEAD) && model.lm_head.is_none() {
+                let embedding = model.embed_tokens.val();
+                let head = self.tensors.floats(&name, embedding.dims())?;
+                if kernels::with_values(embedding, |embedding| head == embedding) {
+                    continue;
+                }
+                let problem = "is another matrix than the embedding, but `tie_word_embeddings` is true: correct the one that is wrong";
+                return Err(self.tensors.refuse(&name, problem.into()));
+            }
+            // AutoGPTQ writes a bias of zeros for layers without a bias.
+            if biases.contains(&name) {
+                let bias = self.tensors.vector(&name)?;
+                if bias.iter().all(|&value| value == 0.0) {
+                    continue;
+                }
+            }
+            let path = self.tensors.path(&name);
+            return Err(CheckpointError::UnexpectedTensor { path, tensor: name }.into());
+        }
+        Ok(())
+    }
+}
+
+impl Source for Checkpoint {
+    type Error = Error;
+
+    fn vector(&mut self, path: &str, kind: Vector, len: usize) -> Result<Param<Tensor<1>>> {
+        let values = self.tensors.floats(&kind.name(path), [len])?;
+        Ok(self.frozen(values, [len]))
+    }
+
+    fn table(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let values = self.tensors.floats(&weight_name(path), dims)?;
+        Ok(self.frozen(values, dims))
+    }
+
+    fn weight(&mut self, path: &str, dims: [usize; 2]) -> Result<Weight> {
+        let packed = match &self.format {
+            Some(format) => format.read(&mut self.tensors, path, dims, &self.device)?,
+            None => None,
+        };
+        match packed {
+            Some(weight) => Ok(Weight::Quant(weight)),
+            None => self.plain(path, dims).map(Weight::Dense),
+        }
+    }
+
+    fn head(&mut self, dims: [usize; 2]) -> Result<Weight> {
+        if let Some(format) = self.format.as_ref().filter(|format| !format.packs_head())
+            && let Some(tensor) = format.packed_tensor(&self.tensors, HEAD)
+        {
+            let path = self.tensors.path(&tensor);
+            return Err(CheckpointError::PackedHead { path, tensor }.into());
+        }
+        self.weight(HEAD, dims)
+    }
+}

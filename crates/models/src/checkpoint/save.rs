@@ -1,0 +1,96 @@
+use std::path::Path;
+
+use tensor_files::FloatType;
+
+use super::directory::Files;
+use super::format::Projections;
+use super::kind::{CheckpointFormat, GptqVersion};
+use super::parameters::{Parameter, check_no_adapters, parameters, state_float, state_head};
+use crate::{CheckpointError, Pretrained, Result};
+
+/// Saves a model to a new directory, from which [`load`](crate::load) reads it back bit for bit.
+///
+/// The directory is written completely or not at all. Packed layers are in the format of this
+/// workspace; see [`save_as`]. Adapters are not written: merge them, or save them with
+/// [`peft::Adapters`].
+///
+/// # Errors
+/// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
+/// layer has an adapter, [`tensor_files::Error::Io`] if the directory cannot be written.
+pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
+    save_as(lm, dir, CheckpointFormat::QuantCore)
+}
+
+/// Saves a model as [`save`] does, with the packed layers in a format of other programs.
+///
+/// Nothing is rounded: a model that would not be read back bit for bit is refused.
+///
+/// # Errors
+/// [`CheckpointError::CannotHold`] with all layers that the format does not hold exactly; otherwise
+/// as [`save`].
+///
+/// # Examples
+/// ```no_run
+/// use models::{CheckpointFormat, GptqVersion};
+/// use quant_core::Rtn;
+///
+/// let mut lm = models::load("Llama-2-7b-hf", &burn::tensor::Device::flex())?;
+/// let rtn = Rtn::new().with_group_size(128).with_f16_scales(true);
+/// models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
+/// models::save_as(&lm, "Llama-2-7b-gptq", CheckpointFormat::Gptq(GptqVersion::V2))?;
+/// // Affine grids are no NormalFloat.
+/// assert!(models::save_as(&lm, "Llama-2-7b-nf4", CheckpointFormat::Bitsandbytes).is_err());
+/// # Ok::<(), models::Error>(())
+/// ```
+pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
+    let model = &lm.model;
+    check_no_adapters(model)?;
+    let projections = Projections::of(model);
+    let mut config = lm.config.clone();
+    let layers = match format.for_model(&projections, &config) {
+        Ok(layers) => layers,
+        Err(refusals) => {
+            let mut others = [
+                CheckpointFormat::Gptq(GptqVersion::V2),
+                CheckpointFormat::Bitsandbytes,
+            ]
+            .into_iter();
+            let other = others.find(|other| other.for_model(&projections, &config).is_ok());
+            let error = CheckpointError::CannotHold {
+                format,
+                layers: refusals,
+                instead: other.unwrap_or(CheckpointFormat::QuantCore),
+            };
+            return Err(error.into());
+        }
+    };
+    let is_packed = !projections.packed.is_empty() || projections.head.is_some();
+    let quantization = is_packed.then(|| layers.config());
+    if let Some(quantization) = &quantization {
+        config.insert("quantization_config".into(), quantization.clone());
+    }
+    state_head(&mut config, model);
+
+    let parameters = parameters(model);
+    let holding: Vec<_> = parameters.iter().map(Parameter::holding).collect();
+    // One type for all floats of a dense model, because readers assume it.
+    let shorter = [FloatType::Bf16, FloatType::F16].into_iter();
+    let mut common = shorter.filter(|float| holding.iter().all(|all| all.contains(float)));
+    let common = common.next().filter(|_| !is_packed);
+    if !is_packed {
+        state_float(&mut config, common.unwrap_or(FloatType::F32));
+    }
+    let tensors = parameters.into_iter().zip(holding);
+    let tensors = tensors.flat_map(|(parameter, holding)| match parameter {
+        Parameter::Packed { path, weight } => layers.tensors(&path, weight),
+        parameter => vec![parameter.tensor(common.unwrap_or(holding[0]), |_, _| ())],
+    });
+    let files = Files {
+        config: &config,
+        carried: &lm.carried,
+        second: layers.config_file().zip(quantization.as_ref()),
+    };
+    files.write(dir.as_ref(), |path| {
+        Ok(tensor_files::write_tensors(path, tensors)?)
+    })
+}

@@ -1,0 +1,113 @@
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use tensor_files::TensorFile;
+
+use super::shards::Shards;
+use crate::{Error, Result};
+
+/// The tensors of a directory, with the names of those that were read.
+pub(super) struct Tensors {
+    shards: Shards,
+    taken: HashSet<String>,
+}
+
+impl Tensors {
+    pub(super) fn open(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            shards: Shards::open(dir)?,
+            taken: HashSet::new(),
+        })
+    }
+
+    /// The names of the tensors that were not read.
+    pub(super) fn leftovers(&self) -> Vec<String> {
+        let names = self.shards.names().into_iter();
+        names.filter(|name| !self.taken.contains(name)).collect()
+    }
+
+    /// The shape of a tensor, from the header of its file.
+    pub(super) fn shape(&mut self, name: &str) -> Result<Vec<usize>> {
+        let stored = self.shards.stored(name).to_string();
+        let shape = self.shards.file(name)?.shape(&stored);
+        Ok(shape.unwrap_or_default().into())
+    }
+
+    /// The values of a vector of any length.
+    pub(super) fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        let (values, [_]) = self.shards.file(name)?.floats(name)?;
+        Ok(values)
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.shards.contains(name)
+    }
+
+    /// The values of a tensor of these dimensions.
+    pub(super) fn floats<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Vec<f32>> {
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.floats::<D>(&stored)?.0)
+    }
+
+    pub(super) fn words<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Vec<u32>> {
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.words::<D>(&stored)?.0)
+    }
+
+    pub(super) fn bytes<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Vec<u8>> {
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.bytes::<D>(&stored)?.0)
+    }
+
+    /// The bytes of a text of any length.
+    pub(super) fn text(&mut self, name: &str) -> Result<Vec<u8>> {
+        let (text, _) = self.shards.file(name)?.bytes::<1>(name)?;
+        self.taken.insert(name.into());
+        Ok(text)
+    }
+
+    /// Returns the file of a tensor after checking its dimensions, before it is read.
+    fn take<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<&mut TensorFile> {
+        let stored = self.shards.stored(name).to_string();
+        self.taken.insert(stored.clone());
+        let file = self.shards.file(name)?;
+        match file.shape(&stored) {
+            Some(found) if found != expected => {
+                let problem =
+                    format!("has the shape {found:?}, the configuration asks for {expected:?}");
+                Err(file.refuse(name, problem).into())
+            }
+            _ => Ok(file),
+        }
+    }
+
+    /// The file of a tensor.
+    pub(super) fn path(&mut self, name: &str) -> PathBuf {
+        let file = self.shards.file(name);
+        file.map(|file| file.path().into()).unwrap_or_default()
+    }
+
+    /// An error about a tensor.
+    pub(super) fn refuse(&mut self, name: &str, problem: String) -> Error {
+        match self.shards.file(name) {
+            Ok(file) => file.refuse(name, problem).into(),
+            Err(error) => error,
+        }
+    }
+}

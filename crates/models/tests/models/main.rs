@@ -1,0 +1,19 @@
+//! The tests of whole models and of their files.
+//!
+//! Property tests run a number of cases in proportion to `PROPTEST_CASES`, which is 256 by default.
+
+mod adapters;
+mod checkpoints;
+mod damage;
+mod fixtures;
+mod forward;
+mod generate;
+mod head;
+mod interop;
+mod merge;
+mod plan;
+mod quantize;
+mod refusals;
+mod save;
+mod texts;
+mod training;

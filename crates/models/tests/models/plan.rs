@@ -1,0 +1,48 @@
+//! The plan of a quantization.
+
+use models::{CheckpointError, Error, plan, quantize, save};
+use peft::Blocks;
+use quant_core::Rtn;
+
+use super::fixtures::*;
+use super::quantize::llama_config;
+
+#[test]
+fn a_plan_is_what_comes_of_it() {
+    let (dir, mut lm) = pretrained(llama_config(), 3);
+    let dense = dir.path().join("dense");
+    save(&lm, &dense).unwrap();
+
+    let rtn = Rtn::new().with_bits(3).with_group_size(40);
+    let error = plan(&dense, &rtn).unwrap_err();
+    let Error::Checkpoint(CheckpointError::Plan { layers }) = &error else {
+        panic!("{error}");
+    };
+    // Every layer but the two of 40 inputs.
+    assert_eq!(layers.len(), 12);
+    assert!(
+        layers[0].1.contains("group size 40 does not fit 32 inputs"),
+        "{error}"
+    );
+    let error = plan(&dense, &Rtn::new().with_bits(5)).unwrap_err();
+    assert!(error.to_string().contains("not 5"), "{error}");
+
+    let rtn = Rtn::new().with_bits(3).with_group_size(8);
+    let planned = plan(&dense, &rtn).unwrap();
+    let layers = quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+    assert_eq!(planned.layers.len(), layers.len());
+    for (planned, layer) in planned.layers.iter().zip(&layers) {
+        assert_eq!(planned.path, layer.path);
+        assert_eq!(planned.format, layer.format);
+        assert_eq!(planned.n_bytes, layer.n_bytes as u64);
+    }
+    assert!(planned.to_string().ends_with("% of f32"), "{planned}");
+    let packed = dir.path().join("packed");
+    save(&lm, &packed).unwrap();
+    let error = plan(&packed, &rtn).unwrap_err();
+    assert!(
+        error.to_string().contains("is quantized already"),
+        "{error}"
+    );
+    assert_eq!(lm.model.vocab_size(), 48);
+}

@@ -1,0 +1,199 @@
+//! The options that several programs have.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::Args;
+
+use crate::device::DeviceArg;
+use crate::embedded::EmbeddedArg;
+use crate::outcome::Result;
+use crate::texts::fit_config;
+
+/// The model of a program and where it computes.
+#[derive(Args, Debug)]
+pub struct ModelArgs {
+    /// Hugging Face directory of the model [default: the embedded LLaMA]
+    #[arg(long, value_name = "DIR", conflicts_with = "embedded")]
+    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    embedded: EmbeddedArg,
+    /// The device to compute on.
+    #[command(flatten)]
+    pub device: DeviceArg,
+}
+
+impl ModelArgs {
+    /// Returns the directory of the model, which is written below `scratch` if it is an embedded one.
+    ///
+    /// # Errors
+    /// If an embedded model cannot be written.
+    pub fn dir(&self, scratch: &Path) -> Result<PathBuf> {
+        match &self.model {
+            Some(dir) => Ok(dir.clone()),
+            None => self.embedded.write(scratch),
+        }
+    }
+
+    /// The name of the model in a report.
+    pub fn name(&self) -> String {
+        match &self.model {
+            Some(dir) => dir.display().to_string(),
+            None => self.embedded.name().into(),
+        }
+    }
+}
+
+/// The length of the windows that a text is cut into.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct SeqLenArg {
+    /// Tokens in a window of text, or in a row of packed records
+    #[arg(long, value_name = "N", default_value = "128", value_parser = at_least::<2>)]
+    pub seq_len: usize,
+}
+
+/// The number of windows that perplexities are measured on.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct EvalWindowsArg {
+    /// Windows of each text to evaluate on [default: all]
+    #[arg(long, value_name = "N", value_parser = at_least::<1>)]
+    eval_windows: Option<usize>,
+}
+
+impl EvalWindowsArg {
+    /// The maximum number of windows.
+    pub fn limit(&self) -> usize {
+        self.eval_windows.unwrap_or(usize::MAX)
+    }
+}
+
+/// How adapters of low rank are trained.
+#[derive(Args, Clone, Debug)]
+pub struct TuneArgs {
+    /// Rank of the adapters, for methods that have one
+    #[arg(long, value_name = "N", default_value = "4", value_parser = at_least::<1>)]
+    pub rank: usize,
+    /// LoRA's alpha: the product of the factors is multiplied by alpha / rank [default: the rank]
+    #[arg(long, value_name = "X")]
+    alpha: Option<f32>,
+    /// Optimizer steps
+    #[arg(long, value_name = "N", default_value = "60")]
+    pub steps: usize,
+    /// Peak learning rate of the cosine schedule [default: by the method and the hidden size]
+    #[arg(long, value_name = "X")]
+    pub lr: Option<f64>,
+    /// Windows or rows in a batch; each optimizer step takes one batch
+    #[arg(long, value_name = "N", default_value = "8", value_parser = at_least::<1>)]
+    pub batch: usize,
+    /// The length of windows and rows.
+    #[command(flatten)]
+    pub cut: SeqLenArg,
+    /// The windows to evaluate on.
+    #[command(flatten)]
+    pub eval: EvalWindowsArg,
+}
+
+impl TuneArgs {
+    /// Checks the settings of the training.
+    ///
+    /// # Errors
+    /// If the learning rate or the number of steps is out of its range.
+    pub fn check(&self) -> Result<()> {
+        // Default rates are in theirs.
+        Ok(fit_config(self.lr.unwrap_or(1e-3), self.steps, 0).check()?)
+    }
+
+    /// Alpha, or the rank if it is not given.
+    pub fn alpha(&self) -> f32 {
+        self.alpha.unwrap_or(self.rank as f32)
+    }
+}
+
+/// Parses a count of at least `MIN`.
+///
+/// # Errors
+/// If it is less, or no number.
+pub fn at_least<const MIN: usize>(value: &str) -> std::result::Result<usize, String> {
+    match value.parse() {
+        Ok(n) if n >= MIN => Ok(n),
+        _ => Err(format!("expected a number of at least {MIN}")),
+    }
+}
+
+/// The number of weights that share a scale, or none if all weights of an output do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupSize(pub Option<usize>);
+
+impl FromStr for GroupSize {
+    type Err = &'static str;
+
+    fn from_str(value: &str) -> std::result::Result<Self, Self::Err> {
+        match value.parse() {
+            Ok(n) if n > 0 => Ok(Self(Some(n))),
+            _ if value == "channel" || value == "-1" => Ok(Self(None)),
+            _ => Err("expected a positive number, or `channel` for one scale per output"),
+        }
+    }
+}
+
+impl fmt::Display for GroupSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(n) => n.fmt(f),
+            None => "channel".fmt(f),
+        }
+    }
+}
+
+/// Names directories by their paths without the directories that all of them are in.
+pub fn distinct_names(dirs: &[PathBuf]) -> Vec<String> {
+    let parents = |dir: &PathBuf| dir.components().count().saturating_sub(1);
+    let most = dirs.iter().map(parents).min().unwrap_or(0);
+    let first = |n: usize| dirs[0].components().take(n).collect::<PathBuf>();
+    let is_shared = |&n: &usize| dirs.iter().all(|dir| dir.starts_with(first(n)));
+    // One directory alone has nothing to be told apart from.
+    let shared = (0..=most).rev().filter(|_| dirs.len() > 1).find(is_shared);
+    let name = |dir: &PathBuf| {
+        dir.components()
+            .skip(shared.unwrap_or(0))
+            .collect::<PathBuf>()
+    };
+    dirs.iter()
+        .map(|dir| name(dir).display().to_string())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn group_sizes_are_read_as_they_are_shown() {
+        for text in ["32", "channel"] {
+            assert_eq!(text.parse::<GroupSize>().unwrap().to_string(), text);
+        }
+        assert_eq!("-1".parse(), Ok(GroupSize(None)));
+        for text in ["0", "-2", "", "all"] {
+            assert!(text.parse::<GroupSize>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn counts_have_a_least_value() {
+        assert_eq!(at_least::<2>("2"), Ok(2));
+        assert!(at_least::<2>("1").is_err());
+        assert!(at_least::<1>("-1").is_err());
+    }
+
+    #[test]
+    fn names_tell_directories_apart() {
+        let names =
+            |dirs: &[&str]| distinct_names(&dirs.iter().map(PathBuf::from).collect::<Vec<_>>());
+        assert_eq!(names(&["/models/a/hf"]), ["/models/a/hf"]);
+        assert_eq!(names(&["/models/a/hf", "/models/b/hf"]), ["a/hf", "b/hf"]);
+        assert_eq!(names(&["a/hf", "b/hf"]), ["a/hf", "b/hf"]);
+        assert_eq!(names(&["m/a", "m/a/b"]), ["a", "a/b"]);
+        assert_eq!(names(&["hf", "../hf"]), ["hf", "../hf"]);
+    }
+}

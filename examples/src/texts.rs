@@ -1,0 +1,169 @@
+//! The texts of a tuning run, in windows, and the perplexities and logits that are measured on them.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use evaluate::{perplexity, target_loss};
+use models::{Pretrained, Windows};
+use peft::{Batch, CausalLm, FitConfig};
+use serde::Serialize;
+
+use crate::corpus::{self, Dialect};
+use crate::instructions::Instructions;
+use crate::outcome::Result;
+
+/// The batches that a model is trained and measured on.
+pub struct Texts {
+    /// Training batches.
+    pub train: Vec<Batch>,
+    /// Evaluation batches of the same task.
+    pub task: Vec<Batch>,
+    /// Evaluation batches of the text that the model was trained on before; none if there is none.
+    pub base: Vec<Batch>,
+    /// How many records were encoded, cut and dropped, for training and for evaluation.
+    pub records: Option<[String; 2]>,
+}
+
+/// The source of the texts and the sizes of their windows.
+pub struct Cut<'a> {
+    /// Where the texts come from.
+    pub source: Source<'a>,
+    /// Tokens in a window, or in a row of packed records.
+    pub seq_len: usize,
+    /// Windows or rows in a training batch.
+    pub batch: usize,
+    /// Windows of each text to evaluate on, at most.
+    pub eval_windows: usize,
+    /// The seed of the order of the windows.
+    pub seed: u64,
+}
+
+/// The data that a model is tuned on.
+pub enum Source<'a> {
+    /// The generated texts of [`corpus`].
+    Corpus,
+    /// Files: training, evaluation and base text.
+    Files(&'a Path, &'a Path, Option<&'a Path>),
+    /// Records of prompts and answers, of which the answers are targets.
+    Instructions(&'a Instructions, &'a Path),
+}
+
+/// The perplexities of a model.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Perplexities {
+    /// On the base text, if there is one.
+    pub base: Option<f64>,
+    /// On the evaluation text of the task.
+    pub task: f64,
+}
+
+impl Texts {
+    /// Reads or generates the texts and cuts them into windows.
+    ///
+    /// # Errors
+    /// If a text cannot be read, or is too short for a window.
+    pub fn new(cut: &Cut, lm: &Pretrained, device: &Device) -> Result<Self> {
+        let (train, task, base) = match cut.source {
+            Source::Instructions(instructions, data) => {
+                return instructions.texts(data, cut, lm, device);
+            }
+            Source::Files(train, task, base) => {
+                (read(train)?, read(task)?, base.map(read).transpose()?)
+            }
+            Source::Corpus => (
+                corpus::text(Dialect::Old, 400_000, 10),
+                corpus::text(Dialect::Old, 25_000, 11),
+                Some(corpus::text(Dialect::Plain, 25_000, 12)),
+            ),
+        };
+        let evaluate = |text: &str, option: &str| -> Result<Vec<Batch>> {
+            let windows = windows(lm, text, cut.seq_len, option)?;
+            let windows = windows.take(cut.eval_windows);
+            Ok(windows.batches(evaluation_batch(cut.seq_len), device))
+        };
+        Ok(Self {
+            train: windows(lm, &train, cut.seq_len, "--train")?
+                .shuffled(cut.seed)
+                .batches(cut.batch, device),
+            task: evaluate(&task, "--eval")?,
+            base: match base {
+                Some(base) => evaluate(&base, "--base")?,
+                None => Vec::new(),
+            },
+            records: None,
+        })
+    }
+
+    /// The name of the protocol of [`Texts::perplexities`].
+    pub fn protocol(&self) -> &'static str {
+        match self.records {
+            None => "gptq",
+            Some(_) => "targets",
+        }
+    }
+
+    /// Measures perplexities: of texts by the protocol `gptq`, of records over all targets.
+    ///
+    /// # Errors
+    /// If a token of the texts is not in the vocabulary of the model.
+    pub fn perplexities(&self, model: &impl CausalLm) -> Result<Perplexities> {
+        let base = if self.base.is_empty() {
+            None
+        } else {
+            Some(perplexity(model, &self.base)?.value())
+        };
+        let task = match self.records {
+            None => perplexity(model, &self.task)?.value(),
+            Some(_) => target_loss(model, &self.task)?.exp(),
+        };
+        Ok(Perplexities { base, task })
+    }
+
+    /// Returns the logits of the first two evaluation batches of the task.
+    pub fn probe(&self, model: &impl CausalLm) -> Vec<f32> {
+        let logits = |batch: &Batch| {
+            let logits = model.forward_spans(batch.tokens(), batch.spans());
+            let logits = logits.into_data().convert::<f32>();
+            logits.try_into_vec::<f32>().expect("converted to f32")
+        };
+        self.task.iter().take(2).flat_map(logits).collect()
+    }
+}
+
+/// Reads a text file.
+///
+/// # Errors
+/// If it cannot be read, or is not UTF-8.
+pub fn read(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path);
+    text.map_err(|error| format!("cannot read `{}`: {error}", path.display()).into())
+}
+
+/// Cuts the text of an option of the program into windows.
+///
+/// # Errors
+/// If it is too short for one, or the model cannot have windows of this length.
+pub fn windows(lm: &Pretrained, text: &str, seq_len: usize, option: &str) -> Result<Windows> {
+    let windows = lm.windows(text, seq_len);
+    windows.map_err(|error| format!("the {option} text: {error}").into())
+}
+
+/// The number of windows in a batch that is only evaluated.
+pub fn evaluation_batch(seq_len: usize) -> usize {
+    // 1024 tokens: activations stay in memory that is used again for the next batch.
+    (1024 / seq_len).max(1)
+}
+
+/// The number of windows in batches.
+pub fn n_windows(batches: &[Batch]) -> usize {
+    batches.iter().map(|batch| batch.tokens().dims()[0]).sum()
+}
+
+/// The training settings of the programs: a cosine schedule after a warm-up of a twentieth of the steps.
+pub fn fit_config(learning_rate: f64, steps: usize, seed: u64) -> FitConfig {
+    FitConfig::new()
+        .with_learning_rate(learning_rate)
+        .with_steps(Some(steps))
+        .with_warmup_steps(steps / 20)
+        .with_seed(seed)
+}
