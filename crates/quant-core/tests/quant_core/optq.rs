@@ -262,8 +262,9 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
             );
             let level = scale * (code - zero);
             let error = (value - level) / u[i * n + i];
-            // An error is a difference of f32, which is rounded by some 2e-7 of its terms.
-            let rounding = 1e-3 * magnitude[i * d_out + o] / u[i * n + i];
+            // An error is a small difference of f32: that of an outlier has the rounding of its level
+            // and of each update before it, 6e-8 of the outlier each. 1e-6 allows for all of them.
+            let rounding = 1e-6 / ROUNDING * magnitude[i * d_out + o] / u[i * n + i];
             for k in i + 1..n {
                 let of_drift = if k / block == i / block { value } else { level };
                 magnitude[k * d_out + o] += rounding * u[i * n + k].abs();
