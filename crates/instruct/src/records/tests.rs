@@ -58,10 +58,10 @@ fn a_line_that_is_not_json() {
         matches!(&error, Error::Record { line: 3, problem: RecordError::NotJson { column: 10, problem }, .. }
         if problem == "key must be a string")
     );
-    // A record that goes over several lines, and two on one.
+    // A record over several lines, and two records on one line.
     let error = read("{\n\"a\": 1}\n").unwrap_err().to_string();
     assert!(
-        error.ends_with("data.jsonl`, line 1, column 1: EOF while parsing an object; a file has one JSON object a line, or an array of objects"),
+        error.ends_with("data.jsonl`, line 1: invalid JSON at column 1: EOF while parsing an object; expected one JSON object per line, or an array of objects"),
         "{error}"
     );
     assert!(matches!(

@@ -39,9 +39,7 @@ type Case = (&'static str, Box<dyn Initialization<Model>>);
 
 fn cases() -> Vec<Case> {
     let lora = || Lora::new(3).with_alpha(5.0);
-    let few = FitConfig::new()
-        .with_learning_rate(2e-3)
-        .with_steps(Some(40));
+    let few = FitConfig::new().with_learning_rate(2e-3).with_steps(40);
     vec![
         ("qlora", Box::new(lora())),
         ("loftq", Box::new(Loftq::new(lora()))),

@@ -5,29 +5,19 @@ use models::{LlamaConfig, Model};
 use peft::Batch;
 use quant_core::Rtn;
 
-pub(crate) fn config() -> LlamaConfig {
-    LlamaConfig {
-        vocab_size: 48,
-        hidden_size: 32,
-        intermediate_size: 40,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 8,
-        max_position_embeddings: 64,
-        sliding_window: None,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::None,
-        attention_bias: true,
-        attention_output_bias: true,
-        mlp_bias: false,
-        tie_word_embeddings: false,
-    }
-}
-
 pub(crate) fn model() -> Model {
-    Model::init(config(), 3, &Device::flex())
+    let config = LlamaConfig::default()
+        .with_vocab_size(48)
+        .with_hidden_size(32)
+        .with_intermediate_size(40)
+        .with_num_hidden_layers(2)
+        .with_num_attention_heads(4)
+        .with_num_key_value_heads(2)
+        .with_head_dim(8)
+        .with_max_position_embeddings(64)
+        .with_attention_bias(true)
+        .with_attention_output_bias(true);
+    Model::init(config, 3, &Device::flex())
 }
 
 pub(crate) fn batches(n: usize) -> Vec<Batch> {

@@ -52,7 +52,7 @@ fn pissa_splits_what_stays_dense() {
     // It trains on from there.
     let loss = |model: &Model| f64::from(token_nll(model, batch).mean().into_scalar::<f32>());
     let before = loss(&model);
-    let config = FitConfig::new().with_steps(Some(5));
+    let config = FitConfig::new().with_steps(5);
     peft::fit(&mut model, &batches(1), &config, |_| {}).unwrap();
     assert!(loss(&model) < before);
 }

@@ -4,6 +4,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::*;
+use crate::Error;
 
 #[path = "../../tests/fixtures/tokenizer.rs"]
 mod fixture;
@@ -81,12 +82,12 @@ fn without_files() {
 fn a_token_that_the_vocabulary_does_not_have() {
     let error = read(Value::Null, json!({"pad_token": "[PAD]"}), Value::Null).unwrap_err();
     assert!(
-        matches!(&error, Error::Text(crate::TextError::UnknownSpecial { name: "pad_token", token, path, .. })
+        matches!(&error, Error::Text(TextError::UnknownSpecial { name: "pad_token", token, path, .. })
         if token == "[PAD]" && path.ends_with(TOKENIZER_CONFIG))
     );
     let error = read(Value::Null, Value::Null, json!({"eos_token": "<eos>"})).unwrap_err();
     assert!(
-        matches!(&error, Error::Text(crate::TextError::UnknownSpecial { path, .. }) if path.ends_with(SPECIAL_TOKENS_MAP))
+        matches!(&error, Error::Text(TextError::UnknownSpecial { path, .. }) if path.ends_with(SPECIAL_TOKENS_MAP))
     );
 }
 
@@ -95,13 +96,13 @@ fn files_that_disagree_on_bos() {
     let config = json!({"bos_token": "<pad>"});
     let error = read(like_llama_3(), config, Value::Null).unwrap_err();
     assert!(
-        matches!(&error, Error::Config(crate::ConfigError::Disagreement { setting: "bos_token", in_first, in_second, .. })
+        matches!(&error, Error::Config(ConfigError::Disagreement { setting: "bos_token", in_first, in_second, .. })
         if in_first == "<pad>" && in_second == "<s>")
     );
     let two = puts(&["<s>", "<|im_start|>"], &[]);
     let error = read(two, json!({"bos_token": "<s>"}), Value::Null).unwrap_err();
     assert!(
-        matches!(&error, Error::Config(crate::ConfigError::Disagreement { in_second, .. }) if in_second == "<s> <|im_start|>")
+        matches!(&error, Error::Config(ConfigError::Disagreement { in_second, .. }) if in_second == "<s> <|im_start|>")
     );
     // `tokenizer.json` decides whether it is added, as for transformers.
     for (post_processor, stated) in [(like_llama_3(), false), (Value::Null, true)] {
@@ -121,12 +122,12 @@ fn invalid_configurations() {
     for token in [json!(1), json!({"text": "<s>"})] {
         let error = read(Value::Null, json!({"bos_token": token}), Value::Null).unwrap_err();
         assert!(
-            matches!(&error, Error::Config(crate::ConfigError::Setting { setting, .. }) if setting == "bos_token")
+            matches!(&error, Error::Config(ConfigError::Setting { setting, .. }) if setting == "bos_token")
         );
     }
     let error = read(Value::Null, json!([]), Value::Null).unwrap_err();
     assert!(
-        matches!(&error, Error::Config(crate::ConfigError::Setting { setting, .. }) if setting == "the file")
+        matches!(&error, Error::Config(ConfigError::Setting { setting, .. }) if setting == "the file")
     );
 }
 
@@ -141,7 +142,7 @@ fn a_missing_token_is_named() {
     let error = none.need_eos("the end of a text").unwrap_err();
     assert!(matches!(
         error,
-        Error::Text(crate::TextError::MissingSpecial {
+        Error::Text(TextError::MissingSpecial {
             name: "eos_token",
             ..
         })

