@@ -37,9 +37,13 @@ fn a_layer_takes_less_than_four_of_its_weights() {
         ] {
             // The libraries of products keep buffers of a fixed size for each thread.
             method.start(&layer, quantizer).unwrap();
-            let peak = counting::peak_of(|| {
-                method.start(&layer, quantizer).unwrap();
+            // A thread that a busy machine kept from taking part makes its own in a later run.
+            let peaks = [(); 3].map(|()| {
+                counting::peak_of(|| {
+                    method.start(&layer, quantizer).unwrap();
+                })
             });
+            let peak = peaks.into_iter().min().unwrap();
             // The closed form has the root of the Gram too, and its product with the error.
             let allowed = if name == "qera" { 9 } else { 6 } * n_bytes / 2;
             assert!(
