@@ -145,16 +145,16 @@ fn run(args: &Args) -> Result<()> {
         others.push((name, other));
     }
     let bootstrap = Bootstrap::new().with_seed(args.seed);
-    let models: Vec<String> = args
+    let dirs: Vec<String> = args
         .model
         .iter()
         .map(|dir| dir.display().to_string())
         .collect();
     let mut report = Report::new("Evaluation");
-    if models.is_empty() {
+    if dirs.is_empty() {
         report = report.with_setting("model", args.embedded.name());
     }
-    for (name, dir) in names.iter().zip(&models) {
+    for (name, dir) in names.iter().zip(&dirs) {
         report = report.with_setting(format!("model `{name}`"), dir);
     }
     let path = |path: &Option<PathBuf>| {

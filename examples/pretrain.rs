@@ -19,7 +19,7 @@ use examples::embedded::Architecture;
 use examples::outcome::{Result, exit};
 use examples::progress;
 use examples::texts::fit_config;
-use models::{Activation, Config, LlamaConfig, Model, OptConfig, Pretrained, RopeScaling};
+use models::{Config, LlamaConfig, Model, OptConfig, Pretrained};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, TokenizerBuilder};
@@ -110,40 +110,26 @@ fn run(args: &Args) -> Result<()> {
 
 fn config(architecture: Architecture) -> Config {
     match architecture {
-        Architecture::Llama => Config::Llama(LlamaConfig {
-            vocab_size: VOCAB,
-            hidden_size: 128,
-            intermediate_size: 384,
-            num_hidden_layers: 4,
-            num_attention_heads: 4,
-            num_key_value_heads: 2,
-            head_dim: 64,
-            max_position_embeddings: 256,
-            sliding_window: None,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-            rope_scaling: RopeScaling::None,
-            attention_bias: false,
-            attention_output_bias: false,
-            mlp_bias: false,
-            tie_word_embeddings: false,
-        }),
-        Architecture::Opt => Config::Opt(OptConfig {
-            vocab_size: VOCAB,
-            hidden_size: 128,
-            ffn_dim: 512,
-            num_hidden_layers: 5,
-            num_attention_heads: 4,
+        Architecture::Llama => LlamaConfig::default()
+            .with_vocab_size(VOCAB)
+            .with_hidden_size(128)
+            .with_intermediate_size(384)
+            .with_num_hidden_layers(4)
+            .with_num_attention_heads(4)
+            .with_num_key_value_heads(2)
+            .with_head_dim(64)
+            .with_max_position_embeddings(256)
+            .into(),
+        Architecture::Opt => OptConfig::default()
+            .with_vocab_size(VOCAB)
+            .with_hidden_size(128)
+            .with_ffn_dim(512)
+            .with_num_hidden_layers(5)
+            .with_num_attention_heads(4)
             // Embeddings of later positions would not be trained.
-            max_position_embeddings: SEQ_LEN,
-            word_embed_proj_dim: 128,
-            do_layer_norm_before: true,
-            remove_final_layer_norm: false,
-            activation: Activation::Relu,
-            enable_bias: true,
-            layer_norm_elementwise_affine: true,
-            tie_word_embeddings: true,
-        }),
+            .with_max_position_embeddings(SEQ_LEN)
+            .with_word_embed_proj_dim(128)
+            .into(),
     }
 }
 
