@@ -1,4 +1,4 @@
-//! The search for the clipped range whose grid has the least cost.
+//! The search for the clipped range whose grid has the least loss.
 
 use rayon::prelude::*;
 
@@ -19,7 +19,7 @@ pub enum ClipLoss<'a> {
 const CLIP_STEPS: usize = 80;
 const CLIP_GRID: usize = 100;
 
-/// The scales and zeros of the clipped ranges with the least cost, from 100 % down to 21 % of the range.
+/// The scales and zeros of the clipped ranges with the least loss, from 100 % down to 21 % of the range.
 ///
 /// The grid, the exponent and the strict comparison are those of the reference code of OPTQ (Frantar et
 /// al. 2023, arXiv:2210.17323). The zeros of a centered layout are 0.
@@ -36,7 +36,7 @@ const CLIP_GRID: usize = 100;
 /// ```
 /// use kernels::{ClipLoss, Layout, Levels, clip_search};
 ///
-/// // At 2 bits, clipping the one large weight costs less than coarse steps for all others.
+/// // At 2 bits, clipping the one large weight loses less than coarse steps for all others.
 /// let mut weight = vec![0.1; 64];
 /// weight[0] = 0.4;
 /// let layout = Layout::new(64, 1, 2, 64, Levels::Unsigned);
@@ -47,13 +47,13 @@ pub fn clip_search(
     weight: &[f32],
     low: &[f32],
     high: &[f32],
-    cost: ClipLoss,
+    loss: ClipLoss,
     layout: &Layout,
 ) -> (Vec<f32>, Vec<f32>) {
     let (d_in, d_out) = (layout.d_in(), layout.d_out());
     assert_eq!(weight.len(), d_in * d_out, "the number of weights");
     let grid = Grid::new(low, Some(high), layout);
-    if let ClipLoss::Inputs(weights) = cost {
+    if let ClipLoss::Inputs(weights) = loss {
         assert_eq!(weights.len(), d_in, "the number of factors of inputs");
     }
     let group = layout.group_size().saturating_mul(d_out);
@@ -66,7 +66,7 @@ pub fn clip_search(
                 scales: [0.0; TILE],
                 zeros: [0.0; TILE],
             };
-            search_tile(rows, &grid, g, tile, cost, &mut best);
+            search_tile(rows, &grid, g, tile, loss, &mut best);
             best
         })
         .collect();
@@ -88,7 +88,7 @@ by_instruction_set! {
         ranges: &Grid,
         group: usize,
         tile: usize,
-        cost: ClipLoss,
+        loss: ClipLoss,
         best: &mut Lanes,
     ) = search_tile_body
 }
@@ -99,7 +99,7 @@ fn search_tile_body<I: Isa>(
     ranges: &Grid,
     group: usize,
     tile: usize,
-    cost: ClipLoss,
+    loss: ClipLoss,
     best: &mut Lanes,
 ) {
     let layout = ranges.layout;
@@ -131,7 +131,7 @@ fn search_tile_body<I: Isa>(
         for (i, weights) in values.iter().enumerate() {
             let codes = lanes.nearest::<I>(&ranges.levels, weights);
             let rounded = lanes.weights::<I>(&ranges.levels, &codes);
-            match cost {
+            match loss {
                 ClipLoss::Power => {
                     for j in 0..TILE {
                         sums[j] += power((rounded[j] - weights[j]).abs());
@@ -147,7 +147,7 @@ fn search_tile_body<I: Isa>(
             }
         }
         for j in 0..TILE {
-            // The full range is kept where every cost overflows.
+            // The full range is kept where every loss overflows.
             if step == 0 || sums[j] < least[j] {
                 least[j] = sums[j];
                 best.scales[j] = lanes.scales[j];
