@@ -8,7 +8,6 @@ use std::ops::Range;
 use burn::tensor::Tensor;
 use peft::{Linear, Spans};
 
-use crate::attention::Attention;
 use crate::kv_cache::KvCache;
 use crate::norm::{Norm, NormKind};
 use crate::positions::Positions;
@@ -91,7 +90,7 @@ pub(crate) struct Projection {
 /// A block of an architecture, which is run in stages.
 ///
 /// Each stage begins with projections that read the same input, so that a calibration can run one
-/// after the other. The first stage is the attention, [`Attention::attend`].
+/// after the other. The first stage is the attention.
 ///
 /// The macro [`parts`] implements the methods that list projections and norms.
 pub(crate) trait DecoderBlock: Sized {
@@ -115,10 +114,18 @@ pub(crate) trait DecoderBlock: Sized {
     /// Builds a block of its norms and projections, both in the order of the lists.
     fn build<S: Source>(parts: Parts<Self, S>) -> Result<Self, S::Error>;
 
-    fn attention(&self) -> &Attention;
-
     /// The input of the first stage, from the residual stream.
     fn enter(&self, x: Tensor<3>) -> Tensor<3>;
+
+    /// Runs the first stage: the attention of all heads, from its input to that of the output projection.
+    ///
+    /// With a `cache`, the tokens follow those in it and are appended to it.
+    fn attend(
+        &self,
+        input: Tensor<3>,
+        positions: &Positions,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3>;
 
     /// Runs a stage after the first.
     ///
@@ -148,8 +155,7 @@ pub(crate) trait DecoderBlock: Sized {
         positions: &Positions,
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
-        let attention = self.attention();
-        let mut input = attention.attend(self.enter(x.clone()), positions, cache);
+        let mut input = self.attend(self.enter(x.clone()), positions, cache);
         let mut residual = x;
         for stage in 1..self.stages().len() {
             (residual, input) = self.advance(stage, residual, input);
@@ -165,7 +171,7 @@ pub(crate) trait DecoderBlock: Sized {
 macro_rules! parts {
     (
         $config:ident =>
-        norms: $($norm:literal $norm_field:ident [$len:expr],)+
+        norms: $($norm:literal $($norm_field:ident).+ [$len:expr],)+
         projections: $(
             $stage:literal $name:literal $($field:ident).+ $dims:expr, bias $has_bias:expr,
         )+
@@ -193,7 +199,7 @@ macro_rules! parts {
         }
 
         fn norms(&self) -> Vec<(&'static str, &$crate::norm::Norm)> {
-            vec![$(($norm, &self.$norm_field)),+]
+            vec![$(($norm, &self.$($norm_field).+)),+]
         }
     };
 }

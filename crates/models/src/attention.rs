@@ -35,16 +35,32 @@ impl Attention {
             let n = y.dims()[2] / dim;
             y.reshape([batch, seq, n, dim])
         };
-        let q = positions.rotate(heads(self.q_proj.forward(x.clone())));
-        let k = positions.rotate(heads(self.k_proj.forward(x.clone())));
+        let q = heads(self.q_proj.forward(x.clone()));
+        let k = heads(self.k_proj.forward(x.clone()));
         let v = heads(self.v_proj.forward(x));
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
-        };
-        let scale = 1.0 / (dim as f64).sqrt();
-        let attended = kernels::causal_attention(q, k, v, positions.starts(), scale);
-        let width = attended.dims()[2] * dim;
-        attended.reshape([batch, seq, width])
+        attend(q, k, v, positions, cache)
     }
+}
+
+/// The attention of all heads, whose queries and keys are not yet rotated.
+///
+/// # Shapes
+/// - `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: `[batch, seq, kv_heads, head_dim]`
+/// - result: `[batch, seq, heads * head_dim]`
+pub(crate) fn attend(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    positions: &Positions,
+    cache: Option<&mut KvCache>,
+) -> Tensor<3> {
+    let [batch, seq, heads, dim] = q.dims();
+    let (q, k) = (positions.rotate(q), positions.rotate(k));
+    let (k, v) = match cache {
+        Some(cache) => cache.append(k, v),
+        None => (k, v),
+    };
+    let scale = 1.0 / (dim as f64).sqrt();
+    let attended = kernels::causal_attention(q, k, v, positions.starts(), scale);
+    attended.reshape([batch, seq, heads * dim])
 }

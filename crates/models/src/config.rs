@@ -9,7 +9,6 @@ use peft::{Linear, Spans};
 use serde_json::{Map, Value};
 
 use crate::architecture::{Architecture, DecoderBlock, Projection, Shape};
-use crate::attention::Attention;
 use crate::fields::Fields;
 use crate::kv_cache::KvCache;
 use crate::llama::{LlamaBlock, LlamaConfig};
@@ -96,8 +95,14 @@ impl Block {
         of!(Self, self, block => block.norms())
     }
 
-    pub(crate) fn attention(&self) -> &Attention {
-        of!(Self, self, block => block.attention())
+    /// See [`DecoderBlock::attend`].
+    pub(crate) fn attend(
+        &self,
+        input: Tensor<3>,
+        positions: &Positions,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        of!(Self, self, block => block.attend(input, positions, cache))
     }
 
     /// See [`DecoderBlock::enter`].

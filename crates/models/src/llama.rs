@@ -12,6 +12,7 @@ use crate::Result;
 use crate::architecture::{Architecture, DecoderBlock, Parts, Shape, parts};
 use crate::attention::Attention;
 use crate::fields::{Fields, setters};
+use crate::kv_cache::KvCache;
 use crate::norm::{Norm, NormKind};
 use crate::positions::Positions;
 use crate::rope::{Rope, Rotary};
@@ -441,8 +442,13 @@ impl DecoderBlock for LlamaBlock {
         })
     }
 
-    fn attention(&self) -> &Attention {
-        &self.self_attn
+    fn attend(
+        &self,
+        input: Tensor<3>,
+        positions: &Positions,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        self.self_attn.attend(input, positions, cache)
     }
 
     fn enter(&self, x: Tensor<3>) -> Tensor<3> {

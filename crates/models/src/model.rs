@@ -218,7 +218,7 @@ impl Stages for Model {
             // Positions are computed here, because a calibration has many states at a time.
             0 => {
                 let positions = self.positions(&spans);
-                (residual, block.attention().attend(input, &positions, None))
+                (residual, block.attend(input, &positions, None))
             }
             _ => block.advance(stage, residual, input),
         };

@@ -12,7 +12,7 @@ pub(crate) enum NormKind {
     Layer { affine: bool },
 }
 
-/// A norm of the residual stream.
+/// A norm of the last dimension.
 #[derive(Module, Debug)]
 pub(crate) enum Norm {
     Rms(RmsNorm),
@@ -58,13 +58,13 @@ impl Norm {
         })
     }
 
-    pub(crate) fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+    pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         /// The constant of transformers' OPT.
         const EPS: f64 = 1e-5;
         match self {
             Self::Rms(norm) => kernels::rms_norm(x, norm.weight.val(), norm.eps),
             Self::Layer(LayerNorm { weight, bias }) => {
-                let ones = || Tensor::ones([x.dims()[2]], (&x.device(), x.dtype()));
+                let ones = || Tensor::ones([x.dims()[D - 1]], (&x.device(), x.dtype()));
                 let weight = weight.as_ref().map_or_else(ones, |weight| weight.val());
                 let bias = bias.as_ref().map(|bias| bias.val());
                 layer_norm(x, weight, bias, EPS)
