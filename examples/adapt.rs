@@ -268,7 +268,7 @@ fn run(args: &Args) -> Result<()> {
         match &run.certificate {
             Some(certificate) => println!("{certificate}"),
             None => println!(
-                "{} does not merge into a packed weight: its adapters are kept beside the base (see --merge)",
+                "{} does not merge into a packed weight: its adapters are saved separately from the base (see --merge)",
                 run.method
             ),
         }

@@ -1,5 +1,5 @@
-//! Tunes one quantized model with every method under one budget of trainable parameters, merges, saves
-//! and reloads it, and prints a table.
+//! Fine-tunes one quantized model with each of ten methods under one budget of trainable parameters,
+//! merges, saves and reloads it, and prints a table.
 //!
 //! `cargo run --release --example compare` takes some minutes; `-- --help` lists its options.
 
@@ -26,7 +26,11 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use quant_core::{Format, Quantizer};
 use serde::Serialize;
 
-/// Tune one quantized model with every method under one budget, and compare the models that are kept
+/// Fine-tune one quantized model with each of ten methods under one budget of parameters, and compare
+/// the results
+///
+/// The methods are PEQA with and without zero-points, QA-HiRA, QA-LoRA, QA-BLoRA, LoRA, rsLoRA, DoRA,
+/// QLoRA and Q-BaRA; VeRA and Bayesian-LoRA are left out.
 #[derive(Parser)]
 #[command(version)]
 struct Args {

@@ -21,7 +21,7 @@ use examples::texts::{self, evaluation_batch, fit_config};
 use examples::{progress, table};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
 use models::{CheckpointFormat, Model, Pretrained};
-use peft::{Adapters, Batch, FitConfig, Lora, Method, PerLayer, Recipe};
+use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
 
 /// Initialize LoRA adapters so that they compensate the quantization error
@@ -88,16 +88,20 @@ impl Args {
         lora.with_alpha(self.tune.alpha())
     }
 
-    /// The learning rate of the tuning. By default a fifth of LoRA's: the factors do not start at zero, and
-    /// large steps would lose what they start with.
+    /// The learning rate of the tuning. By default 1e-3 at the width of the embedded models, and the 3e-4 of
+    /// `loftq::presets` at 4096.
     fn learning_rate(&self, model: &Model) -> f64 {
-        self.tune.lr.unwrap_or_else(|| lora_rate(model) / 5.0)
+        let rate = self.tune.lr;
+        rate.unwrap_or_else(|| 1e-3 * narrower(model).powf(1.0 / 3.0))
     }
 }
 
-/// The learning rate of LoRA on this model.
-fn lora_rate(model: &Model) -> f64 {
-    Lora::new(1).learning_rate(model.config().hidden_size())
+/// The width of the embedded models in widths of this one, at most 1.
+///
+/// Default rates are those of the embedded models times a power of it, which is chosen so that the rate
+/// at width 4096 is about the published one.
+fn narrower(model: &Model) -> f64 {
+    (128.0 / model.config().hidden_size() as f64).min(1.0)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -138,19 +142,24 @@ impl Name {
     }
 
     fn method(self, lora: Lora, model: &Model) -> Box<dyn Initialization<Model>> {
-        // Ranges learn twice as fast as published: there are few calibration windows.
-        let (of_ranges, rate) = (1e-2, lora_rate(model));
+        // Ranges learn twice as fast as published: there are few calibration windows. The published rate
+        // of the factors is 5e-4.
+        let (of_ranges, narrower) = (1e-2, narrower(model));
+        let of_factors = 5e-3 * narrower.powf(2.0 / 3.0);
         match self {
             Self::Qlora => Box::new(lora),
             Self::Loftq => Box::new(Loftq::new(lora)),
             Self::Pissa => Box::new(Pissa::new(lora)),
             Self::LqLora => Box::new(lq_lora(lora)),
             Self::Qera | Self::Cloq => Box::new(Qera::new(lora)),
-            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(of_ranges, rate)),
-            Self::ApiqBlock => Box::new(ApiqBlock::new(lora).with_learning_rates(of_ranges, rate)),
+            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(of_ranges, of_factors)),
+            Self::ApiqBlock => {
+                Box::new(ApiqBlock::new(lora).with_learning_rates(of_ranges, of_factors))
+            }
             Self::Rilq => {
+                // The published rate is 1e-4.
                 let fit = FitConfig::new()
-                    .with_learning_rate(0.6 * rate)
+                    .with_learning_rate(3e-3 * narrower)
                     .with_steps(Some(40))
                     .with_seed(lora.seed());
                 Box::new(Rilq::new(lora).with_fit(fit))

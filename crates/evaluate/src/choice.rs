@@ -262,9 +262,10 @@ fn softmax(values: &[f64]) -> Vec<f64> {
 /// Encodes a context and its continuation.
 ///
 /// Whitespace at the end of the context moves to the continuation. The context has the tokens of its
-/// own encoding, and the continuation has the tokens of both texts together after as many: if a token
-/// spans the end of the context, the two are not the encoding of both together. A context without tokens
-/// becomes `prefix`, usually `bos`. `encode` adds special tokens as the tokenizer does.
+/// own encoding. The continuation has the tokens of the joint encoding, without as many tokens as the
+/// context has: if a token spans the end of the context, the two are not the encoding of both together.
+/// A context without tokens becomes `prefix`, usually `bos`. `encode` adds special tokens as the
+/// tokenizer does.
 ///
 /// # Errors
 /// Those of `encode` and `prefix`; [`Error::NoContinuation`] if the continuation has no tokens.

@@ -52,7 +52,7 @@ impl Row {
 
 /// Packs examples into rows of `seq_len` tokens by first-fit decreasing.
 ///
-/// An example is never split. Rows are filled up with the token `padding` and shuffled with `seed`.
+/// An example is never split. Rows are padded with the token `padding` and shuffled with `seed`.
 /// There are at most twice as many rows as the tokens would fill, and at most 11/9 of the optimum plus
 /// 6/9 (Dósa 2007).
 ///
@@ -95,8 +95,8 @@ pub fn pack(examples: &[Example], seq_len: usize, padding: u32, seed: u64) -> Re
 
 /// Shuffles examples with `seed` into batches of rows with one example each.
 ///
-/// The rows of a batch are filled up at their ends with the token `padding`, to `seq_len` tokens or, if
-/// it is none, to the longest of them. The last batch may have fewer than `batch_size` rows.
+/// The rows of a batch are padded at their ends with the token `padding`, to `seq_len` tokens or, if it
+/// is none, to the longest of them. The last batch may have fewer than `batch_size` rows.
 ///
 /// # Errors
 /// [`Error::LongExample`] if an example is longer than `seq_len`.

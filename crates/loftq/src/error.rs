@@ -17,7 +17,7 @@ pub enum Error {
     },
     /// A format without a range to learn.
     #[error(
-        "ApiQ learns the range of a uniform grid, which {format} does not have (layer `{path}`); quantize with `Rtn` or `Optq` in groups of inputs as they come"
+        "ApiQ learns the range of a uniform grid, which {format} does not have (layer `{path}`); quantize with `Rtn` or `Optq` with groups of consecutive inputs"
     )]
     NoRange {
         /// The layer.

@@ -36,7 +36,7 @@ impl<'a> Layer<'a> {
         Ok(gram)
     }
 
-    /// `weight`, of the layer's size, quantized, and its values after that.
+    /// Quantizes a weight of the layer's size. Returns it packed and dequantized.
     pub(crate) fn quantize(
         &self,
         weight: Tensor<2>,

@@ -69,8 +69,8 @@ impl LowRank {
 }
 
 impl Truncation {
-    /// Cuts `matrix`, `[m, n]`, down to a rank; `None` if it is not finite. `start` are the directions of
-    /// a similar matrix to start from.
+    /// The best approximation of `matrix`, `[m, n]`, of a rank; `None` if it is not finite. `start` are
+    /// the directions of a similar matrix to start from.
     ///
     /// # Examples
     /// ```

@@ -217,7 +217,7 @@ impl<B: DecoderBlock, S: Source> Parts<'_, B, S> {
     /// All norms.
     ///
     /// # Panics
-    /// If the block has not `N`.
+    /// If the number of norms is not `N`.
     pub(crate) fn norms<const N: usize>(&mut self) -> Result<[Norm; N], S::Error> {
         let kind = self.config.shape().norm;
         let norms = B::norm_lens(self.config).into_iter().map(|(name, len)| {
@@ -231,7 +231,7 @@ impl<B: DecoderBlock, S: Source> Parts<'_, B, S> {
     /// All projections.
     ///
     /// # Panics
-    /// If the block has not `N`.
+    /// If the number of projections is not `N`.
     pub(crate) fn linears<const N: usize>(&mut self) -> Result<[Linear; N], S::Error> {
         let linears = B::projections(self.config).into_iter().map(|projection| {
             let path = format!("{}.{}", self.path, projection.name);

@@ -1,4 +1,4 @@
-//! The architectures: one line of each list is one of them.
+//! The list of architectures. A new one adds a line to each list of this file.
 
 use std::ops::Range;
 use std::path::Path;

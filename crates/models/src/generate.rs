@@ -13,8 +13,8 @@ use crate::{GenerationError, Model, Result};
 
 /// The KV cache of a [`Model`], made by [`Model::cache`].
 ///
-/// Its memory is allocated for twice the tokens each time it is full; in between, a token is written in
-/// place and nothing is copied.
+/// When the cache is full, its capacity doubles. Between reallocations tokens are written in place,
+/// without a copy.
 #[derive(Clone, Debug)]
 pub struct Cache {
     blocks: Vec<KvCache>,
@@ -167,15 +167,15 @@ impl Generation {
         self
     }
 
-    /// Adds tokens that end the text. The token that ends it is part of the result.
+    /// Sets the tokens that end the text, none by default. The token that ends it is part of the result.
     pub fn with_stop(mut self, stop: impl IntoIterator<Item = u32>) -> Self {
-        self.stop.extend(stop);
+        self.stop = stop.into_iter().collect();
         self
     }
 
-    /// Whether a token ends the text.
-    pub(crate) fn stops_at(&self, token: u32) -> bool {
-        self.stop.contains(&token)
+    /// The tokens that end the text.
+    pub(crate) fn stop(&self) -> &[u32] {
+        &self.stop
     }
 
     /// Checks the settings.
@@ -305,7 +305,7 @@ pub fn generate(
         }
         let token = settings.next(logits, &mut rng);
         new.push(token);
-        if on_token(token).is_break() || settings.stops_at(token) {
+        if on_token(token).is_break() || settings.stop.contains(&token) {
             break;
         }
         read = tokens(&[token]);
@@ -385,6 +385,12 @@ mod tests {
         let greedy = Generation::new(1);
         assert_eq!(greedy.next(&logits(), &mut rng), 1);
         assert_eq!(greedy.next(&[3.0, 3.0], &mut rng), 0);
+    }
+
+    #[test]
+    fn the_last_stop_tokens_hold() {
+        let settings = Generation::new(1).with_stop([1, 2]).with_stop([3]);
+        assert_eq!(settings.stop(), [3]);
     }
 
     #[test]

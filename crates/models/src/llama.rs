@@ -174,12 +174,13 @@ impl LlamaConfig {
         if raw.model_type != "llama" {
             for setting in ["num_key_value_heads", "max_position_embeddings"] {
                 if json.get(setting).is_none_or(Value::is_null) {
-                    let problem = "is missing; what it is without it differs between architectures";
+                    let problem =
+                        "is missing, and its default differs between architectures; state it";
                     return Err(refuse(setting, problem.into()));
                 }
             }
             if raw.mlp_bias {
-                let problem = format!("is true, which a {} has not", raw.model_type);
+                let problem = format!("is true, but {} has no biases in its MLP", raw.model_type);
                 return Err(refuse("mlp_bias", problem));
             }
         }

@@ -182,8 +182,8 @@ impl Pretrained {
         settings: &Generation,
         mut on_text: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Continuation> {
-        let stop = self.stop_tokens().iter().copied();
-        let settings = settings.clone().with_stop(stop);
+        let stop = settings.stop().iter().chain(self.stop_tokens());
+        let settings = settings.clone().with_stop(stop.copied());
         let mut stream = self.tokenizer()?.stream();
         if let Some(&last) = prompt.last() {
             // The text of the next token may depend on it, such as a space before a word.
@@ -191,7 +191,7 @@ impl Pretrained {
         }
         let (mut text, mut failed) = (String::new(), None);
         let tokens = generate(&self.model, prompt, &settings, |token| {
-            if settings.stops_at(token) {
+            if settings.stop().contains(&token) {
                 return ControlFlow::Break(());
             }
             match stream.push(token) {

@@ -14,8 +14,8 @@ use crate::{Model, Result};
 /// it they report the error of each layer's output too.
 ///
 /// Before the first layer is changed, every layer is checked to be dense, without an adapter and of a
-/// size that its format fits. Values that a quantizer refuses are met when their layer is reached; the
-/// layers before it are packed by then.
+/// size that its format fits. A quantizer may still refuse the values of a layer; the layers before it
+/// are then packed already.
 ///
 /// # Errors
 /// [`peft::Error::Quant`] with the layer that its quantizer refuses, an error for a layer that is

@@ -122,7 +122,7 @@ pub struct TextStream<'a> {
 }
 
 impl TextStream<'_> {
-    /// Decodes one more token, to an empty text while a character is incomplete.
+    /// Decodes one more token. Returns an empty string while a character is incomplete.
     ///
     /// # Errors
     /// [`TextError::Tokenizer`] if the token is unknown.

@@ -153,7 +153,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
         println!("{certificate}");
 
-        // The certificate knows the merged model from any other.
+        // The certificate accepts the merged model and refuses the base.
         let mut again = base.clone();
         peft::activate(&mut again, &adapters)?;
         peft::merge_with(&mut again, off_grid)?;

@@ -12,6 +12,11 @@ use models::{Generation, Pretrained, generate, load, quantize_head};
 use peft::{Batch, CausalLm};
 use quant_core::Rtn;
 
+#[path = "../../../models/tests/fixtures/word_level.rs"]
+mod word_level;
+
+use word_level::write_tokenizer;
+
 const PROBE: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
 
 /// A LLaMA and an OPT of transformers, with a tokenizer of words.
@@ -22,14 +27,7 @@ fn models() -> Vec<(tempfile::TempDir, Pretrained)> {
         for file in ["config.json", "model.safetensors"] {
             std::fs::copy(golden.join(name).join(file), dir.path().join(file)).unwrap();
         }
-        let words: Vec<String> = (0..16).map(|id| format!("\"w{id}\":{id}")).collect();
-        let json = format!(
-            r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-            "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-            "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
-            words.join(",")
-        );
-        std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+        write_tokenizer(&dir.path().join("tokenizer.json"), 16);
         let special = r#"{"bos_token": "w1", "eos_token": "w2"}"#;
         std::fs::write(dir.path().join("tokenizer_config.json"), special).unwrap();
         let lm = load(dir.path(), &Device::flex()).unwrap();

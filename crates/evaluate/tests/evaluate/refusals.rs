@@ -14,10 +14,13 @@ fn model(name: &str) -> Model {
     load(golden.join(name), &Device::flex()).unwrap().model
 }
 
-fn opt() -> (Model, usize) {
-    let model = model("opt_350m_style");
-    let max = model.max_positions().unwrap();
-    (model, max)
+/// OPTs with norms before and after, with the number of their positions.
+fn opts() -> [(Model, usize); 2] {
+    ["opt_125m_style", "opt_350m_style"].map(|name| {
+        let model = model(name);
+        let max = model.max_positions().unwrap();
+        (model, max)
+    })
 }
 
 fn batch(tokens: &[i64], n: usize) -> Batch {
@@ -43,10 +46,11 @@ fn assert_all_taken(model: &Model, batch: &Batch) {
 }
 
 #[track_caller]
-fn assert_unknown(error: Option<Error>, expected: i64) {
+fn assert_unknown(error: Option<Error>, expected: i64, n_tokens: usize) {
     let is_named = matches!(
         &error,
-        Some(Error::Peft(peft::Error::Token { token, .. })) if *token == expected
+        Some(Error::Peft(peft::Error::Token { token, vocab_size }))
+            if (*token, *vocab_size) == (expected, n_tokens)
     );
     assert!(is_named, "{expected}: {error:?}");
 }
@@ -62,12 +66,14 @@ fn assert_too_long(error: Option<Error>, found: usize, most: usize) {
 
 #[test]
 fn a_token_that_the_model_lacks_is_refused_by_all() {
-    for model in [model("llama_gqa"), opt().0] {
-        let vocab_size = model.vocab_size() as i64;
+    let opts = opts().map(|(model, _)| model);
+    for model in opts.into_iter().chain([model("llama_gqa")]) {
+        let n_tokens = model.vocab_size();
+        let vocab_size = n_tokens as i64;
         assert_all_taken(&model, &batch(&[1, vocab_size - 1, 0, 3], 2));
         for bad in [vocab_size, -1, i64::from(i32::MAX)] {
             for (_, error) in errors(&model, &batch(&[1, 2, bad, 3], 2)) {
-                assert_unknown(error, bad);
+                assert_unknown(error, bad, n_tokens);
             }
         }
         for bad in [vocab_size as u32, u32::MAX] {
@@ -76,7 +82,7 @@ fn a_token_that_the_model_lacks_is_refused_by_all() {
                 let scored = 1..3;
                 let windows = [ScoredWindow { tokens, scored }];
                 let found = score(&model, &windows, &Device::flex());
-                assert_unknown(found.err(), bad.into());
+                assert_unknown(found.err(), bad.into(), n_tokens);
             }
         }
     }
@@ -84,37 +90,39 @@ fn a_token_that_the_model_lacks_is_refused_by_all() {
 
 #[test]
 fn a_text_beyond_the_positions_of_a_model_is_refused_by_all() {
-    let (model, max) = opt();
-    assert_all_taken(&model, &batch(&vec![1; max], 1));
-    for (_, error) in errors(&model, &batch(&vec![1; max + 1], 1)) {
-        assert_too_long(error, max + 1, max);
+    for (model, max) in opts() {
+        assert_all_taken(&model, &batch(&vec![1; max], 1));
+        for (_, error) in errors(&model, &batch(&vec![1; max + 1], 1)) {
+            assert_too_long(error, max + 1, max);
+        }
+        for (_, error) in errors(&model, &batch(&vec![1; 4 * max], 2)) {
+            assert_too_long(error, 2 * max, max);
+        }
+        // The last token is not read.
+        let score = |n: usize| {
+            let (tokens, scored) = (vec![1; n], 1..n);
+            score(&model, &[ScoredWindow { tokens, scored }], &Device::flex())
+        };
+        assert_eq!(score(max + 1).unwrap()[0].len(), max);
+        assert_too_long(score(max + 2).err(), max + 1, max);
     }
-    for (_, error) in errors(&model, &batch(&vec![1; 4 * max], 2)) {
-        assert_too_long(error, 2 * max, max);
-    }
-    // The last token is not read.
-    let score = |n: usize| {
-        let (tokens, scored) = (vec![1; n], 1..n);
-        score(&model, &[ScoredWindow { tokens, scored }], &Device::flex())
-    };
-    assert_eq!(score(max + 1).unwrap()[0].len(), max);
-    assert_too_long(score(max + 2).err(), max + 1, max);
 }
 
 #[test]
 fn rows_of_several_texts_may_be_longer_than_each_may_be() {
-    let (model, max) = opt();
-    let row = |n_first: usize| {
-        let start = |at| if at < n_first { 0 } else { n_first };
-        let starts: Vec<usize> = (0..max + 4).map(start).collect();
-        batch(&vec![1; max + 4], 1).with_starts(&starts).unwrap()
-    };
-    for n_first in [4, 6, max] {
-        assert_all_taken(&model, &row(n_first));
-    }
-    for n_first in [3, max + 1] {
-        for (_, error) in errors(&model, &row(n_first)) {
-            assert_too_long(error, max + 1, max);
+    for (model, max) in opts() {
+        let row = |n_first: usize| {
+            let start = |at| if at < n_first { 0 } else { n_first };
+            let starts: Vec<usize> = (0..max + 4).map(start).collect();
+            batch(&vec![1; max + 4], 1).with_starts(&starts).unwrap()
+        };
+        for n_first in [4, 6, max] {
+            assert_all_taken(&model, &row(n_first));
+        }
+        for n_first in [3, max + 1] {
+            for (_, error) in errors(&model, &row(n_first)) {
+                assert_too_long(error, max + 1, max);
+            }
         }
     }
 }

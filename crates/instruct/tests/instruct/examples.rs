@@ -6,17 +6,15 @@ use instruct::{Encoded, Error, Limit, Template, TooLong, encode, read_records};
 use models::{SpecialTokens, Tokenizer};
 use tempfile::TempDir;
 
+#[path = "../../../models/tests/fixtures/word_level.rs"]
+mod word_level;
+
+use word_level::write_tokenizer;
+
 /// A directory with a tokenizer of 16 words, none of which is a special token.
 fn directory() -> TempDir {
-    let words: Vec<String> = (0..16).map(|id| format!("\"w{id}\":{id}")).collect();
-    let json = format!(
-        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
-        words.join(",")
-    );
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+    write_tokenizer(&dir.path().join("tokenizer.json"), 16);
     dir
 }
 

@@ -1,5 +1,7 @@
 //! Initializations of whole models.
 
+use std::collections::BTreeSet;
+
 use burn::tensor::{Device, Tensor};
 use loftq::{
     Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq, init,
@@ -261,4 +263,25 @@ fn blocks_may_stay_dense() {
             assert_eq!(linear.adapter().is_some(), paths.contains(&path.as_str()));
         }
     }
+}
+
+/// Readers of reports find these keys.
+#[test]
+fn a_report_has_its_keys() {
+    let layers = init(&mut model(), &Lora::new(3), &rtn(2), &[], |_| {}).unwrap();
+    let json = serde_json::to_value(&layers[0]).unwrap();
+    let keys: BTreeSet<&str> = json
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    let expected = [
+        "path", "format", "rank", "before", "after", "round", "n_bytes", "seconds", "notes",
+    ];
+    assert_eq!(keys, BTreeSet::from(expected));
+    let (before, after) = (&json["before"], &json["after"]);
+    assert_eq!(before["weight"], layers[0].before.weight.relative);
+    assert_eq!(after["weight"], layers[0].report.error.weight.relative);
+    assert!(before["output"].is_null() && after["output"].is_null());
 }

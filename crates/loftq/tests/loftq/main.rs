@@ -9,7 +9,6 @@ mod layers;
 mod llama;
 mod loftq;
 mod lq_lora;
-
 mod qera;
 mod refusals;
 mod truncation;

@@ -40,7 +40,7 @@ use crate::source::HEAD;
 pub(super) const METHOD: &str = "bitsandbytes";
 
 const TYPES: [(&str, Grid); 2] = [("nf4", Grid::NormalFloat), ("fp4", Grid::Float4)];
-/// The number of scales that share an `absmax` of their own, the only one of bitsandbytes' kernels.
+/// The number of scales that share a nested `absmax`. The kernels of bitsandbytes support no other.
 const NESTED_BLOCK: usize = 256;
 const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
@@ -157,8 +157,8 @@ fn type_of(weight: &QuantTensor) -> Result<&'static str, String> {
 ///
 /// A file of blocks of `b` reads back with groups of `gcd(d_in, b)`, so that `b` must give the
 /// weight's group size; and all groups of a block must have one scale. The largest such `b` is the
-/// one that a layer read from a file had: its blocks differ in their scales, or it makes no
-/// difference where they end.
+/// one that a layer read from a file had: its blocks differ in their scales, or all
+/// choices give the same scales.
 fn block_size(weight: &QuantTensor) -> Result<usize, String> {
     let format = weight.format();
     let [d_in, _] = weight.dims();
@@ -233,10 +233,15 @@ fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<(
     Err(tensors.refuse(name, problem))
 }
 
+/// See [`LayerFormat::packed_tensor`], which needs no configuration in this format.
+pub(super) fn packed_tensor(tensors: &Tensors, path: &str) -> Option<String> {
+    let names = TYPES.map(|(name, _)| state_name(path, name));
+    names.into_iter().find(|name| tensors.contains(name))
+}
+
 impl LayerFormat for Bitsandbytes {
     fn packed_tensor(&self, tensors: &Tensors, path: &str) -> Option<String> {
-        let names = TYPES.map(|(name, _)| state_name(path, name));
-        names.into_iter().find(|name| tensors.contains(name))
+        packed_tensor(tensors, path)
     }
 
     fn read(

@@ -10,6 +10,7 @@ use super::exact::{self, Exact};
 use super::format::{LayerFormat, Projections, Refusals, refuse_config};
 use super::gptq::{self, Gptq};
 use super::kind::CheckpointFormat;
+use super::tensors::Tensors;
 use crate::Result;
 
 impl CheckpointFormat {
@@ -48,4 +49,10 @@ impl CheckpointFormat {
             }
         }))
     }
+}
+
+/// The name of a tensor of the layer at `path` in a directory that declares no format, if it is packed.
+pub(super) fn undeclared_tensor(tensors: &Tensors, path: &str) -> Option<String> {
+    // The name of GPTQ is that of `exact` too.
+    gptq::packed_tensor(tensors, path).or_else(|| bitsandbytes::packed_tensor(tensors, path))
 }

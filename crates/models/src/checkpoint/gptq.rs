@@ -297,7 +297,9 @@ impl ConfigFile {
                 }
             };
             if version.is_some_and(|version| version != stated) {
-                let problem = format!("is `{name}`, unlike the checkpoint_format beside it");
+                let problem = format!(
+                    "is `{name}`, but `checkpoint_format` is another; correct one of the two"
+                );
                 return Err(refuse(setting, problem));
             }
             version = Some(stated);
@@ -411,9 +413,14 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
     reasons
 }
 
+/// See [`LayerFormat::packed_tensor`], which needs no configuration in this format.
+pub(super) fn packed_tensor(tensors: &Tensors, path: &str) -> Option<String> {
+    Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
+}
+
 impl LayerFormat for Gptq {
     fn packed_tensor(&self, tensors: &Tensors, path: &str) -> Option<String> {
-        Some(format!("{path}.qweight")).filter(|name| tensors.contains(name))
+        packed_tensor(tensors, path)
     }
 
     fn read(

@@ -58,7 +58,7 @@ pub(super) fn transpose<T: Copy + Default>(values: &[T], [rows, columns]: [usize
 mod tests {
     use super::*;
 
-    /// Words of methods.md §1.6, which GPTQ's packer writes.
+    /// Words that the packer of GPTQ wrote.
     #[test]
     fn words_are_gptqs() {
         let codes: Vec<u8> = (0..8).collect();

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 
 use super::directory::CONFIG;
 use super::format::LayerFormat;
+use super::formats::undeclared_tensor;
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
 use crate::source::weight_name;
@@ -117,7 +118,11 @@ fn planned(
     packed: Option<&dyn LayerFormat>,
     tensors: &mut Tensors,
 ) -> Result<PlannedLayer, String> {
-    if packed.is_some_and(|format| format.packed_tensor(tensors, path).is_some()) {
+    let packed_tensor = match packed {
+        Some(format) => format.packed_tensor(tensors, path),
+        None => undeclared_tensor(tensors, path),
+    };
+    if packed_tensor.is_some() {
         return Err("is quantized already".into());
     }
     let tensor = weight_name(path);

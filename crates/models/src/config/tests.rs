@@ -124,3 +124,15 @@ fn every_parameter_is_the_one_of_its_name() {
         assert_eq!(model.stages().last().unwrap().end, paths.len());
     }
 }
+
+#[test]
+fn every_architecture_has_a_configuration() {
+    for (model_types, _) in READERS {
+        let is_read = |config: &Config| {
+            let json = config.to_json();
+            let model_type = json["model_type"].as_str();
+            model_type.is_some_and(|model_type| model_types.contains(&model_type))
+        };
+        assert!(configs().iter().any(is_read), "none of {model_types:?}");
+    }
+}

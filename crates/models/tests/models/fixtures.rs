@@ -14,6 +14,11 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
 
+#[path = "../fixtures/word_level.rs"]
+mod word_level;
+
+pub(crate) use word_level::write_tokenizer;
+
 /// A configuration of `n` cases, times `PROPTEST_CASES / 256` where that is set.
 pub(crate) fn cases(n: u32) -> ProptestConfig {
     ProptestConfig::with_cases((ProptestConfig::default().cases * n / 256).max(1))
@@ -104,18 +109,6 @@ impl ModuleMapper for Unround {
             values + at.float().sin().reshape(shape) * 0.1
         })
     }
-}
-
-/// Writes a tokenizer of the words `w0`, `w1` and so on.
-pub(crate) fn write_tokenizer(path: &Path, n_words: usize) {
-    let words: Vec<String> = (0..n_words).map(|id| format!("\"w{id}\":{id}")).collect();
-    let json = format!(
-        r#"{{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-        "pre_tokenizer":{{"type":"Whitespace"}},"post_processor":null,"decoder":null,
-        "model":{{"type":"WordLevel","vocab":{{{}}},"unk_token":"w0"}}}}"#,
-        words.join(",")
-    );
-    fs::write(path, json).unwrap();
 }
 
 /// A text of 400 words, among the first 13.

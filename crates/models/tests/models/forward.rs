@@ -10,7 +10,7 @@ use super::fixtures::*;
 use super::quantize::{batches, model, opt_model};
 
 proptest! {
-    #![proptest_config(cases(8))]
+    #![proptest_config(cases(24))]
 
     /// Another token changes no logit before it, and some after it.
     #[test]

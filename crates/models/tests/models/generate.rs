@@ -141,7 +141,7 @@ fn assert_near(found: &[f32], expected: &[f32]) {
 }
 
 proptest! {
-    #![proptest_config(cases(12))]
+    #![proptest_config(cases(32))]
 
     /// Texts cut anywhere, two at a time, into parts of one token and of several.
     #[test]

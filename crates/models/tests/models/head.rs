@@ -12,7 +12,7 @@ use quant_core::{NormalFloat, Optq, Quantizer, Rtn};
 use super::fixtures::*;
 
 proptest! {
-    #![proptest_config(cases(8))]
+    #![proptest_config(cases(24))]
 
     /// A packed head is the one that its quantizer makes of the dense one, logits are products with
     /// it, and tokens are looked up as before.

@@ -1,8 +1,11 @@
 //! The plan of a quantization.
 
+use std::fs;
+
 use models::{CheckpointError, Error, plan, quantize, save};
 use peft::Blocks;
 use quant_core::Rtn;
+use serde_json::Value;
 
 use super::fixtures::*;
 use super::quantize::llama_config;
@@ -45,4 +48,27 @@ fn a_plan_is_what_comes_of_it() {
         "{error}"
     );
     assert_eq!(lm.model.vocab_size(), 48);
+}
+
+#[test]
+fn packed_layers_are_found_without_a_declared_format() {
+    for name in ["llama_gptq_w4_g32_sym", "llama_nf4_dq"] {
+        let dir = tempfile::tempdir().unwrap();
+        let read = |file: &str| fs::read(golden(name).join(file)).unwrap();
+        let mut config: Value = serde_json::from_slice(&read("config.json")).unwrap();
+        let declared = config
+            .as_object_mut()
+            .unwrap()
+            .remove("quantization_config");
+        assert!(declared.is_some());
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let weights = "model.safetensors";
+        fs::write(dir.path().join(weights), read(weights)).unwrap();
+        let error = plan(dir.path(), &Rtn::new()).unwrap_err();
+        let Error::Checkpoint(CheckpointError::Plan { layers }) = &error else {
+            panic!("{error}");
+        };
+        let found = layers.iter().all(|(_, why)| why == "is quantized already");
+        assert!(found, "{error}");
+    }
 }

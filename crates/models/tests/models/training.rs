@@ -10,7 +10,7 @@ use quant_core::{Precision, Rtn};
 use super::fixtures::*;
 
 proptest! {
-    #![proptest_config(cases(8))]
+    #![proptest_config(cases(24))]
 
     /// A step on texts of one row is a step on the same texts in rows of their own, however the tokens
     /// to be learned are chosen.

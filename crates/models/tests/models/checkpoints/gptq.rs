@@ -39,7 +39,10 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         &["`marlin`", "gptq_v2"],
     );
     assert_says(config("format", json!("gptq_p")), &["format is `gptq_p`"]);
-    assert_says(config("format", json!("gptq_v2")), &["unlike"]);
+    assert_says(
+        config("format", json!("gptq_v2")),
+        &["`checkpoint_format` is another"],
+    );
     assert_says(config("bits", json!(5)), &["bits is 5"]);
     assert_says(config("bits", json!("4")), &["cannot be read"]);
     assert_says(config("bits", Value::Null), &["bits is missing"]);

@@ -13,7 +13,7 @@ use super::*;
 use crate::fixtures::{cases, values};
 
 proptest! {
-    #![proptest_config(cases(12))]
+    #![proptest_config(cases(24))]
 
     /// A model is the same through version 1, version 2 and the exact format, in any order.
     #[test]
