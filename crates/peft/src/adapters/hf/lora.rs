@@ -154,7 +154,7 @@ impl LoraConfig {
                 return Err(source.refuse(name, problem));
             }
             (true, [_, name, ..]) => {
-                return Err(source.refuse(name, "is there under two names".into()));
+                return Err(source.refuse(name, "occurs under two names".into()));
             }
         }
         let has_bias = source.tensors.contains(BIAS);
