@@ -55,9 +55,10 @@ pub trait Method {
     /// If the method cannot adapt such a layer.
     fn init(&self, path: &str, linear: &Linear) -> Result<Adapter>;
 
-    /// Fresh adapters for layers of one model, in their order.
+    /// Fresh adapters for layers of one model, one each, in their order.
     ///
-    /// A method whose adapters share tensors implements it.
+    /// A method whose adapters share tensors implements it. A method that wraps another one forwards
+    /// it, as it does [`Method::init`].
     ///
     /// # Errors
     /// As [`Method::init`].

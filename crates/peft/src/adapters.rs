@@ -210,7 +210,7 @@ impl Adapters {
     }
 }
 
-/// The tensors of a directory by their names; those that layers share are there once.
+/// The tensors of a directory by their names; shared tensors occur once.
 fn tensors(layers: &BTreeMap<String, Adapter>) -> BTreeMap<String, LazyTensor<'_>> {
     let each = layers.iter().flat_map(|(path, adapter)| {
         let of_layer = adapter.ops().tensors().into_iter();

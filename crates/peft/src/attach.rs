@@ -19,6 +19,9 @@ pub struct Attached {
 /// [`Error::NoTarget`] if a target matches no layer, [`Error::AlreadyAdapted`] if a layer has an
 /// adapter, and those of [`Method::init`]. The model is then unchanged.
 ///
+/// # Panics
+/// If [`Method::init_all`] returns another number of adapters than there are layers.
+///
 /// # Examples
 ///
 /// ```
@@ -55,8 +58,10 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
     if let Some((path, _)) = layers.iter().find(|(_, linear)| linear.adapter.is_some()) {
         return Err(Error::AlreadyAdapted { path: path.clone() });
     }
+    let fresh = method.init_all(&layers)?;
+    assert_eq!(fresh.len(), layers.len(), "`init_all`: one adapter a layer");
     let mut adapters = BTreeMap::new();
-    for ((path, linear), adapter) in layers.iter().zip(method.init_all(&layers)?) {
+    for ((path, linear), adapter) in layers.iter().zip(fresh) {
         adapter.check(path, linear)?;
         adapters.insert(path.clone(), adapter.bound_to(&linear.weight));
     }

@@ -97,7 +97,7 @@ impl Batch {
     }
 
     /// Cuts the sequences into documents that follow each other. `starts`, `batch * seq`, is the index in
-    /// its sequence at which each token's document begins. The first token of a document is no target.
+    /// its sequence at which each token's document begins. The first token of a document is not a target.
     ///
     /// # Errors
     /// [`Error::Spans`] if `starts` has another length or no document begins there, or if the batch is cut
@@ -125,7 +125,7 @@ impl Batch {
     }
 
     /// Marks padding: `is_text`, `batch * seq`, is the attention mask of other programs, false for padding
-    /// before or after a document. Padding is no target, no other token attends to it, and a calibration
+    /// before or after a document. Padding is not a target, no other token attends to it, and a calibration
     /// leaves it out. Without [`Batch::with_starts`] a sequence has one document.
     ///
     /// # Errors
@@ -261,7 +261,7 @@ impl Batch {
         Some(Tensor::from_data(rows.as_slice(), &self.tokens.device()))
     }
 
-    /// `values`, `[batch, seq - 1]`, of each token after the first, with zeros where it is no target.
+    /// `values`, `[batch, seq - 1]`, of each token after the first, with zeros where it is not a target.
     pub fn of_targets(&self, values: Tensor<2>) -> Tensor<2> {
         let Some(targets) = &self.targets else {
             return values;

@@ -4,8 +4,9 @@ use crate::{Batch, Error, Linears, Result, Spans};
 
 /// A model of tokens: an embedding and blocks one after the other.
 ///
-/// A [`CausalLm`](crate::CausalLm) predicts the next token from the output of the last block, and
-/// [`fit_with`](crate::fit_with) takes any other scalar loss of it. The caller runs the parts, and so decides which activations are kept.
+/// A [`CausalLm`](crate::CausalLm) predicts the next token from the output of the last block.
+/// [`fit_with`](crate::fit_with) trains on any other scalar loss. The parts are called separately, so
+/// that the caller decides which activations are kept.
 pub trait Blocks: Linears {
     /// The positions of a batch's tokens in the form that the embedding and the blocks read, such as
     /// tables of rotary embeddings. `()` for a model that reads none.

@@ -33,7 +33,7 @@ pub trait Stages: Blocks {
 /// The activations of a calibration on their way through a model, stage by stage.
 ///
 /// Between two calls of [`next_stage`](Streams::next_stage) the caller may change the layers of the
-/// stage: the next one reads inputs that come through the layers as they are by then.
+/// stage. The next stage reads inputs computed with the changed layers.
 ///
 /// ```no_run
 /// # use peft::{Batch, Stages, Streams};

@@ -91,7 +91,7 @@ impl Head<'_> {
 }
 
 /// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`; zero for
-/// tokens that are no targets.
+/// tokens that are not targets.
 ///
 /// # Panics
 /// If a token is not in the vocabulary ([`Batch::check`]).

@@ -75,89 +75,94 @@ impl FitConfig {
         }
     }
 
-    /// The learning rate of AdamW, reached at the end of the warm-up; 1e-3 by default.
+    /// Sets the learning rate of AdamW at the end of the warm-up; 1e-3 by default.
     pub fn with_learning_rate(mut self, learning_rate: f64) -> Self {
         self.learning_rate = learning_rate;
         self
     }
 
-    /// Passes over the batches, 1 by default; not used if the steps are given.
+    /// Sets the number of epochs; 1 by default. Ignored if steps are set.
     pub fn with_epochs(mut self, epochs: usize) -> Self {
         self.epochs = epochs;
         self
     }
 
-    /// Optimizer steps. The batches are repeated as often as it takes; by default, there are those of
-    /// the epochs.
+    /// Sets the number of optimizer steps, for which batches are repeated; by default, the epochs
+    /// determine it.
     pub fn with_steps(mut self, steps: impl Into<Option<usize>>) -> Self {
         self.steps = steps.into();
         self
     }
 
-    /// Batches whose gradients make one step, each target weighing the same; 1 by default.
+    /// Sets the number of batches whose gradients make one step; 1 by default.
+    ///
+    /// Each target has the same weight.
     pub fn with_accumulation(mut self, accumulation: usize) -> Self {
         self.accumulation = accumulation;
         self
     }
 
-    /// Steps of linear warm-up of the learning rate; 0 by default.
+    /// Sets the number of steps of linear warm-up; 0 by default.
     pub fn with_warmup_steps(mut self, warmup_steps: usize) -> Self {
         self.warmup_steps = warmup_steps;
         self
     }
 
-    /// The learning rate after the warm-up; [`Schedule::Cosine`] by default.
+    /// Sets the schedule after the warm-up; [`Schedule::Cosine`] by default.
     pub fn with_schedule(mut self, schedule: Schedule) -> Self {
         self.schedule = schedule;
         self
     }
 
-    /// The decoupled weight decay of AdamW; 0 by default.
+    /// Sets the decoupled weight decay of AdamW; 0 by default.
     pub fn with_weight_decay(mut self, weight_decay: f64) -> Self {
         self.weight_decay = weight_decay;
         self
     }
 
-    /// The decay of AdamW's mean of gradients; 0.9 by default.
+    /// Sets the decay of AdamW's mean of gradients; 0.9 by default.
     pub fn with_beta_1(mut self, beta_1: f64) -> Self {
         self.beta_1 = beta_1;
         self
     }
 
-    /// The decay of AdamW's mean of squared gradients; 0.999 by default.
+    /// Sets the decay of AdamW's mean of squared gradients; 0.999 by default.
     pub fn with_beta_2(mut self, beta_2: f64) -> Self {
         self.beta_2 = beta_2;
         self
     }
 
-    /// The term that AdamW adds to the denominator; 1e-8 by default.
+    /// Sets the term that AdamW adds to the denominator; 1e-8 by default.
     pub fn with_epsilon(mut self, epsilon: f64) -> Self {
         self.epsilon = epsilon;
         self
     }
 
-    /// The norm that gradients are clipped to, taken over all parameters together; 1 by default,
-    /// `None` for no clipping.
+    /// Sets the norm of all gradients together above which they are clipped; 1 by default, `None` for
+    /// no clipping.
     pub fn with_max_grad_norm(mut self, max_grad_norm: impl Into<Option<f64>>) -> Self {
         self.max_grad_norm = max_grad_norm.into();
         self
     }
 
-    /// LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the ratio of the learning rate of `B` of LoRA and of
-    /// tiles, DoRA's norms and LoRA's biases to that of the other parameters; 1 by default.
+    /// Sets the ratio of learning rates of LoRA+ (Hayou et al. 2024, arXiv:2402.12354); 1 by default.
+    ///
+    /// It is that of `B` of LoRA and of tiles, DoRA's norms and LoRA's biases to the other parameters.
     pub fn with_lora_plus_ratio(mut self, lora_plus_ratio: f64) -> Self {
         self.lora_plus_ratio = lora_plus_ratio;
         self
     }
 
-    /// The seed of the order of the batches, and of dropout; 0 by default.
+    /// Sets the seed of the order of the batches, and of dropout; 0 by default.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Gradient checkpointing by block: only the input of each block is kept, and the block runs again
-    /// for its gradients. The results are the same, in less memory, for one more forward pass.
+    /// Sets whether gradients are checkpointed by block; false by default.
+    ///
+    /// Only the input of each block is kept, and the block runs again for its gradients. The results are
+    /// the same, in less memory, for one more forward pass.
     pub fn with_checkpoint_blocks(mut self, checkpoint_blocks: bool) -> Self {
         self.checkpoint_blocks = checkpoint_blocks;
         self

@@ -28,7 +28,7 @@ pub struct LayerError {
     /// The distance of the weights; in JSON, the relative one alone.
     #[serde(serialize_with = "relative")]
     pub weight: Distortion,
-    /// The relative error of the output over a calibration, `‖X (W - Ŵ)‖ / ‖X W‖`.
+    /// The relative error of the output over a calibration, `‖X (W - Ŵ)‖ / ‖X W‖`; 0 if `X W` is 0.
     pub output: Option<f64>,
 }
 
@@ -39,12 +39,13 @@ impl LayerError {
     /// If the weights are of different sizes, or the Gram is that of another layer.
     pub fn between(dense: Tensor<2>, found: Tensor<2>, gram: Option<&Gram>) -> Self {
         let output = gram.map(|gram| {
+            let energy = gram.energy(dense.clone());
             let error = gram.energy(found.clone() - dense.clone());
             // Rounding can leave a little less than nothing.
-            if error <= 0.0 {
-                0.0
+            if energy > 0.0 {
+                (error.max(0.0) / energy).sqrt()
             } else {
-                (error / gram.energy(dense.clone())).sqrt()
+                0.0
             }
         });
         let weight = kernels::with_values(dense, |dense| {

@@ -8,13 +8,14 @@
 //!   cancel, and there are as many as the layer has inputs: the rate falls as one over the width. For
 //!   LoRA's `A` this is the Θ(1 / n) of Hayou et al. 2024, arXiv:2402.12354, for the elements of a matrix
 //!   that of Yang et al. 2022, arXiv:2203.03466.
-//! * *Pooled factors* multiply sums of inputs, which are larger than the inputs. The changes of all ranks
-//!   add up, and `α = σ r` is their number times their scale: the rate falls as one over `α` too, above the
-//!   `α` of 4 that it was chosen with.
+//! * *Pooled factors* multiply sums of inputs. The changes of all ranks add up to `r` times `σ`, which is
+//!   `α`: the rate falls as 1 / `α` above 4.
 //! * *Scales* are multiplied by `exp(φ)`: a change of `φ` is relative to the weights, at any width.
-//! * The *vectors* of VeRA multiply sums that are complete.
+//! * The *vectors* of VeRA scale outputs of a product, one factor each, so that their rate does not depend
+//!   on the width.
 //!
-//! The rates at width 128 are those of the two embedded models of the examples. The table compares the
+//! The rates at width 128 are those of the two embedded models of the examples; narrower models have the
+//! same. The table compares the
 //! rates of wider models with published ones:
 //!
 //! | trained | width 128 | width 4096 | published for width 4096 |
@@ -30,9 +31,14 @@
 /// The width of the models that the rates were chosen with.
 const WIDTH: f64 = 128.0;
 
+/// The factor of the rates that fall with the width.
+fn of_width(hidden_size: usize) -> f64 {
+    WIDTH / (hidden_size as f64).max(WIDTH)
+}
+
 /// The rate of the factors of a product of low rank.
 pub(crate) fn of_factors(hidden_size: usize) -> f64 {
-    5e-3 * (WIDTH / hidden_size as f64)
+    5e-3 * of_width(hidden_size)
 }
 
 /// The rate of the factors of a product of low rank with inputs that are summed over pools.
@@ -42,7 +48,7 @@ pub(crate) fn of_pooled_factors(hidden_size: usize, alpha: f32) -> f64 {
 
 /// The rate of the elements of a matrix that is added to the weight.
 pub(crate) fn of_elements(hidden_size: usize) -> f64 {
-    2e-3 * (WIDTH / hidden_size as f64)
+    2e-3 * of_width(hidden_size)
 }
 
 /// The rate of the logarithms of scales.
@@ -70,7 +76,9 @@ mod tests {
             &Tile::q_bara(4),
         ];
         for method in of_factors {
-            assert_eq!(method.learning_rate(128), 5e-3);
+            for narrow in [0, 1, 64, 128] {
+                assert_eq!(method.learning_rate(narrow), 5e-3);
+            }
             assert_eq!(method.learning_rate(512), 1.25e-3);
             assert_eq!(method.learning_rate(4096), 1.5625e-4);
         }
@@ -79,6 +87,7 @@ mod tests {
         let published = Tile::qa_lora(64).with_alpha(16.0);
         assert_eq!(published.learning_rate(4096), 3.90625e-5);
         assert_eq!(Lora::new(16).learning_rate(4096), 1.5625e-4);
+        assert_eq!(Tile::qa_hira().learning_rate(64), 2e-3);
         assert_eq!(Tile::qa_hira().learning_rate(128), 2e-3);
         assert_eq!(Tile::qa_hira().learning_rate(4096), 6.25e-5);
     }

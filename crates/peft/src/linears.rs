@@ -29,8 +29,8 @@ pub trait Linears: Module {
 
 /// Sets how accurate the products with packed weights are, in training and in inference.
 ///
-/// A model from a file has [`Precision::Full`]. Compare a model with what was made from it at one
-/// precision.
+/// A model from a file has [`Precision::Full`]. Compare a model with its quantized or merged version at
+/// the same precision.
 pub fn set_precision<M: Linears>(model: &mut M, precision: Precision) {
     for (_, linear) in model.linears_mut() {
         linear.set_precision(precision);

@@ -220,7 +220,7 @@ impl TaskPack {
 
 /// A packed model and the tasks that it serves, one at a time.
 ///
-/// To activate a task replaces scales and zeros; the codes stay.
+/// Activating a task replaces scales and zeros; the codes stay.
 ///
 /// # Examples
 ///

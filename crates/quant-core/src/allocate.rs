@@ -107,8 +107,8 @@ const TIE_LIMIT: usize = 1 << 18;
 /// choice is one of several optimal ones.
 ///
 /// # Errors
-/// [`AllocationError::BudgetTooSmall`] if no choice fits; the other variants for layers or candidates
-/// that are no valid problem.
+/// [`AllocationError::BudgetTooSmall`] if no choice fits; the other variants for invalid layers or
+/// candidates.
 ///
 /// # Examples
 /// ```

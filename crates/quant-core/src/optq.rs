@@ -90,11 +90,11 @@ impl Optq {
         self
     }
 
-    /// Sets whether groups take their grids when their block begins, as in the reference code.
+    /// Only for orders other than the default: sets whether groups take their grids when their block
+    /// begins, as in the reference code.
     ///
     /// The weights of such a group are not yet updated by the errors of its own block of 128 inputs.
-    /// Has no effect in the order [`Order::Descending`], whose grids are those of the weight before
-    /// it is rounded.
+    /// In the default order, [`Order::Descending`], grids are those of the weight before it is rounded.
     pub fn with_stale_groups(mut self, stale: bool) -> Self {
         self.stale_groups = stale;
         self

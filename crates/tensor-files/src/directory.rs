@@ -85,6 +85,14 @@ pub(crate) fn sync_directory(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The directory of a file.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
 /// The hidden name of a file or directory that is being written.
 pub(crate) fn staging_name(name: &OsStr, attempt: usize) -> String {
     format!(

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::directory::{staging_name, sync_directory};
+use crate::directory::{parent, staging_name, sync_directory};
 use crate::error::{io, refuse};
 use crate::{Error, Result};
 
@@ -55,7 +55,7 @@ pub fn is_there(path: &Path) -> bool {
 /// Reads a file that is held in memory whole.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is no regular file, larger than a
+/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is not a regular file, larger than a
 /// configuration or a tokenizer can be, or a Git-LFS pointer, a web page or the like in place of it.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     const MAX: u64 = 1 << 30;
@@ -85,7 +85,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// Checks the version of the format that the file at `path` states.
 ///
 /// # Errors
-/// [`Error::File`] if it is another one than that which is read.
+/// [`Error::File`] if the version is not supported.
 pub fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
     if read == found {
         return Ok(());
@@ -123,8 +123,5 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
         let _ = fs::remove_file(&staging);
         return Err(io(path, source));
     }
-    match path.parent() {
-        Some(parent) if parent != Path::new("") => sync_directory(parent),
-        _ => sync_directory(Path::new(".")),
-    }
+    sync_directory(parent(path))
 }

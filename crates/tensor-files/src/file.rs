@@ -29,7 +29,7 @@ impl TensorFile {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read; [`Error::File`] if it is truncated, too long, or no
+    /// [`Error::Io`] if it cannot be read; [`Error::File`] if it is truncated, too long, or not a
     /// safetensors file at all.
     pub fn open(path: &Path) -> Result<Self> {
         let refuse = |problem: String| refuse(path, problem);
@@ -44,13 +44,13 @@ impl TensorFile {
         }
         let Some((start, _)) = start.split_first_chunk::<8>() else {
             return Err(refuse(format!(
-                "{n_bytes} bytes are no safetensors file; fetch it again"
+                "{n_bytes} bytes are not a safetensors file; fetch it again"
             )));
         };
         let n_header = u64::from_le_bytes(*start);
         if n_header.checked_add(8).is_none_or(|end| end > n_bytes) {
             return Err(refuse(format!(
-                "claims a header of {n_header} bytes in a file of {n_bytes}: truncated, or no safetensors file"
+                "claims a header of {n_header} bytes in a file of {n_bytes}: truncated, or not a safetensors file"
             )));
         }
         if n_header > MAX_HEADER {
@@ -66,7 +66,7 @@ impl TensorFile {
             return Err(refuse("its header does not begin with `{`".into()));
         }
         let Header(metadata) = serde_json::from_slice(&header)
-            .map_err(|error| refuse(format!("its header is no safetensors header: {error}")))?;
+            .map_err(|error| refuse(format!("its header is not a safetensors header: {error}")))?;
         let data_start = 8 + n_header;
         let claimed = data_start.checked_add(metadata.data_len() as u64);
         if claimed != Some(n_bytes) {
@@ -219,7 +219,7 @@ impl<'de> Deserialize<'de> for Header {
                 let mut metadata = None;
                 while let Some(name) = map.next_key::<String>()? {
                     if !names.insert(name.clone()) {
-                        return Err(A::Error::custom(format!("`{name}` is there twice")));
+                        return Err(A::Error::custom(format!("`{name}` occurs twice")));
                     }
                     match name.as_str() {
                         "__metadata__" => metadata = map.next_value()?,

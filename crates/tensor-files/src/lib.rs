@@ -1,4 +1,6 @@
-//! Safetensors files, JSON files and directories, read with checks and written atomically.
+//! Safetensors files, JSON files and directories, read with checks.
+//!
+//! Directories and JSON files are written atomically.
 //!
 //! | item | use |
 //! |---|---|

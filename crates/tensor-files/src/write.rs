@@ -1,15 +1,15 @@
 use std::borrow::Cow;
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, View};
 
-use crate::Result;
-use crate::directory::staging_name;
+use crate::directory::parent;
 use crate::error::{io as io_error, refuse};
+use crate::{Error, Result};
 
 /// A tensor to be written, whose values are computed once, when it is written.
 pub struct LazyTensor<'a> {
@@ -130,41 +130,64 @@ impl FloatType {
 
 /// Writes a safetensors file, one tensor in memory at a time.
 ///
-/// The header comes first in the file, and tensors in the order of their types. Floats whose type
-/// depends on their values are therefore computed first and kept in a hidden file beside it until
-/// their turn comes.
+/// Tensors are ordered by type, and the header states all types. Floats whose type depends on their
+/// values are therefore computed first and kept in a temporary file. Those floats take their size on
+/// the disk twice while the file is written.
+///
+/// An existing file is lost on an error; [`write_directory`](crate::write_directory) publishes
+/// atomically.
 ///
 /// # Errors
-/// [`Error::File`](crate::Error::File) or [`Error::Io`](crate::Error::Io) if it cannot be written.
+/// [`Error::Tensor`] if a tensor has another number of values than its shape takes, [`Error::File`]
+/// or [`Error::Io`] if the file cannot be written. No file is left then.
 pub fn write_tensors<'a>(
     path: &Path,
     tensors: impl IntoIterator<Item = (String, LazyTensor<'a>)>,
 ) -> Result<()> {
-    // It goes through a temporary file, which none but its owner may read; others may read this one
-    // as they may any new file.
+    // safetensors replaces the file by a temporary one, which only its owner may read; others may
+    // read this one as they may any new file.
     let permissions = File::create(path).and_then(|file| file.metadata());
     let permissions = permissions
         .map_err(|source| io_error(path, source))?
         .permissions();
-    let mut kept = Kept::new(path);
+    let written = write(path, tensors).and_then(|()| {
+        let set = fs::set_permissions(path, permissions);
+        set.map_err(|source| io_error(path, source))
+    });
+    if written.is_err() {
+        // What failed is already the error.
+        let _ = fs::remove_file(path);
+    }
+    written
+}
+
+fn write<'a>(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, LazyTensor<'a>)>,
+) -> Result<()> {
+    let mut kept = Kept::default();
     let mut typed = Vec::new();
     for (name, LazyTensor { shape, values }) in tensors {
         let (dtype, bytes) = match values {
             Values::Bytes(dtype, bytes) => (dtype, Bytes::Made(Cell::new(Some(bytes)))),
             Values::Shortest(values) => {
                 let values = values();
-                let float = FloatType::shortest(&values);
-                let bytes = float.to_bytes(&values);
-                let start = kept.append(&bytes);
-                let start = start.map_err(|source| io_error(&kept.path, source))?;
-                (float.dtype(), Bytes::Kept(start))
+                let dtype = FloatType::shortest(&values);
+                let bytes = dtype.to_bytes(&values);
+                let dtype = dtype.dtype();
+                check_len(path, &name, &bytes, n_bytes(&shape, dtype))?;
+                let start = kept.append(path, &bytes);
+                let start = start.map_err(|source| io_error(path, source))?;
+                (dtype, Bytes::Kept(start))
             }
         };
         typed.push((name, dtype, shape, bytes));
     }
-    let failed = Cell::new(None);
+    let failed = OnceCell::new();
     let views = typed.into_iter().map(|(name, dtype, shape, bytes)| {
         let view = Typed {
+            path,
+            name: name.clone(),
             dtype,
             shape,
             bytes,
@@ -177,42 +200,40 @@ pub fn write_tensors<'a>(
     let metadata = [("format".to_string(), "pt".to_string())].into();
     safetensors::serialize_to_file(views, Some(metadata), path)
         .map_err(|error| refuse(path, error.to_string()))?;
-    if let Some(source) = failed.take() {
-        return Err(io_error(&kept.path, source));
-    }
-    fs::set_permissions(path, permissions).map_err(|source| io_error(path, source))
+    failed.into_inner().map_or(Ok(()), Err)
 }
 
-/// Tensors whose type is known, in a file that is removed in the end.
+fn n_bytes(shape: &[usize], dtype: Dtype) -> usize {
+    shape.iter().product::<usize>() * dtype.bitsize() / 8
+}
+
+fn check_len(path: &Path, tensor: &str, bytes: &[u8], expected: usize) -> Result<()> {
+    if bytes.len() == expected {
+        return Ok(());
+    }
+    Err(Error::Tensor {
+        path: path.into(),
+        tensor: tensor.into(),
+        problem: format!(
+            "has {} bytes of values, but its shape takes {expected}",
+            bytes.len()
+        ),
+    })
+}
+
+/// Tensors whose type is known, in a temporary file without a name.
+#[derive(Default)]
 struct Kept {
-    path: PathBuf,
     file: Option<File>,
     n_bytes: u64,
 }
 
 impl Kept {
-    fn new(path: &Path) -> Self {
-        let name = path.file_name().unwrap_or_default();
-        Self {
-            path: path.with_file_name(staging_name(name, 1)),
-            file: None,
-            n_bytes: 0,
-        }
-    }
-
-    /// Appends a tensor, and returns where it starts.
-    fn append(&mut self, bytes: &[u8]) -> io::Result<u64> {
+    /// Appends a tensor of the file at `path`, and returns where it starts.
+    fn append(&mut self, path: &Path, bytes: &[u8]) -> io::Result<u64> {
         let file = match &mut self.file {
             Some(file) => file,
-            none => {
-                let new = File::options()
-                    .read(true)
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .open(&self.path)?;
-                none.insert(new)
-            }
+            none => none.insert(tempfile::tempfile_in(parent(path))?),
         };
         file.write_all(bytes)?;
         let start = self.n_bytes;
@@ -230,28 +251,38 @@ impl Kept {
     }
 }
 
-impl Drop for Kept {
-    fn drop(&mut self) {
-        if self.file.is_some() {
-            // A leftover is hidden and harmless.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
 /// A tensor whose type is known.
 struct Typed<'a> {
+    path: &'a Path,
+    name: String,
     dtype: Dtype,
     shape: Vec<usize>,
     bytes: Bytes<'a>,
     kept: &'a Kept,
-    failed: &'a Cell<Option<io::Error>>,
+    /// The first error of all tensors.
+    failed: &'a OnceCell<Error>,
 }
 
 enum Bytes<'a> {
     Made(Cell<Option<Compute<'a, u8>>>),
     /// From this byte of [`Kept`] on.
     Kept(u64),
+}
+
+impl Typed<'_> {
+    fn bytes(&self) -> Result<Vec<u8>> {
+        match &self.bytes {
+            Bytes::Made(bytes) => {
+                let bytes = bytes.take().map(|bytes| bytes()).unwrap_or_default();
+                check_len(self.path, &self.name, &bytes, self.data_len())?;
+                Ok(bytes)
+            }
+            Bytes::Kept(start) => {
+                let bytes = self.kept.read(*start, self.data_len());
+                bytes.map_err(|source| io_error(self.path, source))
+            }
+        }
+    }
 }
 
 impl View for Typed<'_> {
@@ -263,23 +294,21 @@ impl View for Typed<'_> {
         &self.shape
     }
 
-    /// It is asked for once.
+    /// safetensors calls this once per tensor.
     fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = match &self.bytes {
-            Bytes::Made(bytes) => bytes.take().map(|bytes| bytes()).unwrap_or_default(),
-            Bytes::Kept(start) => {
-                let bytes = self.kept.read(*start, self.data_len());
-                bytes.unwrap_or_else(|error| {
-                    self.failed.set(Some(error));
-                    vec![0; self.data_len()]
-                })
-            }
-        };
+        if self.failed.get().is_some() {
+            return Cow::default();
+        }
+        let bytes = self.bytes().unwrap_or_else(|error| {
+            // The file is removed in the end: it may be incomplete.
+            self.failed.get_or_init(|| error);
+            Vec::new()
+        });
         bytes.into()
     }
 
     fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+        n_bytes(&self.shape, self.dtype)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The use that a product makes of its sums.
+//! The consumer of a product's sums.
 
 use std::arch::x86_64::__m512;
 use std::ops::Range;

@@ -89,15 +89,13 @@ pub(crate) struct HfLayer<'a> {
 pub(crate) fn hf_factor<'a>(factor: Tensor<2>) -> LazyTensor<'a> {
     let [d_in, d_out] = factor.dims();
     LazyTensor::floats_as(FloatType::F32, [d_out, d_in], move || {
-        floats(factor.clone().transpose())
+        floats(factor.transpose())
     })
 }
 
 /// A vector in `f32`.
 pub(super) fn hf_vector<'a>(vector: Tensor<1>) -> LazyTensor<'a> {
-    LazyTensor::floats_as(FloatType::F32, vector.dims(), move || {
-        floats(vector.clone())
-    })
+    LazyTensor::floats_as(FloatType::F32, vector.dims(), move || floats(vector))
 }
 
 /// A whole number without a point, as Python writes it, and `f32` in its own digits.

@@ -28,6 +28,12 @@ use tensor_files::LazyTensor;
 #[cfg(test)]
 mod tests;
 
+/// The names of a layer's tensors in PEFT's files.
+pub(crate) const HF_A: &str = "lora_A.weight";
+pub(crate) const HF_B: &str = "lora_B.weight";
+pub(crate) const HF_BIAS: &str = "base_layer.bias";
+pub(crate) const HF_MAGNITUDE: &str = "lora_magnitude_vector";
+
 /// Trains a matrix of low rank beside each layer's weight, dense or packed.
 ///
 /// It merges into a dense weight within a bound that the certificate states. The sum with a packed
@@ -474,12 +480,10 @@ impl AdapterOps for LoraAdapter {
             [self.a(), self.b()],
         );
         if let Some(magnitude) = self.magnitude() {
-            layer
-                .tensors
-                .push(("lora_magnitude_vector", hf_vector(magnitude)));
+            layer.tensors.push((HF_MAGNITUDE, hf_vector(magnitude)));
         }
         if let Some(bias) = self.bias() {
-            layer.tensors.push(("base_layer.bias", hf_vector(bias)));
+            layer.tensors.push((HF_BIAS, hf_vector(bias)));
             layer.any.push(("bias", json!("lora_only")));
         }
         Ok(layer)
@@ -506,10 +510,7 @@ pub(super) fn hf_layer<'a>(
         alpha,
         settings: switches.into_iter().chain(numbers).collect(),
         any: Vec::new(),
-        tensors: vec![
-            ("lora_A.weight", hf_factor(a)),
-            ("lora_B.weight", hf_factor(b)),
-        ],
+        tensors: vec![(HF_A, hf_factor(a)), (HF_B, hf_factor(b))],
         shared: Vec::new(),
     }
 }

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::{Exactness, Result, Weight};
 use tensor_files::{LazyTensor, TensorFile};
 
-/// The random numbers of a layer, whatever other layers there are.
+/// The random number generator of a layer, independent of other layers.
 pub(super) fn layer_rng(seed: u64, path: &str) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(Sha256::digest(format!("{seed} {path}")).into())
 }

@@ -439,8 +439,31 @@ mod tests {
         for (adapter, linear) in adapters.iter().zip([&wide, &tall]) {
             adapter.check("up", linear).unwrap();
         }
+        for adapter in &adapters {
+            let Adapter::Vera(vera) = adapter else {
+                panic!("{adapter:?}");
+            };
+            assert_eq!(floats(vera.d()), [0.1; 5]);
+            assert!(floats(vera.b()).iter().all(|&b| b == 0.0));
+        }
         // There is no room for a layer that is larger.
         let error = adapters[0].check("up", &linear([8, 9])).unwrap_err();
         assert!(matches!(error, crate::Error::Shape { .. }), "{error}");
+
+        let vera = Vera::new(5).with_d_initial(0.25).init("up", &wide).unwrap();
+        let Adapter::Vera(vera) = vera else {
+            panic!("{vera:?}");
+        };
+        assert_eq!(floats(vera.d()), [0.25; 5]);
+    }
+
+    #[test]
+    fn factors_are_uniform_by_kaimings_rule() {
+        let factors = Vera::new(10).factors([40, 30], &Device::flex());
+        for (factor, fan_in) in factors.into_iter().zip([40f32, 10.0]) {
+            let bound = (6.0 / fan_in).sqrt();
+            let most = factor.tensor.abs().max().into_scalar::<f32>();
+            assert!(0.9 * bound < most && most <= bound, "{most} {bound}");
+        }
     }
 }

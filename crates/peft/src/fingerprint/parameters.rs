@@ -8,9 +8,10 @@ use crate::Linears;
 impl Fingerprint {
     /// The fingerprint of a model, from one pass over its parameters.
     ///
-    /// All of them count but those of the adapters of the layers that [`Linears::linears_mut`] lists.
+    /// Covers all parameters except those of adapters on layers that [`Linears::linears_mut`] lists.
+    /// Adapters on other layers are hashed by their parameters only, without their settings.
     pub fn of(model: &impl Linears) -> Self {
-        // Nothing is skipped by its name or its identity: what is no part of the base is taken off.
+        // Adapters are removed from a clone: neither names nor ids decide what is hashed.
         let mut base = model.clone();
         for (_, linear) in base.linears_mut() {
             linear.adapter = None;
@@ -70,7 +71,7 @@ impl ModuleVisitor for Parameters {
     }
 
     fn enter_module(&mut self, name: &str, container: &str) {
-        // The name of an enum's variant is no part of a path.
+        // The name of an enum's variant is not a part of a path.
         if !is_enum(container) {
             self.path.push(name.into());
         }

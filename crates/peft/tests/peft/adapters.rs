@@ -206,26 +206,3 @@ fn damaged_lora_files_are_refused() {
     }
     assert!(fit([WIDTH, HIDDEN]).is_ok());
 }
-
-#[test]
-fn a_failed_write_leaves_nothing_behind() {
-    let dir = tempfile::tempdir().unwrap();
-    let target = dir.path().join("new");
-    let error = tensor_files::write_directory(&target, |staging| {
-        std::fs::write(staging.join("half"), "written").unwrap();
-        Err(Error::NoBatches)
-    });
-    assert!(matches!(error, Err(Error::NoBatches)));
-    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-    // An empty directory may be filled, a file may not be replaced.
-    std::fs::create_dir(&target).unwrap();
-    tensor_files::write_directory(&target, |_| Ok::<(), Error>(())).unwrap();
-    let file = dir.path().join("file");
-    std::fs::write(&file, "something else").unwrap();
-    let error = tensor_files::write_directory(&file, |_| Ok(()));
-    assert!(matches!(
-        error,
-        Err(Error::File(tensor_files::Error::OutputExists { .. }))
-    ));
-    assert_eq!(std::fs::read_to_string(&file).unwrap(), "something else");
-}

@@ -47,7 +47,7 @@ fn model() -> Bottlenecked {
     }
 }
 
-/// What a field is called does not take it out of the proof.
+/// A field named `adapter` is hashed like any other.
 #[test]
 fn weights_below_a_field_called_adapter_are_certified() {
     for quantized in [false, true] {

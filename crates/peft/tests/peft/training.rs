@@ -1,8 +1,8 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use peft::{
-    Adapter, Batch, Bayesian, Error, Fingerprint, FitConfig, Linear, Linears, Lora, Schedule,
-    Targets, Tile, Weight, fit, token_nll,
+    Adapter, Batch, Bayesian, Error, Fingerprint, FitConfig, Linear, Linears, Lora, Method,
+    Schedule, Targets, Tile, Vera, Weight, fit, token_nll,
 };
 use proptest::prelude::*;
 use quant_core::Rtn;
@@ -257,10 +257,15 @@ fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
 /// Dropout changes the trained parameters by its seed alone, and no output after training.
 #[test]
 fn dropout_follows_its_seed() {
-    let run = |probability, seed, checkpoint_blocks| {
+    type WithDropout = fn(f32) -> Box<dyn Method>;
+    let methods: [WithDropout; 3] = [
+        |probability| Box::new(Tile::qa_lora(2).with_dropout(probability)),
+        |probability| Box::new(Lora::new(2).with_dropout(probability)),
+        |probability| Box::new(Vera::new(8).with_dropout(probability)),
+    ];
+    let run = |method: WithDropout, probability, seed, checkpoint_blocks| {
         let mut model = quantized(3, &Rtn::new().with_group_size(32));
-        let tile = Tile::qa_lora(2).with_dropout(probability);
-        peft::attach(&mut model, &tile).unwrap();
+        peft::attach(&mut model, &*method(probability)).unwrap();
         let batches: Vec<Batch> = (0..3).map(|at| batch(at, [2, 9])).collect();
         let config = FitConfig::new()
             .with_learning_rate(0.02)
@@ -276,7 +281,10 @@ fn dropout_follows_its_seed() {
         assert_eq!(logits(&model), tuned);
         tuned
     };
-    assert_eq!(run(0.5, 1, false), run(0.5, 1, true));
-    assert_ne!(run(0.5, 1, false), run(0.0, 1, false));
-    assert_ne!(run(0.5, 1, false), run(0.5, 2, false));
+    for method in methods {
+        let dropped = run(method, 0.5, 1, false);
+        assert_eq!(dropped, run(method, 0.5, 1, true));
+        assert_ne!(dropped, run(method, 0.0, 1, false));
+        assert_ne!(dropped, run(method, 0.5, 2, false));
+    }
 }

@@ -225,9 +225,9 @@ fn strange_veras_are_refused() {
     assert!(error.to_string().contains("digest"), "{error}");
 }
 
-/// The factors are one pair in memory, and frozen: they count as no parameter.
+/// A file holds the factors once. They are frozen, and are not counted as parameters.
 #[test]
-fn vera_shares_its_factors() {
+fn vera_stores_its_factors_once() {
     let mut model = base();
     let base = peft::Fingerprint::of(&model);
     let attached = peft::attach(&mut model, &Vera::new(256)).unwrap();

@@ -3,10 +3,9 @@ use serde::{Deserialize, Serialize};
 /// The order in which the inputs of a weight are rounded.
 ///
 /// Act-order ranks inputs by the mean squares of their activations. The inputs with the largest ones
-/// are rounded first, while all others can still compensate for their errors. In trained models, few
-/// inputs are much larger than the rest: at 3 bits, SmolLM2-135M has a perplexity on WikiText of 48.2
-/// in the order [`Descending`](Self::Descending), of 72.7 in the order [`Natural`](Self::Natural),
-/// and of 73.2 when rounded to nearest.
+/// are rounded first, while all others can still compensate for their errors. Static act-order is
+/// better on trained models, in which few inputs are much larger than the rest; see
+/// `docs/results.md`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {

@@ -73,7 +73,7 @@ fn pickled_weights_are_not_read() {
     let dir = without(WEIGHTS);
     let pickle = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.";
     fs::write(dir.path().join(WEIGHTS), pickle).unwrap();
-    assert_file(&refusal(dir.path()), WEIGHTS, "no safetensors file");
+    assert_file(&refusal(dir.path()), WEIGHTS, "not a safetensors file");
 }
 
 /// The error after a change to two shards and their index.

@@ -65,15 +65,15 @@ fn a_header_that_is_no_object_of_json_is_refused() {
         (fine[..fine.len() - 1].into(), "EOF"),
         // As deep as a parser that calls itself does not go.
         (deep.clone(), "does not begin with `{`"),
-        (format!("{{\"a\":{deep}"), "no safetensors header"),
+        (format!("{{\"a\":{deep}"), "not a safetensors header"),
         (format!("{{\"a\":{{\"b\":{deep}"), "EOF"),
         (
             format!("{{\"a\":{{\"dtype\":\"U8\",\"shape\":{deep}"),
-            "no safetensors header",
+            "not a safetensors header",
         ),
         (
             format!("{{\"__metadata__\":{deep}"),
-            "no safetensors header",
+            "not a safetensors header",
         ),
         ("{\"__metadata__\":{\"a\":1}}".into(), "invalid type"),
     ] {
@@ -88,11 +88,11 @@ fn a_name_that_comes_twice_is_refused() {
     // The same name in other letters.
     let escaped = second.replace("\"a\"", "\"\\u0061\"");
     for other in [first.clone(), second, escaped] {
-        assert_refused(&header(&[first.clone(), other]), "`a` is there twice");
+        assert_refused(&header(&[first.clone(), other]), "`a` occurs twice");
     }
     let metadata = |value: &str| format!("\"__metadata__\":{{\"a\":\"{value}\"}}");
     let twice = [metadata("b"), entry("a", "[16]", "[0,16]"), metadata("c")];
-    assert_refused(&header(&twice), "`__metadata__` is there twice");
+    assert_refused(&header(&twice), "`__metadata__` occurs twice");
 }
 
 #[test]

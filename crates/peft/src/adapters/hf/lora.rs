@@ -6,16 +6,14 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::adapter::hf::{HfConfig, HfError, HfFormat, HfReader, HfSource, read_config};
+use crate::adapter::lora::{HF_A as A, HF_B as B, HF_BIAS as BIAS, HF_MAGNITUDE};
 use crate::adapter::{LoraSettings, TileSettings};
 use crate::adapters::CONFIG;
 use crate::{Adapter, LoraAdapter, Pooling, Result, TileAdapter, TileMethod};
 use tensor_files::TensorFile;
 
-const A: &str = "lora_A.weight";
-const B: &str = "lora_B.weight";
-const BIAS: &str = "base_layer.bias";
 /// The norms of DoRA: PEFT writes the first name, and reads both.
-const MAGNITUDES: [&str; 2] = ["lora_magnitude_vector", "lora_magnitude_vector.weight"];
+const MAGNITUDES: [&str; 2] = [HF_MAGNITUDE, "lora_magnitude_vector.weight"];
 
 pub(super) const FORMAT: HfFormat = HfFormat {
     peft_type: "LORA",
@@ -154,7 +152,7 @@ impl LoraConfig {
                 return Err(source.refuse(name, problem));
             }
             (true, [_, name, ..]) => {
-                return Err(source.refuse(name, "is there under two names".into()));
+                return Err(source.refuse(name, "occurs under two names".into()));
             }
         }
         let has_bias = source.tensors.contains(BIAS);
