@@ -341,16 +341,13 @@ fn tune(
         Some(_) => texts.probe(&lm.model),
         None => tuned_logits.clone(),
     };
+    lm.certificate = certificate.clone();
     models::save(&lm, out.join(&name))?;
     drop(lm);
 
-    let mut lm = models::load(out.join(&name), device)?;
-    match &certificate {
-        Some(certificate) => certificate.verify(&lm.model)?,
-        None => drop(peft::activate(
-            &mut lm.model,
-            &Adapters::load(&adapters, device)?,
-        )?),
+    let mut lm = models::load_verified(out.join(&name), device)?;
+    if certificate.is_none() {
+        peft::activate(&mut lm.model, &Adapters::load(&adapters, device)?)?;
     }
     let reloaded = texts.perplexities(&lm.model)?;
     let reloaded_logits = texts.probe(&lm.model);

@@ -229,6 +229,7 @@ fn tune(
     let start = Instant::now();
     let quantizer = method.quantizer(args.bits, args.group_size(groups), false)?;
     let mut lm = source.clone();
+    lm.certificate = None;
     models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
     let mut adapted = lm.model.clone();
     let (rank, n_trainable) = attach(args, method, &mut adapted)?;
@@ -268,9 +269,9 @@ fn tune(
         let dir = dir(kind);
         match peft::merge_probed(&mut merged.model, off_grid, &texts.task[0]) {
             Ok(certificate) => {
+                merged.certificate = Some(certificate.clone());
                 models::save(&merged, &dir)?;
-                let reloaded = models::load(&dir, device)?;
-                certificate.verify(&reloaded.model)?;
+                let reloaded = models::load_verified(&dir, device)?;
                 let probe = certificate.probe.as_ref();
                 let retention = probe.map_or(f64::NAN, |probe| probe.retention);
                 let is_dense = certificate

@@ -347,6 +347,8 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
     let started = perplexity(&lm.model, &texts.eval)?.value();
     let mut base = lm.clone();
+    // Quantized, it is another model.
+    base.certificate = None;
     let adapters = peft::detach(&mut base.model)?;
     let bare = perplexity(&base.model, &texts.eval)?.value();
     println!(

@@ -222,6 +222,8 @@ fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> R
     println!("{plan}\n");
     let (calibration, eval) = batches(args, source, device)?;
     let mut lm = models::load(source, device)?;
+    // Quantized, it is another model.
+    lm.certificate = None;
     let before = perplexity(&lm.model, &eval)?.value();
     models::quantize(&mut lm.model, &method, &calibration, |layer| {
         print!("{}: {}", layer.path, layer.error);

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use peft::{Linear, Spans};
+use peft::{Identity, Linear, Spans};
 
 use crate::kv_cache::KvCache;
 use crate::norm::{Norm, NormKind};
@@ -21,6 +21,10 @@ pub(crate) trait Architecture: Sized {
     const MODEL_TYPES: &'static [&'static str];
 
     fn shape(&self) -> Shape;
+
+    /// The settings that the outputs depend on and that parameters and their shapes do not show, with
+    /// each default stated.
+    fn identity(&self) -> Identity;
 
     /// The positions of the tokens of sequences.
     fn positions(&self, spans: &Spans) -> Positions;

@@ -21,9 +21,11 @@ mod plan;
 mod save;
 mod shards;
 mod tensors;
+mod verify;
 
 pub use dense::{Rounding, save_dense};
 pub use kind::{CheckpointFormat, GptqVersion};
 pub use load::load;
 pub use plan::{Plan, PlannedLayer, plan};
 pub use save::{save, save_as};
+pub use verify::load_verified;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use peft::{Linear, Spans};
+use peft::{Identity, Linear, Spans};
 use serde_json::{Map, Value};
 
 use crate::architecture::{Architecture, DecoderBlock, Projection, Shape};
@@ -236,6 +236,11 @@ impl Config {
 
     pub(crate) fn shape(&self) -> Shape {
         of!(Self, self, config => config.shape())
+    }
+
+    /// See [`Architecture::identity`].
+    pub(crate) fn identity(&self) -> Identity {
+        of!(Self, self, config => config.identity())
     }
 
     pub(crate) fn positions(&self, spans: &Spans) -> Positions {

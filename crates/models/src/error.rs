@@ -167,6 +167,14 @@ pub enum CheckpointError {
         /// The number of values.
         n: usize,
     },
+    /// A file that would be read, and that the sums of its directory do not list.
+    #[error(
+        "`{path}` is not in the `SHA256SUMS` of its directory: it was added to the saved model"
+    )]
+    NotListed {
+        /// The file.
+        path: PathBuf,
+    },
     /// Layers that cannot be quantized as planned.
     #[error("these layers cannot be quantized as planned:{}", list(layers))]
     Plan {

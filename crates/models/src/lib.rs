@@ -3,6 +3,7 @@
 //! | item | |
 //! |---|---|
 //! | [`load`] | loads a Hugging Face directory: dense, packed by GPTQ or bitsandbytes, or written by [`save`] |
+//! | [`load_verified`] | loads a directory that [`save`] wrote, and checks its files and its certificate |
 //! | [`Pretrained`] | a model with its tokenizer and the other files of its directory |
 //! | [`Model`], [`Config`] | a model and its shape |
 //! | [`plan`] | computes the result of quantizing a directory without reading a tensor |
@@ -29,9 +30,9 @@
 //! peft::attach(&mut lm.model, &Peqa::new())?;
 //! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step| println!("{}", step.loss))?;
 //! peft::Adapters::of(&lm.model)?.save("adapters/task")?;
-//! let certificate = peft::merge(&mut lm.model)?;
+//! lm.certificate = Some(peft::merge(&mut lm.model)?);
 //! models::save(&lm, "Llama-2-7b-4bit-task")?;
-//! certificate.verify(&models::load("Llama-2-7b-4bit-task", &device)?.model)?;
+//! models::load_verified("Llama-2-7b-4bit-task", &device)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -59,8 +60,8 @@ mod special_tokens;
 mod tokenizer;
 
 pub use checkpoint::{
-    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, load, plan, save, save_as,
-    save_dense,
+    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, load, load_verified, plan, save,
+    save_as, save_dense,
 };
 pub use config::Config;
 pub use error::{CheckpointError, ConfigError, Error, GenerationError, Result, TextError};

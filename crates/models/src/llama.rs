@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use peft::{Linear, Spans};
+use peft::{Identity, Linear, Spans};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -366,6 +366,19 @@ impl Architecture for LlamaConfig {
             max_cached: is_dynamic.then_some(self.max_position_embeddings),
             max_seq_len: self.max_seq_len(),
         }
+    }
+
+    fn identity(&self) -> Identity {
+        let identity = Identity::default()
+            .with_setting("architecture", "llama")
+            .with_setting("num_attention_heads", self.num_attention_heads)
+            .with_setting("num_key_value_heads", self.num_key_value_heads)
+            .with_setting("head_dim", self.head_dim)
+            .with_setting("hidden_act", "silu")
+            // Norms add it in f32.
+            .with_setting("rms_norm_eps", self.rms_norm_eps as f32)
+            .with_setting("rope_theta", self.rope_theta);
+        (self.rope_scaling).state(identity, self.max_position_embeddings)
     }
 
     fn positions(&self, spans: &Spans) -> Positions {

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use peft::{Batch, Blocks, CausalLm, Head, Linear, Linears, Spans, Stages, Weight};
+use peft::{Batch, Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Stages, Weight};
 
 use crate::config::{Block, Config};
 use crate::norm::Norm;
@@ -45,6 +45,9 @@ pub struct Model {
     pub(crate) lm_head: Option<Weight>,
     #[module(skip)]
     pub(crate) config: Config,
+    /// The digest of the tokenizer's files, if the model came with some.
+    #[module(skip)]
+    pub(crate) tokenizer: Option<String>,
 }
 
 impl Model {
@@ -90,6 +93,7 @@ impl Model {
             project_out,
             lm_head,
             config,
+            tokenizer: None,
         })
     }
 
@@ -336,5 +340,10 @@ impl Linears for Model {
             &mut self.lm_head,
         ];
         others.into_iter().flatten().collect()
+    }
+
+    fn identity(&self) -> Identity {
+        let tokenizer = self.tokenizer.clone();
+        self.config.identity().with_tokenizer(tokenizer)
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Tensor, activation};
-use peft::{Linear, Spans};
+use peft::{Identity, Linear, Spans};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -62,6 +62,17 @@ pub enum Activation {
     Gelu,
     /// The approximation of `Gelu` by the hyperbolic tangent (`gelu_new`).
     GeluTanh,
+}
+
+impl Activation {
+    /// The name in a `config.json`.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Relu => "relu",
+            Self::Gelu => "gelu",
+            Self::GeluTanh => "gelu_new",
+        }
+    }
 }
 
 impl Default for OptConfig {
@@ -185,11 +196,6 @@ impl OptConfig {
 
     /// The `config.json` of a new model of this shape.
     pub fn to_json(&self) -> Map<String, Value> {
-        let activation = match self.activation {
-            Activation::Relu => "relu",
-            Activation::Gelu => "gelu",
-            Activation::GeluTanh => "gelu_new",
-        };
         let json = json!({
             "architectures": ["OPTForCausalLM"],
             "model_type": "opt",
@@ -202,7 +208,7 @@ impl OptConfig {
             "word_embed_proj_dim": self.word_embed_proj_dim,
             "do_layer_norm_before": self.do_layer_norm_before,
             "_remove_final_layer_norm": self.remove_final_layer_norm,
-            "activation_function": activation,
+            "activation_function": self.activation.name(),
             "enable_bias": self.enable_bias,
             "layer_norm_elementwise_affine": self.layer_norm_elementwise_affine,
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -239,6 +245,18 @@ impl Architecture for OptConfig {
             max_cached: None,
             max_seq_len: self.max_position_embeddings,
         }
+    }
+
+    fn identity(&self) -> Identity {
+        let affine = self.layer_norm_elementwise_affine;
+        let has_final_norm = self.shape().final_norm.is_some();
+        Identity::default()
+            .with_setting("architecture", "opt")
+            .with_setting("num_attention_heads", self.num_attention_heads)
+            .with_setting("do_layer_norm_before", self.do_layer_norm_before)
+            .with_setting("final_layer_norm", has_final_norm)
+            .with_setting("layer_norm_elementwise_affine", affine)
+            .with_setting("activation_function", self.activation.name())
     }
 
     fn positions(&self, spans: &Spans) -> Positions {

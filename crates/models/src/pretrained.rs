@@ -3,9 +3,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use peft::Certificate;
 use serde_json::{Map, Value};
 
-use crate::checkpoint::directory::{TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens};
+use crate::checkpoint::directory::{
+    TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens, tokenizer_digest,
+};
 use crate::{Generation, Model, Result, SpecialTokens, TextError, Tokenizer, Windows, generate};
 
 /// A model with its tokenizer and the other files of its directory.
@@ -15,6 +18,9 @@ pub struct Pretrained {
     pub model: Model,
     /// The tokenizer, if the directory has one.
     pub tokenizer: Option<Tokenizer>,
+    /// The certificate of the merge that the model comes from, which [`save`](crate::save) writes beside
+    /// the weights. A model that changes afterwards must lose it.
+    pub certificate: Option<Certificate>,
     pub(crate) dir: PathBuf,
     /// The content of `config.json`, without `quantization_config`.
     pub(crate) config: Map<String, Value>,
@@ -42,7 +48,7 @@ impl Pretrained {
     ///
     /// # Panics
     /// If the model has a rope scaling: see [`Config::to_json`](crate::Config::to_json).
-    pub fn new(model: Model, tokenizer: &Path) -> Result<Self> {
+    pub fn new(mut model: Model, tokenizer: &Path) -> Result<Self> {
         let dir = tokenizer.parent().unwrap_or(tokenizer);
         let mut carried = carried(dir)?;
         carried.insert(TOKENIZER, tensor_files::read(tokenizer)?);
@@ -50,12 +56,14 @@ impl Pretrained {
         let class = br#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#;
         carried.entry(TOKENIZER_CONFIG).or_insert(class.to_vec());
         let config = model.config().to_json();
+        model.tokenizer = tokenizer_digest(&carried);
         Ok(Self {
             stop_tokens: stop_tokens(dir, &config, &carried)?,
             special: OnceLock::new(),
             config,
             model,
             tokenizer: Some(Tokenizer::open(tokenizer)?),
+            certificate: None,
             dir: dir.into(),
             carried,
         })

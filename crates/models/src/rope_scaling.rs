@@ -1,3 +1,4 @@
+use peft::Identity;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -46,6 +47,44 @@ pub enum RopeScaling {
         /// Whether the ramp begins and ends at whole dimensions.
         truncate: bool,
     },
+}
+
+impl RopeScaling {
+    /// States the scaling of a model with so many positions, each setting as it is used.
+    pub(crate) fn state(self, identity: Identity, max_positions: usize) -> Identity {
+        let of_type = |name: &str| identity.clone().with_setting("rope_type", name);
+        match self {
+            Self::None => of_type("default"),
+            Self::Linear { factor } => of_type("linear").with_setting("rope_factor", factor),
+            Self::Dynamic { factor } => of_type("dynamic")
+                .with_setting("rope_factor", factor)
+                .with_setting("max_position_embeddings", max_positions),
+            Self::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original,
+            } => of_type("llama3")
+                .with_setting("rope_factor", factor)
+                .with_setting("low_freq_factor", low_freq_factor)
+                .with_setting("high_freq_factor", high_freq_factor)
+                .with_setting("original_max_position_embeddings", original),
+            Self::Yarn {
+                factor,
+                attention_factor,
+                beta_fast,
+                beta_slow,
+                original,
+                truncate,
+            } => of_type("yarn")
+                .with_setting("rope_factor", factor)
+                .with_setting("attention_factor", attention_factor)
+                .with_setting("beta_fast", beta_fast)
+                .with_setting("beta_slow", beta_slow)
+                .with_setting("original_max_position_embeddings", original)
+                .with_setting("truncate", truncate),
+        }
+    }
 }
 
 /// The settings of a rotary embedding in a `config.json`, in both of transformers' spellings.

@@ -183,16 +183,28 @@ pub enum Error {
         path: String,
     },
     /// A model other than the merged one of a certificate.
-    #[error("the model is {found}, the certificate is for {expected}: a parameter differs")]
+    #[error(
+        "the model is not the certified one: {}",
+        expected.differences(found).join("; ")
+    )]
     NotMerged {
         /// The fingerprint of the merged model.
         expected: Fingerprint,
         /// The fingerprint of the model.
         found: Fingerprint,
     },
+    /// A layer of a certificate that the model does not have as the certificate says.
+    #[error(
+        "the certificate is for a layer `{path}`, which the model does not have in that format"
+    )]
+    NotCertified {
+        /// The layer.
+        path: String,
+    },
     /// Adapters of another base.
     #[error(
-        "made for the base {expected}, but this model's is {found}; load the model that it was made with"
+        "made for another base: {}; load the model that it was made with",
+        expected.differences(found).join("; ")
     )]
     OtherBase {
         /// The fingerprint of the base that they were made for.

@@ -1,7 +1,7 @@
 use burn::module::Module;
 use quant_core::Precision;
 
-use crate::{Linear, Weight};
+use crate::{Identity, Linear, Weight};
 
 /// A model that lists its projections, so that they can be quantized, adapted and merged.
 ///
@@ -24,6 +24,14 @@ pub trait Linears: Module {
     /// The same weights, mutably.
     fn other_weights_mut(&mut self) -> Vec<&mut Weight> {
         Vec::new()
+    }
+
+    /// What the outputs depend on besides the parameters, such as the number of heads.
+    ///
+    /// It is part of the model's [`Fingerprint`](crate::Fingerprint). A model that states nothing is
+    /// identified by its parameters and its structure.
+    fn identity(&self) -> Identity {
+        Identity::default()
     }
 }
 

@@ -1,13 +1,14 @@
 use std::collections::BTreeMap;
-use std::fmt;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use quant_core::{Format, QuantTensor, Quantizer};
-use serde::{Deserialize, Serialize};
+use quant_core::{QuantTensor, Quantizer};
 
 use crate::adapter::floats;
-use crate::{Adapter, Batch, CausalLm, Error, Exactness, Fingerprint, Linears, Result, Weight};
+use crate::{
+    Adapter, Batch, CausalLm, Certificate, Error, Exactness, Fingerprint, Linears, MergedLayer,
+    Probe, Result, Weight,
+};
 
 /// The treatment of a packed weight whose codes cannot hold its adapter, in [`merge_with`].
 #[derive(Clone, Copy, Default)]
@@ -19,132 +20,6 @@ pub enum OffGrid<'a> {
     Dense,
     /// The sum is quantized again. A part of the adapter is lost; the certificate says how much.
     Round(&'a dyn Quantizer),
-}
-
-/// One merged layer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct MergedLayer {
-    /// The path of the layer.
-    pub path: String,
-    /// The method of its adapter.
-    pub method: String,
-    /// The format of the merged weight; none if it is dense.
-    pub format: Option<Format>,
-    /// The distance from the adapted layer.
-    pub exactness: Exactness,
-}
-
-/// The logits of a batch before and after a merge.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Probe {
-    /// The number of logits compared.
-    pub n_logits: usize,
-    /// The largest change of a logit of the base by the adapters.
-    pub max_adapter_change: f64,
-    /// The largest change of a logit of the adapted model by the merge.
-    pub max_merge_change: f64,
-    /// The part of the adapters' change that is kept, `⟨m - b, a - b⟩ / ‖a - b‖²` over the logits `b`
-    /// of the base, `a` of the adapted and `m` of the merged model; 1 if all of it is.
-    pub retention: f64,
-}
-
-/// The result of [`merge`] layer by layer, and the fingerprint of the merged model.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Certificate {
-    /// The merged layers.
-    pub layers: Vec<MergedLayer>,
-    /// The fingerprint of the merged model.
-    pub merged: Fingerprint,
-    /// The logits of a batch before and after, from [`merge_probed`].
-    pub probe: Option<Probe>,
-}
-
-impl Certificate {
-    /// Whether all layers were merged exactly.
-    pub fn is_exact(&self) -> bool {
-        self.layers
-            .iter()
-            .all(|layer| layer.exactness == Exactness::Exact)
-    }
-
-    /// `exact`, `bounded` or `rounded`: the weakest of the layers.
-    pub fn kind(&self) -> &'static str {
-        let is = |kind: fn(&Exactness) -> bool| self.layers.iter().any(|l| kind(&l.exactness));
-        if is(|exactness| matches!(exactness, Exactness::Rounded { .. })) {
-            "rounded"
-        } else if is(|exactness| matches!(exactness, Exactness::Bounded { .. })) {
-            "bounded"
-        } else {
-            "exact"
-        }
-    }
-
-    /// Checks that `model` is the merged model of this certificate, for example after it was saved
-    /// and loaded again.
-    ///
-    /// # Errors
-    /// [`Error::NotMerged`] if a parameter differs in any bit.
-    pub fn verify(&self, model: &impl Linears) -> Result<()> {
-        let found = Fingerprint::of(model);
-        if found == self.merged {
-            Ok(())
-        } else {
-            let expected = self.merged.clone();
-            Err(Error::NotMerged { expected, found })
-        }
-    }
-}
-
-impl fmt::Display for Certificate {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let mut methods: Vec<&str> = self.layers.iter().map(|l| l.method.as_str()).collect();
-        methods.sort_unstable();
-        methods.dedup();
-        let kept = self
-            .layers
-            .iter()
-            .filter(|layer| layer.format.is_some())
-            .count();
-        let n = self.layers.len();
-        let (kind, methods) = (self.kind(), methods.join(", "));
-        writeln!(
-            f,
-            "{kind} merge of {n} layers ({methods}); {kept} of them packed"
-        )?;
-        let each = self.layers.iter().map(|layer| layer.exactness);
-        let error = each.clone().filter_map(|exactness| match exactness {
-            Exactness::Bounded {
-                max_weight_error,
-                max_weight,
-            } => Some(max_weight_error / max_weight),
-            _ => None,
-        });
-        if let Some(error) = error.reduce(f64::max) {
-            writeln!(
-                f,
-                "weights are the sums within {error:.1e} of a layer's largest weight"
-            )?;
-        }
-        let retention = each.filter_map(|exactness| match exactness {
-            Exactness::Rounded { retention, .. } => Some(retention),
-            _ => None,
-        });
-        if let Some(retention) = retention.reduce(f64::min) {
-            writeln!(
-                f,
-                "of what an adapter adds to the weights of its layer, {:.1} % or more is left",
-                100.0 * retention
-            )?;
-        }
-        if let Some(probe) = &self.probe {
-            writeln!(
-                f,
-                "{} logits: the adapters change them by up to {:.3}, the merge by {:.1e}; retention {:.4}",
-                probe.n_logits, probe.max_adapter_change, probe.max_merge_change, probe.retention
-            )?;
-        }
-        write!(f, "merged model: {}", self.merged)
-    }
 }
 
 /// Merges every adapter into its weight; packed weights keep their codes.

@@ -12,7 +12,8 @@ use tensor_files::{LazyTensor, TensorFile};
 
 const CONFIG: &str = "task.json";
 const TENSORS: &str = "task.safetensors";
-const FORMAT_VERSION: u32 = 1;
+/// In version 1, a fingerprint covers the parameters only.
+const FORMAT_VERSION: u32 = 2;
 const METHOD: &str = "a task pack";
 
 /// A task as the scales and zeros that it changes in a packed model, on the codes of the base.
@@ -172,7 +173,7 @@ impl TaskPack {
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = tensor_files::read_json(&config_path)?;
-        tensor_files::check_version(&config_path, FORMAT_VERSION, config.format_version)?;
+        tensor_files::check_version(&config_path, 1..=FORMAT_VERSION, config.format_version)?;
         if config.layers.values().all(|names| names.is_empty()) {
             return Err(tensor_files::Error::File {
                 path: config_path,
@@ -293,12 +294,7 @@ impl<M: Linears> Tasks<M> {
     /// [`Error::OtherBase`], [`Error::UnknownLayer`], [`Error::NeedsQuantized`] or [`Error::Shape`] if
     /// it is for another base.
     pub fn insert(&mut self, name: impl Into<String>, pack: TaskPack) -> Result<Option<TaskPack>> {
-        if pack.base != self.fingerprint {
-            return Err(Error::OtherBase {
-                expected: pack.base,
-                found: self.fingerprint.clone(),
-            });
-        }
+        pack.base.check_base(&self.fingerprint)?;
         for (path, grids) in &pack.layers {
             let Some(weight) = self.base.get(path) else {
                 return Err(Error::UnknownLayer { path: path.clone() });

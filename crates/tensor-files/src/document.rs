@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde::Serialize;
@@ -85,15 +86,14 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 /// Checks the version of the format that the file at `path` states.
 ///
 /// # Errors
-/// [`Error::File`] if the version is not supported.
-pub fn check_version(path: &Path, read: u32, found: u32) -> Result<()> {
-    if read == found {
+/// [`Error::File`] if the version is not among those that the program reads.
+pub fn check_version(path: &Path, read: RangeInclusive<u32>, found: u32) -> Result<()> {
+    if read.contains(&found) {
         return Ok(());
     }
-    Err(Error::File {
-        path: path.into(),
-        problem: format!("format_version is {found}, this program reads {read}"),
-    })
+    let (first, last) = (read.start(), read.end());
+    let problem = format!("format_version is {found}, this program reads {first} to {last}");
+    Err(refuse(path, problem))
 }
 
 /// Writes a JSON file atomically, and replaces an existing one.

@@ -40,7 +40,8 @@ impl fmt::Display for Rounding {
 
 /// Saves a model to a new directory with dense weights in one type of float, for other programs.
 ///
-/// Packed weights are unpacked. Adapters are not written: merge them first.
+/// Packed weights are unpacked. Adapters are not written: merge them first. Neither is a certificate,
+/// which is for the weights as they were merged.
 ///
 /// # Errors
 /// [`CheckpointError::Overflow`] with a tensor that has values beyond the range of the type; otherwise
@@ -54,6 +55,8 @@ pub fn save_dense(lm: &Pretrained, dir: impl AsRef<Path>, float: FloatType) -> R
         config: &config,
         carried: &lm.carried,
         second: None,
+        // It is for the packed weights.
+        certificate: None,
     };
     // Counted as the values are written, so that they are unpacked once.
     let rounding = RefCell::new(Ok(Rounding::default()));

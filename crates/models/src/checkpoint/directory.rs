@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use peft::Certificate;
 use serde_json::{Map, Value};
 
 use crate::{ConfigError, Error, Result};
@@ -11,9 +12,11 @@ pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
+/// The certificate of a merged model.
+pub(super) const CERTIFICATE: &str = "certificate.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
 /// The files that are copied when a model is saved.
-const CARRIED: [&str; 9] = [
+pub(super) const CARRIED: [&str; 9] = [
     TOKENIZER,
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
@@ -67,12 +70,24 @@ pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
     Ok(carried)
 }
 
+/// The digest of the files that decide which tokens a text has; none if there is no tokenizer.
+pub(crate) fn tokenizer_digest(carried: &BTreeMap<&'static str, Vec<u8>>) -> Option<String> {
+    if !carried.contains_key(TOKENIZER) {
+        return None;
+    }
+    let files = carried.iter().filter(|(name, _)| **name != GENERATION);
+    let digest = tensor_files::digest(files.map(|(name, bytes)| (*name, bytes.as_slice())));
+    Some(format!("sha256:{digest}"))
+}
+
 /// The files of a directory to be written.
 pub(super) struct Files<'a> {
     pub(super) config: &'a Map<String, Value>,
     pub(super) carried: &'a BTreeMap<&'static str, Vec<u8>>,
     /// A second configuration, with its name.
     pub(super) second: Option<(&'static str, &'a Value)>,
+    /// The certificate of the model, if it is merged.
+    pub(super) certificate: Option<&'a Certificate>,
 }
 
 impl Files<'_> {
@@ -88,7 +103,11 @@ impl Files<'_> {
             if let Some((name, config)) = self.second {
                 tensor_files::write_json(&dir.join(name), config)?;
             }
-            Ok(tensor_files::write_json(&dir.join(CONFIG), self.config)?)
+            if let Some(certificate) = self.certificate {
+                certificate.save(dir.join(CERTIFICATE))?;
+            }
+            tensor_files::write_json(&dir.join(CONFIG), self.config)?;
+            Ok(tensor_files::write_sums(dir)?)
         })
     }
 }

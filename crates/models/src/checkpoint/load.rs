@@ -4,10 +4,10 @@ use std::sync::OnceLock;
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft::{Linears, Weight};
+use peft::{Certificate, Linears, Weight};
 use serde_json::{Map, Value};
 
-use super::directory::{CONFIG, TOKENIZER, carried, stop_tokens};
+use super::directory::{CERTIFICATE, CONFIG, TOKENIZER, carried, stop_tokens, tokenizer_digest};
 use super::format::LayerFormat;
 use super::kind::CheckpointFormat;
 use super::packing::transpose;
@@ -22,7 +22,8 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// bitsandbytes layer whose blocks straddle rows gets groups of the greatest common divisor of a row
 /// and a block.
 ///
-/// All parameters are frozen. Dense weights are `f32` in memory.
+/// All parameters are frozen. Dense weights are `f32` in memory. A certificate is read and not checked:
+/// see [`load_verified`](crate::load_verified).
 ///
 /// # Errors
 /// If a file is missing, damaged or does not fit the configuration. Errors of GPTQ's format are
@@ -57,7 +58,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         format,
         device: device.clone(),
     };
-    let model = Model::build(shape, &mut checkpoint)?;
+    let mut model = Model::build(shape, &mut checkpoint)?;
     if let Some(format) = &checkpoint.format {
         let linears = model.linears().into_iter().map(|(path, _)| path);
         let others = model.other_weights().into_iter().map(|(path, _)| path);
@@ -67,9 +68,17 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     checkpoint.check_leftovers(&model)?;
     let carried = carried(dir)?;
     let stop_tokens = stop_tokens(dir, &config, &carried)?;
+    model.tokenizer = tokenizer_digest(&carried);
+    let certificate = dir.join(CERTIFICATE);
+    let certificate = if tensor_files::is_there(&certificate) {
+        Some(Certificate::load(&certificate)?)
+    } else {
+        None
+    };
     Ok(Pretrained {
         model,
         tokenizer,
+        certificate,
         dir: dir.into(),
         config,
         carried,

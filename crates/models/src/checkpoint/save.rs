@@ -14,9 +14,13 @@ use crate::{CheckpointError, Pretrained, Result};
 /// workspace; see [`save_as`]. Adapters are not written: merge them, or save them with
 /// [`peft::Adapters`].
 ///
+/// `certificate.json` has the certificate of the model, if there is one, and `SHA256SUMS` the sums of
+/// all files, which [`load_verified`](crate::load_verified) and `sha256sum --check` read.
+///
 /// # Errors
 /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
-/// layer has an adapter, [`tensor_files::Error::Io`] if the directory cannot be written.
+/// layer has an adapter, [`peft::Error::NotMerged`] if the certificate is for another model,
+/// [`tensor_files::Error::Io`] if the directory cannot be written.
 pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
     save_as(lm, dir, CheckpointFormat::QuantCore)
 }
@@ -45,6 +49,9 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
 pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
     let model = &lm.model;
     check_no_adapters(model)?;
+    if let Some(certificate) = &lm.certificate {
+        certificate.verify(model)?;
+    }
     let projections = Projections::of(model);
     let mut config = lm.config.clone();
     let layers = match format.for_model(&projections, &config) {
@@ -89,6 +96,7 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
         config: &config,
         carried: &lm.carried,
         second: layers.config_file().zip(quantization.as_ref()),
+        certificate: lm.certificate.as_ref(),
     };
     files.write(dir.as_ref(), |path| {
         Ok(tensor_files::write_tensors(path, tensors)?)

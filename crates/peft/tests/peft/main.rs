@@ -5,6 +5,7 @@
 mod adapters;
 mod attaching;
 mod cases;
+mod certificates;
 mod fingerprint;
 mod merging;
 mod model;
