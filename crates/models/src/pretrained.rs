@@ -51,7 +51,7 @@ impl Pretrained {
         carried.entry(TOKENIZER_CONFIG).or_insert(class.to_vec());
         let config = model.config().to_json();
         Ok(Self {
-            stop_tokens: stop_tokens(dir, &config, &carried)?,
+            stop_tokens: stop_tokens(dir, &config, &carried, model.config().vocab_size())?,
             special: OnceLock::new(),
             config,
             model,

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::special_tokens::SPECIAL_TOKENS_MAP;
 use crate::{ConfigError, Error, Result};
 
 pub(crate) const CONFIG: &str = "config.json";
@@ -16,7 +17,7 @@ pub(super) const WEIGHTS: &str = "model.safetensors";
 const CARRIED: [&str; 9] = [
     TOKENIZER,
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_MAP,
     "chat_template.jinja",
     "added_tokens.json",
     // The vocabularies of Python tokenizers.
@@ -26,11 +27,13 @@ const CARRIED: [&str; 9] = [
     GENERATION,
 ];
 
-/// The `eos_token_id` of `generation_config.json` or of `config.json`: one token, or several.
+/// The `eos_token_id` of `generation_config.json` or of `config.json`: one token, or several, of a
+/// vocabulary of `vocab_size`.
 pub(crate) fn stop_tokens(
     dir: &Path,
     config: &Map<String, Value>,
     carried: &BTreeMap<&'static str, Vec<u8>>,
+    vocab_size: usize,
 ) -> Result<Vec<u32>> {
     const SETTING: &str = "eos_token_id";
     let refuse = |file: &str, setting: &str, problem: String| {
@@ -47,7 +50,16 @@ pub(crate) fn stop_tokens(
     };
     let id = |id: &Value| {
         let token = id.as_u64().and_then(|id| u32::try_from(id).ok());
-        token.ok_or_else(|| refuse(file, SETTING, format!("is {id}, which is no token")))
+        let token =
+            token.ok_or_else(|| refuse(file, SETTING, format!("is {id}, which is no token")))?;
+        if (token as usize) < vocab_size {
+            return Ok(token);
+        }
+        // The model cannot produce it: its texts would not end, and the files are of two models.
+        let problem = format!(
+            "is {token}, but the vocabulary of the model has {vocab_size} tokens; use the files of one model"
+        );
+        Err(refuse(file, SETTING, problem))
     };
     match ids {
         Value::Null => Ok(Vec::new()),
@@ -61,7 +73,12 @@ pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
     let mut carried = BTreeMap::new();
     for name in CARRIED {
         if tensor_files::is_there(&dir.join(name)) {
-            carried.insert(name, tensor_files::read(&dir.join(name))?);
+            let read = match name {
+                // Those that are parsed, and not only copied.
+                TOKENIZER_CONFIG | SPECIAL_TOKENS_MAP | GENERATION => tensor_files::read_config,
+                _ => tensor_files::read,
+            };
+            carried.insert(name, read(&dir.join(name))?);
         }
     }
     Ok(carried)
