@@ -34,6 +34,8 @@ binaries="${CARGO_TARGET_DIR:-target}/$triple/release"
 # The files that inputs become are in memory where that is possible.
 TMPDIR="$(mktemp -d -p "$([[ -d /dev/shm ]] && echo /dev/shm || echo "${TMPDIR:-/tmp}")")"
 export TMPDIR
+# Of models so small that several threads only wait for each other.
+export RAYON_NUM_THREADS=1
 trap 'rm -r "$TMPDIR"' EXIT
 
 failed=()

@@ -3,13 +3,11 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::{Encoding, Token};
 
-use crate::checkpoint::directory::TOKENIZER_CONFIG;
+use crate::checkpoint::directory::{SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG};
 use crate::{ConfigError, Result, TextError, Tokenizer};
 
 #[cfg(test)]
 mod tests;
-
-pub(crate) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
 /// A special token, such as the end of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,12 +5,12 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use crate::special_tokens::SPECIAL_TOKENS_MAP;
 use crate::{ConfigError, Error, Result};
 
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
 /// The files that are copied when a model is saved.
