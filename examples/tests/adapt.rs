@@ -15,10 +15,11 @@ fn a_learning_rate_that_ruins_the_model_is_an_error() {
     program.extend(["examples", "adapt"]);
     let dir = tempfile::tempdir().unwrap();
     let run = |lr: &str| {
-        let options = "--bits 4 --steps 5 --batch 2 --seq-len 32 --eval-windows 8 --device flex";
+        let options = "--method lora --merge dense --bits 4 --steps 5 --batch 2";
+        let cut = "--seq-len 32 --eval-windows 8 --device flex";
         let output = Command::new(&program)
             .current_dir(dir.path())
-            .args(options.split(' '))
+            .args(options.split(' ').chain(cut.split(' ')))
             .args(["--lr", lr])
             .output()
             .unwrap();
