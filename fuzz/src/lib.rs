@@ -155,14 +155,14 @@ pub fn config(data: &[u8]) {
         return;
     };
     let small = |size: usize| size <= 32;
-    // An OPT has an embedding of each position.
-    let n_learned = match &config {
-        Config::Opt(config) => config.max_position_embeddings,
-        Config::Llama(_) => 0,
+    // An OPT has an embedding of each position, and embeddings of another width.
+    let others = match &config {
+        Config::Opt(opt) => [opt.max_position_embeddings, opt.word_embed_proj_dim],
+        Config::Llama(_) => [0, 0],
     };
     let projections = || config.projections().into_iter().map(|(_, dims)| dims);
     if config.num_hidden_layers() <= 2
-        && small(n_learned)
+        && others.into_iter().all(small)
         && small(config.vocab_size())
         && small(config.hidden_size())
         && projections().flatten().all(small)
