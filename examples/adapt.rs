@@ -284,7 +284,29 @@ fn run(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         println!("models and adapters: {}", out.display());
     }
-    Ok(())
+    let ruined = report.runs.iter().filter(|run| run.is_ruined());
+    let ruined: Vec<String> = ruined
+        .map(|run| {
+            let (before, after) = (run.rounded.task, run.tuned.task);
+            format!("{}, from {before:.1} to {after:.1}", run.format)
+        })
+        .collect();
+    if ruined.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "the training at a learning rate of {} raised the perplexity of its task ({}): lower --lr, or train on more text",
+        report.learning_rate,
+        ruined.join("; ")
+    )
+    .into())
+}
+
+impl Run {
+    /// Whether the training more than doubled the perplexity of the task that it was for.
+    fn is_ruined(&self) -> bool {
+        self.tuned.task > 2.0 * self.rounded.task
+    }
 }
 
 /// Quantizes, tunes, merges, saves to `out`, reloads and compares.

@@ -71,6 +71,12 @@ pub enum Error {
         /// The limit in tokens.
         max_len: usize,
     },
+    /// A token that is in no vocabulary.
+    #[error("token {token} is in no vocabulary: tokens are below 2^31")]
+    Token {
+        /// The token.
+        token: u32,
+    },
     /// An example that is longer than a row.
     #[error(
         "example {example} has {n_tokens} tokens, more than a row of {seq_len}; encode with a limit of {seq_len}"

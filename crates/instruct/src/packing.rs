@@ -131,7 +131,8 @@ pub fn pad(
 ///
 /// # Errors
 /// [`peft::Error::EmptyBatch`] unless there is a row of two tokens; [`peft::Error::NoTargets`] if the
-/// rows have no target; [`peft::Error::Spans`] if `starts` and `n_text` contradict each other.
+/// rows have no target; [`peft::Error::Spans`] if `starts` and `n_text` contradict each other;
+/// [`Error::Token`] for a token of no vocabulary.
 ///
 /// # Panics
 /// If the rows have different lengths.
@@ -142,7 +143,9 @@ pub fn batch(rows: &[Row], device: &Device) -> Result<Batch> {
         "rows of one length"
     );
     let tokens = rows.iter().flat_map(|row| &row.tokens);
-    let tokens: Vec<i64> = tokens.map(|&token| token.into()).collect();
+    // A device's integers may have 32 bits, and a model compares tokens with its vocabulary there.
+    let token = |&token: &u32| i32::try_from(token).map_err(|_| Error::Token { token });
+    let tokens: Vec<i32> = tokens.map(token).collect::<Result<_>>()?;
     let tokens = TensorData::new(tokens, [rows.len(), seq]);
     let starts: Vec<usize> = rows.iter().flat_map(|row| row.starts.clone()).collect();
     let is_target: Vec<bool> = rows.iter().flat_map(|row| row.is_target.clone()).collect();

@@ -209,11 +209,14 @@ impl LlamaConfig {
                 format!("is {head_dim}; rotary embeddings turn pairs"),
             ));
         }
-        if !(raw.rms_norm_eps.is_finite() && raw.rms_norm_eps > 0.0) {
-            return Err(refuse(
-                "rms_norm_eps",
-                format!("is {}; it must be positive", raw.rms_norm_eps),
-            ));
+        // In f32, as the norms use it: what becomes 0 or an infinity there is refused.
+        let eps = raw.rms_norm_eps as f32;
+        if !(eps.is_normal() && eps > 0.0) {
+            let problem = format!(
+                "is {}; it must be positive and within the range of f32",
+                raw.rms_norm_eps
+            );
+            return Err(refuse("rms_norm_eps", problem));
         }
         if let Some(act) = raw.hidden_act.filter(|act| act != "silu" && act != "swish") {
             return Err(refuse("hidden_act", format!("is `{act}`; supported: silu")));

@@ -58,7 +58,7 @@ impl Pretrained {
         let config = model.config().to_json();
         model.tokenizer = tokenizer_digest(&carried);
         Ok(Self {
-            stop_tokens: stop_tokens(dir, &config, &carried)?,
+            stop_tokens: stop_tokens(dir, &config, &carried, model.config().vocab_size())?,
             special: OnceLock::new(),
             config,
             model,

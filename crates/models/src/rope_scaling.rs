@@ -168,8 +168,11 @@ impl Entry {
             return Err("has a partial_rotary_factor, which is not supported".into());
         }
         let need = |name: &str, value: Option<f64>| match value {
-            Some(value) if value.is_finite() && value > 0.0 => Ok(value),
-            Some(value) => Err(format!("has {name} {value}; it must be positive")),
+            // Tables of angles are in f32.
+            Some(value) if value > 0.0 && (value as f32).is_normal() => Ok(value),
+            Some(value) => Err(format!(
+                "has {name} {value}; it must be positive and within the range of f32"
+            )),
             None => Err(format!("has no {name}")),
         };
         let original = self

@@ -3,13 +3,11 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use tokenizers::{Encoding, Token};
 
-use crate::checkpoint::directory::TOKENIZER_CONFIG;
+use crate::checkpoint::directory::{SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG};
 use crate::{ConfigError, Result, TextError, Tokenizer};
 
 #[cfg(test)]
 mod tests;
-
-const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 
 /// A special token, such as the end of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,7 +188,7 @@ fn read_config(path: &Path) -> Result<Map<String, Value>> {
     if !tensor_files::is_there(path) {
         return Ok(Map::new());
     }
-    let bytes = tensor_files::read(path)?;
+    let bytes = tensor_files::read_config(path)?;
     serde_json::from_slice(&bytes).map_err(|error| {
         let problem = format!("is not a JSON object: {error}");
         ConfigError::setting(path, "the file", problem).into()

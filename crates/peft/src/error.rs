@@ -157,6 +157,18 @@ pub enum Error {
         /// The dimensions of the adapter.
         found: Vec<usize>,
     },
+    /// Factors of an adapter whose product can be beyond the range of `f32`.
+    #[error(
+        "the {method} of layer `{path}` has factors whose product reaches {largest:e}, beyond f32; its file is damaged, or its training diverged"
+    )]
+    Overflow {
+        /// The method.
+        method: &'static str,
+        /// The layer.
+        path: String,
+        /// The bound on an element of the product.
+        largest: f64,
+    },
     /// A quantizer that needs inputs, without a calibration.
     #[error(
         "this quantizer needs the inputs of each layer; give it batches of text to calibrate on"

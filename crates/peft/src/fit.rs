@@ -33,6 +33,9 @@ pub struct Step {
 /// A step's gradient is that of the mean loss over the targets of its batches, however they are
 /// split. The batches are shuffled anew for each epoch.
 ///
+/// A learning rate that is too high may ruin a model without an infinity: the losses of the last steps
+/// are then above those of the first ones.
+///
 /// # Errors
 /// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
 /// [`Error::NothingToTrain`] before the first step; [`Error::NonFinite`] if the loss, a gradient or a

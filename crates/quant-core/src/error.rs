@@ -46,6 +46,20 @@ pub enum Error {
         /// The number of such values.
         count: usize,
     },
+    /// The scale and the zero of a group make weights beyond the range of `f32`.
+    #[error(
+        "output {column} has the scale {scale} in group {group}: its weights reach {largest:e}, beyond f32"
+    )]
+    Overflow {
+        /// The index of the group.
+        group: usize,
+        /// The index of the output.
+        column: usize,
+        /// The scale.
+        scale: f32,
+        /// The largest magnitude of a weight that a code can give.
+        largest: f64,
+    },
     /// The scale of a group exceeds the range of `f32`, or of `f16` if scales are rounded to it.
     #[error("output {column} spans {low} to {high} in group {group}, which overflows its scale")]
     Span {

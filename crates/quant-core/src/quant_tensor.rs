@@ -1,6 +1,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use kernels::{Layout, Precision};
+use kernels::{Layout, Levels, Precision};
 
 use crate::values::{
     check_finite, check_length, floats, frozen, frozen_floats, frozen_words, words,
@@ -113,7 +113,8 @@ impl QuantTensor {
     /// # Errors
     /// [`Error::Length`], [`Error::Zeros`], [`Error::Scales`], [`Error::ScaleCode`] or
     /// [`Error::InputOrder`] if a part does not fit the format, [`Error::NonFinite`] if a scale or a
-    /// zero is NaN or infinite, and those of [`Format::layout`].
+    /// zero is NaN or infinite, [`Error::Overflow`] if a weight can be, and those of
+    /// [`Format::layout`].
     pub fn from_parts(
         parts: Parts,
         format: Format,
@@ -135,6 +136,7 @@ impl QuantTensor {
             (Scales::Float(scales), None) => {
                 check_length("scales", n_grid, scales.len())?;
                 check_finite("the scales", &scales, layout.d_out())?;
+                check_range(&scales, parts.zeros.as_deref(), &layout)?;
                 ScaleParams::Float(grid(scales))
             }
             (Scales::Double(scales), Some(double)) => {
@@ -286,26 +288,27 @@ impl QuantTensor {
     /// - `scales`, `zeros`: `[n_groups, d_out]`; zeros if and only if the grid is affine
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if a scale or a zero is NaN or infinite; [`Error::Zeros`] if zeros are
-    /// given for a grid that has none, or missing for an affine one.
+    /// [`Error::NonFinite`] if a scale or a zero is NaN or infinite, [`Error::Overflow`] if a weight
+    /// can be; [`Error::Zeros`] if zeros are given for a grid that has none, or missing for an affine
+    /// one.
     ///
     /// # Panics
     /// If `scales` or `zeros` have another shape.
     pub fn with_grid(mut self, scales: Tensor<2>, zeros: Option<Tensor<2>>) -> Result<Self> {
         self.format.check_zeros(zeros.is_some())?;
         let d_out = self.layout.d_out();
-        let check = |what, values: &Tensor<2>| {
+        let checked = |what, values: &Tensor<2>| {
             assert_eq!(
                 values.dims(),
                 self.layout.grid_shape(),
                 "the shape of {what}"
             );
-            check_finite(what, &floats(values.clone()), d_out)
+            let values = floats(values.clone());
+            check_finite(what, &values, d_out).map(|()| values)
         };
-        check("the scales", &scales)?;
-        if let Some(zeros) = &zeros {
-            check("the zeros", zeros)?;
-        }
+        let of_scales = checked("the scales", &scales)?;
+        let of_zeros = zeros.as_ref().map(|zeros| checked("the zeros", zeros));
+        check_range(&of_scales, of_zeros.transpose()?.as_deref(), &self.layout)?;
         self.scales = ScaleParams::Float(frozen(scales));
         self.zeros = zeros.map(frozen);
         self.format = self.format.without_double_quant();
@@ -394,6 +397,32 @@ impl QuantTensor {
         let n_bytes = self.format.n_bytes(self.dims());
         n_bytes.expect("the format has its layout") as usize + order
     }
+}
+
+/// Checks that no code gives a weight beyond the range of `f32`. Scales that are codes need no check:
+/// they are of codebooks, whose levels are at most 1.
+///
+/// # Errors
+/// [`Error::Overflow`].
+fn check_range(scales: &[f32], zeros: Option<&[f32]>, layout: &Layout) -> Result<()> {
+    let codes = match layout.levels() {
+        Levels::Table(_) => return Ok(()),
+        Levels::Unsigned | Levels::Centered => [0, ((1 << layout.bits()) - 1) as u8],
+    };
+    let [low, high] = codes.map(|code| layout.level(code));
+    for (at, &scale) in scales.iter().enumerate() {
+        let zero = zeros.map_or(0.0, |zeros| zeros[at]);
+        let level = (low - zero).abs().max((high - zero).abs());
+        if !(scale * level).is_finite() {
+            return Err(Error::Overflow {
+                group: at / layout.d_out(),
+                column: at % layout.d_out(),
+                scale,
+                largest: f64::from(scale).abs() * f64::from(level),
+            });
+        }
+    }
+    Ok(())
 }
 
 impl InputOrder {

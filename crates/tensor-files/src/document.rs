@@ -59,13 +59,24 @@ pub fn is_there(path: &Path) -> bool {
 /// [`Error::Io`] if it cannot be read, [`Error::File`] if it is not a regular file, larger than a
 /// configuration or a tokenizer can be, or a Git-LFS pointer, a web page or the like in place of it.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
-    const MAX: u64 = 1 << 30;
+    read_at_most(path, 1 << 30)
+}
+
+/// Reads a configuration, as [`read`] does: parsed, a JSON value takes up to 32 times its text.
+///
+/// # Errors
+/// As [`read`]; [`Error::File`] for more than 4 MiB.
+pub fn read_config(path: &Path) -> Result<Vec<u8>> {
+    read_at_most(path, 4 << 20)
+}
+
+fn read_at_most(path: &Path, max: u64) -> Result<Vec<u8>> {
     let (file, n_bytes) = open(path)?;
     let mut bytes = Vec::new();
-    let most = file.take(MAX + 1).read_to_end(&mut bytes);
+    let most = file.take(max + 1).read_to_end(&mut bytes);
     most.map_err(|source| io(path, source))?;
-    if bytes.len() as u64 > MAX {
-        let problem = format!("has {n_bytes} bytes; files of this kind have at most {MAX}");
+    if bytes.len() as u64 > max {
+        let problem = format!("has {n_bytes} bytes; files of this kind have at most {max}");
         return Err(refuse(path, problem));
     }
     match impostor(&bytes[..bytes.len().min(IMPOSTOR_BYTES as usize)]) {
@@ -74,12 +85,12 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
-/// Reads a JSON file.
+/// Reads a configuration in JSON.
 ///
 /// # Errors
-/// As [`read`]; [`Error::File`] if it is not JSON of the expected form.
+/// As [`read_config`]; [`Error::File`] if it is not JSON of the expected form.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = read(path)?;
+    let bytes = read_config(path)?;
     serde_json::from_slice(&bytes).map_err(|error| refuse(path, error.to_string()))
 }
 

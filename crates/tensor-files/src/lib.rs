@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`TensorFile`] | reads a safetensors file tensor by tensor |
 //! | [`write_tensors`], [`LazyTensor`] | write one, with one tensor in memory at a time |
-//! | [`read`], [`read_json`], [`write_json`] | read and write small files |
+//! | [`read`], [`read_config`], [`read_json`], [`write_json`] | read and write small files |
 //! | [`write_sums`], [`check_sums`] | list the SHA-256 of a directory's files, and check them |
 //! | [`write_directory`] | makes a directory that is complete under its name, or does not exist |
 //!
@@ -40,7 +40,7 @@ mod sums;
 mod write;
 
 pub use directory::{check_output, write_directory};
-pub use document::{check_version, is_there, read, read_json, write_json};
+pub use document::{check_version, is_there, read, read_config, read_json, write_json};
 pub use error::{Error, Result};
 pub use file::TensorFile;
 pub use sums::{SUMS, check_sums, digest, write_sums};

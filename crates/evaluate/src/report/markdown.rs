@@ -62,12 +62,16 @@ fn cells(report: &Report) -> Vec<Vec<String>> {
 }
 
 /// A table of rows, the first of which is the header: two columns of names, then numbers.
+///
+/// Cells of more than 100 characters do not widen their column: it would be as long in every row, and
+/// `format!` pads to at most 65,535 characters.
 fn table(rows: &[Vec<String>]) -> String {
+    const WIDEST: usize = 100;
     let n_columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..n_columns)
         .map(|column| {
             let cells = rows.iter().map(|row| row[column].chars().count());
-            cells.max().unwrap_or(0)
+            cells.max().unwrap_or(0).min(WIDEST)
         })
         .collect();
     let mut text = String::new();

@@ -298,3 +298,24 @@ proptest! {
         prop_assert!(Report::from_json(&report.to_json()).is_ok());
     }
 }
+
+/// `format!` pads to at most 65,535 characters.
+#[test]
+fn names_may_be_of_any_length() {
+    let long = "name ".repeat(14_000);
+    let mut report = two_models();
+    report.title = long.clone();
+    for of in &mut report.measurements[1..] {
+        of.protocol = long.clone();
+        of.metric = long.clone();
+        of.model = long.clone();
+        of.unit = long.clone();
+    }
+    let markdown = report.to_markdown();
+    assert!(markdown.contains(long.trim()));
+    // One long name does not widen the cells of others.
+    let short = markdown.lines().find(|line| line.starts_with("| gptq "));
+    assert!(short.is_some_and(|line| line.len() < 1000), "{short:?}");
+    assert!(report.to_svg().len() < 100_000);
+    assert_eq!(Report::from_json(&report.to_json()).unwrap(), report);
+}

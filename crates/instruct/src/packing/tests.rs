@@ -161,3 +161,21 @@ proptest! {
         check_texts(batches.iter().flatten(), &examples);
     }
 }
+
+/// A device's integers may have 32 bits.
+#[test]
+fn a_token_of_no_vocabulary_is_refused() {
+    let device = burn::tensor::Device::flex();
+    let rows = |token| {
+        let example = Example::new(vec![1, token, 2], vec![true; 3]);
+        pack(&[example], 3, PADDING, 0).unwrap()
+    };
+    assert!(batch(&rows(i32::MAX as u32), &device).is_ok());
+    for token in [1 << 31, u32::MAX] {
+        let error = batch(&rows(token), &device).unwrap_err();
+        assert!(
+            matches!(error, Error::Token { token: found } if found == token),
+            "{error:?}"
+        );
+    }
+}

@@ -11,6 +11,7 @@ use crate::{ConfigError, Error, Result};
 pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(crate) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
 /// The certificate of a merged model.
 pub(super) const CERTIFICATE: &str = "certificate.json";
@@ -19,7 +20,7 @@ pub(super) const WEIGHTS: &str = "model.safetensors";
 pub(super) const CARRIED: [&str; 9] = [
     TOKENIZER,
     TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    SPECIAL_TOKENS_MAP,
     "chat_template.jinja",
     "added_tokens.json",
     // The vocabularies of Python tokenizers.
@@ -29,11 +30,13 @@ pub(super) const CARRIED: [&str; 9] = [
     GENERATION,
 ];
 
-/// The `eos_token_id` of `generation_config.json` or of `config.json`: one token, or several.
+/// The `eos_token_id` of `generation_config.json` or of `config.json`: one token, or several, of a
+/// vocabulary of `vocab_size`.
 pub(crate) fn stop_tokens(
     dir: &Path,
     config: &Map<String, Value>,
     carried: &BTreeMap<&'static str, Vec<u8>>,
+    vocab_size: usize,
 ) -> Result<Vec<u32>> {
     const SETTING: &str = "eos_token_id";
     let refuse = |file: &str, setting: &str, problem: String| {
@@ -50,7 +53,16 @@ pub(crate) fn stop_tokens(
     };
     let id = |id: &Value| {
         let token = id.as_u64().and_then(|id| u32::try_from(id).ok());
-        token.ok_or_else(|| refuse(file, SETTING, format!("is {id}, which is no token")))
+        let token =
+            token.ok_or_else(|| refuse(file, SETTING, format!("is {id}, which is no token")))?;
+        if (token as usize) < vocab_size {
+            return Ok(token);
+        }
+        // The model cannot produce it: its texts would not end, and the files are of two models.
+        let problem = format!(
+            "is {token}, but the vocabulary of the model has {vocab_size} tokens; use the files of one model"
+        );
+        Err(refuse(file, SETTING, problem))
     };
     match ids {
         Value::Null => Ok(Vec::new()),
@@ -64,7 +76,12 @@ pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
     let mut carried = BTreeMap::new();
     for name in CARRIED {
         if tensor_files::is_there(&dir.join(name)) {
-            carried.insert(name, tensor_files::read(&dir.join(name))?);
+            let read = match name {
+                // Those that are parsed, and not only copied.
+                TOKENIZER_CONFIG | SPECIAL_TOKENS_MAP | GENERATION => tensor_files::read_config,
+                _ => tensor_files::read,
+            };
+            carried.insert(name, read(&dir.join(name))?);
         }
     }
     Ok(carried)

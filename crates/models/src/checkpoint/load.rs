@@ -67,7 +67,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     }
     checkpoint.check_leftovers(&model)?;
     let carried = carried(dir)?;
-    let stop_tokens = stop_tokens(dir, &config, &carried)?;
+    let stop_tokens = stop_tokens(dir, &config, &carried, model.config().vocab_size())?;
     model.tokenizer = tokenizer_digest(&carried);
     let certificate = dir.join(CERTIFICATE);
     let certificate = if tensor_files::is_there(&certificate) {

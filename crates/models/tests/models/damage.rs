@@ -56,6 +56,31 @@ impl Damage {
     }
 }
 
+/// Each number is finite, and the weights would not be.
+#[test]
+fn scales_whose_weights_are_infinite_are_refused() {
+    let damage = Damage::new();
+    let weights = damage.path.join("model.safetensors");
+    let mut all = read_tensors(&weights);
+    let name = "model.layers.1.mlp.up_proj.scales";
+    let (dtype, shape, bytes) = all.get_mut(name).unwrap();
+    let n = shape.iter().product::<usize>();
+    *dtype = safetensors::Dtype::F32;
+    let scales = (0..n).map(|at| if at == n - 1 { 3e38f32 } else { 0.5 });
+    *bytes = scales.flat_map(f32::to_le_bytes).collect();
+    let last = [shape[0] - 1, shape[1] - 1];
+    write_tensors(&weights, &all);
+    let error = damage.error();
+    let Error::Peft(peft::Error::Quant { path, source }) = &error else {
+        panic!("{error:?}");
+    };
+    let quant_core::Error::Overflow { group, column, .. } = *source else {
+        panic!("{source:?}");
+    };
+    assert_eq!(path, "model.layers.1.mlp.up_proj");
+    assert_eq!([group, column], last);
+}
+
 #[test]
 fn configurations_that_make_no_model_are_refused() {
     let says = |from: &str, to: &str, parts: &[&str]| {

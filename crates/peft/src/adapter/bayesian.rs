@@ -292,6 +292,10 @@ impl AdapterOps for BayesianAdapter {
         self.to_lora().check(path, linear)
     }
 
+    fn check_values(&self, path: &str, weight: &Weight) -> Result<()> {
+        self.to_lora().check_values(path, weight)
+    }
+
     fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {
         self.to_lora().to_dense(weight)
     }

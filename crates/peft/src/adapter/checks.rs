@@ -1,8 +1,9 @@
 //! Checks of settings, and of layers that are to be adapted.
 
-use burn::tensor::DType;
+use burn::tensor::{DType, Tensor};
 use quant_core::QuantTensor;
 
+use super::tensors::largest;
 use crate::{Error, Result, Weight};
 
 /// The packed weight of the layer at `path`, which `method` needs.
@@ -59,6 +60,26 @@ pub(super) fn check_rank(path: &str, rank: usize, dims: [usize; 2]) -> Result<()
             dims,
         })
     }
+}
+
+/// Checks that no element of `scale` times the product of two factors, `[_, r]` and `[r, _]`, can be
+/// beyond the range of `f32`: from their largest elements, without the product.
+pub(super) fn check_product(
+    method: &'static str,
+    path: &str,
+    [a, b]: [Tensor<2>; 2],
+    scale: f32,
+) -> Result<()> {
+    let rank = a.dims()[1] as f64;
+    let largest = rank * largest(a) * largest(b) * f64::from(scale);
+    if largest <= f64::from(f32::MAX) {
+        return Ok(());
+    }
+    Err(Error::Overflow {
+        method,
+        path: path.into(),
+        largest,
+    })
 }
 
 /// Checks that a setting is positive and finite.

@@ -17,7 +17,9 @@ use burn::tensor::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::checks::{check_count, check_dtype, check_positive, check_rank, check_shape};
+use super::checks::{
+    check_count, check_dtype, check_positive, check_product, check_rank, check_shape,
+};
 use super::dropout::Dropout;
 use super::hf::{HfLayer, hf_factor, hf_number, hf_vector};
 use super::tensors::{Source, bounded, low_rank_sum, stored, uniform};
@@ -390,6 +392,10 @@ impl AdapterOps for LoraAdapter {
             Some(magnitude) => check_shape(path, [d_out], magnitude.dims()),
             None => Ok(()),
         }
+    }
+
+    fn check_values(&self, path: &str, _: &Weight) -> Result<()> {
+        check_product(self.name(), path, [self.a(), self.b()], self.scale())
     }
 
     fn bind(&mut self, weight: &Weight) {

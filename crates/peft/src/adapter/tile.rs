@@ -28,7 +28,7 @@ use burn::tensor::{DType, Tensor};
 use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
-use super::checks::{check_count, check_dtype, check_positive, check_shape};
+use super::checks::{check_count, check_dtype, check_positive, check_product, check_shape};
 use super::dropout::Dropout;
 use super::hf::HfLayer;
 use super::lora::hf_layer;
@@ -529,6 +529,13 @@ impl AdapterOps for TileAdapter {
         check_dtype(path, weight)?;
         let n_tiles = self.settings.n_tiles(path, weight.dims())?;
         check_shape(path, n_tiles, self.n_tiles())
+    }
+
+    fn check_values(&self, path: &str, _: &Weight) -> Result<()> {
+        match self.factors() {
+            Some((a, b)) => check_product(self.name(), path, [a, b], self.scale()),
+            None => Ok(()),
+        }
     }
 
     fn on_codes(&self, path: &str, weight: &QuantTensor) -> Result<(QuantTensor, Exactness)> {

@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::checks::{check_count, check_dtype, check_positive, check_shape};
+use super::checks::{check_count, check_dtype, check_positive, check_product, check_shape};
 use super::dropout::Dropout;
 use super::hf::{
     HfConfig, HfError, HfFormat, HfLayer, HfReader, hf_number, hf_vector, read_config,
@@ -225,6 +225,12 @@ impl AdapterOps for VeraAdapter {
         check_shape(path, [rank, columns], [b_rank, columns])?;
         // Larger ones have room for other layers.
         check_shape(path, [rows.max(d_in), columns.max(d_out)], [rows, columns])
+    }
+
+    fn check_values(&self, path: &str, weight: &Weight) -> Result<()> {
+        let [a, b] = self.factors(weight.dims()[0]);
+        let factors = [a * self.d().unsqueeze(), b * self.b().unsqueeze()];
+        check_product(self.name(), path, factors, 1.0)
     }
 
     fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {

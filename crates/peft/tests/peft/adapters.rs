@@ -1,9 +1,9 @@
 //! Directories of adapters, and adapters that are switched.
 
 use burn::tensor::Device;
-use peft::{Adapters, Error, Linear, Lora, Targets, Weight};
+use peft::{Adapters, Bayesian, Error, Linear, Lora, Method, Targets, Tile, Vera, Weight};
 use proptest::prelude::*;
-use tensor_files::{FloatType, LazyTensor};
+use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 use crate::cases::cases;
 use crate::model::{HIDDEN, WIDTH, adapted, dense, logits, tensor, tune};
@@ -205,4 +205,55 @@ fn damaged_lora_files_are_refused() {
         assert!(named, "{error}");
     }
     assert!(fit([WIDTH, HIDDEN]).is_ok());
+}
+
+/// Each factor is finite, and their product would not be.
+#[test]
+fn factors_whose_product_is_infinite_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let methods: [&dyn Method; 5] = [
+        &Lora::new(2),
+        &Lora::new(2).with_dora(true),
+        &Vera::new(2),
+        &Tile::q_bara(2),
+        &Bayesian::new(2),
+    ];
+    let factors = ["a", "b", "d"].map(|factor| format!("mlp.up.{factor}"));
+    for (at, method) in methods.into_iter().enumerate() {
+        let mut model = dense(1);
+        peft::attach(&mut model, method).unwrap();
+        let path = dir.path().join(at.to_string());
+        Adapters::of(&model).unwrap().save(&path).unwrap();
+        peft::detach(&mut model).unwrap();
+        let file = path.join("adapter_model.safetensors");
+        // The adapters with all elements of one layer's factors as large as this.
+        let mut with = |value: f32| {
+            let mut old = TensorFile::open(&file).unwrap();
+            let tensors = old.names().into_iter().map(|name| {
+                let is_factor = factors.contains(&name);
+                let new = |values: Vec<f32>| match is_factor {
+                    true => vec![value; values.len()],
+                    false => values,
+                };
+                let tensor = if old.shape(&name).unwrap().len() == 1 {
+                    let (values, shape) = old.floats::<1>(&name).unwrap();
+                    let values = new(values);
+                    LazyTensor::floats_as(FloatType::F32, shape, move || values.clone())
+                } else {
+                    let (values, shape) = old.floats::<2>(&name).unwrap();
+                    let values = new(values);
+                    LazyTensor::floats_as(FloatType::F32, shape, move || values.clone())
+                };
+                (name, tensor)
+            });
+            let tensors: Vec<_> = tensors.collect();
+            tensor_files::write_tensors(&file, tensors).unwrap();
+            let adapters = Adapters::load(&path, &Device::flex()).unwrap();
+            peft::activate(&mut model, &adapters).map(drop)
+        };
+        let error = with(1e20).unwrap_err();
+        let is_named = matches!(&error, Error::Overflow { path, .. } if path == "mlp.up");
+        assert!(is_named, "{at}: {error:?}");
+        with(1e15).unwrap();
+    }
 }

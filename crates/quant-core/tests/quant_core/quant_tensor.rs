@@ -142,3 +142,60 @@ fn double_quantized_scales_are_read_one_by_one() {
     assert_eq!(found.absmax(), expected.absmax);
     assert_eq!(found.offset(), expected.offset);
 }
+
+/// A finite scale and a finite zero can make weights that are not.
+#[test]
+fn scales_whose_weights_are_beyond_f32_are_refused() {
+    let device = Device::flex();
+    let weight = scattered([8, 2]);
+    for (bits, symmetric) in [(2, false), (4, true), (8, false), (8, true)] {
+        let rtn = Rtn::new().with_bits(bits).with_symmetric(symmetric);
+        let packed = rtn.with_group_size(4).quantize(weight.clone(), None);
+        let packed = packed.unwrap().weight;
+        let (format, parts) = (packed.format(), packed.to_parts());
+        let most = if symmetric {
+            1 << (bits - 1)
+        } else {
+            (1 << bits) - 1
+        };
+        // The second output of the second group.
+        let with = |scale: f32, zero: f32| {
+            let mut scales = vec![1.0; 4];
+            scales[3] = scale;
+            let zeros = parts.zeros.as_ref().map(|_| vec![0.0, 0.0, 0.0, zero]);
+            let made = Parts {
+                scales: Scales::Float(scales.clone()),
+                zeros: zeros.clone(),
+                ..parts.clone()
+            };
+            let made = QuantTensor::from_parts(made, format, [8, 2], &device);
+            let grid = |values| tensor(values, [2, 2]);
+            let moved = packed.clone().with_grid(grid(scales), zeros.map(grid));
+            assert_eq!(made.as_ref().err(), moved.err().as_ref());
+            made.map(drop)
+        };
+        let refused = |result: Result<(), Error>| {
+            let found = result.unwrap_err();
+            let is_named = matches!(
+                found,
+                Error::Overflow {
+                    group: 1,
+                    column: 1,
+                    ..
+                }
+            );
+            assert!(is_named, "{found:?}");
+        };
+        let largest = f32::MAX / most as f32;
+        assert_eq!(with(largest * 0.999, 0.0), Ok(()));
+        assert_eq!(with(-largest * 0.999, 0.0), Ok(()));
+        refused(with(largest * 1.001, 0.0));
+        refused(with(-largest * 1.001, 0.0));
+        if !symmetric {
+            refused(with(1e20, 1e20));
+            refused(with(1e20, -1e20));
+            // Half of the levels are on either side of the zero.
+            assert_eq!(with(largest * 1.5, most as f32 / 2.0), Ok(()));
+        }
+    }
+}

@@ -11,7 +11,8 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use super::{
-    CONFIG, LLAMA, Tensors, assert_file, assert_tensor, change, copy, refusal, refusal_of_plan,
+    CONFIG, INDEX, LLAMA, Tensors, assert_file, assert_tensor, change, copy, refusal,
+    refusal_of_plan, without,
 };
 
 /// A configuration of one of LLaMA's shape.
@@ -173,6 +174,11 @@ fn a_llama_that_cannot_be_computed_is_refused() {
         ),
         (json!({"rms_norm_eps": 0}), "rms_norm_eps", "is 0"),
         (json!({"rms_norm_eps": -1e-5}), "rms_norm_eps", "positive"),
+        // Positive numbers of which f32, the type of the norms, makes 0, a subnormal number, and an
+        // infinity.
+        (json!({"rms_norm_eps": 1e-50}), "rms_norm_eps", "f32"),
+        (json!({"rms_norm_eps": 1e-40}), "rms_norm_eps", "f32"),
+        (json!({"rms_norm_eps": 1e39}), "rms_norm_eps", "f32"),
         (json!({"rope_theta": 0}), "rope_theta", "above 1"),
         (json!({"rope_theta": 1}), "rope_theta", "above 1"),
         (json!({"rope_theta": 0.5}), "rope_theta", "above 1"),
@@ -205,6 +211,7 @@ fn a_rope_scaling_that_cannot_be_computed_is_refused() {
     let rows = [
         (json!({"type": "linear", "factor": 0}), "factor 0"),
         (json!({"type": "dynamic", "factor": -2.0}), "factor -2"),
+        (json!({"type": "linear", "factor": 1e39}), "factor 1"),
         (json!({"rope_type": "longrope"}), "`longrope`"),
         (
             json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -542,4 +549,23 @@ fn a_layer_of_no_known_format_is_refused() {
     }
     assert_too_large(&refused("group_size", json!(65)));
     assert_too_large(&refused("group_size", json!(u64::MAX)));
+}
+
+/// Parsed, JSON takes many times its size: 64 MB of `0,` take 2 GB.
+#[test]
+fn configurations_larger_than_any_are_refused() {
+    let zeros = format!("{{\"settings\": [{}0]}}", "0,".repeat(2 << 20));
+    let parsed = [
+        CONFIG,
+        INDEX,
+        "quantize_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ];
+    for name in parsed {
+        let dir = without(name);
+        fs::write(dir.path().join(name), &zeros).unwrap();
+        assert_file(&refusal(dir.path()), name, "at most 4194304");
+    }
 }

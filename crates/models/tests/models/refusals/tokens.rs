@@ -296,3 +296,47 @@ fn a_calibration_that_repeats_itself_is_refused() {
     assert!(refused(std::slice::from_ref(&one)).is_none());
     assert!(refused(&[one, batch(&[1, 2, 3, 5], 1)]).is_none());
 }
+
+/// A model cannot end a text with a token that it lacks.
+#[test]
+fn stop_tokens_that_the_model_lacks_are_refused() {
+    let dir = copy(LLAMA);
+    let state = |name: &str, ids: &str| {
+        let path = dir.path().join(name);
+        let mut json: serde_json::Value = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap(),
+            Err(_) => serde_json::json!({}),
+        };
+        json["eos_token_id"] = serde_json::from_str(ids).unwrap();
+        fs::write(&path, json.to_string()).unwrap();
+    };
+    let stop = || {
+        let lm = load(dir.path(), &Device::flex()).unwrap();
+        lm.stop_tokens().to_vec()
+    };
+    let refused = |name: &str, part: &str| {
+        let error = refusal(dir.path());
+        let Error::Config(models::ConfigError::Setting {
+            path,
+            setting,
+            problem,
+        }) = &error
+        else {
+            panic!("{error:?}");
+        };
+        let is_said = path.ends_with(name)
+            && setting == "eos_token_id"
+            && problem.contains(part)
+            && problem.contains("has 256 tokens");
+        assert!(is_said, "{error}");
+    };
+    state(super::CONFIG, "255");
+    assert_eq!(stop(), [255]);
+    state(super::CONFIG, "256");
+    refused(super::CONFIG, "is 256,");
+    // This one goes before the other.
+    state("generation_config.json", "[3, 255]");
+    assert_eq!(stop(), [3, 255]);
+    state("generation_config.json", "[3, 4000000000]");
+    refused("generation_config.json", "is 4000000000,");
+}
