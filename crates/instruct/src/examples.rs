@@ -3,7 +3,6 @@ use std::fmt;
 use std::ops::Range;
 
 use models::{SpecialTokens, Tokenizer};
-use tokenizers::PostProcessorWrapper;
 
 use crate::{Error, Piece, Record, RecordError, Result, Template};
 
@@ -217,15 +216,13 @@ pub fn count_duplicates(train: &[Example], eval: &[Example]) -> usize {
 }
 
 struct Encoder<'a> {
-    tokenizer: tokenizers::Tokenizer,
-    /// The tokenizer for messages of errors.
-    source: &'a Tokenizer,
+    tokenizer: &'a Tokenizer,
     bos: Option<u32>,
     eos: Option<u32>,
 }
 
 impl<'a> Encoder<'a> {
-    fn new(template: &Template, source: &'a Tokenizer, special: &SpecialTokens) -> Result<Self> {
+    fn new(template: &Template, tokenizer: &'a Tokenizer, special: &SpecialTokens) -> Result<Self> {
         let (mut bos, mut eos) = (None, None);
         if !template.is_complete() {
             if special.add_bos {
@@ -233,13 +230,8 @@ impl<'a> Encoder<'a> {
             }
             eos = Some(special.need_eos("the end of an example")?.id);
         }
-        let mut tokenizer = source.inner().clone();
-        // With `trim_offsets` it would move the offset of a token past its leading space, and so
-        // turn a token that begins in the prompt into a target.
-        tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         Ok(Self {
             tokenizer,
-            source,
             bos,
             eos,
         })
@@ -255,22 +247,15 @@ impl<'a> Encoder<'a> {
                 targets.push(start..text.len());
             }
         }
-        // `encode_fast` gives no offsets, `encode_char_offsets` gives them in characters.
-        let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|error| {
-            models::Error::Text(models::TextError::Tokenizer {
-                path: self.source.path().into(),
-                problem: error.to_string(),
-            })
-        })?;
-        let begins_in_target = |&(start, _): &(usize, usize)| {
+        let encoding = self.tokenizer.encode_with_starts(&text)?;
+        let begins_in_target = |&(_, start): &(u32, usize)| {
             let at = targets.partition_point(|range| range.end <= start);
             targets.get(at).is_some_and(|range| range.contains(&start))
         };
         let bos = self.bos.into_iter();
-        let tokens = bos.chain(encoding.get_ids().iter().copied());
+        let tokens = bos.chain(encoding.iter().map(|&(token, _)| token));
         let is_target = self.bos.map(|_| false).into_iter();
-        let is_target = is_target.chain(encoding.get_offsets().iter().map(begins_in_target));
+        let is_target = is_target.chain(encoding.iter().map(begins_in_target));
         Ok(Example::new(
             tokens.chain(self.eos).collect(),
             is_target.chain(self.eos.map(|_| true)).collect(),

@@ -23,7 +23,7 @@ pub(crate) fn tokenizer(dir: &Path, post_processor: Value) -> Tokenizer {
 pub(crate) fn written(example: &Example, tokenizer: &Tokenizer) -> String {
     let tokens = example.tokens().iter().zip(example.is_target());
     let words = tokens.map(|(&token, &is_target)| {
-        let word = tokenizer.inner().id_to_token(token).unwrap();
+        let word = tokenizer.id_to_token(token).unwrap();
         format!("{word}{}", if is_target { "*" } else { "" })
     });
     words.collect::<Vec<_>>().join(" ")

@@ -1,7 +1,6 @@
 use std::path::Path;
 
 use serde_json::{Map, Value};
-use tokenizers::{Encoding, Token};
 
 use crate::checkpoint::directory::{SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG};
 use crate::{ConfigError, Result, TextError, Tokenizer};
@@ -79,8 +78,8 @@ impl SpecialTokens {
             in_first,
             in_second,
         };
-        let added = added_before(tokenizer)?;
-        let text = |&id: &u32| tokenizer.inner().id_to_token(id).unwrap_or_default();
+        let added = tokenizer.added_before()?;
+        let text = |&id: &u32| tokenizer.id_to_token(id).unwrap_or_default();
         let texts = || added.iter().map(text).collect::<Vec<_>>().join(" ");
         match (&self.bos, added.as_slice()) {
             (_, []) => {}
@@ -142,20 +141,6 @@ fn need<'a>(
     })
 }
 
-/// The tokens that the tokenizer adds before a text.
-fn added_before(tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    // A token in place of a text, to tell the tokens before a text from those after it.
-    let text = Encoding::from_tokens(vec![Token::new(0, String::new(), (0, 0))], 0);
-    let all = tokenizer.inner().post_process(text, None, true);
-    let all = all.map_err(|error| TextError::Tokenizer {
-        path: tokenizer.path().into(),
-        problem: error.to_string(),
-    })?;
-    let is_added = all.get_special_tokens_mask().iter();
-    let n = is_added.take_while(|&&is_added| is_added == 1).count();
-    Ok(all.get_ids()[..n].to_vec())
-}
-
 /// Reads a token that is stated as a string, or as an object with its `content`.
 fn special_token(
     path: &Path,
@@ -172,7 +157,7 @@ fn special_token(
         let problem = "is neither a string nor an object with a string `content`";
         ConfigError::setting(path, name, problem.into())
     })?;
-    let id = tokenizer.inner().token_to_id(text);
+    let id = tokenizer.token_to_id(text);
     let id = id.ok_or_else(|| TextError::UnknownSpecial {
         path: path.into(),
         name,

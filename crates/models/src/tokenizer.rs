@@ -4,18 +4,25 @@ use burn::tensor::{Device, Tensor, TensorData};
 use peft::Batch;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
-use serde::Deserialize;
-use tokenizers::{
-    DecodeStream, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
-    PreTokenizerWrapper,
-};
 
-use crate::{Error, Result, TextError};
+use crate::{Result, TextError};
+
+mod charsmap;
+mod library;
+mod limits;
 
 /// The tokenizer of a model, from its `tokenizer.json`.
+///
+/// Truncation, padding and the `dropout` of a BPE model, which files may ask for, are ignored: the
+/// tokens of a text are all of it, and always the same.
+///
+/// The crate `tokenizers` reads files and encodes texts. Files that would make it overflow its stack,
+/// exhaust memory, or panic for lack of another part are refused before. If it panics all the same, the
+/// message is that of a [`TextError::Tokenizer`]; the program's panic hook has been called by then, and
+/// prints it if it is Rust's. A program built with `panic = "abort"` ends there.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    library: library::Library,
     path: PathBuf,
 }
 
@@ -23,49 +30,38 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
-    /// As [`tensor_files::read`]; [`TextError::Tokenizer`] if the file has no tokenizer.
+    /// As [`tensor_files::read`] and [`Tokenizer::from_bytes`].
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = tensor_files::read(path)?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes);
-        let mut inner = inner.map_err(|error| refuse(path, error))?;
-        // Files may ask for truncation and padding, which would change a text.
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| refuse(path, error))?;
-        let tokenizer = Self {
-            inner,
-            path: path.into(),
-        };
-        tokenizer.check_added(&bytes)?;
-        Ok(tokenizer)
+        Self::from_bytes(&tensor_files::read(path)?, path)
     }
 
-    /// Checks that added tokens have the ids of the file. The library gives them other ids if they do
-    /// not follow the vocabulary.
-    fn check_added(&self, bytes: &[u8]) -> Result<()> {
-        #[derive(Deserialize)]
-        struct File {
-            #[serde(default)]
-            added_tokens: Vec<Added>,
+    /// Reads the content of a `tokenizer.json`, which errors call `path`.
+    ///
+    /// # Errors
+    /// [`TextError::Tokenizer`] if it has no tokenizer, or one beyond the limits that
+    /// `docs/security.md` lists.
+    ///
+    /// # Examples
+    /// ```
+    /// use std::path::Path;
+    ///
+    /// use models::Tokenizer;
+    ///
+    /// let json = br#"{"pre_tokenizer": {"type": "Whitespace"}, "model": {"type": "WordLevel",
+    ///     "vocab": {"<unk>": 0, "one": 1}, "unk_token": "<unk>"}}"#;
+    /// let tokenizer = Tokenizer::from_bytes(json, Path::new("tokenizer.json"))?;
+    /// assert_eq!(tokenizer.encode("one two")?, [1, 0]);
+    ///
+    /// let error = Tokenizer::from_bytes(&json[..40], Path::new("tokenizer.json")).unwrap_err();
+    /// assert!(error.to_string().starts_with("`tokenizer.json`: is not a JSON object"));
+    /// # Ok::<(), models::Error>(())
+    /// ```
+    pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
+        let path = path.to_owned();
+        match library::Library::new(bytes) {
+            Ok(library) => Ok(Self { library, path }),
+            Err(problem) => Err(TextError::Tokenizer { path, problem }.into()),
         }
-        #[derive(Deserialize)]
-        struct Added {
-            id: u32,
-            content: String,
-        }
-        let file: File = serde_json::from_slice(bytes)
-            .map_err(|error| refuse(&self.path, error.to_string().into()))?;
-        for Added { id, content } in file.added_tokens {
-            let found = self.inner.token_to_id(&content);
-            if found != Some(id) {
-                let problem = format!(
-                    "the added token `{content}` has the id {id}, which is not its place in the vocabulary"
-                );
-                return Err(refuse(&self.path, problem.into()));
-            }
-        }
-        Ok(())
     }
 
     /// The tokens of a text, without special tokens around it.
@@ -73,24 +69,33 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::Tokenizer`] if the tokenizer refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false);
-        Ok(encoding
-            .map_err(|error| refuse(&self.path, error))?
-            .get_ids()
-            .to_vec())
+        self.refused(self.library.encode(text))
+    }
+
+    /// As [`Tokenizer::encode`], each token with the byte of the text at which it begins.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        self.refused(self.library.encode_with_starts(text))
     }
 
     /// Decodes tokens one after the other.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream {
-            inner: self.inner.decode_stream(true),
-            path: &self.path,
+            library: self.library.stream(),
+            tokenizer: self,
         }
     }
 
-    /// The tokenizer of the crate `tokenizers`.
-    pub fn inner(&self) -> &tokenizers::Tokenizer {
-        &self.inner
+    /// The id of a token.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.library.token_to_id(token)
+    }
+
+    /// The token of an id, as the vocabulary spells it.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.library.id_to_token(id)
     }
 
     /// The file from which it was read.
@@ -98,45 +103,42 @@ impl Tokenizer {
         &self.path
     }
 
-    /// The text of some tokens.
+    /// The text of some tokens, without special tokens and those outside of the vocabulary.
     ///
     /// # Errors
-    /// [`TextError::Tokenizer`] if a token is unknown.
+    /// [`TextError::Tokenizer`] if the tokenizer refuses the tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        let text = self.inner.decode(tokens, true);
-        text.map_err(|error| refuse(&self.path, error))
+        self.refused(self.library.decode(tokens))
+    }
+
+    /// The tokens that the tokenizer adds before a text.
+    pub(crate) fn added_before(&self) -> Result<Vec<u32>> {
+        self.refused(self.library.added_before())
+    }
+
+    fn refused<T>(&self, result: library::Result<T>) -> Result<T> {
+        result.map_err(|problem| {
+            let path = self.path.clone();
+            TextError::Tokenizer { path, problem }.into()
+        })
     }
 }
 
 /// A decoder of tokens one after the other, made by [`Tokenizer::stream`].
 pub struct TextStream<'a> {
-    inner: DecodeStream<
-        'a,
-        ModelWrapper,
-        NormalizerWrapper,
-        PreTokenizerWrapper,
-        PostProcessorWrapper,
-        DecoderWrapper,
-    >,
-    path: &'a Path,
+    library: library::Stream<'a>,
+    tokenizer: &'a Tokenizer,
 }
 
 impl TextStream<'_> {
     /// Decodes one more token. Returns an empty string while a character is incomplete.
     ///
     /// # Errors
-    /// [`TextError::Tokenizer`] if the token is unknown.
+    /// [`TextError::Tokenizer`] if the tokenizer refuses the token.
     pub fn push(&mut self, token: u32) -> Result<String> {
-        let piece = self.inner.step(token);
-        let piece = piece.map_err(|error| refuse(self.path, error))?;
+        let piece = self.tokenizer.refused(self.library.push(token))?;
         Ok(piece.unwrap_or_default())
     }
-}
-
-fn refuse(path: &Path, error: tokenizers::Error) -> Error {
-    let path = path.into();
-    let problem = error.to_string();
-    TextError::Tokenizer { path, problem }.into()
 }
 
 /// The tokens of a text in non-overlapping windows of one length, without an incomplete last one.

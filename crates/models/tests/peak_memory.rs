@@ -3,9 +3,11 @@
 #[path = "../../kernels/tests/counting/mod.rs"]
 mod counting;
 
+use std::path::Path;
+
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use models::{LlamaConfig, Model};
+use models::{LlamaConfig, Model, Tokenizer};
 use peft::{Batch, CausalLm, FitConfig, Peqa};
 use quant_core::Rtn;
 
@@ -42,6 +44,7 @@ fn what_is_kept() {
     a_cached_token_is_written_in_its_place();
     a_packed_head_stays_packed();
     a_packed_head_is_unpacked_once();
+    a_tokenizer_is_not_larger_than_its_file();
 }
 
 /// A block more costs its input, where its gradients are made from it alone.
@@ -114,4 +117,17 @@ fn a_packed_head_stays_packed() {
         above < 4 * logits,
         "{above} bytes for logits of {logits}, a dense head has {HIDDEN} times as many"
     );
+}
+
+/// A size in a file is compared with the file before it is allocated: here that of a table of characters,
+/// whose 12 bytes state 4 GiB.
+fn a_tokenizer_is_not_larger_than_its_file() {
+    let json =
+        br#"{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAAAAAAA"},
+        "padding": {"strategy": {"Fixed": 1000000000000}, "direction": "Right", "pad_id": 0,
+            "pad_type_id": 0, "pad_token": "", "pad_to_multiple_of": 1000000000000},
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 4294967295}, "unk_token": "<unk>"}}"#;
+    let open = || assert!(Tokenizer::from_bytes(json, Path::new("tokenizer.json")).is_err());
+    let peak = counting::peak_of(open);
+    assert!(peak < 1 << 20, "{peak}");
 }

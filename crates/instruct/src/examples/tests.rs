@@ -277,7 +277,7 @@ proptest! {
         let (end, tokens) = example.tokens().split_last().unwrap();
         prop_assert_eq!(*end, 2);
         let n_bytes = tokens.iter().map(|&token| {
-            let letters = model.tokenizer.inner().id_to_token(token).unwrap();
+            let letters = model.tokenizer.id_to_token(token).unwrap();
             letters.chars().count()
         });
         let starts = n_bytes.scan(0, |at, n| {

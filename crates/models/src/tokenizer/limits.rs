@@ -1,0 +1,322 @@
+//! Checks of a `tokenizer.json` before the crate `tokenizers` reads it.
+//!
+//! Limits are far above those of published tokenizers. They bound the memory and the depth of recursion
+//! that a file can ask for; references from one part to another are checked where that crate follows
+//! them unchecked.
+
+use std::collections::HashMap;
+
+use serde_json::{Map, Value};
+
+use super::charsmap;
+use super::library::{Result, within};
+
+/// The largest file. Those of vocabularies of 260 thousand tokens have 35 MB.
+const MAX_BYTES: usize = 100_000_000;
+
+/// The deepest nesting of arrays and objects. Published files have up to 8.
+const MAX_DEPTH: usize = 32;
+
+/// The longest string, but for a table of characters.
+const MAX_STRING: usize = 1 << 16;
+
+/// The longest table of characters in base64. SentencePiece's own have 320 kB.
+const MAX_CHARSMAP: usize = 1 << 22;
+
+/// The longest regular expression, each term of which can become megabytes.
+const MAX_PATTERN: usize = 1 << 14;
+
+/// The most normalizers, pre-tokenizers, decoders or post-processors, with those in sequences.
+const MAX_STEPS: usize = 64;
+
+/// The longest piece of a Unigram model, in bytes: the depth of a trie that is dropped recursively. Also
+/// the longest string that a model puts in place of a text or beside it.
+const MAX_PIECE: usize = 512;
+
+/// The most bytes of all pieces of a Unigram model, each of which can become 350.
+const MAX_PIECES: usize = 1 << 23;
+
+/// The longest word of a WordPiece model, whose time grows with its third power.
+const MAX_WORD: u64 = 1000;
+
+/// The most by which normalizers and pre-tokenizers, or decoders, may multiply the bytes of a text.
+const MAX_GROWTH: f64 = 1e4;
+
+/// Parses a file, and checks what its parts ask for.
+pub(super) fn parse(bytes: &[u8]) -> Result<Map<String, Value>> {
+    let n = bytes.len();
+    if n > MAX_BYTES {
+        return Err(format!("has {n} bytes; at most {MAX_BYTES} are read"));
+    }
+    let file = serde_json::from_slice(bytes);
+    let file: Map<String, Value> =
+        file.map_err(|error| format!("is not a JSON object: {error}"))?;
+    for (name, part) in &file {
+        within(name, check_sizes(part, 1))?;
+    }
+    let part = |name| file.get(name).unwrap_or(&Value::Null);
+    within("model", check_model(part("model")))?;
+    let mut growth = 1.0;
+    for (place, step) in steps("normalizer", part("normalizer"), "normalizers")? {
+        growth *= within(&place, normalizer_growth(step))?;
+    }
+    for (place, step) in steps("pre_tokenizer", part("pre_tokenizer"), "pretokenizers")? {
+        growth *= within(&place, pre_tokenizer_growth(step))?;
+    }
+    within("normalizer, pre_tokenizer", check_growth(growth))?;
+    let mut growth = 1.0;
+    for (_, step) in steps("decoder", part("decoder"), "decoders")? {
+        growth *= decoder_growth(step);
+    }
+    within("decoder", check_growth(growth))?;
+    let mut template = None;
+    for (place, step) in steps("post_processor", part("post_processor"), "processors")? {
+        if step.get("single").is_some() {
+            within(&place, check_template(step))?;
+            if let Some(first) = template.replace(place.clone()) {
+                return Err(format!("{place}: is a second template, after {first}"));
+            }
+        }
+    }
+    Ok(file)
+}
+
+fn check_sizes(value: &Value, depth: usize) -> Result<()> {
+    if depth > MAX_DEPTH {
+        return Err(format!("is nested more than {MAX_DEPTH} deep"));
+    }
+    let check = |text: &str, max| match text.len() {
+        n if n > max => Err(format!("has a string of {n} bytes; at most {max}")),
+        _ => Ok(()),
+    };
+    match value {
+        Value::String(text) => check(text, MAX_STRING),
+        Value::Array(values) => values
+            .iter()
+            .try_for_each(|value| check_sizes(value, depth + 1)),
+        Value::Object(values) => values.iter().try_for_each(|(key, value)| {
+            check(key, MAX_STRING)?;
+            match value {
+                Value::String(map) if key == "precompiled_charsmap" => check(map, MAX_CHARSMAP),
+                _ => check_sizes(value, depth + 1),
+            }
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// A part and, where it is a sequence, the parts in it under `key`, each with its place.
+fn steps<'a>(name: &str, part: &'a Value, key: &str) -> Result<Vec<(String, &'a Value)>> {
+    let mut steps = vec![(name.to_owned(), part)];
+    let mut at = 0;
+    while let Some((place, step)) = steps.get(at) {
+        if let Some(Value::Array(inner)) = step.get(key) {
+            let n = steps.len() + inner.len();
+            if n > MAX_STEPS {
+                return Err(format!("{place}: has {n} steps; at most {MAX_STEPS}"));
+            }
+            let place = place.clone();
+            let inner = inner.iter().enumerate();
+            steps.extend(inner.map(|(i, step)| (format!("{place}.{key}[{i}]"), step)));
+        }
+        at += 1;
+    }
+    Ok(steps)
+}
+
+fn check_model(model: &Value) -> Result<()> {
+    match &model["vocab"] {
+        Value::Object(vocab) => {
+            check_ids(vocab)?;
+            check_merges(model, vocab)?;
+        }
+        Value::Array(pieces) => check_pieces(pieces)?,
+        _ => {}
+    }
+    // Tokens have copies of them, however short their text is.
+    for name in [
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+    ] {
+        let n = text(model, name).len();
+        if n > MAX_PIECE {
+            return Err(format!("{name}: has {n} bytes; at most {MAX_PIECE}"));
+        }
+    }
+    match model["max_input_chars_per_word"].as_u64() {
+        Some(n) if n > MAX_WORD => Err(format!(
+            "max_input_chars_per_word: is {n}; at most {MAX_WORD}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The token of an id would depend on the order of a hash map, were there two.
+fn check_ids(vocab: &Map<String, Value>) -> Result<()> {
+    let mut tokens = HashMap::with_capacity(vocab.len());
+    for (token, id) in vocab {
+        if let Some(id) = id.as_u64()
+            && let Some(other) = tokens.insert(id, token)
+        {
+            return Err(format!(
+                "vocab: `{other}` and `{token}` have the same id {id}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A merged token is written to a buffer of the length of the longest token, without the prefix of the
+/// second.
+fn check_merges(model: &Value, vocab: &Map<String, Value>) -> Result<()> {
+    let longest = vocab.keys().map(String::len).max().unwrap_or(0);
+    let prefix = model["continuing_subword_prefix"].as_str();
+    let n_prefix = prefix.unwrap_or_default().len();
+    let merges = model["merges"].as_array().map_or(&[][..], Vec::as_slice);
+    for (at, merge) in merges.iter().enumerate() {
+        let pair = match merge {
+            Value::String(merge) => merge.split_once(' '),
+            merge => merge[0].as_str().zip(merge[1].as_str()),
+        };
+        let Some((first, second)) = pair else {
+            continue;
+        };
+        let rest = second.get(n_prefix..);
+        if rest.is_none_or(|rest| first.len() + rest.len() > longest) {
+            return Err(format!(
+                "merges[{at}]: `{first}` and `{second}` make no token of the vocabulary"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_pieces(pieces: &[Value]) -> Result<()> {
+    let mut total = 0;
+    for (at, piece) in pieces.iter().enumerate() {
+        let n = piece[0].as_str().map_or(0, str::len);
+        if n > MAX_PIECE {
+            return Err(format!(
+                "vocab[{at}]: has a piece of {n} bytes; at most {MAX_PIECE}"
+            ));
+        }
+        total += n;
+    }
+    if total > MAX_PIECES {
+        return Err(format!(
+            "vocab: has pieces of {total} bytes; at most {MAX_PIECES}"
+        ));
+    }
+    Ok(())
+}
+
+/// The most by which a normalizer multiplies the bytes of a text. For Unicode's normal forms, see its
+/// FAQ on normalization.
+fn normalizer_growth(step: &Value) -> Result<f64> {
+    let mut growth = match kind(step) {
+        "NFC" | "NFD" => 3.0,
+        "NFKC" | "NFKD" => 11.0,
+        "Lowercase" => 1.5,
+        "ByteLevel" => 2.0,
+        // Spaces around a Chinese character, decomposition and lower case.
+        "BertNormalizer" => 5.0 / 3.0 * 3.0 * 1.5,
+        _ => 1.0,
+    };
+    if kind(step) == "Precompiled" || step.get("precompiled_charsmap").is_some() {
+        let map = step["precompiled_charsmap"]
+            .as_str()
+            .ok_or("is not a string");
+        let longest = map
+            .map_err(String::from)
+            .and_then(charsmap::longest_replacement);
+        growth *= within("precompiled_charsmap", longest)?.max(1) as f64;
+    }
+    // A text may be a single byte between two added tokens.
+    growth *= 1.0 + text(step, "prepend").len() as f64;
+    Ok(growth * replacement_growth(step)?)
+}
+
+fn pre_tokenizer_growth(step: &Value) -> Result<f64> {
+    if step["length"] == 0 {
+        return Err("length: is 0".into());
+    }
+    replacement_growth(step)?;
+    Ok(match kind(step) {
+        // With a space before a byte.
+        "ByteLevel" => 4.0,
+        "Metaspace" => 1.0 + text(step, "replacement").len() as f64,
+        _ => 1.0,
+    })
+}
+
+fn decoder_growth(step: &Value) -> f64 {
+    let mut growth = match kind(step) {
+        "ByteLevel" => 3.0,
+        _ => 1.0,
+    };
+    // A space before a token, or for a string that may be empty.
+    for key in ["prefix", "suffix", "word_delimiter_token"] {
+        growth *= if step.get(key).is_some() { 2.0 } else { 1.0 };
+    }
+    growth * replacement_growth(step).unwrap_or(f64::INFINITY)
+}
+
+/// The growth by replacing a pattern with the string `content`, if the step does that.
+fn replacement_growth(step: &Value) -> Result<f64> {
+    let n = text(step, "content").len() as f64;
+    let pattern = &step["pattern"];
+    let (n_matched, pattern) = match (pattern["String"].as_str(), pattern["Regex"].as_str()) {
+        (Some(string), _) => (string.len(), string),
+        // It may match between any two bytes.
+        (None, Some(regex)) => (0, regex),
+        (None, None) => return Ok(1.0),
+    };
+    if pattern.len() > MAX_PATTERN {
+        let n = pattern.len();
+        return Err(format!("pattern: has {n} bytes; at most {MAX_PATTERN}"));
+    }
+    Ok(match n_matched {
+        0 => 1.0 + n,
+        matched => (n / matched as f64).max(1.0),
+    })
+}
+
+fn check_growth(growth: f64) -> Result<()> {
+    if growth > MAX_GROWTH {
+        return Err(format!(
+            "can make a text {growth:.0} times longer; at most {MAX_GROWTH} times"
+        ));
+    }
+    Ok(())
+}
+
+/// A template has the text once, and only tokens that it lists.
+fn check_template(step: &Value) -> Result<()> {
+    let mut n_texts = 0;
+    for piece in step["single"].as_array().unwrap_or(&Vec::new()) {
+        if let Some(sequence) = piece.get("Sequence") {
+            if sequence["id"] != "A" {
+                return Err("single: has a second text".into());
+            }
+            n_texts += 1;
+        }
+        if let Some(token) = piece["SpecialToken"]["id"].as_str()
+            && step["special_tokens"].get(token).is_none()
+        {
+            return Err(format!("single: `{token}` is not in special_tokens"));
+        }
+    }
+    if n_texts != 1 {
+        return Err(format!("single: has the text {n_texts} times, not once"));
+    }
+    Ok(())
+}
+
+fn kind(step: &Value) -> &str {
+    text(step, "type")
+}
+
+fn text<'a>(step: &'a Value, key: &str) -> &'a str {
+    step[key].as_str().unwrap_or_default()
+}
