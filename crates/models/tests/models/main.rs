@@ -10,6 +10,7 @@ mod forward;
 mod generate;
 mod head;
 mod interop;
+mod kill;
 mod merge;
 mod plan;
 mod quantize;
