@@ -13,10 +13,10 @@ for program in strace python3; do
         exit 1
     fi
 done
-build=(--release -p quant-models -p benches --features benches/wgpu --test models)
-test="$(cargo test "${build[@]}" --no-run --message-format=json | python3 -c '
+build=(--release -p quant-models -p benches --features benches/wgpu --example resave)
+program="$(cargo build "${build[@]}" --message-format=json | python3 -c '
 import json, sys
 found = (json.loads(line) for line in sys.stdin)
 print([of["executable"] for of in found
-       if of.get("target", {}).get("name") == "models" and of.get("executable")][-1])')"
-exec python3 tools/kill_save.py "$test" "${1:-}"
+       if of.get("target", {}).get("name") == "resave" and of.get("executable")][-1])')"
+exec python3 tools/kill_save.py "$program" crates/models/tests/golden/llama_gptq_w4_g32_sym "${1:-}"

@@ -14,8 +14,8 @@ use super::fixtures::golden;
 
 const MODEL: &str = "llama_gptq_w4_g32_sym";
 
-/// The test runs itself, kills what it runs, and looks at what is left; `tools/kill-save.sh` runs it to
-/// save a model, and kills it at each of its system calls.
+/// The test runs itself, kills what it runs, and looks at what is left; `tools/kill-save.sh` kills a save
+/// at each of its system calls.
 #[test]
 fn a_killed_save_is_a_whole_model_or_none() {
     const TEST: &str = "kill::a_killed_save_is_a_whole_model_or_none";
