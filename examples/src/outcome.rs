@@ -80,16 +80,21 @@ pub fn save_as(
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn weights_bytes(dir: &Path) -> Result<u64> {
-    let mut n_bytes = 0;
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let path = entry.path();
-        if path.extension().is_some_and(|of| of == "safetensors") {
-            n_bytes += entry.metadata()?.len();
+pub fn weights_bytes(dir: &Path) -> tensor_files::Result<u64> {
+    let n_bytes = || -> std::io::Result<u64> {
+        let mut n_bytes = 0;
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|of| of == "safetensors") {
+                n_bytes += std::fs::metadata(path)?.len();
+            }
         }
-    }
-    Ok(n_bytes)
+        Ok(n_bytes)
+    };
+    n_bytes().map_err(|cause| tensor_files::Error::Io {
+        path: dir.into(),
+        cause,
+    })
 }
 
 /// Writes files of these names and contents.
