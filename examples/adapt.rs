@@ -4,8 +4,6 @@
 //! `cargo run --release --example adapt` does so with the embedded model; `-- --help` lists the options
 //! for other models.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -18,11 +16,12 @@ use examples::method::MethodName;
 use examples::outcome::{Result, bits, exit, max_difference, weights_bytes};
 use examples::table::{self, number};
 use examples::texts::{Cut, Perplexities, Source, Texts, fit_config, n_windows};
-use examples::{memory, progress};
+use examples::{interrupt, memory, print, println, progress};
 use models::Pretrained;
 use peft::{Adapters, Certificate, Exactness, FitConfig, Method, OffGrid, Targets};
 use quant_core::{Format, Quantizer};
 use serde::Serialize;
+use tensor_files::Output;
 
 /// Quantize a LLaMA or an OPT, fine-tune it, merge, save, reload, and verify the merge
 ///
@@ -186,7 +185,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -202,14 +201,16 @@ fn run(args: &Args) -> Result<()> {
     for quantizer in &quantizers {
         quantizer.format()?;
     }
-    if let Some(out) = &args.out {
-        tensor_files::check_output(out)?;
-    }
+    let reserved = args.out.as_deref().map(interrupt::reserve).transpose()?;
     let device = args.model.device.open();
 
-    // Removed when it is dropped.
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
+    if let Some(output) = &reserved {
+        let plans = quantizers.iter().map(|of| models::plan(&source, of));
+        let n_bytes = plans.map(|plan| Ok(plan?.n_bytes()));
+        output.require(n_bytes.sum::<models::Result<u64>>()?)?;
+    }
     let lm = models::load(&source, &device)?;
     let source_of_texts = match (&args.train, &args.eval, &args.data) {
         (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_deref()),
@@ -246,20 +247,21 @@ fn run(args: &Args) -> Result<()> {
     };
     drop(lm);
 
-    let out = match &args.out {
+    let dir = match &args.out {
         Some(out) => out.clone(),
         None => scratch.path().join("out"),
     };
+    let mut out = Out { dir, reserved };
     let json = match &args.out {
         Some(out) => out.join("report.json"),
         None => PathBuf::from("adapt-report.json"),
     };
     for quantizer in &quantizers {
         let fit = fit_config(report.learning_rate, args.tune.steps, args.seed);
-        let run = tune(args, &**quantizer, &fit, &source, &texts, &out, &device)?;
+        let run = tune(args, &**quantizer, &fit, &source, &texts, &mut out, &device)?;
         report.runs.push(run);
         // A later failure does not lose this run.
-        tensor_files::write_json(&json, &report)?;
+        interrupt::uninterrupted(|| tensor_files::write_json(&json, &report))?;
     }
 
     println!("\n{}", table(&report));
@@ -309,6 +311,22 @@ impl Run {
     }
 }
 
+/// The directory that models and adapters are saved in. It is made with the first of them.
+struct Out {
+    dir: PathBuf,
+    reserved: Option<Output>,
+}
+
+impl Out {
+    /// Saves what `save` saves in the directory that it is called with.
+    fn add(&mut self, save: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        match self.reserved.take() {
+            Some(output) => output.write(save),
+            None => interrupt::uninterrupted(|| save(&self.dir)),
+        }
+    }
+}
+
 /// Quantizes, tunes, merges, saves to `out`, reloads and compares.
 fn tune(
     args: &Args,
@@ -316,7 +334,7 @@ fn tune(
     fit: &FitConfig,
     source: &Path,
     texts: &Texts,
-    out: &Path,
+    out: &mut Out,
     device: &Device,
 ) -> Result<Run> {
     memory::reset_peak();
@@ -339,13 +357,13 @@ fn tune(
         bar.set_message(format!("loss {:.3}", step.loss));
         bar.set_position(step.index as u64);
     })?;
-    bar.set_message("evaluating, merging, saving, reloading");
+    bar.set_message("saving, evaluating, merging, reloading");
+    let name = format!("{}-bit", format.bits());
+    let name_of_adapters = format!("{name}-adapters");
+    let adapters = Adapters::of(&lm.model)?;
+    out.add(|dir| Ok(adapters.save(dir.join(&name_of_adapters))?))?;
     let tuned = texts.perplexities(&lm.model)?;
     let tuned_logits = texts.probe(&lm.model);
-
-    let name = format!("{}-bit", format.bits());
-    let adapters = out.join(format!("{name}-adapters"));
-    Adapters::of(&lm.model)?.save(&adapters)?;
     let off_grid = match args.merge {
         Merge::Codes => OffGrid::Refuse,
         Merge::Dense => OffGrid::Dense,
@@ -364,10 +382,11 @@ fn tune(
         None => tuned_logits.clone(),
     };
     lm.certificate = certificate.clone();
-    models::save(&lm, out.join(&name))?;
+    out.add(|dir| Ok(models::save(&lm, dir.join(&name))?))?;
     drop(lm);
 
-    let mut lm = models::load_verified(out.join(&name), device)?;
+    let (saved, adapters) = (out.dir.join(&name), out.dir.join(&name_of_adapters));
+    let mut lm = models::load_verified(&saved, device)?;
     if certificate.is_none() {
         peft::activate(&mut lm.model, &Adapters::load(&adapters, device)?)?;
     }
@@ -395,7 +414,7 @@ fn tune(
     let run = Run {
         method: args.method.name(),
         format,
-        n_bytes: weights_bytes(&out.join(&name))?
+        n_bytes: weights_bytes(&saved)?
             + match &certificate {
                 Some(_) => 0,
                 None => weights_bytes(&adapters)?,

@@ -3,8 +3,6 @@
 //!
 //! `cargo run --release --example compare` takes some minutes; `-- --help` lists its options.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -14,11 +12,11 @@ use clap::Parser;
 use examples::arguments::{EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
-use examples::memory;
 use examples::method::MethodName;
 use examples::outcome::{Result, bits, exit, weights_bytes, write_files};
 use examples::table::{self, number};
 use examples::texts::{Cut, Perplexities, Source, Texts, fit_config};
+use examples::{interrupt, memory, println};
 use models::{Model, Pretrained};
 use peft::{Adapters, Certificate, Method, OffGrid, Targets};
 use plotters::prelude::*;
@@ -115,7 +113,7 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -123,9 +121,9 @@ fn run(args: &Args) -> Result<()> {
         let group_size = args.group_size(groups);
         method.quantizer(args.bits, group_size, false)?.format()?;
     }
-    tensor_files::check_output(&args.out)?;
+    let output = interrupt::reserve(&args.out)?;
     let device = args.device.open();
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let source = args.embedded.write(scratch.path())?;
     let lm = models::load(&source, &device)?;
     let cut = Cut {
@@ -160,17 +158,16 @@ fn run(args: &Args) -> Result<()> {
         report.rows.extend(rows);
     }
     let text = markdown(&report);
-    println!("\n{text}");
     let files = [
-        ("compare.md", text),
+        ("compare.md", text.clone()),
         (
             "compare.json",
             serde_json::to_string_pretty(&report)? + "\n",
         ),
         ("compare.svg", chart(&report)),
     ];
-    write_files(&args.out, &files)?;
-    println!("table, figures and chart: {}", args.out.display());
+    write_files(output, &files)?;
+    println!("\n{text}\ntable, figures and chart: {}", args.out.display());
     Ok(())
 }
 

@@ -3,8 +3,6 @@
 //! `cargo run --release --example evaluate` does so with the embedded model, in full precision and
 //! quantized to 4, 3 and 2 bits; `-- --help` lists the options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -21,6 +19,7 @@ use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::outcome::{Result, exit, write_files};
 use examples::texts::{evaluation_batch, read};
+use examples::{interrupt, println};
 use indicatif::{ProgressBar, ProgressStyle};
 use instruct::read_records;
 use models::{Model, Pretrained};
@@ -97,13 +96,13 @@ struct Data {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
-    tensor_files::check_output(&args.out)?;
+    let output = interrupt::reserve(&args.out)?;
     let device = args.device.open();
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let mut sources = args.model.clone();
     if sources.is_empty() {
         sources.push(args.embedded.write(scratch.path())?);
@@ -213,14 +212,13 @@ fn run(args: &Args) -> Result<()> {
 
     // The measurements before a failure are kept.
     let markdown = report.to_markdown();
-    println!("{markdown}");
     let files = [
         ("report.json", report.to_json()),
-        ("report.md", markdown),
+        ("report.md", markdown.clone()),
         ("report.svg", report.to_svg()),
     ];
-    write_files(&args.out, &files)?;
-    println!("report: {}", args.out.display());
+    write_files(output, &files)?;
+    println!("{markdown}\nreport: {}", args.out.display());
     ended
 }
 

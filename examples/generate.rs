@@ -3,9 +3,6 @@
 //! `cargo run --release --example generate -- "Albena"` does so with the embedded model; `-- --help`
 //! lists the options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
-use std::io::{Write, stdout};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,6 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use examples::arguments::{GroupSize, ModelArgs};
 use examples::outcome::{Result, exit};
+use examples::{eprintln, interrupt, print, println};
 use instruct::Chat;
 use models::Generation;
 use peft::{Adapters, Linears};
@@ -72,7 +70,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -83,7 +81,7 @@ fn run(args: &Args) -> Result<()> {
         .with_seed(args.seed);
     settings.check()?;
     let device = args.model.device.open();
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     let mut lm = models::load(&source, &device)?;
     if let Some(bits) = args.bits {
@@ -113,8 +111,6 @@ fn run(args: &Args) -> Result<()> {
         first.get_or_insert_with(|| start.elapsed());
         text += piece;
         print!("{piece}");
-        // A closed terminal does not end the generation.
-        let _ = stdout().flush();
         let mut stops = args.stop.iter().filter(|stop| !stop.is_empty());
         if stops.any(|stop| text.contains(stop)) {
             ControlFlow::Break(())

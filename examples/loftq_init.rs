@@ -5,8 +5,6 @@
 //! `cargo run --release --example loftq_init` does the first with the embedded model; `-- --help` lists
 //! the options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -16,13 +14,14 @@ use clap::{Parser, ValueEnum};
 use evaluate::perplexity;
 use examples::arguments::{GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
-use examples::outcome::{Result, exit, max_difference};
+use examples::outcome::{Result, exit, max_difference, save_as};
 use examples::texts::{self, evaluation_batch, fit_config};
-use examples::{progress, table};
+use examples::{interrupt, print, println, progress, table};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
-use models::{CheckpointFormat, Model, Pretrained};
+use models::{CheckpointFormat, Model, Plan, Pretrained};
 use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
+use tensor_files::Output;
 
 /// Initialize LoRA adapters so that they compensate the quantization error
 ///
@@ -225,6 +224,15 @@ enum Format {
     Bitsandbytes,
 }
 
+impl Format {
+    fn format(self) -> CheckpointFormat {
+        match self {
+            Self::QuantCore => CheckpointFormat::QuantCore,
+            Self::Bitsandbytes => CheckpointFormat::Bitsandbytes,
+        }
+    }
+}
+
 /// The batches of one seed.
 struct Texts {
     calibration: Vec<Batch>,
@@ -268,7 +276,7 @@ struct Run {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -293,14 +301,12 @@ fn run(args: &Args) -> Result<()> {
     if args.tune.steps > 0 {
         args.tune.check()?;
     }
-    if let Some(out) = &args.out {
-        tensor_files::check_output(out)?;
-    }
+    let output = args.out.as_deref().map(interrupt::reserve).transpose()?;
     let device = args.model.device.open();
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     if single && (!several || args.average_bits.is_some()) {
-        one(args, &source, &device)
+        one(args, output, &source, &device)
     } else {
         compare(args, &source, &device)
     }
@@ -311,18 +317,30 @@ fn pairs<'a, A, B>(a: &'a [A], b: &'a [B]) -> impl Iterator<Item = (&'a A, &'a B
 }
 
 /// Initializes with one method, reports each layer, and saves base and adapters.
-fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
+fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> Result<()> {
     let (name, seed) = (args.method[0], args.seed[0]);
     let mut lm = models::load(source, device)?;
     let texts = Texts::new(args, &lm, seed, device)?;
-    let full = perplexity(&lm.model, &texts.eval)?.value();
+    let check = |plan: &Plan| -> models::Result<()> {
+        if let Some(output) = &output {
+            plan.check(args.format.format())?;
+            output.require(plan.n_bytes())?;
+        }
+        Ok(())
+    };
     let recipe: Box<dyn Recipe> = match args.average_bits {
-        Some(average) => Box::new(chosen(args, average, &lm.model, &texts)?),
+        Some(average) => {
+            let recipe = chosen(args, average, &lm.model, &texts)?;
+            check(&models::plan(source, &recipe)?)?;
+            Box::new(recipe)
+        }
         None => {
             let quantizer = name.quantizer(args.grid, args.bits[0], args.group_size[0]);
+            check(&models::plan(source, &quantizer)?)?;
             Box::new(quantizer)
         }
     };
+    let full = perplexity(&lm.model, &texts.eval)?.value();
     let method = name.method(args.lora(seed), &lm.model);
     let fit = fit_config(args.learning_rate(&lm.model), args.tune.steps, seed);
     let show = |layer: &InitializedLayer| {
@@ -345,17 +363,25 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
     };
     let layers = loftq::init(&mut lm.model, &*method, &*recipe, &texts.calibration, show)?;
     let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
-    let started = perplexity(&lm.model, &texts.eval)?.value();
     let mut base = lm.clone();
     // Quantized, it is another model.
     base.certificate = None;
     let adapters = peft::detach(&mut base.model)?;
+    let saved = match output {
+        Some(output) => Some(save(args, output, &base, &adapters, &layers)?),
+        None => None,
+    };
+    let started = perplexity(&lm.model, &texts.eval)?.value();
     let bare = perplexity(&base.model, &texts.eval)?.value();
     println!(
         "\nperplexity: dense {full:.4}, base {bare:.4}, base with adapters {started:.4}; {n_bytes} bytes in packed layers"
     );
-    if let Some(out) = &args.out {
-        let again = save(args, out, &base, &adapters, &layers, device)?;
+    let mut refusal = None;
+    if let Some(saved) = saved {
+        let mut again = models::load(&saved.base, device)?;
+        let adapters = Adapters::load_hf(&saved.adapter, &again.model)?;
+        peft::activate(&mut again.model, &adapters)?;
+        refusal = saved.refusal;
         let probe = |model: &Model| {
             let logits = peft::CausalLm::forward(model, texts.eval[0].tokens()).into_data();
             logits.convert::<f32>().try_into_vec::<f32>()
@@ -375,32 +401,47 @@ fn one(args: &Args, source: &Path, device: &Device) -> Result<()> {
         let steps = args.tune.steps;
         println!("perplexity {tuned:.4} after {steps} steps of tuning");
     }
-    Ok(())
+    refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
 }
 
-/// Saves the base and its initial adapters, and loads them again.
+/// The directories of a base and its adapters.
+struct Saved {
+    base: PathBuf,
+    adapter: PathBuf,
+    /// Why the base is not in the format that was asked for.
+    refusal: Option<models::Error>,
+}
+
+/// Saves the base and its initial adapters.
 fn save(
     args: &Args,
-    out: &Path,
+    output: Output,
     base: &Pretrained,
     adapters: &Adapters,
     layers: &[InitializedLayer],
-    device: &Device,
-) -> Result<Pretrained> {
-    let format = match args.format {
-        Format::QuantCore => CheckpointFormat::QuantCore,
-        Format::Bitsandbytes => CheckpointFormat::Bitsandbytes,
+) -> Result<Saved> {
+    let out = output.dir().to_path_buf();
+    let mut saved = Saved {
+        base: out.join("base"),
+        adapter: out.join("adapter"),
+        refusal: None,
     };
-    std::fs::create_dir_all(out)?;
-    let (to_base, to_adapter) = (out.join("base"), out.join("adapter"));
-    models::save_as(base, &to_base, format)?;
-    adapters.save_hf(&to_adapter, &base.model)?;
-    tensor_files::write_json(&out.join("report.json"), &layers)?;
-    let mut again = models::load(&to_base, device)?;
-    let adapters = Adapters::load_hf(&to_adapter, &again.model)?;
-    peft::activate(&mut again.model, &adapters)?;
-    println!("saved: {}, {}", to_base.display(), to_adapter.display());
-    Ok(again)
+    output.write(|dir| -> Result<()> {
+        let to_base = interrupt::reserve(&dir.join("base"))?;
+        let (to_base, refusal) = save_as(base, to_base, args.format.format())?;
+        if let Some(name) = to_base.file_name() {
+            saved.base.set_file_name(name);
+        }
+        saved.refusal = refusal;
+        adapters.save_hf(dir.join("adapter"), &base.model)?;
+        Ok(tensor_files::write_json(&dir.join("report.json"), &layers)?)
+    })?;
+    println!(
+        "saved: {}, {}",
+        saved.base.display(),
+        saved.adapter.display()
+    );
+    Ok(saved)
 }
 
 /// Chooses bits and group size of each layer by LQ-LoRA's errors within the budget.

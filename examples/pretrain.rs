@@ -4,8 +4,6 @@
 //! `cargo run --release --example pretrain -- --out target/llama` writes the files of
 //! `examples/data/llama`, with `--architecture opt` those of `examples/data/opt`.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -17,8 +15,8 @@ use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::Architecture;
 use examples::outcome::{Result, exit};
-use examples::progress;
 use examples::texts::fit_config;
+use examples::{interrupt, println, progress};
 use models::{Config, LlamaConfig, Model, OptConfig, Pretrained};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -54,18 +52,18 @@ const VOCAB: usize = 512;
 const SEQ_LEN: usize = 128;
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
-    tensor_files::check_output(&args.out)?;
+    let output = interrupt::reserve(&args.out)?;
     let device = args.device.open();
 
     let n_tokens = args.steps * args.batch * SEQ_LEN;
     // Four characters for each token: enough that no text is seen twice.
     let text = corpus::text(Dialect::Plain, 4 * n_tokens, args.seed);
     let held_out = corpus::text(Dialect::Plain, 60_000, args.seed + 1);
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let tokenizer = scratch.path().join("tokenizer.json");
     let special = serde_json::json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,6 +94,8 @@ fn run(args: &Args) -> Result<()> {
 
     let dtype = dtype(args.architecture);
     lm.model = lm.model.map(&mut Round(dtype));
+    models::save(&lm, output)?;
+    println!("wrote {}", args.out.display());
     let held_out = lm.windows(&held_out, SEQ_LEN)?.batches(16, &device);
     let perplexity = evaluate::perplexity(&lm.model, &held_out)?;
     println!(
@@ -103,8 +103,6 @@ fn run(args: &Args) -> Result<()> {
         perplexity.value(),
         perplexity.n_windows
     );
-    models::save(&lm, &args.out)?;
-    println!("wrote {}", args.out.display());
     Ok(())
 }
 

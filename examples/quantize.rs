@@ -4,8 +4,6 @@
 //! `cargo run --release --example quantize` does the first with the embedded model; `-- --help` lists the
 //! options for other models.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -15,12 +13,13 @@ use clap::{Parser, ValueEnum};
 use evaluate::perplexity;
 use examples::arguments::{GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
-use examples::outcome::{Result, exit};
-use examples::progress;
+use examples::outcome::{Result, exit, save_as};
 use examples::texts::{self, evaluation_batch, n_windows};
+use examples::{interrupt, print, println, progress};
 use models::{CheckpointFormat, GptqVersion};
 use peft::Batch;
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
+use tensor_files::Output;
 
 /// Quantize a LLaMA or an OPT and measure the loss of perplexity
 ///
@@ -170,7 +169,7 @@ impl Name {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
@@ -181,15 +180,12 @@ fn run(args: &Args) -> Result<()> {
         }
         _ => None,
     };
-    if let Some(out) = &args.out {
-        tensor_files::check_output(out)?;
-    }
+    let output = args.out.as_deref().map(interrupt::reserve).transpose()?;
     let device = args.model.device.open();
-    // Removed when it is dropped.
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     match single {
-        Some(method) => one(args, &*method, &source, &device),
+        Some(method) => one(args, &*method, output, &source, &device),
         None => table(args, &source, &device),
     }
 }
@@ -217,9 +213,19 @@ fn batches(args: &Args, source: &Path, device: &Device) -> Result<(Vec<Batch>, V
 }
 
 /// Quantizes with one quantizer, reports each layer and saves the model.
-fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> Result<()> {
+fn one(
+    args: &Args,
+    method: &dyn Quantizer,
+    output: Option<Output>,
+    source: &Path,
+    device: &Device,
+) -> Result<()> {
     let plan = models::plan(source, &method)?;
     println!("{plan}\n");
+    if let Some(output) = &output {
+        plan.check(args.format.format())?;
+        output.require(plan.n_bytes())?;
+    }
     let (calibration, eval) = batches(args, source, device)?;
     let mut lm = models::load(source, device)?;
     // Quantized, it is another model.
@@ -232,13 +238,15 @@ fn one(args: &Args, method: &dyn Quantizer, source: &Path, device: &Device) -> R
         }
         println!("; {:.2} s", layer.seconds);
     })?;
+    let mut refusal = None;
+    if let Some(output) = output {
+        let (dir, refused) = save_as(&lm, output, args.format.format())?;
+        println!("\nsaved to {}", dir.display());
+        refusal = refused;
+    }
     let after = perplexity(&lm.model, &eval)?.value();
     println!("\nperplexity {before:.4} before, {after:.4} after");
-    if let Some(out) = &args.out {
-        models::save_as(&lm, out, args.format.format())?;
-        println!("saved to {}", out.display());
-    }
-    Ok(())
+    refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
 }
 
 /// Compares the quantizers at every width and group size.

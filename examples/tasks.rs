@@ -3,8 +3,6 @@
 //!
 //! `cargo run --release --example tasks`
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -14,16 +12,17 @@ use examples::corpus::{self, Dialect};
 use examples::embedded::{self, Architecture};
 use examples::outcome::{Result, exit, weights_bytes};
 use examples::table::{self, number};
+use examples::{interrupt, println};
 use peft::{Batch, Fingerprint, FitConfig, Method, Peqa, TaskPack, Tasks};
 use quant_core::Rtn;
 
 fn main() -> ExitCode {
-    exit(run())
+    exit(run)
 }
 
 fn run() -> Result<()> {
     let device = Device::flex();
-    let scratch = tempfile::tempdir()?;
+    let scratch = interrupt::scratch()?;
     let source = embedded::write(scratch.path(), Architecture::Llama)?;
     let mut lm = models::load(&source, &device)?;
     lm.certificate = None;

@@ -73,11 +73,11 @@ impl Architecture {
 ///
 /// # Errors
 /// If it exists already, or a file cannot be written.
-pub fn write(parent: &Path, architecture: Architecture) -> std::io::Result<PathBuf> {
+pub fn write(parent: &Path, architecture: Architecture) -> tensor_files::Result<PathBuf> {
     let dir = parent.join("embedded");
-    std::fs::create_dir(&dir)?;
-    for (name, bytes) in architecture.files() {
-        std::fs::write(dir.join(name), bytes)?;
-    }
+    tensor_files::write_directory(&dir, |dir| {
+        let mut files = architecture.files().into_iter();
+        files.try_for_each(|(name, bytes)| tensor_files::write(&dir.join(name), bytes))
+    })?;
     Ok(dir)
 }

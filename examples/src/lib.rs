@@ -3,11 +3,13 @@
 #![forbid(unsafe_code)]
 
 pub mod arguments;
+pub mod console;
 pub mod corpus;
 pub mod device;
 mod doc;
 pub mod embedded;
 pub mod instructions;
+pub mod interrupt;
 pub mod memory;
 pub mod method;
 pub mod outcome;

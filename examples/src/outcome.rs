@@ -1,54 +1,111 @@
 //! The result of a program: files, logits, and how it ends.
 
-use std::path::Path;
+use std::error::Error;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// A result of an example.
-pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+use models::{CheckpointError, CheckpointFormat, Pretrained};
+use tensor_files::Output;
 
-/// Prints an error with all its causes, and returns the exit code of the program.
-pub fn exit(result: Result<()>) -> ExitCode {
-    let Err(error) = result else {
-        return ExitCode::SUCCESS;
+use crate::{console, interrupt};
+
+/// A result of an example.
+pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Runs a program, prints its error with all causes, and returns its exit code.
+pub fn exit(run: impl FnOnce() -> Result<()>) -> ExitCode {
+    let ended = interrupt::watch().map_err(Into::into).and_then(|()| run());
+    interrupt::wait_if_ending();
+    let printed = match console::failure() {
+        Some(error) => Err(format!("the standard output is incomplete: {error}").into()),
+        None => Ok(()),
     };
-    eprint!("error: {error}");
+    match ended.and(printed) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            crate::eprintln!("error: {}", with_causes(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The message of an error and of its causes.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        eprint!(": {error}");
+        text += &format!(": {error}");
         cause = error.source();
     }
-    eprintln!();
-    ExitCode::FAILURE
+    text
+}
+
+/// Saves a model in `format`, or beside it in the format of this workspace if `format` cannot hold its
+/// values.
+///
+/// Returns where it was saved, and an error that says why not as asked.
+///
+/// # Errors
+/// If it cannot be saved.
+pub fn save_as(
+    lm: &Pretrained,
+    output: Output,
+    format: CheckpointFormat,
+) -> models::Result<(PathBuf, Option<models::Error>)> {
+    let dir = output.dir().to_path_buf();
+    let refusal = match models::save_as(lm, output, format) {
+        Err(error @ models::Error::Checkpoint(CheckpointError::CannotHold { .. })) => error,
+        saved => return saved.map(|()| (dir, None)),
+    };
+    let beside = (1..).map(|n| {
+        let mut name = OsString::from(dir.file_name().unwrap_or_default());
+        name.push("-quant-core");
+        if n > 1 {
+            name.push(format!("-{n}"));
+        }
+        interrupt::reserve(&dir.with_file_name(name))
+    });
+    let mut free = beside.filter(|place| {
+        use tensor_files::Error::{OutputBusy, OutputExists};
+        !matches!(place, Err(OutputBusy { .. } | OutputExists { .. }))
+    });
+    let output = free.next().expect("numbers do not end")?;
+    let dir = output.dir().to_path_buf();
+    models::save(lm, output)?;
+    Ok((dir, Some(refusal)))
 }
 
 /// The bytes of all safetensors files in a directory.
 ///
 /// # Errors
 /// If it cannot be read.
-pub fn weights_bytes(dir: &Path) -> Result<u64> {
-    let mut n_bytes = 0;
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        let path = entry.path();
-        if path.extension().is_some_and(|of| of == "safetensors") {
-            n_bytes += entry.metadata()?.len();
+pub fn weights_bytes(dir: &Path) -> tensor_files::Result<u64> {
+    let n_bytes = || -> std::io::Result<u64> {
+        let mut n_bytes = 0;
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|of| of == "safetensors") {
+                n_bytes += std::fs::metadata(path)?.len();
+            }
         }
-    }
-    Ok(n_bytes)
+        Ok(n_bytes)
+    };
+    n_bytes().map_err(|cause| tensor_files::Error::Io {
+        path: dir.into(),
+        cause,
+    })
 }
 
-/// Writes files of these names and contents into a new directory.
+/// Writes files of these names and contents.
 ///
 /// # Errors
-/// If the directory exists, or a file cannot be written.
-pub fn write_files(dir: &Path, files: &[(&str, String)]) -> Result<()> {
-    tensor_files::write_directory(dir, |dir| {
-        files.iter().try_for_each(|(name, text)| {
-            let path = dir.join(name);
-            std::fs::write(&path, text).map_err(|source| tensor_files::Error::Io { path, source })
-        })
-    })?;
-    Ok(())
+/// If one cannot be written.
+pub fn write_files(output: Output, files: &[(&str, String)]) -> tensor_files::Result<()> {
+    output.write(|dir| {
+        let mut files = files.iter();
+        files.try_for_each(|(name, text)| tensor_files::write(&dir.join(name), text.as_bytes()))
+    })
 }
 
 /// The bits of each value.

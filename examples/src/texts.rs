@@ -135,8 +135,17 @@ impl Texts {
 /// # Errors
 /// If it cannot be read, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
-    let text = std::fs::read_to_string(path);
-    text.map_err(|error| format!("cannot read `{}`: {error}", path.display()).into())
+    let refuse = |problem: String| format!("`{}`: {problem}", path.display());
+    let bytes = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let before = error.as_bytes().iter().take(at);
+        let line = 1 + before.filter(|byte| **byte == b'\n').count();
+        refuse(format!(
+            "invalid UTF-8 at byte {at}, in line {line}; save the file as UTF-8"
+        ))
+    });
+    Ok(text?)
 }
 
 /// Cuts the text of an option of the program into windows.

@@ -301,9 +301,9 @@ impl<'de> DeserializeSeed<'de> for Item<'_> {
     }
 }
 
-fn unread(path: &Path, source: io::Error) -> Error {
+fn unread(path: &Path, cause: io::Error) -> Error {
     let path = path.into();
-    tensor_files::Error::Io { path, source }.into()
+    tensor_files::Error::Io { path, cause }.into()
 }
 
 fn not_records(path: &Path, found: &'static str, advice: &'static str) -> Error {

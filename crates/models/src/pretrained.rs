@@ -137,9 +137,9 @@ impl Pretrained {
             return Ok(special.clone());
         }
         // A directory that was removed must not look like one without special tokens.
-        if let Err(source) = self.dir.metadata() {
+        if let Err(cause) = self.dir.metadata() {
             let path = self.dir.clone();
-            return Err(tensor_files::Error::Io { path, source }.into());
+            return Err(tensor_files::Error::Io { path, cause }.into());
         }
         let special = SpecialTokens::read(&self.dir, self.tokenizer()?)?;
         Ok(self.special.get_or_init(|| special).clone())

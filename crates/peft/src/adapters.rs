@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{Settings, Shared, Source, lora};
 use crate::{Adapter, Error, Fingerprint, Linears, Result};
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
 mod hf;
 
@@ -157,7 +157,7 @@ impl Adapters {
     /// # Errors
     /// [`tensor_files::Error::OutputExists`] if `dir` is not empty, [`tensor_files::Error::Io`] if it
     /// cannot be written.
-    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+    pub fn save(&self, dir: impl IntoOutput) -> Result<()> {
         let config = Config {
             format_version: FORMAT_VERSION,
             base: self.base.clone(),
@@ -167,7 +167,7 @@ impl Adapters {
                 .map(|(path, adapter)| (path.clone(), adapter.ops().settings()))
                 .collect(),
         };
-        Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
+        Ok(tensor_files::write_directory(dir, |dir| {
             tensor_files::write_tensors(&dir.join(TENSORS), tensors(&self.layers))?;
             tensor_files::write_json(&dir.join(CONFIG), &config)
         })?)

@@ -84,9 +84,10 @@ pub enum Error {
         /// The reason.
         reason: String,
     },
-    /// Tiles that do not fit a weight.
+    /// Tiles that do not fit a weight; [`Tile::with_pool`](crate::Tile::with_pool) and
+    /// [`Tile::with_repeat`](crate::Tile::with_repeat) choose others.
     #[error(
-        "{method} on layer `{path}`: {problem}; choose other tiles (`Tile::with_pool`, `Tile::with_repeat`) or another base, or leave the layer out of the targets"
+        "{method} on layer `{path}`: {problem}; choose other tiles or another base, or leave the layer out of the targets"
     )]
     Tiles {
         /// The method.
@@ -243,7 +244,8 @@ pub enum Error {
     /// NaN or infinity during training. The model is unchanged.
     #[error("{what} is not finite at step {step}; lower the learning rate, or look at the data")]
     NonFinite {
-        /// The loss, or the gradient of a parameter.
+        /// The loss and where it ceases to be finite, with blocks counted from 0; or the gradient of a
+        /// parameter, or the parameter.
         what: String,
         /// The step, counted from 1.
         step: usize,

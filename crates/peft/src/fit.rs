@@ -5,6 +5,7 @@ use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
+use crate::blocks::run_blocks;
 use crate::checkpointing::{backward_by_block, lowest_trained};
 use crate::{
     Batch, Blocks, CausalLm, Error, FitConfig, Result, last_output, nll_of_output, set_dropout,
@@ -278,7 +279,7 @@ pub fn fit_with<M: Blocks>(
                     Ok(part)
                 } else {
                     Err(Error::NonFinite {
-                        what: "the loss".into(),
+                        what: format!("the loss, from {} on,", origin(&tuned, batch)),
                         step: index + 1,
                     })
                 }
@@ -397,6 +398,30 @@ impl ModuleVisitor for Norms<'_> {
 
     fn exit_module(&mut self, _: &str, _: &str) {
         self.path.pop();
+    }
+}
+
+/// The first part of a model whose output for a batch is not finite: a trained parameter, or else a part
+/// of the forward pass.
+fn origin<M: Blocks>(model: &M, batch: &Batch) -> String {
+    let mut finite = Finite::default();
+    model.visit(&mut finite);
+    if let Some(path) = finite.non_finite {
+        return format!("the parameter `{path}`");
+    }
+    let is_finite = |x: &Tensor<3>| x.clone().inner().is_finite().all().into_scalar::<bool>();
+    let mut first = None;
+    let model = model.clone().no_grad();
+    let positions = model.positions(batch.spans());
+    let x = run_blocks(&model, batch.tokens(), &positions, |index, x| {
+        if first.is_none() && !is_finite(x) {
+            first = Some(index);
+        }
+    });
+    match first.or_else(|| (!is_finite(&x)).then(|| model.n_blocks())) {
+        Some(0) => "the embedding".into(),
+        Some(next) => format!("block {}", next - 1),
+        None => "what follows the last block".into(),
     }
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{floats, quantized};
 use crate::{Error, Fingerprint, Linears, Result, Weight};
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
 const CONFIG: &str = "task.json";
 const TENSORS: &str = "task.safetensors";
@@ -138,7 +138,7 @@ impl TaskPack {
     /// # Errors
     /// [`tensor_files::Error::OutputExists`] if `dir` is not empty, [`tensor_files::Error::Io`] if it
     /// cannot be written.
-    pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+    pub fn save(&self, dir: impl IntoOutput) -> Result<()> {
         let names = |grids: &Grids| {
             let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
             let parts = parts.into_iter().filter(|(_, values)| values.is_some());
@@ -151,7 +151,7 @@ impl TaskPack {
                 .map(|(path, grids)| (path.clone(), names(grids)))
                 .collect(),
         };
-        Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
+        Ok(tensor_files::write_directory(dir, |dir| {
             let tensors = self.layers.iter().flat_map(|(path, grids)| {
                 let parts = [("scales", &grids.scales), ("zeros", &grids.zeros)];
                 parts.into_iter().filter_map(move |(name, values)| {

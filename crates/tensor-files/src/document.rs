@@ -8,18 +8,19 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::directory::{parent, staging_name, sync_directory};
+use crate::directory::{parent, sync_directory};
 use crate::error::{io, refuse};
+use crate::staging::{staging_file, staging_name};
 use crate::{Error, Result};
 
 /// Opens a regular file, and returns its length in bytes.
 pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
     // Before it is opened: opening a pipe waits for its other end.
-    let info = fs::metadata(path).map_err(|source| io(path, source))?;
+    let info = fs::metadata(path).map_err(|cause| io(path, cause))?;
     if !info.is_file() {
         return Err(refuse(path, "is not a regular file".into()));
     }
-    let file = File::open(path).map_err(|source| io(path, source))?;
+    let file = File::open(path).map_err(|cause| io(path, cause))?;
     Ok((file, info.len()))
 }
 
@@ -74,7 +75,7 @@ fn read_at_most(path: &Path, max: u64) -> Result<Vec<u8>> {
     let (file, n_bytes) = open(path)?;
     let mut bytes = Vec::new();
     let most = file.take(max + 1).read_to_end(&mut bytes);
-    most.map_err(|source| io(path, source))?;
+    most.map_err(|cause| io(path, cause))?;
     if bytes.len() as u64 > max {
         let problem = format!("has {n_bytes} bytes; files of this kind have at most {max}");
         return Err(refuse(path, problem));
@@ -107,32 +108,49 @@ pub fn check_version(path: &Path, read: RangeInclusive<u32>, found: u32) -> Resu
     Err(refuse(path, problem))
 }
 
-/// Writes a JSON file atomically, and replaces an existing one.
+/// Writes a file that is held in memory whole, and flushes it to the disk.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be written.
+/// [`Error::Io`] if it cannot be written. A part of it may be left then.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let written = File::create(path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|cause| io(path, cause))
+}
+
+/// Writes a JSON file atomically, and replaces an existing one.
+///
+/// It is written under the hidden name `.NAME.tensor-files.tmp`, for which processes that write the same
+/// file wait for each other.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be written; the existing file is as it was then. [`Error::NotFlushed`]: it
+/// is written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let refuse = |problem: String| Error::File {
-        path: path.into(),
-        problem,
-    };
     let mut text =
-        serde_json::to_string_pretty(value).map_err(|error| refuse(error.to_string()))?;
+        serde_json::to_string_pretty(value).map_err(|error| refuse(path, error.to_string()))?;
     text.push('\n');
     let Some(name) = path.file_name() else {
-        return Err(refuse("is not the name of a file".into()));
+        return Err(refuse(path, "is not the name of a file".into()));
     };
-    let staging = path.with_file_name(staging_name(name, 0));
-    let written = File::create(&staging)
-        .and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
-            file.sync_all()
-        })
+    let staging = path.with_file_name(staging_name(name));
+    let mut file = staging_file(&staging).map_err(|cause| io(path, cause))?;
+    let written = file
+        .write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
         .and_then(|()| fs::rename(&staging, path));
-    if let Err(source) = written {
-        // What failed is already the error; the leftover is hidden and harmless.
+    if let Err(cause) = written {
+        // What failed is already the error; the next one that is written here takes what is left.
         let _ = fs::remove_file(&staging);
-        return Err(io(path, source));
+        return Err(io(path, cause));
     }
-    sync_directory(parent(path))
+    sync_directory(parent(path)).map_err(|error| match error {
+        Error::Io { cause, .. } => Error::NotFlushed {
+            path: path.into(),
+            cause,
+        },
+        other => other,
+    })
 }

@@ -38,7 +38,7 @@ impl TensorFile {
         (&mut file)
             .take(IMPOSTOR_BYTES)
             .read_to_end(&mut start)
-            .map_err(|source| io(path, source))?;
+            .map_err(|cause| io(path, cause))?;
         if let Some(problem) = impostor(&start) {
             return Err(refuse(problem.into()));
         }
@@ -61,7 +61,7 @@ impl TensorFile {
         let mut header = vec![0; n_header as usize];
         file.seek(SeekFrom::Start(8))
             .and_then(|_| file.read_exact(&mut header))
-            .map_err(|source| io(path, source))?;
+            .map_err(|cause| io(path, cause))?;
         if !header.starts_with(b"{") {
             return Err(refuse("its header does not begin with `{`".into()));
         }
@@ -168,7 +168,7 @@ impl TensorFile {
         self.file
             .seek(SeekFrom::Start(self.data_start + start as u64))
             .and_then(|_| self.file.read_exact(&mut bytes))
-            .map_err(|source| io(&self.path, source))?;
+            .map_err(|cause| io(&self.path, cause))?;
         Ok((dtype, shape, bytes))
     }
 

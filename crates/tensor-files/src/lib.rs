@@ -6,9 +6,10 @@
 //! |---|---|
 //! | [`TensorFile`] | reads a safetensors file tensor by tensor |
 //! | [`write_tensors`], [`LazyTensor`] | write one, with one tensor in memory at a time |
-//! | [`read`], [`read_config`], [`read_json`], [`write_json`] | read and write small files |
+//! | [`read`], [`read_config`], [`read_json`], [`write`], [`write_json`] | read and write small files |
 //! | [`write_sums`], [`check_sums`] | list the SHA-256 of a directory's files, and check them |
-//! | [`write_directory`] | makes a directory that is complete under its name, or does not exist |
+//! | [`Output`] | reserves a directory, which is then complete under its name, or does not exist |
+//! | [`write_directory`] | reserves and writes it at once |
 //!
 //! # Examples
 //!
@@ -36,12 +37,14 @@ mod directory;
 mod document;
 mod error;
 mod file;
+mod output;
+mod staging;
 mod sums;
 mod write;
 
-pub use directory::{check_output, write_directory};
-pub use document::{check_version, is_there, read, read_config, read_json, write_json};
+pub use document::{check_version, is_there, read, read_config, read_json, write, write_json};
 pub use error::{Error, Result};
 pub use file::TensorFile;
+pub use output::{Canceler, IntoOutput, Output, write_directory};
 pub use sums::{SUMS, check_sums, digest, write_sums};
 pub use write::{FloatType, LazyTensor, write_tensors};

@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
 use crate::document::open;
 use crate::error::{io, refuse};
-use crate::{Result, read};
+use crate::{Result, read, write};
 
 /// The file in a directory that lists the SHA-256 of the others.
 pub const SUMS: &str = "SHA256SUMS";
@@ -24,12 +24,7 @@ pub fn write_sums(dir: &Path) -> Result<()> {
         let sum = sha256(&dir.join(&name))?;
         sums.insert(name, sum);
     }
-    let path = dir.join(SUMS);
-    let written = fs::File::create(&path).and_then(|mut file| {
-        file.write_all(lines(&sums).as_bytes())?;
-        file.sync_all()
-    });
-    written.map_err(|source| io(&path, source))
+    write(&dir.join(SUMS), lines(&sums).as_bytes())
 }
 
 /// Checks the files of a directory against its [`SUMS`], and returns the names of those that are not
@@ -93,8 +88,8 @@ fn entry(line: &str) -> Option<(&str, &str)> {
 /// The names of the files of a directory but the list, in order.
 fn names(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in fs::read_dir(dir).map_err(|source| io(dir, source))? {
-        let entry = entry.map_err(|source| io(dir, source))?;
+    for entry in fs::read_dir(dir).map_err(|cause| io(dir, cause))? {
+        let entry = entry.map_err(|cause| io(dir, cause))?;
         let name = entry.file_name().into_string();
         let name = name.map_err(|_| refuse(&entry.path(), "has a name that is no UTF-8".into()))?;
         if name != SUMS {
@@ -111,7 +106,7 @@ fn sha256(path: &Path) -> Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 18];
     loop {
-        match file.read(&mut buffer).map_err(|source| io(path, source))? {
+        match file.read(&mut buffer).map_err(|cause| io(path, cause))? {
             0 => return Ok(hex(hash)),
             n => hash.update(&buffer[..n]),
         }

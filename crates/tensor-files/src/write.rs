@@ -5,10 +5,12 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use half::{bf16, f16};
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, View};
 
-use crate::directory::parent;
+use crate::directory::{parent, sync_file};
 use crate::error::{io as io_error, refuse};
+use crate::staging::published;
 use crate::{Error, Result};
 
 /// A tensor to be written, whose values are computed once, when it is written.
@@ -128,7 +130,7 @@ impl FloatType {
     }
 }
 
-/// Writes a safetensors file, one tensor in memory at a time.
+/// Writes a safetensors file, one tensor in memory at a time, and flushes it to the disk.
 ///
 /// Tensors are ordered by type, and the header states all types. Floats whose type depends on their
 /// values are therefore computed first and kept in a temporary file. Those floats take their size on
@@ -148,11 +150,12 @@ pub fn write_tensors<'a>(
     // read this one as they may any new file.
     let permissions = File::create(path).and_then(|file| file.metadata());
     let permissions = permissions
-        .map_err(|source| io_error(path, source))?
+        .map_err(|cause| io_error(path, cause))?
         .permissions();
     let written = write(path, tensors).and_then(|()| {
         let set = fs::set_permissions(path, permissions);
-        set.map_err(|source| io_error(path, source))
+        set.map_err(|cause| io_error(path, cause))?;
+        sync_file(path)
     });
     if written.is_err() {
         // What failed is already the error.
@@ -177,7 +180,7 @@ fn write<'a>(
                 let dtype = dtype.dtype();
                 check_len(path, &name, &bytes, n_bytes(&shape, dtype))?;
                 let start = kept.append(path, &bytes);
-                let start = start.map_err(|source| io_error(path, source))?;
+                let start = start.map_err(|cause| io_error(path, cause))?;
                 (dtype, Bytes::Kept(start))
             }
         };
@@ -198,8 +201,11 @@ fn write<'a>(
     });
     // transformers asks for this entry.
     let metadata = [("format".to_string(), "pt".to_string())].into();
-    safetensors::serialize_to_file(views, Some(metadata), path)
-        .map_err(|error| refuse(path, error.to_string()))?;
+    let written = safetensors::serialize_to_file(views, Some(metadata), path);
+    written.map_err(|error| match error {
+        SafeTensorError::IoError(cause) => io_error(path, cause),
+        other => refuse(path, other.to_string()),
+    })?;
     failed.into_inner().map_or(Ok(()), Err)
 }
 
@@ -212,7 +218,7 @@ fn check_len(path: &Path, tensor: &str, bytes: &[u8], expected: usize) -> Result
         return Ok(());
     }
     Err(Error::Tensor {
-        path: path.into(),
+        path: published(path),
         tensor: tensor.into(),
         problem: format!(
             "has {} bytes of values, but its shape takes {expected}",
@@ -279,7 +285,7 @@ impl Typed<'_> {
             }
             Bytes::Kept(start) => {
                 let bytes = self.kept.read(*start, self.data_len());
-                bytes.map_err(|source| io_error(self.path, source))
+                bytes.map_err(|cause| io_error(self.path, cause))
             }
         }
     }

@@ -29,7 +29,7 @@ use serde_json::{Map, Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
 use super::format::{
-    LayerFormat, Projections, Refusals, double_scales, quant_error, refuse_config,
+    LayerFormat, PackedFormat, Projections, Refusals, double_scales, quant_error, refuse_config,
 };
 use super::packing::{pack, transpose};
 use super::parameters::read;
@@ -103,19 +103,9 @@ impl Bitsandbytes {
     ) -> Result<Self, Refusals> {
         let mut blocks = BTreeMap::new();
         let mut refusals = Refusals::new();
-        let mut common: Option<(&str, &'static str)> = None;
-        for (path, weight) in &model.packed {
-            let found = type_of(weight).and_then(|quant_type| {
-                let (first, of_first) = *common.get_or_insert((path, quant_type));
-                if quant_type == of_first {
-                    block_size(weight)
-                } else {
-                    Err(format!(
-                        "is {quant_type}, `{first}` is {of_first}, and there is one type for all"
-                    ))
-                }
-            });
-            match found {
+        let mut common = None;
+        for (layer, (path, weight)) in model.formats().iter().zip(&model.packed) {
+            match block_sizes(layer, &mut common).and_then(|sizes| block_size(weight, sizes)) {
                 Ok(block) => {
                     blocks.insert(path.clone(), block);
                 }
@@ -142,8 +132,17 @@ impl Bitsandbytes {
     }
 }
 
-fn type_of(weight: &QuantTensor) -> Result<&'static str, String> {
-    let format = weight.format();
+/// The layers whose formats bitsandbytes cannot hold, whatever their values.
+pub(super) fn refusals(layers: &[PackedFormat]) -> Refusals {
+    let mut common = None;
+    let refusals = layers.iter().filter_map(|layer| {
+        let reason = block_sizes(layer, &mut common).err()?;
+        Some((layer.0.to_string(), reason))
+    });
+    refusals.collect()
+}
+
+fn type_of(format: Format) -> Result<&'static str, String> {
     let found = TYPES.iter().find(|(_, grid)| *grid == format.grid());
     match found {
         Some((name, _)) if format.bits() == 4 => Ok(name),
@@ -153,34 +152,32 @@ fn type_of(weight: &QuantTensor) -> Result<&'static str, String> {
     }
 }
 
-/// The size of the blocks that hold a weight exactly, or the reason why there is none.
+/// The sizes of blocks that may hold weights of a format, the largest first, or the reason why there are
+/// none. `common` is the first layer that has one of the types, with its type.
 ///
 /// A file of blocks of `b` reads back with groups of `gcd(d_in, b)`, so that `b` must give the
-/// weight's group size; and all groups of a block must have one scale. The largest such `b` is the
-/// one that a layer read from a file had: its blocks differ in their scales, or all
-/// choices give the same scales.
-fn block_size(weight: &QuantTensor) -> Result<usize, String> {
-    let format = weight.format();
-    let [d_in, _] = weight.dims();
-    if weight.input_order().is_some() {
-        return Err("takes its inputs in another order, which blocks cannot".into());
+/// weight's group size.
+fn block_sizes<'a>(
+    &(path, format, [d_in, _]): &PackedFormat<'a>,
+    common: &mut Option<(&'a str, &'static str)>,
+) -> Result<Vec<usize>, String> {
+    let quant_type = type_of(format)?;
+    let (first, of_first) = *common.get_or_insert((path, quant_type));
+    if quant_type != of_first {
+        return Err(format!(
+            "is {quant_type}, `{first}` is {of_first}, and there is one type for all"
+        ));
     }
     let Some(group_size) = format.group_size() else {
         return Err("has one group per channel; blocks have 32 to 4096 elements".into());
     };
     let fits = |block: &usize| gcd(d_in, *block) == group_size;
     let Some(double) = format.double_quant() else {
-        let n_groups = weight.layout().n_groups();
-        let d_out = weight.layout().d_out();
-        let scales = transpose(&read(weight.scales()), [n_groups, d_out]);
-        let scales: Vec<u32> = scales.into_iter().map(f32::to_bits).collect();
-        let holds = |block: &usize| is_constant(&scales, block / group_size);
-        let block = BLOCKS.into_iter().rev().filter(fits).find(holds);
-        return block.ok_or_else(|| {
-            format!(
-                "has groups of {group_size} among {d_in} inputs, which are no blocks of 32, 64, .. 4096"
-            )
-        });
+        let sizes: Vec<usize> = BLOCKS.into_iter().rev().filter(fits).collect();
+        return match sizes[..] {
+            [] => Err(no_blocks(group_size, d_in)),
+            _ => Ok(sizes),
+        };
     };
     if double.levels != ScaleLevels::Dynamic {
         return Err(format!(
@@ -192,15 +189,44 @@ fn block_size(weight: &QuantTensor) -> Result<usize, String> {
         let block = repeated.checked_mul(group_size)?;
         let holds = double.block_size.is_multiple_of(NESTED_BLOCK)
             && BLOCKS.contains(&block)
-            && fits(&block)
-            && is_constant(&double_scales(weight).codes(), repeated);
-        holds.then_some(block)
+            && fits(&block);
+        holds.then_some(vec![block])
     };
-    block(double).ok_or_else(|| {
-        format!(
-            "is {format}, which is no block of 32, 64, .. 4096 with {NESTED_BLOCK} scales to a block"
-        )
-    })
+    block(double).ok_or_else(|| no_nested_blocks(format))
+}
+
+/// The largest of some sizes of blocks that holds a weight exactly, or the reason why there is none.
+///
+/// All groups of a block must have one scale. The largest such size is the one that a layer read from
+/// a file had: its blocks differ in their scales, or all choices give the same scales.
+fn block_size(weight: &QuantTensor, sizes: Vec<usize>) -> Result<usize, String> {
+    if weight.input_order().is_some() {
+        return Err("takes its inputs in another order, which blocks cannot".into());
+    }
+    let (format, layout) = (weight.format(), weight.layout());
+    let group_size = layout.group_size();
+    let mut sizes = sizes.into_iter();
+    if format.double_quant().is_some() {
+        let codes = double_scales(weight).codes();
+        let size = sizes.find(|size| is_constant(&codes, size / group_size));
+        return size.ok_or_else(|| no_nested_blocks(format));
+    }
+    let scales = transpose(&read(weight.scales()), layout.grid_shape());
+    let scales: Vec<u32> = scales.into_iter().map(f32::to_bits).collect();
+    let size = sizes.find(|size| is_constant(&scales, size / group_size));
+    size.ok_or_else(|| no_blocks(group_size, layout.d_in()))
+}
+
+fn no_blocks(group_size: usize, d_in: usize) -> String {
+    format!(
+        "has groups of {group_size} among {d_in} inputs, which are no blocks of 32, 64, .. 4096"
+    )
+}
+
+fn no_nested_blocks(format: Format) -> String {
+    format!(
+        "is {format}, which is no block of 32, 64, .. 4096 with {NESTED_BLOCK} scales to a block"
+    )
 }
 
 /// Whether each `n` values are the same one.

@@ -2,9 +2,8 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::path::Path;
 
-use tensor_files::FloatType;
+use tensor_files::{FloatType, IntoOutput};
 
 use super::directory::Files;
 use super::parameters::{check_no_adapters, parameters, state_float, state_head};
@@ -46,7 +45,7 @@ impl fmt::Display for Rounding {
 /// # Errors
 /// [`CheckpointError::Overflow`] with a tensor that has values beyond the range of the type; otherwise
 /// as [`save`](crate::save).
-pub fn save_dense(lm: &Pretrained, dir: impl AsRef<Path>, float: FloatType) -> Result<Rounding> {
+pub fn save_dense(lm: &Pretrained, dir: impl IntoOutput, float: FloatType) -> Result<Rounding> {
     check_no_adapters(&lm.model)?;
     let mut config = lm.config.clone();
     state_float(&mut config, float);
@@ -69,7 +68,7 @@ pub fn save_dense(lm: &Pretrained, dir: impl AsRef<Path>, float: FloatType) -> R
         })
     });
     let mut found = Rounding::default();
-    files.write(dir.as_ref(), |path| {
+    files.write(dir, |path| {
         tensor_files::write_tensors(path, tensors)?;
         found = rounding.replace(Ok(found))?;
         Ok(())

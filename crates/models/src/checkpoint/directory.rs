@@ -5,6 +5,7 @@ use std::path::Path;
 
 use peft::Certificate;
 use serde_json::{Map, Value};
+use tensor_files::IntoOutput;
 
 use crate::{ConfigError, Error, Result};
 
@@ -109,13 +110,15 @@ pub(super) struct Files<'a> {
 
 impl Files<'_> {
     /// Writes a directory, whose tensors `write` writes into the file of the given path.
-    pub(super) fn write(&self, dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    pub(super) fn write(
+        &self,
+        dir: impl IntoOutput,
+        write: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
         tensor_files::write_directory(dir, |dir| {
             write(&dir.join(WEIGHTS))?;
             for (name, bytes) in self.carried {
-                let path = dir.join(name);
-                std::fs::write(&path, bytes)
-                    .map_err(|source| tensor_files::Error::Io { path, source })?;
+                tensor_files::write(&dir.join(name), bytes)?;
             }
             if let Some((name, config)) = self.second {
                 tensor_files::write_json(&dir.join(name), config)?;

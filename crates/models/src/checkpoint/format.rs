@@ -2,7 +2,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use peft::{Linears, Weight};
-use quant_core::{DoubleScaleParams, QuantTensor};
+use quant_core::{DoubleScaleParams, Format, QuantTensor};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
@@ -54,6 +54,9 @@ pub(super) struct Projections<'a> {
     pub(super) head: Option<&'a QuantTensor>,
 }
 
+/// The path of a packed layer, its format, and `[d_in, d_out]`.
+pub(super) type PackedFormat<'a> = (&'a str, Format, [usize; 2]);
+
 /// The layers that a format cannot hold, with the reasons.
 pub(super) type Refusals = Vec<(String, String)>;
 
@@ -78,6 +81,14 @@ impl<'a> Projections<'a> {
             dense,
             head,
         }
+    }
+
+    /// The formats of the packed projections.
+    pub(super) fn formats(&self) -> Vec<PackedFormat<'_>> {
+        let packed = self.packed.iter();
+        packed
+            .map(|(path, weight)| (path.as_str(), weight.format(), weight.dims()))
+            .collect()
     }
 
     /// The refusal of a packed head by a format that only packs projections.

@@ -7,9 +7,9 @@ use serde_json::{Map, Value};
 use super::bitsandbytes::{self, Bitsandbytes};
 use super::directory::CONFIG;
 use super::exact::{self, Exact};
-use super::format::{LayerFormat, Projections, Refusals, refuse_config};
+use super::format::{LayerFormat, PackedFormat, Projections, Refusals, refuse_config};
 use super::gptq::{self, Gptq};
-use super::kind::CheckpointFormat;
+use super::kind::{CheckpointFormat, GptqVersion};
 use super::tensors::Tensors;
 use crate::Result;
 
@@ -25,6 +25,24 @@ impl CheckpointFormat {
             CheckpointFormat::Gptq(version) => Box::new(Gptq::for_model(model, version)?),
             CheckpointFormat::Bitsandbytes => Box::new(Bitsandbytes::for_model(model, config)?),
         })
+    }
+
+    /// The layers that a checkpoint of this format cannot hold, whatever their values.
+    pub(super) fn refusals(self, layers: &[PackedFormat]) -> Refusals {
+        match self {
+            CheckpointFormat::QuantCore => Refusals::new(),
+            CheckpointFormat::Gptq(_) => gptq::refusals(layers),
+            CheckpointFormat::Bitsandbytes => bitsandbytes::refusals(layers),
+        }
+    }
+
+    /// A format for layers that this one cannot hold, of which `holds` tells whether a format can.
+    pub(super) fn instead(holds: impl Fn(Self) -> bool) -> Self {
+        let others = [Self::Gptq(GptqVersion::V2), Self::Bitsandbytes];
+        let mut others = others.into_iter();
+        others
+            .find(|other| holds(*other))
+            .unwrap_or(Self::QuantCore)
     }
 
     /// Opens the format of a directory, if it has packed layers.

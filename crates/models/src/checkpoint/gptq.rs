@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
 use super::directory::CONFIG;
-use super::format::{LayerFormat, Projections, Refusals, quant_error};
+use super::format::{LayerFormat, PackedFormat, Projections, Refusals, quant_error};
 use super::kind::GptqVersion;
 use super::packing::{pack, transpose, unpack};
 use super::parameters::read;
@@ -123,19 +123,13 @@ impl Gptq {
     }
 
     pub(super) fn for_model(model: &Projections, version: GptqVersion) -> Result<Self, Refusals> {
-        let uniform = |format: &Format| !format.grid().is_codebook();
-        let mut formats = model.packed.iter().map(|(path, w)| (path, w.format()));
-        let common = formats.find(|(_, format)| uniform(format));
-        let refusals = model.packed.iter().filter_map(|(path, weight)| {
-            let mut reasons = reasons_against(weight, version);
-            if let Some((first, format)) = common
-                && uniform(&weight.format())
-                && weight.format() != format
-            {
-                let own = weight.format();
-                reasons.push(format!(
-                    "is {own}, `{first}` is {format}, and there is one format for all"
-                ));
+        let formats = model.formats();
+        let common = common_format(&formats);
+        let refusals = formats.iter().zip(&model.packed);
+        let refusals = refusals.filter_map(|(layer, (path, weight))| {
+            let mut reasons = reasons_against_format(layer, common);
+            if !layer.1.grid().is_codebook() {
+                reasons.extend(reasons_against_values(weight, version));
             }
             (!reasons.is_empty()).then(|| (path.clone(), reasons.join("; ")))
         });
@@ -143,7 +137,7 @@ impl Gptq {
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        let format = common.map(|(_, format)| format);
+        let format = common.map(|(_, format, _)| format);
         Ok(Self {
             bits: format.map_or(4, |format| format.bits()),
             group_size: format.and_then(|format| format.group_size()),
@@ -358,15 +352,38 @@ fn name(version: GptqVersion) -> &'static str {
     }
 }
 
-/// The reasons why a GPTQ checkpoint cannot hold a weight.
-fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
-    let (format, layout) = (weight.format(), weight.layout());
-    let ([d_in, d_out], bits) = (weight.dims(), format.bits());
+/// The layers whose formats a GPTQ checkpoint cannot hold, whatever their values.
+pub(super) fn refusals(layers: &[PackedFormat]) -> Refusals {
+    let common = common_format(layers);
+    let reasons = layers.iter().map(|layer| {
+        let reasons = reasons_against_format(layer, common);
+        (layer.0.to_string(), reasons.join("; "))
+    });
+    reasons.filter(|(_, reasons)| !reasons.is_empty()).collect()
+}
+
+/// The first layer whose grid GPTQ has: the others must have its format.
+fn common_format<'a>(layers: &[PackedFormat<'a>]) -> Option<PackedFormat<'a>> {
+    let mut layers = layers.iter().copied();
+    layers.find(|(_, format, _)| !format.grid().is_codebook())
+}
+
+/// The reasons why a GPTQ checkpoint cannot hold weights of a format.
+fn reasons_against_format(
+    &(_, format, [d_in, d_out]): &PackedFormat,
+    common: Option<PackedFormat>,
+) -> Vec<String> {
+    let bits = format.bits();
     if format.grid().is_codebook() {
         return vec![format!("is {format}, and GPTQ's grids are uniform")];
     }
     let mut reasons = Vec::new();
-    let group_size = layout.group_size();
+    if let Some((first, common, _)) = common.filter(|(_, common, _)| *common != format) {
+        reasons.push(format!(
+            "is {format}, `{first}` is {common}, and there is one format for all"
+        ));
+    }
+    let group_size = format.group_size().unwrap_or(d_in);
     if !d_in.is_multiple_of(group_size) {
         reasons.push(format!(
             "has a short last group: {d_in} inputs in groups of {group_size}"
@@ -379,6 +396,14 @@ fn reasons_against(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
             ));
         }
     }
+    reasons
+}
+
+/// The reasons why a GPTQ checkpoint cannot hold the values of a weight on a uniform grid.
+fn reasons_against_values(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
+    let ([_, d_out], bits, layout) = (weight.dims(), weight.format().bits(), weight.layout());
+    let group_size = layout.group_size();
+    let mut reasons = Vec::new();
     if let Some(order) = weight.input_order()
         && (order.is_sorted() || order.chunks(group_size).any(|group| !group.is_sorted()))
     {

@@ -37,6 +37,30 @@ pub struct PlannedLayer {
 }
 
 impl Plan {
+    /// Checks that a checkpoint of this format can hold the planned layers, as far as their formats tell.
+    ///
+    /// Values decide the rest: [`save_as`](crate::save_as) can refuse scales that are not `f16`, or zeros
+    /// that are not whole.
+    ///
+    /// # Errors
+    /// [`CheckpointError::CannotHold`] with all layers that it cannot hold.
+    pub fn check(&self, format: CheckpointFormat) -> Result<()> {
+        let layers = self.layers.iter();
+        let layers: Vec<_> = layers
+            .filter_map(|layer| Some((layer.path.as_str(), layer.format?, layer.dims)))
+            .collect();
+        let refusals = format.refusals(&layers);
+        if refusals.is_empty() {
+            return Ok(());
+        }
+        let error = CheckpointError::CannotHold {
+            format,
+            layers: refusals,
+            instead: CheckpointFormat::instead(|other| other.refusals(&layers).is_empty()),
+        };
+        Err(error.into())
+    }
+
     /// The size of all projections, in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.layers.iter().map(|layer| layer.n_bytes).sum()

@@ -1,16 +1,15 @@
-use std::path::Path;
-
-use tensor_files::FloatType;
+use tensor_files::{FloatType, IntoOutput};
 
 use super::directory::Files;
 use super::format::Projections;
-use super::kind::{CheckpointFormat, GptqVersion};
+use super::kind::CheckpointFormat;
 use super::parameters::{Parameter, check_no_adapters, parameters, state_float, state_head};
 use crate::{CheckpointError, Pretrained, Result};
 
 /// Saves a model to a new directory, from which [`load`](crate::load) reads it back bit for bit.
 ///
-/// The directory is written completely or not at all. Packed layers are in the format of this
+/// The directory, a path or a reserved [`Output`](tensor_files::Output), is written completely or not at
+/// all. Packed layers are in the format of this
 /// workspace; see [`save_as`]. Adapters are not written: merge them, or save them with
 /// [`peft::Adapters`].
 ///
@@ -21,7 +20,7 @@ use crate::{CheckpointError, Pretrained, Result};
 /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
 /// layer has an adapter, [`peft::Error::NotMerged`] if the certificate is for another model,
 /// [`tensor_files::Error::Io`] if the directory cannot be written.
-pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
+pub fn save(lm: &Pretrained, dir: impl IntoOutput) -> Result<()> {
     save_as(lm, dir, CheckpointFormat::QuantCore)
 }
 
@@ -46,7 +45,7 @@ pub fn save(lm: &Pretrained, dir: impl AsRef<Path>) -> Result<()> {
 /// assert!(models::save_as(&lm, "Llama-2-7b-nf4", CheckpointFormat::Bitsandbytes).is_err());
 /// # Ok::<(), models::Error>(())
 /// ```
-pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat) -> Result<()> {
+pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) -> Result<()> {
     let model = &lm.model;
     check_no_adapters(model)?;
     if let Some(certificate) = &lm.certificate {
@@ -57,16 +56,11 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
     let layers = match format.for_model(&projections, &config) {
         Ok(layers) => layers,
         Err(refusals) => {
-            let mut others = [
-                CheckpointFormat::Gptq(GptqVersion::V2),
-                CheckpointFormat::Bitsandbytes,
-            ]
-            .into_iter();
-            let other = others.find(|other| other.for_model(&projections, &config).is_ok());
+            let holds = |other: CheckpointFormat| other.for_model(&projections, &config).is_ok();
             let error = CheckpointError::CannotHold {
                 format,
                 layers: refusals,
-                instead: other.unwrap_or(CheckpointFormat::QuantCore),
+                instead: CheckpointFormat::instead(holds),
             };
             return Err(error.into());
         }
@@ -98,7 +92,5 @@ pub fn save_as(lm: &Pretrained, dir: impl AsRef<Path>, format: CheckpointFormat)
         second: layers.config_file().zip(quantization.as_ref()),
         certificate: lm.certificate.as_ref(),
     };
-    files.write(dir.as_ref(), |path| {
-        Ok(tensor_files::write_tensors(path, tensors)?)
-    })
+    files.write(dir, |path| Ok(tensor_files::write_tensors(path, tensors)?))
 }

@@ -11,6 +11,7 @@ mod forward;
 mod generate;
 mod head;
 mod interop;
+mod kill;
 mod merge;
 mod plan;
 mod quantize;

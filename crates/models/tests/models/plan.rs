@@ -2,9 +2,11 @@
 
 use std::fs;
 
-use models::{CheckpointError, Error, plan, quantize, save};
+use models::{
+    CheckpointError, CheckpointFormat, Error, GptqVersion, plan, quantize, save, save_as,
+};
 use peft::Blocks;
-use quant_core::Rtn;
+use quant_core::{NormalFloat, Quantizer, Rtn};
 use serde_json::Value;
 
 use super::fixtures::*;
@@ -48,6 +50,49 @@ fn a_plan_is_what_comes_of_it() {
         "{error}"
     );
     assert_eq!(lm.model.vocab_size(), 48);
+}
+
+/// What no values could change is refused before there are values.
+#[test]
+fn a_format_that_cannot_hold_the_plan_is_refused() {
+    let (dir, mut lm) = pretrained(llama_config(), 3);
+    let dense = dir.path().join("dense");
+    save(&lm, &dense).unwrap();
+    let formats = [
+        CheckpointFormat::QuantCore,
+        CheckpointFormat::Gptq(GptqVersion::V1),
+        CheckpointFormat::Gptq(GptqVersion::V2),
+        CheckpointFormat::Bitsandbytes,
+    ];
+    let rtn = Rtn::new().with_group_size(8).with_f16_scales(true);
+    let nf = NormalFloat::new().with_block_size(32);
+    let quantizers: [(&dyn Quantizer, [bool; 4]); 3] = [
+        (&rtn, [true, true, true, false]),
+        // Of 40 inputs, a group is left over.
+        (&rtn.with_group_size(16), [true, false, false, false]),
+        (&nf, [true, false, false, false]),
+    ];
+    for (quantizer, holds) in quantizers {
+        let plan = plan(&dense, &quantizer).unwrap();
+        for (format, holds) in formats.into_iter().zip(holds) {
+            let checked = plan.check(format);
+            assert_eq!(checked.is_ok(), holds, "{format}: {checked:?}");
+        }
+    }
+
+    // The refusal is that of saving.
+    quantize(&mut lm.model, &nf, &[], |_| {}).unwrap();
+    let planned = plan(&dense, &nf).unwrap();
+    let lists = |error: Error| match error {
+        Error::Checkpoint(CheckpointError::CannotHold { layers, .. }) => layers,
+        error => panic!("{error}"),
+    };
+    for format in &formats[1..] {
+        let planned = lists(planned.check(*format).unwrap_err());
+        assert!(!planned.is_empty());
+        let saved = save_as(&lm, dir.path().join("saved"), *format).unwrap_err();
+        assert_eq!(planned, lists(saved));
+    }
 }
 
 #[test]

@@ -8,11 +8,11 @@ use models::{
     CheckpointError, Error, Model, Pretrained, Rounding, load, quantize, quantize_head, save,
     save_dense,
 };
-use peft::{Linear, Linears, Weight};
+use peft::{Adapters, Linear, Linears, Lora, Weight};
 use proptest::prelude::*;
 use quant_core::Rtn;
 use tempfile::TempDir;
-use tensor_files::FloatType;
+use tensor_files::{FloatType, Output};
 
 use super::damage::Damage;
 use super::fixtures::*;
@@ -72,6 +72,29 @@ fn what_is_there_is_not_overwritten() {
     fs::write(other.join("notes.txt"), "mine").unwrap();
     assert!(save(&lm, &other).is_err());
     assert_eq!(fs::read_dir(&other).unwrap().count(), 1);
+}
+
+/// What keeps a model from being saved is known before the work begins.
+#[test]
+fn a_place_can_be_reserved_before() {
+    let (dir, lm) = pretrained(llama(), 1);
+    let at = |name: &str| dir.path().join(name);
+    let reserved = ["own", "dense", "adapters"].map(|name| Output::reserve(at(name)).unwrap());
+    for name in ["own", "dense", "adapters"] {
+        let error = save(&lm, at(name)).unwrap_err();
+        let is_busy = matches!(error, Error::File(tensor_files::Error::OutputBusy { .. }));
+        assert!(is_busy, "{error}");
+    }
+    let [own, dense, adapters] = reserved;
+    save(&lm, own).unwrap();
+    save_dense(&lm, dense, FloatType::F32).unwrap();
+    for name in ["own", "dense"] {
+        load(at(name), &Device::flex()).unwrap();
+    }
+    let mut model = lm.model.clone();
+    peft::attach(&mut model, &Lora::new(2)).unwrap();
+    Adapters::of(&model).unwrap().save(adapters).unwrap();
+    Adapters::load(at("adapters"), &Device::flex()).unwrap();
 }
 
 /// A model whose parameters are ones, but for the first element of each, and a directory of its own.

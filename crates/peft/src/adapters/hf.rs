@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{Adapters, CONFIG, TENSORS};
 use crate::adapter::hf::{HfError, HfFormat, HfLayer, HfSource, hf_factor};
 use crate::{Error, Fingerprint, Linear, Linears, Result};
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
 mod config;
 mod lora;
@@ -107,7 +107,7 @@ impl Adapters {
     /// [`Error::OtherBase`]; [`Error::NotForPeft`] if PEFT has no such adapter, or not in one
     /// directory with the others; [`tensor_files::Error::OutputExists`] if `dir` is not empty,
     /// [`tensor_files::Error::Io`] if it cannot be written.
-    pub fn save_hf(&self, dir: impl AsRef<Path>, model: &impl Linears) -> Result<()> {
+    pub fn save_hf(&self, dir: impl IntoOutput, model: &impl Linears) -> Result<()> {
         self.check_base(model)?;
         let mut layers = Vec::new();
         for (path, adapter) in &self.layers {
@@ -119,7 +119,7 @@ impl Adapters {
             layers.push((path.as_str(), layer));
         }
         let config = config::written(&layers, model)?;
-        Ok(tensor_files::write_directory(dir.as_ref(), |dir| {
+        Ok(tensor_files::write_directory(dir, |dir| {
             tensor_files::write_tensors(&dir.join(TENSORS), all_tensors(layers))?;
             tensor_files::write_json(&dir.join(CONFIG), &Value::Object(config))
         })?)

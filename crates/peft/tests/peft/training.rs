@@ -2,7 +2,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use peft::{
     Adapter, Batch, Bayesian, Error, Fingerprint, FitConfig, Linear, Linears, Lora, Method,
-    Schedule, Targets, Tile, Vera, Weight, fit, token_nll,
+    Schedule, Targets, Tile, Vera, Weight, attach, fit, fit_with, token_nll,
 };
 use proptest::prelude::*;
 use quant_core::Rtn;
@@ -150,7 +150,46 @@ fn a_loss_that_is_not_finite_names_the_step_and_loses_nothing() {
         matches!(&error, Error::NonFinite { step, .. } if *step > 1),
         "{error}"
     );
+    let said = error.to_string();
+    assert!(
+        said.contains("from block 0 on") || said.contains("factors"),
+        "{said}"
+    );
     assert_eq!(logits(&model), before);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_names_where_it_comes_from() {
+    let huge = |dims| Linear::new(Weight::frozen(tensor(3, dims) * f32::MAX), None);
+    for place in ["block 0", "block 1", "what follows the last block"] {
+        let mut model = dense(8);
+        // Products with the huge weight are beyond the range of f32.
+        let embedding = tensor(8, [VOCAB, HIDDEN]) * 100.0;
+        model.embedding = Param::from_tensor(embedding).set_require_grad(false);
+        let trained = match place {
+            "block 0" => {
+                model.up = huge([HIDDEN, WIDTH]);
+                "down"
+            }
+            "block 1" => {
+                model.down = huge([WIDTH, HIDDEN]);
+                "up"
+            }
+            _ => "up",
+        };
+        attach(&mut model, &Lora::new(2).with_targets([trained])).unwrap();
+        let loss = |_: &Bigram, x: Tensor<3>, _: usize| match place {
+            "what follows the last block" => x.sum() * f32::INFINITY,
+            _ => x.sum(),
+        };
+        for checkpoint in [false, true] {
+            let config = FitConfig::new().with_checkpoint_blocks(checkpoint);
+            let error = fit_with(&mut model, &[batch(1, [2, 9])], &config, loss, |_| {});
+            let said = error.unwrap_err().to_string();
+            let expected = format!("the loss, from {place} on, is not finite at step 1");
+            assert!(said.starts_with(&expected), "{said}");
+        }
+    }
 }
 
 #[test]

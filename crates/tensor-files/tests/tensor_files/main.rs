@@ -1,8 +1,50 @@
 //! Files and directories that cannot be written.
 
-use std::fs;
+mod output;
 
-use tensor_files::{Error, FloatType, LazyTensor, write_directory, write_tensors};
+use std::error::Error as _;
+use std::fs;
+use std::path::Path;
+
+use tensor_files::{
+    Error, FloatType, LazyTensor, TensorFile, read, write, write_directory, write_json,
+    write_tensors,
+};
+
+/// The path as the caller has it, and the cause once: neither is lost by a program that prints the
+/// message alone, nor said twice by one that prints all causes.
+#[test]
+fn an_error_of_the_system_says_where_and_why() {
+    let path = Path::new("missing/file");
+    let tensors = [("t".to_string(), LazyTensor::bytes([1], || vec![1]))];
+    let errors = [
+        read(path).unwrap_err(),
+        TensorFile::open(path).unwrap_err(),
+        write(path, b"").unwrap_err(),
+        write_json(path, &0).unwrap_err(),
+        write_tensors(path, tensors).unwrap_err(),
+    ];
+    for error in errors {
+        let said = error.to_string();
+        assert!(
+            said.starts_with("`missing/file`: No such file or directory"),
+            "{said}"
+        );
+        assert!(error.source().is_none());
+    }
+}
+
+/// A file of which the disk has no room for a byte.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_an_error_of_the_system() {
+    let full = Path::new("/dev/full");
+    let error = write(full, b"text").unwrap_err();
+    assert!(
+        error.to_string().starts_with("`/dev/full`: No space"),
+        "{error}"
+    );
+}
 
 #[test]
 fn a_failed_write_leaves_nothing_behind() {
@@ -48,4 +90,22 @@ fn a_wrong_number_of_values_is_refused() {
         assert!(named, "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
+}
+
+/// A hidden name is nothing that the caller knows.
+#[test]
+fn errors_have_the_name_that_was_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("new");
+    let error = write_directory(&target, |dir| {
+        let missing = read(&dir.join("missing")).unwrap_err();
+        assert!(matches!(missing, Error::Io { path, .. } if path == target.join("missing")));
+        let tensor = LazyTensor::bytes([2], || vec![1]);
+        write_tensors(&dir.join("tensors"), [("short".to_string(), tensor)])
+    });
+    let said = error.unwrap_err().to_string();
+    assert!(
+        said.contains(&format!("`{}`", target.join("tensors").display())),
+        "{said}"
+    );
 }

@@ -1,0 +1,50 @@
+//! What the programs print.
+//!
+//! The macros are those of the standard library, but an error of writing does not end the program: a
+//! reader that closes its pipe, as `head` does, loses no model.
+
+use std::fmt::Arguments;
+use std::io::{self, ErrorKind, Write};
+use std::sync::OnceLock;
+
+/// Prints to the standard output.
+#[macro_export]
+macro_rules! print {
+    ($($arg:tt)*) => { $crate::console::print(format_args!($($arg)*)) };
+}
+
+/// Prints a line to the standard output.
+#[macro_export]
+macro_rules! println {
+    () => { $crate::console::print(format_args!("\n")) };
+    ($($arg:tt)*) => { $crate::console::print(format_args!("{}\n", format_args!($($arg)*))) };
+}
+
+/// Prints a line to the standard error.
+#[macro_export]
+macro_rules! eprintln {
+    ($($arg:tt)*) => { $crate::console::print_error(format_args!($($arg)*)) };
+}
+
+static FAILED: OnceLock<io::Error> = OnceLock::new();
+
+/// Prints to the standard output, at once.
+pub fn print(text: Arguments) {
+    let mut out = io::stdout().lock();
+    if let Err(error) = out.write_fmt(text).and_then(|()| out.flush())
+        && error.kind() != ErrorKind::BrokenPipe
+    {
+        FAILED.get_or_init(|| error);
+    }
+}
+
+/// Prints a line to the standard error.
+pub fn print_error(line: Arguments) {
+    // There is no other place to say that it is closed.
+    let _ = io::stderr().lock().write_fmt(format_args!("{line}\n"));
+}
+
+/// The first error of the standard output, unless its reader closed it.
+pub fn failure() -> Option<&'static io::Error> {
+    FAILED.get()
+}

@@ -1,0 +1,207 @@
+//! The ends of the programs: what is refused before the work, signals, kills, and closed pipes.
+#![cfg(all(unix, feature = "flex"))]
+
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use burn::tensor::Device;
+use tempfile::TempDir;
+
+/// A program with options.
+fn program(name: &str, options: &str) -> Command {
+    let mut path = std::env::current_exe().unwrap();
+    // From target/PROFILE/deps/ends-HASH to target/PROFILE/examples/NAME.
+    path.pop();
+    path.pop();
+    path.extend(["examples", name]);
+    assert!(
+        path.exists(),
+        "{} is missing: build the examples",
+        path.display()
+    );
+    let mut command = Command::new(path);
+    command
+        .args(options.split_whitespace())
+        .args(["--device", "flex"]);
+    command
+}
+
+fn quantize(out: &Path, options: &str) -> Command {
+    let mut command = program("quantize", "--bits 4 --samples 1 --seq-len 64");
+    command.args(options.split_whitespace());
+    command.arg("--out").arg(out);
+    command
+}
+
+const RTN: &str = "--quantizer rtn --group-size 32";
+
+/// A directory for outputs and temporary files, and a path in it.
+fn place() -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    (dir, out)
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    names
+}
+
+fn run(mut command: Command) -> Output {
+    command.output().unwrap()
+}
+
+#[track_caller]
+fn assert_fails(output: &Output, part: &str) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(part), "{said}");
+}
+
+/// Starts a program and waits until it has reserved its output.
+fn started(mut command: Command, dir: &Path) -> Child {
+    let scratch = dir.join("scratch");
+    fs::create_dir_all(&scratch).unwrap();
+    command.env("TMPDIR", scratch);
+    let child = command.stdout(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while !dir.join(".out.tensor-files.tmp").exists() {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        thread::sleep(Duration::from_millis(1));
+    }
+    child
+}
+
+#[test]
+fn two_runs_do_not_take_one_place() {
+    let (dir, out) = place();
+    let mut first = started(quantize(&out, RTN), dir.path());
+    assert_fails(&run(quantize(&out, RTN)), "another process is writing");
+    assert!(first.wait().unwrap().success());
+    let saved = fs::read(out.join("model.safetensors")).unwrap();
+    assert_fails(&run(quantize(&out, RTN)), "is not an empty directory");
+    assert_eq!(fs::read(out.join("model.safetensors")).unwrap(), saved);
+    assert_eq!(names(dir.path()), ["out", "scratch"]);
+
+    // Nor do those that write reports.
+    let options = "--limit 2 --seq-len 32 --bits 4";
+    let report = |out: &Path| {
+        let mut command = program("evaluate", options);
+        command.arg("--out").arg(out);
+        command
+    };
+    let (dir, out) = place();
+    let mut first = started(report(&out), dir.path());
+    assert_fails(&run(report(&out)), "another process is writing");
+    assert!(first.wait().unwrap().success());
+    assert_fails(&run(report(&out)), "is not an empty directory");
+    assert_eq!(names(&out), ["report.json", "report.md", "report.svg"]);
+}
+
+#[test]
+fn a_signal_removes_what_is_half_made_and_a_kill_is_cleared_by_the_next() {
+    for (signal, code) in [("INT", 130), ("TERM", 143)] {
+        let (dir, out) = place();
+        let mut child = started(quantize(&out, RTN), dir.path());
+        let kill = |id: u32| {
+            Command::new("kill")
+                .args(["-s", signal, &id.to_string()])
+                .status()
+        };
+        assert!(kill(child.id()).unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        assert_eq!(names(dir.path()), ["scratch"]);
+        assert_eq!(names(&dir.path().join("scratch")).len(), 0);
+    }
+    let (dir, out) = place();
+    let mut child = started(quantize(&out, RTN), dir.path());
+    child.kill().unwrap();
+    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    assert_eq!(names(dir.path()), [".out.tensor-files.tmp", "scratch"]);
+    assert!(run(quantize(&out, RTN)).status.success());
+    assert_eq!(names(dir.path()), ["out", "scratch"]);
+}
+
+#[test]
+fn a_format_that_cannot_hold_the_layers_is_refused_or_replaced() {
+    // The recipe tells: nothing is computed.
+    let (dir, out) = place();
+    let output = run(quantize(
+        &out,
+        "--quantizer nf --group-size 32 --format gptq-v2",
+    ));
+    assert_fails(&output, "GPTQ's grids are uniform");
+    assert!(!String::from_utf8_lossy(&output.stdout).contains("error"));
+    assert_eq!(names(dir.path()).len(), 0);
+    // The values tell: in groups of two, some zero-points are 0.
+    let output = run(quantize(
+        &out,
+        "--quantizer rtn --group-size 2 --format gptq",
+    ));
+    assert_fails(&output, "zeros of 0, which v1 cannot store");
+    assert_eq!(names(dir.path()), ["out-quant-core"]);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        said.contains("out-quant-core") && said.contains("after"),
+        "{said}"
+    );
+    models::load(dir.path().join("out-quant-core"), &Device::flex()).unwrap();
+}
+
+#[test]
+fn a_closed_or_full_output_loses_no_model() {
+    let (_dir, out) = place();
+    let mut child = quantize(&out, RTN).stdout(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    models::load(&out, &Device::flex()).unwrap();
+
+    let (_dir, out) = place();
+    if let Ok(full) = File::options().write(true).open("/dev/full") {
+        let mut command = quantize(&out, RTN);
+        let output = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+        assert_fails(
+            &output.wait_with_output().unwrap(),
+            "standard output is incomplete",
+        );
+        models::load(&out, &Device::flex()).unwrap();
+    }
+
+    let mut help = program("quantize", "--help");
+    let mut child = help
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(
+        output.stderr.is_empty() && output.status.code() == Some(0),
+        "{output:?}"
+    );
+}
+
+#[test]
+fn errors_name_the_place() {
+    let (dir, _) = place();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let output = run(quantize(&dir.path().join("file/out"), RTN));
+    assert_fails(&output, "file/out`: Not a directory");
+
+    let text = dir.path().join("text");
+    fs::write(&text, b"one\ntwo \xff").unwrap();
+    let mut command = program("quantize", "--model missing");
+    command
+        .arg("--eval")
+        .arg(&text)
+        .arg("--calibration")
+        .arg(&text);
+    assert_fails(&run(command), "text`: invalid UTF-8 at byte 8, in line 2");
+}
