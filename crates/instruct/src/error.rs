@@ -106,10 +106,12 @@ pub enum RecordError {
         found: &'static str,
     },
     /// Bytes that are not UTF-8.
-    #[error("invalid UTF-8 at column {column}; save the file as UTF-8")]
+    #[error("invalid UTF-8 at column {column}, byte {offset} of the file; save it as UTF-8")]
     NotUtf8 {
         /// The column in bytes, counted from 1.
         column: usize,
+        /// The offset in the file in bytes, counted from 0.
+        offset: usize,
     },
     /// A record of more bytes than are read.
     #[error("the record has more than {max} bytes; put each record on a line of its own")]
