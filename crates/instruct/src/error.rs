@@ -143,6 +143,14 @@ pub enum RecordError {
         /// The reason.
         problem: String,
     },
+    /// A template that does more, or makes more, than its input can ask for.
+    #[error("the {template} template is stopped: {problem}")]
+    Limit {
+        /// The name of the template.
+        template: &'static str,
+        /// The limit: of steps, of the size of a value, or of its depth.
+        problem: String,
+    },
     /// A chat template that renders a message differently when more follow.
     #[error(
         "the chat template is not prefix-stable at message {message}: its text depends on the messages after it, so its targets are not those of a conversation that ends there; end the conversation before it, or correct the template"
