@@ -1,12 +1,13 @@
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use minijinja::{Environment, Value};
+use minijinja::Value;
 use models::SpecialTokens;
 use serde_json::{Map, Value as Json};
 
+use crate::jinja::{self, Templates};
 use crate::records::kind;
-use crate::{Error, Piece, Record, RecordError, Result, jinja};
+use crate::{Error, Piece, Record, RecordError, Result};
 
 mod messages;
 #[cfg(test)]
@@ -26,10 +27,12 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// than the prompt for that message (`add_generation_prompt`).
 ///
 /// Templates render as in transformers, except that tools and documents are refused and
-/// `strftime_now` is undefined. A template that does not terminate is stopped with an error.
+/// `strftime_now` is undefined. What a template does is bounded, whoever wrote it: a rendering takes at
+/// most 300,000 steps (an instruction, or 64 bytes that are made or looked at) and one for each byte of
+/// the messages, or else gives [`RecordError::Limit`].
 #[derive(Clone, Debug)]
 pub struct Chat {
-    jinja: Environment<'static>,
+    templates: Templates,
     special: BTreeMap<String, Value>,
 }
 
@@ -44,23 +47,46 @@ impl Chat {
     /// `chat_template`; [`Error::File`] if a file cannot be read; as [`Chat::new`].
     pub fn open(dir: &Path, special: &SpecialTokens) -> Result<Self> {
         let path = dir.join(CHAT_TEMPLATE);
-        let source = if tensor_files::is_there(&path) {
-            let source = String::from_utf8(tensor_files::read(&path)?);
-            source.map_err(|_| tensor_files::Error::File {
-                path,
-                problem: "is not UTF-8".into(),
-            })?
-        } else {
-            in_config(dir)?
-        };
-        Self::new(&source, special)
+        if !tensor_files::is_there(&path) {
+            let (path, source) = in_config(dir)?;
+            return Self::of_file(&path, &source, special);
+        }
+        let source = String::from_utf8(tensor_files::read(&path)?).map_err(|error| {
+            let at = error.utf8_error().valid_up_to();
+            let before = &error.as_bytes()[..at];
+            let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
+            let problem = format!("line {line} is not UTF-8, at byte {at} of the file");
+            let path = path.clone();
+            tensor_files::Error::File { path, problem }
+        })?;
+        Self::of_file(&path, &source, special)
+    }
+
+    /// Parses a chat template whose errors name its file.
+    fn of_file(path: &Path, source: &str, special: &SpecialTokens) -> Result<Self> {
+        let place = format!("`{}`", path.display());
+        let mut chat = Self::new(source, special).map_err(|error| match error {
+            Error::Template {
+                template,
+                line,
+                problem,
+            } => Error::Template {
+                template,
+                line,
+                problem: format!("{problem}, in {place}"),
+            },
+            other => other,
+        })?;
+        chat.templates.place = place;
+        Ok(chat)
     }
 
     /// Parses a chat template.
     ///
     /// # Errors
-    /// [`Error::Template`] if it does not parse; [`models::TextError::MissingSpecial`] if it uses a
-    /// special token that the model does not state.
+    /// [`Error::Template`] if it does not parse, has more than 128 KiB, or more than 1024 tokens between
+    /// two delimiters; [`models::TextError::MissingSpecial`] if it uses a special token that the model
+    /// does not state.
     ///
     /// # Examples
     /// ```
@@ -76,12 +102,8 @@ impl Chat {
     /// # Ok::<(), instruct::Error>(())
     /// ```
     pub fn new(source: &str, special: &SpecialTokens) -> Result<Self> {
-        let mut jinja = jinja::for_chats();
-        let source = without_generation_marks(source);
-        let added = jinja.add_template_owned(CHAT, source);
-        added.map_err(|error| jinja::refuse(CHAT, &error))?;
-        let template = jinja.get_template(CHAT).expect("it was added");
-        let used = template.undeclared_variables(false);
+        let templates = Templates::for_chats(CHAT, source)?;
+        let used = templates.used(CHAT);
         let mut texts = BTreeMap::new();
         for (name, token) in special.named() {
             if let Some(token) = token {
@@ -93,7 +115,7 @@ impl Chat {
             }
         }
         Ok(Self {
-            jinja,
+            templates,
             special: texts,
         })
     }
@@ -170,17 +192,13 @@ impl Chat {
         // Templates test whether these are none, not whether they are defined.
         context.insert("tools".into(), ().into());
         context.insert("documents".into(), ().into());
-        let template = self.jinja.get_template(CHAT).expect("it was added");
-        template.render(Value::from(context)).map_err(|error| {
-            let problem = jinja::problem(&error);
-            let template = CHAT;
-            record.refuse(RecordError::Render { template, problem })
-        })
+        let rendered = self.templates.render(CHAT, Value::from(context));
+        rendered.map_err(|problem| record.refuse(problem))
     }
 }
 
-/// The template in `tokenizer_config.json`.
-fn in_config(dir: &Path) -> Result<String> {
+/// The template in `tokenizer_config.json`, with the path of the file.
+fn in_config(dir: &Path) -> Result<(PathBuf, String)> {
     let none = || Error::NoChatTemplate { dir: dir.into() };
     let path = dir.join(TOKENIZER_CONFIG);
     if !tensor_files::is_there(&path) {
@@ -188,12 +206,12 @@ fn in_config(dir: &Path) -> Result<String> {
     }
     let config: Map<String, Json> = tensor_files::read_json(&path)?;
     let problem = match config.get("chat_template") {
-        Some(Json::String(source)) => return Ok(source.clone()),
+        Some(Json::String(source)) => return Ok((path, source.clone())),
         None | Some(Json::Null) => return Err(none()),
         Some(Json::Array(named)) => {
             let default = named.iter().find(|named| named["name"] == "default");
             match default.and_then(|named| named["template"].as_str()) {
-                Some(source) => return Ok(source.into()),
+                Some(source) => return Ok((path, source.into())),
                 None => "has none named `default`".into(),
             }
         }
@@ -205,28 +223,4 @@ fn in_config(dir: &Path) -> Result<String> {
         problem,
     })
     .into())
-}
-
-/// Replaces transformers' `generation` blocks, which mark the assistant's messages, by `with` blocks.
-///
-/// Both have a scope of their own.
-fn without_generation_marks(source: &str) -> String {
-    let mut plain = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        plain.push_str(before);
-        let inner = tag.split("%}").next().unwrap_or(tag);
-        let mark = inner
-            .trim_start_matches(['-', '+'])
-            .trim_end_matches(['-', '+']);
-        let instead = match mark.trim() {
-            "generation" => "with",
-            "endgeneration" => "endwith",
-            other => other,
-        };
-        plain.push_str(&inner.replacen(mark.trim(), instead, 1));
-        rest = &tag[inner.len()..];
-    }
-    plain + rest
 }

@@ -112,10 +112,12 @@ pub enum RecordError {
         found: &'static str,
     },
     /// Bytes that are not UTF-8.
-    #[error("invalid UTF-8 at column {column}; save the file as UTF-8")]
+    #[error("invalid UTF-8 at column {column}, byte {offset} of the file; save it as UTF-8")]
     NotUtf8 {
         /// The column in bytes, counted from 1.
         column: usize,
+        /// The offset in the file in bytes, counted from 0.
+        offset: usize,
     },
     /// A record of more bytes than are read.
     #[error("the record has more than {max} bytes; put each record on a line of its own")]
@@ -145,6 +147,14 @@ pub enum RecordError {
         /// The name of the template.
         template: &'static str,
         /// The reason.
+        problem: String,
+    },
+    /// A template that does more, or makes more, than its input can ask for.
+    #[error("the {template} template is stopped: {problem}")]
+    Limit {
+        /// The name of the template.
+        template: &'static str,
+        /// The limit: of steps, of the size of a value, or of its depth.
         problem: String,
     },
     /// A chat template that renders a message differently when more follow.

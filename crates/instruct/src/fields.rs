@@ -1,10 +1,11 @@
 use std::collections::HashSet;
 
-use minijinja::{Environment, Value};
+use minijinja::Value;
 use serde_json::Value as Json;
 
+use crate::jinja::{self, Templates};
 use crate::records::kind;
-use crate::{Error, Piece, Record, RecordError, Result, jinja};
+use crate::{Error, Piece, Record, RecordError, Result};
 
 #[cfg(test)]
 mod tests;
@@ -18,17 +19,13 @@ const COMPLETION: &str = "completion";
 /// or that has no text (a null, an array, an object), is an error.
 #[derive(Clone, Debug)]
 pub struct Fields {
-    jinja: Environment<'static>,
+    templates: Templates,
 }
 
 impl Fields {
     pub(crate) fn new(prompt: &str, completion: &str) -> Result<Self> {
-        let mut jinja = jinja::for_fields();
-        for (name, source) in [(PROMPT, prompt), (COMPLETION, completion)] {
-            let added = jinja.add_template_owned(name, source.to_owned());
-            added.map_err(|error| jinja::refuse(name, &error))?;
-        }
-        Ok(Self { jinja })
+        let templates = Templates::for_fields(&[(PROMPT, prompt), (COMPLETION, completion)])?;
+        Ok(Self { templates })
     }
 
     pub(crate) fn pieces(&self, record: &Record) -> Result<Vec<Piece>> {
@@ -41,23 +38,21 @@ impl Fields {
     }
 
     fn render(&self, name: &'static str, fields: &Value, record: &Record) -> Result<String> {
-        let template = self.jinja.get_template(name);
-        let template = template.expect("both were added");
-        template.render(fields.clone()).map_err(|error| {
-            let problem = jinja::problem(&error);
-            let named = template.undeclared_variables(false);
-            refuse_field(named, &problem, record).unwrap_or_else(|| {
-                record.refuse(RecordError::Render {
-                    template: name,
-                    problem,
-                })
-            })
+        let rendered = self.templates.render(name, fields.clone());
+        rendered.map_err(|problem| {
+            let refused = match &problem {
+                RecordError::Render { problem, .. } => {
+                    refuse_field(self.templates.used(name), problem, record)
+                }
+                _ => None,
+            };
+            refused.unwrap_or_else(|| record.refuse(problem))
         })
     }
 }
 
 /// The error of the one field, among those that a template uses, that kept it from rendering.
-fn refuse_field(used: HashSet<String>, problem: &str, record: &Record) -> Option<Error> {
+fn refuse_field(used: &HashSet<String>, problem: &str, record: &Record) -> Option<Error> {
     let fields = &record.fields;
     let is_missing = |name: &&String| {
         !fields.contains_key(*name) && problem.contains(&format!("`{name}` is undefined"))

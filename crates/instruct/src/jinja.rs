@@ -1,19 +1,44 @@
-//! Environments of minijinja that render as Jinja2 does in Python.
+//! The one door to minijinja, which renders as Jinja2 does in Python, within bounds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::error::Error as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::syntax::{SyntaxConfig, SyntaxConfigBuilder};
+use minijinja::value::ValueKind;
 use minijinja::{
     AutoEscape, Environment, Error as JinjaError, ErrorKind, UndefinedBehavior, Value,
 };
 use serde_json::Value as Json;
 
-use crate::Error;
+use crate::{Error, RecordError};
 
-/// The steps after which rendering is stopped.
-const FUEL: u64 = 20_000_000;
+mod bounds;
+mod guard;
+#[cfg(test)]
+mod tests;
+
+/// The steps after which rendering is stopped, apart from one for each byte of what is rendered.
+///
+/// A step is an instruction, or 64 bytes that are made or looked at.
+const MAX_STEPS: u64 = 300_000;
+
+/// The deepest nesting of loops, blocks and calls, in minijinja's measure: a call counts 4.
+const MAX_RECURSION: usize = 250;
+
+/// The stack of the thread that parses. A recursion of minijinja's parser is at most as deep as
+/// [`guard`] lets a tag be long.
+const PARSER_STACK: usize = 64 << 20;
+
+/// The longest text of an error that is passed on, in characters.
+const MAX_PROBLEM: usize = 2000;
+
+/// The filter that checks an operand, as it is inserted into a source.
+const VALUE: &str = "|_v ";
+/// The same for a value that gets a name, which may be a namespace.
+const HELD: &str = "|_h ";
+/// The same for an operand of `*`, which may not be a list.
+const SCALAR: &str = "|_s ";
 
 /// The function with which chat templates read the date.
 const CLOCK: &str = "strftime_now";
@@ -21,91 +46,164 @@ const CLOCK: &str = "strftime_now";
 /// The problem of values other than strings, numbers and booleans.
 pub(crate) const NO_TEXT: &str = "has no text of its own";
 
-/// The environment for templates of fields, in which whitespace is significant.
-pub(crate) fn for_fields() -> Environment<'static> {
-    let mut jinja = plain();
-    jinja.set_undefined_behavior(UndefinedBehavior::Strict);
-    let mut syntax = SyntaxConfig::builder();
-    jinja.set_syntax(built(syntax.keep_trailing_newline(true)));
-    jinja.set_formatter(|out, state, value| match value.kind() {
-        ValueKind::None | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => {
-            let problem = format!("{} {NO_TEXT}", value.kind());
-            Err(JinjaError::new(ErrorKind::InvalidOperation, problem))
-        }
-        _ => minijinja::escape_formatter(out, state, value),
-    });
-    jinja
+/// Parsed templates with the same settings.
+///
+/// What a template does is bounded, beyond what it is given: no rendering takes more than a fixed number
+/// of steps and one for each byte of its context, no value nests without end, and none takes more than
+/// a share of the bytes that the steps pay for.
+#[derive(Clone, Debug)]
+pub(crate) struct Templates {
+    jinja: Environment<'static>,
+    used: BTreeMap<&'static str, HashSet<String>>,
+    /// Where the templates are, for errors.
+    pub(crate) place: String,
 }
 
-/// The environment for chat templates, as in transformers (`utils/chat_template_utils.py`, 5.23).
-///
-/// `strftime_now` is not defined: with a clock, the tokens of a record would change from day to day.
-/// The template of LLaMA 3.2 then falls back to a fixed date.
-pub(crate) fn for_chats() -> Environment<'static> {
-    let mut jinja = plain();
-    let mut syntax = SyntaxConfig::builder();
-    jinja.set_syntax(built(syntax.trim_blocks(true).lstrip_blocks(true)));
-    jinja.add_function(
-        "raise_exception",
-        |message: String| -> Result<Value, JinjaError> {
-            Err(JinjaError::new(ErrorKind::InvalidOperation, message))
-        },
-    );
-    jinja
+impl Templates {
+    /// Templates of fields, in which whitespace is significant.
+    pub(crate) fn for_fields(sources: &[(&'static str, &str)]) -> Result<Self, Error> {
+        let mut jinja = plain();
+        jinja.set_undefined_behavior(UndefinedBehavior::Strict);
+        let mut syntax = SyntaxConfig::builder();
+        jinja.set_syntax(built(syntax.keep_trailing_newline(true)));
+        jinja.set_formatter(|out, state, value| match value.kind() {
+            ValueKind::None | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => {
+                let problem = format!("{} {NO_TEXT}", value.kind());
+                Err(JinjaError::new(ErrorKind::InvalidOperation, problem))
+            }
+            _ => minijinja::escape_formatter(out, state, value),
+        });
+        Self::parse(jinja, sources)
+    }
+
+    /// A chat template, as in transformers (`utils/chat_template_utils.py`, 5.23).
+    ///
+    /// `strftime_now` is not defined: with a clock, the tokens of a record would change from day to day.
+    /// The template of LLaMA 3.2 then falls back to a fixed date.
+    pub(crate) fn for_chats(name: &'static str, source: &str) -> Result<Self, Error> {
+        let mut jinja = plain();
+        let mut syntax = SyntaxConfig::builder();
+        jinja.set_syntax(built(syntax.trim_blocks(true).lstrip_blocks(true)));
+        jinja.add_function(
+            "raise_exception",
+            |message: String| -> Result<Value, JinjaError> {
+                Err(JinjaError::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        Self::parse(jinja, &[(name, source)])
+    }
+
+    fn parse(
+        mut jinja: Environment<'static>,
+        sources: &[(&'static str, &str)],
+    ) -> Result<Self, Error> {
+        let mut used = BTreeMap::new();
+        for &(name, source) in sources {
+            let refuse = |guard::Refusal { line, problem }| Error::Template {
+                template: name,
+                line,
+                problem,
+            };
+            let source = guard::guarded(source, jinja.syntax().clone()).map_err(refuse)?;
+            let added = with_stack(|| -> Result<_, JinjaError> {
+                jinja.add_template_owned(name, source)?;
+                Ok(jinja.get_template(name)?.undeclared_variables(false))
+            });
+            let names = added.map_err(|problem| refuse(guard::Refusal { line: 1, problem }))?;
+            used.insert(name, names.map_err(|error| refuse((&error).into()))?);
+        }
+        let place = "the template".into();
+        Ok(Self { jinja, used, place })
+    }
+
+    /// The variables that a template uses and does not set.
+    pub(crate) fn used(&self, name: &str) -> &HashSet<String> {
+        &self.used[name]
+    }
+
+    /// Renders one of the templates.
+    ///
+    /// # Errors
+    /// [`RecordError::Limit`]; [`RecordError::Render`] if it cannot be rendered for another reason.
+    pub(crate) fn render(
+        &self,
+        template: &'static str,
+        context: Value,
+    ) -> Result<String, RecordError> {
+        let size = bounds::Size::of(&context, u64::MAX);
+        let size = size.map_err(|error| self.failure(template, &error, MAX_STEPS))?;
+        let max_steps = MAX_STEPS.saturating_add(size.n_bytes);
+        let mut jinja = self.jinja.clone();
+        jinja.set_fuel(Some(max_steps));
+        let rendered = catch_unwind(AssertUnwindSafe(|| {
+            jinja.get_template(template)?.render(context)
+        }));
+        let panicked = |_| RecordError::Render {
+            template,
+            problem: PANIC.into(),
+        };
+        let rendered = rendered.map_err(panicked)?;
+        rendered.map_err(|error| self.failure(template, &error, max_steps))
+    }
+
+    /// Why a template was not rendered.
+    fn failure(&self, template: &'static str, error: &JinjaError, max_steps: u64) -> RecordError {
+        let mut problem = detail(error);
+        let mut is_limit = error.kind() == ErrorKind::OutOfFuel;
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            problem = format!("{problem}: {error}");
+            let error: Option<&JinjaError> = error.downcast_ref();
+            is_limit |= error.is_some_and(|error| error.kind() == ErrorKind::OutOfFuel);
+            cause = cause.and_then(|error| error.source());
+        }
+        if is_limit && error.detail().is_none() {
+            problem = format!("more than {max_steps} steps (of an instruction or 64 bytes)");
+        }
+        if problem.contains(CLOCK) {
+            problem += ": templates cannot read the clock; write the date into the template";
+        }
+        if let Some((end, _)) = problem.char_indices().nth(MAX_PROBLEM) {
+            problem.truncate(end);
+            problem += "…";
+        }
+        if let Some(line) = error.line() {
+            problem = format!("{problem} (line {line} of {})", self.place);
+        }
+        if is_limit {
+            RecordError::Limit { template, problem }
+        } else {
+            RecordError::Render { template, problem }
+        }
+    }
+}
+
+/// The problem of a template at which minijinja panics.
+const PANIC: &str =
+    "the template engine failed: the template does something that it is not made for";
+
+/// Runs a parser on a thread with a stack that its recursion does not overflow.
+fn with_stack<T: Send>(parse: impl FnOnce() -> T + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().stack_size(PARSER_STACK);
+        let thread = builder.spawn_scoped(scope, parse);
+        let thread = thread.map_err(|error| format!("no thread to parse it: {error}"))?;
+        thread.join().map_err(|_| PANIC.to_owned())
+    })
 }
 
 fn plain() -> Environment<'static> {
     let mut jinja = Environment::new();
     jinja.set_auto_escape_callback(|_| AutoEscape::None);
-    jinja.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    jinja.add_filter("tojson", to_json);
-    jinja.set_fuel(Some(FUEL));
+    jinja.set_recursion_limit(MAX_RECURSION);
+    bounds::add_to(&mut jinja);
     // Errors then name the undefined variable.
     jinja.set_debug(true);
     jinja
 }
 
-fn built(syntax: &minijinja::syntax::SyntaxConfigBuilder) -> SyntaxConfig {
+fn built(syntax: &SyntaxConfigBuilder) -> SyntaxConfig {
     syntax.build().expect("the delimiters are Jinja's own")
-}
-
-/// The filter `tojson` of transformers, which escapes only the characters that JSON requires.
-fn to_json(value: &Value, indent: Option<Value>, args: Kwargs) -> Result<Value, JinjaError> {
-    let only_default = |name: &str| {
-        let other = args.get::<Option<bool>>(name)?.unwrap_or(false);
-        let problem = format!("tojson with {name}=true is not supported");
-        let error = || JinjaError::new(ErrorKind::InvalidOperation, problem);
-        if other { Err(error()) } else { Ok(()) }
-    };
-    only_default("ensure_ascii")?;
-    only_default("sort_keys")?;
-    let named: Option<Value> = args.get("indent")?;
-    args.assert_all_used()?;
-    let indent = indent.or(named).filter(|indent| !indent.is_none());
-    let no_args: Kwargs = std::iter::empty::<(&str, Value)>().collect();
-    let json = minijinja::filters::tojson(value, indent, no_args)?;
-    Ok(without_html_escapes(json.as_str().unwrap_or_default()).into())
-}
-
-/// Replaces the escapes with which minijinja makes JSON safe in HTML.
-fn without_html_escapes(json: &str) -> String {
-    let mut plain = String::with_capacity(json.len());
-    let mut rest = json;
-    while let Some(at) = rest.find('\\') {
-        plain.push_str(&rest[..at]);
-        // In JSON, at least one byte follows a backslash.
-        let escape = &rest[at..];
-        let (len, text) = match escape.get(..6) {
-            Some("\\u003c") => (6, "<"),
-            Some("\\u003e") => (6, ">"),
-            Some("\\u0026") => (6, "&"),
-            Some("\\u0027") => (6, "'"),
-            _ => (2, &escape[..2]),
-        };
-        plain.push_str(text);
-        rest = &escape[len..];
-    }
-    plain + rest
 }
 
 /// Converts JSON to a value of a template; the keys of objects are sorted.
@@ -129,94 +227,8 @@ pub(crate) fn value(json: &Json) -> Value {
     }
 }
 
-/// The message of an error with its causes and the line of the template.
-pub(crate) fn problem(error: &JinjaError) -> String {
-    let mut problem = match error.detail() {
-        Some(detail) => detail.to_owned(),
-        None => error.kind().to_string(),
-    };
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        problem = format!("{problem}: {error}");
-        cause = error.source();
-    }
-    if problem.contains(CLOCK) {
-        problem += ": templates cannot read the clock; write the date into the template";
-    }
-    match error.line() {
-        Some(line) => format!("{problem} (line {line} of the template)"),
-        None => problem,
-    }
-}
-
-/// The error of a template that does not parse.
-pub(crate) fn refuse(template: &'static str, error: &JinjaError) -> Error {
-    let problem = error.detail().map(str::to_owned);
-    Error::Template {
-        template,
-        line: error.line().unwrap_or(1),
-        problem: problem.unwrap_or_else(|| error.kind().to_string()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chat(template: &str) -> Result<String, JinjaError> {
-        let context = BTreeMap::from([(
-            "x".to_owned(),
-            value(&serde_json::json!(
-                {"b": "<a & 'b'> \\u003c \"é\" 語\n", "a": [1, 2.5, -3, true, null, {}, []]}
-            )),
-        )]);
-        for_chats().render_str(template, Value::from(context))
-    }
-
-    /// Compared with `json.dumps(x, ensure_ascii=False, indent=…)` of Python 3.11.
-    #[test]
-    fn tojson_is_that_of_python() {
-        assert_eq!(
-            chat("{{ x | tojson }}").unwrap(),
-            "{\"a\": [1, 2.5, -3, true, null, {}, []], \"b\": \"<a & 'b'> \\\\u003c \\\"é\\\" 語\\n\"}"
-        );
-        assert_eq!(
-            chat("{{ x.a | tojson(indent=2) }}").unwrap(),
-            "[\n  1,\n  2.5,\n  -3,\n  true,\n  null,\n  {},\n  []\n]"
-        );
-        assert_eq!(
-            chat("{{ x.a[4] | tojson(ensure_ascii=False, indent=none) }}").unwrap(),
-            "null"
-        );
-        let error = chat("{{ x | tojson(sort_keys=true) }}").unwrap_err();
-        assert_eq!(
-            problem(&error),
-            "tojson with sort_keys=true is not supported (line 1 of the template)"
-        );
-    }
-
-    #[test]
-    fn constants_have_the_names_of_python() {
-        let template = "{{ x.a[3] }} {{ none }} {{ 1 > 2 }} {{ x.a }} {{ 'x' ~ none ~ true }}";
-        let expected = "True None False [1, 2.5, -3, True, None, {}, []] xNoneTrue";
-        assert_eq!(chat(template).unwrap(), expected);
-    }
-
-    #[test]
-    fn a_template_without_end_is_stopped() {
-        let loops =
-            "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
-        assert_eq!(chat(loops).unwrap_err().kind(), ErrorKind::OutOfFuel);
-    }
-
-    #[test]
-    fn there_is_no_clock() {
-        let error = chat("\n{{ strftime_now('%d %b %Y') }}").unwrap_err();
-        assert_eq!(
-            problem(&error),
-            "strftime_now is unknown: templates cannot read the clock; write the date into the template (line 2 of the template)"
-        );
-        let llama_3_2 = "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{%- else %}26 Jul 2024{%- endif %}";
-        assert_eq!(chat(llama_3_2).unwrap(), "26 Jul 2024");
-    }
+/// What an error says, without its place.
+fn detail(error: &JinjaError) -> String {
+    let detail = error.detail().map(str::to_owned);
+    detail.unwrap_or_else(|| error.kind().to_string())
 }

@@ -1,4 +1,4 @@
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
@@ -112,9 +112,8 @@ pub fn read_records(path: &Path) -> Result<Vec<Record>> {
 fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
     let mut file = open(path)?;
     let head = file.fill_buf().map_err(|source| unread(path, source))?;
-    if head.starts_with(BOM) {
-        file.consume(BOM.len());
-    }
+    let start = if head.starts_with(BOM) { BOM.len() } else { 0 };
+    file.consume(start);
     let head = file.fill_buf().map_err(|source| unread(path, source))?;
     let head = head.trim_ascii_start();
     let begins = |(start, _, _): &&(&[u8], _, _)| {
@@ -125,9 +124,9 @@ fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
         return Err(not_records(path, found, advice));
     }
     let values = if head.starts_with(b"[") {
-        array(file, path, max)?
+        array(file, path, start, max)?
     } else {
-        lines(file, path, max)?
+        lines(file, path, start, max)?
     };
     if values.is_empty() {
         return Err(Error::NoRecords { path: path.into() });
@@ -174,10 +173,18 @@ fn open(path: &Path) -> Result<BufReader<File>> {
 }
 
 /// Reads the values of lines that are not blank, each with its line number.
-fn lines(mut file: impl BufRead, path: &Path, max: usize) -> Result<Vec<(usize, Value)>> {
+///
+/// The reader is at the byte `offset` of the file.
+fn lines(
+    mut file: impl BufRead,
+    path: &Path,
+    mut offset: usize,
+    max: usize,
+) -> Result<Vec<(usize, Value)>> {
     let mut values = Vec::new();
     let mut bytes = Vec::new();
     for line in 1.. {
+        offset += bytes.len();
         bytes.clear();
         let mut bounded = file.by_ref().take(max as u64 + 1);
         let n_read = bounded.read_until(b'\n', &mut bytes);
@@ -189,7 +196,8 @@ fn lines(mut file: impl BufRead, path: &Path, max: usize) -> Result<Vec<(usize, 
         }
         let text = std::str::from_utf8(&bytes).map_err(|error| {
             let column = error.valid_up_to() + 1;
-            refuse(path, line, RecordError::NotUtf8 { column })
+            let offset = offset + error.valid_up_to();
+            refuse(path, line, RecordError::NotUtf8 { column, offset })
         })?;
         let text = text.trim_ascii_end();
         if text.is_empty() {
@@ -202,9 +210,14 @@ fn lines(mut file: impl BufRead, path: &Path, max: usize) -> Result<Vec<(usize, 
 }
 
 /// Reads the values of an array, each with the line on which it begins.
-fn array(file: impl Read, path: &Path, max: usize) -> Result<Vec<(usize, Value)>> {
+///
+/// The reader is at the byte `offset` of the file.
+fn array(file: impl Read, path: &Path, offset: usize, max: usize) -> Result<Vec<(usize, Value)>> {
     let meter = Meter {
         line: Cell::new(1),
+        column: Cell::new(0),
+        offset: Cell::new(offset),
+        char: RefCell::default(),
         record: Cell::new(1),
         n_bytes: Cell::new(0),
         max,
@@ -220,6 +233,13 @@ fn array(file: impl Read, path: &Path, max: usize) -> Result<Vec<(usize, Value)>
         Category::Io if meter.is_exceeded() => {
             refuse(path, meter.record.get(), RecordError::TooLarge { max })
         }
+        Category::Io if !meter.is_utf8() => {
+            let n_bytes = meter.char.borrow().len();
+            let column = meter.column.get() + 1 - n_bytes;
+            let offset = meter.offset.get() - n_bytes;
+            let problem = RecordError::NotUtf8 { column, offset };
+            refuse(path, meter.line.get(), problem)
+        }
         Category::Io => unread(path, error.into()),
         _ => not_json(path, error.line(), &error),
     })
@@ -228,6 +248,12 @@ fn array(file: impl Read, path: &Path, max: usize) -> Result<Vec<(usize, Value)>
 /// The position of a reader.
 struct Meter {
     line: Cell<usize>,
+    /// Bytes of the line.
+    column: Cell<usize>,
+    /// Bytes of the file.
+    offset: Cell<usize>,
+    /// The last bytes, if they are not yet a character, or can never be one.
+    char: RefCell<Vec<u8>>,
     /// The line on which the last record begins.
     record: Cell<usize>,
     /// Bytes read since the beginning of that record, or since its end.
@@ -240,9 +266,32 @@ impl Meter {
     fn is_exceeded(&self) -> bool {
         self.n_bytes.get() > self.max
     }
+
+    fn is_utf8(&self) -> bool {
+        match std::str::from_utf8(&self.char.borrow()) {
+            Ok(_) => true,
+            Err(error) => error.error_len().is_none(),
+        }
+    }
+
+    fn count(&self, byte: u8) {
+        self.n_bytes.update(|n_bytes| n_bytes + 1);
+        self.offset.update(|offset| offset + 1);
+        self.column.update(|column| column + 1);
+        let mut char = self.char.borrow_mut();
+        char.push(byte);
+        if std::str::from_utf8(&char).is_err() {
+            return;
+        }
+        char.clear();
+        if byte == b'\n' {
+            self.line.update(|line| line + 1);
+            self.column.set(0);
+        }
+    }
 }
 
-/// A reader that fails as soon as a record is larger than the limit.
+/// A reader that fails as soon as a record is larger than the limit, or not UTF-8.
 struct Metered<'a, R> {
     file: R,
     meter: &'a Meter,
@@ -253,11 +302,14 @@ impl<R: Read> Read for Metered<'_, R> {
         // One byte at a time, as serde_json requests them, so that the position is exact.
         let n_bytes = buffer.len().min(1);
         let n_read = self.file.read(&mut buffer[..n_bytes])?;
-        let n_lines = buffer[..n_read].iter().filter(|&&byte| byte == b'\n');
-        self.meter.line.update(|line| line + n_lines.count());
-        self.meter.n_bytes.update(|n_bytes| n_bytes + n_read);
+        if let [byte, ..] = buffer[..n_read] {
+            self.meter.count(byte);
+        }
         if self.meter.is_exceeded() {
             return Err(io::Error::other("the record is too large"));
+        }
+        if !self.meter.is_utf8() {
+            return Err(io::Error::other("not UTF-8"));
         }
         Ok(n_read)
     }

@@ -305,3 +305,35 @@ fn where_a_directory_has_its_template() {
     fs::write(dir.path().join("chat_template.jinja"), only("three")).unwrap();
     assert_eq!(open().unwrap(), "three");
 }
+
+#[test]
+fn errors_of_a_template_name_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("chat_template.jinja");
+    let named = |problem: &str| format!("{problem}`{}`", path.display());
+    let cases = [
+        (
+            b"a\n{{ [1] * 40 }}".to_vec(),
+            named("only strings and numbers are multiplied (line 2 of ") + ")",
+        ),
+        (
+            b"a\n{% for a in range(9000) %}{% for b in range(9000) %}{% endfor %}{% endfor %}"
+                .to_vec(),
+            named("steps (of an instruction or 64 bytes) (line 2 of ") + ")",
+        ),
+        (
+            format!("a\n{{{{ {}1 }}}}", "-".repeat(2000)).into_bytes(),
+            named("line 2: a tag has more than 1024 tokens, in "),
+        ),
+        (
+            b"a\n\xff".to_vec(),
+            "chat_template.jinja`: line 2 is not UTF-8, at byte 2 of the file".into(),
+        ),
+    ];
+    for (source, expected) in cases {
+        fs::write(&path, source).unwrap();
+        let error = Chat::open(dir.path(), &special()).and_then(|chat| chat.prompt("a"));
+        let error = error.unwrap_err().to_string();
+        assert!(error.ends_with(&expected), "{error}");
+    }
+}

@@ -120,18 +120,6 @@ fn an_array_that_is_not_json() {
         ),
         "{more}"
     );
-    let not_utf8 = read(b"[{\"a\": 1},\n{\"a\": \"\xe9\"}]").unwrap_err();
-    assert!(
-        matches!(
-            not_utf8,
-            Error::Record {
-                line: 2,
-                problem: RecordError::NotJson { .. },
-                ..
-            }
-        ),
-        "{not_utf8}"
-    );
 }
 
 #[test]
@@ -161,17 +149,29 @@ fn values_that_are_not_objects() {
     );
 }
 
+/// The place is that of the first byte that is none of a character.
 #[test]
-fn a_line_that_is_not_utf8() {
-    let error = read(b"{\"a\": \"\xc3\xa9\"}\n{\"a\": \"\xe9\"}\n").unwrap_err();
-    assert!(matches!(
-        error,
-        Error::Record {
-            line: 2,
-            problem: RecordError::NotUtf8 { column: 8 },
-            ..
-        }
-    ));
+fn bytes_that_are_not_utf8() {
+    let cases: [(&[u8], [usize; 3]); 6] = [
+        (b"{\"a\": \"\xc3\xa9\"}\n{\"a\": \"\xe9\"}\n", [2, 8, 19]),
+        (b"\xef\xbb\xbf{\"a\": \"\xe9\"}\n", [1, 8, 10]),
+        (b"[{\"a\": \"\xc3\xa9\"},\n{\"a\": \"\xe9\"}]", [2, 8, 21]),
+        (b"\xef\xbb\xbf[{\"a\": \"\xc3\xa9\xe2\x82\"}]", [1, 11, 13]),
+        (b"[{\"a\": \"\xe9\n\"}]", [1, 9, 8]),
+        (b"[\n\xff{\"a\": 1}]", [2, 1, 2]),
+    ];
+    for (content, [at_line, at_column, at_offset]) in cases {
+        let error = read(content).unwrap_err();
+        let problem = RecordError::NotUtf8 {
+            column: at_column,
+            offset: at_offset,
+        };
+        assert!(
+            matches!(&error, Error::Record { line, problem: found, .. }
+            if *line == at_line && *found == problem),
+            "{error}"
+        );
+    }
 }
 
 /// A sparse file of a terabyte without a line feed, of which only the allowed size is read.
@@ -237,7 +237,7 @@ fn the_limit_of_a_record_is_exact() {
 fn a_record_of_an_array_that_does_not_end() {
     let path = Path::new("data.json");
     let bytes = io::Cursor::new(b"[{}, {\"a\": \"").chain(io::repeat(b'x'));
-    let error = array(bytes, path, 1000).unwrap_err();
+    let error = array(bytes, path, 0, 1000).unwrap_err();
     assert!(
         matches!(
             error,
