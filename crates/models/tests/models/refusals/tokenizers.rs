@@ -606,7 +606,7 @@ fn change_bytes(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
 /// Files with changes are read or refused, and what is read can be used, without a panic in the library.
 #[test]
 fn files_with_changes_are_read_or_refused() {
-    const N: u32 = 600;
+    const N: u32 = 1000;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     for original in all() {
         let mut n_read = 0;
