@@ -2,14 +2,13 @@
 //!
 //! `cargo run --release --example verify -- DIR` says what agrees, or the first difference.
 
-#![expect(clippy::print_stdout, reason = "a program reports its results")]
-
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
 use examples::device::DeviceArg;
 use examples::outcome::{Result, exit};
+use examples::println;
 use peft::Certificate;
 
 /// Check the files of a saved model and its certificate
@@ -34,7 +33,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    exit(run(&Args::parse()))
+    exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
