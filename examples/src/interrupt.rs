@@ -104,8 +104,11 @@ fn end() {
         outputs.iter().for_each(Canceler::cancel);
     };
     for dir in &made.scratch {
-        // The computation may add a file meanwhile, and be seen the second time.
-        let _ = std::fs::remove_dir_all(dir).or_else(|_| std::fs::remove_dir_all(dir));
+        // The computation may add files meanwhile, and make the directory again: it is gone when there
+        // is none to remove.
+        let is_gone = |error: io::Error| error.kind() == io::ErrorKind::NotFound;
+        let mut attempts = 0..100;
+        while !std::fs::remove_dir_all(dir).is_err_and(is_gone) && attempts.next().is_some() {}
     }
     std::mem::forget(made);
 }

@@ -81,28 +81,25 @@ fn started(mut command: Command, dir: &Path) -> Child {
 
 #[test]
 fn two_runs_do_not_take_one_place() {
-    let (dir, out) = place();
-    let mut first = started(quantize(&out, RTN), dir.path());
-    assert_fails(&run(quantize(&out, RTN)), "another process is writing");
-    assert!(first.wait().unwrap().success());
-    let saved = fs::read(out.join("model.safetensors")).unwrap();
-    assert_fails(&run(quantize(&out, RTN)), "is not an empty directory");
-    assert_eq!(fs::read(out.join("model.safetensors")).unwrap(), saved);
-    assert_eq!(names(dir.path()), ["out", "scratch"]);
-
-    // Nor do those that write reports.
-    let options = "--limit 2 --seq-len 32 --bits 4";
-    let report = |out: &Path| {
-        let mut command = program("evaluate", options);
+    let evaluate = |out: &Path| {
+        let mut command = program("evaluate", "--limit 2 --seq-len 32 --bits 4");
         command.arg("--out").arg(out);
         command
     };
-    let (dir, out) = place();
-    let mut first = started(report(&out), dir.path());
-    assert_fails(&run(report(&out)), "another process is writing");
-    assert!(first.wait().unwrap().success());
-    assert_fails(&run(report(&out)), "is not an empty directory");
-    assert_eq!(names(&out), ["report.json", "report.md", "report.svg"]);
+    let quantize = |out: &Path| quantize(out, RTN);
+    let runs: [(&dyn Fn(&Path) -> Command, &str); 2] =
+        [(&quantize, "model.safetensors"), (&evaluate, "report.json")];
+    for (command, file) in runs {
+        let (dir, out) = place();
+        let first = tensor_files::Output::reserve(&out).unwrap();
+        assert_fails(&run(command(&out)), "another process is writing");
+        drop(first);
+        assert!(run(command(&out)).status.success());
+        let saved = fs::read(out.join(file)).unwrap();
+        assert_fails(&run(command(&out)), "is not an empty directory");
+        assert_eq!(fs::read(out.join(file)).unwrap(), saved);
+        assert_eq!(names(dir.path()), ["out"]);
+    }
 }
 
 #[test]

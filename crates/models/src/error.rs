@@ -167,7 +167,15 @@ pub enum CheckpointError {
         /// The number of values.
         n: usize,
     },
-    /// A file that would be read, and that the sums of its directory do not list.
+    /// A model that has changed since its certificate was made.
+    #[error(
+        "{source}; a model that has changed is saved without its certificate, or with that of its own merge"
+    )]
+    OtherCertificate {
+        /// The first difference.
+        source: peft::Error,
+    },
+    /// A file that the sums of its directory do not list.
     #[error(
         "`{path}` is not in the `SHA256SUMS` of its directory: it was added to the saved model"
     )]

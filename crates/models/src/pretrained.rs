@@ -19,7 +19,8 @@ pub struct Pretrained {
     /// The tokenizer, if the directory has one.
     pub tokenizer: Option<Tokenizer>,
     /// The certificate of the merge that the model comes from, which [`save`](crate::save) writes beside
-    /// the weights. A model that changes afterwards must lose it.
+    /// the weights. Set it to `None` when the model is changed: with the certificate of another model,
+    /// it is not saved.
     pub certificate: Option<Certificate>,
     pub(crate) dir: PathBuf,
     /// The content of `config.json`, without `quantization_config`.

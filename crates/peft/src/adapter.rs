@@ -30,6 +30,7 @@ pub(crate) mod vera;
 
 pub use bayesian::{Bayesian, BayesianAdapter};
 pub use exactness::Exactness;
+pub(crate) use exactness::number;
 pub use lora::{Lora, LoraAdapter};
 pub use peqa::{Peqa, PeqaAdapter};
 pub use tile::{Pooling, Tile, TileAdapter, TileMethod};

@@ -69,8 +69,8 @@ struct Config {
     layers: BTreeMap<String, Settings>,
 }
 
-/// In version 3, a fingerprint covers the parameters only.
-const FORMAT_VERSION: u32 = 4;
+/// In the older version, a fingerprint covers the parameters only.
+const FORMAT_VERSIONS: [u32; 2] = [3, 4];
 
 impl Adapters {
     /// The adapters of a model.
@@ -124,6 +124,7 @@ impl Adapters {
         let Some((first, _)) = parts.first() else {
             return Err(Error::NoAdapters);
         };
+        let mut base = &first.base;
         let mut layers: BTreeMap<&String, Vec<(&Adapter, f32)>> = BTreeMap::new();
         for &(adapters, weight) in parts {
             if !weight.is_finite() {
@@ -133,10 +134,13 @@ impl Adapters {
                     expected: "a finite number",
                 });
             }
-            // One of the two may be from an older file, which covers less.
-            let agrees = adapters.base.differences(&first.base).is_empty();
-            if !agrees {
-                first.base.check_base(&adapters.base)?;
+            // Those of an older file cover less.
+            let covers_more = adapters.base.not_covered().len() < base.not_covered().len();
+            if covers_more {
+                base.check_base(&adapters.base)?;
+                base = &adapters.base;
+            } else {
+                adapters.base.check_base(base)?;
             }
             for (path, adapter) in &adapters.layers {
                 layers.entry(path).or_default().push((adapter, weight));
@@ -147,7 +151,7 @@ impl Adapters {
             Ok((path.clone(), Adapter::Lora(sum)))
         });
         Ok(Self {
-            base: first.base.clone(),
+            base: base.clone(),
             layers: layers.collect::<Result<_>>()?,
         })
     }
@@ -159,7 +163,7 @@ impl Adapters {
     /// cannot be written.
     pub fn save(&self, dir: impl IntoOutput) -> Result<()> {
         let config = Config {
-            format_version: FORMAT_VERSION,
+            format_version: self.base.version(FORMAT_VERSIONS),
             base: self.base.clone(),
             layers: self
                 .layers
@@ -181,7 +185,11 @@ impl Adapters {
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = tensor_files::read_json(&config_path)?;
-        tensor_files::check_version(&config_path, 3..=FORMAT_VERSION, config.format_version)?;
+        let version = (config.base).check_version(FORMAT_VERSIONS, config.format_version);
+        version.map_err(|problem| {
+            let path = config_path.clone();
+            tensor_files::Error::File { path, problem }
+        })?;
         if config.layers.is_empty() {
             return Err(tensor_files::Error::File {
                 path: config_path,

@@ -5,6 +5,7 @@ use std::path::Path;
 use quant_core::Format;
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::number;
 use crate::{Error, Exactness, Fingerprint, Linears, Result};
 
 /// One merged layer.
@@ -26,11 +27,14 @@ pub struct Probe {
     /// The number of logits compared.
     pub n_logits: usize,
     /// The largest change of a logit of the base by the adapters.
+    #[serde(deserialize_with = "number")]
     pub max_adapter_change: f64,
     /// The largest change of a logit of the adapted model by the merge.
+    #[serde(deserialize_with = "number")]
     pub max_merge_change: f64,
     /// The part of the adapters' change that is kept, `⟨m - b, a - b⟩ / ‖a - b‖²` over the logits `b`
     /// of the base, `a` of the adapted and `m` of the merged model; 1 if all of it is.
+    #[serde(deserialize_with = "number")]
     pub retention: f64,
 }
 
@@ -61,10 +65,10 @@ struct Stored {
 }
 
 /// In the first version, a fingerprint covers the parameters only.
-const FORMAT_VERSION: u32 = 2;
+const FORMAT_VERSIONS: [u32; 2] = [1, 2];
 
 fn first_version() -> u32 {
-    1
+    FORMAT_VERSIONS[0]
 }
 
 impl From<Certificate> for Stored {
@@ -76,11 +80,7 @@ impl From<Certificate> for Stored {
         } = certificate;
         Self {
             // A certificate that was read from an older file promises no more than it did.
-            format_version: if merged.is_of_parameters() {
-                first_version()
-            } else {
-                FORMAT_VERSION
-            },
+            format_version: merged.version(FORMAT_VERSIONS),
             layers,
             merged,
             probe,
@@ -98,28 +98,14 @@ impl TryFrom<Stored> for Certificate {
             merged,
             probe,
         } = stored;
-        if !(1..=FORMAT_VERSION).contains(&format_version) {
-            return Err(format!(
-                "format_version is {format_version}, this program reads 1 to {FORMAT_VERSION}"
-            ));
-        }
-        if (format_version == 1) != merged.is_of_parameters() {
-            return Err(format!(
-                "format_version is {format_version}, which the parts of the fingerprint contradict"
-            ));
-        }
-        if layers.is_empty() {
-            return Err("lists no merged layers, so that it certifies nothing".into());
-        }
-        let mut paths = BTreeSet::new();
-        if let Some(layer) = layers.iter().find(|layer| !paths.insert(&layer.path)) {
-            return Err(format!("lists layer `{}` twice", layer.path));
-        }
-        Ok(Self {
+        merged.check_version(FORMAT_VERSIONS, format_version)?;
+        let certificate = Self {
             layers,
             merged,
             probe,
-        })
+        };
+        certificate.check()?;
+        Ok(certificate)
     }
 }
 
@@ -138,6 +124,18 @@ impl Certificate {
     /// [`tensor_files::Error::File`] if it is no certificate, or one without layers.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         Ok(tensor_files::read_json(path.as_ref())?)
+    }
+
+    /// Checks that it is for layers, each of them once.
+    fn check(&self) -> Result<(), String> {
+        if self.layers.is_empty() {
+            return Err("lists no merged layers, so that it certifies nothing".into());
+        }
+        let mut paths = BTreeSet::new();
+        match self.layers.iter().find(|layer| !paths.insert(&layer.path)) {
+            Some(layer) => Err(format!("lists layer `{}` twice", layer.path)),
+            None => Ok(()),
+        }
     }
 
     /// Whether all layers were merged exactly.
@@ -167,8 +165,11 @@ impl Certificate {
     /// # Errors
     /// [`Error::NotMerged`] if a parameter differs in any bit, or a setting or the tokenizer differs;
     /// [`Error::AlreadyAdapted`] if a layer has an adapter; [`Error::NotCertified`] if the model
-    /// lacks a layer of the certificate, or has it in another format.
+    /// lacks a layer of the certificate, or has it in another format; [`Error::Certificate`] if it lists no
+    /// layers, or one twice.
     pub fn verify(&self, model: &impl Linears) -> Result<()> {
+        self.check()
+            .map_err(|problem| Error::Certificate { problem })?;
         let mut formats = BTreeMap::new();
         for (path, linear) in model.linears() {
             if linear.adapter.is_some() {

@@ -214,6 +214,12 @@ pub enum Error {
         /// The layer.
         path: String,
     },
+    /// A certificate that certifies nothing.
+    #[error("the certificate {problem}")]
+    Certificate {
+        /// The problem.
+        problem: String,
+    },
     /// Adapters of another base.
     #[error(
         "made for another base: {}; load the model that it was made with",

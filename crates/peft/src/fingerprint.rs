@@ -47,16 +47,18 @@ mod parameters;
 /// # Ok::<(), peft::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "Stored")]
+#[serde(from = "Stored", into = "Stored")]
 pub struct Fingerprint {
     parameters: String,
-    // The parts that older files lack.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    structure: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    settings: Option<BTreeMap<String, String>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    tokenizer: Option<String>,
+    /// None in a fingerprint of an older version, which is of the parameters alone.
+    others: Option<Others>,
+}
+
+/// The parts of a fingerprint besides the parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Others {
+    structure: String,
+    identity: Identity,
 }
 
 /// What the outputs of a model depend on besides its parameters, as text.
@@ -92,14 +94,19 @@ impl Identity {
 }
 
 /// A fingerprint in a file. Older ones are the digest of the parameters alone.
-#[derive(Deserialize)]
-#[serde(untagged)]
+#[derive(Serialize, Deserialize)]
+#[serde(
+    untagged,
+    deny_unknown_fields,
+    expecting = "expected a fingerprint: a digest, or an object with parameters, structure, settings and perhaps tokenizer"
+)]
 enum Stored {
     Parameters(String),
     Parts {
         parameters: String,
-        structure: Option<String>,
-        settings: Option<BTreeMap<String, String>>,
+        structure: String,
+        settings: BTreeMap<String, String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         tokenizer: Option<String>,
     },
 }
@@ -109,9 +116,7 @@ impl From<Stored> for Fingerprint {
         match stored {
             Stored::Parameters(parameters) => Self {
                 parameters,
-                structure: None,
-                settings: None,
-                tokenizer: None,
+                others: None,
             },
             Stored::Parts {
                 parameters,
@@ -120,9 +125,31 @@ impl From<Stored> for Fingerprint {
                 tokenizer,
             } => Self {
                 parameters,
+                others: Some(Others {
+                    structure,
+                    identity: Identity {
+                        settings,
+                        tokenizer,
+                    },
+                }),
+            },
+        }
+    }
+}
+
+impl From<Fingerprint> for Stored {
+    fn from(fingerprint: Fingerprint) -> Self {
+        let Fingerprint { parameters, others } = fingerprint;
+        match others {
+            None => Self::Parameters(parameters),
+            Some(Others {
                 structure,
-                settings,
-                tokenizer,
+                identity,
+            }) => Self::Parts {
+                parameters,
+                structure,
+                settings: identity.settings,
+                tokenizer: identity.tokenizer,
             },
         }
     }
@@ -141,24 +168,29 @@ impl Fingerprint {
                 found.parameters, self.parameters
             ));
         }
-        if self.structure.is_some() && self.structure != found.structure {
+        let Some(expected) = &self.others else {
+            return differences;
+        };
+        let Some(found) = &found.others else {
+            differences.push("of the structure and the settings nothing is known".into());
+            return differences;
+        };
+        if expected.structure != found.structure {
             differences.push("the structure differs".into());
         }
-        if let Some(expected) = &self.settings {
-            let none = BTreeMap::new();
-            let found = found.settings.as_ref().unwrap_or(&none);
-            let names: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
-            let text = |value: Option<&String>| value.map_or("not stated".into(), String::clone);
-            let differing = names
-                .into_iter()
-                .filter(|&name| expected.get(name) != found.get(name));
-            differences.extend(differing.map(|name| {
-                let [found, expected] = [found, expected].map(|all| text(all.get(name)));
-                format!("{name} is {found} where {expected} is expected")
-            }));
-        }
-        if self.tokenizer.is_some() && self.tokenizer != found.tokenizer {
-            differences.push(match found.tokenizer {
+        let [all, found_all] = [expected, found].map(|of| &of.identity.settings);
+        let names: BTreeSet<&String> = all.keys().chain(found_all.keys()).collect();
+        let text = |value: Option<&String>| value.map_or("not stated".into(), String::clone);
+        let differing = names
+            .into_iter()
+            .filter(|&name| all.get(name) != found_all.get(name));
+        differences.extend(differing.map(|name| {
+            let [found, expected] = [found_all, all].map(|all| text(all.get(name)));
+            format!("{name} is {found} where {expected} is expected")
+        }));
+        let [expected, found] = [expected, found].map(|of| &of.identity.tokenizer);
+        if expected.is_some() && expected != found {
+            differences.push(match found {
                 Some(_) => "the tokenizer differs".into(),
                 None => "the tokenizer is missing".into(),
             });
@@ -166,9 +198,28 @@ impl Fingerprint {
         differences
     }
 
-    /// Whether it is the digest of the parameters alone, as in older files.
-    pub(crate) fn is_of_parameters(&self) -> bool {
-        self.structure.is_none() && self.settings.is_none() && self.tokenizer.is_none()
+    /// Which of two versions of a file has such a fingerprint: that of the parameters alone, or the other.
+    pub(crate) fn version(&self, [older, newer]: [u32; 2]) -> u32 {
+        match self.others {
+            None => older,
+            Some(_) => newer,
+        }
+    }
+
+    /// Checks that a file of a version has the fingerprint of that version, and that the program reads it.
+    pub(crate) fn check_version(&self, versions: [u32; 2], found: u32) -> Result<(), String> {
+        let [older, newer] = versions;
+        if !versions.contains(&found) {
+            return Err(format!(
+                "format_version is {found}, this program reads {older} and {newer}"
+            ));
+        }
+        if self.version(versions) != found {
+            return Err(format!(
+                "format_version is {found}, which the parts of the fingerprint contradict"
+            ));
+        }
+        Ok(())
     }
 
     /// Checks that `found` is the base of this fingerprint.
@@ -187,13 +238,11 @@ impl Fingerprint {
     /// Files of older versions cover the parameters only, and a model without a tokenizer has none that
     /// could be covered.
     pub fn not_covered(&self) -> Vec<&'static str> {
-        let parts = [
-            ("structure", self.structure.is_some()),
-            ("settings", self.settings.is_some()),
-            ("tokenizer", self.tokenizer.is_some()),
-        ];
-        let parts = parts.into_iter().filter(|(_, is_covered)| !is_covered);
-        parts.map(|(name, _)| name).collect()
+        match &self.others {
+            None => vec!["structure", "settings", "tokenizer"],
+            Some(others) if others.identity.tokenizer.is_none() => vec!["tokenizer"],
+            Some(_) => Vec::new(),
+        }
     }
 }
 

@@ -12,8 +12,8 @@ use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
 const CONFIG: &str = "task.json";
 const TENSORS: &str = "task.safetensors";
-/// In version 1, a fingerprint covers the parameters only.
-const FORMAT_VERSION: u32 = 2;
+/// In the older version, a fingerprint covers the parameters only.
+const FORMAT_VERSIONS: [u32; 2] = [1, 2];
 const METHOD: &str = "a task pack";
 
 /// A task as the scales and zeros that it changes in a packed model, on the codes of the base.
@@ -145,7 +145,7 @@ impl TaskPack {
             parts.map(|(name, _)| name.to_string()).collect()
         };
         let config = Config {
-            format_version: FORMAT_VERSION,
+            format_version: self.base.version(FORMAT_VERSIONS),
             base: self.base.clone(),
             layers: (self.layers.iter())
                 .map(|(path, grids)| (path.clone(), names(grids)))
@@ -173,7 +173,11 @@ impl TaskPack {
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
         let config: Config = tensor_files::read_json(&config_path)?;
-        tensor_files::check_version(&config_path, 1..=FORMAT_VERSION, config.format_version)?;
+        let version = (config.base).check_version(FORMAT_VERSIONS, config.format_version);
+        version.map_err(|problem| {
+            let path = config_path.clone();
+            tensor_files::Error::File { path, problem }
+        })?;
         if config.layers.values().all(|names| names.is_empty()) {
             return Err(tensor_files::Error::File {
                 path: config_path,

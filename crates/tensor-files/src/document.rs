@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::ops::RangeInclusive;
 use std::path::Path;
 
 use serde::Serialize;
@@ -10,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use crate::directory::{parent, sync_directory};
 use crate::error::{io, refuse};
-use crate::staging::{staging_file, staging_name};
+use crate::staging::{published, staging_file, staging_name};
 use crate::{Error, Result};
 
 /// Opens a regular file, and returns its length in bytes.
@@ -95,19 +94,6 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&bytes).map_err(|error| refuse(path, error.to_string()))
 }
 
-/// Checks the version of the format that the file at `path` states.
-///
-/// # Errors
-/// [`Error::File`] if the version is not among those that the program reads.
-pub fn check_version(path: &Path, read: RangeInclusive<u32>, found: u32) -> Result<()> {
-    if read.contains(&found) {
-        return Ok(());
-    }
-    let (first, last) = (read.start(), read.end());
-    let problem = format!("format_version is {found}, this program reads {first} to {last}");
-    Err(refuse(path, problem))
-}
-
 /// Writes a file that is held in memory whole, and flushes it to the disk.
 ///
 /// # Errors
@@ -147,7 +133,8 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
         return Err(io(path, cause));
     }
     sync_directory(parent(path)).map_err(|error| match error {
-        Error::Io { cause, .. } => Error::NotFlushed {
+        // In a directory that is being written, nothing is there yet.
+        Error::Io { cause, .. } if published(path) == path => Error::NotFlushed {
             path: path.into(),
             cause,
         },

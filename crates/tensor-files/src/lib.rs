@@ -42,7 +42,7 @@ mod staging;
 mod sums;
 mod write;
 
-pub use document::{check_version, is_there, read, read_config, read_json, write, write_json};
+pub use document::{is_there, read, read_config, read_json, write, write_json};
 pub use error::{Error, Result};
 pub use file::TensorFile;
 pub use output::{Canceler, IntoOutput, Output, write_directory};

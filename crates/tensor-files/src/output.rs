@@ -61,7 +61,8 @@ impl Output {
             None => std::path::absolute(dir).map_err(|cause| io(dir, cause))?,
         };
         let Some(name) = named.file_name() else {
-            return Err(Error::OutputExists { path: dir.into() });
+            let problem = "is another name of a directory; give its own";
+            return Err(refuse(dir, problem.into()));
         };
         let staging = Staging::new(&named, name)?;
         // Another process may have written it before the staging directory was this one's.
@@ -124,6 +125,8 @@ pub struct Canceler(Weak<Mutex<Option<Staging>>>);
 
 impl Canceler {
     /// Removes the hidden directory of the output; one that is being written is waited for, and stays.
+    ///
+    /// It must not be called by the closure that writes the output, which would wait for itself.
     pub fn cancel(&self) {
         if let Some(staging) = self.0.upgrade() {
             drop(locked(&staging).take());

@@ -1,7 +1,7 @@
 //! The hidden place beside an output in which it is written before it gets its name.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Component, Path, PathBuf};
 
@@ -64,17 +64,17 @@ impl Staging {
             is_published: true,
             _lock: None,
         };
-        // Those that are made before one fails are removed when `staging` is dropped.
-        make_parents(parent, &mut staging.made)?;
-        if cfg!(unix) {
-            let opened = File::open(parent).map_err(|cause| io_error(parent, cause))?;
-            staging.parent = Some(opened);
-        }
+        staging.open_parent(parent)?;
         let path = dir.with_file_name(staging_name(name));
         for _ in 0..ATTEMPTS {
             let is_new = match fs::create_dir(&path) {
                 Ok(()) => true,
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => false,
+                // Another reservation made the directories above, and has just removed them.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    staging.open_parent(parent)?;
+                    continue;
+                }
                 Err(cause) => return Err(io_error(dir, cause)),
             };
             let locked = lock(&path).inspect_err(|_| {
@@ -102,6 +102,17 @@ impl Staging {
             }
         }
         Err(Error::OutputBusy { path: dir.into() })
+    }
+
+    /// Makes the directory that the output will be in, and those above it.
+    fn open_parent(&mut self, parent: &Path) -> Result<()> {
+        // Those that are made before one fails are removed when this is dropped.
+        make_parents(parent, &mut self.made)?;
+        if cfg!(unix) {
+            let opened = File::open(parent).map_err(|cause| io_error(parent, cause))?;
+            self.parent = Some(opened);
+        }
+        Ok(())
     }
 
     /// Gives the directory its name, `dir`, once all that is in it is on the disk.
@@ -194,8 +205,8 @@ fn lock(path: &Path) -> Result<Lock> {
     match dir.try_lock() {
         Ok(()) if is_at(&dir, path) => Ok(Lock::Taken(Some(dir))),
         Ok(()) => Ok(Lock::Gone),
-        Err(TryLockError::WouldBlock) => Ok(Lock::Held),
-        Err(TryLockError::Error(_)) => Ok(Lock::Taken(None)),
+        Err(fs::TryLockError::WouldBlock) => Ok(Lock::Held),
+        Err(fs::TryLockError::Error(_)) => Ok(Lock::Taken(None)),
     }
 }
 

@@ -17,10 +17,16 @@ pub const SUMS: &str = "SHA256SUMS";
 /// Lists the SHA-256 of all files of a directory in its [`SUMS`], which `sha256sum --check` reads.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) if a file cannot be read, or the list not be written.
+/// [`Error::Io`](crate::Error::Io) if a file cannot be read, or the list not be written;
+/// [`Error::File`](crate::Error::File) for a directory in it, and for a name with a line break or a
+/// backslash, which the format escapes.
 pub fn write_sums(dir: &Path) -> Result<()> {
     let mut sums = BTreeMap::new();
     for name in names(dir)? {
+        if name.contains(['\n', '\r', '\\']) {
+            let problem = "has a line break or a backslash in its name";
+            return Err(refuse(&dir.join(name), problem.into()));
+        }
         let sum = sha256(&dir.join(&name))?;
         sums.insert(name, sum);
     }

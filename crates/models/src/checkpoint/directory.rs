@@ -18,7 +18,7 @@ pub(crate) const GENERATION: &str = "generation_config.json";
 pub(super) const CERTIFICATE: &str = "certificate.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
 /// The files that are copied when a model is saved.
-pub(super) const CARRIED: [&str; 9] = [
+const CARRIED: [&str; 9] = [
     TOKENIZER,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP,

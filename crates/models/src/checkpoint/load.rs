@@ -22,8 +22,8 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// bitsandbytes layer whose blocks straddle rows gets groups of the greatest common divisor of a row
 /// and a block.
 ///
-/// All parameters are frozen. Dense weights are `f32` in memory. A certificate is read and not checked:
-/// see [`load_verified`](crate::load_verified).
+/// All parameters are frozen. Dense weights are `f32` in memory. A `certificate.json` is read and
+/// not checked against the model: see [`load_verified`](crate::load_verified).
 ///
 /// # Errors
 /// If a file is missing, damaged or does not fit the configuration. Errors of GPTQ's format are

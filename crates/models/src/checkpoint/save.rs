@@ -14,11 +14,12 @@ use crate::{CheckpointError, Pretrained, Result};
 /// [`peft::Adapters`].
 ///
 /// `certificate.json` has the certificate of the model, if there is one, and `SHA256SUMS` the sums of
-/// all files, which [`load_verified`](crate::load_verified) and `sha256sum --check` read.
+/// all files, which [`load_verified`](crate::load_verified) and `sha256sum --check` read. The files are
+/// read once for their sums.
 ///
 /// # Errors
 /// [`tensor_files::Error::OutputExists`] if `dir` holds something, [`peft::Error::AlreadyAdapted`] if a
-/// layer has an adapter, [`peft::Error::NotMerged`] if the certificate is for another model,
+/// layer has an adapter, [`CheckpointError::OtherCertificate`] if the certificate is for another model,
 /// [`tensor_files::Error::Io`] if the directory cannot be written.
 pub fn save(lm: &Pretrained, dir: impl IntoOutput) -> Result<()> {
     save_as(lm, dir, CheckpointFormat::QuantCore)
@@ -49,7 +50,8 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
     let model = &lm.model;
     check_no_adapters(model)?;
     if let Some(certificate) = &lm.certificate {
-        certificate.verify(model)?;
+        let verified = certificate.verify(model);
+        verified.map_err(|source| CheckpointError::OtherCertificate { source })?;
     }
     let projections = Projections::of(model);
     let mut config = lm.config.clone();

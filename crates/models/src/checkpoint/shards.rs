@@ -9,7 +9,7 @@ use tensor_files::TensorFile;
 use super::directory::WEIGHTS;
 use crate::{CheckpointError, Result};
 
-pub(super) const INDEX: &str = "model.safetensors.index.json";
+const INDEX: &str = "model.safetensors.index.json";
 
 /// The files of weights.
 pub(super) struct Shards {

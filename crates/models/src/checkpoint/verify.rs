@@ -2,17 +2,16 @@ use std::path::Path;
 
 use burn::tensor::Device;
 
-use super::directory::{CARRIED, CERTIFICATE, CONFIG, WEIGHTS};
-use super::gptq::CONFIG_FILE;
 use super::load::load;
-use super::shards::INDEX;
 use crate::{CheckpointError, Pretrained, Result};
 
 /// Loads a directory as [`load`] does, if it is the one that [`save`](crate::save) wrote.
 ///
-/// Every file must have the sum that the directory's `SHA256SUMS` states, and no file that is read may
-/// be missing there. If the directory has a certificate, the model must be the certified one, and the
-/// result has it as [`Pretrained::certificate`].
+/// Every file must have the sum that the directory's `SHA256SUMS` states, and every file must be listed
+/// but signatures of the list (`SHA256SUMS.*`), texts (`*.md`) and hidden files. If the directory has a
+/// certificate, the model must be the certified one, and the result has it as
+/// [`Pretrained::certificate`]. Files are read again after they were checked: they must not change
+/// while the model is in use.
 ///
 /// Neither the list nor the certificate is signed: whoever can replace the model can replace them. Sign
 /// `SHA256SUMS`, or keep it where the source of the model cannot write.
@@ -34,7 +33,7 @@ use crate::{CheckpointError, Pretrained, Result};
 pub fn load_verified(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let dir = dir.as_ref();
     let unlisted = tensor_files::check_sums(dir)?;
-    if let Some(name) = unlisted.iter().find(|name| is_read(name)) {
+    if let Some(name) = unlisted.iter().find(|name| !is_beside(name)) {
         let path = dir.join(name);
         return Err(CheckpointError::NotListed { path }.into());
     }
@@ -45,8 +44,7 @@ pub fn load_verified(dir: impl AsRef<Path>, device: &Device) -> Result<Pretraine
     Ok(lm)
 }
 
-/// Whether [`load`] reads a file of this name, or may read it as a shard.
-fn is_read(name: &str) -> bool {
-    let others = [CONFIG, WEIGHTS, INDEX, CONFIG_FILE, CERTIFICATE];
-    CARRIED.contains(&name) || others.contains(&name) || name.ends_with(".safetensors")
+/// Whether a file may be added to a saved model: a signature of the list, a text, what is hidden.
+fn is_beside(name: &str) -> bool {
+    name.starts_with("SHA256SUMS.") || name.starts_with('.') || name.ends_with(".md")
 }

@@ -2,7 +2,7 @@ use burn::module::{ModuleVisitor, Param};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 use sha2::{Digest, Sha256};
 
-use super::{Fingerprint, Identity};
+use super::{Fingerprint, Others};
 use crate::Linears;
 
 impl Fingerprint {
@@ -33,15 +33,12 @@ impl Fingerprint {
                 .update(format!("{path} {dims:?} {format}\n"));
         }
         base.visit(&mut parameters);
-        let Identity {
-            settings,
-            tokenizer,
-        } = base.identity();
         Self {
             parameters: text(parameters.values),
-            structure: Some(text(parameters.structure)),
-            settings: Some(settings),
-            tokenizer,
+            others: Some(Others {
+                structure: text(parameters.structure),
+                identity: base.identity(),
+            }),
         }
     }
 }

@@ -5,8 +5,8 @@ use std::fs;
 use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
 use peft::{
-    Adapters, Certificate, Error, Fingerprint, Identity, Linear, Linears, Lora, Peqa, TaskPack,
-    Weight,
+    Adapters, Certificate, Error, Fingerprint, Identity, Linear, Linears, Lora, Peqa, Probe,
+    TaskPack, Weight,
 };
 use quant_core::Rtn;
 
@@ -176,6 +176,7 @@ fn older_files_promise_what_they_did() {
     // Written again, it does not claim more.
     let again = serde_json::to_value(&old).unwrap();
     assert_eq!(again["format_version"], 1);
+    assert_eq!(again["merged"], parameters);
     assert_eq!(serde_json::from_value::<Certificate>(again).unwrap(), old);
 
     // Adapters and tasks of older versions.
@@ -197,6 +198,13 @@ fn older_files_promise_what_they_did() {
         json["base"] = json["base"]["parameters"].clone();
         fs::write(&file, json.to_string()).unwrap();
     }
+    let old = Adapters::load(&adapters, &Device::flex()).unwrap();
+    let again = parent.path().join("again");
+    old.save(&again).unwrap();
+    let config = |dir: &std::path::Path| fs::read(dir.join("adapter_config.json")).unwrap();
+    let [first, again] = [&adapters, &again]
+        .map(|dir| serde_json::from_slice::<serde_json::Value>(&config(dir)).unwrap());
+    assert_eq!(first, again);
     let mut base = model();
     let adapters = Adapters::load(&adapters, &Device::flex()).unwrap();
     peft::activate(&mut base, &adapters).unwrap();
@@ -272,4 +280,72 @@ fn a_certificate_without_layers_is_refused() {
         matches!(&error, Error::NotCertified { path } if path == "other"),
         "{error}"
     );
+}
+
+/// JSON has no numbers that are not finite: a diverged model keeps its certificate nevertheless.
+#[test]
+fn a_certificate_with_infinite_numbers_is_read_again() {
+    let (merged, mut certificate) = merged();
+    certificate.probe = Some(Probe {
+        n_logits: 1,
+        max_adapter_change: f64::INFINITY,
+        max_merge_change: 0.5,
+        retention: f64::NAN,
+    });
+    let json = serde_json::to_string(&certificate).unwrap();
+    let again: Certificate = serde_json::from_str(&json).unwrap();
+    let probe = again.probe.unwrap();
+    assert!(probe.max_adapter_change.is_nan() && probe.retention.is_nan());
+    assert_eq!(probe.max_merge_change, 0.5);
+    again.verify(&merged).unwrap();
+
+    certificate.layers.clear();
+    let error = certificate.verify(&merged).unwrap_err();
+    assert!(matches!(error, Error::Certificate { .. }), "{error}");
+}
+
+/// A fingerprint states all parts of its version, and nothing else.
+#[test]
+fn fingerprints_with_other_parts_are_refused() {
+    let base = serde_json::to_value(Fingerprint::of(&model())).unwrap();
+    for part in ["parameters", "structure", "settings"] {
+        let mut other = base.clone();
+        other.as_object_mut().unwrap().remove(part);
+        assert!(
+            serde_json::from_value::<Fingerprint>(other).is_err(),
+            "{part}"
+        );
+    }
+    let mut other = base.clone();
+    other["setings"] = serde_json::json!({});
+    assert!(serde_json::from_value::<Fingerprint>(other).is_err());
+    assert_eq!(
+        serde_json::from_value::<Fingerprint>(base).unwrap(),
+        Fingerprint::of(&model())
+    );
+}
+
+/// Adapters of an older file cover less, and hide no difference between others.
+#[test]
+fn a_sum_of_adapters_is_for_the_base_that_is_known_best() {
+    let adapted = |heads: usize| {
+        let mut model = model();
+        model.heads = heads;
+        peft::attach(&mut model, &Lora::new(1)).unwrap();
+        Adapters::of(&model).unwrap()
+    };
+    let (two, one) = (adapted(2), adapted(1));
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("old");
+    two.save(&dir).unwrap();
+    let path = dir.join("adapter_config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    json["format_version"] = 3.into();
+    json["base"] = json["base"]["parameters"].clone();
+    fs::write(&path, json.to_string()).unwrap();
+    let old = Adapters::load(&dir, &Device::flex()).unwrap();
+    let sum = Adapters::combined(&[(&old, 1.0), (&two, 1.0), (&old, 1.0)]).unwrap();
+    assert_eq!(sum.base(), two.base());
+    let error = Adapters::combined(&[(&old, 1.0), (&two, 1.0), (&one, 1.0)]).unwrap_err();
+    assert!(matches!(error, Error::OtherBase { .. }), "{error}");
 }
