@@ -5,6 +5,7 @@
 #   fuzz/run.sh 60 config index     these targets
 #   fuzz/run.sh seeds               writes the seeds
 #
+# FUZZ_SEED is the seed of the random numbers, which is another one each time if it is not set.
 # Needs a compiler of C++, for libFuzzer, but no nightly Rust and not cargo-fuzz. Inputs that reach new
 # code are kept in `corpus`, those that fail in `artifacts`.
 set -euo pipefail
@@ -44,7 +45,7 @@ for target in "${targets[@]}"; do
     log="$TMPDIR/log"
     is_fine=1
     "$binaries/$target" "corpus/$target" "seeds/$target" -max_total_time="$seconds" \
-        -max_len=32768 -timeout=10 -rss_limit_mb=1024 -dict=json.dict \
+        -seed="${FUZZ_SEED:-0}" -max_len=32768 -timeout=10 -rss_limit_mb=1024 -dict=json.dict \
         -artifact_prefix="artifacts/$target-" -print_final_stats=1 >"$log" 2>&1 || is_fine=0
     if ((is_fine)); then
         printf '%-14s %s\n' "$target" "$(grep -E '^#[0-9]+\s+DONE' "$log")"

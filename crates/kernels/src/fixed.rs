@@ -79,6 +79,8 @@ mod tests {
     impl Finish for All {
         type Columns = usize;
 
+        /// # Safety
+        /// None is needed.
         unsafe fn columns(&self, block: usize, _: usize) -> usize {
             block
         }
@@ -88,6 +90,8 @@ mod tests {
             unsafe { std::arch::x86_64::_mm512_setzero_ps() }
         }
 
+        /// # Safety
+        /// The processor has AVX-512.
         unsafe fn take(
             &mut self,
             row: usize,

@@ -25,7 +25,7 @@ const MAX_ELIFS: usize = 500;
 const MAX_LITERAL: u32 = 256;
 
 /// Filters and tests whose work does not depend on the size of what they are applied to.
-const FREE_FILTERS: [&str; 4] = ["count", "d", "default", "length"];
+const FREE_FILTERS: [&str; 6] = ["count", "d", "default", "first", "last", "length"];
 const FREE_TESTS: [&str; 11] = [
     "boolean",
     "defined",
@@ -158,7 +158,7 @@ impl Edits {
             "endgeneration" => self.replace(*span, "endwith"),
             "else" | "endif" | "endfor" | "endset" | "endwith" | "endmacro" | "endcall"
             | "endfilter" | "break" | "continue" => (),
-            other => return Err(format!("unknown statement {other}")),
+            other => return Err(format!("the statement {other} is not supported")),
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! An allocator that counts bytes, for tests of memory: a test binary has a single such test.
+//! An allocator that counts bytes, for tests of memory: tests that use it do not run at the same time.
 
 #![allow(unsafe_code, reason = "an allocator is unsafe to write")]
 
@@ -12,6 +12,8 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: every call is passed on to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
+    /// # Safety
+    /// That of the system's allocator.
     unsafe fn alloc(&self, block: Block) -> *mut u8 {
         let live = LIVE.fetch_add(block.size(), Relaxed) + block.size();
         PEAK.fetch_max(live, Relaxed);
@@ -19,6 +21,8 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(block) }
     }
 
+    /// # Safety
+    /// That of the system's allocator.
     unsafe fn dealloc(&self, data: *mut u8, block: Block) {
         LIVE.fetch_sub(block.size(), Relaxed);
         // SAFETY: the caller's promise.

@@ -32,6 +32,8 @@ pub(super) struct Library {
     /// Without the post-processor, which adds tokens to a text, and moves the offsets of others.
     inner: tokenizers::Tokenizer,
     post_processor: Option<PostProcessorWrapper>,
+    /// The most by which a text can grow on its way to the model.
+    growth: f64,
 }
 
 impl Library {
@@ -46,7 +48,7 @@ impl Library {
     }
 
     fn build(bytes: &[u8]) -> Result<Self> {
-        let mut file = limits::parse(bytes)?;
+        let (mut file, growth) = limits::parse(bytes)?;
         if file.get("version").is_some_and(|version| version != "1.0") {
             return Err("version: is not \"1.0\"".into());
         }
@@ -81,17 +83,20 @@ impl Library {
         Ok(Self {
             inner,
             post_processor,
+            growth,
         })
     }
 
     /// The tokens of a text.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        limits::check_text(text.len(), self.growth)?;
         let encoding = caught(|| self.inner.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// The tokens of a text, each with the byte of the text at which it begins.
     pub(super) fn encode_with_starts(&self, text: &str) -> Result<Vec<(u32, usize)>> {
+        limits::check_text(text.len(), self.growth)?;
         // `encode_fast` gives no offsets, `encode_char_offsets` gives them in characters.
         let encoding = caught(|| self.inner.encode(text, false))?;
         let starts = encoding.get_offsets().iter().map(|&(start, _)| start);

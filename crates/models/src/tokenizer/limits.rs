@@ -23,14 +23,25 @@ const MAX_STRING: usize = 1 << 16;
 /// The longest table of characters in base64. SentencePiece's own have 320 kB.
 const MAX_CHARSMAP: usize = 1 << 22;
 
-/// The longest regular expression, each term of which can become megabytes.
+/// The most commas, colons and opening brackets: each is a value in memory. The largest published file
+/// has 2 million.
+const MAX_VALUES: usize = 6_000_000;
+
+/// The longest string that is replaced.
 const MAX_PATTERN: usize = 1 << 14;
+
+/// The most regular expressions, each of which can become 10 MB, and as many look-arounds in them, each
+/// of which is one more.
+const MAX_REGEXES: usize = 16;
+
+/// The longest text of all regular expressions. Those of published files have less than 1 kB.
+const MAX_REGEX_BYTES: usize = 1 << 12;
 
 /// The most normalizers, pre-tokenizers, decoders or post-processors, with those in sequences.
 const MAX_STEPS: usize = 64;
 
 /// The longest piece of a Unigram model, in bytes: the depth of a trie that is dropped recursively. Also
-/// the longest string that a model puts in place of a text or beside it.
+/// the longest string that a model puts in place of a text or beside it, and the longest added token.
 const MAX_PIECE: usize = 512;
 
 /// The most bytes of all pieces of a Unigram model, each of which can become 350.
@@ -39,14 +50,32 @@ const MAX_PIECES: usize = 1 << 23;
 /// The longest word of a WordPiece model, whose time grows with its third power.
 const MAX_WORD: u64 = 1000;
 
-/// The most by which normalizers and pre-tokenizers, or decoders, may multiply the bytes of a text.
+/// The most by which normalizers and pre-tokenizers may multiply the bytes of a text.
 const MAX_GROWTH: f64 = 1e4;
 
+/// The most by which decoders may multiply the bytes of a token.
+const MAX_DECODER_GROWTH: f64 = 64.0;
+
+/// The most bytes that a file can make of its added tokens, or of a text.
+const MAX_GROWN: f64 = (1u64 << 28) as f64;
+
+/// A growth that costs no more than other tokenizers do, whatever the text.
+const PLAIN_GROWTH: f64 = 64.0;
+
 /// Parses a file, and checks what its parts ask for.
-pub(super) fn parse(bytes: &[u8]) -> Result<Map<String, Value>> {
+///
+/// Returns the growth of a text with the parts.
+pub(super) fn parse(bytes: &[u8]) -> Result<(Map<String, Value>, f64)> {
     let n = bytes.len();
     if n > MAX_BYTES {
         return Err(format!("has {n} bytes; at most {MAX_BYTES} are read"));
+    }
+    let is_value = |byte: &&u8| matches!(**byte, b',' | b':' | b'[' | b'{');
+    let n_values = bytes.iter().filter(is_value).count();
+    if n_values > MAX_VALUES {
+        return Err(format!(
+            "has up to {n_values} values; at most {MAX_VALUES} are read"
+        ));
     }
     let file = serde_json::from_slice(bytes);
     let file: Map<String, Value> =
@@ -57,18 +86,28 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Map<String, Value>> {
     let part = |name| file.get(name).unwrap_or(&Value::Null);
     within("model", check_model(part("model")))?;
     let mut growth = 1.0;
-    for (place, step) in steps("normalizer", part("normalizer"), "normalizers")? {
-        growth *= within(&place, normalizer_growth(step))?;
+    let normalizers = steps("normalizer", part("normalizer"), "normalizers")?;
+    for (place, step) in &normalizers {
+        growth *= within(place, normalizer_growth(step))?;
     }
-    for (place, step) in steps("pre_tokenizer", part("pre_tokenizer"), "pretokenizers")? {
-        growth *= within(&place, pre_tokenizer_growth(step))?;
+    within("added_tokens", check_added(part("added_tokens"), growth))?;
+    let pre_tokenizers = steps("pre_tokenizer", part("pre_tokenizer"), "pretokenizers")?;
+    for (place, step) in &pre_tokenizers {
+        growth *= within(place, pre_tokenizer_growth(step))?;
     }
-    within("normalizer, pre_tokenizer", check_growth(growth))?;
-    let mut growth = 1.0;
-    for (_, step) in steps("decoder", part("decoder"), "decoders")? {
-        growth *= decoder_growth(step);
-    }
-    within("decoder", check_growth(growth))?;
+    let place = "normalizer, pre_tokenizer";
+    within(place, check_growth("a text", growth, MAX_GROWTH))?;
+    let decoders = steps("decoder", part("decoder"), "decoders")?;
+    let of_token: f64 = decoders
+        .iter()
+        .map(|(_, step)| decoder_growth(step))
+        .product();
+    within(
+        "decoder",
+        check_growth("a token", of_token, MAX_DECODER_GROWTH),
+    )?;
+    let all = [normalizers, pre_tokenizers, decoders].concat();
+    check_regexes(all.iter().map(|(_, step)| *step))?;
     let mut template = None;
     for (place, step) in steps("post_processor", part("post_processor"), "processors")? {
         if step.get("single").is_some() {
@@ -78,7 +117,68 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Map<String, Value>> {
             }
         }
     }
-    Ok(file)
+    Ok((file, growth))
+}
+
+/// Checks that a text of `n_bytes` stays within bounds where its file makes it longer.
+pub(super) fn check_text(n_bytes: usize, growth: f64) -> Result<()> {
+    let grown = n_bytes as f64 * growth;
+    if growth > PLAIN_GROWTH && grown > MAX_GROWN {
+        return Err(format!(
+            "normalizer, pre_tokenizer: can make a text of {n_bytes} bytes {growth:.0} times longer; split the text"
+        ));
+    }
+    Ok(())
+}
+
+/// Added tokens are normalized when a file is read.
+fn check_added(added: &Value, growth: f64) -> Result<()> {
+    let mut n_bytes = 0;
+    for (at, token) in added.as_array().into_iter().flatten().enumerate() {
+        let n = text(token, "content").len();
+        if n > MAX_PIECE {
+            return Err(format!(
+                "[{at}]: has a content of {n} bytes; at most {MAX_PIECE}"
+            ));
+        }
+        n_bytes += n;
+    }
+    if n_bytes as f64 * growth > MAX_GROWN {
+        return Err(format!(
+            "has {n_bytes} bytes, which the normalizer can make {growth:.0} times longer"
+        ));
+    }
+    Ok(())
+}
+
+fn check_regexes<'a>(steps: impl Iterator<Item = &'a Value>) -> Result<()> {
+    let regexes: Vec<&str> = steps
+        .filter_map(|step| step["pattern"]["Regex"].as_str())
+        .collect();
+    let n_bytes: usize = regexes.iter().map(|regex| regex.len()).sum();
+    let around = ["(?=", "(?!", "(?<=", "(?<!"];
+    let n_around: usize = (regexes.iter())
+        .map(|regex| {
+            around
+                .iter()
+                .map(|mark| regex.matches(mark).count())
+                .sum::<usize>()
+        })
+        .sum();
+    for (n, max, what) in [
+        (regexes.len(), MAX_REGEXES, "regular expressions"),
+        (
+            n_around,
+            MAX_REGEXES,
+            "look-arounds in its regular expressions",
+        ),
+        (n_bytes, MAX_REGEX_BYTES, "bytes of regular expressions"),
+    ] {
+        if n > max {
+            return Err(format!("has {n} {what}; at most {max}"));
+        }
+    }
+    Ok(())
 }
 
 fn check_sizes(value: &Value, depth: usize) -> Result<()> {
@@ -110,6 +210,10 @@ fn steps<'a>(name: &str, part: &'a Value, key: &str) -> Result<Vec<(String, &'a 
     let mut steps = vec![(name.to_owned(), part)];
     let mut at = 0;
     while let Some((place, step)) = steps.get(at) {
+        // The library also reads an array, as the values of a part in the order of their keys.
+        if !(step.is_object() || step.is_null()) {
+            return Err(format!("{place}: is not an object"));
+        }
         if let Some(Value::Array(inner)) = step.get(key) {
             let n = steps.len() + inner.len();
             if n > MAX_STEPS {
@@ -125,6 +229,9 @@ fn steps<'a>(name: &str, part: &'a Value, key: &str) -> Result<Vec<(String, &'a 
 }
 
 fn check_model(model: &Value) -> Result<()> {
+    if !(model.is_object() || model.is_null()) {
+        return Err("is not an object".into());
+    }
     match &model["vocab"] {
         Value::Object(vocab) => {
             check_ids(vocab)?;
@@ -219,10 +326,12 @@ fn normalizer_growth(step: &Value) -> Result<f64> {
         "NFKC" | "NFKD" => 11.0,
         "Lowercase" => 1.5,
         "ByteLevel" => 2.0,
-        // Spaces around a Chinese character, decomposition and lower case.
-        "BertNormalizer" => 5.0 / 3.0 * 3.0 * 1.5,
         _ => 1.0,
     };
+    // Of BERT, whatever its type is called: spaces around a Chinese character, decomposition, lower case.
+    if kind(step).starts_with("Bert") || step.get("handle_chinese_chars").is_some() {
+        growth *= 5.0 / 3.0 * 3.0 * 1.5;
+    }
     if kind(step) == "Precompiled" || step.get("precompiled_charsmap").is_some() {
         let map = step["precompiled_charsmap"]
             .as_str()
@@ -282,10 +391,10 @@ fn replacement_growth(step: &Value) -> Result<f64> {
     })
 }
 
-fn check_growth(growth: f64) -> Result<()> {
-    if growth > MAX_GROWTH {
+fn check_growth(what: &str, growth: f64, max: f64) -> Result<()> {
+    if growth > max {
         return Err(format!(
-            "can make a text {growth:.0} times longer; at most {MAX_GROWTH} times"
+            "can make {what} {growth:.0} times longer; at most {max} times"
         ));
     }
     Ok(())

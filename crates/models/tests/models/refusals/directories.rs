@@ -175,8 +175,11 @@ fn names_without_the_first_part_are_read() {
             (name.to_owned(), tensor)
         });
         write_tensors(&path, &short.collect());
-        let read = |dir| Fingerprint::of(&load(dir, &Device::flex()).unwrap().model);
-        assert_eq!(read(dir.path()), read(&golden(name)));
+        let read =
+            |dir: &std::path::Path| Fingerprint::of(&load(dir, &Device::flex()).unwrap().model);
+        // The golden directory has no tokenizer.
+        let differences = read(&golden(name)).differences(&read(dir.path()));
+        assert!(differences.is_empty(), "{differences:?}");
         assert!(plan(dir.path(), &Rtn::new().with_group_size(16)).is_ok());
     }
 }

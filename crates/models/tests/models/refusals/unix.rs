@@ -137,7 +137,9 @@ fn links_are_followed() {
         let cache = linked(dir.path());
         let lm = load(cache.path().join("snapshots/main"), &Device::flex()).unwrap();
         assert!(lm.tokenizer.is_some());
-        assert_eq!(Fingerprint::of(&lm.model), Fingerprint::of(&expected.model));
+        // The golden directory has no tokenizer.
+        let differences = Fingerprint::of(&expected.model).differences(&Fingerprint::of(&lm.model));
+        assert!(differences.is_empty(), "{differences:?}");
     }
 }
 
