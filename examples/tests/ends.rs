@@ -87,8 +87,8 @@ fn two_runs_do_not_take_one_place() {
         command
     };
     let quantize = |out: &Path| quantize(out, RTN);
-    let runs: [(&dyn Fn(&Path) -> Command, &str); 2] =
-        [(&quantize, "model.safetensors"), (&evaluate, "report.json")];
+    type Run<'a> = &'a dyn Fn(&Path) -> Command;
+    let runs: [(Run, &str); 2] = [(&quantize, "model.safetensors"), (&evaluate, "report.json")];
     for (command, file) in runs {
         let (dir, out) = place();
         let first = tensor_files::Output::reserve(&out).unwrap();

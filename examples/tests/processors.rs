@@ -137,7 +137,7 @@ fn another_processor_agrees_with_this_one() {
             } else {
                 "other roundings"
             };
-            println!("{name}: made anew on {cpu}, {is_same}");
+            eprintln!("{name}: made anew on {cpu}, {is_same}");
         }
     }
 }

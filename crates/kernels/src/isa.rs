@@ -22,10 +22,14 @@ macro_rules! by_instruction_set {
         $vis fn $name($($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
+                /// # Safety
+                /// The processor has AVX-512.
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
                 fn avx512($($arg: $ty),*) {
                     $body::<$crate::isa::Avx512>($($arg),*)
                 }
+                /// # Safety
+                /// The processor has AVX2.
                 #[target_feature(enable = "avx2")]
                 fn avx2($($arg: $ty),*) {
                     $body::<$crate::isa::Avx2>($($arg),*)
@@ -72,6 +76,8 @@ impl Isa for Avx512 {
     unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         use std::arch::x86_64::*;
 
+        /// # Safety
+        /// The processor has AVX-512.
         #[inline]
         #[target_feature(enable = "avx512f")]
         fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
@@ -103,6 +109,8 @@ impl Isa for Avx2 {
     unsafe fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {
         use std::arch::x86_64::*;
 
+        /// # Safety
+        /// The processor has AVX2.
         #[inline]
         #[target_feature(enable = "avx2")]
         fn lookup(table: &[f32; TABLE], indices: &[u32; TILE]) -> [f32; TILE] {

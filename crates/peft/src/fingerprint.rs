@@ -51,7 +51,7 @@ mod parameters;
 pub struct Fingerprint {
     parameters: String,
     /// None in a fingerprint of an older version, which is of the parameters alone.
-    others: Option<Others>,
+    others: Option<Box<Others>>,
 }
 
 /// The parts of a fingerprint besides the parameters.
@@ -125,13 +125,13 @@ impl From<Stored> for Fingerprint {
                 tokenizer,
             } => Self {
                 parameters,
-                others: Some(Others {
+                others: Some(Box::new(Others {
                     structure,
                     identity: Identity {
                         settings,
                         tokenizer,
                     },
-                }),
+                })),
             },
         }
     }
@@ -140,17 +140,18 @@ impl From<Stored> for Fingerprint {
 impl From<Fingerprint> for Stored {
     fn from(fingerprint: Fingerprint) -> Self {
         let Fingerprint { parameters, others } = fingerprint;
-        match others {
-            None => Self::Parameters(parameters),
-            Some(Others {
-                structure,
-                identity,
-            }) => Self::Parts {
-                parameters,
-                structure,
-                settings: identity.settings,
-                tokenizer: identity.tokenizer,
-            },
+        let Some(others) = others else {
+            return Self::Parameters(parameters);
+        };
+        let Others {
+            structure,
+            identity,
+        } = *others;
+        Self::Parts {
+            parameters,
+            structure,
+            settings: identity.settings,
+            tokenizer: identity.tokenizer,
         }
     }
 }

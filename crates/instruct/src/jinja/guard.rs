@@ -427,7 +427,7 @@ impl<'a, 's> Scan<'a, 's> {
                 } else {
                     VALUE
                 };
-                if !is_literal && !(self.bare && is_outermost) {
+                if !(is_literal || self.bare && is_outermost) {
                     self.edits.insert(self.end(), guard);
                 }
                 State::Operator

@@ -197,6 +197,9 @@ unsafe fn each<F: Finish, const L: usize, const S: usize>(
 /// Combines the sums of each significance, the lowest first, in units of the highest.
 ///
 /// In units of the lowest, large values would overflow `f32`.
+///
+/// # Safety
+/// The processor has these instructions.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn join_limbs<const L: usize>(sums: [__m512; L], scale: f32) -> __m512 {

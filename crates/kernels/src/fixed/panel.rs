@@ -42,6 +42,9 @@ impl Panel {
 
     /// The scales of 16 columns in a block, which is counted from the first of the panel; `None` for
     /// codes.
+    ///
+    /// # Safety
+    /// The processor has these instructions.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn scales(&self, block: usize, part: usize) -> Option<__m512> {
@@ -186,6 +189,8 @@ impl<const BITS: usize> Codes<BITS> {
     /// The number of words in a run.
     pub(super) const WORDS: usize = if BITS == 3 { 3 } else { 1 };
 
+    /// # Safety
+    /// The processor has these instructions.
     #[target_feature(enable = "avx512f")]
     pub(super) fn new() -> Self {
         let shifts = std::array::from_fn(|k| {
@@ -225,6 +230,9 @@ impl<const BITS: usize> Codes<BITS> {
 }
 
 /// Fills the panel with the codes of `inputs` as they are.
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2")]
 fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usize>) {
     let codes = Codes::<BITS>::new();
@@ -267,6 +275,9 @@ fn codes<const BITS: usize>(panel: &mut Panel, words: &[u32], inputs: Range<usiz
 }
 
 /// Subtracts the number of each column from its codes; `bytes` are whole steps of `step` values.
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw")]
 fn subtract(bytes: &mut [u8], step: usize, less: &[u8; TILE]) {
     let mut each = [_mm512_setzero_si512(); PARTS];
@@ -290,6 +301,9 @@ fn subtract(bytes: &mut [u8], step: usize, less: &[u8; TILE]) {
 }
 
 /// Splits the values of a block, `[k, TILE]`, into limbs.
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
 fn split_block(panel: &mut Panel, limbs: Limbs, block: usize, values: &[f32]) {
     let k = values.len() / TILE;

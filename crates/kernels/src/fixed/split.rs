@@ -209,6 +209,8 @@ struct Strip<'a> {
 }
 
 impl Strip<'_> {
+    /// # Safety
+    /// The processor has these instructions.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
     fn split(mut self, source: Source<'_>) {
         for (at, row) in self.rows.clone().enumerate() {
@@ -228,6 +230,9 @@ impl Strip<'_> {
     }
 
     /// Splits the values of a block of a row, and returns their scale and their sum.
+    ///
+    /// # Safety
+    /// The processor has these instructions.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
     fn split_block(&mut self, row: usize, block: usize, values: &[f32]) -> (f32, f32) {
         let magnitude = _mm512_set1_epi32(0x7fff_ffff);

@@ -10,6 +10,9 @@ pub(super) const PART: usize = 16;
 pub(super) const PARTS: usize = TILE / PART;
 
 /// The vector with byte `of(at)` at each position `at`.
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f")]
 pub(super) fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
     let bytes: [u8; 64] = std::array::from_fn(of);
@@ -18,6 +21,9 @@ pub(super) fn bytes(of: impl Fn(usize) -> u8) -> __m512i {
 }
 
 /// Transposes a matrix of 16 by 16 32-bit integers.
+///
+/// # Safety
+/// The processor has these instructions.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn transpose(from: &[[i8; 64]], to: &mut [u8; 64 * PART]) {

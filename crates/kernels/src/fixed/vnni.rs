@@ -11,6 +11,9 @@ use super::vectors::{PART, PARTS};
 use crate::layout::TILE;
 
 /// Multiplies a slab by a panel of codes, see [`super::multiply`].
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) fn multiply(
     rows: &Rows,
@@ -24,6 +27,8 @@ pub(super) fn multiply(
     }
 }
 
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn multiply_limbs<const L: usize>(
     rows: &Rows,
@@ -67,6 +72,9 @@ pub(crate) fn streams(rows: &Rows, bits: usize, word_rows: usize) -> bool {
 ///
 /// # Panics
 /// Unless [`streams`].
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
 pub(super) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl Finish) {
     match (rows.limbs, bits) {
@@ -82,6 +90,9 @@ pub(super) fn stream(rows: &Rows, bits: usize, words: &[u32], finish: &mut impl 
 }
 
 /// Multiplies `L` limbs of one row by codes of `BITS` bits.
+///
+/// # Safety
+/// The processor has these instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2")]
 fn stream_codes<F: Finish, const L: usize, const BITS: usize>(
     rows: &Rows,
@@ -149,6 +160,9 @@ struct Place {
 }
 
 /// Multiplies `R` rows by all columns, `C` parts at a time, and returns `R`.
+///
+/// # Safety
+/// The processor has these instructions.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
@@ -212,6 +226,9 @@ fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
 /// Combines the sums of limbs, the lowest first, after subtracting `center` from each code.
 ///
 /// The subtraction is exact: its whole numbers are below 2²⁴.
+///
+/// # Safety
+/// The processor has these instructions.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn join<const L: usize>(
@@ -228,6 +245,9 @@ pub(super) fn join<const L: usize>(
 }
 
 /// Combines the sums of limbs, the lowest first.
+///
+/// # Safety
+/// The processor has these instructions.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn join_whole<const L: usize>(limbs: [__m512; L], scale: f32) -> __m512 {

@@ -57,7 +57,7 @@ fn decode(base64: &str) -> Option<Vec<u8>> {
     };
     let digits = base64.trim_end_matches('=');
     let n_padding = base64.len() - digits.len();
-    if base64.len() % 4 != 0 || n_padding > 2 {
+    if !base64.len().is_multiple_of(4) || n_padding > 2 {
         return None;
     }
     let mut bytes = Vec::with_capacity(base64.len() / 4 * 3);

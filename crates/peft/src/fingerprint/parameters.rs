@@ -35,10 +35,10 @@ impl Fingerprint {
         base.visit(&mut parameters);
         Self {
             parameters: text(parameters.values),
-            others: Some(Others {
+            others: Some(Box::new(Others {
                 structure: text(parameters.structure),
                 identity: base.identity(),
-            }),
+            })),
         }
     }
 }
