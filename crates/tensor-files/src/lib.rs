@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`TensorFile`] | reads a safetensors file tensor by tensor |
 //! | [`write_tensors`], [`LazyTensor`] | write one, with one tensor in memory at a time |
-//! | [`read`], [`read_config`], [`read_json`], [`write`], [`write_json`] | read and write small files |
+//! | [`read`], [`read_config`], [`read_json`], [`write()`], [`write_json`] | read and write small files |
 //! | [`write_sums`], [`check_sums`] | list the SHA-256 of a directory's files, and check them |
 //! | [`Output`] | reserves a directory, which is then complete under its name, or does not exist |
 //! | [`write_directory`] | reserves and writes it at once |
