@@ -288,11 +288,13 @@ pub fn certificate(data: &[u8]) {
     };
     let json = serde_json::to_vec(&certificate).expect("it was read from JSON");
     let again: Certificate = serde_json::from_slice(&json).expect("what was written can be read");
-    assert_eq!(certificate, again);
+    // Not the certificates: a number that is not finite differs from itself.
+    let json_again = serde_json::to_vec(&again).expect("it was read from JSON");
+    assert_eq!(json, json_again);
     let _ = certificate.to_string();
     let model = packed_model();
-    let is_of = certificate.merged == Fingerprint::of(&model);
-    assert_eq!(certificate.verify(&model).is_ok(), is_of);
+    let differences = certificate.merged.differences(&Fingerprint::of(&model));
+    assert!(certificate.verify(&model).is_err() || differences.is_empty());
 }
 
 /// A report of an evaluation.
