@@ -6,6 +6,8 @@
 #   fuzz/run.sh seeds               writes the seeds
 #
 # FUZZ_SEED is the seed of the random numbers, which is another one each time if it is not set.
+# FUZZ_RUNS is the number of inputs after which a target ends if its seconds have not passed: with a
+# seed and no corpus from before, the inputs are then the same on every machine.
 # Needs a compiler of C++, for libFuzzer, but no nightly Rust and not cargo-fuzz. Inputs that reach new
 # code are kept in `corpus`, those that fail in `artifacts`.
 set -euo pipefail
@@ -45,7 +47,8 @@ for target in "${targets[@]}"; do
     log="$TMPDIR/log"
     is_fine=1
     "$binaries/$target" "corpus/$target" "seeds/$target" -max_total_time="$seconds" \
-        -seed="${FUZZ_SEED:-0}" -max_len=32768 -timeout=10 -rss_limit_mb=1024 -dict=json.dict \
+        -seed="${FUZZ_SEED:-0}" -runs="${FUZZ_RUNS:--1}" -max_len=32768 \
+        -timeout=10 -rss_limit_mb=1024 -dict=json.dict \
         -artifact_prefix="artifacts/$target-" -print_final_stats=1 >"$log" 2>&1 || is_fine=0
     if ((is_fine)); then
         printf '%-14s %s\n' "$target" "$(grep -E '^#[0-9]+\s+DONE' "$log")"

@@ -6,8 +6,9 @@
 #![forbid(unsafe_code)]
 
 use std::alloc::System;
+use std::panic::{set_hook, take_hook};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use cap::Cap;
@@ -236,8 +237,27 @@ pub fn tasks(data: &[u8]) {
     }
 }
 
+/// Leaves panics of the crate `tokenizers` to the code that makes errors of them.
+///
+/// libFuzzer's hook ends the process at every panic. One that is not caught ends it still, where it
+/// leaves the target.
+fn let_tokenizers_panic() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let end = take_hook();
+        set_hook(Box::new(move |panic| {
+            let file = panic.location().map_or("", |location| location.file());
+            // Of a dependency, or of the standard library in its name.
+            if !(file.contains("/registry/") || file.starts_with("/rustc/")) {
+                end(panic);
+            }
+        }));
+    });
+}
+
 /// A tokenizer with its configurations, and a text.
 pub fn tokenizer(data: &[u8]) {
+    let_tokenizers_panic();
     let Some(dir) = write(&TOKENIZER_FILES, data) else {
         return;
     };
