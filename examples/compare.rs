@@ -12,6 +12,7 @@ use clap::Parser;
 use examples::arguments::{EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
+use examples::format::FormatName;
 use examples::method::MethodName;
 use examples::outcome::{Result, bits, exit, weights_bytes, write_files};
 use examples::table::{self, number};
@@ -119,7 +120,9 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     for (method, groups) in METHODS {
         let group_size = args.group_size(groups);
-        method.quantizer(args.bits, group_size, false)?.format()?;
+        method
+            .quantizer(args.bits, group_size, false, FormatName::QuantCore)?
+            .format()?;
     }
     let output = interrupt::reserve(&args.out)?;
     let device = args.device.open();
@@ -178,7 +181,7 @@ impl Args {
     }
 
     fn method(&self, method: MethodName, rank: usize) -> Box<dyn Method> {
-        method.method(rank, rank as f32, &Targets::All, self.seed)
+        method.method(rank, rank as f32, &Targets::All, self.seed, false)
     }
 }
 
@@ -224,7 +227,12 @@ fn tune(
 ) -> Result<Vec<Row>> {
     memory::reset_peak();
     let start = Instant::now();
-    let quantizer = method.quantizer(args.bits, args.group_size(groups), false)?;
+    let quantizer = method.quantizer(
+        args.bits,
+        args.group_size(groups),
+        false,
+        FormatName::QuantCore,
+    )?;
     let mut lm = source.clone();
     lm.certificate = None;
     models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
@@ -257,7 +265,7 @@ fn tune(
     let ways = [
         ("codes", OffGrid::Refuse),
         ("dense", OffGrid::Dense),
-        ("rounded", OffGrid::Round(&*quantizer)),
+        ("rounded", OffGrid::Round(&quantizer)),
     ];
     let mut rows = Vec::new();
     for (kind, off_grid) in ways {

@@ -32,7 +32,7 @@ struct Args {
     prompt: String,
     #[command(flatten)]
     model: ModelArgs,
-    /// Directory of adapters to activate
+    /// Directory of adapters to activate, of this program or of PEFT
     #[arg(long, value_name = "DIR", requires = "model")]
     adapters: Option<PathBuf>,
     /// Answer the prompt, in the chat template of the model
@@ -90,7 +90,8 @@ fn run(args: &Args) -> Result<()> {
         models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
     }
     if let Some(adapters) = &args.adapters {
-        peft::activate(&mut lm.model, &Adapters::load(adapters, &device)?)?;
+        let adapters = Adapters::open(adapters, &lm.model)?;
+        peft::activate(&mut lm.model, &adapters)?;
     }
 
     let prompt = if args.chat {

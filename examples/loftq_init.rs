@@ -14,11 +14,12 @@ use clap::{Parser, ValueEnum};
 use evaluate::perplexity;
 use examples::arguments::{GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
+use examples::format::FormatName;
 use examples::outcome::{Result, exit, max_difference, save_as};
 use examples::texts::{self, evaluation_batch, fit_config};
 use examples::{interrupt, print, println, progress, table};
 use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
-use models::{CheckpointFormat, Model, Plan, Pretrained};
+use models::{Model, Plan, Pretrained};
 use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
 use tensor_files::Output;
@@ -53,10 +54,12 @@ struct Args {
           default_values_t = Name::value_variants().to_vec())]
     method: Vec<Name>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
+    #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..,
+          default_values_t = [4, 3, 2])]
     bits: Vec<usize>,
     /// Weights that share a scale, one or several: numbers, or `channel` for all weights of an output
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values = ["32", "64"])]
+    #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..,
+          default_values = ["32", "64"])]
     group_size: Vec<GroupSize>,
     /// Grid of the base
     #[arg(long, value_enum, default_value_t = GridName::Affine)]
@@ -73,12 +76,13 @@ struct Args {
     /// Seeds of the adapters, and of the choice and the order of the windows; one or several
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
     seed: Vec<u64>,
-    /// New directory for `base`, `adapter` and `report.json`; for one method and one seed
+    /// New directory for `base`, the adapters it starts with in `adapter`, those after --steps in
+    /// `adapter-tuned`, and `report.json`; for one method and one seed
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Format of the saved base
-    #[arg(long, value_enum, default_value_t = Format::QuantCore)]
-    format: Format,
+    #[arg(long, value_enum, default_value_t = FormatName::QuantCore)]
+    format: FormatName,
 }
 
 impl Args {
@@ -168,12 +172,13 @@ impl Name {
 
     fn quantizer(
         self,
-        grid: GridName,
+        args: &Args,
         bits: usize,
         GroupSize(group_size): GroupSize,
     ) -> Box<dyn Quantizer> {
-        let symmetric = grid == GridName::Symmetric;
-        match (grid, self) {
+        let symmetric = args.grid == GridName::Symmetric;
+        let f16 = args.format.f16_scales();
+        match (args.grid, self) {
             (GridName::Nf, _) => {
                 let nf = NormalFloat::new().with_bits(bits);
                 Box::new(nf.with_block_size(group_size))
@@ -181,11 +186,11 @@ impl Name {
             (_, Self::Cloq) => {
                 let optq = Optq::new().with_bits(bits).with_group_size(group_size);
                 let optq = optq.with_order(Order::Natural);
-                Box::new(optq.with_symmetric(symmetric))
+                Box::new(optq.with_symmetric(symmetric).with_f16_scales(f16))
             }
             _ => {
                 let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-                Box::new(rtn.with_symmetric(symmetric))
+                Box::new(rtn.with_symmetric(symmetric).with_f16_scales(f16))
             }
         }
     }
@@ -214,23 +219,6 @@ enum GridName {
     Symmetric,
     /// Normal floats (NF4, NF3, NF2)
     Nf,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Format {
-    /// Format of this workspace, which holds every grid
-    QuantCore,
-    /// bitsandbytes, for transformers and PEFT; NF4 only
-    Bitsandbytes,
-}
-
-impl Format {
-    fn format(self) -> CheckpointFormat {
-        match self {
-            Self::QuantCore => CheckpointFormat::QuantCore,
-            Self::Bitsandbytes => CheckpointFormat::Bitsandbytes,
-        }
-    }
 }
 
 /// The batches of one seed.
@@ -293,10 +281,10 @@ fn run(args: &Args) -> Result<()> {
             "--out needs one --method and one each of --bits, --group-size and --seed".into(),
         );
     }
-    for &method in &args.method {
-        for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
-            method.quantizer(args.grid, bits, group_size).format()?;
-        }
+    let learns_ranges = |name: &Name| matches!(name, Name::Apiq | Name::ApiqBlock);
+    if args.format.f16_scales() && args.method.iter().any(learns_ranges) {
+        let format = args.format.format();
+        return Err(format!("ApiQ learns scales in f32, which {format} does not hold").into());
     }
     if args.tune.steps > 0 {
         args.tune.check()?;
@@ -305,6 +293,12 @@ fn run(args: &Args) -> Result<()> {
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
+    for &method in args.method.iter().filter(|name| name.fits(args.grid)) {
+        for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
+            let plan = models::plan(&source, &method.quantizer(args, bits, group_size))?;
+            check(args, &plan, output.as_ref())?;
+        }
+    }
     if single && (!several || args.average_bits.is_some()) {
         one(args, output, &source, &device)
     } else {
@@ -316,29 +310,27 @@ fn pairs<'a, A, B>(a: &'a [A], b: &'a [B]) -> impl Iterator<Item = (&'a A, &'a B
     a.iter().flat_map(|a| b.iter().map(move |b| (a, b)))
 }
 
+/// Checks that a plan can be saved in its format and place.
+fn check(args: &Args, plan: &Plan, output: Option<&Output>) -> Result<()> {
+    if let Some(output) = output {
+        plan.check(args.format.format())?;
+        output.require(plan.n_bytes())?;
+    }
+    Ok(())
+}
+
 /// Initializes with one method, reports each layer, and saves base and adapters.
 fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> Result<()> {
     let (name, seed) = (args.method[0], args.seed[0]);
     let mut lm = models::load(source, device)?;
     let texts = Texts::new(args, &lm, seed, device)?;
-    let check = |plan: &Plan| -> models::Result<()> {
-        if let Some(output) = &output {
-            plan.check(args.format.format())?;
-            output.require(plan.n_bytes())?;
-        }
-        Ok(())
-    };
     let recipe: Box<dyn Recipe> = match args.average_bits {
         Some(average) => {
             let recipe = chosen(args, average, &lm.model, &texts)?;
-            check(&models::plan(source, &recipe)?)?;
+            check(args, &models::plan(source, &recipe)?, output.as_ref())?;
             Box::new(recipe)
         }
-        None => {
-            let quantizer = name.quantizer(args.grid, args.bits[0], args.group_size[0]);
-            check(&models::plan(source, &quantizer)?)?;
-            Box::new(quantizer)
-        }
+        None => Box::new(name.quantizer(args, args.bits[0], args.group_size[0])),
     };
     let full = perplexity(&lm.model, &texts.eval)?.value();
     let method = name.method(args.lora(seed), &lm.model);
@@ -376,12 +368,10 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
     println!(
         "\nperplexity: dense {full:.4}, base {bare:.4}, base with adapters {started:.4}; {n_bytes} bytes in packed layers"
     );
-    let mut refusal = None;
-    if let Some(saved) = saved {
+    if let Some(saved) = &saved {
         let mut again = models::load(&saved.base, device)?;
-        let adapters = Adapters::load_hf(&saved.adapter, &again.model)?;
+        let adapters = Adapters::open(&saved.adapter, &again.model)?;
         peft::activate(&mut again.model, &adapters)?;
-        refusal = saved.refusal;
         let probe = |model: &Model| {
             let logits = peft::CausalLm::forward(model, texts.eval[0].tokens()).into_data();
             logits.convert::<f32>().try_into_vec::<f32>()
@@ -396,20 +386,38 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
         println!("the logits of the reloaded model differ by at most {difference:e}");
     }
     if args.tune.steps > 0 {
-        peft::fit(&mut lm.model, &texts.train, &fit, |_| {})?;
-        let tuned = perplexity(&lm.model, &texts.eval)?.value();
         let steps = args.tune.steps;
+        let bar = progress::bar(steps, "steps")?;
+        peft::fit(&mut lm.model, &texts.train, &fit, |step| {
+            bar.set_message(format!("loss {:.3}", step.loss));
+            bar.inc(1);
+        })?;
+        bar.finish_and_clear();
+        if let Some(saved) = &saved {
+            let (adapters, dir) = (Adapters::of(&lm.model)?, saved.adapter_tuned());
+            interrupt::uninterrupted(|| adapters.save_hf(&dir, &base.model))?;
+            println!("saved after {steps} steps of tuning: {}", dir.display());
+        }
+        let tuned = perplexity(&lm.model, &texts.eval)?.value();
         println!("perplexity {tuned:.4} after {steps} steps of tuning");
     }
+    let refusal = saved.and_then(|saved| saved.refusal);
     refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
 }
 
-/// The directories of a base and its adapters.
+/// The directories of a base and the adapters that it starts with.
 struct Saved {
     base: PathBuf,
     adapter: PathBuf,
     /// Why the base is not in the format that was asked for.
     refusal: Option<models::Error>,
+}
+
+impl Saved {
+    /// The directory of the tuned adapters.
+    fn adapter_tuned(&self) -> PathBuf {
+        self.adapter.with_file_name("adapter-tuned")
+    }
 }
 
 /// Saves the base and its initial adapters.
@@ -437,7 +445,7 @@ fn save(
         Ok(tensor_files::write_json(&dir.join("report.json"), &layers)?)
     })?;
     println!(
-        "saved: {}, {}",
+        "saved: the base {}, the adapters that it starts with {}",
         saved.base.display(),
         saved.adapter.display()
     );
@@ -447,7 +455,7 @@ fn save(
 /// Chooses bits and group size of each layer by LQ-LoRA's errors within the budget.
 fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<PerLayer> {
     let quantizers: Vec<Box<dyn Quantizer>> = pairs(&args.bits, &args.group_size)
-        .map(|(&bits, &group_size)| Name::LqLora.quantizer(args.grid, bits, group_size))
+        .map(|(&bits, &group_size)| Name::LqLora.quantizer(args, bits, group_size))
         .collect();
     let method = lq_lora(args.lora(args.seed[0]));
     let candidates: Vec<&dyn Quantizer> = quantizers.iter().map(Box::as_ref).collect();
@@ -463,7 +471,7 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
         let (bits, group_size) = pairs(&args.bits, &args.group_size)
             .nth(choice)
             .expect("one of the candidates");
-        let quantizer = Name::LqLora.quantizer(args.grid, *bits, *group_size);
+        let quantizer = Name::LqLora.quantizer(args, *bits, *group_size);
         recipe.0.insert(path.clone(), quantizer);
     }
     Ok(recipe)
@@ -487,7 +495,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
         for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
             for &method in &methods {
                 bar.set_message(format!("{bits} bits, {}", method.title()));
-                let quantizer = method.quantizer(args.grid, bits, group_size);
+                let quantizer = method.quantizer(args, bits, group_size);
                 let calibration = if method.is_calibrated() {
                     &texts.calibration[..]
                 } else {

@@ -8,6 +8,7 @@ pub mod corpus;
 pub mod device;
 mod doc;
 pub mod embedded;
+pub mod format;
 pub mod instructions;
 pub mod interrupt;
 pub mod memory;

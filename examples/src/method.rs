@@ -1,11 +1,13 @@
 //! The methods that the examples tune with.
 
 use clap::ValueEnum;
-use peft::{Bayesian, Lora, Method, Peqa, Targets, Tile, Vera};
+use peft::presets;
+use peft::{Bayesian, FitConfig, Lora, Method, Peqa, Targets, Tile, Vera};
 use quant_core::{DoubleQuant, NormalFloat, Quantizer, Rtn};
 use serde::Serialize;
 
 use crate::arguments::GroupSize;
+use crate::format::FormatName;
 use crate::outcome::Result;
 
 /// A method of fine-tuning.
@@ -58,36 +60,55 @@ impl MethodName {
         !matches!(self, Self::Peqa | Self::PeqaZeros | Self::QaHira)
     }
 
-    /// Returns the quantizer of the method's base.
+    /// Whether it merges into the codes of a packed weight.
+    pub fn merges_into_codes(self) -> bool {
+        self.trains_zeros() || self == Self::Peqa
+    }
+
+    /// Whether its merge changes zero-points, into fractions.
+    pub fn trains_zeros(self) -> bool {
+        matches!(
+            self,
+            Self::PeqaZeros | Self::QaLora | Self::QaHira | Self::QaBLora
+        )
+    }
+
+    /// Returns the quantizer of the method's base, whose weights are saved in `format`.
     ///
     /// # Errors
-    /// If a method over normal floats is asked for a symmetric grid.
+    /// If a grid of normal floats is asked to be symmetric.
     pub fn quantizer(
         self,
         bits: usize,
         GroupSize(group_size): GroupSize,
         symmetric: bool,
+        format: FormatName,
     ) -> Result<Box<dyn Quantizer>> {
-        match self {
-            Self::QLora | Self::QBara if symmetric => {
-                let name = self.name();
-                Err(format!("{name} quantizes to normal floats; leave out --symmetric").into())
+        let is_double = matches!(self, Self::QLora | Self::QBara);
+        if is_double || format == FormatName::Bitsandbytes {
+            if symmetric {
+                return Err("normal floats have no zero-points; leave out --symmetric".into());
             }
-            Self::QLora | Self::QBara => {
-                let nf = NormalFloat::new()
-                    .with_bits(bits)
-                    .with_block_size(group_size);
-                Ok(Box::new(nf.with_double_quant(DoubleQuant::dynamic())))
-            }
-            _ => {
-                let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-                Ok(Box::new(rtn.with_symmetric(symmetric)))
-            }
+            let nf = NormalFloat::new().with_bits(bits);
+            let double = is_double.then(DoubleQuant::dynamic);
+            return Ok(Box::new(
+                nf.with_block_size(group_size).with_double_quant(double),
+            ));
         }
+        let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
+        let rtn = rtn.with_symmetric(symmetric);
+        Ok(Box::new(rtn.with_f16_scales(format.f16_scales())))
     }
 
-    /// Returns the method for these layers.
-    pub fn method(self, rank: usize, alpha: f32, targets: &Targets, seed: u64) -> Box<dyn Method> {
+    /// Returns the method for these layers; of those that train scales, with scales in `f16` if asked.
+    pub fn method(
+        self,
+        rank: usize,
+        alpha: f32,
+        targets: &Targets,
+        seed: u64,
+        f16_scales: bool,
+    ) -> Box<dyn Method> {
         let lora = || {
             let lora = Lora::new(rank).with_alpha(alpha).with_seed(seed);
             lora.with_targets(targets.clone())
@@ -97,8 +118,11 @@ impl MethodName {
             Box::new(tile)
         };
         match self {
-            Self::Peqa => Box::new(Peqa::new().with_targets(targets.clone())),
-            Self::PeqaZeros => Box::new(Peqa::new().with_zeros(true).with_targets(targets.clone())),
+            Self::Peqa | Self::PeqaZeros => {
+                let peqa = Peqa::new().with_zeros(self == Self::PeqaZeros);
+                let peqa = peqa.with_f16_scales(f16_scales);
+                Box::new(peqa.with_targets(targets.clone()))
+            }
             Self::Lora | Self::QLora => Box::new(lora()),
             Self::RsLora => Box::new(lora().with_rank_stabilized(true)),
             Self::Dora => Box::new(lora().with_dora(true)),
@@ -114,6 +138,92 @@ impl MethodName {
             Self::QBara => tile(Tile::q_bara(rank).with_alpha(alpha)),
             Self::QaHira => tile(Tile::qa_hira()),
             Self::QaBLora => tile(Tile::qa_blora(rank).with_alpha(alpha)),
+        }
+    }
+}
+
+/// The settings of a paper, with their sources in the documentation of `peft::presets`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PresetName {
+    /// QLoRA (arXiv:2305.14314): NF4 with double quantization, rank 64, 2e-4
+    #[value(name = "qlora")]
+    #[serde(rename = "qlora")]
+    QLora,
+    /// QA-LoRA (arXiv:2309.14717): OPTQ, 4 bits by groups of 32, rank 64, 2e-5
+    #[value(name = "qa-lora")]
+    #[serde(rename = "qa-lora")]
+    QaLora,
+    /// Q-BaRA (published as Q-BLoRA): as QLoRA, over pairs of inputs and outputs
+    QBara,
+    /// QA-HiRA: as QA-LoRA, a number for each group of weights, 2e-4
+    QaHira,
+    /// PEQA (arXiv:2305.14152): 4 bits per channel, trained scales
+    Peqa,
+}
+
+/// A quantizer, a method and the training of a preset.
+pub struct Settings {
+    /// The quantizer of a dense base.
+    pub quantizer: Box<dyn Quantizer>,
+    /// The method.
+    pub method: Box<dyn Method>,
+    /// The training, for one epoch.
+    pub fit: FitConfig,
+}
+
+impl PresetName {
+    /// The method of the preset.
+    pub fn method(self) -> MethodName {
+        match self {
+            Self::QLora => MethodName::QLora,
+            Self::QaLora => MethodName::QaLora,
+            Self::QBara => MethodName::QBara,
+            Self::QaHira => MethodName::QaHira,
+            Self::Peqa => MethodName::Peqa,
+        }
+    }
+
+    /// Returns the settings for these layers, with scales in `f16` if asked.
+    pub fn settings(self, targets: &Targets, seed: u64, f16_scales: bool) -> Settings {
+        let targets = targets.clone();
+        match self {
+            Self::QLora => {
+                let preset = presets::qlora();
+                let method = preset.method.with_targets(targets).with_seed(seed);
+                Settings::new(Box::new(preset.quantizer), Box::new(method), preset.fit)
+            }
+            Self::Peqa => {
+                let preset = presets::peqa();
+                let quantizer = preset.quantizer.with_f16_scales(f16_scales);
+                let method = preset.method.with_targets(targets);
+                let method = method.with_f16_scales(f16_scales);
+                Settings::new(Box::new(quantizer), Box::new(method), preset.fit)
+            }
+            Self::QBara => {
+                let preset = presets::q_bara();
+                let method = preset.method.with_targets(targets).with_seed(seed);
+                Settings::new(Box::new(preset.quantizer), Box::new(method), preset.fit)
+            }
+            Self::QaLora | Self::QaHira => {
+                let preset = match self {
+                    Self::QaLora => presets::qa_lora(),
+                    _ => presets::qa_hira(),
+                };
+                let quantizer = preset.quantizer.with_f16_scales(f16_scales);
+                let method = preset.method.with_targets(targets).with_seed(seed);
+                Settings::new(Box::new(quantizer), Box::new(method), preset.fit)
+            }
+        }
+    }
+}
+
+impl Settings {
+    fn new(quantizer: Box<dyn Quantizer>, method: Box<dyn Method>, fit: FitConfig) -> Self {
+        Self {
+            quantizer,
+            method,
+            fit,
         }
     }
 }

@@ -27,5 +27,5 @@ pub use dense::{Rounding, save_dense};
 pub use kind::{CheckpointFormat, GptqVersion};
 pub use load::load;
 pub use plan::{Plan, PlannedLayer, plan};
-pub use save::{save, save_as};
+pub use save::{check_format, save, save_as};
 pub use verify::load_verified;

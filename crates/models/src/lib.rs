@@ -6,7 +6,7 @@
 //! | [`load_verified`] | loads a directory that [`save`] wrote, and checks its files and its certificate |
 //! | [`Pretrained`] | a model with its tokenizer and the other files of its directory |
 //! | [`Model`], [`Config`] | a model and its shape |
-//! | [`plan`] | computes the result of quantizing a directory without reading a tensor |
+//! | [`plan`] | computes the result of quantizing a directory without reading a weight, and checks formats and methods against it |
 //! | [`quantize`], [`quantize_head`] | quantize the projections, with calibration, and the head |
 //! | [`sensitivities`] | measures the error of each layer in each of several formats |
 //! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
@@ -60,8 +60,8 @@ mod special_tokens;
 mod tokenizer;
 
 pub use checkpoint::{
-    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, load, load_verified, plan, save,
-    save_as, save_dense,
+    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, check_format, load, load_verified,
+    plan, save, save_as, save_dense,
 };
 pub use config::Config;
 pub use error::{CheckpointError, ConfigError, Error, GenerationError, Result, TextError};

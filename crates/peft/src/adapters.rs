@@ -3,6 +3,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::adapter::{Settings, Shared, Source, lora};
 use crate::{Adapter, Error, Fingerprint, Linears, Result};
@@ -12,6 +13,8 @@ mod hf;
 
 const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
+/// The key of PEFT's configurations that names the type of adapter.
+const PEFT_TYPE: &str = "peft_type";
 
 /// The adapters of one task, with the fingerprint of their base.
 ///
@@ -175,6 +178,35 @@ impl Adapters {
             tensor_files::write_tensors(&dir.join(TENSORS), tensors(&self.layers))?;
             tensor_files::write_json(&dir.join(CONFIG), &config)
         })?)
+    }
+
+    /// Reads a directory of this crate or of PEFT for `model`, told apart by their configurations.
+    ///
+    /// # Errors
+    /// [`tensor_files::Error::File`] if the configuration is of neither; as [`Adapters::load`] and
+    /// [`Adapters::load_hf`].
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # fn tuned(model: &mut impl peft::Linears) -> Result<(), peft::Error> {
+    /// let task = peft::Adapters::open("Llama-2-7b-4bit-task/adapters", model)?;
+    /// peft::activate(model, &task)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn open(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
+        let path = dir.as_ref().join(CONFIG);
+        let config: Map<String, Value> = tensor_files::read_json(&path)?;
+        if config.contains_key(PEFT_TYPE) {
+            return Self::load_hf(dir, model);
+        }
+        if !config.contains_key("format_version") {
+            let problem = "is no configuration of adapters: it has neither `format_version`, as those of this program, nor `peft_type`, as PEFT's";
+            let problem = problem.into();
+            return Err(tensor_files::Error::File { path, problem }.into());
+        }
+        let device = model.linears().first().map(|(_, of)| of.weight.device());
+        Self::load(dir, &device.unwrap_or_default())
     }
 
     /// Reads a directory onto `device`.

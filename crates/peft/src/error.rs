@@ -107,6 +107,14 @@ pub enum Error {
         /// Its format.
         format: Format,
     },
+    /// Scales to be trained in `f16`, of a base whose scales are not.
+    #[error(
+        "PEQA cannot train the scales of layer `{path}` in f16: those of the base are not; quantize with `with_f16_scales`, or round the merged model (`MergeConfig::with_stored_grid`)"
+    )]
+    ScalesNotF16 {
+        /// The layer.
+        path: String,
+    },
     /// An adapter that PEFT's files cannot hold.
     #[error("the adapter of layer `{path}` cannot be written for PEFT: {problem}")]
     NotForPeft {

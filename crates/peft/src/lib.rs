@@ -100,7 +100,7 @@ pub use fit_config::{FitConfig, Schedule};
 pub use layer_report::{LayerError, LayerReport};
 pub use linear::{Linear, Weight};
 pub use linears::{Linears, set_dropout, set_precision};
-pub use merge::{OffGrid, merge, merge_probed, merge_with};
+pub use merge::{MergeConfig, OffGrid, merge, merge_probed, merge_with};
 pub use recipe::{PerLayer, Recipe, check_paths, check_recipe};
 pub use targets::Targets;
 pub use tasks::{TaskPack, Tasks};

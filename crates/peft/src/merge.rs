@@ -2,12 +2,12 @@ use std::collections::BTreeMap;
 
 use burn::module::Param;
 use burn::tensor::Tensor;
-use quant_core::{QuantTensor, Quantizer};
+use quant_core::{QuantTensor, Quantizer, StoredGrid};
 
 use crate::adapter::floats;
 use crate::{
-    Adapter, Batch, CausalLm, Certificate, Error, Exactness, Fingerprint, Linears, MergedLayer,
-    Probe, Result, Weight,
+    Adapter, Batch, CausalLm, Certificate, Error, Exactness, Fingerprint, Linear, Linears,
+    MergedLayer, Probe, Recipe, Result, Weight,
 };
 
 /// The treatment of a packed weight whose codes cannot hold its adapter, in [`merge_with`].
@@ -18,9 +18,49 @@ pub enum OffGrid<'a> {
     Refuse,
     /// The merged weight is dense.
     Dense,
-    /// The sum is quantized again. A part of the adapter is lost; the certificate says how much.
-    Round(&'a dyn Quantizer),
+    /// The sum is quantized again, by the quantizer that the recipe has for the layer; without one, the
+    /// merge is refused. A part of the adapter is lost; the certificate says how much.
+    Round(&'a dyn Recipe),
 }
+
+/// The settings of a merge. [`OffGrid`] alone is one of them.
+#[derive(Clone, Copy, Default)]
+pub struct MergeConfig<'a> {
+    off_grid: OffGrid<'a>,
+    stored_grid: StoredGrid,
+}
+
+impl<'a> MergeConfig<'a> {
+    /// Refuses adapters that codes cannot hold, and rounds nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the treatment of packed weights whose codes cannot hold their adapters; refused by default.
+    pub fn with_off_grid(mut self, off_grid: OffGrid<'a>) -> Self {
+        self.off_grid = off_grid;
+        self
+    }
+
+    /// Sets the scales and zeros that the file of the merged model holds; all by default.
+    ///
+    /// Scales and zeros of every packed layer are rounded to them, with or without an adapter. The
+    /// certificate lists each layer that this changes as rounded; the method of one without an adapter
+    /// is `none`.
+    pub fn with_stored_grid(mut self, stored_grid: StoredGrid) -> Self {
+        self.stored_grid = stored_grid;
+        self
+    }
+}
+
+impl<'a> From<OffGrid<'a>> for MergeConfig<'a> {
+    fn from(off_grid: OffGrid<'a>) -> Self {
+        Self::new().with_off_grid(off_grid)
+    }
+}
+
+/// The method of a layer without an adapter in a certificate.
+const NO_METHOD: &str = "none";
 
 /// Merges every adapter into its weight; packed weights keep their codes.
 ///
@@ -68,29 +108,46 @@ pub fn merge<M: Linears>(model: &mut M) -> Result<Certificate> {
     merge_with(model, OffGrid::Refuse)
 }
 
-/// Merges as [`merge`] does, and treats weights whose codes cannot hold the sum as `off_grid` says.
+/// Merges as [`merge`] does, with other settings: an [`OffGrid`] or a [`MergeConfig`].
 ///
 /// # Errors
-/// As [`merge`], and those of the quantizer. The model is then unchanged.
-pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certificate> {
+/// As [`merge`], and those of the quantizer and of [`QuantTensor::rounded_to`]. The model is then
+/// unchanged.
+pub fn merge_with<'a, M: Linears>(
+    model: &mut M,
+    config: impl Into<MergeConfig<'a>>,
+) -> Result<Certificate> {
+    let config = config.into();
+    if model.linears().iter().all(|(_, of)| of.adapter.is_none()) {
+        return Err(Error::NoAdapters);
+    }
     let mut layers = Vec::new();
     let mut weights = BTreeMap::new();
     for (path, linear) in model.linears() {
-        let Some(adapter) = &linear.adapter else {
+        let merged = match &linear.adapter {
+            Some(adapter) => {
+                adapter.ops().check(&path, linear)?;
+                Some(merge_layer(
+                    &path,
+                    adapter,
+                    &linear.weight,
+                    config.off_grid,
+                )?)
+            }
+            None => None,
+        };
+        let stored = stored(&path, linear, merged.as_ref(), config.stored_grid)?;
+        let Some((weight, exactness)) = stored.or(merged) else {
             continue;
         };
-        adapter.ops().check(&path, linear)?;
-        let (weight, exactness) = merge_layer(&path, adapter, &linear.weight, off_grid)?;
+        let method = linear.adapter.as_ref().map_or(NO_METHOD, Adapter::method);
         layers.push(MergedLayer {
             path: path.clone(),
-            method: adapter.method().into(),
+            method: method.into(),
             format: weight.format(),
             exactness,
         });
         weights.insert(path, weight);
-    }
-    if layers.is_empty() {
-        return Err(Error::NoAdapters);
     }
     for (path, linear) in model.linears_mut() {
         if let Some(weight) = weights.remove(&path) {
@@ -111,9 +168,9 @@ pub fn merge_with<M: Linears>(model: &mut M, off_grid: OffGrid) -> Result<Certif
 ///
 /// # Errors
 /// As [`merge_with`], and [`Error::Token`] if a token of the batch is not in the vocabulary.
-pub fn merge_probed<M: CausalLm>(
+pub fn merge_probed<'a, M: CausalLm>(
     model: &mut M,
-    off_grid: OffGrid,
+    config: impl Into<MergeConfig<'a>>,
     probe: &Batch,
 ) -> Result<Certificate> {
     probe.check(model)?;
@@ -126,7 +183,7 @@ pub fn merge_probed<M: CausalLm>(
         linear.adapter = None;
     }
     let base = logits(&before);
-    let certificate = merge_with(model, off_grid)?;
+    let certificate = merge_with(model, config)?;
     let merged = logits(model);
 
     let change = |a: &[f32], b: &[f32]| {
@@ -172,7 +229,8 @@ fn merge_layer(
     };
     match (packed, off_grid) {
         (Err(Error::MergeIntoPacked { .. }), OffGrid::Dense) => dense(path, adapter, weight),
-        (Err(Error::MergeIntoPacked { .. }), OffGrid::Round(quantizer)) => {
+        (Err(refusal @ Error::MergeIntoPacked { .. }), OffGrid::Round(recipe)) => {
+            let quantizer = recipe.quantizer(path).ok_or(refusal)?;
             let (packed, exactness) = rounded(path, adapter, weight, quantizer)?;
             Ok((Weight::Quant(packed), exactness))
         }
@@ -196,23 +254,50 @@ fn rounded(
     let (sum, _) = adapter.ops().to_dense(weight);
     let sum = finite(path, sum)?;
     let packed = quantizer.quantize(sum.clone(), None);
-    let packed = packed.map_err(|source| Error::Quant {
-        path: path.into(),
-        source,
-    })?;
+    let packed = packed.map_err(quant_error(path))?;
     let packed = match weight {
         Weight::Quant(weight) => packed.weight.with_precision(weight.precision()),
         Weight::Dense(_) => packed.weight,
     };
-    let exactness = Exactness::Rounded {
-        relative_error: packed.distortion(sum.clone()).relative,
+    let exactness = rounding(weight, sum, &packed);
+    Ok((packed, exactness))
+}
+
+/// The packed weight of a layer, merged if it has an adapter, with the scales and zeros of a file; `None`
+/// if they are its own.
+fn stored(
+    path: &str,
+    linear: &Linear,
+    merged: Option<&(Weight, Exactness)>,
+    grid: StoredGrid,
+) -> Result<Option<(Weight, Exactness)>> {
+    let weight = merged.map_or(&linear.weight, |(weight, _)| weight);
+    let Weight::Quant(packed) = weight else {
+        return Ok(None);
+    };
+    if grid.holds(packed) {
+        return Ok(None);
+    }
+    let rounded = packed.clone().rounded_to(grid).map_err(quant_error(path))?;
+    let exactness = rounding(&linear.weight, linear.to_dense(), &rounded);
+    Ok(Some((Weight::Quant(rounded), exactness)))
+}
+
+/// How much of `sum`, the weight with its adapter, is kept by what it was rounded to.
+fn rounding(weight: &Weight, sum: Tensor<2>, rounded: &QuantTensor) -> Exactness {
+    Exactness::Rounded {
+        relative_error: rounded.distortion(sum.clone()).relative,
         retention: retention(
             &floats(weight.to_dense()),
             &floats(sum),
-            &floats(packed.dequantize()),
+            &floats(rounded.dequantize()),
         ),
-    };
-    Ok((packed, exactness))
+    }
+}
+
+fn quant_error(path: &str) -> impl FnOnce(quant_core::Error) -> Error {
+    let path = path.into();
+    |source| Error::Quant { path, source }
 }
 
 /// `sum`, of the layer at `path`, if it is finite.
@@ -220,12 +305,7 @@ fn finite(path: &str, sum: Tensor<2>) -> Result<Tensor<2>> {
     let sum = sum.detach();
     let d_out = sum.dims()[1];
     let values = floats(sum.clone());
-    quant_core::check_finite("the merged weight", &values, d_out).map_err(|source| {
-        Error::Quant {
-            path: path.into(),
-            source,
-        }
-    })?;
+    quant_core::check_finite("the merged weight", &values, d_out).map_err(quant_error(path))?;
     Ok(sum)
 }
 

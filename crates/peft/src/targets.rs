@@ -45,6 +45,14 @@ impl Targets {
     /// [`Error::NoTarget`] if a name matches no layer, or there is none.
     pub fn paths(&self, model: &impl Linears) -> Result<Vec<String>> {
         let all: Vec<String> = model.linears().into_iter().map(|(path, _)| path).collect();
+        self.among(&all)
+    }
+
+    /// The paths of the targets among those of all linear layers.
+    ///
+    /// # Errors
+    /// As [`Targets::paths`].
+    pub fn among(&self, all: &[String]) -> Result<Vec<String>> {
         let matches = |name: &String| all.iter().any(|path| last_name(path) == name);
         let unmatched: Vec<String> = match self {
             Targets::All => Vec::new(),

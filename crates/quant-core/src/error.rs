@@ -72,6 +72,16 @@ pub enum Error {
         /// The upper end of the range.
         high: f32,
     },
+    /// A scale is to be rounded to `f16`, and is too large for it.
+    #[error("output {column} has the scale {scale} in group {group}, which is beyond f16")]
+    BeyondF16 {
+        /// The scale.
+        scale: f32,
+        /// The index of the group.
+        group: usize,
+        /// The index of the output.
+        column: usize,
+    },
     /// A part of a packed tensor has the wrong length.
     #[error("{what}: expected {expected} values, found {found}")]
     Length {

@@ -18,6 +18,7 @@
 //! | [`Rtn`] | rounds to the nearest code of a uniform grid |
 //! | [`NormalFloat`] | rounds to the nearest level of a codebook: NF2, NF3, NF4, FP4 |
 //! | [`Optq`] | rounds input by input and compensates the errors, using the [`Gram`] matrix of the inputs |
+//! | [`StoredGrid`] | the scales and zeros that a file format holds |
 //! | [`Distortion`] | measures the error of a quantized weight |
 //! | [`allocate`] | chooses a format for each layer under a budget of bytes |
 //!
@@ -55,6 +56,7 @@ mod optq;
 mod quant_tensor;
 mod quantizer;
 mod rtn;
+mod stored_grid;
 mod uniform;
 mod values;
 
@@ -72,5 +74,6 @@ pub use optq::{Optq, Order};
 pub use quant_tensor::{Parts, QuantTensor, Scales};
 pub use quantizer::{Needs, Note, Quantized, Quantizer};
 pub use rtn::Rtn;
+pub use stored_grid::StoredGrid;
 pub use uniform::GroupRange;
 pub use values::check_finite;

@@ -56,13 +56,42 @@ pub(super) struct Bitsandbytes {
 
 /// `quant_state`, without the tensors.
 #[derive(Deserialize)]
-struct State {
+struct StateFields {
     quant_type: String,
     blocksize: usize,
     shape: Vec<usize>,
     nested_blocksize: Option<usize>,
     nested_dtype: Option<String>,
     nested_offset: Option<f64>,
+}
+
+/// The settings of a layer.
+struct State {
+    grid: Grid,
+    blocksize: usize,
+    /// The size of the blocks of double-quantized scales, and their offset.
+    nested: Option<(usize, f64)>,
+}
+
+impl State {
+    /// The groups of a weight of `d_in` inputs that are in one block.
+    fn repeated(&self, d_in: usize) -> usize {
+        self.blocksize / gcd(d_in, self.blocksize)
+    }
+
+    /// The format of the weight of the layer at `path`.
+    fn format(&self, path: &str, d_in: usize) -> Result<Format> {
+        let group_size = gcd(d_in, self.blocksize);
+        let format = Format::new(4, Some(group_size), self.grid);
+        let format = format.and_then(|format| match self.nested {
+            None => Ok(format),
+            Some((nested_block, _)) => format.with_double_quant(DoubleQuant {
+                levels: ScaleLevels::Dynamic,
+                block_size: nested_block * self.repeated(d_in),
+            }),
+        });
+        format.map_err(quant_error(path))
+    }
 }
 
 impl Bitsandbytes {
@@ -259,6 +288,56 @@ fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<(
     Err(tensors.refuse(name, problem))
 }
 
+/// Reads the settings of a layer, `[d_in, d_out]`, from the tensor that has them.
+fn state(tensors: &mut Tensors, name: &str, [d_in, d_out]: [usize; 2]) -> Result<State> {
+    let text = tensors.text(name)?;
+    let parsed = serde_json::from_slice::<StateFields>(&text);
+    let parsed = parsed.map_err(|error| format!("cannot be read: {error}"));
+    let state = parsed.and_then(|fields| {
+        let type_of_name = |quant_type: &str| name.ends_with(&format!("__{quant_type}"));
+        let known = TYPES
+            .into_iter()
+            .find(|(known, _)| *known == fields.quant_type);
+        let Some((_, grid)) = known.filter(|(known, _)| type_of_name(known)) else {
+            return Err(format!("has the quant_type `{}`", fields.quant_type));
+        };
+        let blocksize = fields.blocksize;
+        if !BLOCKS.contains(&blocksize) {
+            return Err(format!(
+                "has the blocksize {blocksize}; it must be 32, 64, .. 4096"
+            ));
+        }
+        if fields.shape != [d_out, d_in] {
+            let (found, expected) = (&fields.shape, [d_out, d_in]);
+            return Err(format!(
+                "has the shape {found:?}, the configuration asks for {expected:?}"
+            ));
+        }
+        let nested = match (fields.nested_blocksize, fields.nested_offset) {
+            (None, None) => None,
+            (Some(size), Some(offset)) => Some((size, offset)),
+            _ => return Err("has one of nested_blocksize and nested_offset alone".into()),
+        };
+        if let Some((size, _)) = nested
+            && (size == 0 || size.checked_mul(blocksize).is_none())
+        {
+            return Err(format!("has the nested_blocksize {size}"));
+        }
+        let dtype = fields.nested_dtype.as_deref();
+        if let Some(dtype) = dtype.filter(|&dtype| dtype != "float32") {
+            return Err(format!(
+                "has the nested_dtype `{dtype}`; supported: float32"
+            ));
+        }
+        Ok(State {
+            grid,
+            blocksize,
+            nested,
+        })
+    });
+    state.map_err(|problem| tensors.refuse(name, problem))
+}
+
 /// See [`LayerFormat::packed_tensor`], which needs no configuration in this format.
 pub(super) fn packed_tensor(tensors: &Tensors, path: &str) -> Option<String> {
     let names = TYPES.map(|(name, _)| state_name(path, name));
@@ -268,6 +347,19 @@ pub(super) fn packed_tensor(tensors: &Tensors, path: &str) -> Option<String> {
 impl LayerFormat for Bitsandbytes {
     fn packed_tensor(&self, tensors: &Tensors, path: &str) -> Option<String> {
         packed_tensor(tensors, path)
+    }
+
+    fn format(
+        &self,
+        tensors: &mut Tensors,
+        path: &str,
+        dims: [usize; 2],
+    ) -> Result<Option<Format>> {
+        let Some(state_name) = self.packed_tensor(tensors, path) else {
+            return Ok(None);
+        };
+        let state = state(tensors, &state_name, dims)?;
+        state.format(path, dims[0]).map(Some)
     }
 
     fn read(
@@ -283,47 +375,9 @@ impl LayerFormat for Bitsandbytes {
         let quant = quant_error(path);
         let [d_in, d_out] = dims;
         let name = |part: &str| format!("{path}.weight{part}");
-        let text = tensors.text(&state_name)?;
-        let state: State = match serde_json::from_slice(&text) {
-            Ok(state) => state,
-            Err(error) => {
-                return Err(tensors.refuse(&state_name, format!("cannot be read: {error}")));
-            }
-        };
-        let problem = |state: &State| {
-            if !state_name.ends_with(&format!("__{}", state.quant_type)) {
-                return Some(format!("has the quant_type `{}`", state.quant_type));
-            }
-            if !BLOCKS.contains(&state.blocksize) {
-                let found = state.blocksize;
-                return Some(format!(
-                    "has the blocksize {found}; it must be 32, 64, .. 4096"
-                ));
-            }
-            if state.shape != [d_out, d_in] {
-                let (found, expected) = (&state.shape, [d_out, d_in]);
-                return Some(format!(
-                    "has the shape {found:?}, the configuration asks for {expected:?}"
-                ));
-            }
-            let nested = state.nested_blocksize.is_some();
-            if nested != state.nested_offset.is_some() {
-                return Some("has one of nested_blocksize and nested_offset alone".into());
-            }
-            let dtype = state.nested_dtype.as_deref();
-            let dtype = dtype.filter(|&dtype| dtype != "float32");
-            dtype.map(|dtype| format!("has the nested_dtype `{dtype}`; supported: float32"))
-        };
-        if let Some(problem) = problem(&state) {
-            return Err(tensors.refuse(&state_name, problem));
-        }
-
-        let mut types = TYPES.into_iter();
-        let grid = types.find(|(name, _)| *name == state.quant_type);
-        let (_, grid) = grid.expect("the name of the tensor was checked");
-        let group_size = gcd(d_in, state.blocksize);
-        let repeated = state.blocksize / group_size;
-        let format = Format::new(4, Some(group_size), grid).map_err(&quant)?;
+        let state = state(tensors, &state_name, dims)?;
+        let format = state.format(path, d_in)?;
+        let repeated = state.repeated(d_in);
         let layout = format.layout(dims).map_err(&quant)?;
         check_levels(tensors, &name(".quant_map"), &levels(&layout))?;
 
@@ -338,33 +392,22 @@ impl LayerFormat for Bitsandbytes {
         // Group `k` of the flattened weight is in block `k / repeated`.
         let blocks = (0..d_out * n_groups).map(|group| group / repeated);
         let absmax = name(".absmax");
-        let (format, scales) = match state.nested_blocksize.zip(state.nested_offset) {
+        let scales = match state.nested {
             None => {
                 let absmax = tensors.floats(&absmax, [n_blocks])?;
                 let scales: Vec<f32> = blocks.map(|block| absmax[block]).collect();
-                let scales = transpose(&scales, [d_out, n_groups]);
-                (format, Scales::Float(scales))
+                Scales::Float(transpose(&scales, [d_out, n_groups]))
             }
             Some((nested_block, offset)) => {
-                let Some(block_size) = nested_block.checked_mul(repeated).filter(|&n| n > 0) else {
-                    let problem = format!("has the nested_blocksize {nested_block}");
-                    return Err(tensors.refuse(&state_name, problem));
-                };
-                let double = DoubleQuant {
-                    levels: ScaleLevels::Dynamic,
-                    block_size,
-                };
-                let map = scale_levels(double.levels);
+                let map = scale_levels(ScaleLevels::Dynamic);
                 check_levels(tensors, &name(".nested_quant_map"), &map)?;
                 let codes = tensors.bytes(&absmax, [n_blocks])?;
                 let n_absmax = n_blocks.div_ceil(nested_block);
-                let scales = DoubleScales {
+                Scales::Double(DoubleScales {
                     codes: blocks.map(|block| codes[block]).collect(),
                     absmax: tensors.floats(&name(".nested_absmax"), [n_absmax])?,
                     offset: offset as f32,
-                };
-                let format = format.with_double_quant(double).map_err(&quant)?;
-                (format, Scales::Double(scales))
+                })
             }
         };
         let words = Parts::from_columns(&columns, &layout, Vec::new(), None).map_err(&quant)?;

@@ -103,6 +103,10 @@ impl LayerFormat for Exact {
         }
     }
 
+    fn format(&self, _: &mut Tensors, path: &str, _: [usize; 2]) -> Result<Option<Format>> {
+        Ok(self.layers.get(path).map(|layer| layer.format))
+    }
+
     fn read(
         &self,
         tensors: &mut Tensors,

@@ -25,6 +25,10 @@ pub(super) trait LayerFormat {
         Ok(())
     }
 
+    /// The format of the layer at `path`, `[d_in, d_out]`, without its values; `None` if it is dense.
+    fn format(&self, tensors: &mut Tensors, path: &str, dims: [usize; 2])
+    -> Result<Option<Format>>;
+
     /// Reads the weight `[d_in, d_out]` of the layer at `path`; `None` if it is dense.
     fn read(
         &self,

@@ -448,6 +448,20 @@ impl LayerFormat for Gptq {
         packed_tensor(tensors, path)
     }
 
+    /// Where the configuration does not state `sym`, an affine grid, although the zeros may turn out to
+    /// be those of a symmetric one.
+    fn format(&self, tensors: &mut Tensors, path: &str, _: [usize; 2]) -> Result<Option<Format>> {
+        if self.packed_tensor(tensors, path).is_none() {
+            return Ok(None);
+        }
+        let grid = match self.symmetric {
+            Symmetry::Yes => Grid::Symmetric,
+            Symmetry::No | Symmetry::Unstated => Grid::Affine,
+        };
+        let format = Format::new(self.bits, self.group_size, grid);
+        Ok(Some(format.map_err(quant_error(path))?))
+    }
+
     fn read(
         &self,
         tensors: &mut Tensors,

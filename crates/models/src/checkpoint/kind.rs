@@ -1,5 +1,7 @@
 use std::fmt;
 
+use quant_core::StoredGrid;
+
 /// The format of the packed layers of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -21,6 +23,22 @@ pub enum GptqVersion {
     V1,
     /// Zero-points are stored unchanged (`"checkpoint_format": "gptq_v2"`).
     V2,
+}
+
+impl CheckpointFormat {
+    /// The scales and zeros that a checkpoint of this format holds, for
+    /// [`peft::MergeConfig::with_stored_grid`].
+    pub fn stored_grid(self) -> StoredGrid {
+        let least = match self {
+            CheckpointFormat::QuantCore | CheckpointFormat::Bitsandbytes => {
+                return StoredGrid::new();
+            }
+            CheckpointFormat::Gptq(GptqVersion::V1) => 1,
+            CheckpointFormat::Gptq(GptqVersion::V2) => 0,
+        };
+        let f16 = StoredGrid::new().with_f16_scales(true);
+        f16.with_whole_zeros_from(least)
+    }
 }
 
 impl fmt::Display for CheckpointFormat {

@@ -1,14 +1,18 @@
 //! The result of quantizing a directory, from its configuration and the headers of its files.
+//!
+//! With a recipe that quantizes nothing, that is the directory as it is.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::Path;
 
-use peft::{Recipe, check_paths};
-use quant_core::Format;
+use burn::tensor::{Device, Tensor};
+use peft::{Linear, Method, Recipe, Weight, check_paths};
+use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde_json::{Map, Value};
 
 use super::directory::CONFIG;
-use super::format::LayerFormat;
+use super::format::{LayerFormat, quant_error};
 use super::formats::undeclared_tensor;
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
@@ -20,6 +24,8 @@ use crate::{CheckpointError, Config, Result};
 pub struct Plan {
     /// The projections, in the order in which they are quantized.
     pub layers: Vec<PlannedLayer>,
+    /// The width of the model, on which default learning rates depend.
+    pub hidden_size: usize,
 }
 
 /// One projection of a [`Plan`].
@@ -29,7 +35,7 @@ pub struct PlannedLayer {
     pub path: String,
     /// `[d_in, d_out]`.
     pub dims: [usize; 2],
-    /// The format of the packed weight; `None` if the layer stays dense.
+    /// The format of the packed weight; `None` if the layer is dense.
     pub format: Option<Format>,
     /// The size of the weight, in bytes; of a dense one in `f32`. The input order that
     /// [`quant_core::Order::DescendingRegrouped`] gives is not counted.
@@ -61,6 +67,32 @@ impl Plan {
         Err(error.into())
     }
 
+    /// Checks that a method can adapt the planned layers, on a weight of ones for each of their shapes.
+    ///
+    /// Values decide the rest: an adapter that merges into zeros refuses a group whose scale is 0.
+    ///
+    /// # Errors
+    /// [`peft::Error::NoTarget`], or the error of [`Method::init`] for the first layer that it cannot
+    /// adapt.
+    pub fn check_method(&self, method: &(impl Method + ?Sized), device: &Device) -> Result<()> {
+        let paths: Vec<String> = self.layers.iter().map(|layer| layer.path.clone()).collect();
+        let targets: HashSet<String> = method.targets().among(&paths)?.into_iter().collect();
+        let mut checked = HashSet::new();
+        for layer in &self.layers {
+            let is_new = || checked.insert((layer.dims, layer.format));
+            if targets.contains(&layer.path) && is_new() {
+                let linear = Linear::new(layer.of_ones(device)?, None);
+                method.init(&layer.path, &linear)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a projection is packed.
+    pub fn is_packed(&self) -> bool {
+        self.layers.iter().any(|layer| layer.format.is_some())
+    }
+
     /// The size of all projections, in bytes.
     pub fn n_bytes(&self) -> u64 {
         self.layers.iter().map(|layer| layer.n_bytes).sum()
@@ -76,6 +108,22 @@ impl PlannedLayer {
     /// The size of the weight in `f32`, in bytes.
     pub fn n_bytes_dense(&self) -> u64 {
         4 * self.dims[0] as u64 * self.dims[1] as u64
+    }
+
+    /// A weight of the planned shape and format whose scales are 1.
+    fn of_ones(&self, device: &Device) -> Result<Weight> {
+        let Some(format) = self.format else {
+            return Ok(Weight::frozen(Tensor::ones(self.dims, device)));
+        };
+        let quant = quant_error(&self.path);
+        let format = format.without_double_quant();
+        let layout = format.layout(self.dims).map_err(&quant)?;
+        let ones = vec![1.0; layout.grid_shape().iter().product()];
+        let zeros = (format.grid() == Grid::Affine).then(|| ones.clone());
+        let words = vec![0; layout.words_shape().iter().product()];
+        let parts = Parts::new(words, ones, zeros);
+        let weight = QuantTensor::from_parts(parts, format, self.dims, device);
+        Ok(Weight::Quant(weight.map_err(quant)?))
     }
 }
 
@@ -96,7 +144,11 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Computes the result of quantizing the model in `dir` by `recipe`, without reading a tensor.
+/// Computes the result of quantizing the model in `dir` by `recipe`, without reading a weight.
+///
+/// Layers for which the recipe has no quantizer stay as they are, dense or packed: an empty
+/// [`PerLayer`](peft::PerLayer) gives the formats of a packed directory. A layer of a GPTQ checkpoint
+/// that does not state `sym` counts as affine.
 ///
 /// # Errors
 /// [`CheckpointError::Plan`] with every layer that cannot be quantized and the reason; otherwise as
@@ -129,7 +181,10 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
         }
     }
     if problems.is_empty() {
-        Ok(Plan { layers })
+        Ok(Plan {
+            layers,
+            hidden_size: config.hidden_size(),
+        })
     } else {
         Err(CheckpointError::Plan { layers: problems }.into())
     }
@@ -142,12 +197,27 @@ fn planned(
     packed: Option<&dyn LayerFormat>,
     tensors: &mut Tensors,
 ) -> Result<PlannedLayer, String> {
-    let packed_tensor = match packed {
-        Some(format) => format.packed_tensor(tensors, path),
-        None => undeclared_tensor(tensors, path),
+    let quantizer = recipe.quantizer(path);
+    let stored = match packed {
+        Some(format) => format.format(tensors, path, dims),
+        // What is packed without a configuration cannot be read.
+        None if undeclared_tensor(tensors, path).is_some() => {
+            return Err("is quantized already, and no `quantization_config` says how".into());
+        }
+        None => Ok(None),
     };
-    if packed_tensor.is_some() {
+    let stored = stored.map_err(|error| error.to_string())?;
+    if stored.is_some() && quantizer.is_some() {
         return Err("is quantized already".into());
+    }
+    if let Some(format) = stored {
+        let n_bytes = format.n_bytes(dims).map_err(|error| error.to_string())?;
+        return Ok(PlannedLayer {
+            path: path.into(),
+            dims,
+            format: Some(format),
+            n_bytes,
+        });
     }
     let tensor = weight_name(path);
     let found = tensors.shape(&tensor).map_err(|error| error.to_string())?;
@@ -156,7 +226,7 @@ fn planned(
             "`{tensor}` has the shape {found:?}, the configuration asks for [{d_out}, {d_in}]"
         ));
     }
-    let format = match recipe.quantizer(path) {
+    let format = match quantizer {
         Some(quantizer) => Some(quantizer.format().map_err(|error| error.to_string())?),
         None => None,
     };

@@ -1,7 +1,8 @@
+use serde_json::{Map, Value};
 use tensor_files::{FloatType, IntoOutput};
 
 use super::directory::Files;
-use super::format::Projections;
+use super::format::{LayerFormat, Projections};
 use super::kind::CheckpointFormat;
 use super::parameters::{Parameter, check_no_adapters, parameters, state_float, state_head};
 use crate::{CheckpointError, Pretrained, Result};
@@ -55,18 +56,7 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
     }
     let projections = Projections::of(model);
     let mut config = lm.config.clone();
-    let layers = match format.for_model(&projections, &config) {
-        Ok(layers) => layers,
-        Err(refusals) => {
-            let holds = |other: CheckpointFormat| other.for_model(&projections, &config).is_ok();
-            let error = CheckpointError::CannotHold {
-                format,
-                layers: refusals,
-                instead: CheckpointFormat::instead(holds),
-            };
-            return Err(error.into());
-        }
-    };
+    let layers = layers(&projections, &config, format)?;
     let is_packed = !projections.packed.is_empty() || projections.head.is_some();
     let quantization = is_packed.then(|| layers.config());
     if let Some(quantization) = &quantization {
@@ -95,4 +85,33 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
         certificate: lm.certificate.as_ref(),
     };
     files.write(dir, |path| Ok(tensor_files::write_tensors(path, tensors)?))
+}
+
+/// Checks that [`save_as`] can save the weights of a model in this format, without its adapters.
+///
+/// [`Plan::check`](crate::Plan::check) does so for a directory that is still to be quantized, as far as
+/// formats tell.
+///
+/// # Errors
+/// [`CheckpointError::CannotHold`] with all layers that the format does not hold exactly.
+pub fn check_format(lm: &Pretrained, format: CheckpointFormat) -> Result<()> {
+    layers(&Projections::of(&lm.model), &lm.config, format).map(drop)
+}
+
+/// The format of the packed layers of a model with this `config.json`.
+fn layers(
+    projections: &Projections,
+    config: &Map<String, Value>,
+    format: CheckpointFormat,
+) -> Result<Box<dyn LayerFormat>> {
+    format.for_model(projections, config).map_err(|layers| {
+        let holds = |other: CheckpointFormat| other.for_model(projections, config).is_ok();
+        let instead = CheckpointFormat::instead(holds);
+        let error = CheckpointError::CannotHold {
+            format,
+            layers,
+            instead,
+        };
+        error.into()
+    })
 }

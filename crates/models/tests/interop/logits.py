@@ -131,6 +131,7 @@ def difference(directory: Path) -> float | None:
     text = bytes(probe["text"].tolist()).decode()
     check_tokenizer(directory, config["model_type"], text, ids.flatten().tolist())
     stop = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    stop = stop if isinstance(stop, list) else [stop]
     assert stop == probe["stop"].tolist(), f"texts end at {stop}"
     model = load(directory, method).eval()
     with torch.no_grad():

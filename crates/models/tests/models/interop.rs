@@ -1,7 +1,8 @@
 //! Directories written here compute the same logits when transformers loads them.
 //!
 //! Needs Python with torch, transformers and safetensors, and bitsandbytes for its directories: the
-//! one that `INTEROP_PYTHON` names, or `python3`.
+//! one that `INTEROP_PYTHON` names, or `python3`. `INTEROP_MODELS` names further directories to compare,
+//! separated as those of `PATH`.
 
 use std::env;
 use std::fs;
@@ -16,7 +17,7 @@ use models::{
     CheckpointFormat, Config, LlamaConfig, Model, OptConfig, Pretrained, load, save, save_as,
     save_dense,
 };
-use peft::CausalLm;
+use peft::{Batch, CausalLm, FitConfig, MergeConfig, Method, Peqa, Tile};
 use quant_core::{NormalFloat, Quantizer, Rtn};
 use tensor_files::{FloatType, LazyTensor, write_tensors};
 
@@ -42,7 +43,7 @@ fn shapes() -> [(&'static str, Config); 5] {
     ]
 }
 
-const WAYS: [(&str, Write); 8] = [
+const WAYS: [(&str, Write); 11] = [
     ("saved", |lm, dir| save(lm, dir).unwrap()),
     ("f32", |lm, dir| dense(lm, dir, FloatType::F32)),
     ("f16", |lm, dir| dense(lm, dir, FloatType::F16)),
@@ -50,6 +51,19 @@ const WAYS: [(&str, Write); 8] = [
     ("gptq_v1", |lm, dir| packed(lm, dir, &rtn(), Gptq(V1))),
     ("gptq_v2", |lm, dir| packed(lm, dir, &rtn(), Gptq(V2))),
     ("nf4", |lm, dir| packed(lm, dir, &nf4(), Bitsandbytes)),
+    ("gptq_v2_tuned", |lm, dir| {
+        let peqa = Peqa::new().with_f16_scales(true);
+        tuned(lm, dir, &rtn(), &peqa, Gptq(V2));
+        assert!(lm.certificate.as_ref().unwrap().is_exact());
+    }),
+    ("gptq_v1_rounded", |lm, dir| {
+        tuned(lm, dir, &rtn(), &Tile::qa_hira(), Gptq(V1));
+        assert_eq!(lm.certificate.as_ref().unwrap().kind(), "rounded");
+    }),
+    ("nf4_tuned", |lm, dir| {
+        tuned(lm, dir, &nf4(), &Peqa::new(), Bitsandbytes);
+        assert!(lm.certificate.as_ref().unwrap().is_exact());
+    }),
     ("unpacked", |lm, dir| {
         models::quantize(&mut lm.model, &nf4(), &[], |_| {}).unwrap();
         dense(lm, dir, FloatType::F32);
@@ -100,6 +114,24 @@ fn packed(lm: &mut Pretrained, dir: &Path, quantizer: &impl Quantizer, format: C
     save_as(lm, dir, format).unwrap();
 }
 
+/// Quantizes, tunes and merges into scales and zeros that the format holds.
+fn tuned(
+    lm: &mut Pretrained,
+    dir: &Path,
+    quantizer: &impl Quantizer,
+    method: &dyn Method,
+    format: CheckpointFormat,
+) {
+    models::quantize(&mut lm.model, quantizer, &[], |_| {}).unwrap();
+    peft::attach(&mut lm.model, method).unwrap();
+    let batch = Batch::new(tokens(lm)).unwrap();
+    let config = FitConfig::new().with_learning_rate(0.02).with_steps(3);
+    peft::fit(&mut lm.model, &[batch], &config, |_| {}).unwrap();
+    let config = MergeConfig::new().with_stored_grid(format.stored_grid());
+    lm.certificate = Some(peft::merge_with(&mut lm.model, config).unwrap());
+    save_as(lm, dir, format).unwrap();
+}
+
 /// Weights large enough for attention to matter, biases that are not zero, norms that are not one;
 /// none is a round number.
 struct Louder;
@@ -134,22 +166,29 @@ fn pretrained(config: &Config, dir: &Path) -> Pretrained {
     load(&saved, &Device::flex()).unwrap()
 }
 
+/// The tokens of [`TEXT`], in two rows if their number is even.
+fn tokens(lm: &Pretrained) -> Tensor<2, Int> {
+    let ids = lm.encode(TEXT).unwrap();
+    let rows = if ids.len().is_multiple_of(2) { 2 } else { 1 };
+    let dims = [rows, ids.len() / rows];
+    let ids: Vec<i32> = ids.into_iter().map(|id| id as i32).collect();
+    Tensor::from_data(TensorData::new(ids, dims), &Device::flex())
+}
+
 /// Writes the logits of a directory beside it, computed with the weights that were written.
 fn write_probe(dir: &Path) {
     let lm = load(dir, &Device::flex()).unwrap();
     let ids = lm.encode(TEXT).unwrap();
-    let dims @ [rows, columns] = [2, ids.len() / 2];
-    let tokens: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-    let tokens = Tensor::from_data(TensorData::new(tokens, dims), &Device::flex());
+    let tokens = tokens(&lm);
+    let (dims @ [rows, columns], vocab) = (tokens.dims(), lm.model.config().vocab_size());
     let logits = lm.model.forward(tokens).into_data().try_into_vec::<f32>();
     let logits = logits.unwrap();
     let stop = lm.stop_tokens();
-    assert_eq!(stop, [2, 7]);
     let tensors = [
         ("input_ids", LazyTensor::words(dims, || ids.clone())),
         (
             "logits",
-            LazyTensor::floats_as(FloatType::F32, [rows, columns, VOCAB], || logits.clone()),
+            LazyTensor::floats_as(FloatType::F32, [rows, columns, vocab], || logits.clone()),
         ),
         ("stop", LazyTensor::words([stop.len()], || stop.to_vec())),
         ("text", LazyTensor::bytes([TEXT.len()], || TEXT.into())),
@@ -171,10 +210,13 @@ fn transformers_computes_the_same_logits() {
         for (way, write) in WAYS {
             let dir = out.path().join(format!("{shape}-{way}"));
             write(&mut lm.clone(), &dir);
-            write_probe(&dir);
+            assert_eq!(load(&dir, &Device::flex()).unwrap().stop_tokens(), [2, 7]);
             dirs.push(dir);
         }
     }
+    let others = env::var_os("INTEROP_MODELS").unwrap_or_default();
+    dirs.extend(env::split_paths(&others).filter(|dir| dir.is_dir()));
+    dirs.iter().for_each(|dir| write_probe(dir));
     let qwen2 = fs::read_to_string(out.path().join("qwen2-f32/config.json")).unwrap();
     assert!(qwen2.contains("\"model_type\": \"qwen2\""), "{qwen2}");
 

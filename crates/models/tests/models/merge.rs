@@ -1,8 +1,11 @@
 //! Merged models, saved and loaded again.
 
 use burn::tensor::Device;
-use peft::{Batch, Exactness, FitConfig, Lora, Method, OffGrid, Peqa, Tile, fit};
-use quant_core::Rtn;
+use models::CheckpointFormat::{Bitsandbytes, Gptq};
+use models::GptqVersion::{V1, V2};
+use models::{CheckpointError, CheckpointFormat, Error};
+use peft::{Batch, Exactness, FitConfig, Lora, MergeConfig, Method, OffGrid, Peqa, Tile, fit};
+use quant_core::{NormalFloat, Quantizer, Rtn};
 
 use super::adapters::{CASES, base, difference, logits, tokens};
 
@@ -73,5 +76,71 @@ fn merged_models_are_proved_on_the_reloaded_file() {
             let again: peft::Certificate = serde_json::from_str(&json).unwrap();
             assert_eq!(again, certificate);
         }
+    }
+}
+
+/// Tuned on the grid of a format of other programs, a model is saved in it as it is; rounded to it
+/// otherwise, as its certificate says.
+#[test]
+fn tuned_models_leave_in_the_format_of_their_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokens = tokens(CASES[0]);
+    let batch = Batch::new(tokens.clone()).unwrap();
+    let rtn = Rtn::new().with_group_size(32).with_f16_scales(true);
+    let symmetric = rtn.with_symmetric(true);
+    let nf4 = NormalFloat::new().with_block_size(32);
+    let (peqa, f16) = (Peqa::new(), Peqa::new().with_f16_scales(true));
+    let zeros = f16.clone().with_zeros(true);
+    let qa_hira = Tile::qa_hira();
+    type Case<'a> = (
+        &'a str,
+        CheckpointFormat,
+        &'a dyn Quantizer,
+        &'a dyn Method,
+        &'a str,
+    );
+    let cases: [Case; 8] = [
+        ("f16", Gptq(V2), &rtn, &f16, "exact"),
+        ("symmetric", Gptq(V1), &symmetric, &f16, "exact"),
+        ("f32", Gptq(V2), &rtn, &peqa, "rounded"),
+        ("zeros", Gptq(V2), &rtn, &zeros, "rounded"),
+        ("tiles", Gptq(V1), &rtn, &qa_hira, "rounded"),
+        ("tiles", Gptq(V2), &rtn, &qa_hira, "rounded"),
+        ("nf4", Bitsandbytes, &nf4, &peqa, "exact"),
+        (
+            "own",
+            CheckpointFormat::QuantCore,
+            &rtn,
+            &qa_hira,
+            "bounded",
+        ),
+    ];
+    for (name, format, quantizer, method, kind) in cases {
+        let mut lm = base();
+        models::quantize(&mut lm.model, &quantizer, &[], |_| {}).unwrap();
+        peft::attach(&mut lm.model, method).unwrap();
+        let config = FitConfig::new().with_learning_rate(5e-3).with_steps(5);
+        fit(&mut lm.model, std::slice::from_ref(&batch), &config, |_| {}).unwrap();
+        let tuned = logits(&lm.model, tokens.clone());
+
+        let mut unrounded = lm.clone();
+        peft::merge(&mut unrounded.model).unwrap();
+        let held = models::check_format(&unrounded, format);
+        assert_eq!(held.is_ok(), kind != "rounded", "{name}: {held:?}");
+        if let Err(error) = held {
+            let is_named = matches!(error, Error::Checkpoint(CheckpointError::CannotHold { .. }));
+            assert!(is_named, "{name}: {error}");
+        }
+
+        let merge = MergeConfig::new().with_stored_grid(format.stored_grid());
+        let certificate = peft::merge_probed(&mut lm.model, merge, &batch).unwrap();
+        assert_eq!(certificate.kind(), kind, "{name}");
+        let merged = logits(&lm.model, tokens.clone());
+        assert_eq!(merged == tuned, kind == "exact", "{name}");
+        lm.certificate = Some(certificate);
+        let path = dir.path().join(format!("{name}-{format}"));
+        models::save_as(&lm, &path, format).unwrap();
+        let again = models::load_verified(&path, &Device::flex()).unwrap();
+        assert_eq!(logits(&again.model, tokens.clone()), merged, "{name}");
     }
 }

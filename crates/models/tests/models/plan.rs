@@ -2,10 +2,11 @@
 
 use std::fs;
 
+use burn::tensor::Device;
 use models::{
     CheckpointError, CheckpointFormat, Error, GptqVersion, plan, quantize, save, save_as,
 };
-use peft::Blocks;
+use peft::{Blocks, Linears, Lora, Method, Peqa, PerLayer, Tile};
 use quant_core::{NormalFloat, Quantizer, Rtn};
 use serde_json::Value;
 
@@ -113,7 +114,59 @@ fn packed_layers_are_found_without_a_declared_format() {
         let Error::Checkpoint(CheckpointError::Plan { layers }) = &error else {
             panic!("{error}");
         };
-        let found = layers.iter().all(|(_, why)| why == "is quantized already");
+        let found = layers
+            .iter()
+            .all(|(_, why)| why == "is quantized already, and no `quantization_config` says how");
         assert!(found, "{error}");
+    }
+}
+
+/// A recipe that quantizes nothing gives the formats of a directory as it is.
+#[test]
+fn a_packed_directory_is_planned_as_it_is() {
+    for name in ["llama_gqa", "llama_gptq_w4_g32_sym", "llama_nf4_dq"] {
+        let dir = golden(name);
+        let planned = plan(&dir, &PerLayer::default()).unwrap();
+        let lm = models::load(&dir, &Device::flex()).unwrap();
+        assert_eq!(planned.hidden_size, lm.model.config().hidden_size());
+        assert_eq!(planned.is_packed(), name != "llama_gqa");
+        let linears = lm.model.linears();
+        assert_eq!(planned.layers.len(), linears.len());
+        for (planned, (path, linear)) in planned.layers.iter().zip(linears) {
+            let weight = linear.weight();
+            assert_eq!((&planned.path, planned.dims), (&path, weight.dims()));
+            assert_eq!(planned.format, weight.format(), "{name}");
+            assert_eq!(planned.n_bytes, weight.n_bytes() as u64, "{name}, {path}");
+        }
+    }
+}
+
+/// What a method cannot adapt is known before the weights are.
+#[test]
+fn a_method_that_cannot_adapt_the_plan_is_refused() {
+    let (dir, lm) = pretrained(llama_config(), 3);
+    let dense = dir.path().join("dense");
+    save(&lm, &dense).unwrap();
+    let device = Device::flex();
+    let rtn = Rtn::new().with_group_size(8);
+    let packed = plan(&dense, &rtn).unwrap();
+    let symmetric = plan(&dense, &rtn.with_symmetric(true)).unwrap();
+    let dense = plan(&dense, &PerLayer::default()).unwrap();
+    let f16 = Peqa::new().with_f16_scales(true);
+    // The least number of groups of a layer is 4.
+    let (fits, too_high) = (Tile::qa_lora(4), Tile::qa_lora(5));
+    let methods: [(&dyn Method, [bool; 3]); 6] = [
+        (&f16, [true, true, false]),
+        (&Peqa::new().with_zeros(true), [true, false, false]),
+        (&fits, [true, false, false]),
+        (&too_high, [false, false, false]),
+        (&Lora::new(2), [true, true, true]),
+        (&Lora::new(2).with_targets(["no"]), [false, false, false]),
+    ];
+    for (method, fits) in methods {
+        for (plan, fits) in [&packed, &symmetric, &dense].into_iter().zip(fits) {
+            let checked = plan.check_method(method, &device);
+            assert_eq!(checked.is_ok(), fits, "{checked:?}");
+        }
     }
 }

@@ -4,10 +4,14 @@
 //! trained parameter is the logarithm `φ` of a factor, `s₀ + Δs = s₀ exp(φ)`, initialized to 0: scales
 //! differ by orders of magnitude between layers and bit widths; with factors one learning rate serves
 //! all of them, and a scale keeps its sign. The zeros may train too, `z = z₀ + δ` in units of a code.
+//!
+//! For formats that hold scales in `f16`, scales are rounded to it wherever the layer is used, and the
+//! gradient of rounding is the identity (straight-through, Bengio et al. 2013, arXiv:1308.3432): the
+//! tuned model is then one that such a file holds.
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
-use quant_core::{Grid, QuantTensor};
+use burn::tensor::{FloatDType, Tensor};
+use quant_core::{Grid, QuantTensor, StoredGrid};
 use serde::{Deserialize, Serialize};
 
 use super::checks::{check_shape, quantized};
@@ -40,6 +44,7 @@ use tensor_files::LazyTensor;
 pub struct Peqa {
     targets: Targets,
     zeros: bool,
+    f16_scales: bool,
 }
 
 impl Default for Peqa {
@@ -54,6 +59,7 @@ impl Peqa {
         Self {
             targets: Targets::All,
             zeros: false,
+            f16_scales: false,
         }
     }
 
@@ -66,6 +72,15 @@ impl Peqa {
     /// Sets whether the zeros of affine grids train too.
     pub fn with_zeros(mut self, zeros: bool) -> Self {
         self.zeros = zeros;
+        self
+    }
+
+    /// Sets whether scales are rounded to `f16`, with straight-through gradients; false by default.
+    ///
+    /// The scales of the base must be `f16`. The merged model can then be saved where scales are `f16`,
+    /// as in GPTQ's files.
+    pub fn with_f16_scales(mut self, f16_scales: bool) -> Self {
+        self.f16_scales = f16_scales;
         self
     }
 }
@@ -81,10 +96,14 @@ impl Method for Peqa {
         if self.zeros {
             check_zeros(path, weight)?;
         }
+        if self.f16_scales {
+            check_scales(path, weight)?;
+        }
         let zeros = || Param::from_tensor(weight.scales().zeros_like());
         Ok(Adapter::Peqa(PeqaAdapter {
             log_factors: zeros(),
             zero_shifts: self.zeros.then(zeros),
+            f16_scales: self.f16_scales,
         }))
     }
 
@@ -98,18 +117,22 @@ impl Method for Peqa {
 pub struct PeqaAdapter {
     log_factors: Param<Tensor<2>>,
     zero_shifts: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    f16_scales: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct PeqaSettings {
     zeros: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    f16_scales: bool,
 }
 
 const METHOD: &str = "PEQA";
 
 impl PeqaAdapter {
-    /// The factors of the scales, `[n_groups, d_out]`.
+    /// The factors of the scales before they are rounded, `[n_groups, d_out]`.
     pub fn factors(&self) -> Tensor<2> {
         self.log_factors.val().exp()
     }
@@ -125,7 +148,14 @@ impl PeqaAdapter {
             (Some(zeros), Some(shifts)) => Some(zeros + shifts),
             (zeros, _) => zeros,
         };
-        (weight.scales() * self.factors(), zeros)
+        let scales = weight.scales() * self.factors();
+        if !self.f16_scales {
+            return (scales, zeros);
+        }
+        let detached = scales.clone().detach();
+        let rounded = detached.clone().cast(FloatDType::F16).cast(FloatDType::F32);
+        // The difference is zero, and has the gradient of the scales.
+        (rounded + (scales - detached), zeros)
     }
 
     pub(super) fn read(settings: PeqaSettings, path: &str, source: &mut Source) -> Result<Self> {
@@ -133,6 +163,7 @@ impl PeqaAdapter {
         Ok(Self {
             log_factors: read("log_factors")?,
             zero_shifts: settings.zeros.then(|| read("zero_shifts")).transpose()?,
+            f16_scales: settings.f16_scales,
         })
     }
 }
@@ -157,6 +188,9 @@ impl AdapterOps for PeqaAdapter {
         if let Some(shifts) = &self.zero_shifts {
             check_zeros(path, weight)?;
             check_shape(path, expected, shifts.val().dims())?;
+        }
+        if self.f16_scales {
+            check_scales(path, weight)?;
         }
         Ok(())
     }
@@ -188,6 +222,7 @@ impl AdapterOps for PeqaAdapter {
     fn settings(&self) -> Settings {
         Settings::Peqa(PeqaSettings {
             zeros: self.zero_shifts.is_some(),
+            f16_scales: self.f16_scales,
         })
     }
 
@@ -216,4 +251,13 @@ fn check_zeros(path: &str, weight: &QuantTensor) -> Result<()> {
         path: path.into(),
         format,
     })
+}
+
+fn check_scales(path: &str, weight: &QuantTensor) -> Result<()> {
+    let is_f16 = StoredGrid::new().with_f16_scales(true).holds(weight);
+    // Those that are codes become floats where they are trained.
+    if is_f16 && weight.double_scales().is_none() {
+        return Ok(());
+    }
+    Err(Error::ScalesNotF16 { path: path.into() })
 }

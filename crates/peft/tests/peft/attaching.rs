@@ -27,7 +27,10 @@ proptest! {
             Err(error) => {
                 prop_assert!(matches!(
                     &error,
-                    Error::NeedsQuantized { path, .. } | Error::Tiles { path, .. } | Error::Zeros { path, .. }
+                    Error::NeedsQuantized { path, .. }
+                    | Error::Tiles { path, .. }
+                    | Error::Zeros { path, .. }
+                    | Error::ScalesNotF16 { path }
                         if path == "mlp.up"
                 ), "{}", error);
                 prop_assert!(model.linears().iter().all(|(_, linear)| linear.adapter().is_none()));

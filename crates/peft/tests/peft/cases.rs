@@ -22,18 +22,22 @@ impl Base {
             Base::NormalFloat(nf) => quantized(seed, nf),
         }
     }
+
+    /// Whether scales are `f16`.
+    pub(crate) fn has_f16_scales(&self) -> bool {
+        matches!(self, Base::Rtn(rtn) if *rtn == rtn.with_f16_scales(true))
+    }
 }
 
 /// Widths of codes, groups that divide, that leave a short one, and one per channel.
 pub(crate) fn bases() -> impl Strategy<Value = Base> {
     let bits = prop::sample::select(vec![2, 3, 4, 8]);
     let group_size = prop::sample::select(vec![None, Some(32), Some(64), Some(128), Some(48)]);
-    let rtn = (bits, group_size.clone(), prop::bool::weighted(0.25)).prop_map(
-        |(bits, group_size, symmetric)| {
-            let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-            Base::Rtn(rtn.with_symmetric(symmetric))
-        },
-    );
+    let settings = (bits, group_size.clone(), prop::bool::weighted(0.25), any());
+    let rtn = settings.prop_map(|(bits, group_size, symmetric, f16_scales)| {
+        let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
+        Base::Rtn(rtn.with_symmetric(symmetric).with_f16_scales(f16_scales))
+    });
     let nf = (group_size, any::<bool>()).prop_map(|(block_size, double)| {
         let nf = NormalFloat::new().with_block_size(block_size);
         Base::NormalFloat(if double {
@@ -91,7 +95,9 @@ pub(crate) fn tunings() -> impl Strategy<Value = Tuning> {
     prop_oneof![
         1 => bayesian,
         1 => vera,
-        2 => any::<bool>().prop_map(|zeros| Tuning::Peqa(Peqa::new().with_zeros(zeros))),
+        2 => any::<[bool; 2]>().prop_map(|[zeros, f16]| {
+            Tuning::Peqa(Peqa::new().with_zeros(zeros).with_f16_scales(f16))
+        }),
         2 => lora,
         4 => tile,
     ]
@@ -133,7 +139,7 @@ pub(crate) fn tasks() -> impl Strategy<Value = (Rtn, [Tuning; 2])> {
     };
     (bits, group_size, tuning(), tuning()).prop_map(|(bits, group_size, first, second)| {
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-        (rtn, [first, second])
+        (rtn.with_f16_scales(true), [first, second])
     })
 }
 
@@ -161,7 +167,10 @@ impl Case {
         };
         match (&self.tuning, &self.base) {
             (Tuning::Peqa(_), Base::Dense) => None,
-            (Tuning::Peqa(peqa), _) if *peqa == Peqa::new().with_zeros(true) && !affine => None,
+            (Tuning::Peqa(_), _) if self.trains_zeros() && !affine => None,
+            (Tuning::Peqa(peqa), _) if *peqa == peqa.clone().with_f16_scales(true) => {
+                self.base.has_f16_scales().then_some(Merge::Exact)
+            }
             (Tuning::Peqa(_), _) => Some(Merge::Exact),
             (
                 Tuning::Lora(..)
@@ -203,7 +212,7 @@ impl Case {
 
     pub(crate) fn trains_zeros(&self) -> bool {
         match &self.tuning {
-            Tuning::Peqa(peqa) => *peqa == Peqa::new().with_zeros(true),
+            Tuning::Peqa(peqa) => *peqa == peqa.clone().with_zeros(true),
             Tuning::Lora(..) | Tuning::Bayesian(_) | Tuning::Vera(_) => false,
             Tuning::Tile(..) => true,
         }

@@ -1,10 +1,10 @@
 use burn::tensor::Tensor;
-use peft::{Error, Exactness, Fingerprint, Linears, OffGrid, Weight};
+use peft::{Error, Exactness, Fingerprint, Linears, MergeConfig, OffGrid, Peqa, Weight};
 use proptest::prelude::*;
-use quant_core::{Quantizer, Rtn};
+use quant_core::{Quantizer, Rtn, StoredGrid};
 
 use crate::cases::{Merge, Tuning, cases};
-use crate::model::{Bigram, batch, difference, logits, tune};
+use crate::model::{Bigram, batch, difference, logits, quantized, tune};
 use crate::property;
 
 /// Codes, scales and zeros.
@@ -151,4 +151,85 @@ proptest! {
         }
         prop_assert!(matches!(peft::merge(&mut model), Err(Error::NoAdapters)));
     }
+
+    /// Rounded for a file, each packed layer has scales and zeros that the file holds, on its codes, and
+    /// the certificate says what of the adapter is left; a layer that is held already does not change.
+    #[test]
+    fn a_merge_is_rounded_to_what_a_file_holds(case in cases(), seed in 0..1000u64) {
+        let mut adapted = case.adapted(seed);
+        tune(&mut adapted, seed);
+        if case.merge().unwrap() == Merge::OffGrid {
+            return Ok(());
+        }
+        let mut base = adapted.clone();
+        peft::detach(&mut base).unwrap();
+        let (mut plain, mut rounded) = (adapted.clone(), adapted.clone());
+        let expected = peft::merge(&mut plain).unwrap();
+        let stored = StoredGrid::new().with_f16_scales(true).with_whole_zeros_from(0);
+        let config = MergeConfig::new().with_stored_grid(stored);
+        let certificate = peft::merge_probed(&mut rounded, config, &batch(99, [2, 9])).unwrap();
+        certificate.verify(&rounded).unwrap();
+        let values = |weight: &Weight| weight.to_dense().into_data().try_into_vec::<f32>().unwrap();
+        let layers = certificate.layers.iter().zip(&expected.layers);
+        let weights = base.linears().into_iter().zip(plain.linears()).zip(rounded.linears());
+        for ((layer, expected), (((_, base), (_, plain)), (_, rounded))) in layers.zip(weights) {
+            let (Weight::Quant(before), Weight::Quant(after)) = (plain.weight(), rounded.weight()) else {
+                prop_assert_eq!(layer, expected);
+                continue;
+            };
+            prop_assert!(stored.holds(after));
+            prop_assert_eq!(after.codes(), before.codes());
+            if stored.holds(before) {
+                prop_assert_eq!(layer, expected);
+                prop_assert_eq!(after.to_parts(), before.to_parts());
+                continue;
+            }
+            let Exactness::Rounded { relative_error, retention } = layer.exactness else {
+                panic!("{:?}", layer.exactness);
+            };
+            let [base, sum, found] = [base, plain, rounded].map(|linear| values(linear.weight()));
+            let norm = |values: &mut dyn Iterator<Item = f32>| {
+                values.map(|value| f64::from(value).powi(2)).sum::<f64>().sqrt()
+            };
+            let error = norm(&mut sum.iter().zip(&found).map(|(a, b)| a - b));
+            let error = error / norm(&mut sum.iter().copied());
+            prop_assert!((relative_error - error).abs() < 1e-5, "{} {}", relative_error, error);
+            let kept = kept(&base, &sum, &found);
+            prop_assert!((retention - kept).abs() < 1e-3 * kept.abs().max(1.0), "{} {}", retention, kept);
+        }
+        // What was trained on the grid of the file is exact.
+        let is_held = matches!(&case.tuning, Tuning::Peqa(peqa)
+            if *peqa == Peqa::new().with_f16_scales(true));
+        if is_held {
+            prop_assert!(certificate.is_exact());
+            prop_assert_eq!(logits(&rounded), logits(&adapted));
+        }
+    }
+}
+
+/// A layer without an adapter is rounded too, and listed.
+#[test]
+fn layers_without_adapters_are_rounded_for_a_file() {
+    let mut model = quantized(1, &Rtn::new().with_group_size(32));
+    peft::attach(&mut model, &Peqa::new().with_targets(["down"])).unwrap();
+    tune(&mut model, 1);
+    let stored = StoredGrid::new().with_f16_scales(true);
+    let config = MergeConfig::new().with_stored_grid(stored);
+    let certificate = peft::merge_with(&mut model, config).unwrap();
+    let [up, down] = &certificate.layers[..] else {
+        panic!("{certificate}");
+    };
+    assert_eq!([&*up.path, &*up.method], ["mlp.up", "none"]);
+    assert_eq!([&*down.path, &*down.method], ["mlp.down", "PEQA"]);
+    let Exactness::Rounded {
+        relative_error,
+        retention,
+    } = up.exactness
+    else {
+        panic!("{certificate}");
+    };
+    assert_eq!(retention, 1.0);
+    assert!(0.0 < relative_error && relative_error < 2f64.powi(-11));
+    assert_eq!(certificate.kind(), "rounded");
+    certificate.verify(&model).unwrap();
 }

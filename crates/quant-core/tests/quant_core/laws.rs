@@ -2,7 +2,7 @@
 
 use burn::tensor::Device;
 use proptest::prelude::*;
-use quant_core::{Error, Parts, QuantTensor};
+use quant_core::{Error, Parts, QuantTensor, StoredGrid};
 
 use crate::cases::{Method, any_cases, scales, tensor, values};
 
@@ -51,6 +51,52 @@ proptest! {
         let n_bytes = packed.format().n_bytes(case.dims).unwrap() as usize;
         let order = if packed.input_order().is_some() { 8 * d_in } else { 0 };
         prop_assert_eq!(packed.n_bytes(), n_bytes + order);
+    }
+
+    /// On the same codes, the nearest scales and zeros that a format holds; nothing changes twice, and
+    /// nothing where the format holds them.
+    #[test]
+    fn a_grid_is_rounded_to_what_a_format_holds(
+        case in any_cases(),
+        f16 in any::<bool>(),
+        least in prop::option::of(0..2u8),
+        [factor, shift] in [0.5..2.0f32, -1.0..1.0f32],
+    ) {
+        let packed = case.quantize();
+        let stored = StoredGrid::new().with_f16_scales(f16).with_whole_zeros_from(least);
+        prop_assert!(StoredGrid::new().holds(&packed));
+        let double = packed.double_scales().is_some();
+        let moved = match double {
+            true => packed.clone(),
+            false => {
+                let zeros = packed.zeros().map(|zeros| zeros + shift);
+                packed.clone().with_grid(packed.scales() * factor, zeros).unwrap()
+            }
+        };
+        // Some weights of the cases reach 1e4, whose scales are far below the largest f16.
+        let rounded = moved.clone().rounded_to(stored).unwrap();
+        prop_assert!(stored.holds(&rounded));
+        prop_assert_eq!(rounded.clone().rounded_to(stored).unwrap().to_parts(), rounded.to_parts());
+        prop_assert_eq!(rounded.codes(), moved.codes());
+        prop_assert_eq!(rounded.format(), moved.format());
+        if stored.holds(&moved) {
+            prop_assert_eq!(rounded.to_parts(), moved.to_parts());
+        }
+        for (found, scale) in scales(&rounded).into_iter().zip(scales(&moved)) {
+            let step = if f16 && !double { (scale * 2f32.powi(-11)).max(2f32.powi(-25)) } else { 0.0 };
+            prop_assert!((found - scale).abs() <= step, "{} {}", found, scale);
+        }
+        let zeros = |of: &QuantTensor| of.zeros().map(values).unwrap_or_default();
+        let highest = ((1 << packed.format().bits()) - 1) as f32;
+        for (found, zero) in zeros(&rounded).into_iter().zip(zeros(&moved)) {
+            match least.map(f32::from) {
+                None => prop_assert_eq!(found, zero),
+                Some(least) => {
+                    prop_assert!(found.fract() == 0.0 && (least..=highest).contains(&found));
+                    prop_assert!((found - zero.clamp(least, highest)).abs() <= 0.5);
+                }
+            }
+        }
     }
 
     #[test]

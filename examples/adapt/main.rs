@@ -1,0 +1,388 @@
+//! Quantizes a LLaMA or an OPT, tunes it on text or on instruction data, merges, saves and reloads it,
+//! and checks that the reloaded model is the tuned one.
+//!
+//! `cargo run --release --example adapt` does so with the embedded model; `-- --help` lists the options
+//! for other models.
+
+mod report;
+mod tune;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use burn::tensor::Device;
+use clap::{ArgGroup, Parser, ValueEnum};
+use examples::arguments::{GroupSize, ModelArgs, TuneArgs};
+use examples::format::FormatName;
+use examples::instructions::Instructions;
+use examples::method::{MethodName, PresetName, Settings};
+use examples::outcome::{Result, exit, weights_bytes};
+use examples::texts::{Cut, Source, Texts, fit_config, n_windows};
+use examples::{interrupt, print, println};
+use models::{Plan, Pretrained};
+use peft::{Certificate, Method, PerLayer, Targets};
+use serde::Serialize;
+
+use report::{Report, table};
+use tune::{Base, Out, formats, tune};
+
+/// Quantize a LLaMA or an OPT, fine-tune it, merge, save, reload, and verify the merge
+///
+/// A model that is packed already, by `quantize` or in a format of GPTQ or bitsandbytes, is tuned on its
+/// codes. Without options, the embedded model is tuned at 4, 3 and 2 bits on a dialect of the language that
+/// it was trained on.
+#[derive(Parser)]
+#[command(
+    version,
+    group = ArgGroup::new("tuned_on").args(["train", "data"]),
+    mut_arg("model", |arg| arg.requires("tuned_on")),
+    after_help = "\
+Examples:
+  adapt --model Llama-2-7b-hf --train task.txt --eval held-out.txt --bits 4 --group-size 128 \\
+        --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-task
+  adapt --model Llama-2-7b-4bit-gptq --data gsm8k/train.jsonl --template gsm8k --format gptq-v2 \\
+        --seq-len 512 --batch 4 --steps 300 --out Llama-2-7b-4bit-gsm8k
+  adapt --model Llama-2-7b-hf --data gsm8k/train.jsonl --template gsm8k --preset qa-lora \\
+        --seq-len 512 --batch 16 --steps 300 --out Llama-2-7b-qa-lora"
+)]
+struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Directory of adapters to go on from, of this program or of PEFT, instead of fresh ones
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "model",
+        conflicts_with = "method"
+    )]
+    adapters: Option<PathBuf>,
+    /// Text to train on
+    #[arg(long, value_name = "FILE", requires = "model", requires = "eval")]
+    train: Option<PathBuf>,
+    /// Text of the same task to evaluate on
+    #[arg(long, value_name = "FILE", requires = "train")]
+    eval: Option<PathBuf>,
+    /// Text of the model's earlier training data, to measure forgetting
+    #[arg(long, value_name = "FILE", requires = "train")]
+    base: Option<PathBuf>,
+    /// Records to train on instead of text, JSONL or a JSON array
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "model",
+        conflicts_with = "train"
+    )]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    instructions: Instructions,
+    /// Base, method and training of a paper, of which --lr changes the rate
+    #[arg(long, value_enum, value_name = "NAME",
+          conflicts_with_all = ["method", "bits", "group_size", "symmetric", "rank", "alpha", "adapters"])]
+    preset: Option<PresetName>,
+    /// Bits of a weight of a model that is not packed, one or several: 2, 3, 4, 8 [default: 4 3 2]
+    #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..)]
+    bits: Vec<usize>,
+    /// Weights that share a scale: a number, or `channel` for all weights of an output [default: 32]
+    #[arg(long, value_name = "N")]
+    group_size: Option<GroupSize>,
+    /// Quantize to a symmetric grid, without zero-points
+    #[arg(long)]
+    symmetric: bool,
+    /// Method of fine-tuning
+    #[arg(long, value_enum, default_value_t = MethodName::Peqa)]
+    method: MethodName,
+    /// What to do with adapters that do not merge into a packed weight
+    #[arg(long, value_enum, default_value_t = Merge::Codes)]
+    merge: Merge,
+    /// Layers to adapt by the last part of their path, such as q_proj,v_proj [default: all]
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
+    targets: Vec<String>,
+    #[command(flatten)]
+    tune: TuneArgs,
+    /// Seed of the adapters and of the order of the training data
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// New directory for the tuned models, their adapters and report.json
+    /// [default: only the report is kept, as adapt-report.json]
+    #[arg(long, value_name = "DIR", verbatim_doc_comment)]
+    out: Option<PathBuf>,
+    /// Format of the tuned models. Scales are trained in f16 where it holds no others
+    #[arg(long, value_enum, default_value_t = FormatName::QuantCore)]
+    format: FormatName,
+    /// Round scales and zero-points that the format does not hold, and measure the loss
+    #[arg(long)]
+    allow_rounding: bool,
+}
+
+impl Args {
+    /// The settings of the preset, or of the other options; those of scales in `f16` if asked.
+    fn settings(&self, bits: usize, hidden_size: usize, f16_scales: bool) -> Result<Settings> {
+        let targets = if self.targets.is_empty() {
+            Targets::All
+        } else {
+            Targets::from(self.targets.clone())
+        };
+        if let Some(preset) = self.preset {
+            let mut settings = preset.settings(&targets, self.seed, f16_scales);
+            let rate = self.tune.lr.unwrap_or(settings.fit.learning_rate());
+            let fit = settings.fit.with_learning_rate(rate);
+            settings.fit = fit.with_steps(self.tune.steps).with_seed(self.seed);
+            return Ok(settings);
+        }
+        let group_size = self.group_size.unwrap_or(GroupSize(Some(32)));
+        let (rank, alpha) = (self.tune.rank, self.tune.alpha());
+        let method = self
+            .method
+            .method(rank, alpha, &targets, self.seed, f16_scales);
+        let rate = self.tune.lr.unwrap_or(method.learning_rate(hidden_size));
+        Ok(Settings {
+            quantizer: self
+                .method
+                .quantizer(bits, group_size, self.symmetric, self.format)?,
+            method,
+            fit: fit_config(rate, self.tune.steps, self.seed),
+        })
+    }
+
+    fn method_name(&self) -> MethodName {
+        self.preset.map_or(self.method, PresetName::method)
+    }
+
+    /// The widths to quantize to, the largest first; none if the model is packed.
+    fn widths(&self, stored: &Plan) -> Result<Vec<usize>> {
+        if !stored.is_packed() {
+            let mut bits = match (&self.bits[..], self.preset) {
+                // The width of a preset is its own.
+                (_, Some(_)) => vec![4],
+                ([], None) => vec![4, 3, 2],
+                (bits, None) => bits.to_vec(),
+            };
+            bits.sort_unstable_by(|a, b| b.cmp(a));
+            bits.dedup();
+            return Ok(bits);
+        }
+        if !self.bits.is_empty() || self.group_size.is_some() || self.symmetric {
+            return Err(format!(
+                "`{}` is packed already ({}), and its codes are kept: leave out --bits, --group-size and --symmetric",
+                self.model.name(),
+                formats(stored)
+            )
+            .into());
+        }
+        Ok(Vec::new())
+    }
+
+    /// Checks what formats tell of a base and its tuned models.
+    fn check(&self, plan: &Plan, method: &dyn Method, device: &Device) -> Result<()> {
+        if self.merge != Merge::Dense {
+            plan.check(self.format.format())?;
+        }
+        if self.adapters.is_some() {
+            return Ok(());
+        }
+        plan.check_method(method, device)?;
+        let name = self.method_name();
+        let is_whole = self.format.format().stored_grid().whole_zeros();
+        if name.trains_zeros() && is_whole && self.merge == Merge::Codes && !self.allow_rounding {
+            return Err(format!(
+                "the merge of {} makes zero-points fractions, and {} holds whole ones: give --allow-rounding, --merge round, or --format quant-core",
+                name.name(),
+                self.format.format()
+            )
+            .into());
+        }
+        Ok(())
+    }
+
+    /// Checks that the tuned models of a packed base can be saved in their format, and returns whether
+    /// the format holds the base as it is.
+    fn check_base(&self, lm: &Pretrained) -> Result<bool> {
+        let held = match models::check_format(lm, self.format.format()) {
+            Ok(()) => return Ok(true),
+            Err(_) if self.merge == Merge::Dense => return Ok(false),
+            Err(refusal) => refusal,
+        };
+        let is_beside = self.merge == Merge::Codes
+            && self.adapters.is_none()
+            && !self.method_name().merges_into_codes();
+        if is_beside {
+            return Err(format!(
+                "the adapters of {} are kept beside their base, which is not rounded: give --merge round, --merge dense, or --format quant-core; {held}",
+                self.method_name().name()
+            )
+            .into());
+        }
+        if self.allow_rounding {
+            Ok(false)
+        } else {
+            Err(format!("{held}; or give --allow-rounding").into())
+        }
+    }
+
+    /// The largest difference of a logit of the merged and of the tuned model, relative to the largest
+    /// logit, for a merge that rounds nothing. Zero on the CPU for an exact merge. On other devices the
+    /// adapter's operations are fused into other kernels, which round differently, unless
+    /// `BURN_FUSION_MAX_EXPLORATIONS=0` is set.
+    fn tolerated_difference(&self, certificate: &Certificate) -> f32 {
+        match self.model.device.name.as_str() {
+            "flex" if certificate.is_exact() => 0.0,
+            "flex" => 1e-4,
+            _ => 1e-3,
+        }
+    }
+}
+
+/// What to do with adapters that do not merge into a packed weight.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Merge {
+    /// Keep them beside the base
+    Codes,
+    /// Merge them into dense weights
+    Dense,
+    /// Merge and quantize again, which loses a part of what was learned
+    Round,
+}
+
+fn main() -> ExitCode {
+    exit(|| run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
+    // What settings, configurations and headers tell is checked before anything else is read.
+    args.tune.check()?;
+    let reserved = args.out.as_deref().map(interrupt::reserve).transpose()?;
+    let device = args.model.device.open();
+    let scratch = interrupt::scratch()?;
+    let source = args.model.dir(scratch.path())?;
+    let stored = models::plan(&source, &PerLayer::default())?;
+    let f16 = args.format.f16_scales();
+    let mut bases = Vec::new();
+    for bits in args.widths(&stored)? {
+        let settings = args.settings(bits, stored.hidden_size, f16)?;
+        let plan = models::plan(&source, &settings.quantizer)?;
+        args.check(&plan, &*settings.method, &device)?;
+        bases.push(Base {
+            source: source.clone(),
+            is_packed: false,
+            plan,
+            settings,
+        });
+    }
+    if let Some(output) = &reserved {
+        let sizes = bases.iter().map(|base| base.plan.n_bytes());
+        output.require(sizes.sum::<u64>().max(stored.n_bytes()))?;
+    }
+    if stored.is_packed() {
+        let settings = args.settings(4, stored.hidden_size, f16)?;
+        args.check(&stored, &*settings.method, &device)?;
+    }
+    let lm = models::load(&source, &device)?;
+    if stored.is_packed() {
+        // Scales that are not f16 are trained as they are, and rounded in the end.
+        let is_held = args.check_base(&lm)?;
+        bases.push(Base {
+            source: source.clone(),
+            is_packed: true,
+            settings: args.settings(4, stored.hidden_size, f16 && is_held)?,
+            plan: stored.clone(),
+        });
+    }
+    let source_of_texts = match (&args.train, &args.eval, &args.data) {
+        (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_deref()),
+        (_, _, Some(data)) => Source::Instructions(&args.instructions, data),
+        _ => Source::Corpus,
+    };
+    let cut = Cut {
+        source: source_of_texts,
+        seq_len: args.tune.cut.seq_len,
+        batch: args.tune.batch,
+        eval_windows: args.tune.eval.limit(),
+        seed: args.seed,
+    };
+    let texts = Texts::new(&cut, &lm, &device)?;
+    if let Some([train, eval]) = &texts.records {
+        println!("training records: {train}\nevaluation records: {eval}\n");
+    }
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        command: std::env::args().collect(),
+        model: args.model.name(),
+        is_packed: stored.is_packed(),
+        preset: args.preset,
+        rank: args.tune.rank,
+        alpha: args.tune.alpha(),
+        targets: args.targets.clone(),
+        merge: args.merge,
+        allow_rounding: args.allow_rounding,
+        perplexity_protocol: texts.protocol(),
+        records: texts.records.clone(),
+        seq_len: cut.seq_len,
+        n_task_windows: n_windows(&texts.task),
+        n_base_windows: n_windows(&texts.base),
+        batch: args.tune.batch,
+        seed: args.seed,
+        device: args.model.device.name.clone(),
+        n_bytes: weights_bytes(&source)?,
+        full_precision: if stored.is_packed() {
+            None
+        } else {
+            Some(texts.perplexities(&lm.model)?)
+        },
+        runs: Vec::new(),
+    };
+    drop(lm);
+
+    let dir = match &args.out {
+        Some(out) => out.clone(),
+        None => scratch.path().join("out"),
+    };
+    let mut out = Out { dir, reserved };
+    let json = match &args.out {
+        Some(out) => out.join("report.json"),
+        None => PathBuf::from("adapt-report.json"),
+    };
+    let mut refusals = Vec::new();
+    for base in &bases {
+        let (run, refusal) = tune(args, base, &texts, &mut out, &device)?;
+        refusals.extend(refusal.map(|refusal| format!("{}: {refusal}", run.formats)));
+        report.runs.push(run);
+        // A later failure does not lose this run.
+        interrupt::uninterrupted(|| tensor_files::write_json(&json, &report))?;
+    }
+
+    println!("\n{}", table(&report));
+    for run in &report.runs {
+        print!("{}: ", run.formats);
+        match &run.certificate {
+            Some(certificate) => println!("{certificate}"),
+            None => println!(
+                "{} does not merge into a packed weight: its adapters are saved separately from the base (see --merge)",
+                run.method
+            ),
+        }
+        print!("  {} logits: the reloaded model's ", run.n_logits);
+        match run.max_logit_difference {
+            0.0 => println!("equal the tuned model's bit for bit\n"),
+            most => println!(
+                "equal the merged model's bit for bit, and the tuned model's within {most:.1e}\n"
+            ),
+        }
+    }
+    println!("report: {}", json.display());
+    if let Some(out) = &args.out {
+        println!("models and adapters: {}", out.display());
+    }
+    let ruined = report.runs.iter().filter(|run| run.is_ruined());
+    refusals.extend(ruined.map(|run| {
+        let (before, after) = (run.rounded.task, run.tuned.task);
+        format!(
+            "the training at a learning rate of {} raised the perplexity of its task ({}, from {before:.1} to {after:.1}): lower --lr, or train on more text",
+            run.fit.learning_rate(), run.formats
+        )
+    }));
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    Err(refusals.join("\n").into())
+}

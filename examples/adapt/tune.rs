@@ -1,0 +1,267 @@
+//! One base: quantized, tuned, merged, saved, reloaded and compared.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use burn::module::Module;
+use burn::tensor::Device;
+use examples::format::FormatName;
+use examples::method::Settings;
+use examples::outcome::{Result, bits, max_difference, save_as, weights_bytes};
+use examples::texts::Texts;
+use examples::{interrupt, memory, println, progress};
+use models::{Plan, Pretrained};
+use peft::{Adapters, Linears, MergeConfig, OffGrid, PerLayer, Recipe};
+use quant_core::{Format, Grid, Needs, NormalFloat, Quantizer, Rtn};
+use tensor_files::Output;
+
+use crate::report::Run;
+use crate::{Args, Merge};
+
+/// A base to tune.
+pub(crate) struct Base {
+    /// The directory that is loaded.
+    pub(crate) source: PathBuf,
+    /// How its weights are packed: by the settings' quantizer, or already.
+    pub(crate) is_packed: bool,
+    /// The formats of its layers once they are packed.
+    pub(crate) plan: Plan,
+    pub(crate) settings: Settings,
+}
+
+/// The formats of the packed layers, each once.
+pub(crate) fn formats(plan: &Plan) -> String {
+    let mut formats: Vec<String> = Vec::new();
+    for format in plan.layers.iter().filter_map(|layer| layer.format) {
+        let format = format.to_string();
+        if !formats.contains(&format) {
+            formats.push(format);
+        }
+    }
+    formats.join("; ")
+}
+
+/// Quantizers of the formats that the packed layers have.
+fn quantizers(plan: &Plan, f16_scales: bool) -> PerLayer {
+    let packed = plan.layers.iter();
+    let packed = packed.filter_map(|layer| Some((layer.path.clone(), layer.format?)));
+    let quantizer = |(path, format): (String, Format)| {
+        let quantizer: Box<dyn Quantizer> = if format.grid().is_codebook() {
+            let nf = match format.grid() {
+                Grid::Float4 => NormalFloat::float4(),
+                _ => NormalFloat::new().with_bits(format.bits()),
+            };
+            let nf = nf.with_block_size(format.group_size());
+            Box::new(nf.with_double_quant(format.double_quant()))
+        } else {
+            let rtn = Rtn::new().with_bits(format.bits());
+            let rtn = rtn.with_group_size(format.group_size());
+            let rtn = rtn.with_symmetric(format.grid() == Grid::Symmetric);
+            Box::new(rtn.with_f16_scales(f16_scales))
+        };
+        (path, quantizer)
+    };
+    PerLayer(packed.map(quantizer).collect())
+}
+
+/// The directory that models and adapters are saved in. It is made with the first of them.
+pub(crate) struct Out {
+    pub(crate) dir: PathBuf,
+    pub(crate) reserved: Option<Output>,
+}
+
+impl Out {
+    /// Saves what `save` saves in the directory that it is called with.
+    pub(crate) fn add(&mut self, save: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        match self.reserved.take() {
+            Some(output) => output.write(save),
+            None => interrupt::uninterrupted(|| save(&self.dir)),
+        }
+    }
+}
+
+/// Quantizes, tunes, merges, saves to `out`, reloads and compares.
+///
+/// Also returns why the model is not in the format that was asked for.
+pub(crate) fn tune(
+    args: &Args,
+    base: &Base,
+    texts: &Texts,
+    out: &mut Out,
+    device: &Device,
+) -> Result<(Run, Option<models::Error>)> {
+    memory::reset_peak();
+    let start = Instant::now();
+    let Settings {
+        quantizer,
+        method,
+        fit,
+    } = &base.settings;
+    let formats = formats(&base.plan);
+    let mut lm = models::load(&base.source, device)?;
+    // Quantized or tuned, it is another model.
+    lm.certificate = None;
+    let weight_error = if base.is_packed {
+        None
+    } else {
+        Some(quantize(&mut lm, quantizer, texts, args.tune.batch)?)
+    };
+    let rounded = texts.perplexities(&lm.model)?;
+
+    let n_trainable = match &args.adapters {
+        None => peft::attach(&mut lm.model, &**method)?.n_trainable,
+        Some(dir) => {
+            let adapters = Adapters::open(dir, &lm.model)?;
+            peft::activate(&mut lm.model, &adapters)?;
+            let trained = adapters.layers();
+            trained.map(|(_, of)| Module::num_params(of)).sum()
+        }
+    };
+    let method = methods(&lm);
+    let bar = progress::bar(args.tune.steps, "steps")?;
+    bar.set_prefix(formats.clone());
+    let mut losses = Vec::new();
+    peft::fit(&mut lm.model, &texts.train, fit, |step| {
+        losses.push(step.loss);
+        bar.set_message(format!("loss {:.3}", step.loss));
+        bar.set_position(step.index as u64);
+    })?;
+    bar.set_message("saving, evaluating, merging, reloading");
+    let name = match base.plan.layers.iter().find_map(|layer| layer.format) {
+        Some(format) => format!("{}-bit", format.bits()),
+        None => "dense".into(),
+    };
+    let name_of_adapters = format!("{name}-adapters");
+    let adapters = Adapters::of(&lm.model)?;
+    out.add(|dir| Ok(adapters.save(dir.join(&name_of_adapters))?))?;
+    let tuned = texts.perplexities(&lm.model)?;
+    let tuned_logits = texts.probe(&lm.model);
+    let again = quantizers(&base.plan, args.format.f16_scales());
+    let recipe: &dyn Recipe = if base.is_packed { &again } else { quantizer };
+    let mut merge = MergeConfig::new().with_off_grid(match args.merge {
+        Merge::Codes => OffGrid::Refuse,
+        Merge::Dense => OffGrid::Dense,
+        Merge::Round => OffGrid::Round(recipe),
+    });
+    if args.allow_rounding {
+        merge = merge.with_stored_grid(args.format.format().stored_grid());
+    }
+    let certificate = match peft::merge_probed(&mut lm.model, merge, &texts.task[0]) {
+        Ok(certificate) => Some(certificate),
+        Err(peft::Error::MergeIntoPacked { .. }) => {
+            peft::detach(&mut lm.model)?;
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let merged_logits = match &certificate {
+        Some(_) => texts.probe(&lm.model),
+        None => tuned_logits.clone(),
+    };
+    lm.certificate = certificate.clone();
+    let (mut saved, mut refusal) = (out.dir.join(&name), None);
+    out.add(|dir| {
+        let place = interrupt::reserve(&dir.join(&name))?;
+        let (place, refused) = save_as(&lm, place, args.format.format())?;
+        if let Some(name) = place.file_name() {
+            saved.set_file_name(name);
+        }
+        refusal = refused;
+        Ok(())
+    })?;
+    drop(lm);
+
+    let adapters = out.dir.join(&name_of_adapters);
+    let mut lm = models::load_verified(&saved, device)?;
+    if certificate.is_none() {
+        peft::activate(&mut lm.model, &Adapters::load(&adapters, device)?)?;
+    }
+    let reloaded = texts.perplexities(&lm.model)?;
+    let reloaded_logits = texts.probe(&lm.model);
+    let max_logit_difference = max_difference(&merged_logits, &tuned_logits);
+    let largest = tuned_logits
+        .iter()
+        .fold(0.0, |most: f32, logit| most.max(logit.abs()));
+    let is_other = certificate.as_ref().is_some_and(|certificate| {
+        let tolerated = args.tolerated_difference(certificate) * largest;
+        certificate.kind() != "rounded" && max_logit_difference > tolerated
+    });
+    if is_other || bits(&reloaded_logits) != bits(&merged_logits) {
+        return Err(format!(
+            "{formats}: the logits of the reloaded model are not the tuned model's"
+        )
+        .into());
+    }
+    bar.finish_and_clear();
+    let packed = base.plan.layers.iter().find_map(|layer| layer.format);
+    let run = Run {
+        method,
+        group_size: packed.and_then(|format| format.group_size()),
+        saved_as: match refusal {
+            None => args.format,
+            Some(_) => FormatName::QuantCore,
+        },
+        n_bytes: weights_bytes(&saved)?
+            + match &certificate {
+                Some(_) => 0,
+                None => weights_bytes(&adapters)?,
+            },
+        n_trainable,
+        fit: fit.clone(),
+        weight_error,
+        rounded,
+        losses,
+        tuned,
+        reloaded,
+        certificate,
+        n_logits: tuned_logits.len(),
+        max_logit_difference,
+        seconds: start.elapsed().as_secs_f64(),
+        peak_bytes: memory::peak_bytes(),
+        formats,
+    };
+    let error = run.weight_error.map_or(String::new(), |error| {
+        format!("relative weight error {:.1} %, ", 100.0 * error)
+    });
+    println!(
+        "{}: {error}task perplexity {:.3}, tuned {:.3}",
+        run.formats, run.rounded.task, run.tuned.task
+    );
+    Ok((run, refusal))
+}
+
+/// Quantizes the model, and returns the mean over its layers of the relative error of a weight.
+fn quantize(
+    lm: &mut Pretrained,
+    quantizer: &dyn Quantizer,
+    texts: &Texts,
+    batch: usize,
+) -> Result<f64> {
+    let calibration = match quantizer.needs() {
+        Needs::Nothing => &[],
+        _ => {
+            let n = CALIBRATION_WINDOWS.div_ceil(batch);
+            &texts.train[..n.min(texts.train.len())]
+        }
+    };
+    let bar = progress::bar(lm.model.linears().len(), "layers")?;
+    bar.set_message("quantizing");
+    let layers = models::quantize(&mut lm.model, &quantizer, calibration, |_| bar.inc(1))?;
+    bar.finish_and_clear();
+    let errors = layers.iter().map(|layer| layer.error.weight.relative);
+    Ok(errors.sum::<f64>() / layers.len() as f64)
+}
+
+/// The windows or rows of the training data that the quantizer of a preset is calibrated on, at most.
+const CALIBRATION_WINDOWS: usize = 128;
+
+/// The methods of the adapters of a model.
+fn methods(lm: &Pretrained) -> String {
+    let linears = lm.model.linears();
+    let mut names: Vec<&str> = (linears.iter())
+        .filter_map(|(_, linear)| Some(linear.adapter()?.method()))
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names.join(", ")
+}
