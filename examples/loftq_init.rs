@@ -293,6 +293,12 @@ fn run(args: &Args) -> Result<()> {
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
+    let stored = models::plan(&source, &PerLayer::default())?;
+    for (text, option) in [(&args.train, "--train"), (&args.eval, "--eval")] {
+        if let Some(text) = text {
+            texts::check(&stored, &texts::read(text)?, args.tune.cut.seq_len, option)?;
+        }
+    }
     for &method in args.method.iter().filter(|name| name.fits(args.grid)) {
         for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
             let plan = models::plan(&source, &method.quantizer(args, bits, group_size))?;

@@ -256,10 +256,23 @@ fn run(args: &Args) -> Result<()> {
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     let stored = models::plan(&source, &PerLayer::default())?;
+    let source_of_texts = match (&args.train, &args.eval, &args.data) {
+        (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_deref()),
+        (_, _, Some(data)) => Source::Instructions(&args.instructions, data),
+        _ => Source::Corpus,
+    };
+    let cut = Cut {
+        source: source_of_texts,
+        seq_len: args.tune.cut.seq_len,
+        batch: args.tune.batch,
+        eval_windows: args.tune.eval.limit(),
+        seed: args.seed,
+    };
+    cut.check(&stored)?;
     let f16 = args.format.f16_scales();
     let mut bases = Vec::new();
     for bits in args.widths(&stored)? {
-        let settings = args.settings(bits, stored.hidden_size, f16)?;
+        let settings = args.settings(bits, stored.config.hidden_size(), f16)?;
         let plan = models::plan(&source, &settings.quantizer)?;
         args.check(&plan, &*settings.method, &device)?;
         bases.push(Base {
@@ -274,7 +287,7 @@ fn run(args: &Args) -> Result<()> {
         output.require(sizes.sum::<u64>().max(stored.n_bytes()))?;
     }
     if stored.is_packed() {
-        let settings = args.settings(4, stored.hidden_size, f16)?;
+        let settings = args.settings(4, stored.config.hidden_size(), f16)?;
         args.check(&stored, &*settings.method, &device)?;
     }
     let lm = models::load(&source, &device)?;
@@ -284,22 +297,10 @@ fn run(args: &Args) -> Result<()> {
         bases.push(Base {
             source: source.clone(),
             is_packed: true,
-            settings: args.settings(4, stored.hidden_size, f16 && is_held)?,
+            settings: args.settings(4, stored.config.hidden_size(), f16 && is_held)?,
             plan: stored.clone(),
         });
     }
-    let source_of_texts = match (&args.train, &args.eval, &args.data) {
-        (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_deref()),
-        (_, _, Some(data)) => Source::Instructions(&args.instructions, data),
-        _ => Source::Corpus,
-    };
-    let cut = Cut {
-        source: source_of_texts,
-        seq_len: args.tune.cut.seq_len,
-        batch: args.tune.batch,
-        eval_windows: args.tune.eval.limit(),
-        seed: args.seed,
-    };
     let texts = Texts::new(&cut, &lm, &device)?;
     if let Some([train, eval]) = &texts.records {
         println!("training records: {train}\nevaluation records: {eval}\n");

@@ -60,6 +60,39 @@ enum Long {
 }
 
 impl Instructions {
+    /// Checks that there are records and a template.
+    pub(crate) fn check(&self, data: &Path) -> Result<()> {
+        self.check_template()?;
+        self.records(data).map(drop)
+    }
+
+    fn check_template(&self) -> Result<()> {
+        if self.prompt.is_none() && self.template.is_none() {
+            return Err("--data needs --template, or --prompt and --completion".into());
+        }
+        Ok(())
+    }
+
+    /// The records to train and to evaluate on.
+    fn records(&self, data: &Path) -> Result<[Vec<Record>; 2]> {
+        let all = read_records(data)?;
+        if let Some(eval) = &self.eval_data {
+            return Ok([all, read_records(eval)?]);
+        }
+        if all.len() < 20 {
+            return Err(format!(
+                "`{}` has {} records, and one of 20 is held out to evaluate on; give others with --eval-data",
+                data.display(),
+                all.len()
+            )
+            .into());
+        }
+        let all = all.into_iter().enumerate();
+        let (eval, train): (Vec<_>, Vec<_>) = all.partition(|(at, _)| at % 20 == 19);
+        let records = |all: Vec<(usize, Record)>| all.into_iter().map(|(_, of)| of).collect();
+        Ok([records(train), records(eval)])
+    }
+
     /// Encodes the records and packs them into rows.
     pub(crate) fn texts(
         &self,
@@ -73,32 +106,16 @@ impl Instructions {
             let seq_len = cut.seq_len;
             return Err(models::Error::Text(models::TextError::SeqLen { seq_len, max }).into());
         }
+        self.check_template()?;
         let special = lm.special_tokens()?;
         let template = match (&self.prompt, &self.completion, self.template) {
             (Some(prompt), Some(completion), _) => Template::fields(prompt, completion)?,
             (_, _, Some(TemplateName::Alpaca)) => Template::alpaca(),
             (_, _, Some(TemplateName::Gsm8k)) => Template::gsm8k(),
             (_, _, Some(TemplateName::Chat)) => Template::chat(lm.dir(), &special)?,
-            _ => return Err("--data needs --template, or --prompt and --completion".into()),
+            _ => unreachable!("checked to be there"),
         };
-        let (train, eval): (Vec<Record>, Vec<Record>) = match &self.eval_data {
-            Some(eval) => (read_records(data)?, read_records(eval)?),
-            None => {
-                let all = read_records(data)?;
-                if all.len() < 20 {
-                    return Err(format!(
-                        "`{}` has {} records, and one of 20 is held out to evaluate on; give others with --eval-data",
-                        data.display(),
-                        all.len()
-                    )
-                    .into());
-                }
-                let all = all.into_iter().enumerate();
-                let (eval, train): (Vec<_>, Vec<_>) = all.partition(|(at, _)| at % 20 == 19);
-                let records = |all: Vec<(usize, Record)>| all.into_iter().map(|(_, of)| of);
-                (records(train).collect(), records(eval).collect())
-            }
-        };
+        let [train, eval] = self.records(data)?;
         let limit = Limit::new(cut.seq_len).with_too_long(match self.too_long {
             Long::Cut => TooLong::Cut,
             Long::Drop => TooLong::Drop,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use evaluate::{perplexity, target_loss};
-use models::{Pretrained, Windows};
+use models::{Plan, Pretrained, Windows};
 use peft::{Batch, CausalLm, FitConfig};
 use serde::Serialize;
 
@@ -25,6 +25,7 @@ pub struct Texts {
 }
 
 /// The source of the texts and the sizes of their windows.
+#[derive(Clone, Copy)]
 pub struct Cut<'a> {
     /// Where the texts come from.
     pub source: Source<'a>,
@@ -39,6 +40,7 @@ pub struct Cut<'a> {
 }
 
 /// The data that a model is tuned on.
+#[derive(Clone, Copy)]
 pub enum Source<'a> {
     /// The generated texts of [`corpus`].
     Corpus,
@@ -55,6 +57,31 @@ pub struct Perplexities {
     pub base: Option<f64>,
     /// On the evaluation text of the task.
     pub task: f64,
+}
+
+impl Cut<'_> {
+    /// Checks the texts as far as is possible without the model.
+    ///
+    /// # Errors
+    /// If one cannot be read, or is too short for a window.
+    pub fn check(&self, plan: &Plan) -> Result<()> {
+        match self.source {
+            Source::Corpus => Ok(()),
+            Source::Instructions(instructions, data) => instructions.check(data),
+            Source::Files(train, task, base) => {
+                let texts = [
+                    (Some(train), "--train"),
+                    (Some(task), "--eval"),
+                    (base, "--base"),
+                ];
+                let mut texts = texts.into_iter();
+                texts.try_for_each(|(path, option)| match path {
+                    Some(path) => check(plan, &read(path)?, self.seq_len, option),
+                    None => Ok(()),
+                })
+            }
+        }
+    }
 }
 
 impl Texts {
@@ -146,6 +173,15 @@ pub fn read(path: &Path) -> Result<String> {
         ))
     });
     Ok(text?)
+}
+
+/// Checks that the text of an option of the program fills a window, before the model is loaded.
+///
+/// # Errors
+/// If it is too short for one, or the model cannot have windows of this length.
+pub fn check(plan: &Plan, text: &str, seq_len: usize, option: &str) -> Result<()> {
+    let checked = plan.check_text(text, seq_len);
+    checked.map_err(|error| format!("the {option} text: {error}").into())
 }
 
 /// Cuts the text of an option of the program into windows.

@@ -4,28 +4,30 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
 use peft::{Linear, Method, Recipe, Weight, check_paths};
 use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde_json::{Map, Value};
 
-use super::directory::CONFIG;
+use super::directory::{CONFIG, TOKENIZER};
 use super::format::{LayerFormat, quant_error};
 use super::formats::undeclared_tensor;
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
 use crate::source::weight_name;
-use crate::{CheckpointError, Config, Result};
+use crate::{CheckpointError, Config, Result, TextError, Tokenizer, Windows};
 
 /// The result of quantizing a model, computed by [`plan`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     /// The projections, in the order in which they are quantized.
     pub layers: Vec<PlannedLayer>,
-    /// The width of the model, on which default learning rates depend.
-    pub hidden_size: usize,
+    /// The shape of the model.
+    pub config: Config,
+    /// The directory of the model.
+    pub dir: PathBuf,
 }
 
 /// One projection of a [`Plan`].
@@ -84,6 +86,32 @@ impl Plan {
                 let linear = Linear::new(layer.of_ones(device)?, None);
                 method.init(&layer.path, &linear)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Checks that a text fills a window of `seq_len` tokens, which the model can have.
+    ///
+    /// No more of the text becomes tokens than is needed.
+    ///
+    /// # Errors
+    /// [`TextError::SeqLen`], [`TextError::ShortText`], or as [`Tokenizer::open`] and
+    /// [`Tokenizer::encode`]; [`TextError::NoTokenizer`] if the directory has none.
+    pub fn check_text(&self, text: &str, seq_len: usize) -> Result<()> {
+        let max = self.config.max_seq_len();
+        if !(2..=max).contains(&seq_len) {
+            return Err(TextError::SeqLen { seq_len, max }.into());
+        }
+        let tokenizer = self.dir.join(TOKENIZER);
+        if !tensor_files::is_there(&tokenizer) {
+            let dir = self.dir.clone();
+            return Err(TextError::NoTokenizer { dir }.into());
+        }
+        let tokenizer = Tokenizer::open(&tokenizer)?;
+        // Tokens are a few bytes long.
+        let beginning = text.floor_char_boundary(64 * seq_len);
+        if tokenizer.encode(&text[..beginning])?.len() < seq_len {
+            Windows::new(tokenizer.encode(text)?, seq_len)?;
         }
         Ok(())
     }
@@ -183,7 +211,8 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     if problems.is_empty() {
         Ok(Plan {
             layers,
-            hidden_size: config.hidden_size(),
+            config,
+            dir: dir.into(),
         })
     } else {
         Err(CheckpointError::Plan { layers: problems }.into())

@@ -128,7 +128,7 @@ fn a_packed_directory_is_planned_as_it_is() {
         let dir = golden(name);
         let planned = plan(&dir, &PerLayer::default()).unwrap();
         let lm = models::load(&dir, &Device::flex()).unwrap();
-        assert_eq!(planned.hidden_size, lm.model.config().hidden_size());
+        assert_eq!(&planned.config, lm.model.config());
         assert_eq!(planned.is_packed(), name != "llama_gqa");
         let linears = lm.model.linears();
         assert_eq!(planned.layers.len(), linears.len());
