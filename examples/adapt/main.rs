@@ -283,8 +283,9 @@ fn run(args: &Args) -> Result<()> {
         });
     }
     if let Some(output) = &reserved {
+        let packed = stored.is_packed().then(|| stored.n_bytes());
         let sizes = bases.iter().map(|base| base.plan.n_bytes());
-        output.require(sizes.sum::<u64>().max(stored.n_bytes()))?;
+        output.require(sizes.chain(packed).sum())?;
     }
     if stored.is_packed() {
         let settings = args.settings(4, stored.config.hidden_size(), f16)?;

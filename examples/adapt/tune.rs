@@ -159,16 +159,8 @@ pub(crate) fn tune(
         None => tuned_logits.clone(),
     };
     lm.certificate = certificate.clone();
-    let (mut saved, mut refusal) = (out.dir.join(&name), None);
-    out.add(|dir| {
-        let place = interrupt::reserve(&dir.join(&name))?;
-        let (place, refused) = save_as(&lm, place, args.format.format())?;
-        if let Some(name) = place.file_name() {
-            saved.set_file_name(name);
-        }
-        refusal = refused;
-        Ok(())
-    })?;
+    let place = interrupt::reserve(&out.dir.join(&name))?;
+    let (saved, refusal) = save_as(&lm, place, args.format.format())?;
     drop(lm);
 
     let adapters = out.dir.join(&name_of_adapters);

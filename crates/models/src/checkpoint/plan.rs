@@ -81,8 +81,7 @@ impl Plan {
         let targets: HashSet<String> = method.targets().among(&paths)?.into_iter().collect();
         let mut checked = HashSet::new();
         for layer in &self.layers {
-            let is_new = || checked.insert((layer.dims, layer.format));
-            if targets.contains(&layer.path) && is_new() {
+            if targets.contains(&layer.path) && checked.insert((layer.dims, layer.format)) {
                 let linear = Linear::new(layer.of_ones(device)?, None);
                 method.init(&layer.path, &linear)?;
             }

@@ -33,7 +33,12 @@ impl Base {
 pub(crate) fn bases() -> impl Strategy<Value = Base> {
     let bits = prop::sample::select(vec![2, 3, 4, 8]);
     let group_size = prop::sample::select(vec![None, Some(32), Some(64), Some(128), Some(48)]);
-    let settings = (bits, group_size.clone(), prop::bool::weighted(0.25), any());
+    let settings = (
+        bits,
+        group_size.clone(),
+        prop::bool::weighted(0.25),
+        any::<bool>(),
+    );
     let rtn = settings.prop_map(|(bits, group_size, symmetric, f16_scales)| {
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
         Base::Rtn(rtn.with_symmetric(symmetric).with_f16_scales(f16_scales))

@@ -5,6 +5,8 @@
 //! `cargo run --release --example loftq_init` does the first with the embedded model; `-- --help` lists
 //! the options for other models.
 
+mod methods;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -18,11 +20,13 @@ use examples::format::FormatName;
 use examples::outcome::{Result, exit, max_difference, save_as};
 use examples::texts::{self, evaluation_batch, fit_config};
 use examples::{interrupt, print, println, progress, table};
-use loftq::{Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq};
+use loftq::InitializedLayer;
 use models::{Model, Plan, Pretrained};
-use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
-use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
+use peft::{Adapters, Batch, Lora, PerLayer, Recipe};
+use quant_core::{Quantizer, allocate};
 use tensor_files::Output;
+
+use methods::{GridName, Name, PresetName, Settings, lq_lora, narrower};
 
 /// Initialize LoRA adapters so that they compensate the quantization error
 ///
@@ -53,6 +57,10 @@ struct Args {
     #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',',
           default_values_t = Name::value_variants().to_vec())]
     method: Vec<Name>,
+    /// Base, initialization and training of a paper, of which --lr changes the rate
+    #[arg(long, value_enum, value_name = "NAME",
+          conflicts_with_all = ["method", "bits", "group_size", "grid", "average_bits", "rank", "alpha"])]
+    preset: Option<PresetName>,
     /// Bits of a weight, one or several: 2, 3, 4, 8
     #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..,
           default_values_t = [4, 3, 2])]
@@ -86,6 +94,48 @@ struct Args {
 }
 
 impl Args {
+    /// The method of the preset, or the ones that were asked for.
+    fn names(&self) -> Vec<Name> {
+        match self.preset {
+            Some(preset) => vec![preset.name()],
+            None => self.method.clone(),
+        }
+    }
+
+    /// The quantizers of all bases.
+    fn quantizers(&self) -> Vec<Box<dyn Quantizer>> {
+        if let Some(preset) = self.preset {
+            return vec![preset.settings().quantizer];
+        }
+        let names = self.method.iter().filter(|name| name.fits(self.grid));
+        let each = |name: &Name| {
+            let name = *name;
+            pairs(&self.bits, &self.group_size)
+                .map(move |(&bits, &group_size)| name.quantizer(self, bits, group_size))
+        };
+        names.flat_map(each).collect()
+    }
+
+    /// The settings for one base.
+    fn settings(&self, model: &Model) -> Settings {
+        let (steps, seed) = (self.tune.steps, self.seed[0]);
+        if let Some(preset) = self.preset {
+            let settings = preset.settings();
+            let rate = self.tune.lr.unwrap_or(settings.fit.learning_rate());
+            let fit = settings.fit.with_learning_rate(rate).with_seed(seed);
+            return Settings {
+                fit: fit.with_steps(steps),
+                ..settings
+            };
+        }
+        let name = self.method[0];
+        Settings {
+            quantizer: name.quantizer(self, self.bits[0], self.group_size[0]),
+            method: name.method(self.lora(seed), model),
+            fit: fit_config(self.learning_rate(model), steps, seed),
+        }
+    }
+
     fn lora(&self, seed: u64) -> Lora {
         let lora = Lora::new(self.tune.rank).with_seed(seed);
         lora.with_alpha(self.tune.alpha())
@@ -97,128 +147,6 @@ impl Args {
         let rate = self.tune.lr;
         rate.unwrap_or_else(|| 1e-3 * narrower(model).powf(1.0 / 3.0))
     }
-}
-
-/// The width of the embedded models in widths of this one, at most 1.
-///
-/// Default rates are those of the embedded models times a power of it, which is chosen so that the rate
-/// at width 4096 is about the published one.
-fn narrower(model: &Model) -> f64 {
-    (128.0 / model.config().hidden_size() as f64).min(1.0)
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Name {
-    /// QLoRA: adapters that start at zero
-    Qlora,
-    /// LoftQ: alternates quantization and a decomposition of the residual
-    Loftq,
-    /// PiSSA: the largest singular values of the weight; quantizes the residual
-    Pissa,
-    /// LQ-LoRA: LoftQ weighted by the Fisher information
-    LqLora,
-    /// QERA: the least error of each layer's output, in closed form
-    Qera,
-    /// CLoQ: QERA after OPTQ; affine and symmetric grids only
-    Cloq,
-    /// ApiQ: learns ranges and adapters layer by layer; affine and symmetric grids only
-    Apiq,
-    /// ApiQ, block by block
-    ApiqBlock,
-    /// RILQ: tunes all adapters together to the last hidden state of the dense model
-    Rilq,
-}
-
-impl Name {
-    fn title(self) -> &'static str {
-        match self {
-            Self::Qlora => "QLoRA",
-            Self::Loftq => "LoftQ",
-            Self::Pissa => "PiSSA",
-            Self::LqLora => "LQ-LoRA",
-            Self::Qera => "QERA",
-            Self::Cloq => "CLoQ",
-            Self::Apiq => "ApiQ-lw",
-            Self::ApiqBlock => "ApiQ-bw",
-            Self::Rilq => "RILQ",
-        }
-    }
-
-    fn method(self, lora: Lora, model: &Model) -> Box<dyn Initialization<Model>> {
-        // Ranges learn twice as fast as published: there are few calibration windows. The published rate
-        // of the factors is 5e-4.
-        let (of_ranges, narrower) = (1e-2, narrower(model));
-        let of_factors = 5e-3 * narrower.powf(2.0 / 3.0);
-        match self {
-            Self::Qlora => Box::new(lora),
-            Self::Loftq => Box::new(Loftq::new(lora)),
-            Self::Pissa => Box::new(Pissa::new(lora)),
-            Self::LqLora => Box::new(lq_lora(lora)),
-            Self::Qera | Self::Cloq => Box::new(Qera::new(lora)),
-            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(of_ranges, of_factors)),
-            Self::ApiqBlock => {
-                Box::new(ApiqBlock::new(lora).with_learning_rates(of_ranges, of_factors))
-            }
-            Self::Rilq => {
-                // The published rate is 1e-4.
-                let fit = FitConfig::new()
-                    .with_learning_rate(3e-3 * narrower)
-                    .with_steps(Some(40))
-                    .with_seed(lora.seed());
-                Box::new(Rilq::new(lora).with_fit(fit))
-            }
-        }
-    }
-
-    fn quantizer(
-        self,
-        args: &Args,
-        bits: usize,
-        GroupSize(group_size): GroupSize,
-    ) -> Box<dyn Quantizer> {
-        let symmetric = args.grid == GridName::Symmetric;
-        let f16 = args.format.f16_scales();
-        match (args.grid, self) {
-            (GridName::Nf, _) => {
-                let nf = NormalFloat::new().with_bits(bits);
-                Box::new(nf.with_block_size(group_size))
-            }
-            (_, Self::Cloq) => {
-                let optq = Optq::new().with_bits(bits).with_group_size(group_size);
-                let optq = optq.with_order(Order::Natural);
-                Box::new(optq.with_symmetric(symmetric).with_f16_scales(f16))
-            }
-            _ => {
-                let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-                Box::new(rtn.with_symmetric(symmetric).with_f16_scales(f16))
-            }
-        }
-    }
-
-    /// Whether the method has this grid.
-    fn fits(self, grid: GridName) -> bool {
-        let uniform = matches!(self, Self::Cloq | Self::Apiq | Self::ApiqBlock);
-        grid != GridName::Nf || !uniform
-    }
-
-    /// Whether the method needs calibration data.
-    fn is_calibrated(self) -> bool {
-        !matches!(self, Self::Qlora | Self::Loftq | Self::Pissa)
-    }
-}
-
-fn lq_lora(lora: Lora) -> LqLora {
-    LqLora::new(lora).with_fisher(true)
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum GridName {
-    /// Uniform, with zero-points
-    Affine,
-    /// Uniform, without zero-points
-    Symmetric,
-    /// Normal floats (NF4, NF3, NF2)
-    Nf,
 }
 
 /// The batches of one seed.
@@ -268,12 +196,12 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let single = args.method.len() == 1 && args.seed.len() == 1;
-    let several = args.bits.len() * args.group_size.len() > 1;
+    let single = args.names().len() == 1 && args.seed.len() == 1;
+    let several = args.preset.is_none() && args.bits.len() * args.group_size.len() > 1;
     if args.average_bits.is_some() && (args.method != [Name::LqLora] || !single) {
         return Err("--average-bits needs --method lq-lora and one --seed".into());
     }
-    if !args.method.iter().any(|method| method.fits(args.grid)) {
+    if !args.names().iter().any(|method| method.fits(args.grid)) {
         return Err("these methods do not have --grid nf; use affine or symmetric".into());
     }
     if args.out.is_some() && (!single || several && args.average_bits.is_none()) {
@@ -281,8 +209,11 @@ fn run(args: &Args) -> Result<()> {
             "--out needs one --method and one each of --bits, --group-size and --seed".into(),
         );
     }
+    if args.preset.is_some() && !single {
+        return Err("--preset needs one --seed".into());
+    }
     let learns_ranges = |name: &Name| matches!(name, Name::Apiq | Name::ApiqBlock);
-    if args.format.f16_scales() && args.method.iter().any(learns_ranges) {
+    if args.format.f16_scales() && args.names().iter().any(learns_ranges) {
         let format = args.format.format();
         return Err(format!("ApiQ learns scales in f32, which {format} does not hold").into());
     }
@@ -299,11 +230,8 @@ fn run(args: &Args) -> Result<()> {
             texts::check(&stored, &texts::read(text)?, args.tune.cut.seq_len, option)?;
         }
     }
-    for &method in args.method.iter().filter(|name| name.fits(args.grid)) {
-        for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
-            let plan = models::plan(&source, &method.quantizer(args, bits, group_size))?;
-            check(args, &plan, output.as_ref())?;
-        }
+    for quantizer in args.quantizers() {
+        check(args, &models::plan(&source, &quantizer)?, output.as_ref())?;
     }
     if single && (!several || args.average_bits.is_some()) {
         one(args, output, &source, &device)
@@ -327,20 +255,22 @@ fn check(args: &Args, plan: &Plan, output: Option<&Output>) -> Result<()> {
 
 /// Initializes with one method, reports each layer, and saves base and adapters.
 fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> Result<()> {
-    let (name, seed) = (args.method[0], args.seed[0]);
     let mut lm = models::load(source, device)?;
-    let texts = Texts::new(args, &lm, seed, device)?;
+    let texts = Texts::new(args, &lm, args.seed[0], device)?;
+    let Settings {
+        quantizer,
+        method,
+        fit,
+    } = args.settings(&lm.model);
     let recipe: Box<dyn Recipe> = match args.average_bits {
         Some(average) => {
             let recipe = chosen(args, average, &lm.model, &texts)?;
             check(args, &models::plan(source, &recipe)?, output.as_ref())?;
             Box::new(recipe)
         }
-        None => Box::new(name.quantizer(args, args.bits[0], args.group_size[0])),
+        None => Box::new(quantizer),
     };
     let full = perplexity(&lm.model, &texts.eval)?.value();
-    let method = name.method(args.lora(seed), &lm.model);
-    let fit = fit_config(args.learning_rate(&lm.model), args.tune.steps, seed);
     let show = |layer: &InitializedLayer| {
         let (before, after) = (layer.before, layer.report.error);
         print!("{}: ", layer.report.path);

@@ -1,0 +1,180 @@
+//! The initializations that `loftq_init` knows, with their bases.
+
+use clap::ValueEnum;
+use examples::arguments::GroupSize;
+use loftq::{Apiq, ApiqBlock, Initialization, Loftq, LqLora, Pissa, Qera, Rilq, presets};
+use models::Model;
+use peft::{FitConfig, Lora};
+use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn};
+
+use crate::Args;
+
+/// A base, an initialization and the training after it.
+pub(crate) struct Settings {
+    pub(crate) quantizer: Box<dyn Quantizer>,
+    pub(crate) method: Box<dyn Initialization<Model>>,
+    pub(crate) fit: FitConfig,
+}
+
+/// The settings of a paper, with their sources in the documentation of `loftq::presets`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PresetName {
+    /// LoftQ (arXiv:2310.08659): NF4 in blocks of 64, rank 64, 5 rounds, 3e-4
+    Loftq,
+    /// ApiQ by block (arXiv:2402.05147): 2 bits in groups of 64, rank 64, 3e-4
+    Apiq,
+}
+
+impl PresetName {
+    /// The method of the preset.
+    pub(crate) fn name(self) -> Name {
+        match self {
+            Self::Loftq => Name::Loftq,
+            Self::Apiq => Name::ApiqBlock,
+        }
+    }
+
+    /// The settings of the preset.
+    pub(crate) fn settings(self) -> Settings {
+        match self {
+            Self::Loftq => {
+                let preset = presets::loftq();
+                Settings {
+                    quantizer: Box::new(preset.quantizer),
+                    method: Box::new(preset.method),
+                    fit: preset.fit,
+                }
+            }
+            Self::Apiq => {
+                let preset = presets::apiq();
+                Settings {
+                    quantizer: Box::new(preset.quantizer),
+                    method: Box::new(preset.method),
+                    fit: preset.fit,
+                }
+            }
+        }
+    }
+}
+
+/// The width of the embedded models in widths of this one, at most 1.
+///
+/// Default rates are those of the embedded models times a power of it, which is chosen so that the rate
+/// at width 4096 is about the published one.
+pub(crate) fn narrower(model: &Model) -> f64 {
+    (128.0 / model.config().hidden_size() as f64).min(1.0)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Name {
+    /// QLoRA: adapters that start at zero
+    Qlora,
+    /// LoftQ: alternates quantization and a decomposition of the residual
+    Loftq,
+    /// PiSSA: the largest singular values of the weight; quantizes the residual
+    Pissa,
+    /// LQ-LoRA: LoftQ weighted by the Fisher information
+    LqLora,
+    /// QERA: the least error of each layer's output, in closed form
+    Qera,
+    /// CLoQ: QERA after OPTQ; affine and symmetric grids only
+    Cloq,
+    /// ApiQ: learns ranges and adapters layer by layer; affine and symmetric grids only
+    Apiq,
+    /// ApiQ, block by block
+    ApiqBlock,
+    /// RILQ: tunes all adapters together to the last hidden state of the dense model
+    Rilq,
+}
+
+impl Name {
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Qlora => "QLoRA",
+            Self::Loftq => "LoftQ",
+            Self::Pissa => "PiSSA",
+            Self::LqLora => "LQ-LoRA",
+            Self::Qera => "QERA",
+            Self::Cloq => "CLoQ",
+            Self::Apiq => "ApiQ-lw",
+            Self::ApiqBlock => "ApiQ-bw",
+            Self::Rilq => "RILQ",
+        }
+    }
+
+    pub(crate) fn method(self, lora: Lora, model: &Model) -> Box<dyn Initialization<Model>> {
+        // Ranges learn twice as fast as published: there are few calibration windows. The published rate
+        // of the factors is 5e-4.
+        let (of_ranges, narrower) = (1e-2, narrower(model));
+        let of_factors = 5e-3 * narrower.powf(2.0 / 3.0);
+        match self {
+            Self::Qlora => Box::new(lora),
+            Self::Loftq => Box::new(Loftq::new(lora)),
+            Self::Pissa => Box::new(Pissa::new(lora)),
+            Self::LqLora => Box::new(lq_lora(lora)),
+            Self::Qera | Self::Cloq => Box::new(Qera::new(lora)),
+            Self::Apiq => Box::new(Apiq::new(lora).with_learning_rates(of_ranges, of_factors)),
+            Self::ApiqBlock => {
+                Box::new(ApiqBlock::new(lora).with_learning_rates(of_ranges, of_factors))
+            }
+            Self::Rilq => {
+                // The published rate is 1e-4.
+                let fit = FitConfig::new()
+                    .with_learning_rate(3e-3 * narrower)
+                    .with_steps(Some(40))
+                    .with_seed(lora.seed());
+                Box::new(Rilq::new(lora).with_fit(fit))
+            }
+        }
+    }
+
+    pub(crate) fn quantizer(
+        self,
+        args: &Args,
+        bits: usize,
+        GroupSize(group_size): GroupSize,
+    ) -> Box<dyn Quantizer> {
+        let symmetric = args.grid == GridName::Symmetric;
+        let f16 = args.format.f16_scales();
+        match (args.grid, self) {
+            (GridName::Nf, _) => {
+                let nf = NormalFloat::new().with_bits(bits);
+                Box::new(nf.with_block_size(group_size))
+            }
+            (_, Self::Cloq) => {
+                let optq = Optq::new().with_bits(bits).with_group_size(group_size);
+                let optq = optq.with_order(Order::Natural);
+                Box::new(optq.with_symmetric(symmetric).with_f16_scales(f16))
+            }
+            _ => {
+                let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
+                Box::new(rtn.with_symmetric(symmetric).with_f16_scales(f16))
+            }
+        }
+    }
+
+    /// Whether the method has this grid.
+    pub(crate) fn fits(self, grid: GridName) -> bool {
+        let uniform = matches!(self, Self::Cloq | Self::Apiq | Self::ApiqBlock);
+        grid != GridName::Nf || !uniform
+    }
+
+    /// Whether the method needs calibration data.
+    pub(crate) fn is_calibrated(self) -> bool {
+        !matches!(self, Self::Qlora | Self::Loftq | Self::Pissa)
+    }
+}
+
+pub(crate) fn lq_lora(lora: Lora) -> LqLora {
+    LqLora::new(lora).with_fisher(true)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GridName {
+    /// Uniform, with zero-points
+    Affine,
+    /// Uniform, without zero-points
+    Symmetric,
+    /// Normal floats (NF4, NF3, NF2)
+    Nf,
+}
