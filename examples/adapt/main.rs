@@ -185,7 +185,7 @@ impl Args {
         let is_whole = self.format.format().stored_grid().whole_zeros();
         if name.trains_zeros() && is_whole && self.merge == Merge::Codes && !self.allow_rounding {
             return Err(format!(
-                "the merge of {} makes zero-points fractions, and {} holds whole ones: give --allow-rounding, --merge round, or --format quant-core",
+                "the merge of {} makes zero-points fractions, and {} holds whole ones: take --method peqa, keep --format quant-core, or give --allow-rounding, which may leave little of what is learned",
                 name.name(),
                 self.format.format()
             )
