@@ -352,7 +352,7 @@ fn tune(
 
     let attached = peft::attach(&mut lm.model, &*args.method())?;
     let mut losses = Vec::new();
-    peft::fit(&mut lm.model, &texts.train, fit, |step| {
+    peft::fit(&mut lm.model, &texts.train, fit, |step, _| {
         losses.push(step.loss);
         bar.set_message(format!("loss {:.3}", step.loss));
         bar.set_position(step.index as u64);

@@ -396,7 +396,7 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
         println!("the logits of the reloaded model differ by at most {difference:e}");
     }
     if args.tune.steps > 0 {
-        peft::fit(&mut lm.model, &texts.train, &fit, |_| {})?;
+        peft::fit(&mut lm.model, &texts.train, &fit, |_, _| {})?;
         let tuned = perplexity(&lm.model, &texts.eval)?.value();
         let steps = args.tune.steps;
         println!("perplexity {tuned:.4} after {steps} steps of tuning");
@@ -508,7 +508,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
                 let mut after = before;
                 if args.tune.steps > 0 {
                     let fit = fit_config(learning_rate, args.tune.steps, seed);
-                    peft::fit(&mut model, &texts.train, &fit, |_| {})?;
+                    peft::fit(&mut model, &texts.train, &fit, |_, _| {})?;
                     after = perplexity(&model, &texts.eval)?.value();
                 }
                 runs.push(Run {
