@@ -140,7 +140,7 @@ fn measure(name: &str, mut model: Model, n_trainable: usize, args: &Args) -> pef
     let mut clock = Instant::now();
     let mut cpu = f64::NAN;
     let mut shortest = f64::INFINITY;
-    peft::fit(&mut model, &[batch], &config, |step| {
+    peft::fit(&mut model, &[batch], &config, |step, _| {
         if step.index > 1 {
             shortest = shortest.min(clock.elapsed().as_secs_f64());
         } else {

@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::Parser;
-use examples::arguments::{EvalWindowsArg, GroupSize, at_least};
+use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::format::FormatName;
 use examples::method::MethodName;
-use examples::outcome::{Result, bits, exit, weights_bytes, write_files};
+use examples::outcome::{self, Result, exit, weights_bytes, write_files};
 use examples::table::{self, number};
 use examples::texts::{Cut, Perplexities, Source, Texts, fit_config};
 use examples::{interrupt, memory, println};
@@ -31,11 +31,15 @@ use serde::Serialize;
 /// The methods are PEQA with and without zero-points, QA-HiRA, QA-LoRA, QA-BLoRA, LoRA, rsLoRA, DoRA,
 /// QLoRA and Q-BaRA; VeRA and Bayesian-LoRA are left out.
 #[derive(Parser)]
-#[command(version)]
+#[command(
+    version,
+    mut_arg("bits", |arg| arg.help(
+        "Bits of a weight, one or several, as in `4 3 2` or `4,3,2`: 2, 3, 4 [default: 3]"
+    ))
+)]
 struct Args {
-    /// Bits of a weight: 2, 3, 4
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    bits: usize,
+    #[command(flatten)]
+    bits: BitsArg,
     /// Weights that share a scale: a number, or `channel` for all weights of an output
     #[arg(long, value_name = "N", default_value = "32")]
     group_size: GroupSize,
@@ -100,9 +104,10 @@ struct Row {
 
 #[derive(Debug, Serialize)]
 struct Report {
+    version: &'static str,
     model: &'static str,
     perplexity_protocol: &'static str,
-    bits: usize,
+    bits: Vec<usize>,
     group_size: Option<usize>,
     budget: usize,
     steps: usize,
@@ -118,10 +123,13 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    for (method, groups) in METHODS {
+    let widths = args.bits.or(&[3]);
+    let runs = widths.iter().flat_map(|&bits| METHODS.map(|of| (bits, of)));
+    let runs: Vec<(usize, (MethodName, usize))> = runs.collect();
+    for &(bits, (method, groups)) in &runs {
         let group_size = args.group_size(groups);
         method
-            .quantizer(args.bits, group_size, false, FormatName::QuantCore)?
+            .quantizer(bits, group_size, false, FormatName::QuantCore)?
             .format()?;
     }
     let output = interrupt::reserve(&args.out)?;
@@ -138,9 +146,10 @@ fn run(args: &Args) -> Result<()> {
     };
     let texts = Texts::new(&cut, &lm, &device)?;
     let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
         model: args.embedded.name(),
         perplexity_protocol: "gptq",
-        bits: args.bits,
+        bits: widths,
         group_size: args.group_size.0,
         budget: args.budget,
         steps: args.steps,
@@ -150,12 +159,12 @@ fn run(args: &Args) -> Result<()> {
         full_precision: texts.perplexities(&lm.model)?,
         rows: Vec::new(),
     };
-    for (method, groups) in METHODS {
-        let rows = tune(args, method, groups, &lm, &texts, scratch.path(), &device)?;
+    for (bits, method) in runs {
+        let rows = tune(args, bits, method, &lm, &texts, scratch.path(), &device)?;
         for row in &rows {
             println!(
-                "{}: {}, task perplexity {:.3}",
-                row.method, row.merge, row.kept.task
+                "{} bits, {}: {}, task perplexity {:.3}",
+                bits, row.method, row.merge, row.kept.task
             );
         }
         report.rows.extend(rows);
@@ -218,8 +227,8 @@ fn attach(args: &Args, method: MethodName, model: &mut Model) -> Result<(Option<
 /// Quantizes and tunes, and saves and reloads the result in each form that the method has.
 fn tune(
     args: &Args,
-    method: MethodName,
-    groups: usize,
+    bits: usize,
+    (method, groups): (MethodName, usize),
     source: &Pretrained,
     texts: &Texts,
     scratch: &Path,
@@ -227,12 +236,8 @@ fn tune(
 ) -> Result<Vec<Row>> {
     memory::reset_peak();
     let start = Instant::now();
-    let quantizer = method.quantizer(
-        args.bits,
-        args.group_size(groups),
-        false,
-        FormatName::QuantCore,
-    )?;
+    let quantizer =
+        method.quantizer(bits, args.group_size(groups), false, FormatName::QuantCore)?;
     let mut lm = source.clone();
     lm.certificate = None;
     models::quantize(&mut lm.model, &quantizer, &[], |_| {})?;
@@ -242,7 +247,7 @@ fn tune(
     let attached = args.method(method, rank.unwrap_or(1));
     let learning_rate = attached.learning_rate(hidden_size);
     let fit = fit_config(learning_rate, args.steps, args.seed);
-    peft::fit(&mut adapted, &texts.train, &fit, |_| {})?;
+    peft::fit(&mut adapted, &texts.train, &fit, |_, _| {})?;
     let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
     let rounded = texts.perplexities(&lm.model)?;
     let row = |merge: &str, kept, n_bytes, retention, certificate| Row {
@@ -260,7 +265,7 @@ fn tune(
         certificate,
     };
     let tuned = texts.probe(&adapted);
-    let dir = |kind: &str| scratch.join(format!("{}-{kind}", method.name()));
+    let dir = |kind: &str| scratch.join(format!("{bits}-{}-{kind}", method.name()));
 
     let ways = [
         ("codes", OffGrid::Refuse),
@@ -305,7 +310,7 @@ fn tune(
                 let mut reloaded = models::load(&base, device)?;
                 let adapters = Adapters::load(&beside, device)?;
                 peft::activate(&mut reloaded.model, &adapters)?;
-                if bits(&texts.probe(&reloaded.model)) != bits(&tuned) {
+                if outcome::bits(&texts.probe(&reloaded.model)) != outcome::bits(&tuned) {
                     return Err(format!(
                         "{}: the logits of the reloaded model are not the tuned model's",
                         method.name()
@@ -380,6 +385,12 @@ fn markdown(report: &Report) -> String {
     table::markdown(&rows)
 }
 
+/// The widths, `4, 3`.
+fn list(bits: &[usize]) -> String {
+    let bits: Vec<String> = bits.iter().map(usize::to_string).collect();
+    bits.join(", ")
+}
+
 /// A short name of a format.
 fn base(format: &Format) -> String {
     let grid = match format.double_quant() {
@@ -414,7 +425,10 @@ fn chart(report: &Report) -> String {
             area.fill(&WHITE)?;
             let title = format!(
                 "{}: task perplexity after {} steps, {} bits, at most {} trainable parameters",
-                report.model, report.steps, report.bits, report.budget
+                report.model,
+                report.steps,
+                list(&report.bits),
+                report.budget
             );
             area.draw(&Text::new(title, (20, 14), text(18)))?;
             let kinds = ["exact", "bounded", "rounded", "dense", "beside"];
@@ -431,10 +445,13 @@ fn chart(report: &Report) -> String {
             let x = |value: f64| left + ((value - from) * scale) as i32;
             for (at, row) in report.rows.iter().enumerate() {
                 let y = top + bar * at as i32;
-                let label = match row.rank {
+                let mut label = match row.rank {
                     Some(rank) => format!("{} (rank {rank})", row.method),
                     None => row.method.clone(),
                 };
+                if report.bits.len() > 1 {
+                    label = format!("{}: {label}", row.format.bits());
+                }
                 area.draw(&Text::new(label, (20, y + 2), small.clone()))?;
                 let box_ = [(left, y), (x(row.kept.task), y + bar - 6)];
                 area.draw(&Rectangle::new(box_, colour(&row.merge).filled()))?;

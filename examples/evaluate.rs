@@ -6,32 +6,43 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::builder::NonEmptyStringValueParser;
+use clap::{ArgGroup, Parser};
 use evaluate::{
     Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
     byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
     window_losses, word_losses, word_perplexity,
 };
-use examples::arguments::{SeqLenArg, at_least, distinct_names};
+use examples::arguments::{BitsArg, SeqLenArg, at_least, distinct_names};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::outcome::{Result, exit, write_files};
 use examples::texts::{evaluation_batch, read};
-use examples::{interrupt, println};
+use examples::{interrupt, memory, println};
 use indicatif::{ProgressBar, ProgressStyle};
 use instruct::read_records;
 use models::{Model, Pretrained};
-use peft::Batch;
+use peft::{Adapters, Batch};
 use quant_core::{Quantizer, Rtn};
 
 /// Evaluate models by every protocol, each result with its confidence interval
+///
+/// Text is measured as perplexities in several protocols, and against the first model. Without options, the
+/// embedded model is measured in full precision and at 4, 3 and 2 bits, on text and questions that the
+/// program makes.
 #[derive(Parser)]
 #[command(
     version,
+    group = ArgGroup::new("data").args(["text", "choices", "gsm8k"]).multiple(true),
+    mut_arg("bits", |arg| arg.help(
+        "Bits to quantize the first model to, in groups of 32, for more models: `4 3 2` or `4,3,2` \
+         [default: 4 3 2 of the embedded model]"
+    )),
     after_help = "\
-Example:
+Examples:
+  evaluate --model Llama-2-7b-hf --choices arc.jsonl --bits 4 3
+  evaluate --model Llama-2-7b-loftq/base --adapters Llama-2-7b-loftq/adapter-tuned --text stories.txt
   evaluate --model Llama-2-7b-hf --model Llama-2-7b-4bit-task --text stories.txt --seq-len 2048 \\
            --separator '<|endoftext|>' --choices arc.jsonl --gsm8k test.jsonl --shots train.jsonl --out report"
 )]
@@ -41,21 +52,24 @@ struct Args {
     #[arg(
         long,
         value_name = "DIR",
-        requires = "text",
+        requires = "data",
         conflicts_with = "embedded"
     )]
     model: Vec<PathBuf>,
+    /// Directory of adapters for the first model, of this program or of PEFT: one more model. May be given
+    /// several times
+    #[arg(long, value_name = "DIR", requires = "model")]
+    adapters: Vec<PathBuf>,
     #[command(flatten)]
     embedded: EmbeddedArg,
     #[command(flatten)]
     device: DeviceArg,
-    /// Widths to quantize the first model to, in groups of 32, for more models
-    #[arg(long, value_name = "N,..", value_delimiter = ',')]
-    bits: Vec<usize>,
+    #[command(flatten)]
+    bits: BitsArg,
     /// Held-out text, documents separated by --separator
     #[arg(long, value_name = "FILE", requires = "model")]
     text: Option<PathBuf>,
-    /// Text between two documents
+    /// Text between two documents of --text
     #[arg(long, value_name = "TEXT", default_value = "<|endoftext|>",
           value_parser = NonEmptyStringValueParser::new())]
     separator: String,
@@ -87,11 +101,11 @@ struct Args {
     out: PathBuf,
 }
 
-/// The data that models are evaluated on.
+/// The data that models are evaluated on, as far as it is asked for.
 struct Data {
-    text: String,
-    choices: Vec<ChoiceItem>,
-    problems: Vec<gsm8k::Problem>,
+    text: Option<String>,
+    choices: Option<Vec<ChoiceItem>>,
+    problems: Option<Vec<gsm8k::Problem>>,
     shots: Vec<gsm8k::Problem>,
 }
 
@@ -107,12 +121,11 @@ fn run(args: &Args) -> Result<()> {
     if sources.is_empty() {
         sources.push(args.embedded.write(scratch.path())?);
     }
-    let mut bits = match (args.model.is_empty(), &args.bits[..]) {
-        (true, []) => vec![4, 3, 2],
-        (_, bits) => bits.to_vec(),
-    };
-    bits.sort_unstable_by(|a, b| b.cmp(a));
-    bits.dedup();
+    let bits = args.bits.or(if args.model.is_empty() {
+        &[4, 3, 2]
+    } else {
+        &[]
+    });
     let rounded = |bits| Rtn::new().with_bits(bits).with_group_size(32);
     for &bits in &bits {
         rounded(bits).format()?;
@@ -121,7 +134,7 @@ fn run(args: &Args) -> Result<()> {
     let reference = models::load(&sources[0], &device)?;
     let max = reference.model.config().max_seq_len();
     let n_ctx = args.n_ctx.unwrap_or(512.min(max));
-    if n_ctx > max {
+    if n_ctx > max && data.text.is_some() {
         let seq_len = n_ctx;
         return Err(models::Error::Text(models::TextError::SeqLen { seq_len, max }).into());
     }
@@ -133,8 +146,10 @@ fn run(args: &Args) -> Result<()> {
     let mut others = Vec::new();
     for (source, name) in sources.iter().zip(&names).skip(1) {
         let other = models::load(source, &device)?;
-        // Checked before anything is measured.
-        if other.encode(&data.text)? != reference.encode(&data.text)? {
+        // Checked before anything is measured: losses of tokens are compared.
+        if let Some(text) = &data.text
+            && other.encode(text)? != reference.encode(text)?
+        {
             return Err(format!(
                 "`{name}` and `{}` have different tokenizers; evaluate them one at a time",
                 names[0]
@@ -143,47 +158,15 @@ fn run(args: &Args) -> Result<()> {
         }
         others.push((name, other));
     }
+    let names_of_adapters = distinct_names(&args.adapters);
+    for (dir, name) in args.adapters.iter().zip(&names_of_adapters) {
+        let mut adapted = reference.clone();
+        let adapters = Adapters::open(dir, &adapted.model)?;
+        peft::activate(&mut adapted.model, &adapters)?;
+        others.push((name, adapted));
+    }
     let bootstrap = Bootstrap::new().with_seed(args.seed);
-    let dirs: Vec<String> = args
-        .model
-        .iter()
-        .map(|dir| dir.display().to_string())
-        .collect();
-    let mut report = Report::new("Evaluation");
-    if dirs.is_empty() {
-        report = report.with_setting("model", args.embedded.name());
-    }
-    for (name, dir) in names.iter().zip(&dirs) {
-        report = report.with_setting(format!("model `{name}`"), dir);
-    }
-    let path = |path: &Option<PathBuf>| {
-        path.as_ref()
-            .map_or("generated by the program".into(), |path| {
-                path.display().to_string()
-            })
-    };
-    for (name, value) in [
-        ("device", args.device.name.clone()),
-        ("text", path(&args.text)),
-        ("separator", format!("{:?}", args.separator)),
-        ("choices", path(&args.choices)),
-        ("limit", args.limit.to_string()),
-        (
-            "confidence intervals",
-            format!(
-                "{} %, {} bootstrap resamples",
-                100.0 * bootstrap.confidence(),
-                bootstrap.resamples()
-            ),
-        ),
-        ("seed", args.seed.to_string()),
-    ] {
-        report = report.with_setting(name, value);
-    }
-    if args.gsm8k.is_some() {
-        report = report.with_setting("problems", path(&args.gsm8k));
-        report = report.with_setting("shots", path(&args.shots));
-    }
+    let report = settings(args, &data, &names, &bits, n_ctx, &bootstrap);
 
     let mut measured = Measured {
         args,
@@ -211,20 +194,85 @@ fn run(args: &Args) -> Result<()> {
     }
 
     // The measurements before a failure are kept.
-    let markdown = report.to_markdown();
     let files = [
         ("report.json", report.to_json()),
-        ("report.md", markdown.clone()),
+        ("report.md", report.to_markdown()),
         ("report.svg", report.to_svg()),
     ];
     write_files(output, &files)?;
-    println!("{markdown}\nreport: {}", args.out.display());
+    println!("{report}\nreport: {}", args.out.display());
+    println!("peak memory: {}", memory::peak());
     ended
+}
+
+/// A report with every setting of what is measured.
+fn settings(
+    args: &Args,
+    data: &Data,
+    names: &[String],
+    bits: &[usize],
+    n_ctx: usize,
+    bootstrap: &Bootstrap,
+) -> Report {
+    let made = || "generated by the program".into();
+    let path = |path: &Option<PathBuf>| {
+        let path = path.as_ref().map(|path| path.display().to_string());
+        path.unwrap_or_else(made)
+    };
+    let widths = bits.iter().map(usize::to_string).collect::<Vec<_>>();
+    let widths = format!("{}, in groups of 32, of the first model", widths.join(", "));
+    let confidence = 100.0 * bootstrap.confidence();
+    let intervals = format!(
+        "{confidence} %, {} bootstrap resamples",
+        bootstrap.resamples()
+    );
+    let program = format!("evaluate {}", env!("CARGO_PKG_VERSION"));
+    let of_text = |value: String| data.text.as_ref().map(|_| value);
+    let of_problems = |value: String| data.problems.as_ref().map(|_| value);
+
+    let mut report = Report::new("Evaluation").with_setting("program", program);
+    if args.model.is_empty() {
+        report = report.with_setting("model", args.embedded.name());
+    }
+    for (name, dir) in names.iter().zip(&args.model) {
+        report = report.with_setting(format!("model `{name}`"), dir.display());
+    }
+    for dir in &args.adapters {
+        report = report.with_setting("adapters of the first model", dir.display());
+    }
+    let settings = [
+        ("bits", (!bits.is_empty()).then_some(widths)),
+        ("device", Some(args.device.name.clone())),
+        ("text", of_text(path(&args.text))),
+        ("separator", of_text(format!("{:?}", args.separator))),
+        ("seq-len", of_text(args.cut.seq_len.to_string())),
+        ("n-ctx", of_text(n_ctx.to_string())),
+        (
+            "choices",
+            data.choices.as_ref().map(|_| path(&args.choices)),
+        ),
+        ("gsm8k", of_problems(path(&args.gsm8k))),
+        ("shots", args.shots.as_ref().map(|_| path(&args.shots))),
+        (
+            "max-new-tokens",
+            of_problems(args.max_new_tokens.to_string()),
+        ),
+        ("limit", Some(args.limit.to_string())),
+        ("confidence intervals", Some(intervals)),
+        ("seed", Some(args.seed.to_string())),
+        ("out", Some(args.out.display().to_string())),
+    ];
+    for (name, value) in settings {
+        if let Some(value) = value {
+            report = report.with_setting(name, value);
+        }
+    }
+    report
 }
 
 impl Data {
     fn read(args: &Args) -> Result<Self> {
-        let Some(text) = &args.text else {
+        if args.model.is_empty() {
             let questions = corpus::questions(args.limit, 30).into_iter();
             let item = |(context, choices, answer)| ChoiceItem {
                 context,
@@ -233,31 +281,29 @@ impl Data {
             };
             return Ok(Self {
                 // Each paragraph is a document.
-                text: corpus::text(Dialect::Plain, 50_000, 12).replace('\n', &args.separator),
-                choices: questions.map(item).collect(),
-                problems: Vec::new(),
+                text: Some(corpus::text(Dialect::Plain, 50_000, 12).replace('\n', &args.separator)),
+                choices: Some(questions.map(item).collect()),
+                problems: None,
                 shots: Vec::new(),
             });
-        };
-        let problems = |path: &Option<PathBuf>, n: usize| -> Result<Vec<gsm8k::Problem>> {
-            let Some(path) = path else {
-                return Ok(Vec::new());
-            };
+        }
+        let problems = |path: &PathBuf, n: usize| -> Result<Vec<gsm8k::Problem>> {
             let records = read_records(path)?;
             let problems = records.iter().take(n).map(gsm8k::Problem::of);
             Ok(problems.collect::<evaluate::Result<_>>()?)
         };
-        let choices = match &args.choices {
-            Some(path) => read_records(path)?,
-            None => Vec::new(),
+        let choices = |path: &PathBuf| -> Result<Vec<ChoiceItem>> {
+            let records = read_records(path)?;
+            let items = records.iter().take(args.limit).map(ChoiceItem::of);
+            Ok(items.collect::<evaluate::Result<_>>()?)
         };
-        let choices = choices.iter().take(args.limit).map(ChoiceItem::of);
-        let choices = choices.collect::<evaluate::Result<_>>()?;
+        let of_gsm8k = args.gsm8k.as_ref().map(|path| problems(path, args.limit));
+        let shots = args.shots.as_ref().map(|path| problems(path, 5));
         Ok(Self {
-            text: read(text)?,
-            choices,
-            problems: problems(&args.gsm8k, args.limit)?,
-            shots: problems(&args.shots, 5)?,
+            text: args.text.as_deref().map(read).transpose()?,
+            choices: args.choices.as_ref().map(choices).transpose()?,
+            problems: of_gsm8k.transpose()?,
+            shots: shots.transpose()?.unwrap_or_default(),
         })
     }
 }
@@ -306,21 +352,28 @@ impl Measured<'_> {
             model: name,
         };
         let mut run = || -> Result<()> {
-            step("windows of text");
-            let plain = self.data.text.replace(&self.args.separator, "\n");
-            let seq_len = self.args.cut.seq_len;
-            let windows = lm.windows(&plain, seq_len)?.take(self.args.limit);
-            let batches = windows.batches(evaluation_batch(seq_len), &lm.model.device());
-            self.windows(&lm.model, &batches, &mut column)?;
-            step("llama.cpp's windows");
-            self.llama_cpp(lm, &plain, &mut column)?;
-            step("documents");
-            self.documents(lm, &mut column)?;
-            step("multiple choice");
-            self.choices(lm, &mut column)?;
-            step("word problems");
-            self.problems(lm, &bar, &mut column)?;
-            if let Some(reference) = reference {
+            let mut batches = Vec::new();
+            if let Some(text) = &self.data.text {
+                step("windows of text");
+                let plain = text.replace(&self.args.separator, "\n");
+                let seq_len = self.args.cut.seq_len;
+                let windows = lm.windows(&plain, seq_len)?.take(self.args.limit);
+                batches = windows.batches(evaluation_batch(seq_len), &lm.model.device());
+                self.windows(&lm.model, &batches, &mut column)?;
+                step("llama.cpp's windows");
+                self.llama_cpp(lm, &plain, &mut column)?;
+                step("documents");
+                self.documents(lm, text, &mut column)?;
+            }
+            if let Some(items) = &self.data.choices {
+                step("multiple choice");
+                self.choices(lm, items, &mut column)?;
+            }
+            if let Some(problems) = &self.data.problems {
+                step("word problems");
+                self.problems(lm, problems, &bar, &mut column)?;
+            }
+            if let Some(reference) = reference.filter(|_| !batches.is_empty()) {
                 step("comparison with the first model");
                 let found = compare(&lm.model, &reference.model, &batches)?;
                 let divergence = self.bootstrap.mean(&found.divergence)?;
@@ -380,8 +433,8 @@ impl Measured<'_> {
         Ok(())
     }
 
-    fn documents(&self, lm: &Pretrained, column: &mut Column) -> Result<()> {
-        let documents = self.data.text.split(&self.args.separator);
+    fn documents(&self, lm: &Pretrained, text: &str, column: &mut Column) -> Result<()> {
+        let documents = text.split(&self.args.separator);
         let documents = documents.filter(|document| !document.trim().is_empty());
         let documents = documents.take(self.args.limit);
         let documents = documents
@@ -398,11 +451,8 @@ impl Measured<'_> {
         Ok(())
     }
 
-    fn choices(&self, lm: &Pretrained, column: &mut Column) -> Result<()> {
-        if self.data.choices.is_empty() {
-            return Ok(());
-        }
-        let scores = choices(lm, &self.data.choices)?;
+    fn choices(&self, lm: &Pretrained, items: &[ChoiceItem], column: &mut Column) -> Result<()> {
+        let scores = choices(lm, items)?;
         let right = self.share(scores.iter().map(|score| score.is_correct))?;
         let right_norm = self.share(scores.iter().map(|score| score.is_correct_norm))?;
         let items: Vec<_> = scores
@@ -416,13 +466,14 @@ impl Measured<'_> {
         Ok(())
     }
 
-    fn problems(&self, lm: &Pretrained, bar: &ProgressBar, column: &mut Column) -> Result<()> {
-        let Data {
-            problems, shots, ..
-        } = self.data;
-        if problems.is_empty() {
-            return Ok(());
-        }
+    fn problems(
+        &self,
+        lm: &Pretrained,
+        problems: &[gsm8k::Problem],
+        bar: &ProgressBar,
+        column: &mut Column,
+    ) -> Result<()> {
+        let shots = &self.data.shots;
         let mut n_done = 0;
         let answers = gsm8k::answers(lm, shots, problems, self.args.max_new_tokens, |_| {
             n_done += 1;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use examples::arguments::{GroupSize, ModelArgs};
 use examples::outcome::{Result, exit};
-use examples::{eprintln, interrupt, print, println};
+use examples::{eprintln, interrupt, memory, print, println};
 use instruct::Chat;
 use models::Generation;
 use peft::{Adapters, Linears};
@@ -127,11 +127,12 @@ fn run(args: &Args) -> Result<()> {
     if let Some(first) = first.filter(|_| n_tokens > 1) {
         let rest = (start.elapsed() - first).as_secs_f64();
         eprintln!(
-            "\nprompt of {} tokens, first text after {:.0} ms; {n_tokens} tokens generated, {:.0} tokens/s; projections of {:.1} MB",
+            "\nprompt of {} tokens, first text after {:.0} ms; {n_tokens} tokens generated, {:.0} tokens/s; projections of {:.1} MB, peak memory {}",
             prompt.len(),
             1e3 * first.as_secs_f64(),
             (n_tokens - 1) as f64 / rest,
             n_bytes as f64 / 1e6,
+            memory::peak(),
         );
     }
     Ok(())

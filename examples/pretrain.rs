@@ -86,7 +86,7 @@ fn run(args: &Args) -> Result<()> {
         .with_beta_2(0.95);
     let bar = progress::bar(args.steps, "steps")?;
     let batches = windows.batches(args.batch, &device);
-    peft::fit(&mut lm.model, &batches, &fit, |step| {
+    peft::fit(&mut lm.model, &batches, &fit, |step, _| {
         bar.set_position(step.index as u64);
         bar.set_message(format!("loss {:.4}", step.loss));
     })?;

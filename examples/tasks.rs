@@ -3,27 +3,46 @@
 //!
 //! `cargo run --release --example tasks`
 
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use burn::tensor::Device;
+use clap::Parser;
 use evaluate::perplexity;
 use examples::corpus::{self, Dialect};
-use examples::embedded::{self, Architecture};
+use examples::device::DeviceArg;
+use examples::embedded::EmbeddedArg;
 use examples::outcome::{Result, exit, weights_bytes};
 use examples::table::{self, number};
-use examples::{interrupt, println};
+use examples::{interrupt, memory, println};
+use models::Generation;
 use peft::{Batch, Fingerprint, FitConfig, Method, Peqa, TaskPack, Tasks};
 use quant_core::Rtn;
 
-fn main() -> ExitCode {
-    exit(run)
+const PROMPT: &str = "Albena";
+
+/// Serve two tasks from one quantized base, each as scales for the same codes
+///
+/// The embedded model is quantized to 3 bits, and PEQA tunes it on two dialects of the language that it was
+/// trained on. The program prints the size of each task, the time to activate it, its perplexities on both
+/// texts and a sentence, and compares them with the merged models. It leaves no files.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(flatten)]
+    embedded: EmbeddedArg,
+    #[command(flatten)]
+    device: DeviceArg,
 }
 
-fn run() -> Result<()> {
-    let device = Device::flex();
+fn main() -> ExitCode {
+    exit(|| run(&Args::parse()))
+}
+
+fn run(args: &Args) -> Result<()> {
+    let device = args.device.open();
     let scratch = interrupt::scratch()?;
-    let source = embedded::write(scratch.path(), Architecture::Llama)?;
+    let source = args.embedded.write(scratch.path())?;
     let mut lm = models::load(&source, &device)?;
     lm.certificate = None;
     models::quantize(
@@ -47,7 +66,7 @@ fn run() -> Result<()> {
         peft::attach(&mut model, &peqa)?;
         let learning_rate = peqa.learning_rate(model.config().hidden_size());
         let config = FitConfig::new().with_learning_rate(learning_rate);
-        peft::fit(&mut model, &train, &config, |_| {})?;
+        peft::fit(&mut model, &train, &config, |_, _| {})?;
         let (pack, change) = TaskPack::of(&model)?.rounded_to_f16()?;
         pack.save(scratch.path().join(name))?;
         println!(
@@ -58,9 +77,8 @@ fn run() -> Result<()> {
         merged.push(model);
     }
 
-    // A server loads the base once and activates tasks by name.
-    let base = models::load(&base_dir, &device)?;
-    let mut tasks = Tasks::new(base.model)?;
+    // A server loads the base once, with its tokenizer, and activates tasks by name.
+    let mut tasks = Tasks::new(models::load(&base_dir, &device)?)?;
     for (name, _) in dialects {
         tasks.insert(name, TaskPack::load(scratch.path().join(name))?)?;
     }
@@ -70,13 +88,15 @@ fn run() -> Result<()> {
         .collect::<Result<_>>()?;
     let header = ["task", "bytes", "activated in ms", "plain text", "old text"];
     let mut rows = vec![header.map(String::from)];
-    let before = Fingerprint::of(tasks.model());
+    let before = Fingerprint::of(&tasks.model().model);
+    let mut sentences = Vec::new();
     for name in [None, Some("plain"), Some("old"), None] {
         let start = Instant::now();
         tasks.activate(name)?;
         let milliseconds = 1e3 * start.elapsed().as_secs_f64();
         let value = |eval: &[Batch]| -> Result<String> {
-            Ok(number(Some(perplexity(tasks.model(), eval)?.value()), 3))
+            let perplexity = perplexity(&tasks.model().model, eval)?;
+            Ok(number(Some(perplexity.value()), 3))
         };
         let dir = name.map_or(base_dir.clone(), |name| scratch.path().join(name));
         rows.push([
@@ -86,13 +106,26 @@ fn run() -> Result<()> {
             value(&eval[0])?,
             value(&eval[1])?,
         ]);
+        let lm = tasks.model();
+        let (prompt, settings) = (lm.encode_text(PROMPT)?, Generation::new(24));
+        let written = lm.generate(&prompt, &settings, |piece| {
+            // A sentence.
+            if piece.contains('.') {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        })?;
+        let text = written.text.lines().next().unwrap_or_default().to_string();
+        sentences.push(format!("{}: {PROMPT}{text}", name.unwrap_or("base")));
     }
     assert_eq!(
-        Fingerprint::of(tasks.model()),
+        Fingerprint::of(&tasks.model().model),
         before,
         "the base must not change"
     );
     println!("\n{}", table::markdown(&rows));
+    println!("{}\n", sentences.join("\n"));
     let mut rows = vec![["merged model", "plain text", "old text"].map(String::from)];
     for ((name, _), model) in dialects.iter().zip(&merged) {
         let value = |eval: &[Batch]| -> Result<String> {
@@ -101,5 +134,6 @@ fn run() -> Result<()> {
         rows.push([name.to_string(), value(&eval[0])?, value(&eval[1])?]);
     }
     println!("{}", table::markdown(&rows));
+    println!("peak memory: {}", memory::peak());
     Ok(())
 }

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use burn::tensor::Device;
 use clap::{ArgGroup, Parser, ValueEnum};
-use examples::arguments::{GroupSize, ModelArgs, TuneArgs};
+use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs};
 use examples::format::FormatName;
 use examples::instructions::Instructions;
 use examples::method::{MethodName, PresetName, Settings};
@@ -36,6 +36,9 @@ use tune::{Base, Out, formats, tune};
     version,
     group = ArgGroup::new("tuned_on").args(["train", "data"]),
     mut_arg("model", |arg| arg.requires("tuned_on")),
+    mut_arg("bits", |arg| arg.help(
+        "Bits of a weight of a model that is not packed, one or several: 2, 3, 4, 8 [default: 4 3 2]"
+    )),
     after_help = "\
 Examples:
   adapt --model Llama-2-7b-hf --train task.txt --eval held-out.txt --bits 4 --group-size 128 \\
@@ -79,9 +82,8 @@ struct Args {
     #[arg(long, value_enum, value_name = "NAME",
           conflicts_with_all = ["method", "bits", "group_size", "symmetric", "rank", "alpha", "adapters"])]
     preset: Option<PresetName>,
-    /// Bits of a weight of a model that is not packed, one or several: 2, 3, 4, 8 [default: 4 3 2]
-    #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..)]
-    bits: Vec<usize>,
+    #[command(flatten)]
+    bits: BitsArg,
     /// Weights that share a scale: a number, or `channel` for all weights of an output [default: 32]
     #[arg(long, value_name = "N")]
     group_size: Option<GroupSize>,
@@ -151,17 +153,13 @@ impl Args {
     /// The widths to quantize to, the largest first; none if the model is packed.
     fn widths(&self, stored: &Plan) -> Result<Vec<usize>> {
         if !stored.is_packed() {
-            let mut bits = match (&self.bits[..], self.preset) {
+            return Ok(match self.preset {
                 // The width of a preset is its own.
-                (_, Some(_)) => vec![4],
-                ([], None) => vec![4, 3, 2],
-                (bits, None) => bits.to_vec(),
-            };
-            bits.sort_unstable_by(|a, b| b.cmp(a));
-            bits.dedup();
-            return Ok(bits);
+                Some(_) => vec![4],
+                None => self.bits.or(&[4, 3, 2]),
+            });
         }
-        if !self.bits.is_empty() || self.group_size.is_some() || self.symmetric {
+        if self.bits.is_given() || self.group_size.is_some() || self.symmetric {
             return Err(format!(
                 "`{}` is packed already ({}), and its codes are kept: leave out --bits, --group-size and --symmetric",
                 self.model.name(),

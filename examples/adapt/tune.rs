@@ -121,7 +121,7 @@ pub(crate) fn tune(
     let bar = progress::bar(args.tune.steps, "steps")?;
     bar.set_prefix(formats.clone());
     let mut losses = Vec::new();
-    peft::fit(&mut lm.model, &texts.train, fit, |step| {
+    peft::fit(&mut lm.model, &texts.train, fit, |step, _| {
         losses.push(step.loss);
         bar.set_message(format!("loss {:.3}", step.loss));
         bar.set_position(step.index as u64);

@@ -14,7 +14,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use evaluate::perplexity;
-use examples::arguments::{GroupSize, ModelArgs, TuneArgs, at_least};
+use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
 use examples::outcome::{Result, exit, max_difference, save_as};
@@ -37,6 +37,9 @@ use methods::{GridName, Name, PresetName, Settings, lq_lora, narrower};
     version,
     mut_arg("model", |arg| arg.requires("train").requires("eval")),
     mut_arg("rank", |arg| arg.default_value("8")),
+    mut_arg("bits", |arg| arg.help(
+        "Bits of a weight, one or several, as in `4 3 2` or `4,3,2`: 2, 3, 4, 8 [default: 4 3 2]"
+    )),
     mut_arg("steps", |arg| arg.default_value("30").help("Optimizer steps; 0 for none")),
     after_help = "\
 Example:
@@ -61,10 +64,9 @@ struct Args {
     #[arg(long, value_enum, value_name = "NAME",
           conflicts_with_all = ["method", "bits", "group_size", "grid", "average_bits", "rank", "alpha"])]
     preset: Option<PresetName>,
-    /// Bits of a weight, one or several: 2, 3, 4, 8
-    #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..,
-          default_values_t = [4, 3, 2])]
-    bits: Vec<usize>,
+    /// Widths; 4, 3 and 2 by default.
+    #[command(flatten)]
+    bits: BitsArg,
     /// Weights that share a scale, one or several: numbers, or `channel` for all weights of an output
     #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..,
           default_values = ["32", "64"])]
@@ -102,16 +104,24 @@ impl Args {
         }
     }
 
+    /// The widths of all bases.
+    fn widths(&self) -> Vec<usize> {
+        self.bits.or(&[4, 3, 2])
+    }
+
     /// The quantizers of all bases.
     fn quantizers(&self) -> Vec<Box<dyn Quantizer>> {
         if let Some(preset) = self.preset {
             return vec![preset.settings().quantizer];
         }
-        let names = self.method.iter().filter(|name| name.fits(self.grid));
+        let (widths, names) = (self.widths(), self.method.iter());
+        let names = names.filter(|name| name.fits(self.grid));
+        let bases = pairs(&widths, &self.group_size);
+        let bases: Vec<(usize, GroupSize)> = bases.map(|(&bits, &size)| (bits, size)).collect();
         let each = |name: &Name| {
-            let name = *name;
-            pairs(&self.bits, &self.group_size)
-                .map(move |(&bits, &group_size)| name.quantizer(self, bits, group_size))
+            let bases = bases.iter();
+            let quantizers = bases.map(|&(bits, size)| name.quantizer(self, bits, size));
+            quantizers.collect::<Vec<_>>()
         };
         names.flat_map(each).collect()
     }
@@ -130,7 +140,7 @@ impl Args {
         }
         let name = self.method[0];
         Settings {
-            quantizer: name.quantizer(self, self.bits[0], self.group_size[0]),
+            quantizer: name.quantizer(self, self.widths()[0], self.group_size[0]),
             method: name.method(self.lora(seed), model),
             fit: fit_config(self.learning_rate(model), steps, seed),
         }
@@ -197,7 +207,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let single = args.names().len() == 1 && args.seed.len() == 1;
-    let several = args.preset.is_none() && args.bits.len() * args.group_size.len() > 1;
+    let several = args.preset.is_none() && args.widths().len() * args.group_size.len() > 1;
     if args.average_bits.is_some() && (args.method != [Name::LqLora] || !single) {
         return Err("--average-bits needs --method lq-lora and one --seed".into());
     }
@@ -324,7 +334,7 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
     if args.tune.steps > 0 {
         let steps = args.tune.steps;
         let bar = progress::bar(steps, "steps")?;
-        peft::fit(&mut lm.model, &texts.train, &fit, |step| {
+        peft::fit(&mut lm.model, &texts.train, &fit, |step, _| {
             bar.set_message(format!("loss {:.3}", step.loss));
             bar.inc(1);
         })?;
@@ -390,7 +400,8 @@ fn save(
 
 /// Chooses bits and group size of each layer by LQ-LoRA's errors within the budget.
 fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<PerLayer> {
-    let quantizers: Vec<Box<dyn Quantizer>> = pairs(&args.bits, &args.group_size)
+    let widths = args.widths();
+    let quantizers: Vec<Box<dyn Quantizer>> = pairs(&widths, &args.group_size)
         .map(|(&bits, &group_size)| Name::LqLora.quantizer(args, bits, group_size))
         .collect();
     let method = lq_lora(args.lora(args.seed[0]));
@@ -404,7 +415,7 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
     let allocation = allocate(&costs, budget)?;
     let mut recipe = PerLayer::default();
     for ((path, _), &choice) in layers.iter().zip(&allocation.choice) {
-        let (bits, group_size) = pairs(&args.bits, &args.group_size)
+        let (bits, group_size) = pairs(&widths, &args.group_size)
             .nth(choice)
             .expect("one of the candidates");
         let quantizer = Name::LqLora.quantizer(args, *bits, *group_size);
@@ -416,11 +427,12 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
 /// Compares the methods at every width and group size.
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let clock = Instant::now();
+    let widths = args.widths();
     let lm = models::load(source, device)?;
     let methods: Vec<Name> = (args.method.iter().copied())
         .filter(|method| method.fits(args.grid))
         .collect();
-    let n_runs = args.seed.len() * args.bits.len() * args.group_size.len() * methods.len();
+    let n_runs = args.seed.len() * widths.len() * args.group_size.len() * methods.len();
     let bar = progress::bar(n_runs, "models")?;
     let learning_rate = args.learning_rate(&lm.model);
     let mut runs = Vec::new();
@@ -428,7 +440,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     for &seed in &args.seed {
         let texts = Texts::new(args, &lm, seed, device)?;
         full = perplexity(&lm.model, &texts.eval)?.value();
-        for (&bits, &group_size) in pairs(&args.bits, &args.group_size) {
+        for (&bits, &group_size) in pairs(&widths, &args.group_size) {
             for &method in &methods {
                 bar.set_message(format!("{bits} bits, {}", method.title()));
                 let quantizer = method.quantizer(args, bits, group_size);
@@ -452,7 +464,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
                 let mut after = before;
                 if args.tune.steps > 0 {
                     let fit = fit_config(learning_rate, args.tune.steps, seed);
-                    peft::fit(&mut model, &texts.train, &fit, |_| {})?;
+                    peft::fit(&mut model, &texts.train, &fit, |_, _| {})?;
                     after = perplexity(&model, &texts.eval)?.value();
                 }
                 runs.push(Run {
@@ -469,7 +481,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     }
     bar.finish_and_clear();
 
-    for (&group_size, &bits) in pairs(&args.group_size, &args.bits) {
+    for (&group_size, &bits) in pairs(&args.group_size, &widths) {
         let mut rows = vec![["method", "start", "tuned", "seconds"].map(String::from)];
         for &method in &methods {
             let of = |value: fn(&Run) -> f64| {

@@ -45,6 +45,34 @@ impl ModelArgs {
     }
 }
 
+/// The widths that a program quantizes to. The program says in its help what it does without them.
+#[derive(Args, Clone, Debug)]
+pub struct BitsArg {
+    /// Bits of a weight, one or several, as in `4 3 2` or `4,3,2`: 2, 3, 4, 8
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',')]
+    bits: Vec<usize>,
+}
+
+impl BitsArg {
+    /// Whether a width was given.
+    pub fn is_given(&self) -> bool {
+        !self.bits.is_empty()
+    }
+
+    /// The widths, each once, the widest first; `default` if none is given.
+    pub fn or(&self, default: &[usize]) -> Vec<usize> {
+        let given = if self.bits.is_empty() {
+            default
+        } else {
+            &self.bits
+        };
+        let mut bits = given.to_vec();
+        bits.sort_unstable_by(|a, b| b.cmp(a));
+        bits.dedup();
+        bits
+    }
+}
+
 /// The length of the windows that a text is cut into.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct SeqLenArg {
@@ -177,6 +205,40 @@ mod tests {
         for text in ["0", "-2", "", "all"] {
             assert!(text.parse::<GroupSize>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn widths_are_separated_by_commas_or_spaces() {
+        #[derive(clap::Parser)]
+        struct Program {
+            #[command(flatten)]
+            bits: BitsArg,
+            #[arg(long)]
+            seed: usize,
+        }
+        let bits = |text: &str| {
+            let words = format!("program {text} --seed 1");
+            let program = <Program as clap::Parser>::try_parse_from(words.split(' ')).ok()?;
+            assert_eq!(program.seed, 1);
+            Some(program.bits.or(&[3]))
+        };
+        for text in [
+            "--bits 4 3 2",
+            "--bits 4,3,2",
+            "--bits 2,4 3",
+            "--bits 3 --bits 4 --bits 2,3",
+        ] {
+            assert_eq!(bits(text), Some(vec![4, 3, 2]), "{text}");
+        }
+        assert_eq!(bits("--bits 8"), Some(vec![8]));
+        assert_eq!(
+            <Program as clap::Parser>::parse_from(["program", "--seed", "1"])
+                .bits
+                .or(&[3]),
+            [3]
+        );
+        assert_eq!(bits("--bits"), None);
+        assert_eq!(bits("--bits four"), None);
     }
 
     #[test]

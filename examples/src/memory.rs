@@ -13,6 +13,11 @@ pub fn peak_bytes() -> Option<u64> {
     status("VmHWM:")
 }
 
+/// Returns the largest resident set since [`reset_peak`] as text, `93 MiB`, or a dash if it is not known.
+pub fn peak() -> String {
+    peak_bytes().map_or("-".into(), |n| format!("{} MiB", n >> 20))
+}
+
 /// Returns the resident set, in bytes.
 pub fn resident_bytes() -> Option<u64> {
     status("VmRSS:")

@@ -81,7 +81,7 @@ fn a_processor_makes_and_checks_certified_models() {
     let tuned = |quantizer: &dyn Quantizer| {
         let mut lm = quantized(quantizer);
         peft::attach(&mut lm.model, &Peqa::new()).unwrap();
-        peft::fit(&mut lm.model, batches, &config, |_| {}).unwrap();
+        peft::fit(&mut lm.model, batches, &config, |_, _| {}).unwrap();
         lm
     };
 

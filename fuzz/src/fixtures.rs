@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use burn::module::Module;
 use models::{LlamaConfig, Model, OptConfig};
 use quant_core::Rtn;
 
@@ -36,7 +37,7 @@ pub fn opt() -> OptConfig {
 pub fn packed_model() -> Model {
     static MODEL: OnceLock<Model> = OnceLock::new();
     let packed = || {
-        let mut model = Model::init(llama(), 1, &device());
+        let mut model = Model::init(llama(), 1, &device()).no_grad();
         let rtn = Rtn::new().with_group_size(4);
         models::quantize(&mut model, &rtn, &[], |_| {}).expect("groups of 4 divide 8 inputs");
         model
@@ -48,6 +49,6 @@ pub fn packed_model() -> Model {
 pub fn dense_model() -> Model {
     static MODEL: OnceLock<Model> = OnceLock::new();
     MODEL
-        .get_or_init(|| Model::init(opt(), 1, &device()))
+        .get_or_init(|| Model::init(opt(), 1, &device()).no_grad())
         .clone()
 }

@@ -7,8 +7,8 @@
 
 use burn::tensor::Tensor;
 use peft::{
-    Adapters, Batch, CausalLm, FitConfig, LayerError, Lora, Recipe, Schedule, Stages, Step,
-    Streams, check_recipe, fit_with, last_output, nll_of_output,
+    Adapters, Batch, CausalLm, FitConfig, LayerError, Lora, Recipe, Schedule, Stages, Streams,
+    check_recipe, fit_with, last_output, nll_of_output,
 };
 
 use crate::{Initialization, InitializedLayer, Layer, LayerMethod, Result};
@@ -113,9 +113,9 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             batch.of_targets(of_tokens).sum()
         };
         // Only the adapters are trained here, even of a model whose other parameters train.
-        let mut tuned = student.clone().no_grad();
-        peft::activate(&mut tuned, &Adapters::of(&student)?)?;
-        fit_with(&mut tuned, calibration, &self.fit, loss, |_: &Step| {})?;
+        let mut tuned = student.clone();
+        peft::freeze(&mut tuned);
+        fit_with(&mut tuned, calibration, &self.fit, loss, |_, _| {})?;
         peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 
         // On the inputs that come through the tuned layers.

@@ -120,6 +120,20 @@ impl Model {
 /// divided by the temperature, only the `top_k` likeliest tokens are kept, and of those only the fewest
 /// likeliest whose probabilities add up to `top_p` (Holtzman et al. 2020, arXiv:1904.09751), as in
 /// transformers.
+///
+/// The default takes the likeliest token up to 100 times; the tokens that end a text are known to
+/// [`Pretrained::generate`](crate::Pretrained::generate).
+///
+/// # Examples
+/// ```
+/// use models::Generation;
+///
+/// assert_eq!(Generation::default(), Generation::new(100));
+/// let sampled = Generation::default().with_temperature(0.8).with_top_p(0.95).with_seed(1);
+/// sampled.check()?;
+/// assert!(Generation::default().with_top_p(0.0).check().is_err());
+/// # Ok::<(), models::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Generation {
     max_new_tokens: usize,
@@ -128,6 +142,12 @@ pub struct Generation {
     top_p: f64,
     seed: u64,
     stop: Vec<u32>,
+}
+
+impl Default for Generation {
+    fn default() -> Self {
+        Self::new(100)
+    }
 }
 
 impl Generation {

@@ -12,6 +12,7 @@
 //! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
 //! | [`save`] | saves a model, which [`load`] reads back bit for bit |
 //! | [`save_as`], [`save_dense`] | save a model for other programs, in a [`CheckpointFormat`] or with dense weights |
+//! | [`Output`] | reserves the place of a directory before the work whose result it is to hold |
 //! | [`SpecialTokens`] | the tokens that begin, end and pad texts |
 //!
 //! ```no_run
@@ -28,7 +29,7 @@
 //!     println!("{}: {}", layer.path, layer.error);
 //! }
 //! peft::attach(&mut lm.model, &Peqa::new())?;
-//! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step| println!("{}", step.loss))?;
+//! peft::fit(&mut lm.model, &batches, &FitConfig::new(), |step, _| println!("{}", step.loss))?;
 //! peft::Adapters::of(&lm.model)?.save("adapters/task")?;
 //! lm.certificate = Some(peft::merge(&mut lm.model)?);
 //! models::save(&lm, "Llama-2-7b-4bit-task")?;
@@ -74,4 +75,5 @@ pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{quantize, quantize_head, sensitivities};
 pub use rope_scaling::RopeScaling;
 pub use special_tokens::{SpecialToken, SpecialTokens};
+pub use tensor_files::{IntoOutput, Output};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

@@ -3,7 +3,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use peft::Certificate;
+use peft::{AsModel, Certificate};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::directory::{
@@ -38,6 +38,20 @@ pub struct Continuation {
     pub text: String,
     /// All tokens, including the one that ended the text.
     pub tokens: Vec<u32>,
+}
+
+impl AsModel for Pretrained {
+    type Model = Model;
+
+    fn as_model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The model, to be changed: the certificate is set to `None`.
+    fn as_model_mut(&mut self) -> &mut Model {
+        self.certificate = None;
+        &mut self.model
+    }
 }
 
 impl Pretrained {

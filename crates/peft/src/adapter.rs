@@ -46,6 +46,68 @@ pub(crate) use tile::TileSettings;
 use vera::VeraSettings;
 
 /// A way to adapt a model: the layers, and the adapter of each.
+///
+/// A method of another crate chooses among the adapters of this one, layer by layer, and their settings.
+/// It adds no kind of adapter: [`Adapter`] is closed, since burn's derive of `Module` needs the concrete
+/// types of all parameters of a layer, and since files, merges and certificates have to know each kind.
+///
+/// # Examples
+/// A LoRA whose rank is larger in the layers of attention:
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use peft::{Adapter, Error, Linear, Linears, Lora, Method, Targets, Weight};
+///
+/// struct RankByLayer {
+///     attention: Lora,
+///     others: Lora,
+/// }
+///
+/// impl Method for RankByLayer {
+///     fn targets(&self) -> &Targets {
+///         &Targets::All
+///     }
+///
+///     fn init(&self, path: &str, linear: &Linear) -> Result<Adapter, Error> {
+///         if path.contains("self_attn") {
+///             self.attention.init(path, linear)
+///         } else {
+///             self.others.init(path, linear)
+///         }
+///     }
+/// }
+///
+/// # #[derive(burn::module::Module, Debug)]
+/// # struct Block {
+/// #     q_proj: Linear,
+/// #     up_proj: Linear,
+/// # }
+/// #
+/// # impl Linears for Block {
+/// #     fn linears(&self) -> Vec<(String, &Linear)> {
+/// #         vec![
+/// #             ("self_attn.q_proj".into(), &self.q_proj),
+/// #             ("mlp.up_proj".into(), &self.up_proj),
+/// #         ]
+/// #     }
+/// #
+/// #     fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+/// #         vec![
+/// #             ("self_attn.q_proj".into(), &mut self.q_proj),
+/// #             ("mlp.up_proj".into(), &mut self.up_proj),
+/// #         ]
+/// #     }
+/// # }
+/// #
+/// # let linear = || Linear::new(Weight::frozen(Tensor::ones([8, 8], &Device::flex())), None);
+/// # let mut model = Block { q_proj: linear(), up_proj: linear() };
+/// let method = RankByLayer { attention: Lora::new(4), others: Lora::new(1) };
+/// let attached = peft::attach(&mut model, &method)?;
+/// assert_eq!(attached.n_trainable, 4 * (8 + 8) + (8 + 8));
+/// // The layers have their adapters.
+/// assert!(peft::attach(&mut model, &method).is_err());
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Method {
     /// The layers to adapt.
     fn targets(&self) -> &Targets;
@@ -156,6 +218,8 @@ pub(crate) trait AdapterOps {
 macro_rules! adapters {
     ($($(#[$doc:meta])* $name:ident($adapter:ident, $settings:ident),)*) => {
         /// The trainable part of an adapted layer.
+        ///
+        /// The list is closed: see [`Method`].
         #[derive(Module, Debug)]
         pub enum Adapter {
             $($(#[$doc])* $name($adapter),)*

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::adapter::{Settings, Shared, Source, lora};
+use crate::trainable::check_frozen;
 use crate::{Adapter, Error, Fingerprint, Linears, Result};
 use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
@@ -72,14 +73,15 @@ struct Config {
     layers: BTreeMap<String, Settings>,
 }
 
-/// In the older version, a fingerprint covers the parameters only.
-const FORMAT_VERSIONS: [u32; 2] = [3, 4];
+/// In version 3, a fingerprint covers the parameters only; in 4, it does not tell them apart.
+const FORMAT_VERSIONS: [u32; 3] = [3, 4, 5];
 
 impl Adapters {
     /// The adapters of a model.
     ///
     /// # Errors
-    /// [`Error::NoAdapters`] if it has none.
+    /// [`Error::NoAdapters`] if it has none, [`Error::TrainableOutside`] if other parameters are trainable,
+    /// which the adapters do not hold.
     pub fn of(model: &impl Linears) -> Result<Self> {
         let adapter = |(path, linear): (String, &crate::Linear)| {
             let mut adapter = linear.adapter.clone()?;
@@ -90,6 +92,7 @@ impl Adapters {
         if layers.is_empty() {
             return Err(Error::NoAdapters);
         }
+        check_frozen(model)?;
         Ok(Self {
             base: Fingerprint::of(model),
             layers,

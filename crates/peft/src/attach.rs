@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 
+use crate::trainable::trainable_outside;
 use crate::{Adapters, Error, Linears, Method, Result};
 
 /// The result of [`attach`].
@@ -11,9 +12,14 @@ pub struct Attached {
     pub paths: Vec<String>,
     /// The number of trainable parameters of all adapters.
     pub n_trainable: usize,
+    /// The number of those outside of adapters, which would be trained and are no part of them: 0 after
+    /// [`freeze`](crate::freeze).
+    pub n_trainable_outside: usize,
 }
 
 /// Attaches a fresh adapter, which changes no output, to each layer that `method` targets.
+///
+/// Parameters outside of adapters stay trainable or frozen as they are; they are counted.
 ///
 /// # Errors
 /// [`Error::NoTarget`] if a target matches no layer, [`Error::AlreadyAdapted`] if a layer has an
@@ -71,13 +77,18 @@ pub fn attach<M: Linears>(model: &mut M, method: &(impl Method + ?Sized)) -> Res
             linear.adapter = Some(adapter);
         }
     }
-    Ok(Attached { paths, n_trainable })
+    let outside = trainable_outside(model).into_iter();
+    Ok(Attached {
+        paths,
+        n_trainable,
+        n_trainable_outside: outside.map(|(_, n)| n).sum(),
+    })
 }
 
 /// Detaches all adapters from the model, which is then the base, and returns them.
 ///
 /// # Errors
-/// [`Error::NoAdapters`] if it has none.
+/// As [`Adapters::of`].
 pub fn detach<M: Linears>(model: &mut M) -> Result<Adapters> {
     let adapters = Adapters::of(model)?;
     for (_, linear) in model.linears_mut() {

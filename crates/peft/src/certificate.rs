@@ -64,8 +64,8 @@ struct Stored {
     probe: Option<Probe>,
 }
 
-/// In the first version, a fingerprint covers the parameters only.
-const FORMAT_VERSIONS: [u32; 2] = [1, 2];
+/// In the first version, a fingerprint covers the parameters only; in 2, it does not tell them apart.
+const FORMAT_VERSIONS: [u32; 3] = [1, 2, 3];
 
 fn first_version() -> u32 {
     FORMAT_VERSIONS[0]

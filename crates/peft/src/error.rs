@@ -156,6 +156,23 @@ pub enum Error {
     /// A model without adapters.
     #[error("the model has no adapters, or they are merged already; attach or activate some first")]
     NoAdapters,
+    /// Parameters outside of adapters that are trainable, of a model whose adapters are taken.
+    #[error(
+        "{} outside of the adapters, which do not hold {}; call `peft::freeze`, before the training if it is to leave the base as it is, or after it to take the adapters and save the changed base too",
+        trainable(parameters), if parameters.len() == 1 { "it" } else { "them" }
+    )]
+    TrainableOutside {
+        /// The parameters.
+        parameters: Vec<String>,
+    },
+    /// A record of burn's that does not fit the model.
+    #[error(
+        "the record does not fit the model: {problem}; build the model as the recorded one was, with the `Formats` of that model"
+    )]
+    Record {
+        /// The problem.
+        problem: String,
+    },
     /// An adapter whose dimensions do not fit its layer.
     #[error("the adapter of layer `{path}` is {found:?}, its weight needs {expected:?}")]
     Shape {
@@ -310,6 +327,17 @@ pub enum Error {
         /// Tokens in each.
         seq: usize,
     },
+}
+
+/// The first parameters of a list, and how many more there are.
+fn trainable(parameters: &[String]) -> String {
+    let named = parameters.iter().take(3).map(|name| format!("`{name}`"));
+    let named = named.collect::<Vec<_>>().join(", ");
+    match parameters.len() {
+        1 => format!("{named} is trainable"),
+        2 | 3 => format!("{named} are trainable"),
+        n => format!("{named} and {} more parameters are trainable", n - 3),
+    }
 }
 
 /// A result with this crate's [`Error`].

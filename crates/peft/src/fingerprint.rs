@@ -7,11 +7,16 @@ use crate::{Error, Result};
 
 // Apart from the type, which errors name: the walk through a model knows layers, and they errors.
 mod parameters;
+mod running;
+
+pub(crate) use parameters::is_enum;
+use running::Running;
 
 /// What identifies a model without its adapters: its parameters, and what its outputs depend on besides.
 ///
 /// The parts are
-/// * the SHA-256 of all parameters with their names, and of the formats of the layers;
+/// * the SHA-256 of all parameters with their names, and of the formats of the layers, with its beginnings
+///   parameter by parameter, which tell the first one that differs;
 /// * the SHA-256 of the structure: the variants of enums, Boolean parameters, and the digits of `f64`
 ///   beyond those of `f32`;
 /// * the settings that the model states ([`Identity`]);
@@ -59,6 +64,8 @@ pub struct Fingerprint {
 struct Others {
     structure: String,
     identity: Identity,
+    /// None in a fingerprint of an older version.
+    running: Option<Running>,
 }
 
 /// What the outputs of a model depend on besides its parameters, as text.
@@ -98,7 +105,7 @@ impl Identity {
 #[serde(
     untagged,
     deny_unknown_fields,
-    expecting = "expected a fingerprint: a digest, or an object with parameters, structure, settings and perhaps tokenizer"
+    expecting = "expected a fingerprint: a digest, or an object with parameters, structure, settings and perhaps tokenizer and running"
 )]
 enum Stored {
     Parameters(String),
@@ -108,6 +115,8 @@ enum Stored {
         settings: BTreeMap<String, String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tokenizer: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        running: Option<Running>,
     },
 }
 
@@ -123,6 +132,7 @@ impl From<Stored> for Fingerprint {
                 structure,
                 settings,
                 tokenizer,
+                running,
             } => Self {
                 parameters,
                 others: Some(Box::new(Others {
@@ -131,6 +141,7 @@ impl From<Stored> for Fingerprint {
                         settings,
                         tokenizer,
                     },
+                    running,
                 })),
             },
         }
@@ -146,12 +157,14 @@ impl From<Fingerprint> for Stored {
         let Others {
             structure,
             identity,
+            running,
         } = *others;
         Self::Parts {
             parameters,
             structure,
             settings: identity.settings,
             tokenizer: identity.tokenizer,
+            running,
         }
     }
 }
@@ -164,9 +177,14 @@ impl Fingerprint {
     pub fn differences(&self, found: &Self) -> Vec<String> {
         let mut differences = Vec::new();
         if self.parameters != found.parameters {
+            let running = |of: &'_ Self| of.others.as_ref()?.running.clone();
+            let first = running(self).zip(running(found));
+            let first = first.and_then(|(expected, found)| expected.first_difference(&found));
             differences.push(format!(
-                "the parameters are {} where {} is expected",
-                found.parameters, self.parameters
+                "the parameters are {} where {} is expected{}",
+                found.parameters,
+                self.parameters,
+                first.map_or(String::new(), |first| format!(", from `{first}` on")),
             ));
         }
         let Some(expected) = &self.others else {
@@ -199,20 +217,22 @@ impl Fingerprint {
         differences
     }
 
-    /// Which of two versions of a file has such a fingerprint: that of the parameters alone, or the other.
-    pub(crate) fn version(&self, [older, newer]: [u32; 2]) -> u32 {
-        match self.others {
-            None => older,
-            Some(_) => newer,
+    /// Which of the versions of a file has such a fingerprint: of the parameters alone, of all parts but for
+    /// the beginnings of the digest, or of all.
+    pub(crate) fn version(&self, [oldest, older, newest]: [u32; 3]) -> u32 {
+        match &self.others {
+            None => oldest,
+            Some(others) if others.running.is_none() => older,
+            Some(_) => newest,
         }
     }
 
     /// Checks that a file of a version has the fingerprint of that version, and that the program reads it.
-    pub(crate) fn check_version(&self, versions: [u32; 2], found: u32) -> Result<(), String> {
-        let [older, newer] = versions;
+    pub(crate) fn check_version(&self, versions: [u32; 3], found: u32) -> Result<(), String> {
+        let [oldest, _, newest] = versions;
         if !versions.contains(&found) {
             return Err(format!(
-                "format_version is {found}, this program reads {older} and {newer}"
+                "format_version is {found}, this program reads {oldest} to {newest}"
             ));
         }
         if self.version(versions) != found {

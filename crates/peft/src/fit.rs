@@ -8,26 +8,9 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use crate::blocks::run_blocks;
 use crate::checkpointing::{backward_by_block, lowest_trained};
 use crate::{
-    Batch, Blocks, CausalLm, Error, FitConfig, Result, last_output, nll_of_output, set_dropout,
+    Batch, Blocks, CausalLm, Error, FitConfig, IntoControlFlow, Result, Step, Training,
+    last_output, nll_of_output, set_dropout,
 };
-
-/// One optimizer step of [`fit`].
-#[derive(Clone, Debug, PartialEq)]
-pub struct Step {
-    /// The index of the step, counted from 1.
-    pub index: usize,
-    /// The number of steps of the training.
-    pub n_steps: usize,
-    /// The mean loss over the step's targets, before the step and without penalties of adapters; in nats
-    /// for the next-token loss.
-    pub loss: f64,
-    /// The norm of all gradients before clipping.
-    pub grad_norm: f64,
-    /// The learning rate.
-    pub learning_rate: f64,
-    /// The number of targets.
-    pub n_targets: usize,
-}
 
 /// Trains the parameters that are not frozen, by AdamW on the next-token loss.
 ///
@@ -36,6 +19,11 @@ pub struct Step {
 ///
 /// A learning rate that is too high may ruin a model without an infinity: the losses of the last steps
 /// are then above those of the first ones.
+///
+/// `on_step` is called after each step with the [`Step`] and the model as it is then
+/// ([`Training::model`]). If it returns [`ControlFlow::Break`](std::ops::ControlFlow::Break), the
+/// training ends, and the model keeps what it has learned; a closure that returns nothing goes on to the
+/// last step.
 ///
 /// # Errors
 /// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
@@ -110,17 +98,43 @@ pub struct Step {
 /// let batches = [Batch::new(tokens)?];
 /// let config = FitConfig::new().with_learning_rate(0.1).with_steps(20);
 /// let mut losses = Vec::new();
-/// peft::fit(&mut model, &batches, &config, |step| losses.push(step.loss))?;
+/// peft::fit(&mut model, &batches, &config, |step, _| losses.push(step.loss))?;
 /// assert!(losses[19] < losses[0]);
-/// let error = peft::fit(&mut model, &[], &config, |_| {}).unwrap_err();
+/// let error = peft::fit(&mut model, &[], &config, |_, _| {}).unwrap_err();
 /// assert_eq!(error.to_string(), "there are no batches to train on");
 /// # Ok::<(), peft::Error>(())
 /// ```
-pub fn fit<M: CausalLm>(
+///
+/// Ends when the loss on held-out text does not fall any more:
+///
+/// ```
+/// # use peft::{Batch, CausalLm, FitConfig};
+/// use std::ops::ControlFlow;
+///
+/// fn tune<M: CausalLm>(
+///     model: &mut M,
+///     batches: &[Batch],
+///     held_out: &Batch,
+/// ) -> Result<(), peft::Error> {
+///     let mut least = f32::INFINITY;
+///     peft::fit(model, batches, &FitConfig::new(), |step, training| {
+///         if step.index % 10 == 0 {
+///             let loss = peft::token_nll(&training.model(), held_out).sum();
+///             let loss = loss.into_scalar::<f32>();
+///             if loss >= least {
+///                 return ControlFlow::Break(());
+///             }
+///             least = loss;
+///         }
+///         ControlFlow::Continue(())
+///     })
+/// }
+/// ```
+pub fn fit<M: CausalLm, R: IntoControlFlow>(
     model: &mut M,
     batches: &[Batch],
     config: &FitConfig,
-    on_step: impl FnMut(&Step),
+    on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
 ) -> Result<()> {
     let loss = |model: &M, x, at: usize| {
         let batch = &batches[at];
@@ -204,16 +218,16 @@ pub fn fit<M: CausalLm>(
 /// };
 /// let config = FitConfig::new().with_learning_rate(0.1).with_steps(20);
 /// let mut losses = Vec::new();
-/// peft::fit_with(&mut model, &batches, &config, loss, |step| losses.push(step.loss))?;
+/// peft::fit_with(&mut model, &batches, &config, loss, |step, _| losses.push(step.loss))?;
 /// assert!(losses[19] < losses[0]);
 /// # Ok::<(), peft::Error>(())
 /// ```
-pub fn fit_with<M: Blocks>(
+pub fn fit_with<M: Blocks, R: IntoControlFlow>(
     model: &mut M,
     batches: &[Batch],
     config: &FitConfig,
     loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
-    mut on_step: impl FnMut(&Step),
+    mut on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
 ) -> Result<()> {
     config.check()?;
     if batches.is_empty() {
@@ -259,6 +273,7 @@ pub fn fit_with<M: Blocks>(
     let mut masks = rng.clone();
     masks.set_stream(1);
     let mut order: Vec<usize> = (0..batches.len()).collect();
+    let mut last = 0;
     for index in 0..n_steps {
         if index % per_epoch == 0 {
             order.shuffle(&mut rng);
@@ -322,25 +337,29 @@ pub fn fit_with<M: Blocks>(
             tuned = fast_optimizer.step(fast_rate, tuned, split.taken);
         }
         tuned = optimizer.step(learning_rate, tuned, gradients);
-        on_step(&Step {
-            index: index + 1,
+        last = index + 1;
+        let step = Step {
+            index: last,
             n_steps,
             loss: mean_loss,
             grad_norm,
             learning_rate,
             n_targets,
-        });
+        };
+        let flow = on_step(&step, &Training::new(&tuned)).into_control_flow();
+        if flow.is_break() {
+            break;
+        }
     }
     let mut finite = Finite::default();
     tuned.visit(&mut finite);
     if let Some(path) = finite.non_finite {
         return Err(Error::NonFinite {
             what: format!("`{path}`"),
-            step: n_steps,
+            step: last,
         });
     }
-    set_dropout(&mut tuned, None);
-    *model = tuned.valid();
+    *model = Training::new(&tuned).model();
     Ok(())
 }
 

@@ -10,6 +10,7 @@
 //! | [`activate`] | replaces the adapters by the [`Adapters`] of a task, and returns the former ones |
 //! | [`detach`] | detaches the adapters, and returns them |
 //! | [`merge`] | merges the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
+//! | [`freeze`] | freezes the parameters outside of adapters, which burn makes trainable |
 //!
 //! | method | trained parameters | merges into a packed weight |
 //! |---|---|---|
@@ -18,7 +19,8 @@
 //! | [`Tile::q_bara`], [`Lora`] and rsLoRA, DoRA, QLoRA, [`Bayesian`], [`Vera`] | a matrix of low rank | no: [`merge_with`] makes the weight dense, or rounds the sum and measures the loss |
 //!
 //! [`presets`] has the settings of the papers, [`Adapters`] reads and writes directories, PEFT's too,
-//! and [`Tasks`] serves tasks that share their codes.
+//! and [`Tasks`] serves tasks that share their codes. With its [`Formats`], a packed model is saved and
+//! loaded as a record of burn's.
 //!
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
@@ -72,6 +74,7 @@ mod error;
 mod fingerprint;
 mod fit;
 mod fit_config;
+mod formats;
 mod layer_report;
 mod learning_rate;
 mod linear;
@@ -79,8 +82,10 @@ mod linears;
 mod merge;
 pub mod presets;
 mod recipe;
+mod step;
 mod targets;
 mod tasks;
+mod trainable;
 
 pub use adapter::{
     Adapter, Bayesian, BayesianAdapter, Exactness, Lora, LoraAdapter, Method, Peqa, PeqaAdapter,
@@ -95,12 +100,15 @@ pub use causal_lm::{CausalLm, Head, nll_of_output, token_nll};
 pub use certificate::{Certificate, MergedLayer, Probe};
 pub use error::{Error, Result};
 pub use fingerprint::{Fingerprint, Identity};
-pub use fit::{Step, fit, fit_with};
+pub use fit::{fit, fit_with};
 pub use fit_config::{FitConfig, Schedule};
+pub use formats::Formats;
 pub use layer_report::{LayerError, LayerReport};
 pub use linear::{Linear, Weight};
 pub use linears::{Linears, set_dropout, set_precision};
 pub use merge::{MergeConfig, OffGrid, merge, merge_probed, merge_with};
 pub use recipe::{PerLayer, Recipe, check_paths, check_recipe};
+pub use step::{IntoControlFlow, Step, Training};
 pub use targets::Targets;
-pub use tasks::{TaskPack, Tasks};
+pub use tasks::{AsModel, TaskPack, Tasks};
+pub use trainable::freeze;

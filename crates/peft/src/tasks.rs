@@ -7,13 +7,14 @@ use quant_core::QuantTensor;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{floats, quantized};
+use crate::trainable::check_frozen;
 use crate::{Error, Fingerprint, Linears, Result, Weight};
 use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
 const CONFIG: &str = "task.json";
 const TENSORS: &str = "task.safetensors";
-/// In the older version, a fingerprint covers the parameters only.
-const FORMAT_VERSIONS: [u32; 2] = [1, 2];
+/// In version 1, a fingerprint covers the parameters only; in 2, it does not tell them apart.
+const FORMAT_VERSIONS: [u32; 3] = [1, 2, 3];
 const METHOD: &str = "a task pack";
 
 /// A task as the scales and zeros that it changes in a packed model, on the codes of the base.
@@ -48,8 +49,8 @@ impl TaskPack {
     /// The task of the adapters of a packed model.
     ///
     /// # Errors
-    /// [`Error::NoAdapters`], [`Error::NeedsQuantized`], or [`Error::MergeIntoPacked`] if codes cannot
-    /// hold an adapter.
+    /// [`Error::NoAdapters`], [`Error::NeedsQuantized`], [`Error::MergeIntoPacked`] if codes cannot
+    /// hold an adapter, or [`Error::TrainableOutside`] if parameters are trainable that are in no adapter.
     pub fn of(model: &impl Linears) -> Result<Self> {
         let mut layers = BTreeMap::new();
         for (path, linear) in model.linears() {
@@ -83,6 +84,7 @@ impl TaskPack {
         if layers.is_empty() {
             return Err(Error::NoAdapters);
         }
+        check_frozen(model)?;
         Ok(Self {
             base: Fingerprint::of(model),
             layers,
@@ -225,7 +227,8 @@ impl TaskPack {
 
 /// A packed model and the tasks that it serves, one at a time.
 ///
-/// Activating a task replaces scales and zeros; the codes stay.
+/// Activating a task replaces scales and zeros; the codes stay. The model may come with more, such as a
+/// tokenizer ([`AsModel`]), which stays with it.
 ///
 /// # Examples
 ///
@@ -271,21 +274,46 @@ pub struct Tasks<M> {
     packs: BTreeMap<String, TaskPack>,
 }
 
-impl<M: Linears> Tasks<M> {
+/// A model, or a value that has one, such as a model with its tokenizer.
+pub trait AsModel {
+    /// The type of the model.
+    type Model: Linears;
+
+    /// The model.
+    fn as_model(&self) -> &Self::Model;
+
+    /// The model, to be changed: what is true of its present parameters alone, such as a certificate, is
+    /// dropped.
+    fn as_model_mut(&mut self) -> &mut Self::Model;
+}
+
+impl<M: Linears> AsModel for M {
+    type Model = M;
+
+    fn as_model(&self) -> &M {
+        self
+    }
+
+    fn as_model_mut(&mut self) -> &mut M {
+        self
+    }
+}
+
+impl<M: AsModel> Tasks<M> {
     /// Tasks of this base, without any yet. Its parameters are read once for the fingerprint.
     ///
     /// # Errors
     /// [`Error::AlreadyAdapted`] if it has an adapter.
     pub fn new(model: M) -> Result<Self> {
         let mut base = BTreeMap::new();
-        for (path, linear) in model.linears() {
+        for (path, linear) in model.as_model().linears() {
             if linear.adapter.is_some() {
                 return Err(Error::AlreadyAdapted { path });
             }
             base.insert(path, linear.weight.clone());
         }
         Ok(Self {
-            fingerprint: Fingerprint::of(&model),
+            fingerprint: Fingerprint::of(model.as_model()),
             model,
             base,
             packs: BTreeMap::new(),
@@ -335,7 +363,7 @@ impl<M: Linears> Tasks<M> {
             let weight = with_grids(path, &self.base[path], grids)?;
             weights.insert(path.clone(), Weight::Quant(weight));
         }
-        for (path, linear) in self.model.linears_mut() {
+        for (path, linear) in self.model.as_model_mut().linears_mut() {
             if let Some(weight) = weights.remove(&path) {
                 linear.weight = weight;
             }

@@ -2,17 +2,20 @@
 //! optimizer in a loop.
 //!
 //! The MLP learns to tell four clusters of points apart. It is quantized to 2 bits; then the clusters
-//! move, and adapters learn where to.
+//! move, and adapters learn where to. What is merged is recorded by burn, and loaded again.
 
 use std::error::Error;
+use std::iter::successors;
+use std::process::ExitCode;
 
 use burn::module::Module;
 use burn::nn::LinearConfig;
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::optim::{AdamWConfig, GradientsParams};
+use burn::store::ModuleRecord;
 use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use peft::{Adapters, Linear, Linears, Lora, Method, OffGrid, Peqa, Tile};
+use peft::{Adapters, Formats, Linear, Linears, Lora, Method, OffGrid, Peqa, Tile};
 use quant_core::Rtn;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rand_distr::{Distribution, Normal};
@@ -110,7 +113,18 @@ impl Points {
     }
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    let Err(error) = run() else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("error: {error}");
+    for cause in successors(error.source(), |error| error.source()) {
+        eprintln!("  {cause}");
+    }
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let device = Device::flex();
     device.seed(0);
     let points = |shift, seed| Points::new(1000, shift, seed, &device);
@@ -159,6 +173,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         peft::merge_with(&mut again, off_grid)?;
         certificate.verify(&again)?;
         assert!(certificate.verify(&base).is_err());
+
+        // A record has the parameters, and the formats say which weights are packed. Both can be files.
+        let formats = Formats::of(&tuned);
+        let bytes = tuned.into_record().into_bytes()?;
+        let record = ModuleRecord::from_bytes(bytes)?;
+        certificate.verify(&formats.load_record(Mlp::new(&device), record)?)?;
     }
     Ok(())
 }

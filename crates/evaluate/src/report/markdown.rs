@@ -1,6 +1,6 @@
-//! Reports as Markdown that is readable as plain text.
+//! Reports as Markdown that is readable as plain text, and as that text.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use super::{Report, label};
 
@@ -10,18 +10,23 @@ impl Report {
     /// A cell has a value and its interval, with as many digits as the interval makes significant; one
     /// item has no interval. Names are escaped.
     pub fn to_markdown(&self) -> String {
-        let mut text = format!("# {}\n", escaped(&self.title));
+        self.text(escaped)
+    }
+
+    /// The report with names as `name` writes them.
+    fn text(&self, name: fn(&str) -> String) -> String {
+        let mut text = format!("# {}\n", name(&self.title));
         if !self.settings.is_empty() {
             text.push('\n');
         }
-        for (name, value) in &self.settings {
-            writeln!(text, "* {}: {}", escaped(name), escaped(value)).expect("writing to a string");
+        for (setting, value) in &self.settings {
+            writeln!(text, "* {}: {}", name(setting), name(value)).expect("writing to a string");
         }
         if self.measurements.is_empty() {
             return text;
         }
         text.push('\n');
-        text.push_str(&table(&cells(self)));
+        text.push_str(&table(&cells(self, name)));
         text.push_str("\n↓: lower is better, ↑: higher is better.");
         let mut estimates = self.measurements.iter().map(|of| &of.estimate);
         if estimates.any(label::has_interval) {
@@ -31,20 +36,23 @@ impl Report {
     }
 }
 
-fn cells(report: &Report) -> Vec<Vec<String>> {
+/// The text of [`Report::to_markdown`] without escapes, for a terminal.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text(label::one_line))
+    }
+}
+
+fn cells(report: &Report, name: fn(&str) -> String) -> Vec<Vec<String>> {
     let models = report.models();
     let header = ["protocol", "metric", "items"].map(String::from);
     let header = header
         .into_iter()
-        .chain(models.iter().map(|name| escaped(name)));
+        .chain(models.iter().map(|model| name(model)));
     let mut rows = vec![header.collect::<Vec<_>>()];
     for row in report.rows() {
-        let metric = format!(
-            "{} {}",
-            escaped(row.metric),
-            label::arrow(row.lower_is_better)
-        );
-        let mut cells = vec![escaped(row.protocol), metric, escaped(&row.items())];
+        let metric = format!("{} {}", name(row.metric), label::arrow(row.lower_is_better));
+        let mut cells = vec![name(row.protocol), metric, name(&row.items())];
         let decimals = label::decimals(row.measurements.iter().map(|of| &of.estimate));
         for model in &models {
             let of_model = row.measurements.iter().filter(|of| of.model == **model);

@@ -105,6 +105,21 @@ fn a_report_without_measurements_has_no_table() {
     assert_eq!(texts(&report.to_svg()), ["Nothing yet", "no measurements"]);
 }
 
+/// In a terminal nothing is escaped, and what would move its cursor is left out.
+#[test]
+fn a_terminal_shows_names_as_they_are() {
+    let report = two_models().with_setting("separator", "<|end_of_text|> & \u{1b}[2J*");
+    let (plain, markdown) = (report.to_string(), report.to_markdown());
+    let line = "* separator: <|end_of_text|> & [2J*\n";
+    assert!(plain.contains(line), "{plain}");
+    assert!(
+        markdown.contains("* separator: &lt;\\|end_of_text\\|> &amp;"),
+        "{markdown}"
+    );
+    let report = two_models();
+    assert_eq!(report.to_string(), report.to_markdown());
+}
+
 #[test]
 fn names_do_not_break_the_table() {
     let mut report = two_models();

@@ -446,7 +446,7 @@ fn loras_train_as_in_peft() {
             .with_max_grad_norm(None)
             .with_steps(Some(5));
         let mut losses = Vec::new();
-        fit(&mut model, &[batch], &config, |step| {
+        fit(&mut model, &[batch], &config, |step, _| {
             losses.push(step.loss as f32)
         })
         .unwrap();

@@ -126,7 +126,7 @@ fn tuned(
     peft::attach(&mut lm.model, method).unwrap();
     let batch = Batch::new(tokens(lm)).unwrap();
     let config = FitConfig::new().with_learning_rate(0.02).with_steps(3);
-    peft::fit(&mut lm.model, &[batch], &config, |_| {}).unwrap();
+    peft::fit(&mut lm.model, &[batch], &config, |_, _| {}).unwrap();
     let config = MergeConfig::new().with_stored_grid(format.stored_grid());
     lm.certificate = Some(peft::merge_with(&mut lm.model, config).unwrap());
     save_as(lm, dir, format).unwrap();

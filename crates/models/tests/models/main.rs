@@ -17,5 +17,6 @@ mod plan;
 mod quantize;
 mod refusals;
 mod save;
+mod tasks;
 mod texts;
 mod training;

@@ -38,7 +38,13 @@ fn merged_models_are_proved_on_the_reloaded_file() {
             let config = FitConfig::new()
                 .with_learning_rate(5e-3)
                 .with_steps(Some(5));
-            fit(&mut lm.model, std::slice::from_ref(&batch), &config, |_| {}).unwrap();
+            fit(
+                &mut lm.model,
+                std::slice::from_ref(&batch),
+                &config,
+                |_, _| {},
+            )
+            .unwrap();
             let tuned = logits(&lm.model, tokens.clone());
             assert!(
                 difference(&tuned, &rounded) > 1e-3,
@@ -120,7 +126,13 @@ fn tuned_models_leave_in_the_format_of_their_base() {
         models::quantize(&mut lm.model, &quantizer, &[], |_| {}).unwrap();
         peft::attach(&mut lm.model, method).unwrap();
         let config = FitConfig::new().with_learning_rate(5e-3).with_steps(5);
-        fit(&mut lm.model, std::slice::from_ref(&batch), &config, |_| {}).unwrap();
+        fit(
+            &mut lm.model,
+            std::slice::from_ref(&batch),
+            &config,
+            |_, _| {},
+        )
+        .unwrap();
         let tuned = logits(&lm.model, tokens.clone());
 
         let mut unrounded = lm.clone();

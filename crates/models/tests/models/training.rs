@@ -39,7 +39,7 @@ proptest! {
             let mut model = model.clone();
             let fit = FitConfig::new().with_steps(Some(1)).with_accumulation(batches.len());
             let mut steps = Vec::new();
-            peft::fit(&mut model, batches, &fit, |step| steps.push(step.clone())).unwrap();
+            peft::fit(&mut model, batches, &fit, |step, _| steps.push(step.clone())).unwrap();
             (steps.remove(0), logits(&model, &PROBE, 1))
         };
         let ((one, first), (many, second)) = (run(&[packed]), run(&unpacked));
@@ -70,7 +70,7 @@ proptest! {
                 .with_steps(Some(3))
                 .with_checkpoint_blocks(checkpoint_blocks);
             let mut steps = Vec::new();
-            peft::fit(&mut model, &batches, &fit, |step| steps.push(step.clone())).unwrap();
+            peft::fit(&mut model, &batches, &fit, |step, _| steps.push(step.clone())).unwrap();
             (steps, bits(logits(&model, &PROBE, 1)))
         };
         prop_assert_eq!(run(true), run(false));
@@ -137,7 +137,7 @@ fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
         let before = nll(&lm.model);
         peft::attach(&mut lm.model, &Peqa::new()).unwrap();
         let fit = FitConfig::new().with_learning_rate(0.02).with_epochs(4);
-        peft::fit(&mut lm.model, &batches, &fit, |_| {}).unwrap();
+        peft::fit(&mut lm.model, &batches, &fit, |_, _| {}).unwrap();
         let tuned = nll(&lm.model);
         assert!(tuned < before, "{tuned} after {before}");
         assert!(matches!(

@@ -2,7 +2,7 @@ use burn::module::{ModuleVisitor, Param};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 use sha2::{Digest, Sha256};
 
-use super::{Fingerprint, Others};
+use super::{Fingerprint, Others, Running};
 use crate::Linears;
 
 impl Fingerprint {
@@ -21,6 +21,7 @@ impl Fingerprint {
             values: Sha256::new(),
             structure: Sha256::new(),
             path: Vec::new(),
+            running: Running::default(),
         };
         let linears = base.linears().into_iter();
         let weights = linears.map(|(path, linear)| (path, &linear.weight));
@@ -32,12 +33,14 @@ impl Fingerprint {
                 .values
                 .update(format!("{path} {dims:?} {format}\n"));
         }
+        parameters.mark("the formats of the layers".into());
         base.visit(&mut parameters);
         Self {
             parameters: text(parameters.values),
             others: Some(Box::new(Others {
                 structure: text(parameters.structure),
                 identity: base.identity(),
+                running: Some(parameters.running),
             })),
         }
     }
@@ -60,9 +63,15 @@ struct Parameters {
     values: Sha256,
     structure: Sha256,
     path: Vec<String>,
+    running: Running,
 }
 
 impl Parameters {
+    /// Keeps the beginning of the digest of all values so far.
+    fn mark(&mut self, name: String) {
+        self.running.push(name, &self.values.clone().finalize());
+    }
+
     /// The name and the shape of the parameter at hand.
     fn entry(&self, dims: &[usize]) -> String {
         format!("{} {dims:?}", self.path.join("."))
@@ -84,6 +93,7 @@ impl ModuleVisitor for Parameters {
         let data = values.into_data();
         if let DType::QFloat(_) = data.dtype() {
             self.whole(&entry, &data);
+            self.mark(self.path.join("."));
             return;
         }
         if data.dtype() == DType::F64 && data.iter::<f64>().any(|v| f64::from(v as f32) != v) {
@@ -93,6 +103,7 @@ impl ModuleVisitor for Parameters {
         for value in values.as_slice::<f32>().expect("converted to f32") {
             self.values.update(value.to_le_bytes());
         }
+        self.mark(self.path.join("."));
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
@@ -114,12 +125,14 @@ impl ModuleVisitor for Parameters {
                 data.convert::<i64>()
             };
             self.whole(&entry, &data);
+            self.mark(self.path.join("."));
             return;
         }
         let values = data.convert::<u32>();
         for value in values.as_slice::<u32>().expect("converted to u32") {
             self.values.update(value.to_le_bytes());
         }
+        self.mark(self.path.join("."));
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
@@ -132,7 +145,6 @@ impl ModuleVisitor for Parameters {
     }
 
     fn enter_module(&mut self, name: &str, container: &str) {
-        // The name of an enum's variant is not a part of a path.
         if is_enum(container) {
             self.structure
                 .update(format!("{} {name}\n", self.path.join(".")));
@@ -148,6 +160,7 @@ impl ModuleVisitor for Parameters {
     }
 }
 
-fn is_enum(container: &str) -> bool {
+/// Whether a module is the variant of an enum, whose name is not a part of a path.
+pub(crate) fn is_enum(container: &str) -> bool {
     container.starts_with("Enum")
 }

@@ -122,7 +122,7 @@ fn damaged_adapter_directories_are_refused() {
     let error = config("setting", "\"zeros\":", "\"zero\":").to_string();
     assert!(error.contains("unknown field `zero`"), "{error}");
     assert!(
-        config("version", "\"format_version\": 4", "\"format_version\": 1")
+        config("version", "\"format_version\": 5", "\"format_version\": 1")
             .to_string()
             .contains("is 1")
     );

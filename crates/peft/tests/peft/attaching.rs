@@ -1,10 +1,14 @@
+use burn::module::Module;
 use burn::tensor::{Device, Distribution, Tensor};
-use peft::{Adapters, Error, Fingerprint, FitConfig, Linear, Linears, Peqa, Targets, Weight, fit};
+use peft::{
+    Adapters, Error, Fingerprint, FitConfig, Linear, Linears, Lora, Peqa, Targets, TaskPack,
+    Weight, fit,
+};
 use proptest::prelude::*;
 use quant_core::Rtn;
 
 use crate::cases::any_cases;
-use crate::model::{batch, dense, logits, quantized};
+use crate::model::{HIDDEN, VOCAB, WIDTH, batch, dense, logits, quantized, tune};
 use crate::property;
 
 proptest! {
@@ -49,7 +53,7 @@ fn what_cannot_be_adapted_is_refused_and_left_alone() {
         "{error}"
     );
     let batches = [batch(1, [2, 9])];
-    let error = fit(&mut model, &batches, &FitConfig::new(), |_| {}).unwrap_err();
+    let error = fit(&mut model, &batches, &FitConfig::new(), |_, _| {}).unwrap_err();
     assert!(matches!(error, Error::NothingToTrain));
     assert_eq!(logits(&model), before);
 
@@ -69,10 +73,10 @@ fn what_cannot_be_adapted_is_refused_and_left_alone() {
     assert!(model.up.adapter().is_none());
     let error = model.up.quantize("mlp.up", &Rtn::new(), None).unwrap_err();
     assert!(matches!(error, Error::AlreadyQuantized { .. }));
-    let error = fit(&mut model, &[], &FitConfig::new(), |_| {}).unwrap_err();
+    let error = fit(&mut model, &[], &FitConfig::new(), |_, _| {}).unwrap_err();
     assert!(matches!(error, Error::NoBatches));
     let config = FitConfig::new().with_steps(Some(3)).with_warmup_steps(4);
-    let error = fit(&mut model, &batches, &config, |_| {}).unwrap_err();
+    let error = fit(&mut model, &batches, &config, |_, _| {}).unwrap_err();
     assert!(matches!(
         error,
         Error::Setting {
@@ -93,4 +97,77 @@ fn dense_layers_run_without_a_grid() {
         .forward(x)
         .into_data()
         .assert_approx_eq::<f32>(&expected.into_data(), Default::default());
+}
+
+/// What would be trained outside of adapters is counted and named, and adapters are not taken without it.
+#[test]
+fn parameters_outside_of_adapters_are_counted_and_frozen() {
+    let trainable = || {
+        let mut model = quantized(1, &Rtn::new().with_group_size(32));
+        model.embedding = model.embedding.set_require_grad(true);
+        model
+    };
+    let mut model = trainable();
+    let (base, before) = (Fingerprint::of(&model), logits(&model));
+    let attached = peft::attach(&mut model, &Peqa::new()).unwrap();
+    assert_eq!(attached.n_trainable_outside, VOCAB * HIDDEN);
+    let n_adapters = WIDTH * HIDDEN / 32 * 2;
+    assert_eq!(attached.n_trainable, n_adapters);
+    let errors = [
+        Adapters::of(&model).unwrap_err(),
+        peft::detach(&mut model).unwrap_err(),
+        TaskPack::of(&model).unwrap_err(),
+    ];
+    for error in errors {
+        let named = matches!(&error, Error::TrainableOutside { parameters } if parameters == &["embedding"]);
+        assert!(named, "{error}");
+        let said = error.to_string();
+        let expected = "`embedding` is trainable outside of the adapters, which do not hold it; call `peft::freeze`";
+        assert!(said.starts_with(expected), "{said}");
+    }
+
+    // Frozen, the model is the same, and training leaves the base as it was.
+    peft::freeze(&mut model);
+    assert_eq!(Fingerprint::of(&model), base);
+    assert_eq!(logits(&model), before);
+    tune(&mut model, 1);
+    assert_ne!(logits(&model), before);
+    assert_eq!(Fingerprint::of(&model), base);
+    let adapters = Adapters::of(&model).unwrap();
+    let tuned = logits(&model);
+    let mut again = quantized(1, &Rtn::new().with_group_size(32));
+    peft::activate(&mut again, &adapters).unwrap();
+    assert_eq!(logits(&again), tuned);
+
+    // Trained beside the adapters, it belongs to the base: frozen afterwards, both can be kept.
+    let mut model = trainable();
+    peft::attach(&mut model, &Peqa::new()).unwrap();
+    tune(&mut model, 1);
+    peft::freeze(&mut model);
+    assert_ne!(Fingerprint::of(&model), base);
+    let (tuned, adapters) = (logits(&model), peft::detach(&mut model).unwrap());
+    peft::activate(&mut model, &adapters).unwrap();
+    assert_eq!(logits(&model), tuned);
+}
+
+/// Dense weights and biases count too; the names are those of the fields, without variants of enums.
+#[test]
+fn trainable_weights_are_named() {
+    let mut model = dense(1).unfreeze();
+    let attached = peft::attach(&mut model, &Lora::new(1)).unwrap();
+    let (embedding, weights) = (VOCAB * HIDDEN, 2 * HIDDEN * WIDTH);
+    assert_eq!(attached.n_trainable_outside, embedding + weights + WIDTH);
+    let error = Adapters::of(&model).unwrap_err();
+    let named = matches!(&error, Error::TrainableOutside { parameters }
+        if parameters == &["embedding", "up.weight", "up.bias", "down.weight"]);
+    assert!(named, "{error}");
+    let said = error.to_string();
+    assert!(
+        said.contains("`embedding`, `up.weight`, `up.bias` and 1 more parameters are trainable"),
+        "{said}"
+    );
+    peft::freeze(&mut model);
+    assert_eq!(peft::detach(&mut model).unwrap().layers().count(), 2);
+    let attached = peft::attach(&mut model, &Lora::new(1)).unwrap();
+    assert_eq!(attached.n_trainable_outside, 0);
 }

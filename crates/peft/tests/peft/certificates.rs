@@ -150,7 +150,18 @@ fn an_adapted_model_is_not_the_merged_one() {
 fn older_files_promise_what_they_did() {
     let (merged, certificate) = merged();
     let mut json = serde_json::to_value(&certificate).unwrap();
-    assert_eq!(json["format_version"], 2);
+    assert_eq!(json["format_version"], 3);
+    // Of the version between, which does not tell parameters apart.
+    json["format_version"] = 2.into();
+    let mut running = json["merged"]["running"].take();
+    json["merged"].as_object_mut().unwrap().remove("running");
+    let between: Certificate = serde_json::from_value(json.clone()).unwrap();
+    between.verify(&merged).unwrap();
+    assert_eq!(serde_json::to_value(&between).unwrap(), json);
+    assert_eq!(between.merged.not_covered(), ["tokenizer"]);
+    // 8 digits for the formats and for each parameter of numbers: the packed weight has three.
+    running = running.as_str().unwrap().len().into();
+    assert_eq!(running, 8 * (1 + 3 + 3));
     let parameters = json["merged"]["parameters"].clone();
     json["merged"] = parameters.clone();
     json.as_object_mut().unwrap().remove("format_version");
@@ -192,7 +203,7 @@ fn older_files_promise_what_they_did() {
     ] {
         let mut json: serde_json::Value =
             serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-        assert_eq!(json["format_version"], version + 1);
+        assert_eq!(json["format_version"], version + 2);
         json["format_version"] = version.into();
         json["base"] = json["base"]["parameters"].clone();
         fs::write(&file, json.to_string()).unwrap();
@@ -209,6 +220,43 @@ fn older_files_promise_what_they_did() {
     tasks
         .insert("task", TaskPack::load(&task).unwrap())
         .unwrap();
+}
+
+/// The message names the first parameter that is another one, also when one side is a file.
+#[test]
+fn a_difference_names_its_parameter() {
+    let base = Fingerprint::of(&model());
+    let text = serde_json::to_string(&base).unwrap();
+    let stored: Fingerprint = serde_json::from_str(&text).unwrap();
+    let mut others = vec![model(); 3];
+    others[0].bias = floats(&[0.1, 0.75], DType::F64);
+    others[1].order = Order::Before(floats(&[1.0, 2.5], DType::F32));
+    others[1].bias = floats(&[0.1, 0.75], DType::F64);
+    let weight = Tensor::from_data([[0.5, -1.0], [2.0, 0.5]], &Device::flex());
+    others[2].proj = Linear::new(Weight::frozen(weight), None);
+    let mut packed = others[2].clone();
+    packed.proj.quantize("proj", &Rtn::new(), None).unwrap();
+    let expected = [
+        "bias",
+        "order",
+        "the formats of the layers",
+        "proj.weight.scales",
+    ];
+    for (other, name) in others.iter().chain([&packed]).zip(expected) {
+        for base in [&base, &stored] {
+            let differences = base.differences(&Fingerprint::of(other));
+            let end = format!(" is expected, from `{name}` on");
+            assert!(differences[0].ends_with(&end), "{differences:?}");
+        }
+    }
+    // Of two files, the place is known.
+    let other = serde_json::to_string(&Fingerprint::of(&others[0])).unwrap();
+    let other: Fingerprint = serde_json::from_str(&other).unwrap();
+    let differences = stored.differences(&other);
+    assert!(
+        differences[0].ends_with("from `parameter 6` on"),
+        "{differences:?}"
+    );
 }
 
 /// Adapters and tasks are for one base, in its parameters and its settings.
@@ -242,7 +290,7 @@ fn a_certificate_without_layers_is_refused() {
     loaded.verify(&merged).unwrap();
     let json = serde_json::to_value(&certificate).unwrap();
     type Edit = fn(&mut serde_json::Value);
-    let edits: [(&str, Edit); 6] = [
+    let edits: [(&str, Edit); 7] = [
         ("lists no merged layers", |json| {
             json["layers"] = serde_json::json!([])
         }),
@@ -250,8 +298,8 @@ fn a_certificate_without_layers_is_refused() {
             let layer = json["layers"][0].clone();
             json["layers"].as_array_mut().unwrap().push(layer);
         }),
-        ("format_version is 3", |json| {
-            json["format_version"] = 3.into()
+        ("format_version is 4", |json| {
+            json["format_version"] = 4.into()
         }),
         ("format_version is 0", |json| {
             json["format_version"] = 0.into()
@@ -260,6 +308,7 @@ fn a_certificate_without_layers_is_refused() {
             json["merged"] = json["merged"]["parameters"].clone()
         }),
         ("contradict", |json| json["format_version"] = 1.into()),
+        ("contradict", |json| json["format_version"] = 2.into()),
     ];
     for (expected, edit) in edits {
         let mut json = json.clone();
@@ -312,6 +361,12 @@ fn fingerprints_with_other_parts_are_refused() {
             serde_json::from_value::<Fingerprint>(other).is_err(),
             "{part}"
         );
+    }
+    for running in ["0123456", "0123456g", "+1234567"] {
+        let mut other = base.clone();
+        other["running"] = running.into();
+        let read = serde_json::from_value::<Fingerprint>(other);
+        assert!(read.is_err(), "{running}");
     }
     let mut other = base.clone();
     other["setings"] = serde_json::json!({});

@@ -7,6 +7,7 @@ mod attaching;
 mod cases;
 mod certificates;
 mod fingerprint;
+mod formats;
 mod merging;
 mod model;
 mod qa_lora;

@@ -136,7 +136,7 @@ pub(crate) fn tune(model: &mut Bigram, seed: u64) {
         .with_learning_rate(0.02)
         .with_steps(Some(10))
         .with_seed(seed);
-    fit(model, &batches, &config, |_| {}).unwrap();
+    fit(model, &batches, &config, |_, _| {}).unwrap();
 }
 
 /// A packed model with a fresh PEQA.

@@ -105,7 +105,7 @@ fn damaged_and_strange_tasks_are_refused() {
     for (name, from, to) in [
         ("part", "scales", "biases"),
         ("layer", "mlp.down", "mlp.gate"),
-        ("version", "\"format_version\": 2", "\"format_version\": 7"),
+        ("version", "\"format_version\": 3", "\"format_version\": 7"),
         ("json", "{", "["),
     ] {
         let error = edited(name, from, to).unwrap_err();

@@ -1,3 +1,5 @@
+use std::ops::ControlFlow;
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use peft::{
@@ -84,10 +86,75 @@ proptest! {
                 .with_epochs(2)
                 .with_checkpoint_blocks(checkpoint_blocks);
             let mut steps = Vec::new();
-            fit(&mut model, &batches, &config, |step| steps.push(step.clone())).unwrap();
+            fit(&mut model, &batches, &config, |step, _| steps.push(step.clone())).unwrap();
             (steps, Fingerprint::of(&model), logits(&model))
         };
         prop_assert_eq!(run(true), run(false));
+    }
+}
+
+/// The bits of all floats of a model.
+fn parameters(model: &Bigram) -> Vec<u32> {
+    struct Bits(Vec<u32>);
+    impl ModuleVisitor for Bits {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let values = param.val();
+            assert!(!values.device().is_autodiff());
+            let values = values.into_data().try_into_vec::<f32>().unwrap();
+            self.0.extend(values.into_iter().map(f32::to_bits));
+        }
+    }
+    let mut bits = Bits(Vec::new());
+    model.visit(&mut bits);
+    bits.0
+}
+
+/// A callback sees each step's model, and ends the training with it; what it computes changes nothing.
+#[test]
+fn a_callback_sees_the_model_and_ends_the_training() {
+    let mut fresh = quantized(3, &Rtn::new().with_group_size(32));
+    attach(&mut fresh, &Lora::new(2).with_dropout(0.5)).unwrap();
+    let batches: Vec<Batch> = (0..5).map(|at| batch(at, [2, 9])).collect();
+    for checkpoint_blocks in [false, true] {
+        let config = FitConfig::new()
+            .with_learning_rate(0.02)
+            .with_epochs(2)
+            .with_accumulation(2)
+            .with_warmup_steps(2)
+            .with_checkpoint_blocks(checkpoint_blocks);
+        let mut undisturbed = fresh.clone();
+        fit(&mut undisturbed, &batches, &config, |_, _| {}).unwrap();
+
+        let (mut steps, mut seen) = (Vec::new(), Vec::new());
+        let mut watched = fresh.clone();
+        fit(&mut watched, &batches, &config, |step, training| {
+            // Without dropout: the same each time.
+            let [model, again] = [training.model(), training.model()];
+            assert_eq!(logits(&model), logits(&again));
+            seen.push((parameters(&model), logits(&model)));
+            steps.push(step.clone());
+        })
+        .unwrap();
+        assert_eq!(steps.len(), 6);
+        assert!(seen.windows(2).all(|pair| pair[0] != pair[1]));
+        assert_eq!(parameters(&watched), parameters(&undisturbed));
+        assert_eq!(seen[5], (parameters(&watched), logits(&watched)));
+
+        for end in [1, 4, 6] {
+            let mut stopped = fresh.clone();
+            let mut taken = Vec::new();
+            fit(&mut stopped, &batches, &config, |step, _| {
+                taken.push(step.clone());
+                match step.index {
+                    index if index == end => ControlFlow::Break(()),
+                    _ => ControlFlow::Continue(()),
+                }
+            })
+            .unwrap();
+            assert_eq!(taken, steps[..end]);
+            let found = (parameters(&stopped), logits(&stopped));
+            assert_eq!(found, seen[end - 1]);
+        }
     }
 }
 
@@ -103,7 +170,7 @@ fn accumulation_weighs_each_token_the_same() {
             .with_steps(Some(1));
         let mut found = None;
         let mut model = adapted(5);
-        fit(&mut model, batches, &config, |step| {
+        fit(&mut model, batches, &config, |step, _| {
             found = Some(step.clone())
         })
         .unwrap();
@@ -126,7 +193,10 @@ fn training_lowers_the_loss_and_is_repeatable() {
             .with_schedule(Schedule::Linear)
             .with_seed(seed);
         let mut losses = Vec::new();
-        fit(&mut model, &batches, &config, |step| losses.push(step.loss)).unwrap();
+        fit(&mut model, &batches, &config, |step, _| {
+            losses.push(step.loss)
+        })
+        .unwrap();
         (losses, logits(&model))
     };
     let (losses, tuned) = run(3);
@@ -145,7 +215,7 @@ fn a_loss_that_is_not_finite_names_the_step_and_loses_nothing() {
     let config = FitConfig::new()
         .with_learning_rate(1e20)
         .with_steps(Some(50));
-    let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_| {}).unwrap_err();
+    let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_, _| {}).unwrap_err();
     assert!(
         matches!(&error, Error::NonFinite { step, .. } if *step > 1),
         "{error}"
@@ -184,7 +254,7 @@ fn a_loss_that_is_not_finite_names_where_it_comes_from() {
         };
         for checkpoint in [false, true] {
             let config = FitConfig::new().with_checkpoint_blocks(checkpoint);
-            let error = fit_with(&mut model, &[batch(1, [2, 9])], &config, loss, |_| {});
+            let error = fit_with(&mut model, &[batch(1, [2, 9])], &config, loss, |_, _| {});
             let said = error.unwrap_err().to_string();
             let expected = format!("the loss, from {place} on, is not finite at step 1");
             assert!(said.starts_with(&expected), "{said}");
@@ -201,7 +271,13 @@ fn a_gradient_that_is_not_finite_names_its_tensor() {
         *linear = Linear::new(Weight::frozen(weight), None);
         linear.quantize("mlp.down", &Rtn::new(), None).unwrap();
     }
-    let error = fit(&mut model, &[batch(1, [2, 9])], &FitConfig::new(), |_| {}).unwrap_err();
+    let error = fit(
+        &mut model,
+        &[batch(1, [2, 9])],
+        &FitConfig::new(),
+        |_, _| {},
+    )
+    .unwrap_err();
     let message = error.to_string();
     assert!(
         message.contains("up.adapter") && message.contains("factors"),
@@ -221,7 +297,7 @@ fn a_result_that_is_not_finite_is_refused() {
         .with_weight_decay(10.0)
         .with_schedule(Schedule::Constant)
         .with_steps(Some(1));
-    let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_| {}).unwrap_err();
+    let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_, _| {}).unwrap_err();
     let named = matches!(&error, Error::NonFinite { what, step: 1 } if what.contains("factors"));
     assert!(named, "{error}");
     assert_eq!(logits(&model), before);
@@ -233,7 +309,7 @@ fn tokens_that_the_model_lacks_are_refused() {
     for bad in [VOCAB as i32, -1] {
         let tokens = TensorData::new(vec![1, bad, 2], [1, 3]);
         let batch = Batch::new(Tensor::from_data(tokens, &Device::flex())).unwrap();
-        let error = fit(&mut model, &[batch], &FitConfig::new(), |_| {}).unwrap_err();
+        let error = fit(&mut model, &[batch], &FitConfig::new(), |_, _| {}).unwrap_err();
         assert!(matches!(error, Error::Token { token, .. } if token == i64::from(bad)));
     }
 }
@@ -257,7 +333,7 @@ fn lora_plus_gives_b_its_own_rate() {
         .with_schedule(Schedule::Constant)
         .with_lora_plus_ratio(16.0)
         .with_steps(Some(1));
-    fit(&mut model, &[batch(1, [2, 9])], &config, |_| {}).unwrap();
+    fit(&mut model, &[batch(1, [2, 9])], &config, |_, _| {}).unwrap();
     let moved = before.iter().zip(values(&model)).map(|(before, after)| {
         let moves = before
             .iter()
@@ -281,7 +357,7 @@ fn bayesian_lora_shuts_what_costs_more_than_it_gives() {
         let config = FitConfig::new()
             .with_learning_rate(2e-2)
             .with_steps(Some(60));
-        peft::fit(&mut model, &[batch(4, [4, 12])], &config, |_| {}).unwrap();
+        peft::fit(&mut model, &[batch(4, [4, 12])], &config, |_, _| {}).unwrap();
         let Some(Adapter::Bayesian(adapter)) = model.up.adapter() else {
             panic!("attached");
         };
@@ -311,7 +387,7 @@ fn dropout_follows_its_seed() {
             .with_steps(Some(6))
             .with_seed(seed)
             .with_checkpoint_blocks(checkpoint_blocks);
-        fit(&mut model, &batches, &config, |_| {}).unwrap();
+        fit(&mut model, &batches, &config, |_, _| {}).unwrap();
         // Nothing is dropped once training is over, until a seed is set.
         let tuned = logits(&model);
         peft::set_dropout(&mut model, 1);

@@ -184,7 +184,7 @@ fn packed_checkpoints_train_and_merge() {
         let before = parts(&lm.model);
         let mut steps = 0;
         let fit = FitConfig::new().with_learning_rate(1e-3);
-        peft::fit(&mut lm.model, &[batch], &fit, |_| steps += 1).unwrap();
+        peft::fit(&mut lm.model, &[batch], &fit, |_, _| steps += 1).unwrap();
         assert_eq!(steps, 1);
         let certificate = peft::merge(&mut lm.model).unwrap();
         let after = parts(&lm.model);

@@ -36,7 +36,7 @@ fn errors(model: &Model, batch: &Batch) -> Vec<(&'static str, Option<Error>)> {
     let batches = slice::from_ref(batch);
     let rtn = Rtn::new().with_group_size(8);
     let (mut trained, mut packed) = (model.clone(), model.clone());
-    let fit = peft::fit(&mut trained, batches, &FitConfig::new(), |_| {});
+    let fit = peft::fit(&mut trained, batches, &FitConfig::new(), |_, _| {});
     let packed = quantize(&mut packed, &rtn, batches, |_| {});
     vec![
         ("fit", fit.err().map(Error::from)),
