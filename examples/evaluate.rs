@@ -237,8 +237,8 @@ fn settings(
     for (name, dir) in names.iter().zip(&args.model) {
         report = report.with_setting(format!("model `{name}`"), dir.display());
     }
-    for dir in &args.adapters {
-        report = report.with_setting("adapters of the first model", dir.display());
+    for (name, dir) in distinct_names(&args.adapters).iter().zip(&args.adapters) {
+        report = report.with_setting(format!("adapters `{name}`"), dir.display());
     }
     let settings = [
         ("bits", (!bits.is_empty()).then_some(widths)),
