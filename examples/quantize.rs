@@ -1,23 +1,27 @@
 //! Quantizes a model with several quantizers, widths and group sizes, and compares perplexities; or with
-//! one of each, reports the error of each layer, and saves the model in a format of your choice.
+//! one of each, reports the error of each layer, and saves the model in a format of your choice; or chooses
+//! the width of each layer under a budget.
 //!
 //! `cargo run --release --example quantize` does the first with the embedded model; `-- --help` lists the
 //! options for other models.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::slice;
 use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use evaluate::perplexity;
-use examples::arguments::{GroupSize, ModelArgs, SeqLenArg, at_least};
+use evaluate::{perplexity, window_losses};
+use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
+use examples::format::FormatName;
 use examples::outcome::{Result, exit, save_as};
 use examples::texts::{self, evaluation_batch, n_windows};
-use examples::{interrupt, print, println, progress};
-use models::{CheckpointFormat, GptqVersion};
-use peft::Batch;
+use examples::{interrupt, memory, println, progress, table};
+use indicatif::ProgressBar;
+use models::{AllocationStep, Model, Plan, Windows, quantize_within};
+use peft::{Batch, CausalLm, LayerReport, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
 
@@ -28,11 +32,16 @@ use tensor_files::Output;
 #[derive(Parser)]
 #[command(
     version,
-    mut_arg("model", |arg| arg.requires("calibration").requires("eval")),
+    mut_arg("model", |arg| arg.requires("calibration")),
+    mut_arg("bits", |arg| arg.help(
+        "Bits of a weight, one or several: 2, 3, 4, 8 [default: 4 3 2; with --bits-per-weight, all]"
+    )),
     after_help = "\
-Example:
+Examples:
   quantize --model Llama-2-7b-hf --calibration c4.txt --eval wikitext.txt --seq-len 2048 \\
-           --quantizer optq --bits 4 --group-size 128 --out Llama-2-7b-4bit --format gptq-v2"
+           --quantizer optq --bits 4 --group-size 128 --out Llama-2-7b-4bit --format gptq-v2
+  quantize --model Llama-2-7b-hf --calibration c4.txt --seq-len 2048 --quantizer optq \\
+           --bits-per-weight 3.2 --group-size 128 --out Llama-2-7b-3.2bit"
 )]
 struct Args {
     #[command(flatten)]
@@ -40,18 +49,21 @@ struct Args {
     /// Text to calibrate on
     #[arg(long, value_name = "FILE", requires = "model")]
     calibration: Option<PathBuf>,
-    /// Text to evaluate on
+    /// Text to evaluate on, after the model is saved [default: with --model, no evaluation]
     #[arg(long, value_name = "FILE", requires = "model")]
     eval: Option<PathBuf>,
     /// Quantizers, one or several
-    #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',',
+    #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',', num_args = 1..,
           default_values_t = [Name::Rtn, Name::Clip, Name::Nf, Name::OptqNatural, Name::Optq])]
     quantizer: Vec<Name>,
-    /// Bits of a weight, one or several: 2, 3, 4, 8
-    #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [4, 3, 2])]
-    bits: Vec<usize>,
+    #[command(flatten)]
+    bits: BitsArg,
+    /// Choose one of --bits for each layer, so that the loss rises least and a weight takes so many bits on
+    /// average, with scales and zeros in f32; for one quantizer and group size
+    #[arg(long, value_name = "X")]
+    bits_per_weight: Option<f64>,
     /// Weights that share a scale, one or several: numbers, or `channel` for all weights of an output
-    #[arg(long, value_name = "N,..", value_delimiter = ',',
+    #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1..,
           default_values = ["channel", "32", "128"])]
     group_size: Vec<GroupSize>,
     /// Quantize to symmetric grids, without zero-points
@@ -65,15 +77,17 @@ struct Args {
     samples: usize,
     #[command(flatten)]
     cut: SeqLenArg,
+    #[command(flatten)]
+    eval_windows: EvalWindowsArg,
     /// Seed of the choice of the calibration windows
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// New directory for the model; for one quantizer, width and group size
+    /// New directory for the model; for one quantizer and group size, and one width or --bits-per-weight
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Format of the saved model
-    #[arg(long, value_enum, default_value_t = Target::QuantCore)]
-    format: Target,
+    #[arg(long, value_enum, default_value_t = FormatName::QuantCore)]
+    format: FormatName,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -96,29 +110,6 @@ enum Name {
     OptqClip,
     /// GPTAQ: OPTQ in natural order that corrects for the drift of the inputs
     Gptaq,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Target {
-    /// Format of this workspace, which holds every model exactly
-    QuantCore,
-    /// GPTQ v1, whose zero-points are stored less one
-    Gptq,
-    /// GPTQ v2
-    GptqV2,
-    /// bitsandbytes, for NF4 and FP4
-    Bitsandbytes,
-}
-
-impl Target {
-    fn format(self) -> CheckpointFormat {
-        match self {
-            Target::QuantCore => CheckpointFormat::QuantCore,
-            Target::Gptq => CheckpointFormat::Gptq(GptqVersion::V1),
-            Target::GptqV2 => CheckpointFormat::Gptq(GptqVersion::V2),
-            Target::Bitsandbytes => CheckpointFormat::Bitsandbytes,
-        }
-    }
 }
 
 impl Name {
@@ -145,7 +136,7 @@ impl Name {
         let (symmetric, double) = (args.symmetric, args.double_quant.then(DoubleQuant::dynamic));
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
         // GPTQ checkpoints hold scales in f16.
-        let f16 = matches!(args.format, Target::Gptq | Target::GptqV2);
+        let f16 = args.format.f16_scales();
         let rtn = rtn.with_symmetric(symmetric).with_f16_scales(f16);
         let nf = NormalFloat::new().with_bits(bits);
         let optq = Optq::new().with_bits(bits).with_group_size(group_size);
@@ -168,100 +159,349 @@ impl Name {
     }
 }
 
+/// What is done with a model.
+enum Job {
+    /// It is quantized with one quantizer.
+    One(Box<dyn Quantizer>),
+    /// Each layer is quantized with one of several, by bytes for all projections.
+    Within(Vec<Box<dyn Quantizer>>, u64),
+}
+
 fn main() -> ExitCode {
     exit(|| run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {
-    let single = match (&args.quantizer[..], &args.bits[..], &args.group_size[..]) {
-        (&[name], &[bits], &[group_size]) => Some(name.quantizer(bits, group_size, args)),
-        _ if args.out.is_some() => {
-            return Err("--out takes one quantizer, one width and one group size".into());
-        }
-        _ => None,
-    };
     let output = args.out.as_deref().map(interrupt::reserve).transpose()?;
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
-    match single {
-        Some(method) => one(args, &*method, output, &source, &device),
-        None => table(args, &source, &device),
+    match job(args, &source)? {
+        Some((job, n_bytes)) => {
+            if let Some(output) = &output {
+                output.require(n_bytes)?;
+            }
+            quantize(args, &job, output, &source, &device)?;
+        }
+        None => compare(args, &source, &device)?,
+    }
+    println!("peak memory: {}", memory::peak());
+    Ok(())
+}
+
+/// Returns what is done with one model, and the bytes that it takes at most; none if several are compared.
+fn job(args: &Args, source: &Path) -> Result<Option<(Job, u64)>> {
+    match (
+        &args.quantizer[..],
+        &args.group_size[..],
+        &args.bits.or(&[4, 3, 2])[..],
+    ) {
+        (&[name], &[group_size], _) if args.bits_per_weight.is_some() => {
+            within(args, name, group_size, source).map(Some)
+        }
+        (&[name], &[group_size], &[bits]) => {
+            let quantizer = name.quantizer(bits, group_size, args);
+            let plan = checked_plan(args, &quantizer, source)?;
+            println!("{plan}\n");
+            Ok(Some((Job::One(quantizer), plan.n_bytes())))
+        }
+        _ if args.bits_per_weight.is_some() => {
+            Err("--bits-per-weight takes one --quantizer and one --group-size".into())
+        }
+        _ if args.out.is_some() => Err(
+            "--out takes one --quantizer and --group-size, and one of --bits or --bits-per-weight"
+                .into(),
+        ),
+        _ if args.calibration.is_some() && args.eval.is_none() => {
+            Err("several models are compared on a text: add --eval".into())
+        }
+        _ => Ok(None),
     }
 }
 
-/// Returns the calibration and the evaluation batches.
-fn batches(args: &Args, source: &Path, device: &Device) -> Result<(Vec<Batch>, Vec<Batch>)> {
-    let (calibration, eval) = match (&args.calibration, &args.eval) {
-        (Some(calibration), Some(eval)) => (texts::read(calibration)?, texts::read(eval)?),
-        _ => (
+/// Plans a quantization, and checks that the files can hold what comes of it.
+fn checked_plan(args: &Args, recipe: &impl peft::Recipe, source: &Path) -> Result<Plan> {
+    let plan = models::plan(source, recipe)?;
+    if args.out.is_some() {
+        plan.check(args.format.format())?;
+    }
+    Ok(plan)
+}
+
+/// Checks the widths and the budget of `--bits-per-weight`.
+fn within(args: &Args, name: Name, group_size: GroupSize, source: &Path) -> Result<(Job, u64)> {
+    let average = args.bits_per_weight.unwrap_or_default();
+    let mut bits = args.bits.or(&[2, 3, 4, 8]);
+    bits.reverse();
+    let quantizer = |bits| name.quantizer(bits, group_size, args);
+    let plans = bits
+        .iter()
+        .map(|&bits| checked_plan(args, &quantizer(bits), source));
+    let plans: Vec<Plan> = plans.collect::<Result<_>>()?;
+    if let [first, second, ..] = bits[..] {
+        // Layers of two widths, which some formats do not hold.
+        let mut mixed = PerLayer::default();
+        for (at, layer) in plans[0].layers.iter().enumerate() {
+            let bits = if at == 0 { first } else { second };
+            mixed.0.insert(layer.path.clone(), quantizer(bits));
+        }
+        checked_plan(args, &mixed, source)?;
+    }
+    let weights = plans[0]
+        .layers
+        .iter()
+        .map(|layer| layer.dims[0] * layer.dims[1]);
+    let n_weights = weights.sum::<usize>() as f64;
+    let budget = (average * n_weights / 8.0) as u64;
+    let least = plans.iter().map(Plan::n_bytes).min().unwrap_or(0);
+    if budget < least {
+        let least = 8.0 * least as f64 / n_weights;
+        return Err(format!(
+            "--bits-per-weight {average}: {} bits {} take {least:.3} with scales and zeros; raise it, or take larger groups (--group-size)",
+            bits[0],
+            groups(group_size),
+        )
+        .into());
+    }
+    let quantizers = bits.into_iter().map(quantizer).collect();
+    Ok((Job::Within(quantizers, budget), budget))
+}
+
+fn groups(GroupSize(size): GroupSize) -> String {
+    match size {
+        Some(size) => format!("in groups of {size}"),
+        None => "per channel".into(),
+    }
+}
+
+/// Returns the windows to calibrate and, if there is a text for it, to evaluate on. Reads no weights.
+fn windows(args: &Args, source: &Path) -> Result<(Windows, Option<Windows>)> {
+    let (calibration, eval) = match &args.calibration {
+        Some(calibration) => {
+            let eval = args.eval.as_deref().map(texts::read).transpose()?;
+            (texts::read(calibration)?, eval)
+        }
+        None => (
             corpus::text(Dialect::Plain, 200_000, 20),
-            corpus::text(Dialect::Plain, 50_000, 12),
+            Some(corpus::text(Dialect::Plain, 50_000, 12)),
         ),
     };
-    let lm = models::load(source, device)?;
-    let seq_len = args.cut.seq_len;
-    let windows = |text: &str, option| texts::windows(&lm, text, seq_len, option);
-    let calibration = windows(&calibration, "--calibration")?;
-    let calibration = calibration.shuffled(args.seed).take(args.samples);
-    let eval = windows(&eval, "--eval")?;
-    let size = evaluation_batch(seq_len);
+    let stored = models::plan(source, &PerLayer::default())?;
+    let cut = |text: String, option: &str| -> Result<Windows> {
+        let windows = stored.windows(&text, args.cut.seq_len);
+        windows.map_err(|error| format!("the {option} text: {error}").into())
+    };
+    let calibration = cut(calibration, "--calibration")?;
+    let eval = eval.map(|text| cut(text, "--eval")).transpose()?;
     Ok((
-        calibration.batches(size, device),
-        eval.batches(size, device),
+        calibration.shuffled(args.seed).take(args.samples),
+        eval.map(|eval| eval.take(args.eval_windows.limit())),
     ))
 }
 
-/// Quantizes with one quantizer, reports each layer and saves the model.
-fn one(
+/// Quantizes, saves, and evaluates.
+fn quantize(
     args: &Args,
-    method: &dyn Quantizer,
+    job: &Job,
     output: Option<Output>,
     source: &Path,
     device: &Device,
 ) -> Result<()> {
-    let plan = models::plan(source, &method)?;
-    println!("{plan}\n");
-    if let Some(output) = &output {
-        plan.check(args.format.format())?;
-        output.require(plan.n_bytes())?;
-    }
-    let (calibration, eval) = batches(args, source, device)?;
+    let (calibration, eval) = windows(args, source)?;
+    let size = evaluation_batch(args.cut.seq_len);
+    let calibration = calibration.batches(size, device);
     let mut lm = models::load(source, device)?;
     // Quantized, it is another model.
     lm.certificate = None;
-    let before = perplexity(&lm.model, &eval)?.value();
-    models::quantize(&mut lm.model, &method, &calibration, |layer| {
-        print!("{}: {}", layer.path, layer.error);
-        for note in &layer.notes {
-            print!("; {note}");
+    match job {
+        Job::One(quantizer) => {
+            let n_layers = peft::Linears::linears(&lm.model).len();
+            let mut bar = Bar::new("quantizing", n_layers, "layers")?;
+            models::quantize(&mut lm.model, quantizer, &calibration, |layer| {
+                bar.print(&described(layer));
+                bar.step(&layer.path);
+            })?;
         }
-        println!("; {:.2} s", layer.seconds);
-    })?;
+        Job::Within(quantizers, budget) => {
+            allocate(&mut lm.model, quantizers, &calibration, *budget)?;
+        }
+    }
     let mut refusal = None;
     if let Some(output) = output {
         let (dir, refused) = save_as(&lm, output, args.format.format())?;
         println!("\nsaved to {}", dir.display());
         refusal = refused;
     }
-    let after = perplexity(&lm.model, &eval)?.value();
-    println!("\nperplexity {before:.4} before, {after:.4} after");
+    if let Some(eval) = eval {
+        let eval = eval.batches(size, device);
+        let after = evaluated("quantized", &lm.model, &eval)?;
+        drop(lm);
+        let before = evaluated("dense", &models::load(source, device)?.model, &eval)?;
+        println!("\nperplexity {before:.4} before, {after:.4} after");
+    }
     refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
 }
 
+fn described(layer: &LayerReport) -> String {
+    let notes = layer.notes.iter().map(|note| format!("; {note}"));
+    let notes: String = notes.collect();
+    format!(
+        "{}: {}{notes}; {:.2} s",
+        layer.path, layer.error, layer.seconds
+    )
+}
+
+/// Chooses the quantizer of each layer, and reports the choice beside the uniform one.
+fn allocate(
+    model: &mut Model,
+    quantizers: &[Box<dyn Quantizer>],
+    calibration: &[Batch],
+    budget: u64,
+) -> Result<()> {
+    let linears = peft::Linears::linears(model);
+    let n_layers = linears.len();
+    let dims = linears.iter().map(|(_, linear)| linear.weight().dims());
+    let n_weights: usize = dims.map(|[d_in, d_out]| d_in * d_out).sum();
+    let names = [
+        "gradients",
+        "predicting",
+        "quantizing",
+        "quantizing uniformly",
+    ];
+    let lengths = [n_windows(calibration), n_layers, n_layers, n_layers];
+    let mut bars = names.into_iter().zip(lengths);
+    let mut next = || bars.next().expect("a bar for each kind of step");
+    let (name, length) = next();
+    let mut bar = Bar::new(name, length, "windows")?;
+    let quantizers: Vec<&dyn Quantizer> = quantizers.iter().map(Box::as_ref).collect();
+    let mut failed = None;
+    let done = quantize_within(model, &quantizers, calibration, budget, |step| {
+        if bar.is_full() {
+            let (name, length) = next();
+            match Bar::new(name, length, "layers") {
+                Ok(new) => bar = new,
+                Err(error) => failed = Some(error),
+            }
+        }
+        bar.step(match step {
+            AllocationStep::Predicted { path } => path,
+            AllocationStep::Quantized(layer) => &layer.path,
+            _ => "",
+        });
+    })?;
+    drop(bar);
+    if let Some(error) = failed {
+        return Err(error);
+    }
+
+    let mut rows = vec![["layer", "bits", "bytes", "error of the output"].map(String::from)];
+    for layer in &done.layers {
+        let bits = layer
+            .format
+            .map_or("-".into(), |format| format.bits().to_string());
+        let error = table::number(layer.error.output, 4);
+        rows.push([layer.path.clone(), bits, layer.n_bytes.to_string(), error]);
+    }
+    println!("{}", table::markdown(&rows));
+    let title = ["", "bits per weight", "predicted loss", "measured loss"];
+    let mut rows = vec![title.map(String::from)];
+    let dense = format!("{:.4}", done.dense);
+    rows.push(["dense".into(), "-".into(), "-".into(), dense]);
+    let uniform = done.uniform.as_ref().map(|uniform| {
+        let format = quantizers[uniform.choice[0]].format();
+        Ok::<_, quant_core::Error>((format!("all {}", format?), uniform))
+    });
+    let allocated = ("by the loss".into(), &done.allocated);
+    for (name, assignment) in [Some(allocated), uniform.transpose()?]
+        .into_iter()
+        .flatten()
+    {
+        rows.push([
+            name,
+            format!("{:.3}", 8.0 * assignment.n_bytes as f64 / n_weights as f64),
+            format!("{:.4}", assignment.predicted),
+            format!("{:.4}", assignment.measured),
+        ]);
+    }
+    println!("{}", table::markdown(&rows));
+    let kept = if done.is_uniform() {
+        "the same format for all layers"
+    } else {
+        "formats by layer"
+    };
+    println!("losses in nats on the calibration; kept: {kept}");
+    Ok(())
+}
+
+/// The perplexity of a model over windows, with a bar.
+fn evaluated(name: &str, model: &impl CausalLm, batches: &[Batch]) -> Result<f64> {
+    let mut bar = Bar::new(&format!("evaluating, {name}"), batches.len(), "batches")?;
+    let mut losses = Vec::new();
+    for batch in batches {
+        losses.extend(window_losses(model, slice::from_ref(batch))?);
+        bar.step("");
+    }
+    Ok((losses.iter().sum::<f64>() / losses.len() as f64).exp())
+}
+
+/// A bar that is removed when it is dropped.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new(name: &str, length: usize, unit: &str) -> Result<Self> {
+        let bar = progress::bar(length, unit)?;
+        bar.set_prefix(name.to_string());
+        Ok(Self(bar))
+    }
+
+    fn step(&mut self, message: &str) {
+        self.0.set_message(message.to_string());
+        self.0.inc(1);
+    }
+
+    fn print(&self, line: &str) {
+        self.0.suspend(|| println!("{line}"));
+    }
+
+    fn is_full(&self) -> bool {
+        Some(self.0.position()) == self.0.length()
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// Compares the quantizers at every width and group size.
-fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
-    let (calibration, eval) = batches(args, source, device)?;
+fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
+    let (calibration, eval) = windows(args, source)?;
+    let size = evaluation_batch(args.cut.seq_len);
+    let calibration = calibration.batches(size, device);
+    let eval = eval.expect("checked to be given").batches(size, device);
+    let widths = args.bits.or(&[4, 3, 2]);
+    // A width that a quantizer does not have is a gap in the table; a table of gaps is refused.
+    let cells = widths.iter().flat_map(|&bits| {
+        let sized = args.group_size.iter().map(move |&size| (bits, size));
+        sized.flat_map(|(bits, size)| args.quantizer.iter().map(move |name| (name, bits, size)))
+    });
+    let mut plans =
+        cells.map(|(name, bits, size)| models::plan(source, &name.quantizer(bits, size, args)));
+    if let Some(Err(error)) = plans.next().filter(|plan| plan.is_err())
+        && plans.all(|plan| plan.is_err())
+    {
+        return Err(error.into());
+    }
     let full = perplexity(&models::load(source, device)?.model, &eval)?;
-    let n_cells = args.quantizer.len() * args.bits.len() * args.group_size.len();
-    let bar = progress::bar(n_cells, "models")?;
+    let n_cells = args.quantizer.len() * widths.len() * args.group_size.len();
+    let mut bar = Bar::new("comparing", n_cells, "models")?;
     let clock = Instant::now();
     let mut rows = Vec::new();
-    for &bits in &args.bits {
+    for &bits in &widths {
         for &name in &args.quantizer {
             let mut row = format!("| {bits} | {} ", name.title());
             for &group_size in &args.group_size {
-                bar.set_message(format!("{bits} bits, {}", name.title()));
                 let method = name.quantizer(bits, group_size, args);
                 let cell = match models::plan(source, &method) {
                     Ok(_) => {
@@ -276,12 +516,12 @@ fn table(args: &Args, source: &Path, device: &Device) -> Result<()> {
                     Err(error) => return Err(error.into()),
                 };
                 row += &format!("| {cell} ");
-                bar.inc(1);
+                bar.step(&format!("{bits} bits, {}", name.title()));
             }
             rows.push(row + "|");
         }
     }
-    bar.finish_and_clear();
+    drop(bar);
     let groups = args.group_size.iter().map(|size| match size.0 {
         Some(size) => format!("| group {size} "),
         None => "| per channel ".into(),

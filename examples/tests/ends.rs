@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use burn::tensor::Device;
+use examples::embedded::{self, Architecture};
 use tempfile::TempDir;
 
 /// A program with options.
@@ -150,6 +151,79 @@ fn a_format_that_cannot_hold_the_layers_is_refused_or_replaced() {
         "{said}"
     );
     models::load(dir.path().join("out-quant-core"), &Device::flex()).unwrap();
+}
+
+/// Formats, widths, budgets, places and texts: no layer is quantized before they are refused.
+#[test]
+fn what_cannot_be_quantized_is_refused_before_the_work() {
+    let (dir, out) = place();
+    let model = embedded::write(dir.path(), Architecture::Llama).unwrap();
+    let [long, short] = ["long", "short"].map(|name| dir.path().join(name));
+    fs::write(&long, "one two three ".repeat(200)).unwrap();
+    fs::write(&short, "one").unwrap();
+    let (model, long, short) = (model.display(), long.display(), short.display());
+    let three = "--quantizer optq --group-size 32 --bits 3";
+    let average = "--quantizer optq --group-size 128 --bits-per-weight";
+    let texts = |calibration, eval| {
+        format!("{three} --model {model} --calibration {calibration} --eval {eval}")
+    };
+    let cases = [
+        (format!("{three} --format bitsandbytes"), "28 layers"),
+        (three.replace("--bits 3", "--bits 5"), "28 layers"),
+        (
+            format!("{average} 3.2 --format gptq-v2"),
+            "one format for all",
+        ),
+        (format!("{average} 2.4"), "take 2.500 with scales and zeros"),
+        (format!("{average} 3.2 --quantizer rtn"), "one --quantizer"),
+        (texts(&short, &long), "the --calibration text: the text has"),
+        (texts(&long, &short), "the --eval text: the text has"),
+        (format!("{three} --bits 4"), "one of --bits"),
+    ];
+    for (options, part) in cases {
+        let mut command = program("quantize", &options);
+        command.arg("--out").arg(&out);
+        let output = run(command);
+        assert_fails(&output, part);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(!said.contains("error"), "{options}: {said}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.matches("q_proj").count() <= 2, "{options}: {said}");
+        assert!(!out.exists(), "{options}");
+    }
+    let several = format!("--model {model} --calibration {long} --bits 3 2");
+    assert_fails(&run(program("quantize", &several)), "add --eval");
+}
+
+/// The average holds, the table is printed, and the mixed widths are read back.
+#[test]
+fn bits_are_chosen_under_an_average() {
+    let (_dir, out) = place();
+    let options = "--quantizer optq --group-size 32 --bits 2 3 4 --bits-per-weight 5.1";
+    let mut command = program("quantize", options);
+    let cut = "--samples 8 --seq-len 64 --eval-windows 2 --out";
+    command.args(cut.split(' ')).arg(&out);
+    let output = run(command);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    for part in [
+        "by the loss",
+        "all 3-bit affine",
+        "measured loss",
+        "after",
+        "peak memory",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let lm = models::load(&out, &Device::flex()).unwrap();
+    let linears = peft::Linears::linears(&lm.model);
+    let [mut n_bytes, mut n_weights] = [0, 0];
+    for (_, linear) in &linears {
+        n_bytes += linear.weight().n_bytes();
+        n_weights += linear.weight().dims().iter().product::<usize>();
+    }
+    let average = 8.0 * n_bytes as f64 / n_weights as f64;
+    assert!((5.0..=5.1).contains(&average), "{average}");
 }
 
 #[test]

@@ -2,13 +2,13 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use peft::{
-    Adapter, Batch, CausalLm, LayerError, LayerReport, Linear, Linears, Lora, Method, Recipe,
-    Stages, Streams, check_recipe,
+    Adapter, Batch, CausalLm, Fisher, LayerError, LayerReport, Linear, Linears, Lora, Method,
+    Recipe, Stages, Streams, check_recipe,
 };
 use quant_core::{Candidate, Gram, Needs, Quantizer};
 use serde::Serialize;
 
-use crate::{Error, Fisher, Layer, LayerMethod, Result, Start};
+use crate::{Error, Layer, LayerMethod, Result, Start};
 
 /// A method that chooses the packed weights and the adapters of a model together.
 pub trait Initialization<M: CausalLm + Stages> {
@@ -183,7 +183,7 @@ impl<'a, L: LayerMethod> Plan<'a, L> {
         }
         let fisher = method
             .needs_fisher()
-            .then(|| Fisher::sum(model, calibration));
+            .then(|| Fisher::sum(model, calibration, || ()));
         Ok(Self {
             method,
             recipe,

@@ -1,8 +1,8 @@
 use burn::tensor::{DType, Tensor};
-use peft::{Linear, Weight};
+use peft::{FisherRoots, Linear, Weight};
 use quant_core::{Gram, Note, QuantTensor, Quantized, Quantizer, sum_of_squares};
 
-use crate::{Error, FisherRoots, Result};
+use crate::{Error, Result};
 
 /// A dense layer before its initialization.
 #[derive(Clone, Debug)]

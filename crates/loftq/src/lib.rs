@@ -10,7 +10,7 @@
 //! | [`peft::Lora`] | the error of `Q` alone | `B = 0`: QLoRA | arXiv:2305.14314 |
 //! | [`Loftq`] | `‖W - Q - σ A B‖` | quantizing and factoring in turn | arXiv:2310.08659 |
 //! | [`Pissa`] | the same | the largest singular values first | arXiv:2404.02948 |
-//! | [`LqLora`] | the same, or weighted by the [`Fisher`] information | in turn, the low rank first | arXiv:2311.12023 |
+//! | [`LqLora`] | the same, or weighted by the [`Fisher`](peft::Fisher) information | in turn, the low rank first | arXiv:2311.12023 |
 //! | [`Qera`] | `‖X (W - Q - σ A B)‖` | in closed form, from the Gram; CLoQ with [`quant_core::Optq`] | arXiv:2410.06040 |
 //! | [`Apiq`] | `‖X' W - X (Q + σ A B)‖` | gradients, ranges of the grid too | arXiv:2402.05147 |
 //! | [`ApiqBlock`] | the error of a block's output | the same | arXiv:2402.05147 |
@@ -48,7 +48,6 @@
 mod apiq;
 mod error;
 mod factoring;
-mod fisher;
 mod init;
 mod layer;
 mod loftq;
@@ -61,7 +60,6 @@ mod svd;
 
 pub use apiq::{Apiq, ApiqBlock};
 pub use error::{Error, Result};
-pub use fisher::{Fisher, FisherRoots};
 pub use init::{Initialization, InitializedLayer, init, sensitivities};
 pub use layer::{Layer, Start};
 pub use loftq::Loftq;

@@ -11,11 +11,11 @@
 //! layers can be compared.
 
 use burn::tensor::Tensor;
-use peft::Lora;
+use peft::{FisherRoots, Lora};
 use quant_core::{Quantizer, sum_of_squares};
 
 use crate::factoring::Factoring;
-use crate::{FisherRoots, Layer, LayerMethod, LowRank, Result, Start, Truncation};
+use crate::{Layer, LayerMethod, LowRank, Result, Start, Truncation};
 
 /// Factors and quantizes in turn until the error rises, and keeps the best round.
 ///

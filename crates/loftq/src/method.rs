@@ -14,7 +14,7 @@ pub trait LayerMethod {
         Needs::Nothing
     }
 
-    /// Whether it needs the [`Fisher`](crate::Fisher) information of the weights.
+    /// Whether it needs the [`Fisher`](peft::Fisher) information of the weights.
     fn needs_fisher(&self) -> bool {
         false
     }

@@ -26,6 +26,9 @@ pub enum Error {
     /// An error of generation.
     #[error(transparent)]
     Generation(#[from] GenerationError),
+    /// An error of the allocation of bits.
+    #[error(transparent)]
+    Allocation(#[from] quant_core::AllocationError),
 }
 
 /// The errors of configurations.
@@ -284,11 +287,20 @@ pub enum GenerationError {
     },
 }
 
+/// A line for each reason: the layer, or the number of layers and the first of them.
 fn list(layers: &[(String, String)]) -> String {
-    let lines = layers.iter();
-    lines
-        .map(|(path, reason)| format!("\n  `{path}`: {reason}"))
-        .collect()
+    let mut reasons: Vec<(&str, &str, usize)> = Vec::new();
+    for (path, reason) in layers {
+        match reasons.iter_mut().find(|(_, known, _)| known == reason) {
+            Some((_, _, n)) => *n += 1,
+            None => reasons.push((path, reason, 1)),
+        }
+    }
+    let lines = reasons.into_iter().map(|(path, reason, n)| match n {
+        1 => format!("\n  `{path}`: {reason}"),
+        n => format!("\n  {n} layers, the first of them `{path}`: {reason}"),
+    });
+    lines.collect()
 }
 
 /// A result with this crate's [`Error`].

@@ -8,7 +8,7 @@
 //! | [`Model`], [`Config`] | a model and its shape |
 //! | [`plan`] | computes the result of quantizing a directory without reading a weight, and checks formats and methods against it |
 //! | [`quantize`], [`quantize_head`] | quantize the projections, with calibration, and the head |
-//! | [`sensitivities`] | measures the error of each layer in each of several formats |
+//! | [`quantize_within`], [`sensitivities`] | quantize to a budget of bytes, each layer in the format that the loss needs |
 //! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
 //! | [`save`] | saves a model, which [`load`] reads back bit for bit |
 //! | [`save_as`], [`save_dense`] | save a model for other programs, in a [`CheckpointFormat`] or with dense weights |
@@ -39,6 +39,7 @@
 
 #![forbid(unsafe_code)]
 
+mod allocate;
 mod architecture;
 mod attention;
 mod checkpoint;
@@ -60,6 +61,7 @@ mod source;
 mod special_tokens;
 mod tokenizer;
 
+pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sensitivities};
 pub use checkpoint::{
     CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, check_format, load, load_verified,
     plan, save, save_as, save_dense,
@@ -72,7 +74,7 @@ pub use model::{Model, State};
 pub use opt::{Activation, OptConfig};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
-pub use quantize::{quantize, quantize_head, sensitivities};
+pub use quantize::{quantize, quantize_head};
 pub use rope_scaling::RopeScaling;
 pub use special_tokens::{SpecialToken, SpecialTokens};
 pub use tensor_files::{IntoOutput, Output};

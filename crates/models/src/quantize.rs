@@ -1,5 +1,5 @@
 use peft::{Batch, LayerReport, Recipe, Stages, Streams, Weight, check_recipe};
-use quant_core::{Candidate, Needs, Quantizer};
+use quant_core::Quantizer;
 
 use crate::source::HEAD;
 use crate::{Model, Result};
@@ -62,55 +62,4 @@ pub fn quantize_head(model: &mut Model, quantizer: &dyn Quantizer) -> Result<Lay
     model.lm_head = Some(head);
     model.config.untie();
     Ok(report)
-}
-
-/// The cost of each layer with each of several quantizers, for [`quant_core::allocate`]: bytes, and the
-/// squared error of the layer's output over the calibration, `‖X (W - Ŵ)‖²`, with every other layer
-/// dense. The model is not changed.
-///
-/// # Errors
-/// As [`quantize`]; [`peft::Error::NoCalibration`] without any.
-pub fn sensitivities<M: Stages>(
-    model: &M,
-    quantizers: &[&dyn Quantizer],
-    calibration: &[Batch],
-) -> Result<Vec<(String, Vec<Candidate>)>> {
-    if calibration.is_empty() {
-        return Err(peft::Error::NoCalibration.into());
-    }
-    for (path, linear) in model.linears() {
-        linear.check_plain(&path)?;
-    }
-    let mut needs = Needs::Gram;
-    for quantizer in quantizers {
-        needs = needs.max(check_recipe(model, quantizer, calibration)?);
-    }
-    for batch in calibration {
-        batch.check(model)?;
-    }
-    let mut all = Vec::new();
-    let mut streams = Streams::start(model, calibration, needs);
-    while let Some(stage) = streams.next_stage(model) {
-        let gram = stage.gram.expect("there is calibration");
-        for (path, linear) in &model.linears()[stage.layers] {
-            let Weight::Dense(weight) = linear.weight() else {
-                unreachable!("checked to be dense");
-            };
-            let named = |source| peft::Error::Quant {
-                path: path.clone(),
-                source,
-            };
-            gram.check(weight.val().dims()[0]).map_err(named)?;
-            let candidate = |quantizer: &&dyn Quantizer| {
-                let quantized = quantizer.quantize(weight.val(), Some(&gram));
-                let packed = quantized.map_err(named)?.weight;
-                let error = gram.energy(packed.dequantize() - weight.val()).max(0.0);
-                let n_bytes = packed.n_bytes() as u64;
-                Ok(Candidate { n_bytes, error })
-            };
-            let candidates = quantizers.iter().map(candidate).collect::<Result<_>>()?;
-            all.push((path.clone(), candidates));
-        }
-    }
-    Ok(all)
 }

@@ -281,6 +281,14 @@ pub enum Error {
         /// The step, counted from 1.
         step: usize,
     },
+    /// The gradient of a layer's weight that is NaN or infinite.
+    #[error(
+        "the gradient of layer `{path}` is not finite; its weights, or the texts, are out of the range of f32"
+    )]
+    NonFiniteGradient {
+        /// The layer.
+        path: String,
+    },
     /// A token that is not in the vocabulary.
     #[error("token {token} is not among the {vocab_size} of the model's vocabulary")]
     Token {

@@ -128,6 +128,11 @@ impl Gram {
         })
     }
 
+    /// The sum of the diagonal, `Σ ‖x‖²`.
+    pub fn trace(&self) -> f64 {
+        self.diagonal().into_iter().map(f64::from).sum()
+    }
+
     /// A square root of the damped matrix: the upper triangular `R` with `Rᵀ R = G + δ I`.
     ///
     /// So `‖R E‖² = Σ ‖x E‖² + δ ‖E‖²`. `δ` is the smallest of 10⁻⁶, 10⁻⁴ and 10⁻² times the mean of

@@ -1,5 +1,6 @@
 //! Protocols against sums by hand and against other programs, and inputs that are refused.
 
+mod allocation;
 mod protocols;
 mod refusals;
 mod trained;

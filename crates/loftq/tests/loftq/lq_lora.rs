@@ -1,9 +1,9 @@
 //! LQ-LoRA and PiSSA, the Fisher information, and bits under a budget.
 
 use burn::tensor::{Device, Tensor};
-use loftq::{Fisher, FisherRoots, Layer, LayerMethod, LqLora, Pissa, init, sensitivities};
+use loftq::{Layer, LayerMethod, LqLora, Pissa, init, sensitivities};
 use models::Model;
-use peft::{Batch, CausalLm, FitConfig, Linears, PerLayer, Weight, token_nll};
+use peft::{Batch, CausalLm, Fisher, FisherRoots, FitConfig, Linears, PerLayer, Weight, token_nll};
 use quant_core::{NormalFloat, Quantizer, Rtn, allocate, full_svd, sum_of_squares};
 
 use crate::layers::{EXACT, floats, layer, random, square_error};
@@ -145,7 +145,9 @@ fn the_fisher_information_says_what_matters() {
 #[test]
 fn the_fisher_information_is_the_square_of_gradients() {
     let (model, calibration) = (model(), batches(1));
-    let fisher = Fisher::sum(&model, &calibration).unwrap();
+    let mut n_sequences = 0;
+    let fisher = Fisher::sum(&model, &calibration, || n_sequences += 1).unwrap();
+    assert_eq!(n_sequences, 4);
     let path = "model.layers.1.mlp.down_proj";
     let found = fisher.of(path).unwrap();
     let of_outputs: Vec<f32> = found.of_outputs.clone().into_data().try_into_vec().unwrap();
@@ -167,7 +169,7 @@ fn the_fisher_information_is_the_square_of_gradients() {
                 let weight = linear.weight().to_dense() + one.reshape([40, 32]);
                 linear.replace(path, Weight::frozen(weight), None).unwrap();
             }
-            f64::from(token_nll(&moved, one).mean().into_scalar::<f32>())
+            f64::from(token_nll(&moved, one).sum().into_scalar::<f32>())
         };
         (loss(step) - loss(-step)) / f64::from(2.0 * step)
     };
@@ -181,14 +183,16 @@ fn the_fisher_information_is_the_square_of_gradients() {
             of_output += gradient(&one, input, 5).powi(2);
         }
     }
-    let expected = (sum / 32.0).sqrt();
+    // For each target.
+    let n_targets = 4.0 * 23.0;
+    let expected = (sum / n_targets / 32.0).sqrt();
     // The number of an output is relative to the mean of all weights.
     let square = |roots: &[f32]| {
         let squares = roots.iter().map(|&root| f64::from(root).powi(2));
         squares.sum::<f64>() / roots.len() as f64
     };
     assert!((square(&of_outputs) - 1.0).abs() < 1e-4);
-    let of_output = (of_output / 40.0 / square(&found)).sqrt();
+    let of_output = (of_output / n_targets / 40.0 / square(&found)).sqrt();
     for (found, expected) in [(found[input], expected), (of_outputs[5], of_output)] {
         let found = f64::from(found);
         let near = (found - expected).abs() < 0.02 * expected;

@@ -89,14 +89,34 @@ impl Plan {
         Ok(())
     }
 
-    /// Checks that a text fills a window of `seq_len` tokens, which the model can have.
-    ///
-    /// No more of the text becomes tokens than is needed.
+    /// The tokens of `text` in windows of `seq_len`, as [`Pretrained::windows`](crate::Pretrained::windows)
+    /// gives them, without the model.
     ///
     /// # Errors
-    /// [`TextError::SeqLen`], [`TextError::ShortText`], or as [`Tokenizer::open`] and
-    /// [`Tokenizer::encode`]; [`TextError::NoTokenizer`] if the directory has none.
+    /// [`TextError::SeqLen`] for windows that are longer than the model was trained for;
+    /// [`TextError::ShortText`] for a text shorter than a window; [`TextError::NoTokenizer`]; as
+    /// [`Tokenizer::open`] and [`Tokenizer::encode`].
+    pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
+        Windows::new(self.tokenizer(seq_len)?.encode(text)?, seq_len)
+    }
+
+    /// Checks that a text fills a window, as [`Plan::windows`] does; no more of it becomes tokens than is
+    /// needed.
+    ///
+    /// # Errors
+    /// As [`Plan::windows`].
     pub fn check_text(&self, text: &str, seq_len: usize) -> Result<()> {
+        let tokenizer = self.tokenizer(seq_len)?;
+        // Tokens are a few bytes long.
+        let beginning = text.floor_char_boundary(64 * seq_len);
+        if tokenizer.encode(&text[..beginning])?.len() < seq_len {
+            Windows::new(tokenizer.encode(text)?, seq_len)?;
+        }
+        Ok(())
+    }
+
+    /// The tokenizer of the directory, for windows that the model can have.
+    fn tokenizer(&self, seq_len: usize) -> Result<Tokenizer> {
         let max = self.config.max_seq_len();
         if !(2..=max).contains(&seq_len) {
             return Err(TextError::SeqLen { seq_len, max }.into());
@@ -106,13 +126,7 @@ impl Plan {
             let dir = self.dir.clone();
             return Err(TextError::NoTokenizer { dir }.into());
         }
-        let tokenizer = Tokenizer::open(&tokenizer)?;
-        // Tokens are a few bytes long.
-        let beginning = text.floor_char_boundary(64 * seq_len);
-        if tokenizer.encode(&text[..beginning])?.len() < seq_len {
-            Windows::new(tokenizer.encode(text)?, seq_len)?;
-        }
-        Ok(())
+        Tokenizer::open(&tokenizer)
     }
 
     /// Whether a projection is packed.

@@ -3,6 +3,7 @@
 //! Property tests run a number of cases in proportion to `PROPTEST_CASES`, which is 256 by default.
 
 mod adapters;
+mod allocate;
 mod certificates;
 mod checkpoints;
 mod damage;

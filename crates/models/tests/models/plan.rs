@@ -32,6 +32,10 @@ fn a_plan_is_what_comes_of_it() {
     );
     let error = plan(&dense, &Rtn::new().with_bits(5)).unwrap_err();
     assert!(error.to_string().contains("not 5"), "{error}");
+    // One reason is one line, with the number of its layers.
+    assert_eq!(error.to_string().lines().count(), 2, "{error}");
+    let layers = "\n  14 layers, the first of them `model.layers.0.self_attn.q_proj`: ";
+    assert!(error.to_string().contains(layers), "{error}");
 
     let rtn = Rtn::new().with_bits(3).with_group_size(8);
     let planned = plan(&dense, &rtn).unwrap();

@@ -1,4 +1,4 @@
-//! Calibration stage by stage, sensitivities and allocations.
+//! Calibration stage by stage.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use models::{
     sensitivities,
 };
 use peft::{Batch, Fingerprint, Linears, PerLayer, Stages, Weight};
-use quant_core::{Gram, GroupRange, NormalFloat, Note, Optq, Order, Quantizer, Rtn, allocate};
+use quant_core::{Gram, GroupRange, NormalFloat, Note, Optq, Order, Quantizer, Rtn};
 
 use super::fixtures::*;
 
@@ -176,12 +176,12 @@ fn weights_alone_need_no_calibration() {
         matches!(error, Error::Peft(peft::Error::NoCalibration)),
         "{error}"
     );
-    assert!(sensitivities(&model, &[&nf4], &[]).is_err());
-    let error = sensitivities(&with, &[], &batches(1)).unwrap_err();
+    assert!(sensitivities(&model, &[&nf4], &[], |_| {}).is_err());
+    let error = sensitivities(&with, &[], &batches(1), |_| {}).unwrap_err();
     let quantized = matches!(error, Error::Peft(peft::Error::AlreadyQuantized { .. }));
     assert!(quantized, "{error}");
     let gptaq = Optq::new().with_drift(0.25);
-    let measured = sensitivities(&model, &[&gptaq, &nf4], &batches(2)).unwrap();
+    let measured = sensitivities(&model, &[&gptaq, &nf4], &batches(2), |_| {}).unwrap();
     assert_eq!((measured.len(), measured[0].1.len()), (14, 2));
     let mut recipe = PerLayer::default();
     recipe
@@ -222,34 +222,6 @@ fn drift_is_that_of_the_dense_model() {
     let (plain, gptaq) = (weights(&plain), weights(&gptaq));
     assert!(plain[..3] == gptaq[..3]);
     assert!(plain[3..].iter().zip(&gptaq[3..]).all(|(a, b)| a != b));
-}
-
-#[test]
-fn formats_are_allocated_under_a_budget() {
-    let (model, batches) = (model(), batches(8));
-    let formats: Vec<Optq> = [2, 3, 4, 8]
-        .map(|bits| Optq::new().with_bits(bits).with_group_size(8))
-        .into();
-    let quantizers: Vec<&dyn Quantizer> = formats.iter().map(|f| f as &dyn Quantizer).collect();
-    let (paths, layers): (Vec<_>, Vec<_>) = sensitivities(&model, &quantizers, &batches)
-        .unwrap()
-        .into_iter()
-        .unzip();
-    let uniform: u64 = layers.iter().map(|layer| layer[1].n_bytes).sum();
-    let allocation = allocate(&layers, uniform).unwrap();
-    assert!(allocation.is_optimal() && allocation.n_bytes <= uniform);
-    let same = allocation.uniform.unwrap();
-    assert_eq!((same.candidate, same.n_bytes), (1, uniform));
-    assert!(allocation.error < same.error);
-
-    let chosen = paths.iter().zip(&allocation.choice);
-    let recipe =
-        chosen.map(|(path, &k)| (path.clone(), Box::new(formats[k]) as Box<dyn Quantizer>));
-    let recipe = PerLayer(recipe.collect());
-    let mut model = model;
-    let packed = quantize(&mut model, &recipe, &batches, |_| {}).unwrap();
-    let n_bytes: usize = packed.iter().map(|layer| layer.n_bytes).sum();
-    assert_eq!(n_bytes as u64, allocation.n_bytes);
 }
 
 #[test]

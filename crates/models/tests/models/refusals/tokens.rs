@@ -43,7 +43,7 @@ fn errors(model: &Model, batch: &Batch) -> Vec<(&'static str, Option<Error>)> {
         ("quantize", packed.err()),
         (
             "sensitivities",
-            sensitivities(model, &[&rtn], batches).err(),
+            sensitivities(model, &[&rtn], batches, |_| {}).err(),
         ),
     ]
 }
