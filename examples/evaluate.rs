@@ -141,7 +141,12 @@ fn run(args: &Args) -> Result<()> {
     let names = if args.model.is_empty() {
         vec!["full precision".into()]
     } else {
-        distinct_names(&args.model)
+        let dirs: Vec<PathBuf> = args.model.iter().chain(&args.adapters).cloned().collect();
+        let mut names = distinct_names(&dirs);
+        for name in &mut names[args.model.len()..] {
+            *name = format!("adapters {name}");
+        }
+        names
     };
     let mut others = Vec::new();
     for (source, name) in sources.iter().zip(&names).skip(1) {
@@ -158,8 +163,7 @@ fn run(args: &Args) -> Result<()> {
         }
         others.push((name, other));
     }
-    let names_of_adapters = distinct_names(&args.adapters);
-    for (dir, name) in args.adapters.iter().zip(&names_of_adapters) {
+    for (dir, name) in args.adapters.iter().zip(&names[args.model.len()..]) {
         let mut adapted = reference.clone();
         let adapters = Adapters::open(dir, &adapted.model)?;
         peft::activate(&mut adapted.model, &adapters)?;
@@ -237,8 +241,8 @@ fn settings(
     for (name, dir) in names.iter().zip(&args.model) {
         report = report.with_setting(format!("model `{name}`"), dir.display());
     }
-    for (name, dir) in distinct_names(&args.adapters).iter().zip(&args.adapters) {
-        report = report.with_setting(format!("adapters `{name}`"), dir.display());
+    for (name, dir) in names.iter().skip(args.model.len()).zip(&args.adapters) {
+        report = report.with_setting(name, dir.display());
     }
     let settings = [
         ("bits", (!bits.is_empty()).then_some(widths)),

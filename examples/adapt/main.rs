@@ -7,10 +7,9 @@
 mod report;
 mod tune;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use burn::tensor::Device;
 use clap::{ArgGroup, Parser, ValueEnum};
 use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs};
 use examples::format::FormatName;
@@ -20,7 +19,7 @@ use examples::outcome::{Result, exit, weights_bytes};
 use examples::texts::{Cut, Source, Texts, fit_config, n_windows};
 use examples::{interrupt, print, println};
 use models::{Plan, Pretrained};
-use peft::{Certificate, Method, PerLayer, Targets};
+use peft::{Adapter, Adapters, Certificate, PerLayer, Targets, TileMethod};
 use serde::Serialize;
 
 use report::{Report, table};
@@ -51,13 +50,10 @@ Examples:
 struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Directory of adapters to go on from, of this program or of PEFT, instead of fresh ones
-    #[arg(
-        long,
-        value_name = "DIR",
-        requires = "model",
-        conflicts_with = "method"
-    )]
+    /// Directory of adapters of a packed model to go on from, of this program or of PEFT, instead of fresh
+    /// ones
+    #[arg(long, value_name = "DIR", requires_all = ["model", "lr"],
+          conflicts_with_all = ["method", "rank", "alpha", "targets"])]
     adapters: Option<PathBuf>,
     /// Text to train on
     #[arg(long, value_name = "FILE", requires = "model", requires = "eval")]
@@ -78,7 +74,7 @@ struct Args {
     data: Option<PathBuf>,
     #[command(flatten)]
     instructions: Instructions,
-    /// Base, method and training of a paper, of which --lr changes the rate
+    /// Base, method and learning rate of a paper, with its schedule; a packed model is its own base
     #[arg(long, value_enum, value_name = "NAME",
           conflicts_with_all = ["method", "bits", "group_size", "symmetric", "rank", "alpha", "adapters"])]
     preset: Option<PresetName>,
@@ -171,49 +167,74 @@ impl Args {
     }
 
     /// Checks what formats tell of a base and its tuned models.
-    fn check(&self, plan: &Plan, method: &dyn Method, device: &Device) -> Result<()> {
+    fn check(&self, plan: &Plan) -> Result<()> {
         if self.merge != Merge::Dense {
             plan.check(self.format.format())?;
         }
-        if self.adapters.is_some() {
-            return Ok(());
-        }
-        plan.check_method(method, device)?;
-        let name = self.method_name();
-        let is_whole = self.format.format().stored_grid().whole_zeros();
-        if name.trains_zeros() && is_whole && self.merge == Merge::Codes && !self.allow_rounding {
-            return Err(format!(
-                "the merge of {} makes zero-points fractions, and {} holds whole ones: take --method peqa, keep --format quant-core, or give --allow-rounding, which may leave little of what is learned",
-                name.name(),
-                self.format.format()
-            )
-            .into());
+        if self.adapters.is_some() && !plan.is_packed() {
+            return Err("--adapters needs the packed model that they were made for".into());
         }
         Ok(())
     }
 
-    /// Checks that the tuned models of a packed base can be saved in their format, and returns whether
-    /// the format holds the base as it is.
-    fn check_base(&self, lm: &Pretrained) -> Result<bool> {
+    /// Checks that what adapters merge into is held by the format.
+    fn check_merge(&self, plan: &Plan, merging: Merging) -> Result<()> {
+        if self.merge != Merge::Codes || !merging.into_codes {
+            return Ok(());
+        }
+        let (format, grid) = (self.format.format(), self.format.format().stored_grid());
+        let refuse = |problem: &str| {
+            Err(format!(
+                "{problem}: keep --format quant-core, or give --allow-rounding, which may leave little of what is learned"
+            )
+            .into())
+        };
+        if merging.zeros && grid.whole_zeros() && !self.allow_rounding {
+            return refuse(&format!(
+                "the merge makes zero-points fractions, and {format} holds whole ones (as --method peqa leaves them)"
+            ));
+        }
+        if merging.f32_scales && grid.f16_scales() && !self.allow_rounding {
+            return refuse(&format!(
+                "the adapters train scales in f32, and {format} holds f16"
+            ));
+        }
+        // Smaller groups come of blocks that straddle rows, and share the scale of their block.
+        let sizes = plan
+            .layers
+            .iter()
+            .filter_map(|layer| layer.format?.group_size());
+        if self.format == FormatName::Bitsandbytes && sizes.min().is_some_and(|size| size < 32) {
+            return Err("blocks of bitsandbytes straddle the rows of this model, so that its groups cannot be tuned one by one: keep --format quant-core".into());
+        }
+        Ok(())
+    }
+
+    /// Checks that a packed base can be saved in its format, and returns whether the format holds it as it
+    /// is.
+    fn check_base(&self, lm: &Pretrained, merging: Merging) -> Result<bool> {
         let held = match models::check_format(lm, self.format.format()) {
             Ok(()) => return Ok(true),
-            Err(_) if self.merge == Merge::Dense => return Ok(false),
-            Err(refusal) => refusal,
+            Err(held) => held,
         };
-        let is_beside = self.merge == Merge::Codes
-            && self.adapters.is_none()
-            && !self.method_name().merges_into_codes();
-        if is_beside {
+        let is_replaced = match self.merge {
+            Merge::Dense => true,
+            Merge::Round => self.targets.is_empty() && !merging.into_codes,
+            Merge::Codes => false,
+        };
+        if is_replaced {
+            return Ok(false);
+        }
+        if self.merge == Merge::Codes && !merging.into_codes {
             return Err(format!(
-                "the adapters of {} are kept beside their base, which is not rounded: give --merge round, --merge dense, or --format quant-core; {held}",
-                self.method_name().name()
+                "such adapters are kept beside their base, which is then not rounded: give --merge round, --merge dense, or --format quant-core; {held}"
             )
             .into());
         }
         if self.allow_rounding {
             Ok(false)
         } else {
-            Err(format!("{held}; or give --allow-rounding").into())
+            Err(format!("{held}\ngive --allow-rounding, or --format quant-core").into())
         }
     }
 
@@ -230,6 +251,49 @@ impl Args {
     }
 }
 
+/// What the merge of some adapters changes of a packed weight.
+#[derive(Clone, Copy, Debug)]
+struct Merging {
+    /// They merge into its codes.
+    into_codes: bool,
+    /// Zero-points become fractions.
+    zeros: bool,
+    /// Scales become floats that `f16` does not hold.
+    f32_scales: bool,
+}
+
+impl Merging {
+    /// That of the adapters of a method, whose scales are trained in `f16` or not.
+    fn of_method(method: MethodName, f16_scales: bool) -> Self {
+        let scales = matches!(method, MethodName::Peqa | MethodName::PeqaZeros);
+        Self {
+            into_codes: method.merges_into_codes(),
+            zeros: method.trains_zeros(),
+            f32_scales: scales && !f16_scales,
+        }
+    }
+
+    /// That of some adapters.
+    fn of(adapters: &Adapters) -> Self {
+        let mut merging = Self {
+            into_codes: true,
+            zeros: false,
+            f32_scales: false,
+        };
+        for (_, adapter) in adapters.layers() {
+            match adapter {
+                Adapter::Peqa(peqa) => {
+                    merging.zeros |= peqa.zero_shifts().is_some();
+                    merging.f32_scales |= !peqa.f16_scales();
+                }
+                Adapter::Tile(tile) if tile.method() != TileMethod::QBara => merging.zeros = true,
+                _ => merging.into_codes = false,
+            }
+        }
+        merging
+    }
+}
+
 /// What to do with adapters that do not merge into a packed weight.
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -240,6 +304,37 @@ enum Merge {
     Dense,
     /// Merge and quantize again, which loses a part of what was learned
     Round,
+}
+
+/// Checks a packed model and its adapters by their values.
+fn packed_base(args: &Args, source: &Path, plan: Plan, lm: &Pretrained) -> Result<Base> {
+    let hidden_size = plan.config.hidden_size();
+    let f16 = args.format.f16_scales();
+    let adapters = match &args.adapters {
+        Some(dir) => Some(Adapters::open(dir, &lm.model)?),
+        None => None,
+    };
+    let merging = match &adapters {
+        Some(adapters) => Merging::of(adapters),
+        None => Merging::of_method(args.method_name(), f16),
+    };
+    args.check_merge(&plan, merging)?;
+    // Scales that are not f16 are trained as they are, and rounded in the end.
+    let is_held = args.check_base(lm, merging)?;
+    let settings = args.settings(4, hidden_size, f16 && is_held)?;
+    let mut model = lm.model.clone();
+    match &adapters {
+        Some(adapters) => peft::activate(&mut model, adapters).map(drop)?,
+        None => peft::attach(&mut model, &*settings.method).map(drop)?,
+    }
+    Ok(Base {
+        source: source.into(),
+        is_packed: true,
+        plan,
+        settings,
+        merging,
+        adapters,
+    })
 }
 
 fn main() -> ExitCode {
@@ -254,6 +349,7 @@ fn run(args: &Args) -> Result<()> {
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     let stored = models::plan(&source, &PerLayer::default())?;
+    args.check(&stored)?;
     let source_of_texts = match (&args.train, &args.eval, &args.data) {
         (Some(train), Some(eval), _) => Source::Files(train, eval, args.base.as_deref()),
         (_, _, Some(data)) => Source::Instructions(&args.instructions, data),
@@ -272,12 +368,17 @@ fn run(args: &Args) -> Result<()> {
     for bits in args.widths(&stored)? {
         let settings = args.settings(bits, stored.config.hidden_size(), f16)?;
         let plan = models::plan(&source, &settings.quantizer)?;
-        args.check(&plan, &*settings.method, &device)?;
+        args.check(&plan)?;
+        plan.check_method(&*settings.method, &device)?;
+        let merging = Merging::of_method(args.method_name(), f16);
+        args.check_merge(&plan, merging)?;
         bases.push(Base {
             source: source.clone(),
             is_packed: false,
             plan,
             settings,
+            merging,
+            adapters: None,
         });
     }
     if let Some(output) = &reserved {
@@ -286,19 +387,23 @@ fn run(args: &Args) -> Result<()> {
         output.require(sizes.chain(packed).sum())?;
     }
     if stored.is_packed() {
-        let settings = args.settings(4, stored.config.hidden_size(), f16)?;
-        args.check(&stored, &*settings.method, &device)?;
+        match &args.adapters {
+            Some(dir) => {
+                // That it is there; the model tells whether it fits.
+                let config = dir.join("adapter_config.json");
+                tensor_files::read_json::<serde_json::Value>(&config)?;
+            }
+            None => {
+                let settings = args.settings(4, stored.config.hidden_size(), f16)?;
+                stored.check_method(&*settings.method, &device)?;
+                let merging = Merging::of_method(args.method_name(), f16);
+                args.check_merge(&stored, merging)?;
+            }
+        }
     }
     let lm = models::load(&source, &device)?;
     if stored.is_packed() {
-        // Scales that are not f16 are trained as they are, and rounded in the end.
-        let is_held = args.check_base(&lm)?;
-        bases.push(Base {
-            source: source.clone(),
-            is_packed: true,
-            settings: args.settings(4, stored.config.hidden_size(), f16 && is_held)?,
-            plan: stored.clone(),
-        });
+        bases.push(packed_base(args, &source, stored.clone(), &lm)?);
     }
     let texts = Texts::new(&cut, &lm, &device)?;
     if let Some([train, eval]) = &texts.records {
@@ -310,8 +415,6 @@ fn run(args: &Args) -> Result<()> {
         model: args.model.name(),
         is_packed: stored.is_packed(),
         preset: args.preset,
-        rank: args.tune.rank,
-        alpha: args.tune.alpha(),
         targets: args.targets.clone(),
         merge: args.merge,
         allow_rounding: args.allow_rounding,

@@ -6,6 +6,7 @@ use examples::table::{self, number};
 use examples::texts::Perplexities;
 use peft::{Certificate, FitConfig};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::Merge;
 
@@ -19,8 +20,6 @@ pub(crate) struct Report {
     /// Whether the model was packed before.
     pub(crate) is_packed: bool,
     pub(crate) preset: Option<PresetName>,
-    pub(crate) rank: usize,
-    pub(crate) alpha: f32,
     pub(crate) targets: Vec<String>,
     pub(crate) merge: Merge,
     pub(crate) allow_rounding: bool,
@@ -55,6 +54,8 @@ pub(crate) struct Run {
     /// Bytes of the saved weights.
     pub(crate) n_bytes: u64,
     pub(crate) n_trainable: usize,
+    /// The settings of the adapters, each once, as `adapter_config.json` has them.
+    pub(crate) settings: Vec<Value>,
     pub(crate) fit: FitConfig,
     /// Relative quantization error of the projections, the mean over the layers; none if they were
     /// packed before.

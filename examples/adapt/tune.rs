@@ -13,10 +13,11 @@ use examples::{interrupt, memory, println, progress};
 use models::{Plan, Pretrained};
 use peft::{Adapters, Linears, MergeConfig, OffGrid, PerLayer, Recipe};
 use quant_core::{Format, Grid, Needs, NormalFloat, Quantizer, Rtn};
+use serde_json::Value;
 use tensor_files::Output;
 
 use crate::report::Run;
-use crate::{Args, Merge};
+use crate::{Args, Merge, Merging};
 
 /// A base to tune.
 pub(crate) struct Base {
@@ -27,6 +28,10 @@ pub(crate) struct Base {
     /// The formats of its layers once they are packed.
     pub(crate) plan: Plan,
     pub(crate) settings: Settings,
+    /// What the merge changes.
+    pub(crate) merging: Merging,
+    /// The adapters to go on from.
+    pub(crate) adapters: Option<Adapters>,
 }
 
 /// The formats of the packed layers, each once.
@@ -104,15 +109,16 @@ pub(crate) fn tune(
     let weight_error = if base.is_packed {
         None
     } else {
-        Some(quantize(&mut lm, quantizer, texts, args.tune.batch)?)
+        let error = quantize(&mut lm, quantizer, texts, args.tune.batch)?;
+        args.check_base(&lm, base.merging)?;
+        Some(error)
     };
     let rounded = texts.perplexities(&lm.model)?;
 
-    let n_trainable = match &args.adapters {
+    let n_trainable = match &base.adapters {
         None => peft::attach(&mut lm.model, &**method)?.n_trainable,
-        Some(dir) => {
-            let adapters = Adapters::open(dir, &lm.model)?;
-            peft::activate(&mut lm.model, &adapters)?;
+        Some(adapters) => {
+            peft::activate(&mut lm.model, adapters)?;
             let trained = adapters.layers();
             trained.map(|(_, of)| Module::num_params(of)).sum()
         }
@@ -199,6 +205,7 @@ pub(crate) fn tune(
                 None => weights_bytes(&adapters)?,
             },
         n_trainable,
+        settings: settings(&adapters)?,
         fit: fit.clone(),
         weight_error,
         rounded,
@@ -220,6 +227,18 @@ pub(crate) fn tune(
         run.formats, run.rounded.task, run.tuned.task
     );
     Ok((run, refusal))
+}
+
+/// The settings of saved adapters, each once.
+fn settings(dir: &Path) -> Result<Vec<Value>> {
+    let config: Value = tensor_files::read_json(&dir.join("adapter_config.json"))?;
+    let mut settings: Vec<Value> = Vec::new();
+    for layer in config["layers"].as_object().into_iter().flatten() {
+        if !settings.contains(layer.1) {
+            settings.push(layer.1.clone());
+        }
+    }
+    Ok(settings)
 }
 
 /// Quantizes the model, and returns the mean over its layers of the relative error of a weight.

@@ -24,6 +24,7 @@ use loftq::InitializedLayer;
 use models::{Model, Plan, Pretrained};
 use peft::{Adapters, Batch, Lora, PerLayer, Recipe};
 use quant_core::{Quantizer, allocate};
+use serde::Serialize;
 use tensor_files::Output;
 
 use methods::{GridName, Name, PresetName, Settings, lq_lora, narrower};
@@ -351,6 +352,17 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
     refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
 }
 
+/// The contents of the JSON file.
+#[derive(Serialize)]
+struct Report<'a> {
+    /// The version of this program, and the command that was given.
+    version: &'static str,
+    command: Vec<String>,
+    model: String,
+    device: String,
+    layers: &'a [InitializedLayer],
+}
+
 /// The directories of a base and the adapters that it starts with.
 struct Saved {
     base: PathBuf,
@@ -388,7 +400,14 @@ fn save(
         }
         saved.refusal = refusal;
         adapters.save_hf(dir.join("adapter"), &base.model)?;
-        Ok(tensor_files::write_json(&dir.join("report.json"), &layers)?)
+        let report = Report {
+            version: env!("CARGO_PKG_VERSION"),
+            command: std::env::args().collect(),
+            model: args.model.name(),
+            device: args.model.device.name.clone(),
+            layers,
+        };
+        Ok(tensor_files::write_json(&dir.join("report.json"), &report)?)
     })?;
     println!(
         "saved: the base {}, the adapters that it starts with {}",

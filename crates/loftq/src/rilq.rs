@@ -114,7 +114,7 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         };
         // Only the adapters are trained here, even of a model whose other parameters train.
         let mut tuned = student.clone();
-        peft::freeze(&mut tuned);
+        peft::freeze_base(&mut tuned);
         fit_with(&mut tuned, calibration, &self.fit, loss, |_, _| {})?;
         peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 

@@ -13,7 +13,7 @@ pub struct Attached {
     /// The number of trainable parameters of all adapters.
     pub n_trainable: usize,
     /// The number of those outside of adapters, which would be trained and are no part of them: 0 after
-    /// [`freeze`](crate::freeze).
+    /// [`freeze_base`](crate::freeze_base).
     pub n_trainable_outside: usize,
 }
 

@@ -8,12 +8,15 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::number;
 use crate::{Error, Exactness, Fingerprint, Linears, Result};
 
+/// The method of a layer without an adapter.
+pub(crate) const NO_METHOD: &str = "none";
+
 /// One merged layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MergedLayer {
     /// The path of the layer.
     pub path: String,
-    /// The method of its adapter.
+    /// The method of its adapter; `none` of a layer without one, which was rounded for a file.
     pub method: String,
     /// The format of the merged weight; none if it is dense.
     pub format: Option<Format>,
@@ -44,7 +47,7 @@ pub struct Probe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Stored", into = "Stored")]
 pub struct Certificate {
-    /// The merged layers.
+    /// The merged layers, and those that were rounded for a file.
     pub layers: Vec<MergedLayer>,
     /// The fingerprint of the merged model.
     pub merged: Fingerprint,
@@ -194,7 +197,8 @@ impl Certificate {
 
 impl fmt::Display for Certificate {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let mut methods: Vec<&str> = self.layers.iter().map(|l| l.method.as_str()).collect();
+        let layers = self.layers.iter().map(|layer| layer.method.as_str());
+        let mut methods: Vec<&str> = layers.filter(|&method| method != NO_METHOD).collect();
         methods.sort_unstable();
         methods.dedup();
         let kept = self

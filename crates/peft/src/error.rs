@@ -158,7 +158,7 @@ pub enum Error {
     NoAdapters,
     /// Parameters outside of adapters that are trainable, of a model whose adapters are taken.
     #[error(
-        "{} outside of the adapters, which do not hold {}; call `peft::freeze`, before the training if it is to leave the base as it is, or after it to take the adapters and save the changed base too",
+        "{} outside of the adapters, which do not hold {}; call `peft::freeze_base`, before the training if it is to leave the base as it is, or after it to take the adapters and save the changed base too",
         trainable(parameters), if parameters.len() == 1 { "it" } else { "them" }
     )]
     TrainableOutside {

@@ -170,7 +170,8 @@ impl Formats {
                 problem: format!("its formats list `{path}`, which is no weight of the model"),
             });
         }
-        let loaded = model.try_load_record(record);
+        // The zeros must not be taken for values that a record lacks.
+        let loaded = model.try_load_record(record.allow_partial(false));
         let mut model = loaded.map_err(|error| Error::Record {
             problem: error.to_string(),
         })?;

@@ -10,7 +10,7 @@
 //! | [`activate`] | replaces the adapters by the [`Adapters`] of a task, and returns the former ones |
 //! | [`detach`] | detaches the adapters, and returns them |
 //! | [`merge`] | merges the adapters into the weights, packed ones with the same codes, and returns a [`Certificate`] |
-//! | [`freeze`] | freezes the parameters outside of adapters, which burn makes trainable |
+//! | [`freeze_base`] | freezes the parameters outside of adapters, which burn makes trainable |
 //!
 //! | method | trained parameters | merges into a packed weight |
 //! |---|---|---|
@@ -113,4 +113,4 @@ pub use recipe::{PerLayer, Recipe, check_paths, check_recipe};
 pub use step::{IntoControlFlow, Step, Training};
 pub use targets::Targets;
 pub use tasks::{AsModel, TaskPack, Tasks};
-pub use trainable::freeze;
+pub use trainable::freeze_base;

@@ -5,6 +5,7 @@ use burn::tensor::Tensor;
 use quant_core::{QuantTensor, Quantizer, StoredGrid};
 
 use crate::adapter::floats;
+use crate::certificate::NO_METHOD;
 use crate::{
     Adapter, Batch, CausalLm, Certificate, Error, Exactness, Fingerprint, Linear, Linears,
     MergedLayer, Probe, Recipe, Result, Weight,
@@ -23,7 +24,7 @@ pub enum OffGrid<'a> {
     Round(&'a dyn Recipe),
 }
 
-/// The settings of a merge. [`OffGrid`] alone is one of them.
+/// The settings of a merge; an [`OffGrid`] converts into one.
 #[derive(Clone, Copy, Default)]
 pub struct MergeConfig<'a> {
     off_grid: OffGrid<'a>,
@@ -58,9 +59,6 @@ impl<'a> From<OffGrid<'a>> for MergeConfig<'a> {
         Self::new().with_off_grid(off_grid)
     }
 }
-
-/// The method of a layer without an adapter in a certificate.
-const NO_METHOD: &str = "none";
 
 /// Merges every adapter into its weight; packed weights keep their codes.
 ///

@@ -6,6 +6,9 @@ use crate::{Error, Linears, Result};
 
 /// Freezes all parameters outside of adapters.
 ///
+/// `Module::freeze` of burn freezes the adapters too. Buffers that a forward pass updates, such as the
+/// statistics of a batch norm, are no parameters.
+///
 /// burn's own modules are trainable when they are made: [`fit`](crate::fit()) would tune the norms, the
 /// embedding and the head of a model that is built from them along with the adapters, which do not hold
 /// them. [`attach`](crate::attach()) counts such parameters.
@@ -47,11 +50,11 @@ use crate::{Error, Linears, Result};
 /// let error = Adapters::of(&model).unwrap_err();
 /// assert!(matches!(error, Error::TrainableOutside { parameters } if parameters == ["head"]));
 ///
-/// peft::freeze(&mut model);
+/// peft::freeze_base(&mut model);
 /// assert!(Adapters::of(&model).is_ok());
 /// # Ok::<(), Error>(())
 /// ```
-pub fn freeze<M: Linears>(model: &mut M) {
+pub fn freeze_base<M: Linears>(model: &mut M) {
     let mut frozen = model.clone();
     let taken = frozen.linears_mut().into_iter();
     let taken: Vec<_> = taken.map(|(_, linear)| linear.adapter.take()).collect();

@@ -82,19 +82,27 @@ impl StoredGrid {
 
     /// The zero that a file holds in the place of another one.
     fn stored_zero(&self, weight: &QuantTensor) -> Option<impl Fn(f32) -> f32 + use<>> {
-        let least = f32::from(self.least_zero?);
         let highest = ((1 << weight.format().bits()) - 1) as f32;
+        let least = f32::from(self.least_zero?).min(highest);
         // A zero of -0 is not the same number of codes.
         Some(move |zero: f32| zero.round_ties_even().clamp(least, highest) + 0.0)
     }
 }
 
-fn in_f16(value: f32) -> f32 {
-    f16::from_f32(value).to_f32()
+/// The nearest `f16` to a scale, but the one of the least magnitude where that is 0: no group vanishes.
+pub(crate) fn in_f16(scale: f32) -> f32 {
+    let rounded = f16::from_f32(scale).to_f32();
+    if rounded == 0.0 && scale != 0.0 {
+        f16::from_bits(1).to_f32().copysign(scale)
+    } else {
+        rounded
+    }
 }
 
 impl QuantTensor {
     /// The weight with the nearest scales and zeros that `stored` holds, on the same codes.
+    ///
+    /// A scale that `f16` would make 0 becomes the least one above it.
     ///
     /// A weight that it holds already is returned as it is.
     ///

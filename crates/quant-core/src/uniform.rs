@@ -3,10 +3,10 @@
 //! The arithmetic is that of the reference quantizer of OPTQ (Frantar et al. 2023,
 //! arXiv:2210.17323), in `f32` with halves rounded to even.
 
-use half::f16;
 use kernels::{ClipLoss, Layout};
 use serde::{Deserialize, Serialize};
 
+use crate::stored_grid::in_f16;
 use crate::values::check_finite;
 use crate::{Error, Format, Grid, Result};
 
@@ -176,12 +176,10 @@ impl UniformGrid {
         };
         if self.f16_scales {
             for (at, scale) in scales.iter_mut().enumerate() {
-                // A scale that underflows becomes the smallest positive one.
-                let rounded = f16::from_f32(*scale).max(f16::from_bits(1));
-                if rounded.is_infinite() {
+                *scale = in_f16(*scale);
+                if scale.is_infinite() {
                     return Err(span(at, low[at], high[at]));
                 }
-                *scale = rounded.to_f32();
             }
         }
         Ok(Grids {

@@ -46,7 +46,7 @@ fn pissa_splits_what_stays_dense() {
     let difference = (logits(&model) - logits(&dense)).abs().max();
     assert!(difference.into_scalar::<f32>() < 1e-4);
     let mut base = model.clone();
-    peft::freeze(&mut base);
+    peft::freeze_base(&mut base);
     peft::detach(&mut base).unwrap();
     let difference = (logits(&base) - logits(&dense)).abs().max();
     assert!(difference.into_scalar::<f32>() > 1e-2, "the base lost them");

@@ -28,6 +28,9 @@ pub enum GptqVersion {
 impl CheckpointFormat {
     /// The scales and zeros that a checkpoint of this format holds, for
     /// [`peft::MergeConfig::with_stored_grid`].
+    ///
+    /// That groups share a scale, as those of a bitsandbytes block that straddles rows do, is no part of it:
+    /// see [`check_format`](crate::check_format()).
     pub fn stored_grid(self) -> StoredGrid {
         let least = match self {
             CheckpointFormat::QuantCore | CheckpointFormat::Bitsandbytes => {

@@ -87,7 +87,7 @@ fn other_settings_are_another_model() {
         let (parent, lm) = certified(config);
         let saved = parent.path().join("model");
         let mut tuned = lm.model.clone();
-        peft::freeze(&mut tuned);
+        peft::freeze_base(&mut tuned);
         peft::attach(&mut tuned, &Peqa::new()).unwrap();
         let adapters = Adapters::of(&tuned).unwrap();
         for (at, edit) in edits(all).into_iter().enumerate() {

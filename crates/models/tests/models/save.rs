@@ -92,7 +92,7 @@ fn a_place_can_be_reserved_before() {
         load(at(name), &Device::flex()).unwrap();
     }
     let mut model = lm.model.clone();
-    peft::freeze(&mut model);
+    peft::freeze_base(&mut model);
     peft::attach(&mut model, &Lora::new(2)).unwrap();
     Adapters::of(&model).unwrap().save(adapters).unwrap();
     Adapters::load(at("adapters"), &Device::flex()).unwrap();

@@ -21,7 +21,7 @@ fn a_task_is_served_with_its_tokenizer() {
     fs::write(parent.path().join("generation_config.json"), generation).unwrap();
     let model = Model::init(llama(), 1, &Device::flex());
     let mut base = Pretrained::new(model, &tokenizer).unwrap();
-    peft::freeze(&mut base.model);
+    peft::freeze_base(&mut base.model);
     let rtn = Rtn::new().with_group_size(8);
     models::quantize(&mut base.model, &rtn, &[], |_| {}).unwrap();
     peft::attach(&mut base.model, &Peqa::new()).unwrap();

@@ -142,6 +142,11 @@ impl PeqaAdapter {
         self.zero_shifts.as_ref().map(|shifts| shifts.val())
     }
 
+    /// Whether scales are rounded to `f16`.
+    pub fn f16_scales(&self) -> bool {
+        self.f16_scales
+    }
+
     /// The trained scales and zeros, `[n_groups, d_out]` each.
     fn grid(&self, weight: &QuantTensor) -> (Tensor<2>, Option<Tensor<2>>) {
         let zeros = match (weight.zeros(), self.zero_shifts()) {
@@ -154,6 +159,13 @@ impl PeqaAdapter {
         }
         let detached = scales.clone().detach();
         let rounded = detached.clone().cast(FloatDType::F16).cast(FloatDType::F32);
+        // Without a factor, a scale keeps its sign: it does not become 0.
+        let vanished = rounded
+            .clone()
+            .equal_elem(0.0)
+            .bool_and(detached.clone().not_equal_elem(0.0));
+        let least = detached.clone().sign() * 2f32.powi(-24);
+        let rounded = rounded.mask_where(vanished, least);
         // The difference is zero, and has the gradient of the scales.
         (rounded + (scales - detached), zeros)
     }

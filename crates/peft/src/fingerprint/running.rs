@@ -1,8 +1,9 @@
 use serde::{Deserialize, Serialize};
 
-/// The beginnings of a digest as it grows, parameter by parameter: they tell the first that differs.
+/// The digest after each parameter, as all of them are hashed in turn: the first of them that differs tells
+/// which parameter does.
 ///
-/// The first one is of the formats of the layers, the others are of all up to and including a parameter.
+/// The first one is of the formats of the layers.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(super) struct Running {
@@ -10,15 +11,6 @@ pub(super) struct Running {
     /// The names of the parameters, of a model that is at hand.
     names: Vec<String>,
 }
-
-/// Names are no part of it: a file has none.
-impl PartialEq for Running {
-    fn eq(&self, other: &Self) -> bool {
-        self.digests == other.digests
-    }
-}
-
-impl Eq for Running {}
 
 impl Running {
     pub(super) fn push(&mut self, name: String, digest: &[u8]) {

@@ -122,12 +122,12 @@ fn parameters_outside_of_adapters_are_counted_and_frozen() {
         let named = matches!(&error, Error::TrainableOutside { parameters } if parameters == &["embedding"]);
         assert!(named, "{error}");
         let said = error.to_string();
-        let expected = "`embedding` is trainable outside of the adapters, which do not hold it; call `peft::freeze`";
+        let expected = "`embedding` is trainable outside of the adapters, which do not hold it; call `peft::freeze_base`";
         assert!(said.starts_with(expected), "{said}");
     }
 
     // Frozen, the model is the same, and training leaves the base as it was.
-    peft::freeze(&mut model);
+    peft::freeze_base(&mut model);
     assert_eq!(Fingerprint::of(&model), base);
     assert_eq!(logits(&model), before);
     tune(&mut model, 1);
@@ -143,7 +143,7 @@ fn parameters_outside_of_adapters_are_counted_and_frozen() {
     let mut model = trainable();
     peft::attach(&mut model, &Peqa::new()).unwrap();
     tune(&mut model, 1);
-    peft::freeze(&mut model);
+    peft::freeze_base(&mut model);
     assert_ne!(Fingerprint::of(&model), base);
     let (tuned, adapters) = (logits(&model), peft::detach(&mut model).unwrap());
     peft::activate(&mut model, &adapters).unwrap();
@@ -166,7 +166,7 @@ fn trainable_weights_are_named() {
         said.contains("`embedding`, `up.weight`, `up.bias` and 1 more parameters are trainable"),
         "{said}"
     );
-    peft::freeze(&mut model);
+    peft::freeze_base(&mut model);
     assert_eq!(peft::detach(&mut model).unwrap().layers().count(), 2);
     let attached = peft::attach(&mut model, &Lora::new(1)).unwrap();
     assert_eq!(attached.n_trainable_outside, 0);

@@ -142,9 +142,15 @@ pub(crate) fn tasks() -> impl Strategy<Value = (Rtn, [Tuning; 2])> {
             )
         })
     };
-    (bits, group_size, tuning(), tuning()).prop_map(|(bits, group_size, first, second)| {
+    let cases = (bits, group_size, any::<bool>(), tuning(), tuning());
+    cases.prop_map(|(bits, group_size, f16, first, second)| {
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-        (rtn.with_f16_scales(true), [first, second])
+        // Scales are trained in f16 over such a base alone.
+        let tunings = [first, second].map(|tuning| match tuning {
+            Tuning::Peqa(peqa) if !f16 => Tuning::Peqa(peqa.with_f16_scales(false)),
+            other => other,
+        });
+        (rtn.with_f16_scales(f16), tunings)
     })
 }
 
