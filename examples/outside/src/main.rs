@@ -118,7 +118,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     };
     eprintln!("error: {error}");
-    for cause in successors(error.source(), |error| error.source()) {
+    for cause in successors(error.source(), |&error| error.source()) {
         eprintln!("  {cause}");
     }
     ExitCode::FAILURE

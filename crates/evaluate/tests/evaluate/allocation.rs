@@ -55,16 +55,21 @@ fn bits_chosen_by_the_loss_are_no_worse_than_uniform() {
     let wiki = read("wikitext-2/valid.txt");
     let mixed = read("models/mini/heldout.txt");
     let cases = [
-        ("stories260K", 0.03, held_out, [in_style, &book[..300_000]]),
+        (
+            "stories260K",
+            Some(0.01),
+            held_out,
+            [in_style, &book[..300_000]],
+        ),
         (
             "babyllama-361",
-            0.005,
+            Some(0.01),
             held_out,
             [in_style, &book[..300_000]],
         ),
         (
             "mini-llama",
-            0.0,
+            None,
             &mixed[..60_000],
             [&wiki[..300_000], in_style],
         ),
@@ -80,7 +85,7 @@ fn bits_chosen_by_the_loss_are_no_worse_than_uniform() {
                 let differences = differences(&lm.model, bits, &calibration, &held_out);
                 let (mean, error) = mean(&differences);
                 assert!(mean <= 2.0 * error, "{name}, {bits} bits: {mean} ± {error}");
-                if (at, bits) == (0, 3) {
+                if let Some(gain) = gain.filter(|_| (at, bits) == (0, 3)) {
                     assert!(mean < -gain, "{name}: {mean} ± {error}");
                 }
             }
