@@ -89,7 +89,6 @@ fn bits_chosen_by_the_loss_are_no_worse_than_uniform() {
                 let differences = differences(&lm.model, bits, &calibration, &held_out);
                 let (mean, error) = mean(&differences);
                 let named = format!("{name}, text {at}, {bits} bits: {mean} ± {error}");
-                println!("{named}");
                 assert!(mean <= 2.0 * error, "{named}");
                 if let Some(gain) = gain.filter(|_| (at, bits) == (0, 3)) {
                     assert!(mean < -gain, "{named}");
