@@ -291,8 +291,8 @@ fn windows(args: &Args, source: &Path) -> Result<(Windows, Option<Windows>)> {
         let windows = stored.windows(&text, args.cut.seq_len);
         windows.map_err(|error| format!("the {option} text: {error}").into())
     };
-    let calibration = cut(calibration, "--calibration")?;
     let eval = eval.map(|text| cut(text, "--eval")).transpose()?;
+    let calibration = cut(calibration, "--calibration")?;
     Ok((
         calibration.shuffled(args.seed).take(args.samples),
         eval.map(|eval| eval.take(args.eval_windows.limit())),

@@ -235,14 +235,14 @@ fn run(args: &Args) -> Result<()> {
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
+    for quantizer in args.quantizers() {
+        check(args, &models::plan(&source, &quantizer)?, output.as_ref())?;
+    }
     let stored = models::plan(&source, &PerLayer::default())?;
     for (text, option) in [(&args.train, "--train"), (&args.eval, "--eval")] {
         if let Some(text) = text {
             texts::check(&stored, &texts::read(text)?, args.tune.cut.seq_len, option)?;
         }
-    }
-    for quantizer in args.quantizers() {
-        check(args, &models::plan(&source, &quantizer)?, output.as_ref())?;
     }
     if single && (!several || args.average_bits.is_some()) {
         one(args, output, &source, &device)
