@@ -20,7 +20,7 @@ use examples::outcome::{Result, exit, save_as};
 use examples::texts::{self, evaluation_batch, n_windows};
 use examples::{interrupt, memory, println, progress, table};
 use indicatif::ProgressBar;
-use models::{AllocationStep, Model, Plan, Windows, quantize_within};
+use models::{AllocationStep, Model, Plan, StreamStep, Streaming, Windows, quantize_within};
 use peft::{Batch, CausalLm, LayerReport, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
@@ -32,7 +32,6 @@ use tensor_files::Output;
 #[derive(Parser)]
 #[command(
     version,
-    mut_arg("model", |arg| arg.requires("calibration")),
     mut_arg("bits", |arg| arg.help(
         "Bits of a weight, one or several: 2, 3, 4, 8 [default: 4 3 2; with --bits-per-weight, all]"
     )),
@@ -46,7 +45,8 @@ Examples:
 struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to calibrate on
+    /// Text to calibrate on, which some quantizers do without [default: with --model, none; errors of
+    /// outputs are then not reported]
     #[arg(long, value_name = "FILE", requires = "model")]
     calibration: Option<PathBuf>,
     /// Text to evaluate on, after the model is saved [default: with --model, no evaluation]
@@ -82,9 +82,13 @@ struct Args {
     /// Seed of the choice of the calibration windows
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// New directory for the model; for one quantizer and group size, and one width or --bits-per-weight
+    /// New directory for the model; for one quantizer and group size, and one width or --bits-per-weight.
+    /// With one width, one block is in memory at a time
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Go on after the last whole block of the same command, if it was stopped
+    #[arg(long, requires = "out", conflicts_with = "bits_per_weight")]
+    resume: bool,
     /// Format of the saved model
     #[arg(long, value_enum, default_value_t = FormatName::QuantCore)]
     format: FormatName,
@@ -125,6 +129,10 @@ impl Name {
             Name::OptqClip => "OPTQ, natural order, clip search",
             Name::Gptaq => "GPTAQ, natural order",
         }
+    }
+
+    fn needs_calibration(self) -> bool {
+        !matches!(self, Name::Rtn | Name::Clip | Name::Nf | Name::Fp4)
     }
 
     fn quantizer(
@@ -172,18 +180,21 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
-    let output = args.out.as_deref().map(interrupt::reserve).transpose()?;
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
-    match job(args, &source)? {
-        Some((job, n_bytes)) => {
+    match (job(args, &source)?, &args.out) {
+        (Some((Job::One(quantizer), _)), Some(out)) => {
+            stream(args, &quantizer, out, &source, &device)?;
+        }
+        (Some((job, n_bytes)), out) => {
+            let output = out.as_deref().map(interrupt::reserve).transpose()?;
             if let Some(output) = &output {
                 output.require(n_bytes)?;
             }
             quantize(args, &job, output, &source, &device)?;
         }
-        None => compare(args, &source, &device)?,
+        (None, _) => compare(args, &source, &device)?,
     }
     println!("peak memory: {}", memory::peak());
     Ok(())
@@ -202,6 +213,9 @@ fn job(args: &Args, source: &Path) -> Result<Option<(Job, u64)>> {
         (&[name], &[group_size], &[bits]) => {
             let quantizer = name.quantizer(bits, group_size, args);
             let plan = checked_plan(args, &quantizer, source)?;
+            if name.needs_calibration() {
+                args.require_calibration("this quantizer")?;
+            }
             println!("{plan}\n");
             Ok(Some((Job::One(quantizer), plan.n_bytes())))
         }
@@ -212,8 +226,12 @@ fn job(args: &Args, source: &Path) -> Result<Option<(Job, u64)>> {
             "--out takes one --quantizer and --group-size, and one of --bits or --bits-per-weight"
                 .into(),
         ),
-        _ if args.calibration.is_some() && args.eval.is_none() => {
+        _ if args.model.model.is_some() && args.eval.is_none() => {
             Err("several models are compared on a text: add --eval".into())
+        }
+        (names, ..) if names.iter().any(|name| name.needs_calibration()) => {
+            args.require_calibration("one of the quantizers")?;
+            Ok(None)
         }
         _ => Ok(None),
     }
@@ -230,6 +248,7 @@ fn checked_plan(args: &Args, recipe: &impl peft::Recipe, source: &Path) -> Resul
 
 /// Checks the widths and the budget of `--bits-per-weight`.
 fn within(args: &Args, name: Name, group_size: GroupSize, source: &Path) -> Result<(Job, u64)> {
+    args.require_calibration("--bits-per-weight")?;
     let average = args.bits_per_weight.unwrap_or_default();
     let mut bits = args.bits.or(&[2, 3, 4, 8]);
     bits.reverse();
@@ -275,14 +294,14 @@ fn groups(GroupSize(size): GroupSize) -> String {
 }
 
 /// Returns the windows to calibrate and, if there is a text for it, to evaluate on. Reads no weights.
-fn windows(args: &Args, source: &Path) -> Result<(Windows, Option<Windows>)> {
-    let (calibration, eval) = match &args.calibration {
-        Some(calibration) => {
-            let eval = args.eval.as_deref().map(texts::read).transpose()?;
-            (texts::read(calibration)?, eval)
+fn windows(args: &Args, source: &Path) -> Result<(Option<Windows>, Option<Windows>)> {
+    let (calibration, eval) = match &args.model.model {
+        Some(_) => {
+            let read = |path: &Option<PathBuf>| path.as_deref().map(texts::read).transpose();
+            (read(&args.calibration)?, read(&args.eval)?)
         }
         None => (
-            corpus::text(Dialect::Plain, 200_000, 20),
+            Some(corpus::text(Dialect::Plain, 200_000, 20)),
             Some(corpus::text(Dialect::Plain, 50_000, 12)),
         ),
     };
@@ -292,11 +311,74 @@ fn windows(args: &Args, source: &Path) -> Result<(Windows, Option<Windows>)> {
         windows.map_err(|error| format!("the {option} text: {error}").into())
     };
     let eval = eval.map(|text| cut(text, "--eval")).transpose()?;
-    let calibration = cut(calibration, "--calibration")?;
+    let calibration = calibration.map(|text| cut(text, "--calibration"));
+    let calibration = calibration.transpose()?;
     Ok((
-        calibration.shuffled(args.seed).take(args.samples),
+        calibration.map(|windows| windows.shuffled(args.seed).take(args.samples)),
         eval.map(|eval| eval.take(args.eval_windows.limit())),
     ))
+}
+
+fn batches(windows: Option<Windows>, size: usize, device: &Device) -> Vec<Batch> {
+    windows.map_or(Vec::new(), |windows| windows.batches(size, device))
+}
+
+impl Args {
+    /// Refuses a model without a calibration.
+    fn require_calibration(&self, what: &str) -> Result<()> {
+        match (&self.model.model, &self.calibration) {
+            (Some(_), None) => {
+                Err(format!("{what} learns from the inputs of layers: add --calibration").into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Quantizes from files to files, and evaluates.
+fn stream(
+    args: &Args,
+    quantizer: &dyn Quantizer,
+    out: &Path,
+    source: &Path,
+    device: &Device,
+) -> Result<()> {
+    let (calibration, eval) = windows(args, source)?;
+    let size = evaluation_batch(args.cut.seq_len);
+    let calibration = batches(calibration, size, device);
+    let plan = models::plan(source, &quantizer)?;
+    let settings = Streaming::new(device)
+        .with_format(args.format.format())
+        .with_resume(args.resume);
+    interrupt::on_end("stopped; the same command with --resume goes on after the last whole block");
+    let mut bar = Bar::new("quantizing", plan.config.num_hidden_layers(), "blocks")?;
+    let done =
+        models::quantize_to(
+            source,
+            out,
+            &quantizer,
+            &calibration,
+            &settings,
+            |step| match step {
+                StreamStep::Resumed { n_blocks } => {
+                    bar.print(&format!("going on after {n_blocks} blocks"));
+                    bar.skip(n_blocks);
+                }
+                StreamStep::Quantized(layer) => bar.print(&described(layer)),
+                StreamStep::Block { .. } => bar.step(""),
+                _ => {}
+            },
+        );
+    drop(bar);
+    done?;
+    println!("\nsaved to {}", out.display());
+    if let Some(eval) = eval {
+        let eval = eval.batches(size, device);
+        let after = evaluated("quantized", &models::load(out, device)?.model, &eval)?;
+        let before = evaluated("dense", &models::load(source, device)?.model, &eval)?;
+        println!("\nperplexity {before:.4} before, {after:.4} after");
+    }
+    Ok(())
 }
 
 /// Quantizes, saves, and evaluates.
@@ -309,7 +391,7 @@ fn quantize(
 ) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
     let size = evaluation_batch(args.cut.seq_len);
-    let calibration = calibration.batches(size, device);
+    let calibration = batches(calibration, size, device);
     let mut lm = models::load(source, device)?;
     // Quantized, it is another model.
     lm.certificate = None;
@@ -459,6 +541,11 @@ impl Bar {
         self.0.inc(1);
     }
 
+    /// Counts what was done before.
+    fn skip(&mut self, n: usize) {
+        self.0.set_position(n as u64);
+    }
+
     fn print(&self, line: &str) {
         self.0.suspend(|| println!("{line}"));
     }
@@ -478,7 +565,7 @@ impl Drop for Bar {
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
     let size = evaluation_batch(args.cut.seq_len);
-    let calibration = calibration.batches(size, device);
+    let calibration = batches(calibration, size, device);
     let eval = eval.expect("checked to be given").batches(size, device);
     let widths = args.bits.or(&[4, 3, 2]);
     // A width that a quantizer does not have is a gap in the table; a table of gaps is refused.

@@ -12,6 +12,9 @@ use tensor_files::{Canceler, Output};
 /// Whether a signal is ending the program.
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
+/// What a signal says at the end.
+static SAID: Mutex<String> = Mutex::new(String::new());
+
 /// What a signal removes.
 static MADE: Mutex<Made> = Mutex::new(Made {
     outputs: Vec::new(),
@@ -49,6 +52,11 @@ pub fn scratch() -> io::Result<TempDir> {
     Ok(dir)
 }
 
+/// Prints a line on the standard error where a signal ends the program.
+pub fn on_end(line: &str) {
+    *SAID.lock().unwrap_or_else(PoisonError::into_inner) = line.into();
+}
+
 /// Saves what is not reserved: a signal waits for its end. `save` must not call [`reserve`].
 pub fn uninterrupted<T>(save: impl FnOnce() -> T) -> T {
     let _made = made();
@@ -80,6 +88,10 @@ pub fn watch() -> io::Result<()> {
         IS_ENDING.store(true, Ordering::SeqCst);
         thread::spawn(move || {
             end();
+            let said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+            if !said.is_empty() {
+                crate::eprintln!("\n{said}");
+            }
             // The threads that compute are in the middle of something: no destructor can be run.
             exit(128 + signal)
         });

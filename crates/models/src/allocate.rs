@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use peft::{
-    Batch, CausalLm, Fisher, FisherRoots, LayerReport, Recipe, Stages, Streams, Weight,
+    Batch, Blocks, CausalLm, Fisher, FisherRoots, LayerReport, Recipe, Stages, Streams, Weight,
     check_recipe, token_nll,
 };
 use quant_core::{AllocationError, Candidate, Gram, Needs, Quantizer};
@@ -259,7 +259,7 @@ fn monotone(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
 }
 
 /// Checks a model, a calibration and every quantizer; returns their needs.
-fn check<M: Stages>(
+fn check<M: Blocks + Stages>(
     model: &M,
     quantizers: &[&dyn Quantizer],
     calibration: &[Batch],

@@ -34,6 +34,15 @@ pub(crate) trait Architecture: Sized {
         Self::Block::projections(self)
     }
 
+    /// The paths in a block of its projections and its norms.
+    fn modules(&self) -> Vec<&'static str> {
+        let projections = self.projections().into_iter().map(|of| of.name);
+        let norms = Self::Block::norm_lens(self)
+            .into_iter()
+            .map(|(name, _)| name);
+        projections.chain(norms).collect()
+    }
+
     /// Builds the block at `path`.
     fn build_block<S: Source>(
         &self,

@@ -20,6 +20,7 @@ mod parameters;
 mod plan;
 mod save;
 mod shards;
+mod stream;
 mod tensors;
 mod verify;
 
@@ -28,4 +29,5 @@ pub use kind::{CheckpointFormat, GptqVersion};
 pub use load::load;
 pub use plan::{Plan, PlannedLayer, plan};
 pub use save::{check_format, save, save_as};
+pub use stream::{StreamStep, Streaming, quantize_to};
 pub use verify::load_verified;

@@ -225,6 +225,16 @@ impl Config {
     }
 
     /// The first part of the names of all tensors but the head's.
+    /// The paths of the projections and the norms of all blocks.
+    pub(crate) fn block_modules(&self) -> impl Iterator<Item = String> {
+        let names = of!(Self, self, config => config.modules());
+        (0..self.shape().n_layers).flat_map(move |layer| {
+            let path = self.block_path(layer);
+            let names = names.clone().into_iter();
+            names.map(move |name| format!("{path}.{name}"))
+        })
+    }
+
     pub(crate) fn prefix(&self) -> &'static str {
         self.shape().prefix
     }

@@ -20,6 +20,9 @@ pub enum Error {
     /// An error of a checkpoint.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// An error of a model that is quantized from files to files.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
     /// An error of a text or a tokenizer.
     #[error(transparent)]
     Text(#[from] TextError),
@@ -191,6 +194,56 @@ pub enum CheckpointError {
     Plan {
         /// The layers, each with the reason.
         layers: Vec<(String, String)>,
+    },
+}
+
+/// The errors of models that are quantized from files to files.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StreamError {
+    /// A recipe that names no quantizer for any layer.
+    #[error("the recipe quantizes no layer: name one, or copy the files")]
+    NothingToDo,
+    /// A run that was stopped, where none was to be resumed.
+    #[error(
+        "`{path}` has the parts of a run that was stopped: resume it, or remove the directory to begin again"
+    )]
+    Unfinished {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A directory with parts of a result and no journal.
+    #[error(
+        "`{path}` has files and no `journal.json`, without which they are of no use; remove it"
+    )]
+    NoJournal {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A run that was stopped, and that was of other settings.
+    #[error(
+        "`{path}` has the parts of a run that was stopped, and its {what} is another: it was {was}, now it is {is}; resume with what it was, or remove the directory to begin again"
+    )]
+    Differs {
+        /// The directory.
+        path: PathBuf,
+        /// What differs.
+        what: String,
+        /// The setting of the run that was stopped.
+        was: String,
+        /// The setting of this run.
+        is: String,
+    },
+    /// A file of weights that is not what it was at the beginning of the run.
+    #[error(
+        "`{path}` has changed since the run began{}; what was made of it is worth nothing: begin again with files that stay as they are",
+        tensor.as_ref().map(|tensor| format!(" (tensor `{tensor}`)")).unwrap_or_default()
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+        /// The tensor that was found to be another one.
+        tensor: Option<String>,
     },
 }
 

@@ -7,6 +7,7 @@
 //! | [`Pretrained`] | a model with its tokenizer and the other files of its directory |
 //! | [`Model`], [`Config`] | a model and its shape |
 //! | [`plan`] | computes the result of quantizing a directory without reading a weight, and checks formats and methods against it |
+//! | [`quantize_to`] | quantizes a directory into a new one, with one block in memory at a time |
 //! | [`quantize`], [`quantize_head`] | quantize the projections, with calibration, and the head |
 //! | [`quantize_within`], [`sensitivities`] | quantize to a budget of bytes, each layer in the format that the loss needs |
 //! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
@@ -59,18 +60,21 @@ mod rope;
 mod rope_scaling;
 mod source;
 mod special_tokens;
+mod stages;
 mod tokenizer;
 
 pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sensitivities};
 pub use checkpoint::{
-    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, check_format, load, load_verified,
-    plan, save, save_as, save_dense,
+    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, StreamStep, Streaming,
+    check_format, load, load_verified, plan, quantize_to, save, save_as, save_dense,
 };
 pub use config::Config;
-pub use error::{CheckpointError, ConfigError, Error, GenerationError, Result, TextError};
+pub use error::{
+    CheckpointError, ConfigError, Error, GenerationError, Result, StreamError, TextError,
+};
 pub use generate::{Cache, Generation, generate};
 pub use llama::LlamaConfig;
-pub use model::{Model, State};
+pub use model::Model;
 pub use opt::{Activation, OptConfig};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};

@@ -1,8 +1,6 @@
-use std::ops::Range;
-
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor};
-use peft::{Batch, Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Stages, Weight};
+use peft::{Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Weight};
 
 use crate::config::{Block, Config};
 use crate::norm::Norm;
@@ -37,7 +35,7 @@ pub struct Model {
     pub(crate) embed_positions: Option<Param<Tensor<2>>>,
     /// `[width, hidden]`, if the embedding has another width than the blocks.
     pub(crate) project_in: Option<Weight>,
-    layers: Vec<Block>,
+    pub(crate) layers: Vec<Block>,
     norm: Option<Norm>,
     /// `[hidden, width]`.
     pub(crate) project_out: Option<Weight>,
@@ -122,14 +120,6 @@ impl Model {
         &self.layers
     }
 
-    /// The input of the first stage of a block, or of the head after the last block.
-    fn enter(&self, block: usize, x: Tensor<3>) -> Tensor<3> {
-        match self.layers.get(block) {
-            Some(block) => block.enter(x),
-            None => self.norm(x),
-        }
-    }
-
     /// The parameters besides projections and other weights, with the names of their tensors.
     pub(crate) fn tables(&self) -> Vec<(String, Table<'_>)> {
         let shape = self.config.shape();
@@ -144,97 +134,59 @@ impl Model {
         });
         let norm = shape.final_norm.zip(self.norm.as_ref());
         let norm = norm.map(|(name, norm)| (format!("{prefix}.{name}"), norm));
-        let of_blocks = self.layers.iter().enumerate().flat_map(|(layer, block)| {
-            let path = shape.block_path(layer);
-            let norms = block.norms().into_iter();
-            norms.map(move |(name, norm)| (format!("{path}.{name}"), norm))
-        });
-        let norms = norm.into_iter().chain(of_blocks).flat_map(|(path, norm)| {
-            let vectors = norm.vectors().into_iter();
-            vectors.map(move |(kind, vector)| (kind.name(&path), Table::Vector(vector)))
-        });
-        embeddings.chain(norms).collect()
+        let norm = norm
+            .into_iter()
+            .flat_map(|(path, norm)| norm_tables(path, norm));
+        let blocks = self.layers.iter().enumerate();
+        let of_blocks = blocks.flat_map(|(layer, block)| block.tables(&shape.block_path(layer)));
+        embeddings.chain(norm).chain(of_blocks).collect()
     }
+
+    /// A model of this configuration that can embed tokens, and do nothing else.
+    pub(crate) fn embedding<S: Source>(config: Config, source: &mut S) -> Result<Self, S::Error> {
+        let shape = config.shape();
+        let (prefix, hidden, vocab) = (shape.prefix, shape.hidden_size, shape.vocab_size);
+        let width = shape.embedding_width;
+        Ok(Self {
+            embed_tokens: source.table(&format!("{prefix}.embed_tokens"), [vocab, width])?,
+            embed_positions: match shape.position_rows {
+                Some(n) => Some(source.table(&format!("{prefix}.embed_positions"), [n, hidden])?),
+                None => None,
+            },
+            project_in: if width == hidden {
+                None
+            } else {
+                Some(source.weight(&format!("{prefix}.project_in"), [width, hidden])?)
+            },
+            layers: Vec::new(),
+            norm: None,
+            project_out: None,
+            lm_head: None,
+            config,
+            tokenizer: None,
+        })
+    }
+}
+
+impl Block {
+    /// The parameters besides projections of the block at `path`, with the names of their tensors.
+    pub(crate) fn tables(&self, path: &str) -> Vec<(String, Table<'_>)> {
+        let norms = self.norms().into_iter();
+        let norms = norms.flat_map(|(name, norm)| norm_tables(format!("{path}.{name}"), norm));
+        norms.collect()
+    }
+}
+
+fn norm_tables(path: String, norm: &Norm) -> Vec<(String, Table<'_>)> {
+    let vectors = norm.vectors().into_iter();
+    let vectors = vectors.map(|(kind, vector)| (kind.name(&path), Table::Vector(vector)));
+    vectors.collect()
 }
 
 /// A parameter that is stored as it is in memory.
 pub(crate) enum Table<'a> {
     Vector(&'a Param<Tensor<1>>),
     Matrix(&'a Param<Tensor<2>>),
-}
-
-/// The state of a batch between two stages of a [`Model`].
-#[derive(Clone, Debug)]
-pub struct State {
-    residual: Tensor<3>,
-    input: Tensor<3>,
-    spans: Spans,
-}
-
-impl Stages for Model {
-    type State = State;
-
-    fn stages(&self) -> Vec<Range<usize>> {
-        let mut all = Vec::new();
-        let mut first = 0;
-        for block in &self.layers {
-            let stages = block.stages();
-            all.extend(
-                stages
-                    .iter()
-                    .map(|stage| first + stage.start..first + stage.end),
-            );
-            first += stages.last().map_or(0, |stage| stage.end);
-        }
-        all
-    }
-
-    fn block_stages(&self, block: usize) -> Range<usize> {
-        let n = self.layers[block].stages().len();
-        n * block..n * (block + 1)
-    }
-
-    fn start(&self, batch: &Batch) -> State {
-        let spans = batch.spans().clone();
-        let residual = self.embed(batch.tokens(), &self.positions(&spans));
-        State {
-            input: self.enter(0, residual.clone()),
-            residual,
-            spans,
-        }
-    }
-
-    fn input(state: &State) -> Tensor<3> {
-        state.input.clone()
-    }
-
-    fn advance(&self, stage: usize, state: State) -> State {
-        let State {
-            residual,
-            input,
-            spans,
-        } = state;
-        // All blocks have the same stages.
-        let n_stages = self.layers[0].stages().len();
-        let (index, stage) = (stage / n_stages, stage % n_stages);
-        let block = &self.layers[index];
-        let (residual, mut input) = match stage {
-            // Positions are computed here, because a calibration has many states at a time.
-            0 => {
-                let positions = self.positions(&spans);
-                (residual, block.attend(input, &positions, None))
-            }
-            _ => block.advance(stage, residual, input),
-        };
-        if stage + 1 == n_stages {
-            input = self.enter(index + 1, input);
-        }
-        State {
-            residual,
-            input,
-            spans,
-        }
-    }
 }
 
 impl Blocks for Model {

@@ -58,6 +58,15 @@ impl Norm {
         })
     }
 
+    /// The parameters of norms of a kind.
+    pub(crate) fn kinds(kind: NormKind) -> Vec<Vector> {
+        match kind {
+            NormKind::Rms { .. } => vec![Vector::NormWeight],
+            NormKind::Layer { affine: true } => vec![Vector::NormWeight, Vector::Bias],
+            NormKind::Layer { affine: false } => Vec::new(),
+        }
+    }
+
     pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         /// The constant of transformers' OPT.
         const EPS: f64 = 1e-5;

@@ -1,4 +1,4 @@
-use peft::{Batch, LayerReport, Recipe, Stages, Streams, Weight, check_recipe};
+use peft::{Batch, Blocks, LayerReport, Recipe, Stages, Streams, Weight, check_recipe};
 use quant_core::Quantizer;
 
 use crate::source::HEAD;
@@ -22,15 +22,25 @@ use crate::{Model, Result};
 /// quantized or adapted already, [`peft::Error::NoLayer`] if the recipe names one that the model lacks,
 /// [`peft::Error::NoCalibration`] for a quantizer that needs a calibration where there is none, or
 /// [`peft::Error::Token`] for a token that the model lacks.
-pub fn quantize<M: Stages>(
+pub fn quantize<M: Blocks + Stages>(
     model: &mut M,
     recipe: &impl Recipe,
     calibration: &[Batch],
-    mut on_layer: impl FnMut(&LayerReport),
+    on_layer: impl FnMut(&LayerReport),
 ) -> Result<Vec<LayerReport>> {
     let needs = check_recipe(model, recipe, calibration)?;
-    let mut layers = Vec::new();
     let mut streams = Streams::start(model, calibration, needs);
+    quantize_stages(model, recipe, &mut streams, on_layer)
+}
+
+/// Quantizes the projections of a model, or of a part of one, that the calibration has reached.
+pub(crate) fn quantize_stages<M: Stages>(
+    model: &mut M,
+    recipe: &impl Recipe,
+    streams: &mut Streams,
+    mut on_layer: impl FnMut(&LayerReport),
+) -> Result<Vec<LayerReport>> {
+    let mut layers = Vec::new();
     while let Some(stage) = streams.next_stage(model) {
         let linears = model.linears_mut().into_iter();
         for (path, linear) in linears.skip(stage.layers.start).take(stage.layers.len()) {

@@ -124,6 +124,36 @@ impl Batch {
         self.keep_targets(|token| starts[token] != token % seq)
     }
 
+    /// The SHA-256 of tokens, documents, padding and targets, in hexadecimal.
+    pub fn sha256(&self) -> String {
+        let words = |values: Tensor<2, Int>| -> Vec<u8> {
+            let values = values.into_data().convert::<i64>();
+            let values = values.as_slice::<i64>().expect("converted to i64");
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
+        };
+        let flags = |flags: &Option<Vec<bool>>| -> Vec<u8> {
+            let flags = flags.iter().flatten();
+            flags.map(|&flag| flag.into()).collect()
+        };
+        let [batch, seq] = self.tokens.dims();
+        let dims: Vec<u8> = [batch, seq]
+            .into_iter()
+            .flat_map(usize::to_le_bytes)
+            .collect();
+        let starts = self.spans.starts().map(words).unwrap_or_default();
+        let (targets, is_text) = (flags(&self.targets), flags(&self.is_text));
+        tensor_files::digest([
+            ("dims", dims.as_slice()),
+            ("is_text", &is_text),
+            ("starts", &starts),
+            ("targets", &targets),
+            ("tokens", &words(self.tokens.clone())),
+        ])
+    }
+
     /// Marks padding: `is_text`, `batch * seq`, is the attention mask of other programs, false for padding
     /// before or after a document. Padding is not a target, no other token attends to it, and a calibration
     /// leaves it out. Without [`Batch::with_starts`] a sequence has one document.

@@ -46,14 +46,21 @@ impl Batch {
     /// [`Error::Token`] with one that is not in the vocabulary, [`Error::TooLong`] for a document of more
     /// tokens than [`Blocks::max_positions`].
     pub fn check(&self, model: &impl Blocks) -> Result<()> {
-        let vocab_size = model.vocab_size();
+        self.check_within(model.vocab_size(), model.max_positions())
+    }
+
+    /// Checks tokens and positions as [`Batch::check`] does, against a model that is not in memory.
+    ///
+    /// # Errors
+    /// As [`Batch::check`].
+    pub fn check_within(&self, vocab_size: usize, max_positions: Option<usize>) -> Result<()> {
         let least = self.tokens().min().into_scalar::<i64>();
         let most = self.tokens().max().into_scalar::<i64>();
         let has = |token: i64| usize::try_from(token).is_ok_and(|token| token < vocab_size);
         if let Some(token) = [least, most].into_iter().find(|&token| !has(token)) {
             return Err(Error::Token { token, vocab_size });
         }
-        let Some(max) = model.max_positions() else {
+        let Some(max) = max_positions else {
             return Ok(());
         };
         if self.tokens().dims()[1] <= max {

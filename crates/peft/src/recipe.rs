@@ -75,14 +75,22 @@ pub fn check_recipe<M: Blocks>(
         layout.map_err(|source| Error::Quant { path, source })?;
         needs = needs.max(quantizer.needs());
     }
-    if calibration.is_empty() && needs > Needs::Nothing {
-        return Err(Error::NoCalibration);
-    }
     for batch in calibration {
         batch.check(model)?;
     }
-    check_variety(calibration)?;
+    check_calibration(calibration, needs)?;
     Ok(needs)
+}
+
+/// Checks that there is a calibration where one is needed, and that its sequences differ.
+///
+/// # Errors
+/// [`Error::NoCalibration`], [`Error::RepeatedCalibration`].
+pub fn check_calibration(calibration: &[Batch], needs: Needs) -> Result<()> {
+    if calibration.is_empty() && needs > Needs::Nothing {
+        return Err(Error::NoCalibration);
+    }
+    check_variety(calibration)
 }
 
 /// Refuses a calibration whose sequences are all the same: together they hold no more than one.

@@ -17,7 +17,9 @@ pub enum Needs {
 }
 
 /// A method that turns a dense weight into a packed one.
-pub trait Quantizer {
+///
+/// Two quantizers that print the same as [`Debug`](fmt::Debug) give the same weights.
+pub trait Quantizer: fmt::Debug {
     /// The format of the quantized weights.
     ///
     /// # Errors

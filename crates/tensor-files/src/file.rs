@@ -11,7 +11,8 @@ use serde::{Deserialize, Deserializer};
 
 use crate::document::{IMPOSTOR_BYTES, impostor, open};
 use crate::error::{io, refuse};
-use crate::{Error, Result};
+use crate::sums::hash;
+use crate::{Error, FloatType, LazyTensor, Result};
 
 /// Headers above this are not read: the limit of the safetensors format.
 const MAX_HEADER: u64 = 100_000_000;
@@ -95,6 +96,11 @@ impl TensorFile {
         names
     }
 
+    /// The bytes of all tensors.
+    pub fn n_bytes(&self) -> u64 {
+        self.metadata.data_len() as u64
+    }
+
     /// Whether the file has a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.metadata.info(name).is_some()
@@ -149,6 +155,70 @@ impl TensorFile {
             Dtype::U8 => Ok((bytes, shape)),
             _ => Err(self.refuse(name, format!("is {dtype:?}, not U8"))),
         }
+    }
+
+    /// A tensor of floats to be written as it is, in the shortest of `bf16`, `f16` and `f32` that holds all its
+    /// values, without a copy of them in `f32`.
+    ///
+    /// # Errors
+    /// As [`TensorFile::floats`].
+    pub fn copy<const D: usize>(
+        &mut self,
+        name: &str,
+    ) -> Result<(LazyTensor<'static>, [usize; D])> {
+        let (dtype, shape, bytes) = self.read(name)?;
+        let float = match dtype {
+            Dtype::F32 => FloatType::F32,
+            Dtype::F16 => FloatType::F16,
+            Dtype::BF16 => FloatType::Bf16,
+            _ => return Err(self.refuse(name, format!("is {dtype:?}, not F32, F16 or BF16"))),
+        };
+        if !float.all(&bytes, f32::is_finite) {
+            // For the message.
+            self.floats::<D>(name)?;
+        }
+        let types = [FloatType::Bf16, FloatType::F16];
+        let shorter = types
+            .into_iter()
+            .find(|&shorter| shorter == float || float.all(&bytes, |value| shorter.holds(value)));
+        let to = shorter.unwrap_or(float);
+        Ok((
+            LazyTensor::stored(to, shape, float.reencode(bytes, to)),
+            shape,
+        ))
+    }
+
+    /// The SHA-256 of the bytes of a tensor, in hexadecimal.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::Io`].
+    pub fn sha256(&mut self, name: &str) -> Result<String> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(Error::MissingTensor {
+                path: self.path.clone(),
+                tensor: name.into(),
+            });
+        };
+        let (start, end) = info.data_offsets;
+        let hashed = self
+            .file
+            .seek(SeekFrom::Start(self.data_start + start as u64))
+            .and_then(|_| hash((&mut self.file).take((end - start) as u64)));
+        hashed.map_err(|cause| io(&self.path, cause))
+    }
+
+    /// The SHA-256 of the length of the file and of its header, which names all tensors, in hexadecimal.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn header_sha256(&mut self) -> Result<String> {
+        let length = self.data_start + self.metadata.data_len() as u64;
+        let length = length.to_le_bytes();
+        let hashed = self
+            .file
+            .rewind()
+            .and_then(|()| hash(length.chain((&mut self.file).take(self.data_start))));
+        hashed.map_err(|cause| io(&self.path, cause))
     }
 
     fn read<const D: usize>(&mut self, name: &str) -> Result<(Dtype, [usize; D], Vec<u8>)> {

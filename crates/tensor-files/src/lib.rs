@@ -7,9 +7,10 @@
 //! | [`TensorFile`] | reads a safetensors file tensor by tensor |
 //! | [`write_tensors`], [`LazyTensor`] | write one, with one tensor in memory at a time |
 //! | [`read`], [`read_config`], [`read_json`], [`write()`], [`write_json`] | read and write small files |
-//! | [`write_sums`], [`check_sums`] | list the SHA-256 of a directory's files, and check them |
+//! | [`write_sums`], [`check_sums`], [`sha256`] | list the SHA-256 of a directory's files, and check them |
 //! | [`Output`] | reserves a directory, which is then complete under its name, or does not exist |
 //! | [`write_directory`] | reserves and writes it at once |
+//! | [`Partial`] | a directory that is written over several runs, and then gets its name |
 //!
 //! # Examples
 //!
@@ -38,6 +39,7 @@ mod document;
 mod error;
 mod file;
 mod output;
+mod partial;
 mod staging;
 mod sums;
 mod write;
@@ -46,5 +48,6 @@ pub use document::{is_there, read, read_config, read_json, write, write_json};
 pub use error::{Error, Result};
 pub use file::TensorFile;
 pub use output::{Canceler, IntoOutput, Output, write_directory};
-pub use sums::{SUMS, check_sums, digest, write_sums};
+pub use partial::Partial;
+pub use sums::{SUMS, check_sums, digest, sha256, write_sums};
 pub use write::{FloatType, LazyTensor, write_tensors};

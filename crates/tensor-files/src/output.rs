@@ -1,5 +1,6 @@
 //! The directories that are written whole or not at all.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -55,21 +56,13 @@ impl Output {
     pub fn reserve(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         check_free(dir)?;
-        // Of `.` too, the name is needed.
-        let named = match dir.file_name() {
-            Some(_) => dir.to_path_buf(),
-            None => std::path::absolute(dir).map_err(|cause| io(dir, cause))?,
-        };
-        let Some(name) = named.file_name() else {
-            let problem = "is another name of a directory; give its own";
-            return Err(refuse(dir, problem.into()));
-        };
-        let staging = Staging::new(&named, name)?;
+        let (dir, name) = named(dir)?;
+        let staging = Staging::new(&dir, &name)?;
         // Another process may have written it before the staging directory was this one's.
-        check_free(dir)?;
+        check_free(&dir)?;
         Ok(Self {
             staging: Arc::new(Mutex::new(Some(staging))),
-            dir: named,
+            dir,
         })
     }
 
@@ -171,8 +164,23 @@ pub fn write_directory<E: From<Error>>(
     dir.into_output()?.write(write)
 }
 
+/// A directory and its name, which `.` too has.
+pub(crate) fn named(dir: &Path) -> Result<(PathBuf, OsString)> {
+    let absolute = match dir.file_name() {
+        Some(_) => dir.to_path_buf(),
+        None => std::path::absolute(dir).map_err(|cause| io(dir, cause))?,
+    };
+    match absolute.file_name().map(OsString::from) {
+        Some(name) => Ok((absolute, name)),
+        None => {
+            let problem = "is another name of a directory; give its own";
+            Err(refuse(dir, problem.into()))
+        }
+    }
+}
+
 /// Checks that a directory does not exist, or is empty and can be replaced.
-fn check_free(dir: &Path) -> Result<()> {
+pub(crate) fn check_free(dir: &Path) -> Result<()> {
     let exists = || Error::OutputExists { path: dir.into() };
     // A link is not followed: it would be what is replaced.
     match fs::symlink_metadata(dir) {
@@ -206,7 +214,7 @@ fn is_mount_point(_: &Path, _: &fs::Metadata) -> bool {
 
 /// The bytes that this process may still write where `path` is; `None` if they are not known.
 #[cfg(unix)]
-fn free(path: &Path) -> Option<u64> {
+pub(crate) fn free(path: &Path) -> Option<u64> {
     let found = rustix::fs::statvfs(path).ok()?;
     // A file system without blocks does not count them.
     let counts = found.f_blocks > 0;
@@ -214,6 +222,6 @@ fn free(path: &Path) -> Option<u64> {
 }
 
 #[cfg(not(unix))]
-fn free(_: &Path) -> Option<u64> {
+pub(crate) fn free(_: &Path) -> Option<u64> {
     None
 }

@@ -37,7 +37,8 @@ pub(crate) fn published(path: &Path) -> PathBuf {
     path.components().map(asked).collect()
 }
 
-/// A hidden directory, which is removed with all that is in it unless it is published.
+/// A directory beside an output, in which it is written. It is removed with all that is in it unless it is
+/// published or kept.
 ///
 /// It is locked while this lives, where the file system has locks: one that can be locked belongs to
 /// a process that is dead.
@@ -49,6 +50,7 @@ pub(crate) struct Staging {
     /// The directories that were made for the output, outermost first.
     made: Vec<PathBuf>,
     is_published: bool,
+    is_kept: bool,
     /// Released last.
     _lock: Option<File>,
 }
@@ -56,16 +58,26 @@ pub(crate) struct Staging {
 impl Staging {
     /// Makes the hidden directory of the output `dir`.
     pub(crate) fn new(dir: &Path, name: &OsStr) -> Result<Self> {
+        Self::open(dir, &staging_name(name), false)
+    }
+
+    /// Opens or makes the directory of the name `place` beside the output `dir`, which is kept.
+    pub(crate) fn kept(dir: &Path, place: &OsStr) -> Result<Self> {
+        Self::open(dir, place, true)
+    }
+
+    fn open(dir: &Path, place: &OsStr, is_kept: bool) -> Result<Self> {
         let parent = parent(dir);
         let mut staging = Self {
             path: PathBuf::new(),
             parent: None,
             made: Vec::new(),
             is_published: true,
+            is_kept,
             _lock: None,
         };
         staging.open_parent(parent)?;
-        let path = dir.with_file_name(staging_name(name));
+        let path = dir.with_file_name(place);
         for _ in 0..ATTEMPTS {
             let is_new = match fs::create_dir(&path) {
                 Ok(()) => true,
@@ -83,7 +95,7 @@ impl Staging {
                 }
             });
             match locked? {
-                Lock::Taken(lock) if is_new => {
+                Lock::Taken(lock) if is_new || is_kept => {
                     staging._lock = lock;
                     staging.path = path;
                     staging.is_published = false;
@@ -117,19 +129,27 @@ impl Staging {
 
     /// Gives the directory its name, `dir`, once all that is in it is on the disk.
     pub(crate) fn publish(mut self, dir: &Path) -> Result<()> {
-        sync(&self.path)?;
+        let published = self.publish_from(&self.path, dir);
+        if matches!(published, Ok(()) | Err(Error::NotFlushed { .. })) {
+            self.is_published = true;
+            self.made.clear();
+        }
+        published
+    }
+
+    /// Gives a directory, this one or one in it, the name `dir`, once all that is in it is on the disk.
+    pub(crate) fn publish_from(&self, from: &Path, dir: &Path) -> Result<()> {
+        sync(from)?;
         for made in &self.made {
             sync_directory(parent(made))?;
         }
-        fs::rename(&self.path, dir).map_err(|cause| match cause.kind() {
+        fs::rename(from, dir).map_err(|cause| match cause.kind() {
             // It was free when it was reserved.
             ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
                 Error::OutputExists { path: dir.into() }
             }
             _ => io_error(dir, cause),
         })?;
-        self.is_published = true;
-        self.made.clear();
         let flushed = self.parent.as_ref().map_or(Ok(()), File::sync_all);
         flushed.map_err(|cause| Error::NotFlushed {
             path: dir.into(),
@@ -142,7 +162,7 @@ impl Drop for Staging {
     fn drop(&mut self) {
         // Whatever ends a save is already its error; what cannot be removed is hidden, and the next
         // save at this place removes it.
-        if !self.is_published {
+        if !self.is_published && !self.is_kept {
             let _ = fs::remove_dir_all(&self.path);
         }
         for made in self.made.iter().rev() {

@@ -107,12 +107,21 @@ fn names(dir: &Path) -> Result<Vec<String>> {
 }
 
 /// The SHA-256 of a file, in hexadecimal.
-fn sha256(path: &Path) -> Result<String> {
-    let (mut file, _) = open(path)?;
+///
+/// # Errors
+/// [`Error::Io`](crate::Error::Io) if it cannot be read, [`Error::File`](crate::Error::File) if it is not a
+/// regular file.
+pub fn sha256(path: &Path) -> Result<String> {
+    let (file, _) = open(path)?;
+    hash(file).map_err(|cause| io(path, cause))
+}
+
+/// The SHA-256 of all that can be read, in hexadecimal.
+pub(crate) fn hash(mut from: impl Read) -> std::io::Result<String> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 1 << 18];
     loop {
-        match file.read(&mut buffer).map_err(|cause| io(path, cause))? {
+        match from.read(&mut buffer)? {
             0 => return Ok(hex(hash)),
             n => hash.update(&buffer[..n]),
         }

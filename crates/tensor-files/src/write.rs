@@ -64,6 +64,15 @@ impl<'a> LazyTensor<'a> {
         })
     }
 
+    /// Floats that are stored already.
+    pub(crate) fn stored<const D: usize>(
+        float: FloatType,
+        shape: [usize; D],
+        bytes: Vec<u8>,
+    ) -> Self {
+        Self::of(float.dtype(), shape, move || bytes)
+    }
+
     fn of<const D: usize>(
         dtype: Dtype,
         shape: [usize; D],
@@ -100,6 +109,51 @@ impl FloatType {
     /// Whether it holds a value exactly.
     pub fn holds(self, value: f32) -> bool {
         self.round(value).to_bits() == value.to_bits()
+    }
+
+    fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// Whether all of the stored values are so; it looks at them in order, up to the first that is not.
+    pub(crate) fn all(self, bytes: &[u8], mut is: impl FnMut(f32) -> bool) -> bool {
+        match self {
+            Self::F32 => {
+                let (values, _) = bytes.as_chunks();
+                values.iter().all(|&value| is(f32::from_le_bytes(value)))
+            }
+            Self::F16 => {
+                let (values, _) = bytes.as_chunks();
+                let mut values = values.iter().map(|&value| f16::from_le_bytes(value));
+                values.all(|value| is(value.to_f32()))
+            }
+            Self::Bf16 => {
+                let (values, _) = bytes.as_chunks();
+                let mut values = values.iter().map(|&value| bf16::from_le_bytes(value));
+                values.all(|value| is(value.to_f32()))
+            }
+        }
+    }
+
+    /// Stored values in another type, which holds them.
+    pub(crate) fn reencode(self, bytes: Vec<u8>, to: Self) -> Vec<u8> {
+        if self == to {
+            return bytes;
+        }
+        let mut stored = Vec::with_capacity(bytes.len() / self.size() * to.size());
+        // A part at a time: all values in `f32` would take twice the bytes.
+        for part in bytes.chunks(self.size() << 16) {
+            let mut values = Vec::with_capacity(1 << 16);
+            self.all(part, |value| {
+                values.push(value);
+                true
+            });
+            stored.extend(to.to_bytes(&values));
+        }
+        stored
     }
 
     fn shortest(values: &[f32]) -> Self {

@@ -170,7 +170,7 @@ impl ApiqBlock {
         model: &M,
         recipe: &dyn Recipe,
         plan: &Plan<'_, Apiq>,
-        mut streams: Streams<'_, M>,
+        mut streams: Streams<'_>,
         mut stages: Range<usize>,
     ) -> Result<Vec<Learner>> {
         let mut learners = Vec::new();

@@ -16,7 +16,6 @@
 //! block: none crosses the end of a row or of a block, so that all of a group is in one block, whose
 //! scale it takes.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
@@ -29,7 +28,7 @@ use serde_json::{Map, Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
 use super::format::{
-    LayerFormat, PackedFormat, Projections, Refusals, double_scales, quant_error, refuse_config,
+    LayerFormat, Layers, PackedLayer, Refusals, double_scales, quant_error, refuse_config,
 };
 use super::packing::{pack, transpose};
 use super::parameters::read;
@@ -45,8 +44,6 @@ const NESTED_BLOCK: usize = 256;
 const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 pub(super) struct Bitsandbytes {
-    /// The block size of each layer, of a model to be written.
-    blocks: BTreeMap<String, usize>,
     quant_type: &'static str,
     is_double: bool,
     dtype: String,
@@ -118,7 +115,6 @@ impl Bitsandbytes {
         }
         // Each layer states the rest.
         Ok(Self {
-            blocks: BTreeMap::new(),
             quant_type: TYPES[0].0,
             is_double: false,
             dtype: String::new(),
@@ -126,49 +122,58 @@ impl Bitsandbytes {
         })
     }
 
-    pub(super) fn for_model(
-        model: &Projections,
-        config: &Map<String, Value>,
-    ) -> Result<Self, Refusals> {
-        let mut blocks = BTreeMap::new();
-        let mut refusals = Refusals::new();
-        let mut common = None;
-        for (layer, (path, weight)) in model.formats().iter().zip(&model.packed) {
-            match block_sizes(layer, &mut common).and_then(|sizes| block_size(weight, sizes)) {
-                Ok(block) => {
-                    blocks.insert(path.clone(), block);
-                }
-                Err(reason) => refusals.push((path.clone(), reason)),
-            }
-        }
-        refusals.extend(model.refuse_head());
-        if !refusals.is_empty() {
-            return Err(refusals);
-        }
+    /// The format of layers that [`refusals`] does not list.
+    pub(super) fn for_layers(layers: &Layers, config: &Map<String, Value>) -> Self {
         // The type in which a reader computes, on which scales and codes do not depend.
         let dtype = config.get("dtype").or(config.get("torch_dtype"));
         let dtype = dtype.and_then(Value::as_str);
         let dtype = dtype.filter(|dtype| ["float16", "bfloat16"].contains(dtype));
-        let mut doubles = model.packed.iter().map(|(_, w)| w.format().double_quant());
-        Ok(Self {
-            blocks,
-            quant_type: common.map_or(TYPES[0].0, |(_, quant_type)| quant_type),
-            is_double: doubles.any(|double| double.is_some()),
+        let mut formats = layers.packed.iter().map(|layer| layer.format);
+        let first = formats.clone().find_map(|format| type_of(format).ok());
+        Self {
+            quant_type: first.unwrap_or(TYPES[0].0),
+            is_double: formats.any(|format| format.double_quant().is_some()),
             dtype: dtype.unwrap_or("float32").into(),
-            dense: (!model.dense.is_empty())
-                .then(|| model.dense.iter().cloned().chain([HEAD.into()]).collect()),
-        })
+            dense: (!layers.dense.is_empty())
+                .then(|| layers.dense.iter().cloned().chain([HEAD.into()]).collect()),
+        }
     }
 }
 
 /// The layers whose formats bitsandbytes cannot hold, whatever their values.
-pub(super) fn refusals(layers: &[PackedFormat]) -> Refusals {
+pub(super) fn refusals(layers: &[PackedLayer]) -> Refusals {
     let mut common = None;
     let refusals = layers.iter().filter_map(|layer| {
-        let reason = block_sizes(layer, &mut common).err()?;
-        Some((layer.0.to_string(), reason))
+        let reason = reason_against_format(layer, &mut common)?;
+        Some((layer.path.clone(), reason))
     });
     refusals.collect()
+}
+
+/// The reason why bitsandbytes cannot hold weights of a layer's format. `common` is the first layer that
+/// has one of the types, with its type.
+fn reason_against_format<'a>(
+    layer: &'a PackedLayer,
+    common: &mut Option<(&'a str, &'static str)>,
+) -> Option<String> {
+    let quant_type = match type_of(layer.format) {
+        Ok(quant_type) => quant_type,
+        Err(reason) => return Some(reason),
+    };
+    let (first, of_first) = *common.get_or_insert((&layer.path, quant_type));
+    if quant_type != of_first {
+        return Some(format!(
+            "is {quant_type}, `{first}` is {of_first}, and there is one type for all"
+        ));
+    }
+    block_sizes(layer.format, layer.dims[0]).err()
+}
+
+/// The reason why bitsandbytes cannot hold the values of a weight; none for one that is refused for its
+/// format.
+pub(super) fn reason_against_values(weight: &QuantTensor) -> Option<String> {
+    let sizes = block_sizes(weight.format(), weight.dims()[0]).ok()?;
+    block_size(weight, sizes).err()
 }
 
 fn type_of(format: Format) -> Result<&'static str, String> {
@@ -182,21 +187,11 @@ fn type_of(format: Format) -> Result<&'static str, String> {
 }
 
 /// The sizes of blocks that may hold weights of a format, the largest first, or the reason why there are
-/// none. `common` is the first layer that has one of the types, with its type.
+/// none.
 ///
 /// A file of blocks of `b` reads back with groups of `gcd(d_in, b)`, so that `b` must give the
 /// weight's group size.
-fn block_sizes<'a>(
-    &(path, format, [d_in, _]): &PackedFormat<'a>,
-    common: &mut Option<(&'a str, &'static str)>,
-) -> Result<Vec<usize>, String> {
-    let quant_type = type_of(format)?;
-    let (first, of_first) = *common.get_or_insert((path, quant_type));
-    if quant_type != of_first {
-        return Err(format!(
-            "is {quant_type}, `{first}` is {of_first}, and there is one type for all"
-        ));
-    }
+fn block_sizes(format: Format, d_in: usize) -> Result<Vec<usize>, String> {
     let Some(group_size) = format.group_size() else {
         return Err("has one group per channel; blocks have 32 to 4096 elements".into());
     };
@@ -418,7 +413,9 @@ impl LayerFormat for Bitsandbytes {
 
     fn tensors<'a>(&self, path: &str, weight: &'a QuantTensor) -> Vec<(String, LazyTensor<'a>)> {
         let name = |part: &str| format!("{path}.weight{part}");
-        let block = self.blocks[path];
+        let sizes = block_sizes(weight.format(), weight.dims()[0]);
+        let block = sizes.and_then(|sizes| block_size(weight, sizes));
+        let block = block.expect("a weight that the format holds");
         let ([d_in, d_out], layout) = (weight.dims(), weight.layout());
         let n = d_in * d_out;
         let n_blocks = n.div_ceil(block);

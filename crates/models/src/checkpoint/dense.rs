@@ -49,7 +49,7 @@ pub fn save_dense(lm: &Pretrained, dir: impl IntoOutput, float: FloatType) -> Re
     check_no_adapters(&lm.model)?;
     let mut config = lm.config.clone();
     state_float(&mut config, float);
-    state_head(&mut config, &lm.model);
+    state_head(&mut config, lm.model.lm_head.is_some());
     let files = Files {
         config: &config,
         carried: &lm.carried,

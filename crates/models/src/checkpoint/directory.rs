@@ -117,17 +117,22 @@ impl Files<'_> {
     ) -> Result<()> {
         tensor_files::write_directory(dir, |dir| {
             write(&dir.join(WEIGHTS))?;
-            for (name, bytes) in self.carried {
-                tensor_files::write(&dir.join(name), bytes)?;
-            }
-            if let Some((name, config)) = self.second {
-                tensor_files::write_json(&dir.join(name), config)?;
-            }
-            if let Some(certificate) = self.certificate {
-                certificate.save(dir.join(CERTIFICATE))?;
-            }
-            tensor_files::write_json(&dir.join(CONFIG), self.config)?;
-            Ok(tensor_files::write_sums(dir)?)
+            self.write_beside(dir)
         })
+    }
+
+    /// Writes the files beside the tensors, which are in the directory already, and the sums of all.
+    pub(super) fn write_beside(&self, dir: &Path) -> Result<()> {
+        for (name, bytes) in self.carried {
+            tensor_files::write(&dir.join(name), bytes)?;
+        }
+        if let Some((name, config)) = self.second {
+            tensor_files::write_json(&dir.join(name), config)?;
+        }
+        if let Some(certificate) = self.certificate {
+            certificate.save(dir.join(CERTIFICATE))?;
+        }
+        tensor_files::write_json(&dir.join(CONFIG), self.config)?;
+        Ok(tensor_files::write_sums(dir)?)
     }
 }

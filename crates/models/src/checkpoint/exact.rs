@@ -22,11 +22,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tensor_files::LazyTensor;
 
-use super::format::{LayerFormat, Projections, double_scales, quant_error, refuse_config};
+use super::format::{LayerFormat, Layers, double_scales, quant_error, refuse_config};
 use super::parameters::floats;
 use super::tensors::Tensors;
 use crate::Result;
-use crate::source::HEAD;
 
 pub(super) const METHOD: &str = "quant-core";
 const VERSION: u32 = 1;
@@ -64,15 +63,14 @@ impl Exact {
         Ok(found)
     }
 
-    pub(super) fn for_model(model: &Projections) -> Self {
-        let head = model.head.map(|head| (HEAD.into(), head));
-        let layers = model.packed.iter().cloned().chain(head);
-        let layers = layers.map(|(path, weight)| {
-            let layer = Layer {
-                format: weight.format(),
-                input_order: weight.input_order().is_some(),
+    pub(super) fn for_layers(layers: &Layers) -> Self {
+        let layers = layers.packed.iter().chain(&layers.head);
+        let layers = layers.map(|layer| {
+            let stated = Layer {
+                format: layer.format,
+                input_order: layer.has_order,
             };
-            (path, layer)
+            (layer.path.clone(), stated)
         });
         Self {
             quant_method: METHOD.into(),

@@ -38,7 +38,7 @@ pub(super) trait LayerFormat {
         device: &Device,
     ) -> Result<Option<QuantTensor>>;
 
-    /// The tensors of a packed layer of the model for which the format was made.
+    /// The tensors of a packed layer of the model for which the format was made, which holds its values.
     fn tensors<'a>(&self, path: &str, weight: &'a QuantTensor) -> Vec<(String, LazyTensor<'a>)>;
 
     /// The `quantization_config` of `config.json`.
@@ -50,56 +50,68 @@ pub(super) trait LayerFormat {
     }
 }
 
-/// The packed and the dense weights of a model to be written.
-pub(super) struct Projections<'a> {
-    pub(super) packed: Vec<(String, &'a QuantTensor)>,
-    pub(super) dense: Vec<String>,
-    /// The head, if it is packed.
-    pub(super) head: Option<&'a QuantTensor>,
+/// A packed layer to be written, without its values.
+#[derive(Clone, Debug)]
+pub(super) struct PackedLayer {
+    pub(super) path: String,
+    pub(super) format: Format,
+    /// `[d_in, d_out]`.
+    pub(super) dims: [usize; 2],
+    /// Whether its inputs are in another order than those of the model.
+    pub(super) has_order: bool,
 }
 
-/// The path of a packed layer, its format, and `[d_in, d_out]`.
-pub(super) type PackedFormat<'a> = (&'a str, Format, [usize; 2]);
+/// The layers of a model to be written, without their values.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Layers {
+    /// The packed projections, in the order of the model.
+    pub(super) packed: Vec<PackedLayer>,
+    /// The paths of the dense ones.
+    pub(super) dense: Vec<String>,
+    /// The head, if it is packed.
+    pub(super) head: Option<PackedLayer>,
+}
 
 /// The layers that a format cannot hold, with the reasons.
 pub(super) type Refusals = Vec<(String, String)>;
 
-impl<'a> Projections<'a> {
-    pub(super) fn of(model: &'a Model) -> Self {
-        let (mut packed, mut dense) = (Vec::new(), Vec::new());
+impl PackedLayer {
+    pub(super) fn new(path: &str, weight: &QuantTensor) -> Self {
+        Self {
+            path: path.into(),
+            format: weight.format(),
+            dims: weight.dims(),
+            has_order: weight.input_order().is_some(),
+        }
+    }
+}
+
+impl Layers {
+    pub(super) fn of(model: &Model) -> Self {
+        let mut layers = Self::default();
         let linears = model.linears().into_iter();
         let linears = linears.map(|(path, linear)| (path, linear.weight()));
-        let others = model.other_weights().into_iter();
-        for (path, weight) in linears.chain(others.filter(|(path, _)| path != HEAD)) {
-            match weight {
-                Weight::Quant(weight) => packed.push((path, weight)),
-                Weight::Dense(_) => dense.push(path),
+        for (path, weight) in linears.chain(model.other_weights()) {
+            layers.push(path, weight);
+        }
+        layers
+    }
+
+    /// Adds a layer of the model. The head counts if it is packed.
+    pub(super) fn push(&mut self, path: String, weight: &Weight) {
+        match weight {
+            Weight::Quant(weight) if path == HEAD => {
+                self.head = Some(PackedLayer::new(&path, weight));
             }
-        }
-        let head = match &model.lm_head {
-            Some(Weight::Quant(head)) => Some(head),
-            _ => None,
-        };
-        Self {
-            packed,
-            dense,
-            head,
+            Weight::Quant(weight) => self.packed.push(PackedLayer::new(&path, weight)),
+            Weight::Dense(_) if path == HEAD => {}
+            Weight::Dense(_) => self.dense.push(path),
         }
     }
 
-    /// The formats of the packed projections.
-    pub(super) fn formats(&self) -> Vec<PackedFormat<'_>> {
-        let packed = self.packed.iter();
-        packed
-            .map(|(path, weight)| (path.as_str(), weight.format(), weight.dims()))
-            .collect()
-    }
-
-    /// The refusal of a packed head by a format that only packs projections.
-    pub(super) fn refuse_head(&self) -> Option<(String, String)> {
-        let head = self.head?.format();
-        let reason = format!("is {head}, and in such a checkpoint only projections are packed");
-        Some((HEAD.into(), reason))
+    /// Whether a layer is packed.
+    pub(super) fn is_packed(&self) -> bool {
+        !self.packed.is_empty() || self.head.is_some()
     }
 }
 

@@ -2,37 +2,67 @@
 
 use std::path::Path;
 
+use quant_core::QuantTensor;
 use serde_json::{Map, Value};
 
 use super::bitsandbytes::{self, Bitsandbytes};
 use super::directory::CONFIG;
 use super::exact::{self, Exact};
-use super::format::{LayerFormat, PackedFormat, Projections, Refusals, refuse_config};
+use super::format::{LayerFormat, Layers, PackedLayer, Refusals, refuse_config};
 use super::gptq::{self, Gptq};
 use super::kind::{CheckpointFormat, GptqVersion};
 use super::tensors::Tensors;
-use crate::Result;
+use crate::source::HEAD;
+use crate::{CheckpointError, Result};
 
 impl CheckpointFormat {
-    /// Makes the format for the layers of a model with this `config.json`.
-    pub(super) fn for_model(
+    /// Makes the format for the layers of a model with this `config.json`, none of which it refuses.
+    pub(super) fn for_layers(
         self,
-        model: &Projections,
+        layers: &Layers,
         config: &Map<String, Value>,
-    ) -> Result<Box<dyn LayerFormat>, Refusals> {
-        Ok(match self {
-            CheckpointFormat::QuantCore => Box::new(Exact::for_model(model)),
-            CheckpointFormat::Gptq(version) => Box::new(Gptq::for_model(model, version)?),
-            CheckpointFormat::Bitsandbytes => Box::new(Bitsandbytes::for_model(model, config)?),
-        })
+    ) -> Box<dyn LayerFormat> {
+        match self {
+            CheckpointFormat::QuantCore => Box::new(Exact::for_layers(layers)),
+            CheckpointFormat::Gptq(version) => Box::new(Gptq::for_layers(layers, version)),
+            CheckpointFormat::Bitsandbytes => Box::new(Bitsandbytes::for_layers(layers, config)),
+        }
     }
 
     /// The layers that a checkpoint of this format cannot hold, whatever their values.
-    pub(super) fn refusals(self, layers: &[PackedFormat]) -> Refusals {
+    pub(super) fn refusals(self, layers: &Layers) -> Refusals {
+        let mut refusals = match self {
+            CheckpointFormat::QuantCore => return Refusals::new(),
+            CheckpointFormat::Gptq(_) => gptq::refusals(&layers.packed),
+            CheckpointFormat::Bitsandbytes => bitsandbytes::refusals(&layers.packed),
+        };
+        refusals.extend(layers.head.as_ref().map(refuse_head));
+        refusals
+    }
+
+    /// Checks that a checkpoint of this format can hold the layers, as far as their formats tell.
+    pub(super) fn check(self, layers: &Layers) -> Result<()> {
+        let refusals = self.refusals(layers);
+        if refusals.is_empty() {
+            return Ok(());
+        }
+        let error = CheckpointError::CannotHold {
+            format: self,
+            layers: refusals,
+            instead: Self::instead(|other| other.refusals(layers).is_empty()),
+        };
+        Err(error.into())
+    }
+
+    /// The reasons why a checkpoint of this format cannot hold the values of a weight whose format it
+    /// holds.
+    pub(super) fn reasons_against_values(self, weight: &QuantTensor) -> Vec<String> {
         match self {
-            CheckpointFormat::QuantCore => Refusals::new(),
-            CheckpointFormat::Gptq(_) => gptq::refusals(layers),
-            CheckpointFormat::Bitsandbytes => bitsandbytes::refusals(layers),
+            CheckpointFormat::QuantCore => Vec::new(),
+            CheckpointFormat::Gptq(version) => gptq::reasons_against_values(weight, version),
+            CheckpointFormat::Bitsandbytes => bitsandbytes::reason_against_values(weight)
+                .into_iter()
+                .collect(),
         }
     }
 
@@ -67,6 +97,13 @@ impl CheckpointFormat {
             }
         }))
     }
+}
+
+/// The refusal of a packed head by a format that only packs projections.
+fn refuse_head(head: &PackedLayer) -> (String, String) {
+    let format = head.format;
+    let reason = format!("is {format}, and in such a checkpoint only projections are packed");
+    (HEAD.into(), reason)
 }
 
 /// The name of a tensor of the layer at `path` in a directory that declares no format, if it is packed.

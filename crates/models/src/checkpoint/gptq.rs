@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
 use super::directory::CONFIG;
-use super::format::{LayerFormat, PackedFormat, Projections, Refusals, quant_error};
+use super::format::{LayerFormat, Layers, PackedLayer, Refusals, quant_error};
 use super::kind::GptqVersion;
 use super::packing::{pack, transpose, unpack};
 use super::parameters::read;
@@ -122,23 +122,10 @@ impl Gptq {
         })
     }
 
-    pub(super) fn for_model(model: &Projections, version: GptqVersion) -> Result<Self, Refusals> {
-        let formats = model.formats();
-        let common = common_format(&formats);
-        let refusals = formats.iter().zip(&model.packed);
-        let refusals = refusals.filter_map(|(layer, (path, weight))| {
-            let mut reasons = reasons_against_format(layer, common);
-            if !layer.1.grid().is_codebook() {
-                reasons.extend(reasons_against_values(weight, version));
-            }
-            (!reasons.is_empty()).then(|| (path.clone(), reasons.join("; ")))
-        });
-        let refusals: Refusals = refusals.chain(model.refuse_head()).collect();
-        if !refusals.is_empty() {
-            return Err(refusals);
-        }
-        let format = common.map(|(_, format, _)| format);
-        Ok(Self {
+    /// The format of layers that [`refusals`] does not list.
+    pub(super) fn for_layers(layers: &Layers, version: GptqVersion) -> Self {
+        let format = common_layer(&layers.packed).map(|layer| layer.format);
+        Self {
             bits: format.map_or(4, |format| format.bits()),
             group_size: format.and_then(|format| format.group_size()),
             symmetric: if format.is_some_and(|format| format.grid() == Grid::Symmetric) {
@@ -148,9 +135,9 @@ impl Gptq {
             },
             version,
             wrapping: Wrapping::Unknown,
-            desc_act: model.packed.iter().any(|(_, w)| w.input_order().is_some()),
-            dense: model.dense.clone(),
-        })
+            desc_act: layers.packed.iter().any(|layer| layer.has_order),
+            dense: layers.dense.clone(),
+        }
     }
 
     /// Unpacks the zero-points in `qzeros`, `[n_groups, d_out]`.
@@ -353,34 +340,37 @@ fn name(version: GptqVersion) -> &'static str {
 }
 
 /// The layers whose formats a GPTQ checkpoint cannot hold, whatever their values.
-pub(super) fn refusals(layers: &[PackedFormat]) -> Refusals {
-    let common = common_format(layers);
+pub(super) fn refusals(layers: &[PackedLayer]) -> Refusals {
+    let common = common_layer(layers);
     let reasons = layers.iter().map(|layer| {
         let reasons = reasons_against_format(layer, common);
-        (layer.0.to_string(), reasons.join("; "))
+        (layer.path.clone(), reasons.join("; "))
     });
     reasons.filter(|(_, reasons)| !reasons.is_empty()).collect()
 }
 
 /// The first layer whose grid GPTQ has: the others must have its format.
-fn common_format<'a>(layers: &[PackedFormat<'a>]) -> Option<PackedFormat<'a>> {
-    let mut layers = layers.iter().copied();
-    layers.find(|(_, format, _)| !format.grid().is_codebook())
+fn common_layer(layers: &[PackedLayer]) -> Option<&PackedLayer> {
+    let mut layers = layers.iter();
+    layers.find(|layer| !layer.format.grid().is_codebook())
 }
 
 /// The reasons why a GPTQ checkpoint cannot hold weights of a format.
-fn reasons_against_format(
-    &(_, format, [d_in, d_out]): &PackedFormat,
-    common: Option<PackedFormat>,
-) -> Vec<String> {
+fn reasons_against_format(layer: &PackedLayer, common: Option<&PackedLayer>) -> Vec<String> {
+    let &PackedLayer {
+        format,
+        dims: [d_in, d_out],
+        ..
+    } = layer;
     let bits = format.bits();
     if format.grid().is_codebook() {
         return vec![format!("is {format}, and GPTQ's grids are uniform")];
     }
     let mut reasons = Vec::new();
-    if let Some((first, common, _)) = common.filter(|(_, common, _)| *common != format) {
+    if let Some(first) = common.filter(|first| first.format != format) {
         reasons.push(format!(
-            "is {format}, `{first}` is {common}, and there is one format for all"
+            "is {format}, `{}` is {}, and there is one format for all",
+            first.path, first.format
         ));
     }
     let group_size = format.group_size().unwrap_or(d_in);
@@ -399,8 +389,12 @@ fn reasons_against_format(
     reasons
 }
 
-/// The reasons why a GPTQ checkpoint cannot hold the values of a weight on a uniform grid.
-fn reasons_against_values(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
+/// The reasons why a GPTQ checkpoint cannot hold the values of a weight; none for one that is refused for
+/// its format.
+pub(super) fn reasons_against_values(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
+    if weight.format().grid().is_codebook() {
+        return Vec::new();
+    }
     let ([_, d_out], bits, layout) = (weight.dims(), weight.format().bits(), weight.layout());
     let group_size = layout.group_size();
     let mut reasons = Vec::new();

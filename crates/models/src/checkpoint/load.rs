@@ -53,11 +53,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     } else {
         None
     };
-    let mut checkpoint = Checkpoint {
-        tensors: Tensors::open(dir)?,
-        format,
-        device: device.clone(),
-    };
+    let mut checkpoint = Checkpoint::new(Tensors::open(dir)?, format, device);
     let mut model = Model::build(shape, &mut checkpoint)?;
     if let Some(format) = &checkpoint.format {
         let linears = model.linears().into_iter().map(|(path, _)| path);
@@ -65,7 +61,8 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         let layers: Vec<String> = linears.chain(others).collect();
         format.check_paths(&layers, &config_path)?;
     }
-    checkpoint.check_leftovers(&model)?;
+    let leftovers = checkpoint.tensors.leftovers();
+    checkpoint.check_leftovers(model.config(), leftovers)?;
     let carried = carried(dir)?;
     let stop_tokens = stop_tokens(dir, &config, &carried, model.config().vocab_size())?;
     model.tokenizer = tokenizer_digest(&carried);
@@ -88,13 +85,31 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
 }
 
 /// A source of the parameters of a directory, which are frozen.
-struct Checkpoint {
-    tensors: Tensors,
+pub(super) struct Checkpoint {
+    pub(super) tensors: Tensors,
     format: Option<Box<dyn LayerFormat>>,
     device: Device,
 }
 
 impl Checkpoint {
+    pub(super) fn new(
+        tensors: Tensors,
+        format: Option<Box<dyn LayerFormat>>,
+        device: &Device,
+    ) -> Self {
+        Self {
+            tensors,
+            format,
+            device: device.clone(),
+        }
+    }
+
+    /// The name of a tensor of the layer at `path`, if it is packed.
+    pub(super) fn packed_tensor(&self, path: &str) -> Option<String> {
+        let format = self.format.as_ref()?;
+        format.packed_tensor(&self.tensors, path)
+    }
+
     fn frozen<const D: usize>(&self, values: Vec<f32>, dims: [usize; D]) -> Param<Tensor<D>> {
         let values = TensorData::new(values, dims);
         let values = Tensor::from_data(values, (&self.device, DType::F32));
@@ -106,18 +121,28 @@ impl Checkpoint {
         Ok(self.frozen(transpose(&values, [d_out, d_in]), dims))
     }
 
-    /// Refuses tensors that the model has not read, except those without information.
-    fn check_leftovers(&mut self, model: &Model) -> Result<()> {
-        let linears = model.linears().into_iter();
-        let biases: HashSet<String> = linears.map(|(path, _)| Vector::Bias.name(&path)).collect();
-        for name in self.tensors.leftovers() {
+    /// Refuses tensors that a model of this shape does not read, except those without information.
+    pub(super) fn check_leftovers(
+        &mut self,
+        config: &Config,
+        leftovers: Vec<String>,
+    ) -> Result<()> {
+        let paths = config.projections().into_iter();
+        let biases: HashSet<String> = paths.map(|(path, _)| Vector::Bias.name(&path)).collect();
+        let shape = config.shape();
+        for name in leftovers {
             if name.ends_with(".rotary_emb.inv_freq") {
                 continue;
             }
-            if name == weight_name(HEAD) && model.lm_head.is_none() {
-                let embedding = model.embed_tokens.val();
-                let head = self.tensors.floats(&name, embedding.dims())?;
-                if kernels::with_values(embedding, |embedding| head == embedding) {
+            if name == weight_name(HEAD) && shape.tie_word_embeddings {
+                let embedding = weight_name(&format!("{}.embed_tokens", shape.prefix));
+                if self.tensors.sha256(&name)? == self.tensors.sha256(&embedding)? {
+                    continue;
+                }
+                // The same values may be of two types.
+                let dims = [shape.vocab_size, shape.embedding_width];
+                let head = self.tensors.floats(&name, dims)?;
+                if head == self.tensors.floats(&embedding, dims)? {
                     continue;
                 }
                 let problem = "is another matrix than the embedding, but `tie_word_embeddings` is true: correct the one that is wrong";

@@ -1,7 +1,7 @@
 //! The parameters of a model as Hugging Face stores them.
 
 use burn::tensor::Tensor;
-use peft::{Linears, Weight};
+use peft::{Linear, Linears, Weight};
 use quant_core::QuantTensor;
 use serde_json::{Map, Value};
 use tensor_files::{FloatType, LazyTensor};
@@ -26,24 +26,36 @@ pub(super) enum Parameter<'a> {
 
 /// Lists the parameters of a model.
 pub(super) fn parameters(model: &Model) -> Vec<Parameter<'_>> {
-    let tables = model.tables().into_iter().map(|(name, table)| match table {
+    let others = model.other_weights().into_iter();
+    let others = others.map(|(path, weight)| Parameter::of_weight(path, weight));
+    let tables = table_parameters(model.tables()).into_iter();
+    let linears = linear_parameters(model.linears());
+    tables.chain(others).chain(linears).collect()
+}
+
+/// The parameters of norms and embeddings.
+pub(super) fn table_parameters<'a>(tables: Vec<(String, Table<'a>)>) -> Vec<Parameter<'a>> {
+    let tables = tables.into_iter().map(|(name, table)| match table {
         Table::Vector(vector) => Parameter::Vector(name, vector.val()),
         Table::Matrix(table) => Parameter::Table(name, table.val()),
     });
-    let others = model.other_weights().into_iter();
-    let others = others.map(|(path, weight)| Parameter::of_weight(path, weight));
-    let linears = model.linears().into_iter().flat_map(|(path, linear)| {
+    tables.collect()
+}
+
+/// The parameters of projections.
+pub(super) fn linear_parameters(linears: Vec<(String, &Linear)>) -> Vec<Parameter<'_>> {
+    let linears = linears.into_iter().flat_map(|(path, linear)| {
         let bias = linear.bias();
         let bias = bias.map(|bias| Parameter::Vector(Vector::Bias.name(&path), bias));
         [Parameter::of_weight(path, linear.weight())]
             .into_iter()
             .chain(bias)
     });
-    tables.chain(others).chain(linears).collect()
+    linears.collect()
 }
 
 impl<'a> Parameter<'a> {
-    fn of_weight(path: String, weight: &'a Weight) -> Self {
+    pub(super) fn of_weight(path: String, weight: &'a Weight) -> Self {
         match weight {
             Weight::Dense(weight) => Self::Dense(weight_name(&path), weight.val()),
             Weight::Quant(weight) => Self::Packed { path, weight },
@@ -59,6 +71,12 @@ impl<'a> Parameter<'a> {
             Self::Table(_, values) | Self::Dense(_, values) => holding(values),
             Self::Packed { .. } => TYPES.to_vec(),
         }
+    }
+
+    /// The tensor of the parameter, dense and in the shortest type of float that holds all values exactly.
+    pub(super) fn shortest(self) -> (String, LazyTensor<'a>) {
+        let float = self.holding()[0];
+        self.tensor(float, |_, _| ())
     }
 
     /// The tensor of the parameter, dense and in a type of float, with its name.
@@ -149,8 +167,8 @@ pub(super) fn check_no_adapters(model: &Model) -> Result<()> {
 }
 
 /// States in a `config.json` whether the model has a head that is not the embedding.
-pub(super) fn state_head(config: &mut Map<String, Value>, model: &Model) {
-    if model.lm_head.is_some() {
+pub(super) fn state_head(config: &mut Map<String, Value>, has_head: bool) {
+    if has_head {
         config.insert("tie_word_embeddings".into(), false.into());
     }
 }

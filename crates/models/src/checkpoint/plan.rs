@@ -12,7 +12,7 @@ use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde_json::{Map, Value};
 
 use super::directory::{CONFIG, TOKENIZER};
-use super::format::{LayerFormat, quant_error};
+use super::format::{LayerFormat, Layers, PackedLayer, quant_error};
 use super::formats::undeclared_tensor;
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
@@ -53,20 +53,23 @@ impl Plan {
     /// # Errors
     /// [`CheckpointError::CannotHold`] with all layers that it cannot hold.
     pub fn check(&self, format: CheckpointFormat) -> Result<()> {
-        let layers = self.layers.iter();
-        let layers: Vec<_> = layers
-            .filter_map(|layer| Some((layer.path.as_str(), layer.format?, layer.dims)))
-            .collect();
-        let refusals = format.refusals(&layers);
-        if refusals.is_empty() {
-            return Ok(());
+        format.check(&self.packed())
+    }
+
+    /// The layers as they are to be written. Whether one has an input order is not known.
+    pub(super) fn packed(&self) -> Layers {
+        let packed = self.layers.iter().filter_map(|layer| {
+            Some(PackedLayer {
+                path: layer.path.clone(),
+                format: layer.format?,
+                dims: layer.dims,
+                has_order: false,
+            })
+        });
+        Layers {
+            packed: packed.collect(),
+            ..Layers::default()
         }
-        let error = CheckpointError::CannotHold {
-            format,
-            layers: refusals,
-            instead: CheckpointFormat::instead(|other| other.refusals(&layers).is_empty()),
-        };
-        Err(error.into())
     }
 
     /// Checks that a method can adapt the planned layers, on a weight of ones for each of their shapes.

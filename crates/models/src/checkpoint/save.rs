@@ -1,11 +1,12 @@
-use serde_json::{Map, Value};
+use peft::{Linears, Weight};
 use tensor_files::{FloatType, IntoOutput};
 
 use super::directory::Files;
-use super::format::{LayerFormat, Projections};
+use super::format::{Layers, Refusals};
 use super::kind::CheckpointFormat;
 use super::parameters::{Parameter, check_no_adapters, parameters, state_float, state_head};
-use crate::{CheckpointError, Pretrained, Result};
+use crate::source::HEAD;
+use crate::{CheckpointError, Model, Pretrained, Result};
 
 /// Saves a model to a new directory, from which [`load`](crate::load) reads it back bit for bit.
 ///
@@ -54,15 +55,16 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
         let verified = certificate.verify(model);
         verified.map_err(|source| CheckpointError::OtherCertificate { source })?;
     }
-    let projections = Projections::of(model);
     let mut config = lm.config.clone();
-    let layers = layers(&projections, &config, format)?;
-    let is_packed = !projections.packed.is_empty() || projections.head.is_some();
+    check_format(lm, format)?;
+    let all = Layers::of(model);
+    let is_packed = all.is_packed();
+    let layers = format.for_layers(&all, &config);
     let quantization = is_packed.then(|| layers.config());
     if let Some(quantization) = &quantization {
         config.insert("quantization_config".into(), quantization.clone());
     }
-    state_head(&mut config, model);
+    state_head(&mut config, model.lm_head.is_some());
 
     let parameters = parameters(model);
     let holding: Vec<_> = parameters.iter().map(Parameter::holding).collect();
@@ -95,23 +97,36 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
 /// # Errors
 /// [`CheckpointError::CannotHold`] with all layers that the format does not hold exactly.
 pub fn check_format(lm: &Pretrained, format: CheckpointFormat) -> Result<()> {
-    layers(&Projections::of(&lm.model), &lm.config, format).map(drop)
+    let layers = Layers::of(&lm.model);
+    let refusals = refusals(&lm.model, &layers, format);
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    let holds = |other: CheckpointFormat| self::refusals(&lm.model, &layers, other).is_empty();
+    let error = CheckpointError::CannotHold {
+        format,
+        layers: refusals,
+        instead: CheckpointFormat::instead(holds),
+    };
+    Err(error.into())
 }
 
-/// The format of the packed layers of a model with this `config.json`.
-fn layers(
-    projections: &Projections,
-    config: &Map<String, Value>,
-    format: CheckpointFormat,
-) -> Result<Box<dyn LayerFormat>> {
-    format.for_model(projections, config).map_err(|layers| {
-        let holds = |other: CheckpointFormat| other.for_model(projections, config).is_ok();
-        let instead = CheckpointFormat::instead(holds);
-        let error = CheckpointError::CannotHold {
-            format,
-            layers,
-            instead,
+/// The layers of a model that a format does not hold, for their formats or for their values.
+fn refusals(model: &Model, layers: &Layers, format: CheckpointFormat) -> Refusals {
+    let mut refusals = format.refusals(layers);
+    let linears = model.linears().into_iter();
+    let linears = linears.map(|(path, linear)| (path, linear.weight()));
+    let others = model.other_weights().into_iter();
+    for (path, weight) in linears.chain(others.filter(|(path, _)| path != HEAD)) {
+        let Weight::Quant(weight) = weight else {
+            continue;
         };
-        error.into()
-    })
+        for reason in format.reasons_against_values(weight) {
+            match refusals.iter_mut().find(|(refused, _)| *refused == path) {
+                Some((_, reasons)) => *reasons = format!("{reasons}; {reason}"),
+                None => refusals.push((path.clone(), reason)),
+            }
+        }
+    }
+    refusals
 }

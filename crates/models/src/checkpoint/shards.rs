@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use serde::Deserialize;
+use serde_json::json;
 use tensor_files::TensorFile;
 
 use super::directory::WEIGHTS;
 use crate::{CheckpointError, Result};
 
-const INDEX: &str = "model.safetensors.index.json";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
 
 /// The files of weights.
 pub(super) struct Shards {
@@ -23,15 +24,26 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// Writes the index of the files of weights in a directory, each with its tensors.
+pub(super) fn write_index(dir: &Path, shards: &[String]) -> Result<()> {
+    let mut weight_map = BTreeMap::new();
+    let mut total_size = 0;
+    for shard in shards {
+        let file = TensorFile::open(&dir.join(shard))?;
+        total_size += file.n_bytes();
+        weight_map.extend(file.names().into_iter().map(|name| (name, shard)));
+    }
+    let index = json!({
+        "metadata": { "total_size": total_size },
+        "weight_map": weight_map,
+    });
+    Ok(tensor_files::write_json(&dir.join(INDEX), &index)?)
+}
+
 impl Shards {
     pub(super) fn open(dir: &Path) -> Result<Self> {
         if tensor_files::is_there(&dir.join(WEIGHTS)) {
-            let file = TensorFile::open(&dir.join(WEIGHTS))?;
-            let of_tensor = file.names().into_iter().map(|name| (name, 0)).collect();
-            return Ok(Self {
-                files: vec![file],
-                of_tensor,
-            });
+            return Self::of_file(&dir.join(WEIGHTS));
         }
         let index_path = dir.join(INDEX);
         if !tensor_files::is_there(&index_path) {
@@ -87,6 +99,27 @@ impl Shards {
             }
         }
         Ok(shards)
+    }
+
+    /// The tensors of one file.
+    pub(super) fn of_file(path: &Path) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        let of_tensor = file.names().into_iter().map(|name| (name, 0)).collect();
+        Ok(Self {
+            files: vec![file],
+            of_tensor,
+        })
+    }
+
+    /// See [`Tensors::headers`](super::tensors::Tensors::headers).
+    pub(super) fn headers(&mut self) -> Result<BTreeMap<String, String>> {
+        let mut headers = BTreeMap::new();
+        for file in &mut self.files {
+            let name = file.path().file_name().unwrap_or_default();
+            let name = name.to_string_lossy().into_owned();
+            headers.insert(name, file.header_sha256()?);
+        }
+        Ok(headers)
     }
 
     /// The names of all tensors, in order.

@@ -1,7 +1,7 @@
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use tensor_files::TensorFile;
+use tensor_files::{LazyTensor, TensorFile};
 
 use super::shards::Shards;
 use crate::{Error, Result};
@@ -9,15 +9,54 @@ use crate::{Error, Result};
 /// The tensors of a directory, with the names of those that were read.
 pub(super) struct Tensors {
     shards: Shards,
-    taken: HashSet<String>,
+    taken: BTreeSet<String>,
 }
 
 impl Tensors {
     pub(super) fn open(dir: &Path) -> Result<Self> {
         Ok(Self {
             shards: Shards::open(dir)?,
-            taken: HashSet::new(),
+            taken: BTreeSet::new(),
         })
+    }
+
+    /// The tensors of one file of a directory.
+    pub(super) fn of_file(path: &Path) -> Result<Self> {
+        Ok(Self {
+            shards: Shards::of_file(path)?,
+            taken: BTreeSet::new(),
+        })
+    }
+
+    /// The names of all tensors, in order.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.shards.names()
+    }
+
+    /// The names of the tensors that were read, in order.
+    pub(super) fn taken(&self) -> Vec<String> {
+        self.taken.iter().cloned().collect()
+    }
+
+    /// The names of the files of weights, each with the SHA-256 of its length and its header.
+    pub(super) fn headers(&mut self) -> Result<BTreeMap<String, String>> {
+        self.shards.headers()
+    }
+
+    /// The SHA-256 of the bytes of a tensor.
+    pub(super) fn sha256(&mut self, name: &str) -> Result<String> {
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.shards.file(name)?.sha256(&stored)?)
+    }
+
+    /// A tensor of floats of these dimensions, to be written as it is.
+    pub(super) fn copy<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<LazyTensor<'static>> {
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.copy::<D>(&stored)?.0)
     }
 
     /// The names of the tensors that were not read.

@@ -109,7 +109,7 @@ fn rises_of_the_loss_are_weighted_errors_of_outputs() {
     let mut gram = Gram::new(32, &batches[0].tokens().device());
     let mut energy = 0.0;
     for batch in &batches {
-        let input = <Model as peft::Stages>::input(&peft::Stages::start(&model, batch));
+        let input = peft::Stages::input(&model, 0, &peft::State::start(&model, batch));
         let squares: Vec<f32> = input.clone().square().into_data().try_into_vec().unwrap();
         energy += squares.into_iter().map(f64::from).sum::<f64>();
         gram.update(input);

@@ -3,7 +3,7 @@
 use burn::module::Module;
 use burn::tensor::Device;
 use models::Model;
-use peft::{Batch, CausalLm, Linears, Stages};
+use peft::{Batch, CausalLm, Linears, Stages, State};
 use proptest::prelude::*;
 
 use super::fixtures::*;
@@ -94,15 +94,16 @@ fn the_stages_are_the_forward_pass() {
         let stages = model.stages();
         let all: Vec<usize> = stages.iter().cloned().flatten().collect();
         assert_eq!(all, (0..model.linears().len()).collect::<Vec<_>>());
-        let mut state = model.start(batch);
+        let mut state = State::start(&model, batch);
         for (stage, range) in stages.iter().enumerate() {
-            let [_, _, d_in] = Model::input(&state).dims();
+            let [_, _, d_in] = model.input(stage, &state).dims();
             for (path, linear) in &model.linears()[range.clone()] {
                 assert_eq!(linear.weight().dims()[0], d_in, "{path}");
             }
             state = model.advance(stage, state);
         }
-        let x = Model::input(&state);
+        assert!(state.input.is_none());
+        let x = model.norm(state.residual);
         let [batch_size, seq, width] = x.dims();
         let logits = model.head().logits(x.reshape([batch_size * seq, width]));
         assert!(values(logits) == values(model.forward(batch.tokens())));

@@ -14,11 +14,11 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use models::CheckpointFormat::{Bitsandbytes, Gptq};
 use models::GptqVersion::{V1, V2};
 use models::{
-    CheckpointFormat, Config, LlamaConfig, Model, OptConfig, Pretrained, load, save, save_as,
-    save_dense,
+    CheckpointFormat, Config, LlamaConfig, Model, OptConfig, Pretrained, Streaming, load,
+    quantize_to, save, save_as, save_dense,
 };
 use peft::{Batch, CausalLm, FitConfig, MergeConfig, Method, Peqa, Tile};
-use quant_core::{NormalFloat, Quantizer, Rtn};
+use quant_core::{NormalFloat, Optq, Quantizer, Rtn};
 use tensor_files::{FloatType, LazyTensor, write_tensors};
 
 use super::fixtures::{self, write_tokenizer};
@@ -43,7 +43,7 @@ fn shapes() -> [(&'static str, Config); 5] {
     ]
 }
 
-const WAYS: [(&str, Write); 11] = [
+const WAYS: [(&str, Write); 12] = [
     ("saved", |lm, dir| save(lm, dir).unwrap()),
     ("f32", |lm, dir| dense(lm, dir, FloatType::F32)),
     ("f16", |lm, dir| dense(lm, dir, FloatType::F16)),
@@ -63,6 +63,12 @@ const WAYS: [(&str, Write); 11] = [
     ("nf4_tuned", |lm, dir| {
         tuned(lm, dir, &nf4(), &Peqa::new(), Bitsandbytes);
         assert!(lm.certificate.as_ref().unwrap().is_exact());
+    }),
+    ("gptq_v2_streamed", |lm, dir| {
+        let optq = Optq::new().with_group_size(32).with_f16_scales(true);
+        let settings = Streaming::new(&Device::flex()).with_format(Gptq(V2));
+        let calibration = [Batch::new(tokens(lm)).unwrap()];
+        quantize_to(lm.dir(), dir, &optq, &calibration, &settings, |_| {}).unwrap();
     }),
     ("unpacked", |lm, dir| {
         models::quantize(&mut lm.model, &nf4(), &[], |_| {}).unwrap();

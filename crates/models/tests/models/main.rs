@@ -18,6 +18,7 @@ mod plan;
 mod quantize;
 mod refusals;
 mod save;
+mod stream;
 mod tasks;
 mod texts;
 mod training;

@@ -7,7 +7,7 @@ use models::{
     CheckpointFormat, Error, GptqVersion, LlamaConfig, Model, load, quantize, save_as,
     sensitivities,
 };
-use peft::{Batch, Fingerprint, Linears, PerLayer, Stages, Weight};
+use peft::{Batch, Fingerprint, Linears, PerLayer, Stages, State, Weight};
 use quant_core::{Gram, GroupRange, NormalFloat, Note, Optq, Order, Quantizer, Rtn};
 
 use super::fixtures::*;
@@ -120,11 +120,11 @@ fn layers_are_calibrated_on_the_packed_ones_before_them() {
     quantize(&mut partly, &PerLayer(first), &batches, |_| {}).unwrap();
     let mut gram = Gram::new(40, &Device::flex());
     for batch in &batches {
-        let mut state = partly.start(batch);
+        let mut state = State::start(&partly, batch);
         for stage in 0..3 {
             state = partly.advance(stage, state);
         }
-        gram.update(Model::input(&state));
+        gram.update(partly.input(3, &state));
     }
     assert_eq!(gram.n_tokens(), 6 * 4 * 24);
     let linears = partly.linears();

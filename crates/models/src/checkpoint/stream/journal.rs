@@ -1,0 +1,275 @@
+//! The journal of a model that is quantized from files to files: what was asked for, and the parts that are
+//! done.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft::{LayerError, LayerReport};
+use quant_core::{Distortion, Format, Note};
+use serde::{Deserialize, Serialize};
+use tensor_files::Partial;
+
+use super::super::format::{Layers, PackedLayer};
+use crate::source::HEAD;
+use crate::{Result, StreamError};
+
+const FILE: &str = "journal.json";
+const VERSION: u32 = 1;
+
+/// What was asked for: of two runs of the same settings, one goes on where the other stopped.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Settings {
+    pub(super) program: String,
+    /// The SHA-256 of the configuration, and of the files that are copied.
+    pub(super) files: BTreeMap<String, String>,
+    /// Of each file of weights, the SHA-256 of its length and its header.
+    pub(super) weights: BTreeMap<String, String>,
+    pub(super) format: String,
+    /// The quantizer of each layer.
+    pub(super) recipe: BTreeMap<String, String>,
+    /// The SHA-256 of the tokens of each batch.
+    pub(super) calibration: Vec<String>,
+    pub(super) device: String,
+}
+
+impl Settings {
+    /// The first difference: what it is in, and both sides of it.
+    fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        let one = |what: &str, was: &str, is: &str| {
+            (was != is).then(|| (what.to_string(), was.to_string(), is.to_string()))
+        };
+        let maps = |what: &str, was: &BTreeMap<String, String>, is: &BTreeMap<String, String>| {
+            let names = was.keys().chain(is.keys());
+            let get = |of: &BTreeMap<String, String>, name: &String| {
+                of.get(name).cloned().unwrap_or_else(|| "none".into())
+            };
+            let mut differences = names.filter_map(|name| {
+                one(&format!("{what} `{name}`"), &get(was, name), &get(is, name))
+            });
+            differences.next()
+        };
+        let calibration = || {
+            let (was, is) = (self.calibration.len(), other.calibration.len());
+            if was != is {
+                return one(
+                    "number of batches of the calibration",
+                    &was.to_string(),
+                    &is.to_string(),
+                );
+            }
+            let mut pairs = self.calibration.iter().zip(&other.calibration);
+            let at = pairs.position(|(was, is)| was != is)?;
+            let (was, is) = (&self.calibration[at], &other.calibration[at]);
+            one(&format!("batch {at} of the calibration"), was, is)
+        };
+        one("program", &self.program, &other.program)
+            .or_else(|| maps("file", &self.files, &other.files))
+            .or_else(|| maps("file of weights", &self.weights, &other.weights))
+            .or_else(|| one("format", &self.format, &other.format))
+            .or_else(|| maps("quantizer of", &self.recipe, &other.recipe))
+            .or_else(calibration)
+            .or_else(|| one("device", &self.device, &other.device))
+    }
+}
+
+/// A part of the model that is written.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Part {
+    /// The name of its file.
+    pub(super) file: String,
+    /// The SHA-256 of its file.
+    pub(super) sha256: String,
+    /// The SHA-256 of each tensor that it was made of.
+    pub(super) made_of: BTreeMap<String, String>,
+    pub(super) layers: Vec<Layer>,
+}
+
+/// A projection, or the head if it is packed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Layer {
+    pub(super) path: String,
+    pub(super) dims: [usize; 2],
+    /// The format of a packed layer.
+    pub(super) format: Option<Format>,
+    pub(super) has_order: bool,
+    pub(super) report: Option<Report>,
+}
+
+/// A [`LayerReport`] without path and format.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Report {
+    weight: Distortion,
+    output: Option<f64>,
+    n_bytes: usize,
+    seconds: f64,
+    notes: Vec<Note>,
+}
+
+impl From<&LayerReport> for Report {
+    fn from(layer: &LayerReport) -> Self {
+        Self {
+            weight: layer.error.weight,
+            output: layer.error.output,
+            n_bytes: layer.n_bytes,
+            seconds: layer.seconds,
+            notes: layer.notes.clone(),
+        }
+    }
+}
+
+impl Layer {
+    pub(super) fn report(&self) -> Option<LayerReport> {
+        let report = self.report.as_ref()?;
+        Some(LayerReport {
+            path: self.path.clone(),
+            format: self.format,
+            error: LayerError {
+                weight: report.weight,
+                output: report.output,
+            },
+            n_bytes: report.n_bytes,
+            seconds: report.seconds,
+            notes: report.notes.clone(),
+        })
+    }
+}
+
+/// Lists the layers of parts, in the order of the model.
+pub(super) fn layers<'a>(parts: impl IntoIterator<Item = &'a Part>) -> Layers {
+    let mut all = Layers::default();
+    for layer in parts.into_iter().flat_map(|part| &part.layers) {
+        let packed = layer.format.map(|format| PackedLayer {
+            path: layer.path.clone(),
+            format,
+            dims: layer.dims,
+            has_order: layer.has_order,
+        });
+        match packed {
+            Some(packed) if layer.path == HEAD => all.head = Some(packed),
+            Some(packed) => all.packed.push(packed),
+            None => all.dense.push(layer.path.clone()),
+        }
+    }
+    all
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Content {
+    version: u32,
+    settings: Settings,
+    parts: Vec<Part>,
+}
+
+/// The journal in the directory of a [`Partial`].
+pub(super) struct Journal {
+    path: PathBuf,
+    content: Content,
+}
+
+impl Journal {
+    /// Opens the journal of a run of these settings, or begins one. A part whose file is not whole any more
+    /// does not count, and neither do those after it.
+    pub(super) fn open(partial: &Partial, settings: Settings, resume: bool) -> Result<Self> {
+        let path = partial.notes().join(FILE);
+        let mut journal = Self {
+            content: Content {
+                version: VERSION,
+                settings,
+                parts: Vec::new(),
+            },
+            path,
+        };
+        if tensor_files::is_there(&journal.path) {
+            journal.content.parts = journal.read(partial.notes(), resume)?;
+            let is_whole = |part: &Part| {
+                let sum = tensor_files::sha256(&partial.files().join(&part.file));
+                sum.is_ok_and(|sum| sum == part.sha256)
+            };
+            let parts = &mut journal.content.parts;
+            let n_whole = parts.iter().take_while(|part| is_whole(part)).count();
+            parts.truncate(n_whole);
+        } else if !is_empty(&partial.files())? {
+            // Of another program, or of a run whose journal was removed.
+            let path = partial.notes().into();
+            return Err(StreamError::NoJournal { path }.into());
+        }
+        journal.write()?;
+        journal.remove_others(&partial.files())?;
+        Ok(journal)
+    }
+
+    /// Reads the parts that are done.
+    fn read(&self, notes: &Path, resume: bool) -> Result<Vec<Part>> {
+        let path = notes.into();
+        let found: Content = tensor_files::read_json(&self.path)?;
+        if found.version != VERSION {
+            let path = self.path.clone();
+            let problem = format!(
+                "has the version {}; this program reads {VERSION}",
+                found.version
+            );
+            return Err(tensor_files::Error::File { path, problem }.into());
+        }
+        if found.parts.is_empty() {
+            return Ok(Vec::new());
+        }
+        if !resume {
+            return Err(StreamError::Unfinished { path }.into());
+        }
+        let Some((what, was, is)) = found.settings.difference(&self.content.settings) else {
+            return Ok(found.parts);
+        };
+        let error = StreamError::Differs {
+            path,
+            what,
+            was,
+            is,
+        };
+        Err(error.into())
+    }
+
+    /// Removes what a process that was killed left of a file.
+    fn remove_others(&self, files: &Path) -> Result<()> {
+        let io = |cause| tensor_files::Error::Io {
+            path: files.into(),
+            cause,
+        };
+        for entry in fs::read_dir(files).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let is_done = |part: &Part| *part.file == *entry.file_name();
+            if !self.content.parts.iter().any(is_done) {
+                fs::remove_file(entry.path()).map_err(io)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts that are done, from the first on.
+    pub(super) fn parts(&self) -> &[Part] {
+        &self.content.parts
+    }
+
+    /// Adds a part whose file is on the disk.
+    pub(super) fn push(&mut self, part: Part) -> Result<()> {
+        self.content.parts.push(part);
+        self.write()
+    }
+
+    fn write(&self) -> Result<()> {
+        Ok(tensor_files::write_json(&self.path, &self.content)?)
+    }
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = fs::read_dir(dir).map_err(|cause| tensor_files::Error::Io {
+        path: dir.into(),
+        cause,
+    })?;
+    Ok(entries.next().is_none())
+}

@@ -1,0 +1,687 @@
+//! Models that are quantized from files to files.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Instant;
+
+use burn::tensor::{Device, Distribution, Tensor};
+use models::{
+    CheckpointError, CheckpointFormat, Config, Error, GptqVersion, StreamError, StreamStep,
+    Streaming, load, load_verified, quantize, quantize_head, quantize_to, save_as, save_dense,
+};
+use peft::{Batch, PerLayer, Recipe};
+use proptest::prelude::*;
+use quant_core::{
+    DoubleQuant, Format, Gram, Needs, NormalFloat, Optq, Order, Quantized, Quantizer, Rtn,
+};
+use safetensors::{Dtype, SafeTensors};
+use tensor_files::FloatType;
+
+use super::fixtures::*;
+use super::quantize::llama_config;
+
+/// The tensors of all files of a directory.
+fn all_tensors(dir: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|of| of == "safetensors") {
+            for (name, tensor) in read_tensors(&path) {
+                assert!(all.insert(name, tensor).is_none());
+            }
+        }
+    }
+    all
+}
+
+/// The other files, but the index and the sums, which depend on the files of tensors.
+fn other_files(dir: &Path) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        if !name.contains(".safetensors") && name != "SHA256SUMS" {
+            all.insert(name, fs::read_to_string(&path).unwrap());
+        }
+    }
+    all
+}
+
+/// All files with their bytes.
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    let file = |entry: fs::DirEntry| {
+        let name = entry.file_name().into_string().unwrap();
+        (name, fs::read(entry.path()).unwrap())
+    };
+    entries.map(file).collect()
+}
+
+fn some_batches(vocab_size: usize) -> Vec<Batch> {
+    let device = Device::flex();
+    device.seed(5);
+    let all = Distribution::Uniform(0.0, vocab_size as f64);
+    let batch = |_| Batch::new(Tensor::<2>::random([2, 16], all, &device).int()).unwrap();
+    (0..3).map(batch).collect()
+}
+
+/// A recipe that leaves a layer dense.
+struct But<'a>(&'a dyn Quantizer, &'a str);
+
+impl Recipe for But<'_> {
+    fn quantizer(&self, path: &str) -> Option<&dyn Quantizer> {
+        (!path.ends_with(self.1)).then_some(self.0)
+    }
+}
+
+fn streaming(format: CheckpointFormat) -> Streaming<'static> {
+    Streaming::new(&Device::flex()).with_format(format)
+}
+
+/// Quantizers with the formats that hold what they give.
+fn quantizers() -> Vec<(Box<dyn Quantizer>, CheckpointFormat)> {
+    let gptq = CheckpointFormat::Gptq(GptqVersion::V2);
+    let optq = Optq::new().with_group_size(8);
+    vec![
+        (
+            Box::new(Rtn::new().with_bits(3)),
+            CheckpointFormat::QuantCore,
+        ),
+        (
+            Box::new(
+                NormalFloat::new()
+                    .with_block_size(8)
+                    .with_double_quant(DoubleQuant::dynamic()),
+            ),
+            CheckpointFormat::QuantCore,
+        ),
+        (
+            Box::new(optq.with_order(Order::DescendingRegrouped)),
+            CheckpointFormat::QuantCore,
+        ),
+        (
+            Box::new(optq.with_order(Order::Natural).with_drift(0.25)),
+            CheckpointFormat::QuantCore,
+        ),
+        (
+            Box::new(
+                Optq::new()
+                    .with_bits(8)
+                    .with_group_size(4)
+                    .with_f16_scales(true),
+            ),
+            gptq,
+        ),
+        (
+            Box::new(NormalFloat::new().with_block_size(64)),
+            CheckpointFormat::Bitsandbytes,
+        ),
+    ]
+}
+
+/// Compares a streamed directory with one that is loaded, quantized and saved.
+fn check(
+    dense: &Path,
+    recipe: &impl Recipe,
+    batches: &[Batch],
+    format: CheckpointFormat,
+    head: Option<&dyn Quantizer>,
+) {
+    let out = tempfile::tempdir().unwrap();
+    let mut lm = load(dense, &Device::flex()).unwrap();
+    lm.certificate = None;
+    let mut expected = quantize(&mut lm.model, recipe, batches, |_| {}).unwrap();
+    let mut settings = streaming(format);
+    if let Some(head) = head {
+        settings = settings.with_head(head);
+        expected.push(quantize_head(&mut lm.model, head).unwrap());
+    }
+    let whole = out.path().join("whole");
+    save_as(&lm, &whole, format).unwrap();
+
+    let streamed = out.path().join("streamed");
+    let (mut seen, mut blocks) = (Vec::new(), Vec::new());
+    let found = quantize_to(
+        dense,
+        &streamed,
+        recipe,
+        batches,
+        &settings,
+        |step| match step {
+            StreamStep::Quantized(layer) => seen.push(layer.clone()),
+            StreamStep::Block { index } => blocks.push(index),
+            step => panic!("{step:?}"),
+        },
+    );
+    let found = found.unwrap();
+    assert_eq!(found, seen);
+    assert_eq!(
+        blocks,
+        (0..lm.model.config().num_hidden_layers()).collect::<Vec<_>>()
+    );
+    let [found, expected] = [found, expected].map(|layers| {
+        let layers = layers.into_iter();
+        layers
+            .map(|layer| peft::LayerReport {
+                seconds: 0.0,
+                ..layer
+            })
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(found, expected);
+    assert_eq!(all_tensors(&streamed), all_tensors(&whole));
+    assert_eq!(other_files(&streamed), other_files(&whole));
+    load_verified(&streamed, &Device::flex()).unwrap();
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 2);
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    /// Models of either architecture, dense in any type of float.
+    #[test]
+    fn a_streamed_model_is_the_saved_one(
+        config in configs(),
+        float in prop::sample::select(vec![FloatType::F32, FloatType::F16, FloatType::Bf16]),
+        at in 0..4usize,
+        seed in 0..100u64,
+        with_head in any::<bool>(),
+        left in prop::sample::select(vec!["", "q_proj", "1.fc1"]),
+    ) {
+        let (dir, lm) = pretrained(config, seed);
+        let dense = dir.path().join("dense");
+        save_dense(&lm, &dense, float).unwrap();
+        let (quantizer, format) = &quantizers()[at];
+        let batches = some_batches(16);
+        let head = head_quantizer(at % 3);
+        let head = with_head.then_some(&*head);
+        let needs = quantizer.needs();
+        let recipe = But(quantizer, if left.is_empty() { "none" } else { left });
+        check(&dense, &recipe, &batches, *format, head);
+        if needs == Needs::Nothing {
+            check(&dense, &recipe, &[], *format, head);
+        }
+    }
+}
+
+/// In the formats of other programs, and on any number of threads.
+#[test]
+fn formats_of_others_are_streamed() {
+    let config: Config = llama_config()
+        .with_hidden_size(64)
+        .with_intermediate_size(128)
+        .with_num_key_value_heads(4)
+        .with_head_dim(16)
+        .into();
+    let (dir, lm) = pretrained(config, 3);
+    let dense = dir.path().join("dense");
+    save_dense(&lm, &dense, FloatType::Bf16).unwrap();
+    let batches = some_batches(48);
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| {
+            for (quantizer, format) in &quantizers()[4..] {
+                check(&dense, quantizer, &batches, *format, None);
+                check(
+                    &dense,
+                    &But(quantizer, "1.mlp.up_proj"),
+                    &batches,
+                    *format,
+                    None,
+                );
+            }
+        });
+    }
+}
+
+/// The models of the tests, packed ones included: their packed layers stay as they are.
+#[test]
+fn golden_models_are_streamed() {
+    for name in [
+        "llama_gqa",
+        "llama_mha_tied",
+        "llama_bf16",
+        "opt_125m_style",
+        "opt_350m_style",
+    ] {
+        let batches = some_batches(32);
+        let optq = Optq::new().with_group_size(16);
+        check(
+            &golden(name),
+            &optq,
+            &batches,
+            CheckpointFormat::QuantCore,
+            None,
+        );
+        check(
+            &golden(name),
+            &Rtn::new(),
+            &[],
+            CheckpointFormat::QuantCore,
+            None,
+        );
+    }
+    for name in ["llama_gptq_w4_g32_sym", "llama_nf4_dq"] {
+        let head = Rtn::new().with_group_size(32);
+        let none = PerLayer::default();
+        check(
+            &golden(name),
+            &none,
+            &[],
+            CheckpointFormat::QuantCore,
+            Some(&head),
+        );
+    }
+}
+
+/// Fails at a call; with the settings of the quantizer in it.
+struct Failing<'a, Q>(&'a Q, Cell<usize>);
+
+impl<Q: Quantizer> std::fmt::Debug for Failing<'_, Q> {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<Q: Quantizer> Quantizer for Failing<'_, Q> {
+    fn format(&self) -> quant_core::Result<Format> {
+        self.0.format()
+    }
+
+    fn needs(&self) -> Needs {
+        self.0.needs()
+    }
+
+    fn quantize(&self, weight: Tensor<2>, gram: Option<&Gram>) -> quant_core::Result<Quantized> {
+        let Some(left) = self.1.get().checked_sub(1) else {
+            return Err(quant_core::Error::BeyondF16 {
+                scale: 1e9,
+                group: 0,
+                column: 0,
+            });
+        };
+        self.1.set(left);
+        self.0.quantize(weight, gram)
+    }
+}
+
+struct Case {
+    _dir: tempfile::TempDir,
+    dense: std::path::PathBuf,
+    out: std::path::PathBuf,
+    batches: Vec<Batch>,
+    optq: Optq,
+    whole: BTreeMap<String, Vec<u8>>,
+}
+
+/// A model of three blocks, and its files when nothing disturbs it.
+fn case() -> Case {
+    let (dir, lm) = pretrained(llama_config().with_num_hidden_layers(3), 3);
+    let dense = dir.path().join("dense");
+    save_dense(&lm, &dense, FloatType::F16).unwrap();
+    let batches = some_batches(48);
+    let optq = Optq::new()
+        .with_group_size(8)
+        .with_order(Order::Natural)
+        .with_drift(0.25);
+    let settings = streaming(CheckpointFormat::QuantCore);
+    let whole = dir.path().join("whole");
+    quantize_to(&dense, &whole, &optq, &batches, &settings, |_| {}).unwrap();
+    Case {
+        out: dir.path().join("out"),
+        dense,
+        batches,
+        optq,
+        whole: files(&whole),
+        _dir: dir,
+    }
+}
+
+impl Case {
+    /// Begins, and fails at a layer.
+    fn fail(&self, after: usize) -> Error {
+        let failing = Failing(&self.optq, Cell::new(after));
+        let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+        quantize_to(
+            &self.dense,
+            &self.out,
+            &failing,
+            &self.batches,
+            &settings,
+            |_| {},
+        )
+        .unwrap_err()
+    }
+
+    fn go_on(&self) -> (models::Result<Vec<peft::LayerReport>>, Option<usize>) {
+        let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+        let mut resumed = None;
+        let done = quantize_to(
+            &self.dense,
+            &self.out,
+            &self.optq,
+            &self.batches,
+            &settings,
+            |step| {
+                if let StreamStep::Resumed { n_blocks } = step {
+                    resumed = Some(n_blocks);
+                }
+            },
+        );
+        (done, resumed)
+    }
+
+    fn partial(&self, name: &str) -> std::path::PathBuf {
+        self.out.with_file_name("out.partial").join(name)
+    }
+}
+
+/// A layer that is refused keeps the blocks before it, and what goes on from there is the same model.
+#[test]
+fn a_run_that_failed_goes_on() {
+    let case = case();
+    for (after, n_blocks) in [
+        (0, Some(0)),
+        (6, Some(0)),
+        (7, Some(1)),
+        (13, Some(1)),
+        (20, Some(2)),
+    ] {
+        let error = case.fail(after);
+        let block = format!("model.layers.{}", after / 7);
+        assert_says(&error, &[&block]);
+        assert!(!case.out.exists());
+        let (done, resumed) = case.go_on();
+        assert_eq!(done.unwrap().len(), 21);
+        assert_eq!(resumed, n_blocks, "{after}");
+        assert_eq!(files(&case.out), case.whole, "{after}");
+        assert!(!case.partial("").exists());
+        fs::remove_dir_all(&case.out).unwrap();
+    }
+    // One that goes on may fail again.
+    case.fail(3);
+    case.fail(7);
+    case.fail(7);
+    assert_eq!(case.go_on().1, Some(2));
+    assert_eq!(files(&case.out), case.whole);
+}
+
+#[test]
+fn another_run_does_not_go_on() {
+    let case = case();
+    case.fail(8);
+    let run = |recipe: &dyn Quantizer, batches: &[Batch], settings: &Streaming| {
+        let recipe = But(recipe, "none");
+        quantize_to(&case.dense, &case.out, &recipe, batches, settings, |_| {}).unwrap_err()
+    };
+    let settings = streaming(CheckpointFormat::QuantCore);
+    let error = run(&case.optq, &case.batches, &settings);
+    assert!(
+        matches!(error, Error::Stream(StreamError::Unfinished { .. })),
+        "{error}"
+    );
+    let settings = settings.with_resume(true);
+    let error = run(&case.optq.with_bits(3), &case.batches, &settings);
+    assert_says(
+        error,
+        &[
+            "quantizer of `model.layers.0.mlp.down_proj`",
+            "bits: 4",
+            "bits: 3",
+        ],
+    );
+    let error = run(&case.optq, &case.batches[1..], &settings);
+    assert_says(
+        error,
+        &["number of batches of the calibration", "was 3, now it is 2"],
+    );
+    let mut other = case.batches.clone();
+    other.swap(1, 2);
+    assert_says(
+        run(&case.optq, &other, &settings),
+        &["batch 1 of the calibration"],
+    );
+    let gptq = settings
+        .clone()
+        .with_format(CheckpointFormat::Gptq(GptqVersion::V1));
+    let f16 = case.optq.with_f16_scales(true);
+    let narrow = run(&f16, &case.batches, &gptq);
+    assert!(
+        matches!(narrow, Error::Stream(StreamError::Differs { .. })),
+        "{narrow}"
+    );
+
+    let config = case.dense.join("config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("10000.0", "20000.0")).unwrap();
+    assert_says(
+        run(&case.optq, &case.batches, &settings),
+        &["file `config.json`"],
+    );
+    fs::write(&config, text).unwrap();
+
+    // The same header, and a value of the first block that is another.
+    let path = case.dense.join("model.safetensors");
+    let before = fs::read(&path).unwrap();
+    let (n_header, header) = SafeTensors::read_metadata(&before).unwrap();
+    let changed = "model.layers.0.mlp.up_proj.weight";
+    let mut bytes = before.clone();
+    bytes[8 + n_header + header.info(changed).unwrap().data_offsets.0] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = run(&case.optq, &case.batches, &settings);
+    assert_says(error, &[changed, "has changed since the run began"]);
+    fs::write(&path, before).unwrap();
+
+    let journal = case.partial("journal.json");
+    let text = fs::read_to_string(&journal).unwrap();
+    for damaged in [
+        &text[..text.len() / 2],
+        "",
+        "{}",
+        &text.replace("\"version\": 1", "\"version\": 2"),
+    ] {
+        fs::write(&journal, damaged).unwrap();
+        let error = run(&case.optq, &case.batches, &settings);
+        assert_says(error, &["journal.json"]);
+    }
+    fs::remove_file(&journal).unwrap();
+    let error = run(&case.optq, &case.batches, &settings);
+    assert!(
+        matches!(error, Error::Stream(StreamError::NoJournal { .. })),
+        "{error}"
+    );
+    fs::write(&journal, text).unwrap();
+    // Nothing that was refused cost a part.
+    assert_eq!(case.go_on().1, Some(1));
+    assert_eq!(files(&case.out), case.whole);
+}
+
+/// A second process is refused while the first lives, and a finished model is not written again.
+#[test]
+fn one_place_is_of_one_run() {
+    let case = case();
+    let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+    let mut refused = 0;
+    quantize_to(
+        &case.dense,
+        &case.out,
+        &case.optq,
+        &case.batches,
+        &settings,
+        |_| {
+            let again = quantize_to(
+                &case.dense,
+                &case.out,
+                &case.optq,
+                &case.batches,
+                &settings,
+                |_| {},
+            );
+            let error = again.unwrap_err();
+            assert!(
+                matches!(error, Error::File(tensor_files::Error::OutputBusy { .. })),
+                "{error}"
+            );
+            refused += 1;
+        },
+    )
+    .unwrap();
+    assert_eq!(refused, 24);
+    let error = case.go_on().0.unwrap_err();
+    assert!(
+        matches!(error, Error::File(tensor_files::Error::OutputExists { .. })),
+        "{error}"
+    );
+}
+
+/// A file of weights that vanishes or changes while the model is quantized.
+#[test]
+fn files_that_change_on_the_way_are_found() {
+    let case = case();
+    let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+    let path = case.dense.join("model.safetensors");
+    let before = fs::read(&path).unwrap();
+    let shorter = {
+        let mut tensors = read_tensors(&path);
+        tensors.remove("model.norm.weight");
+        let shorter = case.dense.join("shorter");
+        write_tensors(&shorter, &tensors);
+        let bytes = fs::read(&shorter).unwrap();
+        fs::remove_file(shorter).unwrap();
+        bytes
+    };
+    for after in [
+        None,
+        Some(shorter),
+        Some(before[..before.len() / 2].to_vec()),
+    ] {
+        let done = quantize_to(
+            &case.dense,
+            &case.out,
+            &case.optq,
+            &case.batches,
+            &settings,
+            |step| {
+                if let StreamStep::Block { index: 0 } = step {
+                    match &after {
+                        None => fs::remove_file(&path).unwrap(),
+                        Some(bytes) => fs::write(&path, bytes).unwrap(),
+                    }
+                }
+            },
+        );
+        assert_says(done.unwrap_err(), &["dense"]);
+        fs::write(&path, &before).unwrap();
+        assert_eq!(case.go_on().1, Some(1));
+        assert_eq!(files(&case.out), case.whole);
+        fs::remove_dir_all(&case.out).unwrap();
+    }
+}
+
+/// All that can be known is refused before anything is written.
+#[test]
+fn refusals_leave_nothing() {
+    let case = case();
+    let settings = streaming(CheckpointFormat::QuantCore);
+    let run = |recipe: &dyn Quantizer, batches: &[Batch], settings: &Streaming| {
+        let recipe = But(recipe, "none");
+        let error = quantize_to(&case.dense, &case.out, &recipe, batches, settings, |_| {});
+        assert!(!case.partial("").exists());
+        error.unwrap_err()
+    };
+    let error = run(&case.optq, &[], &settings);
+    assert!(
+        matches!(error, Error::Peft(peft::Error::NoCalibration)),
+        "{error}"
+    );
+    let beyond = some_batches(4800);
+    let error = run(&case.optq, &beyond, &settings);
+    assert!(
+        matches!(error, Error::Peft(peft::Error::Token { .. })),
+        "{error}"
+    );
+    let error = run(&Rtn::new().with_group_size(64), &[], &settings);
+    assert!(
+        matches!(error, Error::Checkpoint(CheckpointError::Plan { .. })),
+        "{error}"
+    );
+    let gptq = settings
+        .clone()
+        .with_format(CheckpointFormat::Gptq(GptqVersion::V2));
+    let error = run(&NormalFloat::new().with_block_size(8), &[], &gptq);
+    assert!(
+        matches!(error, Error::Checkpoint(CheckpointError::CannotHold { .. })),
+        "{error}"
+    );
+    let head = Rtn::new();
+    let error = run(&Rtn::new().with_group_size(8), &[], &gptq.with_head(&head));
+    assert_says(error, &["lm_head"]);
+    let none = PerLayer::default();
+    let error = quantize_to(&case.dense, &case.out, &none, &[], &settings, |_| {}).unwrap_err();
+    assert!(
+        matches!(error, Error::Stream(StreamError::NothingToDo)),
+        "{error}"
+    );
+
+    let path = case.dense.join("model.safetensors");
+    let mut tensors = read_tensors(&path);
+    let norm = tensors["model.norm.weight"].clone();
+    tensors.insert("model.layers.3.mlp.up_proj.weight".into(), norm);
+    write_tensors(&path, &tensors);
+    let error = run(&Rtn::new(), &[], &settings);
+    assert!(
+        matches!(
+            error,
+            Error::Checkpoint(CheckpointError::UnexpectedTensor { .. })
+        ),
+        "{error}"
+    );
+    // Scales that the format cannot hold are known once a block is quantized.
+    tensors.remove("model.layers.3.mlp.up_proj.weight");
+    write_tensors(&path, &tensors);
+    let gptq = streaming(CheckpointFormat::Gptq(GptqVersion::V2));
+    let error = run(&Rtn::new().with_group_size(8), &[], &gptq);
+    assert_says(error, &["model.layers.0", "f16 does not hold exactly"]);
+}
+
+/// The test runs itself, kills what it runs at ten moments, and goes on each time.
+#[test]
+fn a_killed_run_goes_on() {
+    const TEST: &str = "stream::a_killed_run_goes_on";
+    const DIR: &str = "STREAM_TO";
+    let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+    let (dense, optq) = (golden("llama_gqa"), Optq::new().with_group_size(16));
+    let batches = some_batches(32);
+    if let Some(dir) = std::env::var_os(DIR) {
+        quantize_to(&dense, Path::new(&dir), &optq, &batches, &settings, |_| {}).unwrap();
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let run = |dir: &Path| {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let child = child.args(["--exact", TEST]).env(DIR, dir);
+        child.stdout(Stdio::null()).spawn().unwrap()
+    };
+    let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
+    let start = Instant::now();
+    assert!(run(&whole).wait().unwrap().success());
+    let (time, mut n_killed) = (start.elapsed(), 0);
+    for at in 0..10 {
+        let mut child = run(&out);
+        thread::sleep(time * (at % 5 + 3) / 8);
+        child.kill().unwrap();
+        n_killed += usize::from(!child.wait().unwrap().success());
+        if out.exists() {
+            assert_eq!(files(&out), files(&whole));
+            fs::remove_dir_all(&out).unwrap();
+        }
+    }
+    assert!(n_killed > 0);
+    let done = quantize_to(&dense, &out, &optq, &batches, &settings, |_| {});
+    done.unwrap();
+    assert_eq!(files(&out), files(&whole));
+}

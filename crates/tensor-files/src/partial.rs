@@ -1,0 +1,129 @@
+//! The directories that are written over several runs of a program.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::error::io;
+use crate::output::{check_free, free, named};
+use crate::staging::Staging;
+use crate::{Error, Result};
+
+const SUFFIX: &str = ".partial";
+const FILES: &str = "files";
+
+/// A directory that is written file by file, over several runs of a program if need be, and gets its name
+/// when it is complete.
+///
+/// It is written in `NAME.partial/files`, and the program may keep its own notes beside that, in
+/// `NAME.partial`. What is written stays there when this is dropped or the process is killed, and is what
+/// the next [`open`](Partial::open) finds. A process that has it open holds a lock on it; where a file
+/// system has no locks, two processes are not kept apart.
+///
+/// # Examples
+///
+/// ```
+/// use tensor_files::{Error, Partial};
+///
+/// let parent = tempfile::tempdir().expect("a temporary directory");
+/// let dir = parent.path().join("model");
+/// let partial = Partial::open(&dir)?;
+/// tensor_files::write(&partial.files().join("first"), b"1")?;
+/// assert!(matches!(Partial::open(&dir), Err(Error::OutputBusy { .. })));
+/// drop(partial);
+///
+/// let partial = Partial::open(&dir)?;
+/// assert!(partial.files().join("first").exists() && !dir.exists());
+/// partial.publish()?;
+/// assert!(dir.join("first").exists());
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Partial {
+    dir: PathBuf,
+    /// `NAME.partial`, which is kept.
+    staging: Staging,
+}
+
+impl Partial {
+    /// Opens what was written of `dir` so far, or makes a place for it.
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`] if `dir` is there and is not an empty directory, [`Error::OutputBusy`] if it
+    /// is open already, here or in another process, [`Error::File`] if it is a mount point, [`Error::Io`] if
+    /// nothing can be written beside it.
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        let dir = dir.as_ref();
+        check_free(dir)?;
+        let (dir, mut place) = named(dir)?;
+        place.push(SUFFIX);
+        let staging = Staging::kept(&dir, &place)?;
+        // Another process may have completed it before the place was this one's.
+        check_free(&dir)?;
+        let files = staging.path.join(FILES);
+        fs::create_dir_all(&files).map_err(|cause| io(&files, cause))?;
+        Ok(Self { dir, staging })
+    }
+
+    /// The directory that it becomes.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The directory for notes on the work, which is removed when it is complete.
+    pub fn notes(&self) -> &Path {
+        &self.staging.path
+    }
+
+    /// The directory for the files.
+    pub fn files(&self) -> PathBuf {
+        self.staging.path.join(FILES)
+    }
+
+    /// Checks that the file system has room for so many bytes more, where the system tells.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`].
+    pub fn require(&self, n_bytes: u64) -> Result<()> {
+        match free(&self.staging.path) {
+            Some(free) if free < n_bytes => Err(Error::NoRoom {
+                path: self.dir.clone(),
+                needed: n_bytes,
+                free,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes all that was written.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove(self) -> Result<()> {
+        let path = self.staging.path.clone();
+        fs::remove_dir_all(&path).map_err(|cause| io(&path, cause))
+    }
+
+    /// Flushes the files to the disk, gives them the name of the directory, and removes the notes.
+    ///
+    /// # Errors
+    /// [`Error::OutputExists`] or [`Error::Io`]: the directory is not there then, and all is as it was.
+    /// [`Error::NotFlushed`] with the path of the directory: it is there, and complete.
+    pub fn publish(self) -> Result<()> {
+        let flushed = self.staging.publish_from(&self.files(), &self.dir);
+        if !matches!(flushed, Ok(()) | Err(Error::NotFlushed { .. })) {
+            return flushed;
+        }
+        let path = self.staging.path.clone();
+        // The directory is complete: what is left of the notes is in nobody's way.
+        let _ = fs::remove_dir_all(path);
+        flushed
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Where nothing was written, nothing is left: only empty directories can be removed so.
+        let _ = fs::remove_dir(self.files());
+        let _ = fs::remove_dir(&self.staging.path);
+    }
+}
