@@ -21,6 +21,7 @@
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
 //! | [`group_ranges`], [`clip_search`] | the ranges of groups, from which grids are made |
 //! | [`encode`] | the codes nearest to a weight on a grid |
+//! | [`add_gram`] | `sum + xᵀ · x`, which OPTQ learns from |
 //! | [`round_with_feedback`] | codes with feedback of their errors: the inner loop of OPTQ |
 //!
 //! The operations have default implementations in burn's primitive operations, which run on every
@@ -69,6 +70,7 @@ mod dense;
 mod encode;
 #[cfg(all(feature = "flex", target_arch = "x86_64"))]
 mod fixed;
+mod gram;
 #[cfg(feature = "flex")]
 mod host;
 mod isa;
@@ -95,6 +97,7 @@ pub use encode::{
     ClipLoss, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,
 };
+pub use gram::add_gram;
 pub use layout::{Layout, Levels, TABLE, TILE};
 pub use loss::linear_cross_entropy;
 pub use low_rank::add_low_rank;

@@ -3,8 +3,8 @@
 //!
 //! `cargo run --release --package quant-models --example random_checkpoint -- tinyllama-1.1b DIR`
 //!
-//! The shapes are those of TinyLlama-1.1B (`tinyllama-1.1b`, 2.2 GB) and Llama-3.1-8B (`llama-3.1-8b`, 16 GB).
-//! The tokenizer has a word for each token.
+//! The shapes are those of TinyLlama-1.1B (`tinyllama-1.1b`, 2.2 GB) and Llama-3.1-8B (`llama-3.1-8b`, 16 GB),
+//! and one of 20 MB (`small`). The tokenizer has a word for each token.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -23,7 +23,9 @@ const DEVIATION: f32 = 0.02;
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [shape, dir] = &args[..] else {
-        return Err("give a shape, tinyllama-1.1b or llama-3.1-8b, and a new directory".into());
+        return Err(
+            "give a shape (small, tinyllama-1.1b, llama-3.1-8b) and a new directory".into(),
+        );
     };
     let config = match shape.as_str() {
         "tinyllama-1.1b" => LlamaConfig::default()
@@ -39,6 +41,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             .with_num_key_value_heads(8)
             .with_max_position_embeddings(131_072)
             .with_rope_theta(500_000.0),
+        "small" => LlamaConfig::default()
+            .with_vocab_size(1000)
+            .with_hidden_size(256)
+            .with_intermediate_size(704)
+            .with_num_hidden_layers(12)
+            .with_num_attention_heads(4)
+            .with_num_key_value_heads(4)
+            .with_head_dim(64),
         other => return Err(format!("no shape `{other}`").into()),
     };
     tensor_files::write_directory(dir.as_str(), |dir| write(&config, dir))

@@ -7,9 +7,13 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use models::{LlamaConfig, Model, Tokenizer};
-use peft::{Batch, CausalLm, FitConfig, Peqa};
-use quant_core::Rtn;
+use models::{LlamaConfig, Model, Pretrained, Streaming, Tokenizer, quantize_to, save_dense};
+use peft::{Batch, CausalLm, FitConfig, Linears, Peqa};
+use quant_core::{Optq, Quantizer, Rtn};
+use tensor_files::FloatType;
+
+#[path = "fixtures/word_level.rs"]
+mod word_level;
 
 const HIDDEN: usize = 64;
 const N: usize = 32;
@@ -45,6 +49,7 @@ fn what_is_kept() {
     a_packed_head_stays_packed();
     a_packed_head_is_unpacked_once();
     a_tokenizer_is_not_larger_than_its_file();
+    a_streamed_model_is_never_in_memory_whole();
 }
 
 /// A block more costs its input, where its gradients are made from it alone.
@@ -130,4 +135,53 @@ fn a_tokenizer_is_not_larger_than_its_file() {
     let open = || assert!(Tokenizer::from_bytes(json, Path::new("tokenizer.json")).is_err());
     let peak = counting::peak_of(open);
     assert!(peak < 1 << 20, "{peak}");
+}
+
+/// A model of 200 MB in `bf16` is quantized in a small part of that.
+fn a_streamed_model_is_never_in_memory_whole() {
+    const BLOCKS: usize = 24;
+    let dir = tempfile::tempdir().unwrap();
+    let (dense, tokenizer) = (dir.path().join("dense"), dir.path().join("tokenizer.json"));
+    word_level::write_tokenizer(&tokenizer, 64);
+    let config = LlamaConfig::default()
+        .with_vocab_size(64)
+        .with_hidden_size(512)
+        .with_intermediate_size(2048)
+        .with_num_hidden_layers(BLOCKS)
+        .with_num_attention_heads(8)
+        .with_num_key_value_heads(8)
+        .with_head_dim(64);
+    let model = Model::init(&config, 1, &Device::flex());
+    let dims = model
+        .linears()
+        .into_iter()
+        .map(|(_, linear)| linear.weight().dims());
+    let block = dims.map(|[d_in, d_out]| 4 * d_in * d_out).sum::<usize>() / BLOCKS;
+    let lm = Pretrained::new(model, &tokenizer).unwrap();
+    save_dense(&lm, &dense, FloatType::Bf16).unwrap();
+    drop(lm);
+    let size = std::fs::metadata(dense.join("model.safetensors"))
+        .unwrap()
+        .len() as usize;
+    assert!(size > 200_000_000, "{size}");
+
+    let tokens = Tensor::<1, Int>::arange(0..256, &Device::flex());
+    let batch = Batch::new((tokens.clone() * tokens % 61).reshape([2, 128])).unwrap();
+    let peak = |quantizer: &dyn Quantizer, calibration: &[Batch], name: &str| {
+        let settings = Streaming::new(&Device::flex());
+        counting::peak_of(|| {
+            let out = dir.path().join(name);
+            quantize_to(&dense, &out, &quantizer, calibration, &settings, |_| {}).unwrap();
+        })
+    };
+    let rtn = peak(&Rtn::new().with_group_size(64), &[], "rtn");
+    assert!(rtn < block * 3, "{rtn} bytes for blocks of {block}");
+    let optq = peak(&Optq::new().with_group_size(64), &[batch], "optq");
+    // The Gram of 2048 inputs, its factor and what they are made from.
+    let grams = 4 * 4 * 2048 * 2048;
+    assert!(
+        optq < block * 2 + grams,
+        "{optq} bytes for blocks of {block}"
+    );
+    assert!(rtn.max(optq) < 2 * size / 3, "a third of the size in f32");
 }

@@ -69,7 +69,9 @@ impl Gram {
 
     fn add(&mut self, x: Tensor<2>) {
         self.n_tokens += x.dims()[0];
-        self.sum = self.sum.clone() + x.clone().transpose().matmul(x);
+        // Given away, so that it is added to in its place.
+        let empty = Tensor::empty([0, 0], &self.sum.device());
+        self.sum = kernels::add_gram(std::mem::replace(&mut self.sum, empty), x);
     }
 
     /// Adds the inputs `x`, and their drift from the inputs of the dense model, `dense`.

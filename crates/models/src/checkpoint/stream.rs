@@ -141,8 +141,8 @@ pub fn quantize_to(
     let partial = Partial::open(out)?;
     let mut journal = Journal::open(&partial, run.settings()?, settings.resume)?;
     if let Err(error) = run.parts(&partial, &mut journal, &mut on_step) {
-        if journal.parts().is_empty() {
-            // There is nothing to go on with.
+        if journal.parts().len() <= 1 {
+            // No block is done: there is nothing to go on with.
             let _ = partial.remove();
         }
         return Err(error);

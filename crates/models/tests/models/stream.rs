@@ -385,8 +385,8 @@ impl Case {
 fn a_run_that_failed_goes_on() {
     let case = case();
     for (after, n_blocks) in [
-        (0, Some(0)),
-        (6, Some(0)),
+        (0, None),
+        (6, None),
         (7, Some(1)),
         (13, Some(1)),
         (20, Some(2)),
