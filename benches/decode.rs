@@ -2,7 +2,7 @@
 //! LLaMA of 109.5 million parameters and an OPT of the shape of opt-125m, whose projections have 4 bits in
 //! groups of 128. The head is first the tied embedding in `f32`, then packed as the projections are.
 //!
-//! `cargo bench --bench decode`
+//! `cargo bench --bench decode`, with the features of other devices also `-- --device cuda`.
 
 #![expect(clippy::print_stdout, reason = "a program reports its results")]
 
@@ -10,7 +10,8 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use benches::{Ceilings, cpu_seconds, llama, opt, packed_bytes};
-use burn::tensor::Device;
+use clap::Parser;
+use examples::device::DeviceArg;
 use examples::memory;
 use models::{Generation, Model};
 use quant_core::{Quantizer, Rtn};
@@ -18,8 +19,18 @@ use quant_core::{Quantizer, Rtn};
 const PROMPT: u32 = 128;
 const NEW: usize = 64;
 
+/// Measure greedy decoding
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    device: DeviceArg,
+    /// Passed by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let device = Device::flex();
+    let device = Args::parse().device.open();
     println!("{}", Ceilings::measure(&device));
     let rtn = Rtn::new().with_bits(4).with_group_size(128);
     for name in ["LLaMA", "OPT"] {

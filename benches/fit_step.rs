@@ -1,5 +1,5 @@
-//! A step of `peft::fit` on a LLaMA of 109.5 million parameters with packed projections: 4 sequences of 256
-//! random tokens, compared with the ceilings of the machine.
+//! A step of `peft::fit` on a model with packed projections: by default a LLaMA of 109.5 million parameters
+//! and 4 sequences of 256 random tokens, compared with the ceilings of the device.
 //!
 //! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast`
 //!
@@ -10,10 +10,11 @@
 
 use std::time::Instant;
 
-use benches::{Ceilings, cpu_seconds, llama, opt, packed_bytes};
+use benches::{Ceilings, Shape, cpu_seconds, packed_bytes};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::Parser;
+use examples::device::DeviceArg;
 use examples::memory;
 use models::Model;
 use peft::{Batch, FitConfig, Lora, Method, Peqa};
@@ -25,7 +26,7 @@ struct Args {
     /// Modes to measure [default: all]
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     modes: Vec<String>,
-    /// Steps to measure, after one for warming up
+    /// Steps to measure, after one for warming up; with 0 no time is measured
     #[arg(long, value_name = "N", default_value_t = 3)]
     steps: usize,
     /// Recompute the activations of each block in the backward pass (gradient checkpointing)
@@ -34,16 +35,21 @@ struct Args {
     /// Compute products with packed weights in 16 bits
     #[arg(long)]
     fast: bool,
-    /// Measure an OPT of the shape of opt-125m instead of the LLaMA
-    #[arg(long)]
-    opt: bool,
+    /// Model to measure
+    #[arg(long, value_enum, default_value_t = Shape::Small)]
+    model: Shape,
+    /// Sequences in a step
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    batch: usize,
+    /// Tokens of a sequence
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    seq_len: usize,
+    #[command(flatten)]
+    device: DeviceArg,
     /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
 }
-
-const BATCH: usize = 4;
-const SEQ: usize = 256;
 
 struct Mode {
     name: &'static str,
@@ -90,25 +96,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             );
         }
     }
-    let device = Device::flex();
-    println!("{}", Ceilings::measure(&device));
+    let device = args.device.open();
+    if args.steps > 0 {
+        println!("{}", Ceilings::measure(&device));
+    }
     println!(
-        "batch {BATCH} x {SEQ}, checkpoint_blocks {}, fast {}",
-        args.checkpoint_blocks, args.fast
+        "{:?}, batch {} x {}, checkpoint_blocks {}, fast {}, on {}",
+        args.model, args.batch, args.seq_len, args.checkpoint_blocks, args.fast, args.device.name
     );
     println!(
-        "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB |"
+        "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB | on the device MiB |"
     );
-    println!("|---|---:|---:|---:|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|");
     for mode in modes {
         if !args.modes.is_empty() && !args.modes.iter().any(|name| name == mode.name) {
             continue;
         }
-        let mut model = if args.opt {
-            opt(&device)
-        } else {
-            llama(&device)
-        };
+        let mut model = args.model.init(&device);
         models::quantize(&mut model, &&*mode.quantizer, &[], |_| {})?;
         let n_trainable = match &mode.method {
             Some(method) => peft::attach(&mut model, &**method)?.n_trainable,
@@ -121,16 +125,25 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if args.fast {
             peft::set_precision(&mut model, Precision::Fast);
         }
-        measure(mode.name, model, n_trainable, &args)?;
+        measure(mode.name, model, n_trainable, &device, &args)?;
     }
     Ok(())
 }
 
-fn measure(name: &str, mut model: Model, n_trainable: usize, args: &Args) -> peft::Result<()> {
-    let device = Device::flex();
+fn measure(
+    name: &str,
+    mut model: Model,
+    n_trainable: usize,
+    device: &Device,
+    args: &Args,
+) -> peft::Result<()> {
     device.seed(0);
     let vocab = model.config().vocab_size() as f64;
-    let tokens = Tensor::<2>::random([BATCH, SEQ], Distribution::Uniform(0.0, vocab), &device);
+    let tokens = Tensor::<2>::random(
+        [args.batch, args.seq_len],
+        Distribution::Uniform(0.0, vocab),
+        device,
+    );
     let batch = Batch::new(tokens.int())?;
     let packed = packed_bytes(&model);
     memory::reset_peak();
@@ -149,12 +162,18 @@ fn measure(name: &str, mut model: Model, n_trainable: usize, args: &Args) -> pef
         clock = Instant::now();
     })?;
     let cpu = (cpu_seconds().unwrap_or(f64::NAN) - cpu) / args.steps as f64;
+    // Pages are kept for reuse, so that what is reserved is the most that was needed.
+    let on_device = device.memory_pool_usage();
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     println!(
-        "| {name} | {:.1} | {shortest:.3} | {cpu:.3} | {n_trainable} | {:.1} | {:.0} |",
-        (BATCH * SEQ) as f64 / shortest,
+        "| {name} | {:.1} | {shortest:.3} | {cpu:.3} | {n_trainable} | {:.1} | {:.0} | {} |",
+        (args.batch * args.seq_len) as f64 / shortest,
         mib(packed as u64),
-        memory::peak_bytes().map_or(f64::NAN, mib)
+        memory::peak_bytes().map_or(f64::NAN, mib),
+        on_device.map_or("-".into(), |usage| format!(
+            "{:.0}",
+            mib(usage.bytes_reserved)
+        ))
     );
     Ok(())
 }

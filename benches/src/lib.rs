@@ -8,10 +8,47 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{DType, Device, Distribution, Tensor};
+use clap::ValueEnum;
 use models::{LlamaConfig, Model, OptConfig};
 use peft::Linears;
 use quant_core::Gram;
+
+/// The models of the benches.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Shape {
+    /// A LLaMA of 109.5 million parameters.
+    #[value(name = "110m")]
+    Small,
+    /// A LLaMA of the shape of Llama-3.2-1B.
+    #[value(name = "1b")]
+    Large,
+    /// An OPT of the shape of `opt-125m`.
+    Opt,
+}
+
+impl Shape {
+    /// Returns a model of random parameters, frozen as those of a loaded model are.
+    pub fn init(self, device: &Device) -> Model {
+        match self {
+            Self::Small => llama(device),
+            Self::Large => {
+                let config = LlamaConfig::default()
+                    .with_vocab_size(128_256)
+                    .with_hidden_size(2048)
+                    .with_intermediate_size(8192)
+                    .with_num_hidden_layers(16)
+                    .with_num_attention_heads(32)
+                    .with_num_key_value_heads(8)
+                    .with_head_dim(64)
+                    .with_max_position_embeddings(8192)
+                    .with_tie_word_embeddings(true);
+                Model::init(&config, 0, device).no_grad()
+            }
+            Self::Opt => opt(device),
+        }
+    }
+}
 
 /// Returns a LLaMA of 109.5 million random parameters, frozen as those of a loaded model are.
 pub fn llama(device: &Device) -> Model {
@@ -48,30 +85,64 @@ pub fn cpu_seconds() -> Option<f64> {
     Some((ticks()? + ticks()?) / 100.0)
 }
 
-/// The throughput that the machine reaches at best, measured in the same run as the benchmark.
-#[derive(Clone, Copy, Debug)]
+/// The throughput that a device reaches at best, measured in the same run as the benchmark.
+#[derive(Clone, Debug)]
 pub struct Ceilings {
-    /// Bytes per second of a copy by all cores, read and written.
+    /// Bytes per second of a copy, read and written.
     pub copied: f64,
-    /// Floating-point operations per second of an f32 product of 1024 x 1024 x 1024.
-    pub product: f64,
+    /// Floating-point operations per second of a product of square matrices, in each dtype.
+    pub products: Vec<(DType, f64)>,
+    /// The rows and columns of those matrices.
+    pub width: usize,
 }
 
 impl Ceilings {
-    /// Measures the ceilings, in about a second.
+    /// Measures the ceilings, in about a second: of the processor by a copy with all cores and in `f32`,
+    /// of another device in each dtype that it supports.
     pub fn measure(device: &Device) -> Self {
-        const BYTES: usize = 128 << 20;
-        let (source, mut target) = (vec![1u8; BYTES], vec![0u8; BYTES]);
-        let seconds = shortest(8, || copy(&source, &mut target));
-        let x = Tensor::<2>::random([1024, 1024], Distribution::Normal(0.0, 1.0), device);
-        let product = shortest(8, || {
-            black_box(x.clone().matmul(x.clone()).into_data());
+        let on_host = *device == Device::flex();
+        let (width, dtypes): (usize, &[DType]) = if on_host {
+            (1024, &[DType::F32])
+        } else {
+            (4096, &[DType::F32, DType::F16, DType::BF16])
+        };
+        let copied = if on_host {
+            const BYTES: usize = 128 << 20;
+            let (source, mut target) = (vec![1u8; BYTES], vec![0u8; BYTES]);
+            (2 * BYTES) as f64 / shortest(8, || copy(&source, &mut target))
+        } else {
+            const VALUES: usize = 256 << 20;
+            let source = Tensor::<1>::ones([VALUES], device);
+            // Alone: several copies would be fused into one kernel that reads once.
+            8.0 * VALUES as f64 / seconds_each(device, 1, || source.clone() * 2.0)
+        };
+        let supported = dtypes.iter().filter(|dtype| device.supports_dtype(**dtype));
+        let products = supported.map(|&dtype| {
+            let options = (device, dtype);
+            let x = Tensor::<2>::random([width; 2], Distribution::Normal(0.0, 1.0), options);
+            let each = seconds_each(device, 10, || x.clone().matmul(x.clone()));
+            (dtype, 2.0 * (width as f64).powi(3) / each)
         });
         Self {
-            copied: (2 * BYTES) as f64 / seconds,
-            product: (2u64 << 30) as f64 / product,
+            copied,
+            products: products.collect(),
+            width,
         }
     }
+}
+
+/// The seconds of one run of an operation, of the fastest of three series of `n` that the device is given
+/// together.
+pub fn seconds_each<T>(device: &Device, n: usize, mut run: impl FnMut() -> T) -> f64 {
+    let mut series = || {
+        // Kept: a fused operation whose result is dropped is not computed.
+        let results: Vec<T> = (0..n).map(|_| run()).collect();
+        device.sync().expect("the device computes");
+        drop(black_box(results));
+    };
+    // Kernels are compiled when they are first used.
+    series();
+    shortest(3, series) / n as f64
 }
 
 /// Copies with a thread for each core.
@@ -120,11 +191,20 @@ fn shortest(n: usize, mut run: impl FnMut()) -> f64 {
 
 impl fmt::Display for Ceilings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.width;
         write!(
             f,
-            "ceilings: memory {:.1} GB/s (copy, read and written), f32 product {:.0} GFLOP/s (1024^3)",
-            self.copied / 1e9,
-            self.product / 1e9
-        )
+            "ceilings: memory {:.1} GB/s (copy, read and written)",
+            self.copied / 1e9
+        )?;
+        for (dtype, product) in &self.products {
+            let name = format!("{dtype:?}").to_lowercase();
+            write!(
+                f,
+                ", {name} product {:.0} GFLOP/s ({width}^3)",
+                product / 1e9
+            )?;
+        }
+        Ok(())
     }
 }

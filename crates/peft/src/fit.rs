@@ -1,6 +1,6 @@
 use burn::module::{ModuleVisitor, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData, Transaction};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -283,26 +283,19 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
         let n_targets: usize = chosen.iter().map(|&at| batches[at].n_targets()).sum();
 
         let mut accumulated = GradientsAccumulator::new();
-        let mut mean_loss = 0.0;
+        let mut losses = Vec::new();
         for &at in chosen {
             let batch = &batches[at];
             set_dropout(&mut tuned, masks.next_u64());
             let mut part = |x: Tensor<3>| {
                 let part = loss(&tuned, x, at) / n_targets as f32;
-                mean_loss += f64::from(part.clone().inner().into_scalar::<f32>());
-                if mean_loss.is_finite() {
-                    Ok(part)
-                } else {
-                    Err(Error::NonFinite {
-                        what: format!("the loss, from {} on,", origin(&tuned, batch)),
-                        step: index + 1,
-                    })
-                }
+                losses.push(part.clone().inner());
+                part
             };
             let gradients = match lowest {
-                Some(lowest) => backward_by_block(&tuned, batch, lowest, part)?,
+                Some(lowest) => backward_by_block(&tuned, batch, lowest, part),
                 None => {
-                    let part = part(last_output(&tuned, batch))?;
+                    let part = part(last_output(&tuned, batch));
                     GradientsParams::from_grads(part.backward(), &tuned)
                 }
             };
@@ -317,7 +310,25 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
             accumulated.accumulate(&tuned, gradients);
         }
         let mut gradients = accumulated.grads();
-        let grad_norm = norm(&tuned, &gradients, index + 1)?;
+        let totals = totals(&tuned, losses, &gradients);
+        if let Some(part) = totals.losses.iter().position(|loss| !loss.is_finite()) {
+            return Err(Error::NonFinite {
+                what: format!(
+                    "the loss, from {} on,",
+                    origin(&tuned, &batches[chosen[part]])
+                ),
+                step: index + 1,
+            });
+        }
+        let non_finite = |(_, square): &&(String, f64)| !square.is_finite();
+        if let Some((path, _)) = totals.squares.iter().find(non_finite) {
+            return Err(Error::NonFinite {
+                what: format!("the gradient of `{path}`"),
+                step: index + 1,
+            });
+        }
+        let grad_norm = totals.squares.iter().map(|(_, square)| square).sum::<f64>();
+        let grad_norm = grad_norm.sqrt();
         if let Some(max) = config.max_grad_norm.filter(|&max| grad_norm > max) {
             let factor = max / grad_norm;
             tuned.visit(&mut Scale {
@@ -341,7 +352,7 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
         let step = Step {
             index: last,
             n_steps,
-            loss: mean_loss,
+            loss: totals.losses.iter().sum(),
             grad_norm,
             learning_rate,
             n_targets,
@@ -375,39 +386,49 @@ impl ModuleVisitor for Trainable {
     }
 }
 
-/// The norm of all gradients together.
-fn norm<M: Blocks>(model: &M, gradients: &GradientsParams, step: usize) -> Result<f64> {
+/// What a step reads of the device.
+struct Totals {
+    /// The loss of each batch, over the targets of all.
+    losses: Vec<f64>,
+    /// The square of the norm of each gradient, by the path of its parameter.
+    squares: Vec<(String, f64)>,
+}
+
+/// Reads the totals of a step in one operation, because a read waits for all that the device has to do.
+fn totals<M: Blocks>(model: &M, losses: Vec<Tensor<1>>, gradients: &GradientsParams) -> Totals {
     let mut norms = Norms {
         gradients,
         path: Vec::new(),
-        squares: 0.0,
-        non_finite: None,
+        squares: Vec::new(),
     };
     model.visit(&mut norms);
-    match norms.non_finite {
-        Some(path) => Err(Error::NonFinite {
-            what: format!("the gradient of `{path}`"),
-            step,
-        }),
-        None => Ok(norms.squares.sqrt()),
+    let n_losses = losses.len();
+    let (paths, squares): (Vec<String>, Vec<Tensor<1>>) = norms.squares.into_iter().unzip();
+    let all = losses.into_iter().chain(squares);
+    let read = all.fold(Transaction::default(), Transaction::register);
+    let values = read.execute().into_iter();
+    let value = |data: TensorData| {
+        let value = data.convert::<f32>().try_into_vec::<f32>().expect("floats");
+        f64::from(value[0])
+    };
+    let mut values = values.map(value);
+    Totals {
+        losses: values.by_ref().take(n_losses).collect(),
+        squares: paths.into_iter().zip(values).collect(),
     }
 }
 
 struct Norms<'a> {
     gradients: &'a GradientsParams,
     path: Vec<String>,
-    squares: f64,
-    non_finite: Option<String>,
+    squares: Vec<(String, Tensor<1>)>,
 }
 
 impl ModuleVisitor for Norms<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            let squares = f64::from(gradient.square().sum().into_scalar::<f32>());
-            if !squares.is_finite() && self.non_finite.is_none() {
-                self.non_finite = Some(self.path.join("."));
-            }
-            self.squares += squares;
+            let path = self.path.join(".");
+            self.squares.push((path, gradient.square().sum()));
         }
     }
 

@@ -1,5 +1,7 @@
 //! The operations in burn's primitives: for every backend, and the reference for the native ones.
 
+#[cfg(feature = "cubecl")]
+use std::any::TypeId;
 use std::ops::Range;
 
 use burn::backend::{
@@ -10,6 +12,10 @@ use burn::tensor::{IndexingUpdateOp, Shape, Slice};
 
 /// The number of logits in memory at a time: 16 MiB of `f32`.
 pub(super) const SLICE: usize = 4 << 20;
+/// The least number of rows of a slab on a device of CubeCL, unless there are fewer: each slab reads the
+/// whole head, which takes as long as the product with a few hundred rows.
+#[cfg(feature = "cubecl")]
+const ROWS: usize = 1024;
 
 /// The losses, the log-sum-exps and, if `with_dx`, the gradients of the losses for `x`.
 pub(super) fn forward<B: Backend>(
@@ -68,9 +74,18 @@ pub(super) fn dhead<B: Backend>(
 /// The ranges of rows whose logits are computed at a time.
 fn chunks<B: Backend>(x: &FloatTensor<B>, head: &FloatTensor<B>) -> Vec<Range<usize>> {
     let (rows, vocab) = (x.shape()[0], head.shape()[1]);
-    let size = (SLICE / vocab.max(1)).max(1);
+    let size = (SLICE / vocab.max(1)).max(least_rows::<B>());
     let starts = (0..rows).step_by(size);
     starts.map(|start| start..rows.min(start + size)).collect()
+}
+
+/// The least number of rows of a slab on the devices of a backend.
+fn least_rows<B: Backend>() -> usize {
+    #[cfg(feature = "cubecl")]
+    if TypeId::of::<B::Device>() == TypeId::of::<burn_cubecl::CubeDevice>() {
+        return ROWS;
+    }
+    1
 }
 
 fn rows_of<B: Backend>(x: &FloatTensor<B>, rows: &Range<usize>) -> FloatTensor<B> {

@@ -4,10 +4,12 @@
 //! makes no dense weight. With more rows, the weight is unpacked for the device's own product, which
 //! has its matrix units.
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::backend::{DType, TensorMetadata, ops::FloatTensorOps, tensor::FloatTensor};
 use burn::tensor::Shape;
 use burn_cubecl::{
-    CubeBackend, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype,
+    CubeBackend, CubeDevice, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype,
     tensor::CubeTensor,
 };
 use cubecl::prelude::*;
@@ -70,18 +72,7 @@ impl Native {
             return None;
         }
         let table = match layout.levels() {
-            Levels::Table(table) => {
-                let (client, device) = (w.scales.client.clone(), w.scales.device.clone());
-                let bytes = client.create_from_slice(f32::as_bytes(&table));
-                let shape = Shape::new([TABLE]);
-                Some(CubeTensor::new_contiguous(
-                    client,
-                    device,
-                    shape,
-                    bytes,
-                    DType::F32,
-                ))
-            }
+            Levels::Table(table) => Some(on_device(&table, &w.scales)),
             Levels::Unsigned | Levels::Centered => None,
         };
         Some(Self {
@@ -260,6 +251,28 @@ impl Native {
         }
         (dscales, dzeros)
     }
+}
+
+/// A table of levels on the device of a tensor. It is uploaded once: there are few tables, and many
+/// products with each.
+fn on_device(table: &[f32; TABLE], like: &CubeTensor) -> CubeTensor {
+    type Uploaded = (CubeDevice, [u32; TABLE], CubeTensor);
+    static TABLES: Mutex<Vec<Uploaded>> = Mutex::new(Vec::new());
+
+    let (client, device) = (like.client.clone(), like.device.clone());
+    let bits = table.map(f32::to_bits);
+    let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+    let found = tables
+        .iter()
+        .find(|(on, of, _)| (on, of) == (&device, &bits));
+    if let Some((_, _, uploaded)) = found {
+        return uploaded.clone();
+    }
+    let bytes = client.create_from_slice(f32::as_bytes(table));
+    let shape = Shape::new([TABLE]);
+    let uploaded = CubeTensor::new_contiguous(client, device.clone(), shape, bytes, DType::F32);
+    tables.push((device, bits, uploaded.clone()));
+    uploaded
 }
 
 fn buffer(tensor: &Option<CubeTensor>) -> Option<BufferArg> {

@@ -4,6 +4,7 @@
 //! operation that it does not support. A family of operations is a module with a function of [`On`],
 //! called in [`conform`].
 
+mod batches;
 mod on;
 mod quant_matmul;
 mod step;
@@ -73,6 +74,7 @@ fn conform(device: Device, kind: Kind) {
             };
             quant_matmul::conform(&on);
             step::conform(&on);
+            batches::conform(&on);
         }
     }
 }

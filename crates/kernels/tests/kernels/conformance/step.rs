@@ -7,10 +7,13 @@ use kernels::{causal_attention, linear_cross_entropy, rms_norm, rotate_half, sil
 use super::on::{On, Uniform};
 
 /// From leaves to a result; constants are made on the device of the leaves.
-type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
+pub(super) type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
+
+/// The name of an operation, the shapes of its leaves, and the operation.
+pub(super) type Case<'a> = (&'a str, &'a [[usize; 4]], Operation);
 
 pub(super) fn conform(on: &On) {
-    let all: [(&str, &[[usize; 4]], Operation); 6] = [
+    let all: [Case; 6] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
@@ -57,7 +60,12 @@ pub(super) fn conform(on: &On) {
             },
         ),
     ];
-    for (at, (name, shapes, operation)) in all.into_iter().enumerate() {
+    check(on, &all);
+}
+
+/// Asserts that the results and gradients of the operations are those on the CPU in `F64`.
+pub(super) fn check(on: &On, cases: &[Case]) {
+    for (at, &(name, shapes, operation)) in cases.iter().enumerate() {
         let mut uniform = Uniform::new(at as u64 + 1);
         let inputs: Vec<Vec<f32>> = shapes
             .iter()

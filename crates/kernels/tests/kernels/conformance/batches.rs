@@ -1,0 +1,129 @@
+//! Operations on several texts, and on views: the products have operands in batches, with strides, and
+//! sizes that fill the tiles of a device's product or leave some of them incomplete.
+
+use burn::tensor::{Int, Tensor};
+use kernels::{add_low_rank, causal_attention, linear_cross_entropy};
+
+use super::on::{Kind, On};
+use super::step::{Case, check};
+
+pub(super) fn conform(on: &On) {
+    let cases: [Case; 9] = [
+        (
+            "attention of several texts",
+            &[[3, 64, 2, 32], [3, 64, 2, 32], [3, 64, 2, 32]],
+            |t| attention(t[0].clone(), t[1].clone(), t[2].clone()),
+        ),
+        (
+            "attention of grouped queries",
+            &[[3, 40, 6, 16], [3, 45, 2, 16], [3, 45, 2, 16]],
+            |t| attention(t[0].clone(), t[1].clone(), t[2].clone()),
+        ),
+        (
+            "attention of the parts of one projection",
+            &[[3, 33, 8, 16]],
+            |t| {
+                let heads = |from: usize, to| t[0].clone().narrow(2, from, to);
+                attention(heads(0, 4), heads(4, 2), heads(6, 2))
+            },
+        ),
+        (
+            "attention of heads that are stored one after another",
+            &[[3, 4, 33, 16], [3, 2, 33, 16], [3, 2, 33, 16]],
+            |t| {
+                let [q, k, v] = [0, 1, 2].map(|at: usize| t[at].clone().swap_dims(1, 2));
+                attention(q, k, v)
+            },
+        ),
+        (
+            "attention to one text",
+            &[[3, 7, 4, 16], [1, 9, 4, 16], [1, 9, 4, 16]],
+            |t| {
+                let [k, v] = [1, 2].map(|at: usize| t[at].clone().expand([3, 9, 4, 16]));
+                attention(t[0].clone(), k, v)
+            },
+        ),
+        // More rows than a slab of logits has, on every device.
+        (
+            "the loss over several slabs",
+            &[[1, 2, 530, 8], [1, 1, 8, 4200]],
+            |t| loss(t[0].clone(), t[1].clone().reshape([8, 4200])),
+        ),
+        (
+            "the loss of the first tokens of each text, with a tied head",
+            &[[3, 60, 1, 24], [1, 1, 300, 24]],
+            |t| {
+                let head = t[1].clone().reshape([300, 24]).transpose();
+                loss(t[0].clone().narrow(1, 0, 59), head)
+            },
+        ),
+        (
+            "low-rank factors beside a weight",
+            &[
+                [1, 2, 70, 96],
+                [1, 1, 96, 16],
+                [1, 1, 16, 80],
+                [1, 1, 96, 80],
+            ],
+            |t| beside_weight(t, [96, 16, 80]),
+        ),
+        (
+            "low-rank factors added to a weight",
+            &[[1, 1, 96, 80], [1, 1, 96, 4], [1, 1, 80, 4]],
+            |t| {
+                let b = t[2].clone().reshape([80, 4]).transpose();
+                let a = t[1].clone().reshape([96, 4]);
+                add_low_rank(t[0].clone().reshape([96, 80]), a, b).reshape([1, 1, 96, 80])
+            },
+        ),
+    ];
+    check(on, &cases);
+    // The sizes of a training step, which would take a software device minutes.
+    if on.kind != Kind::Cube {
+        let cases: [Case; 3] = [
+            (
+                "attention in a training step",
+                &[[4, 256, 12, 64], [4, 256, 12, 64], [4, 256, 12, 64]],
+                |t| attention(t[0].clone(), t[1].clone(), t[2].clone()),
+            ),
+            (
+                "low-rank factors in a training step",
+                &[
+                    [1, 4, 256, 768],
+                    [1, 1, 768, 16],
+                    [1, 1, 16, 768],
+                    [1, 1, 768, 768],
+                ],
+                |t| beside_weight(t, [768, 16, 768]),
+            ),
+            (
+                "the loss in a training step",
+                &[[1, 4, 255, 64], [1, 1, 32_000, 64]],
+                |t| loss(t[0].clone(), t[1].clone().reshape([32_000, 64]).transpose()),
+            ),
+        ];
+        check(on, &cases);
+    }
+}
+
+fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
+    causal_attention(q, k, v, None, 0.25)
+}
+
+/// `x w + (x a) b / 2` with `[d_in, rank, d_out]`; the rows of `x` are of several texts.
+fn beside_weight(t: &[Tensor<4>], [d_in, rank, d_out]: [usize; 3]) -> Tensor<4> {
+    let [_, batch, seq, _] = t[0].dims();
+    let matrix = |at: usize, shape: [usize; 2]| t[at].clone().reshape(shape);
+    let x = matrix(0, [batch * seq, d_in]);
+    let low = x.clone().matmul(matrix(1, [d_in, rank])) * 0.5;
+    let y = x.matmul(matrix(3, [d_in, d_out])) + low.matmul(matrix(2, [rank, d_out]));
+    y.reshape([1, batch, seq, d_out])
+}
+
+/// The loss of each row of `x`, `[1, 1, 1, rows]`.
+fn loss(x: Tensor<4>, head: Tensor<2>) -> Tensor<4> {
+    let [batch, seq, parts, hidden] = x.dims();
+    let (rows, [_, vocab]) = (batch * seq * parts, head.dims());
+    let targets = Tensor::<1, Int>::arange(0..rows as i64, &x.device().inner()) * 37 % vocab as i64;
+    linear_cross_entropy(x.reshape([rows, hidden]), head, targets).reshape([1, 1, 1, rows])
+}

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Shows on a machine with an NVIDIA GPU that the operations are right there, that training there gives
+# the losses of the CPU, that a merged model verifies, that no kernel reads out of bounds, and how fast
+# it is. Takes less than six minutes, and no network.
+#
+#   run.sh [OUT] [TORCH]   in the folder that tools/cuda-build.sh made
+#
+# Each step has a time limit and a log in OUT, `gpu-results` by default; the exit status is the number
+# of steps that failed. TORCH is a Python program that measures PyTorch in the same run. It is called
+# as `TORCH products 4096 4096` and as `TORCH fit 110m lora 4 256`.
+set -uo pipefail
+cd "$(dirname "$0")"
+mkdir -p "${1:-gpu-results}"
+out="$(cd "${1:-gpu-results}" && pwd)"
+torch="${2:-}"
+
+export CUDA_PATH="${CUDA_PATH:-/usr/local/cuda}"
+nvrtc="$(compgen -G "$CUDA_PATH/lib64/libnvrtc.so*" | head -n 1)"
+if [[ -z "$nvrtc" ]]; then
+    nvrtc="$(find / -xdev -name 'libnvrtc.so*' -not -path '/proc/*' 2>/dev/null | head -n 1)"
+fi
+if [[ -z "$nvrtc" || ! -e "$CUDA_PATH/include/cuda_fp16.h" ]]; then
+    echo "no CUDA toolkit in $CUDA_PATH: libnvrtc.so and include/cuda_fp16.h are needed" >&2
+    exit 100
+fi
+export LD_LIBRARY_PATH="$(dirname "$nvrtc"):$CUDA_PATH/lib64:${LD_LIBRARY_PATH:-}"
+export RUST_BACKTRACE=1
+preload=()
+[[ -e stub.so ]] && preload=("LD_PRELOAD=$PWD/stub.so")
+for packed in *.xz; do
+    program="${packed%.xz}"
+    if [[ ! -e "$program" ]]; then
+        xz --decompress --keep --threads=0 "$packed" && chmod +x "$program"
+    fi
+done
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | tee "$out/card.txt"
+date --utc +%F | tee -a "$out/card.txt"
+
+failed=0
+results=()
+# `step NAME SECONDS COMMAND..` runs a command with a time limit and a log.
+step() {
+    local name="$1" limit="$2" began=$SECONDS status=0
+    shift 2
+    env "${preload[@]}" timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    finish "$name" "$status" $((SECONDS - began))
+}
+# `finish NAME STATUS SECONDS` reports a step.
+finish() {
+    local verdict=ok
+    if (($2 != 0)); then
+        verdict="FAILED ($2)"
+        failed=$((failed + 1))
+    fi
+    results+=("$(printf '%-28s %-13s %4d s' "$1" "$verdict" "$3")")
+    printf '\n=== %s\n' "${results[-1]}"
+    tail -n 30 "$out/$1.log" | cut -c1-300
+}
+
+# On the CPU, while the GPU is busy.
+steps=(--bits 4 --steps 60)
+rm -rf "$out"/adapt-*
+env "${preload[@]}" timeout 150 ./adapt --device flex "${steps[@]}" --out "$out/adapt-flex" \
+    >"$out/adapt-flex.log" 2>&1 &
+on_cpu=$!
+
+step conformance 100 ./kernels cuda
+step adapt-f32 60 ./adapt --device cuda "${steps[@]}" --out "$out/adapt-f32"
+dtypes=(f32)
+if ./adapt --help 2>&1 | grep -q -- --dtype; then
+    step adapt-bf16 60 ./adapt --device cuda --dtype bf16 "${steps[@]}" --out "$out/adapt-bf16"
+    dtypes+=(bf16)
+fi
+began=$SECONDS
+status=0
+wait "$on_cpu" || status=$?
+finish adapt-flex "$status" $((SECONDS - began))
+for dtype in "${dtypes[@]}"; do
+    bound=1e-3
+    [[ "$dtype" == bf16 ]] && bound=2e-2
+    step "losses-$dtype" 10 python3 losses.py \
+        "$out/adapt-flex/report.json" "$out/adapt-$dtype/report.json" "$bound"
+    step "verify-$dtype" 30 ./verify --device flex "$out/adapt-$dtype/4-bit"
+done
+
+# One step of training, every access of memory checked.
+sanitizer="$(command -v compute-sanitizer || echo "$CUDA_PATH/bin/compute-sanitizer")"
+one_step=(./fit_step --device cuda --modes lora-g128 --batch 4 --seq-len 256 --steps 0)
+step memcheck 90 "$sanitizer" --tool memcheck --error-exitcode 9 "${one_step[@]}"
+
+step products 40 ./products --device cuda
+step fit-110m 40 ./fit_step --device cuda --modes lora-g128,qlora-nf4,peqa-g128
+step decode 30 ./decode --device cuda
+if [[ -n "$torch" ]]; then
+    step torch-products 40 python3 "$torch" products 4096 4096
+    step torch-fit-110m 40 python3 "$torch" fit 110m lora 4 256
+fi
+
+printf '\n%s seconds\n' "$SECONDS"
+printf '%s\n' "${results[@]}" | tee "$out/results.txt"
+exit "$failed"
