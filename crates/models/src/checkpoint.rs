@@ -25,7 +25,7 @@ mod verify;
 
 pub use dense::{Rounding, save_dense};
 pub use kind::{CheckpointFormat, GptqVersion};
-pub use load::load;
+pub use load::{load, load_as};
 pub use plan::{Plan, PlannedLayer, plan};
 pub use save::{check_format, save, save_as};
 pub use verify::load_verified;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use models::{LlamaConfig, Model, Tokenizer};
+use models::{FloatType, LlamaConfig, Model, Tokenizer, load, load_as, save_dense};
 use peft::{Batch, CausalLm, FitConfig, Peqa};
 use quant_core::Rtn;
 
@@ -45,6 +45,7 @@ fn what_is_kept() {
     a_packed_head_stays_packed();
     a_packed_head_is_unpacked_once();
     a_tokenizer_is_not_larger_than_its_file();
+    weights_of_16_bits_take_half_the_bytes();
 }
 
 /// A block more costs its input, where its gradients are made from it alone.
@@ -130,4 +131,39 @@ fn a_tokenizer_is_not_larger_than_its_file() {
     let open = || assert!(Tokenizer::from_bytes(json, Path::new("tokenizer.json")).is_err());
     let peak = counting::peak_of(open);
     assert!(peak < 1 << 20, "{peak}");
+}
+
+/// Of a model that computes in `f32`, too.
+fn weights_of_16_bits_take_half_the_bytes() {
+    let device = Device::flex();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama_bf16");
+    let scratch = tempfile::tempdir().unwrap();
+    let lm = load(&golden, &device).unwrap();
+    let kept_in = |float: FloatType, compute: FloatType| {
+        let dir = scratch.path().join(format!("{float:?} {compute:?}"));
+        save_dense(&lm, &dir, float).unwrap();
+        drop(load(&dir, &device).unwrap());
+        let (lm, kept) = counting::kept_by(|| load_as(&dir, &device, compute).unwrap());
+        drop(lm);
+        kept
+    };
+    let n_bytes = std::fs::metadata(golden.join("model.safetensors"))
+        .unwrap()
+        .len() as usize;
+    let wide = kept_in(FloatType::F32, FloatType::F32);
+    assert!(
+        wide > 2 * n_bytes * 9 / 10,
+        "{wide} bytes of {n_bytes} in 16 bits"
+    );
+    for (float, compute) in [
+        (FloatType::Bf16, FloatType::F32),
+        (FloatType::F16, FloatType::F32),
+        (FloatType::Bf16, FloatType::Bf16),
+    ] {
+        let kept = kept_in(float, compute);
+        assert!(
+            kept < n_bytes * 11 / 10,
+            "{kept} bytes of {n_bytes} in {float:?}"
+        );
+    }
 }

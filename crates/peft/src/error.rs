@@ -65,7 +65,9 @@ pub enum Error {
         dims: [usize; 2],
     },
     /// A dense weight of another dtype than that of its adapter.
-    #[error("layer `{path}` is {found:?}, its adapter would be F32; convert the weight to F32")]
+    #[error(
+        "layer `{path}` is {found:?}, whose values its adapter, in F32, does not hold; convert the weight to F32"
+    )]
     NotF32 {
         /// The layer.
         path: String,

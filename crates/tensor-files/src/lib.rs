@@ -44,7 +44,7 @@ mod write;
 
 pub use document::{is_there, read, read_config, read_json, write, write_json};
 pub use error::{Error, Result};
-pub use file::TensorFile;
+pub use file::{Floats, TensorFile};
 pub use output::{Canceler, IntoOutput, Output, write_directory};
 pub use sums::{SUMS, check_sums, digest, write_sums};
 pub use write::{FloatType, LazyTensor, write_tensors};
