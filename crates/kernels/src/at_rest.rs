@@ -14,8 +14,12 @@ use crate::memory::zeroed;
 
 /// The number of values that a task converts.
 const TASK: usize = 1 << 16;
-/// The largest number of values of a panel, or one column: 4 MiB, which stay in the last cache.
+/// The largest number of values of a panel of more than [`COLUMNS`] columns: 4 MiB, which stay in the last
+/// cache.
 const PANEL: usize = 1 << 20;
+/// The least number of columns of a panel that is not the whole weight: `gemm` sums the products of fewer
+/// columns in another order.
+const COLUMNS: usize = 256;
 
 /// The values of a float tensor, from its first one on.
 #[derive(Clone, Copy)]
@@ -190,7 +194,10 @@ impl<'a> AtRest<'a> {
         let [rows, columns] = self.dims;
         let n_panels = match self.values {
             Floats::F32(_) => 1,
-            _ => (rows * columns).div_ceil(PANEL).clamp(1, columns.max(1)),
+            _ => (rows * columns)
+                .div_ceil(PANEL)
+                .min(columns / COLUMNS)
+                .max(1),
         };
         (0..n_panels).map(move |panel| columns * panel / n_panels..columns * (panel + 1) / n_panels)
     }

@@ -1,6 +1,6 @@
 use burn::module::{ModuleVisitor, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -27,8 +27,9 @@ use crate::{
 ///
 /// # Errors
 /// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
-/// [`Error::NothingToTrain`] before the first step; [`Error::NonFinite`] if the loss, a gradient or a
-/// result is NaN or infinite. On an error the model is unchanged.
+/// [`Error::NothingToTrain`] or [`Error::TrainsIn16Bits`] before the first step; [`Error::NonFinite`] if
+/// the loss, a gradient or a result is NaN or infinite; [`Error::OutOfMemory`] or [`Error::Device`] if the
+/// device reports a failure when a loss or a gradient is read. On an error the model is unchanged.
 ///
 /// # Examples
 /// ```
@@ -240,6 +241,9 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
     if trainable.n == 0 {
         return Err(Error::NothingToTrain);
     }
+    if let Some((path, found)) = trainable.of_16_bits {
+        return Err(Error::TrainsIn16Bits { path, found });
+    }
     let per_epoch = batches.len().div_ceil(config.accumulation);
     let n_steps = config
         .steps
@@ -289,7 +293,9 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
             set_dropout(&mut tuned, masks.next_u64());
             let mut part = |x: Tensor<3>| {
                 let part = loss(&tuned, x, at) / n_targets as f32;
-                mean_loss += f64::from(part.clone().inner().into_scalar::<f32>());
+                let value = part.clone().inner().try_into_scalar::<f32>();
+                let value = value.map_err(|error| Error::of_device(error, index + 1))?;
+                mean_loss += f64::from(value);
                 if mean_loss.is_finite() {
                     Ok(part)
                 } else {
@@ -367,11 +373,30 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
 #[derive(Default)]
 struct Trainable {
     n: usize,
+    path: Vec<String>,
+    /// The first that does not hold small steps.
+    of_16_bits: Option<(String, DType)>,
 }
 
 impl ModuleVisitor for Trainable {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.n += usize::from(param.is_require_grad());
+        if !param.is_require_grad() {
+            return;
+        }
+        self.n += 1;
+        let dtype = param.val().dtype();
+        if matches!(dtype, DType::F16 | DType::BF16) {
+            let found = (self.path.join("."), dtype);
+            self.of_16_bits.get_or_insert(found);
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
     }
 }
 
@@ -382,14 +407,16 @@ fn norm<M: Blocks>(model: &M, gradients: &GradientsParams, step: usize) -> Resul
         path: Vec::new(),
         squares: 0.0,
         non_finite: None,
+        failure: None,
     };
     model.visit(&mut norms);
-    match norms.non_finite {
-        Some(path) => Err(Error::NonFinite {
+    match (norms.failure, norms.non_finite) {
+        (Some(failure), _) => Err(Error::of_device(failure, step)),
+        (None, Some(path)) => Err(Error::NonFinite {
             what: format!("the gradient of `{path}`"),
             step,
         }),
-        None => Ok(norms.squares.sqrt()),
+        (None, None) => Ok(norms.squares.sqrt()),
     }
 }
 
@@ -398,12 +425,20 @@ struct Norms<'a> {
     path: Vec<String>,
     squares: f64,
     non_finite: Option<String>,
+    /// What the device reported first.
+    failure: Option<String>,
 }
 
 impl ModuleVisitor for Norms<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            let squares = f64::from(gradient.square().sum().into_scalar::<f32>());
+            let squares = match gradient.square().sum().try_into_scalar::<f32>() {
+                Ok(squares) => f64::from(squares),
+                Err(error) => {
+                    self.failure.get_or_insert(error.to_string());
+                    return;
+                }
+            };
             if !squares.is_finite() && self.non_finite.is_none() {
                 self.non_finite = Some(self.path.join("."));
             }
