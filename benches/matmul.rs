@@ -10,7 +10,7 @@ use std::time::Duration;
 use benches::copy;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kernels::{Layout, Levels, Precision, quant_matmul};
+use kernels::{Layout, Levels, Precision, matmul as dense_matmul, quant_matmul};
 
 const D_IN: usize = 4096;
 const GROUP: usize = 128;
@@ -70,6 +70,7 @@ fn matmul(criterion: &mut Criterion) {
     let table = Levels::Table(std::array::from_fn(|i| i as f32 / 8.0 - 1.0));
     for d_out in widths() {
         ceilings(criterion, d_out, &device);
+        at_rest(criterion, d_out, &device);
         for (name, bits, levels, group) in [
             ("4 bits", 4, Levels::Unsigned, GROUP),
             ("4 bits per channel", 4, Levels::Unsigned, D_IN),
@@ -134,6 +135,33 @@ fn one(criterion: &mut Criterion, name: &str, rows: usize, w: &Weight, device: &
             BatchSize::PerIteration,
         )
     });
+}
+
+/// Dense weights in memory in several types, as layers have them and as a tied head is, by columns.
+fn at_rest(criterion: &mut Criterion, d_out: usize, device: &Device) {
+    let mut group = criterion.benchmark_group(format!("dense {D_IN}x{d_out}"));
+    let normal = |dims: [usize; 2], dtype| {
+        Tensor::<2>::random(dims, Distribution::Normal(0.0, 0.02), device).cast(dtype)
+    };
+    let weights = [DType::F32, DType::BF16, DType::F16].map(|dtype| {
+        let by_columns = normal([d_out, D_IN], dtype).transpose();
+        [
+            ("by rows", normal([D_IN, d_out], dtype)),
+            ("by columns", by_columns),
+        ]
+    });
+    for rows in [1, 8, 64, 512] {
+        let x = Tensor::<2>::random([rows, D_IN], Distribution::Normal(0.0, 1.0), device);
+        group.throughput(Throughput::Elements((rows * D_IN * d_out) as u64));
+        for (order, weight) in weights.iter().flatten() {
+            let dtype = weight.dtype();
+            let id = BenchmarkId::new(format!("{dtype:?} {order}, rows"), rows);
+            group.bench_function(id, |b| {
+                b.iter(|| black_box(dense_matmul(x.clone(), weight.clone())))
+            });
+        }
+    }
+    group.finish();
 }
 
 fn ceilings(criterion: &mut Criterion, d_out: usize, device: &Device) {

@@ -16,6 +16,7 @@ use evaluate::{
 use examples::arguments::{BitsArg, SeqLenArg, at_least, distinct_names};
 use examples::corpus::{self, Dialect};
 use examples::device::DeviceArg;
+use examples::dtype::DtypeArg;
 use examples::embedded::EmbeddedArg;
 use examples::outcome::{Result, exit, write_files};
 use examples::texts::{evaluation_batch, read};
@@ -64,6 +65,8 @@ struct Args {
     embedded: EmbeddedArg,
     #[command(flatten)]
     device: DeviceArg,
+    #[command(flatten)]
+    dtype: DtypeArg,
     #[command(flatten)]
     bits: BitsArg,
     /// Held-out text, documents separated by --separator
@@ -131,7 +134,7 @@ fn run(args: &Args) -> Result<()> {
         rounded(bits).format()?;
     }
     let data = Data::read(args)?;
-    let reference = models::load(&sources[0], &device)?;
+    let reference = models::load_as(&sources[0], &device, args.dtype.float())?;
     let max = reference.model.config().max_seq_len();
     let n_ctx = args.n_ctx.unwrap_or(512.min(max));
     if n_ctx > max && data.text.is_some() {
@@ -150,7 +153,7 @@ fn run(args: &Args) -> Result<()> {
     };
     let mut others = Vec::new();
     for (source, name) in sources.iter().zip(&names).skip(1) {
-        let other = models::load(source, &device)?;
+        let other = models::load_as(source, &device, args.dtype.float())?;
         // Checked before anything is measured: losses of tokens are compared.
         if let Some(text) = &data.text
             && other.encode(text)? != reference.encode(text)?
@@ -247,6 +250,7 @@ fn settings(
     let settings = [
         ("bits", (!bits.is_empty()).then_some(widths)),
         ("device", Some(args.device.name.clone())),
+        ("dtype", Some(args.dtype.name.name().into())),
         ("text", of_text(path(&args.text))),
         ("separator", of_text(format!("{:?}", args.separator))),
         ("seq-len", of_text(args.cut.seq_len.to_string())),

@@ -83,7 +83,7 @@ fn run(args: &Args) -> Result<()> {
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
-    let mut lm = models::load(&source, &device)?;
+    let mut lm = models::load_as(&source, &device, args.model.dtype.float())?;
     if let Some(bits) = args.bits {
         let rtn = Rtn::new().with_bits(bits);
         let rtn = rtn.with_group_size(args.group_size.0);

@@ -392,7 +392,7 @@ fn quantize(
     let (calibration, eval) = windows(args, source)?;
     let size = evaluation_batch(args.cut.seq_len);
     let calibration = batches(calibration, size, device);
-    let mut lm = models::load(source, device)?;
+    let mut lm = models::load_as(source, device, args.model.dtype.float())?;
     // Quantized, it is another model.
     lm.certificate = None;
     match job {
@@ -418,7 +418,11 @@ fn quantize(
         let eval = eval.batches(size, device);
         let after = evaluated("quantized", &lm.model, &eval)?;
         drop(lm);
-        let before = evaluated("dense", &models::load(source, device)?.model, &eval)?;
+        let before = evaluated(
+            "dense",
+            &models::load_as(source, device, args.model.dtype.float())?.model,
+            &eval,
+        )?;
         println!("\nperplexity {before:.4} before, {after:.4} after");
     }
     refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
@@ -580,7 +584,10 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     {
         return Err(error.into());
     }
-    let full = perplexity(&models::load(source, device)?.model, &eval)?;
+    let full = perplexity(
+        &models::load_as(source, device, args.model.dtype.float())?.model,
+        &eval,
+    )?;
     let n_cells = args.quantizer.len() * widths.len() * args.group_size.len();
     let mut bar = Bar::new("comparing", n_cells, "models")?;
     let clock = Instant::now();
@@ -592,7 +599,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
                 let method = name.quantizer(bits, group_size, args);
                 let cell = match models::plan(source, &method) {
                     Ok(_) => {
-                        let mut lm = models::load(source, device)?;
+                        let mut lm = models::load_as(source, device, args.model.dtype.float())?;
                         models::quantize(&mut lm.model, &method, &calibration, |_| {})?;
                         format!("{:.4}", perplexity(&lm.model, &eval)?.value())
                     }

@@ -34,6 +34,7 @@ pub(crate) struct Report {
     pub(crate) batch: usize,
     pub(crate) seed: u64,
     pub(crate) device: String,
+    pub(crate) dtype: &'static str,
     /// Bytes of the weights of the model before quantization.
     pub(crate) n_bytes: u64,
     /// Of the model before quantization; none if it was packed before.

@@ -103,7 +103,7 @@ pub(crate) fn tune(
         fit,
     } = &base.settings;
     let formats = formats(&base.plan);
-    let mut lm = models::load(&base.source, device)?;
+    let mut lm = models::load_as(&base.source, device, args.model.dtype.float())?;
     // Quantized or tuned, it is another model.
     lm.certificate = None;
     let weight_error = if base.is_packed {
@@ -171,6 +171,7 @@ pub(crate) fn tune(
 
     let adapters = out.dir.join(&name_of_adapters);
     let mut lm = models::load_verified(&saved, device)?;
+    lm.model = lm.model.with_compute(args.model.dtype.float())?;
     if certificate.is_none() {
         peft::activate(&mut lm.model, &Adapters::load(&adapters, device)?)?;
     }

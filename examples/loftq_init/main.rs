@@ -266,7 +266,7 @@ fn check(args: &Args, plan: &Plan, output: Option<&Output>) -> Result<()> {
 
 /// Initializes with one method, reports each layer, and saves base and adapters.
 fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> Result<()> {
-    let mut lm = models::load(source, device)?;
+    let mut lm = models::load_as(source, device, args.model.dtype.float())?;
     let texts = Texts::new(args, &lm, args.seed[0], device)?;
     let Settings {
         quantizer,
@@ -316,7 +316,7 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
         "\nperplexity: dense {full:.4}, base {bare:.4}, base with adapters {started:.4}; {n_bytes} bytes in packed layers"
     );
     if let Some(saved) = &saved {
-        let mut again = models::load(&saved.base, device)?;
+        let mut again = models::load_as(&saved.base, device, args.model.dtype.float())?;
         let adapters = Adapters::open(&saved.adapter, &again.model)?;
         peft::activate(&mut again.model, &adapters)?;
         let probe = |model: &Model| {
@@ -360,6 +360,7 @@ struct Report<'a> {
     command: Vec<String>,
     model: String,
     device: String,
+    dtype: &'static str,
     layers: &'a [InitializedLayer],
 }
 
@@ -405,6 +406,7 @@ fn save(
             command: std::env::args().collect(),
             model: args.model.name(),
             device: args.model.device.name.clone(),
+            dtype: args.model.dtype.name.name(),
             layers,
         };
         Ok(tensor_files::write_json(&dir.join("report.json"), &report)?)
@@ -447,7 +449,7 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let clock = Instant::now();
     let widths = args.widths();
-    let lm = models::load(source, device)?;
+    let lm = models::load_as(source, device, args.model.dtype.float())?;
     let methods: Vec<Name> = (args.method.iter().copied())
         .filter(|method| method.fits(args.grid))
         .collect();

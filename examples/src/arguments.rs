@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::Args;
 
 use crate::device::DeviceArg;
+use crate::dtype::DtypeArg;
 use crate::embedded::EmbeddedArg;
 use crate::outcome::Result;
 use crate::texts::fit_config;
@@ -22,6 +23,9 @@ pub struct ModelArgs {
     /// The device to compute on.
     #[command(flatten)]
     pub device: DeviceArg,
+    /// The type of float to compute in.
+    #[command(flatten)]
+    pub dtype: DtypeArg,
 }
 
 impl ModelArgs {

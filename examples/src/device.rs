@@ -4,6 +4,8 @@ use burn::tensor::Device;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, ValueParser};
 
+use crate::eprintln;
+
 /// The option of a program that names its device.
 #[derive(Args, Clone, Debug)]
 pub struct DeviceArg {
@@ -14,12 +16,40 @@ pub struct DeviceArg {
 }
 
 impl DeviceArg {
-    /// Opens the device.
+    /// Opens the device, and says which one it is unless it is the CPU.
     pub fn open(&self) -> Device {
         let named = DEVICES.iter().find(|(name, _)| *name == self.name);
         let (_, open) = named.expect("checked by the parser");
-        open()
+        let device = open();
+        if let Some(part) = part(&device) {
+            eprintln!("device `{}`: {part}", self.name);
+        }
+        device
     }
+}
+
+/// The name of a device for itself, and what its kernels are compiled for. burn does not tell its memory.
+#[cfg(any(
+    feature = "cuda",
+    feature = "rocm",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "wgpu"
+))]
+fn part(device: &Device) -> Option<String> {
+    let identity = device.identity()?;
+    Some(format!("{}, {}", identity.name, identity.fingerprint))
+}
+
+#[cfg(not(any(
+    feature = "cuda",
+    feature = "rocm",
+    feature = "metal",
+    feature = "vulkan",
+    feature = "wgpu"
+)))]
+fn part(_: &Device) -> Option<String> {
+    None
 }
 
 type Open = fn() -> Device;

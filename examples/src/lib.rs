@@ -7,6 +7,7 @@ pub mod console;
 pub mod corpus;
 pub mod device;
 mod doc;
+pub mod dtype;
 pub mod embedded;
 pub mod format;
 pub mod instructions;

@@ -1,7 +1,7 @@
 //! The gate of a gated MLP (SwiGLU): an extension of burn's backends.
 
 use burn::backend::{
-    Autodiff, Backend, Dispatch,
+    Autodiff, Backend, Dispatch, TensorMetadata,
     autodiff::{
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
         grads::Gradients,
@@ -11,6 +11,8 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 use burn::tensor::Tensor;
+
+use crate::dtype::{assert_same, cast, widened};
 
 #[cfg(feature = "flex")]
 mod flex;
@@ -57,7 +59,7 @@ impl GateOps for burn_cubecl::CubeBackend {}
 /// of Shazeer 2020, arXiv:2002.05202.
 ///
 /// # Panics
-/// If the shapes differ.
+/// If the shapes or the dtypes differ.
 ///
 /// # Examples
 /// ```
@@ -73,6 +75,7 @@ impl GateOps for burn_cubecl::CubeBackend {}
 pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     let dims = gate.dims();
     assert_eq!(dims, up.dims(), "the shapes of gate and up");
+    assert_same("up", up.dtype(), "gate", gate.dtype());
     let flat = |t: Tensor<D>| t.reshape([dims.iter().product::<usize>()]).into_dispatch();
     let y = Dispatch::silu_mul(flat(gate), flat(up));
     Tensor::<1>::from_dispatch(y).reshape(dims)
@@ -82,8 +85,10 @@ mod composed {
     use super::*;
 
     pub(super) fn silu_mul<B: Backend>(gate: FloatTensor<B>, up: FloatTensor<B>) -> FloatTensor<B> {
+        let dtype = gate.dtype();
+        let (gate, up) = (widened::<B>(gate), widened::<B>(up));
         let silu = B::float_mul(gate.clone(), B::sigmoid(gate));
-        B::float_mul(silu, up)
+        cast::<B>(B::float_mul(silu, up), dtype)
     }
 
     pub(super) fn silu_mul_backward<B: Backend>(
@@ -91,12 +96,15 @@ mod composed {
         up: FloatTensor<B>,
         dy: FloatTensor<B>,
     ) -> (FloatTensor<B>, FloatTensor<B>) {
+        let dtype = gate.dtype();
+        let [gate, up, dy] = [gate, up, dy].map(widened::<B>);
         let s = B::sigmoid(gate.clone());
         let dys = B::float_mul(dy, s.clone());
         let slope = B::float_mul(gate.clone(), B::float_add_scalar(B::float_neg(s), 1.into()));
         let slope = B::float_add_scalar(slope, 1.into());
         let dgate = B::float_mul(B::float_mul(dys.clone(), up), slope);
-        (dgate, B::float_mul(dys, gate))
+        let dup = B::float_mul(dys, gate);
+        (cast::<B>(dgate, dtype), cast::<B>(dup, dtype))
     }
 }
 

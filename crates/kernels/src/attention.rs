@@ -3,6 +3,8 @@
 use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
 use burn::tensor::{Int, Tensor};
 
+use crate::dtype::assert_same;
+
 mod autodiff;
 mod composed;
 #[cfg(feature = "flex")]
@@ -36,7 +38,8 @@ pub(crate) trait AttentionOps: Backend {
         Self::causal_attention_forward(q, k, v, starts, scale).0
     }
 
-    /// The output, and the log-sum-exp of the scaled scores of each query, `[batch, heads, seq_q]`.
+    /// The output, and the log-sum-exp of the scaled scores of each query, `[batch, heads, seq_q]`, in
+    /// `F32` where `q` is of 16 bits.
     #[fusion(default)]
     fn causal_attention_forward(
         q: FloatTensor<Self>,
@@ -96,7 +99,7 @@ impl AttentionOps for burn_cubecl::CubeBackend {}
 ///
 /// # Panics
 /// If the shapes are not these, `kv_heads` does not divide `heads`, there are fewer keys than queries,
-/// `heads` or `dim` is 0, or `scale` is not positive; on the CPU also if a start is negative.
+/// `heads` or `dim` is 0, the dtypes of `q`, `k` and `v` differ, or `scale` is not positive; on the CPU also if a start is negative.
 ///
 /// # Examples
 /// ```
@@ -129,6 +132,8 @@ pub fn causal_attention(
     assert!(seq_q <= seq_k, "{seq_q} queries, but {seq_k} keys");
     assert!(heads * dim > 0, "{heads} heads of dimension {dim}");
     assert!(scale > 0.0, "a scale of {scale} is not positive");
+    assert_same("k", k.dtype(), "q", q.dtype());
+    assert_same("v", v.dtype(), "q", q.dtype());
     let starts = match starts {
         Some(starts) => {
             assert_eq!(starts.dims(), [batch, seq_q], "the shape of the starts");

@@ -16,6 +16,7 @@
 //! | [`quant_matmul`] | `y = x · w`, differentiable in `x`, `scales` and `zeros` |
 //! | [`Precision`] | the accuracy of that product |
 //! | [`dequantize`] | the dense `w` |
+//! | [`matmul`] | `y = x · w` with a dense weight of any dtype |
 //! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | SwiGLU, RMSNorm and rotary position embeddings |
 //! | [`causal_attention`] | attention without a matrix of scores, for grouped queries and a KV cache |
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
@@ -30,6 +31,11 @@
 //!
 //! Backward unpacks the weight again, so no dense weight outlives its product. Scores of attention and
 //! logits are computed again too, or not needed.
+//!
+//! Operands have one dtype, which is that of the results: `F32`, `F16` or `BF16`, and on some devices
+//! `F64`. Sums over many terms, norms, probabilities and losses are computed in `f32` at least. What may
+//! be of another dtype than `x` is named in each operation: weights at rest, grids, and tables. Other
+//! mixed dtypes are a panic.
 //!
 //! A backend is enabled by the feature of its name on this crate, or on a crate that forwards it. The
 //! operations panic on a backend that burn has enabled and this crate has not.
@@ -64,9 +70,12 @@
 )]
 
 mod activation;
+#[cfg(feature = "flex")]
+mod at_rest;
 mod attention;
 #[cfg(feature = "flex")]
 mod dense;
+mod dtype;
 mod encode;
 #[cfg(all(feature = "flex", target_arch = "x86_64"))]
 mod fixed;
@@ -79,6 +88,7 @@ mod loss;
 mod low_rank;
 #[cfg(feature = "flex")]
 mod math;
+mod matmul;
 #[cfg(feature = "flex")]
 mod matrix;
 mod memory;
@@ -101,6 +111,7 @@ pub use gram::add_gram;
 pub use layout::{Layout, Levels, TABLE, TILE};
 pub use loss::linear_cross_entropy;
 pub use low_rank::add_low_rank;
+pub use matmul::matmul;
 pub use norm::rms_norm;
 pub use pack::{columns_to_tiles, pack, tiles_to_columns, unpack};
 pub use quant_matmul::{Precision, dequantize, quant_matmul};

@@ -16,7 +16,8 @@ mod tests;
 /// The loss and its gradients, composed from burn's primitive operations unless overridden.
 ///
 /// The hidden states `x` are `[rows, hidden]`, the head is `[hidden, vocab]` and the targets are `[rows]`.
-/// The probabilities of a row are `p = exp(x · head - lse)`.
+/// The probabilities of a row are `p = exp(x · head - lse)`. The head may be of another dtype than `x`;
+/// losses are `F32` where `x` is of 16 bits.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -48,7 +49,8 @@ pub(crate) trait LossOps: Backend {
 
     /// [`LossOps::linear_cross_entropy_forward`], and the gradient of each row's loss for its `x`.
     ///
-    /// The gradient, `(p - onehot(target)) · headᵀ`: `[rows, hidden]`, comes from the same logits.
+    /// The gradient, `(p - onehot(target)) · headᵀ`: `[rows, hidden]`, in the dtype of `x`, comes from the
+    /// same logits.
     #[fusion(default)]
     fn linear_cross_entropy_with_dx(
         x: FloatTensor<Self>,
@@ -59,7 +61,8 @@ pub(crate) trait LossOps: Backend {
         (nll, lse, dx.expect("the gradient is requested"))
     }
 
-    /// The gradient for the head, `xᵀ · ((p - onehot(target)) dnll)`: `[hidden, vocab]`.
+    /// The gradient for the head, `xᵀ · ((p - onehot(target)) dnll)`: `[hidden, vocab]`, in the dtype of
+    /// the head.
     #[fusion(default)]
     fn linear_cross_entropy_dhead(
         x: FloatTensor<Self>,
@@ -83,13 +86,14 @@ impl LossOps for burn_cubecl::CubeBackend {}
 /// It is the negative log-likelihood in nats. At most 16 MiB of logits are in memory at a time, or one
 /// row; on a device of CubeCL, or 1024 rows, so that the head is read less often. The gradient of `x`, if it is needed, is computed together with the loss, and backward
 /// multiplies it by the gradient of the loss; that of the head computes the logits again. The head may
-/// be a transposed embedding, which is not copied on the CPU.
+/// be a transposed embedding, which is not copied on the CPU, and of another dtype than `x`: see
+/// [`matmul`](crate::matmul).
 ///
 /// # Shapes
 /// - `x`: `[rows, hidden]`
 /// - `head`: `[hidden, vocab]`
 /// - `targets`: `[rows]`, each in `0 .. vocab`
-/// - result: `[rows]`
+/// - result: `[rows]`, in `F32` where `x` is of 16 bits
 ///
 /// # Panics
 /// If the shapes are not these, or there are no rows; on the CPU also if a target is not below `vocab`.

@@ -2,6 +2,8 @@
 
 use burn::tensor::Tensor;
 
+use crate::dtype::assert_same;
+
 /// Adds a product of low-rank factors to a matrix: `weight + a · b`.
 ///
 /// On the CPU in `f32`, it is one pass over the weight, and the product alone is not stored. On other
@@ -14,7 +16,7 @@ use burn::tensor::Tensor;
 /// - result: `[m, n]`
 ///
 /// # Panics
-/// If the shapes are not these.
+/// If the shapes are not these, or the dtypes differ.
 ///
 /// # Examples
 /// ```
@@ -32,6 +34,8 @@ pub fn add_low_rank(weight: Tensor<2>, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> 
     let ([m, n], [rank, of_b]) = (weight.dims(), b.dims());
     assert_eq!(a.dims(), [m, rank], "the shape of the left factor");
     assert_eq!(of_b, n, "the columns of the right factor");
+    assert_same("the left factor", a.dtype(), "the weight", weight.dtype());
+    assert_same("the right factor", b.dtype(), "the weight", weight.dtype());
     #[cfg(feature = "flex")]
     if let Some(sum) = flex::add_low_rank(&weight, &a, &b) {
         return sum;

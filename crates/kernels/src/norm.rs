@@ -10,7 +10,9 @@ use burn::backend::{
     backend_extension,
     tensor::FloatTensor,
 };
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::{DType, Shape, Tensor};
+
+use crate::dtype::{assert_same_or_f32, cast, widened};
 
 #[cfg(feature = "flex")]
 mod flex;
@@ -45,14 +47,16 @@ pub(crate) trait NormOps: Backend {
         composed::dx::<Self>(x, weight, dy, eps)
     }
 
-    /// The gradient for the weight, the sum of `dy x r` over the rows: `[d]`.
+    /// The gradient for the weight, the sum of `dy x r` over the rows: `[d]`, in the dtype of
+    /// the weight.
     #[fusion(default)]
     fn rms_norm_dweight(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
         eps: f64,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        composed::dweight::<Self>(x, dy, eps)
+        composed::dweight::<Self>(x, dy, eps, dtype)
     }
 }
 
@@ -69,11 +73,11 @@ impl NormOps for burn_cubecl::CubeBackend {}
 ///
 /// # Shapes
 /// - `x`: `[.., d]`
-/// - `weight`: `[d]`
-/// - result: `[.., d]`
+/// - `weight`: `[d]`, in `F32` or in the dtype of `x`
+/// - result: `[.., d]`, in the dtype of `x`
 ///
 /// # Panics
-/// If the length of `weight` is not `d`.
+/// If the length or the dtype of `weight` is another.
 ///
 /// # Examples
 /// ```
@@ -90,6 +94,7 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     let dims = x.dims();
     let d = dims[D - 1];
     assert_eq!(weight.dims(), [d], "the length of the weight");
+    assert_same_or_f32("the weight", weight.dtype(), x.dtype());
     let rows = dims[..D - 1].iter().product::<usize>();
     let x = x.reshape([rows, d]).into_dispatch();
     let y = Dispatch::rms_norm(x, weight.into_dispatch(), eps);
@@ -104,8 +109,11 @@ mod composed {
         weight: FloatTensor<B>,
         eps: f64,
     ) -> FloatTensor<B> {
+        let dtype = x.dtype();
+        let (x, weight) = (widened::<B>(x), widened::<B>(weight));
         let r = reciprocal_root::<B>(&x, eps);
-        B::float_mul(B::float_mul(x, r), row::<B>(weight))
+        let weight = cast::<B>(weight, x.dtype());
+        cast::<B>(B::float_mul(B::float_mul(x, r), row::<B>(weight)), dtype)
     }
 
     pub(super) fn dx<B: Backend>(
@@ -114,22 +122,28 @@ mod composed {
         dy: FloatTensor<B>,
         eps: f64,
     ) -> FloatTensor<B> {
+        let dtype = x.dtype();
+        let [x, weight, dy] = [x, weight, dy].map(widened::<B>);
         let r = reciprocal_root::<B>(&x, eps);
+        let weight = cast::<B>(weight, x.dtype());
         let dy = B::float_mul(dy, row::<B>(weight));
         let mean = B::float_mean_dim(B::float_mul(x.clone(), dy.clone()), 1);
         let along = B::float_mul(mean, B::float_mul(r.clone(), r.clone()));
-        B::float_mul(B::float_sub(dy, B::float_mul(x, along)), r)
+        let dx = B::float_mul(B::float_sub(dy, B::float_mul(x, along)), r);
+        cast::<B>(dx, dtype)
     }
 
     pub(super) fn dweight<B: Backend>(
         x: FloatTensor<B>,
         dy: FloatTensor<B>,
         eps: f64,
+        dtype: DType,
     ) -> FloatTensor<B> {
         let d = x.shape()[1];
+        let (x, dy) = (widened::<B>(x), widened::<B>(dy));
         let r = reciprocal_root::<B>(&x, eps);
         let sum = B::float_sum_dim(B::float_mul(B::float_mul(x, r), dy), 0);
-        B::float_reshape(sum, Shape::new([d]))
+        cast::<B>(B::float_reshape(sum, Shape::new([d])), dtype)
     }
 
     /// `r`, `[rows, 1]`.
@@ -157,7 +171,7 @@ impl<B: NormOps> Backward<B, 2> for RmsNorm {
         let (x, weight, eps) = ops.state;
         let [x_parent, weight_parent] = ops.parents;
         if let Some(parent) = weight_parent {
-            let dweight = B::rms_norm_dweight(x.clone(), dy.clone(), eps);
+            let dweight = B::rms_norm_dweight(x.clone(), dy.clone(), eps, weight.dtype());
             grads.register::<B>(parent.id, dweight);
         }
         if let Some(parent) = x_parent {

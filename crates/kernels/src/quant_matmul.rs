@@ -1,8 +1,9 @@
 //! The product with a packed weight: an extension of burn's backends.
 
 use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
+use crate::dtype::assert_same;
 use crate::layout::Layout;
 
 mod autodiff;
@@ -41,10 +42,10 @@ pub(crate) trait QuantOps: Backend {
         composed::unpack(w)
     }
 
-    /// `x · w`, `[rows, d_out]`.
+    /// `x · w`, `[rows, d_out]`, in the dtype of `x`.
     #[fusion(dtype = x, shape = burn::tensor::Shape::new([x[0], w.layout.d_out()]))]
     fn quant_matmul(x: FloatTensor<Self>, #[extension_type] w: Packed<Self>) -> FloatTensor<Self> {
-        Self::float_matmul(x, Self::quant_unpack(w))
+        composed::matmul(x, w)
     }
 
     /// The gradient of [`QuantOps::quant_matmul`] for `x`, `dy · wᵀ`: `[rows, d_in]`.
@@ -53,10 +54,11 @@ pub(crate) trait QuantOps: Backend {
         dy: FloatTensor<Self>,
         #[extension_type] w: Packed<Self>,
     ) -> FloatTensor<Self> {
-        Self::float_matmul(dy, Self::float_transpose(Self::quant_unpack(w)))
+        composed::dx(dy, w)
     }
 
-    /// The gradients of [`QuantOps::quant_matmul`] for the scales and the zeros: `[n_groups, d_out]`.
+    /// The gradients of [`QuantOps::quant_matmul`] for the scales and the zeros: `[n_groups, d_out]`, in
+    /// their dtype.
     ///
     /// With `p = xᵀ · dy` and sums over the inputs `i` of group `g`:
     /// `dscales[g, o] = Σ p[i, o] (level[i, o] - zeros[g, o])` and
@@ -78,11 +80,12 @@ impl QuantOps for burn::backend::NdArray {}
 ///
 /// # Shapes
 /// - `words`: [`Layout::words_shape`], dtype `U32`
-/// - `scales`, `zeros`: [`Layout::grid_shape`]
+/// - `scales`, `zeros`: [`Layout::grid_shape`], of one dtype
 /// - result: `[d_in, d_out]`, in the dtype of the scales
 ///
 /// # Panics
-/// If a shape is not the layout's.
+/// If a shape is not the layout's, the dtype of the words is not `U32`, or those of scales and zeros
+/// differ.
 ///
 /// # Examples
 /// ```
@@ -109,16 +112,18 @@ pub fn dequantize(
 
 /// Multiplies by a packed weight: `x · w`, differentiable in `x`, `scales` and `zeros`.
 ///
-/// Backward unpacks the weight again, so no dense weight is kept for it.
+/// Backward unpacks the weight again, so no dense weight is kept for it. The grid may be of another
+/// dtype than `x`.
 ///
 /// # Shapes
 /// - `x`: `[.., d_in]`
 /// - `words`: [`Layout::words_shape`], dtype `U32`
-/// - `scales`, `zeros`: [`Layout::grid_shape`]
-/// - result: `[.., d_out]`
+/// - `scales`, `zeros`: [`Layout::grid_shape`], of one dtype
+/// - result: `[.., d_out]`, in the dtype of `x`
 ///
 /// # Panics
-/// If a shape is not the layout's.
+/// If a shape is not the layout's, the dtype of the words is not `U32`, or those of scales and zeros
+/// differ.
 ///
 /// # Examples
 /// ```
@@ -166,17 +171,20 @@ fn packed(
     precision: Precision,
 ) -> Packed<Dispatch> {
     assert_eq!(words.dims(), layout.words_shape(), "the shape of the words");
+    assert_eq!(words.dtype(), DType::U32, "the dtype of the words");
     assert_eq!(
         scales.dims(),
         layout.grid_shape(),
         "the shape of the scales"
     );
+    let dtype = scales.dtype();
     Packed {
         words: words.into_dispatch(),
         scales: scales.into_dispatch(),
         zeros: match zeros {
             Some(zeros) => {
                 assert_eq!(zeros.dims(), layout.grid_shape(), "the shape of the zeros");
+                assert_same("zeros", zeros.dtype(), "scales", dtype);
                 Zeros::Each(zeros.into_dispatch())
             }
             None => Zeros::Absent,

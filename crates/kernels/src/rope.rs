@@ -12,6 +12,8 @@ use burn::backend::{
 };
 use burn::tensor::{Shape, Slice, Tensor};
 
+use crate::dtype::{assert_same, assert_same_or_f32, cast, widened};
+
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(all(test, feature = "flex"))]
@@ -52,11 +54,11 @@ impl RopeOps for burn_cubecl::CubeBackend {}
 ///
 /// # Shapes
 /// - `x`: `[batch, seq, heads, dim]`
-/// - `cos`, `sin`: `[seq, dim]`; they get no gradient
-/// - result: `[batch, seq, heads, dim]`
+/// - `cos`, `sin`: `[seq, dim]`, in `F32` or in the dtype of `x`; they get no gradient
+/// - result: `[batch, seq, heads, dim]`, in the dtype of `x`
 ///
 /// # Panics
-/// If the shape of a table is not `[seq, dim]`, or `dim` is odd.
+/// If the shape of a table is not `[seq, dim]`, its dtype is another, or `dim` is odd.
 ///
 /// # Examples
 /// ```
@@ -78,6 +80,13 @@ pub fn rotate_half(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     );
     assert_eq!(cos.dims(), [seq, dim], "the shape of the cosines");
     assert_eq!(sin.dims(), [seq, dim], "the shape of the sines");
+    assert_same_or_f32("the table of cosines", cos.dtype(), x.dtype());
+    assert_same(
+        "the table of sines",
+        sin.dtype(),
+        "that of cosines",
+        cos.dtype(),
+    );
     let (cos, sin) = (cos.into_dispatch(), sin.into_dispatch());
     Tensor::from_dispatch(Dispatch::rotate_half(x.into_dispatch(), cos, sin))
 }
@@ -90,12 +99,16 @@ mod composed {
         cos: FloatTensor<B>,
         sin: FloatTensor<B>,
     ) -> FloatTensor<B> {
+        let dtype = x.dtype();
+        let x = widened::<B>(x);
+        let [cos, sin] = [cos, sin].map(|t| cast::<B>(t, x.dtype()));
         let [seq, dim] = cos.shape().dims();
         let table = |t: FloatTensor<B>| B::float_reshape(t, Shape::new([1, seq, 1, dim]));
         let (first, second) = halves::<B>(x.clone());
         let turned = B::float_cat(vec![B::float_neg(second), first], 3);
         let along = B::float_mul(x, table(cos));
-        B::float_add(along, B::float_mul(turned, table(sin)))
+        let y = B::float_add(along, B::float_mul(turned, table(sin)));
+        cast::<B>(y, dtype)
     }
 
     /// The sines with which [`rotate_half`] is the transpose of the rotation by `sin`.

@@ -1,6 +1,6 @@
 //! Helpers of the unit tests.
 
-use burn::backend::{Flex, flex::FlexTensor};
+use burn::backend::{Flex, flex::FlexTensor, ops::FloatTensorOps};
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use proptest::prelude::ProptestConfig;
 
@@ -72,6 +72,26 @@ pub(crate) fn assert_same_on_any_threads(run: impl Fn() -> Vec<Vec<f32>> + Sync)
     let one = on(1);
     assert!(on(2) == one, "two threads");
     assert!(on(5) == one, "five threads");
+}
+
+/// Asserts that no error exceeds `bound` times the largest magnitude of what is expected, in `F64`.
+#[track_caller]
+pub(crate) fn assert_within(found: FlexTensor, expected: &FlexTensor, bound: f64) {
+    let found = contiguous(Flex::float_cast(found, FloatDType::F64));
+    let (found, expected) = (
+        found.as_slice::<f64>().unwrap(),
+        contiguous(expected.clone()),
+    );
+    let expected = expected.as_slice::<f64>().unwrap();
+    assert_eq!(found.len(), expected.len());
+    let largest = expected.iter().fold(0.0f64, |most, v| most.max(v.abs()));
+    for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let error = (found - expected).abs();
+        assert!(
+            error <= bound * largest,
+            "{found} for {expected} at {at}, the largest {largest}"
+        );
+    }
 }
 
 /// The gradient of `f` at `x` by central differences in `f64`.

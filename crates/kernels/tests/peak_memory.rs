@@ -4,7 +4,7 @@ mod counting;
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use kernels::{
-    Layout, Levels, Precision, causal_attention, linear_cross_entropy, pack, quant_matmul,
+    Layout, Levels, Precision, causal_attention, linear_cross_entropy, matmul, pack, quant_matmul,
 };
 
 /// The peak of allocated bytes during a second run of `step`, above those before it.
@@ -19,6 +19,7 @@ fn peaks_are_bounded() {
     one_step_stays_below_half_of_the_dense_weights();
     a_loss_keeps_one_slab_of_logits();
     attention_keeps_no_scores();
+    a_weight_of_16_bits_is_never_whole_in_f32();
 }
 
 const WIDTH: usize = 512;
@@ -109,5 +110,41 @@ fn attention_keeps_no_scores() {
     assert!(
         above < 12 * values,
         "{above} bytes beside {values} of values"
+    );
+}
+
+/// A product widens a panel of 4 MiB at a time, and the loss one of 16 MiB of the head.
+fn a_weight_of_16_bits_is_never_whole_in_f32() {
+    const PANEL: usize = 4 << 20;
+    let device = Device::flex().autodiff();
+    let random = |dims: [usize; 2]| Tensor::random(dims, Distribution::Uniform(-1.0, 1.0), &device);
+    let whole = 4 * 1024 * 8192;
+    let weight = random([1024, 8192]).cast(DType::BF16);
+    for weight in [weight.clone(), weight.transpose()] {
+        let [d_in, d_out] = weight.dims();
+        for rows in [1, 16] {
+            let x = random([rows, d_in]).require_grad();
+            let peak = peak_of(|| {
+                let y = matmul(x.clone(), weight.clone());
+                drop(x.grad(&y.sum().backward()));
+            });
+            let results = 4 * rows * (4 * d_in + 6 * d_out);
+            assert!(
+                peak < PANEL * 5 / 4 + results + (1 << 20),
+                "{peak} bytes, the weight has {whole}"
+            );
+        }
+    }
+    let head = random([1024, 16384]).cast(DType::BF16);
+    let x = random([8, 1024]).require_grad();
+    let targets = Tensor::<1, Int>::zeros([8], &device);
+    let peak = peak_of(|| {
+        let losses = linear_cross_entropy(x.clone(), head.clone(), targets.clone());
+        drop(x.grad(&losses.sum().backward()));
+    });
+    let (logits, head) = (4 * 8 * 16384, 4 * 1024 * 16384);
+    assert!(
+        peak < head / 4 + 3 * logits + (1 << 20),
+        "{peak} bytes, the head has {head}"
     );
 }

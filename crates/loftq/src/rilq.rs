@@ -5,7 +5,7 @@
 //! last hidden state, here in units of the dense model's mean square, and half the cross-entropy of the
 //! next token, on calibration text.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use peft::{
     Adapters, Batch, CausalLm, FitConfig, LayerError, Lora, Recipe, Schedule, Stages, Streams,
     check_recipe, fit_with, last_output, nll_of_output,
@@ -96,13 +96,15 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         let scale: f32 = (targets.iter())
             .zip(calibration)
             .map(|(target, batch)| batch.of_text(target.clone()))
-            .map(|target| target.square().mean().into_scalar::<f32>())
+            .map(|target| target.cast(DType::F32).square().mean().into_scalar::<f32>())
             .sum::<f32>()
             / targets.len() as f32;
         let loss = |model: &M, x: Tensor<3>, at: usize| {
             let [n, seq, hidden] = x.dims();
             let predicting = |x: Tensor<3>| x.slice([0..n, 0..seq - 1, 0..hidden]);
-            let difference = model.norm(predicting(x.clone())) - predicting(targets[at].clone());
+            let wide = |x: Tensor<3>| x.cast(DType::F32);
+            let difference = wide(model.norm(predicting(x.clone())));
+            let difference = difference - wide(predicting(targets[at].clone()));
             let square = difference.square().mean_dim(2).squeeze_dim::<2>(2) / scale;
             let (share, batch) = (self.cross_entropy, &calibration[at]);
             let of_tokens = if share == 0.0 {

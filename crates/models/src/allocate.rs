@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
 use peft::{
-    Batch, Blocks, CausalLm, Fisher, FisherRoots, LayerReport, Recipe, Stages, Streams, Weight,
+    Batch, Blocks, CausalLm, Fisher, FisherRoots, LayerReport, Recipe, Stages, Streams,
     check_recipe, token_nll,
 };
 use quant_core::{AllocationError, Candidate, Gram, Needs, Quantizer};
@@ -211,19 +211,17 @@ pub fn sensitivities<M: CausalLm + Stages>(
     while let Some(stage) = streams.next_stage(model) {
         let gram = stage.gram.expect("there is calibration");
         for (path, linear) in &model.linears()[stage.layers] {
-            let Weight::Dense(weight) = linear.weight() else {
-                unreachable!("checked to be dense");
-            };
+            let weight = linear.weight().to_dense();
             let named = |source| peft::Error::Quant {
                 path: path.clone(),
                 source,
             };
-            gram.check(weight.val().dims()[0]).map_err(named)?;
+            gram.check(weight.dims()[0]).map_err(named)?;
             let roots = fisher.of(path);
             let candidate = |quantizer: &&dyn Quantizer| {
-                let quantized = quantizer.quantize(weight.val(), Some(&gram));
+                let quantized = quantizer.quantize(weight.clone(), Some(&gram));
                 let packed = quantized.map_err(named)?.weight;
-                let error = packed.dequantize() - weight.val();
+                let error = packed.dequantize() - weight.clone();
                 let n_bytes = packed.n_bytes() as u64;
                 let error = roots.map_or(0.0, |roots| rise(error, roots, &gram));
                 Ok(Candidate { n_bytes, error })

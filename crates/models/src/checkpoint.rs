@@ -26,7 +26,7 @@ mod verify;
 
 pub use dense::{Rounding, save_dense};
 pub use kind::{CheckpointFormat, GptqVersion};
-pub use load::load;
+pub use load::{load, load_as};
 pub use plan::{Plan, PlannedLayer, plan};
 pub use save::{check_format, save, save_as};
 pub use stream::{StreamStep, Streaming, quantize_to};

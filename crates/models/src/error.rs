@@ -58,6 +58,14 @@ pub enum ConfigError {
         /// The problem.
         problem: String,
     },
+    /// A type of float in which a device does not compute.
+    #[error("{device} does not compute in {compute:?}; load the model in F32")]
+    Compute {
+        /// The type.
+        compute: FloatType,
+        /// The device.
+        device: String,
+    },
     /// Two configurations of one model that contradict each other.
     #[error(
         "`{first}` and `{second}` disagree on {setting}: {in_first} and {in_second}; correct the one that is wrong"

@@ -3,6 +3,7 @@
 //! | item | |
 //! |---|---|
 //! | [`load`] | loads a Hugging Face directory: dense, packed by GPTQ or bitsandbytes, or written by [`save`] |
+//! | [`load_as`] | the same, to compute in `bf16` or `f16` |
 //! | [`load_verified`] | loads a directory that [`save`] wrote, and checks its files and its certificate |
 //! | [`Pretrained`] | a model with its tokenizer and the other files of its directory |
 //! | [`Model`], [`Config`] | a model and its shape |
@@ -66,7 +67,7 @@ mod tokenizer;
 pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sensitivities};
 pub use checkpoint::{
     CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, StreamStep, Streaming,
-    check_format, load, load_verified, plan, quantize_to, save, save_as, save_dense,
+    check_format, load, load_as, load_verified, plan, quantize_to, save, save_as, save_dense,
 };
 pub use config::Config;
 pub use error::{
@@ -81,5 +82,5 @@ pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{quantize, quantize_head};
 pub use rope_scaling::RopeScaling;
 pub use special_tokens::{SpecialToken, SpecialTokens};
-pub use tensor_files::{IntoOutput, Output};
+pub use tensor_files::{FloatType, IntoOutput, Output};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

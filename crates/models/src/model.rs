@@ -1,11 +1,13 @@
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 use peft::{Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Weight};
+use tensor_files::FloatType;
 
 use crate::config::{Block, Config};
 use crate::norm::Norm;
 use crate::positions::Positions;
 use crate::source::{HEAD, Random, Source, weight_name};
+use crate::{ConfigError, Result};
 
 #[cfg(test)]
 mod golden;
@@ -43,6 +45,9 @@ pub struct Model {
     pub(crate) lm_head: Option<Weight>,
     #[module(skip)]
     pub(crate) config: Config,
+    /// The type of the activations, which is read where tokens are embedded.
+    #[module(skip)]
+    pub(crate) compute: FloatType,
     /// The digest of the tokenizer's files, if the model came with some.
     #[module(skip)]
     pub(crate) tokenizer: Option<String>,
@@ -91,6 +96,7 @@ impl Model {
             project_out,
             lm_head,
             config,
+            compute: FloatType::F32,
             tokenizer: None,
         })
     }
@@ -109,6 +115,22 @@ impl Model {
     /// The shape of the model.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// The type of float that the model computes in.
+    pub fn compute(&self) -> FloatType {
+        self.compute
+    }
+
+    /// Sets the type of float that the model computes in, which is that of its activations. Parameters
+    /// stay as they are.
+    ///
+    /// # Errors
+    /// [`ConfigError::Compute`] if the device of the parameters does not compute in it.
+    pub fn with_compute(mut self, compute: FloatType) -> Result<Self> {
+        check_compute(compute, &self.device())?;
+        self.compute = compute;
+        Ok(self)
     }
 
     /// The device of the parameters.
@@ -163,6 +185,7 @@ impl Model {
             project_out: None,
             lm_head: None,
             config,
+            compute: FloatType::F32,
             tokenizer: None,
         })
     }
@@ -181,6 +204,25 @@ fn norm_tables(path: String, norm: &Norm) -> Vec<(String, Table<'_>)> {
     let vectors = norm.vectors().into_iter();
     let vectors = vectors.map(|(kind, vector)| (kind.name(&path), Table::Vector(vector)));
     vectors.collect()
+}
+
+/// # Errors
+/// [`ConfigError::Compute`] if the device does not compute in a type of float.
+pub(crate) fn check_compute(compute: FloatType, device: &Device) -> Result<()> {
+    if device.supports_dtype(dtype(compute)) {
+        return Ok(());
+    }
+    let device = format!("{device:?}");
+    Err(ConfigError::Compute { compute, device }.into())
+}
+
+/// A type of float as a dtype of burn's.
+fn dtype(float: FloatType) -> DType {
+    match float {
+        FloatType::F32 => DType::F32,
+        FloatType::F16 => DType::F16,
+        FloatType::Bf16 => DType::BF16,
+    }
 }
 
 /// A parameter that is stored as it is in memory.
@@ -212,6 +254,7 @@ impl Blocks for Model {
         let rows = |table: &Param<Tensor<2>>, rows: Tensor<2, Int>| {
             let [batch, seq] = rows.dims();
             let x = table.val().select(0, rows.reshape([batch * seq]));
+            let x = x.cast(dtype(self.compute));
             let width = x.dims()[1];
             x.reshape([batch, seq, width])
         };

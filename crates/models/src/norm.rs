@@ -1,5 +1,5 @@
 use burn::module::{Module, Param};
-use burn::tensor::{Tensor, module::layer_norm};
+use burn::tensor::{DType, Tensor, module::layer_norm};
 
 use crate::source::{Source, Vector};
 
@@ -73,10 +73,12 @@ impl Norm {
         match self {
             Self::Rms(norm) => kernels::rms_norm(x, norm.weight.val(), norm.eps),
             Self::Layer(LayerNorm { weight, bias }) => {
-                let ones = || Tensor::ones([x.dims()[D - 1]], (&x.device(), x.dtype()));
+                // In `f32`, as the other norm.
+                let (dtype, x) = (x.dtype(), x.cast(DType::F32));
+                let ones = || Tensor::ones([x.dims()[D - 1]], (&x.device(), DType::F32));
                 let weight = weight.as_ref().map_or_else(ones, |weight| weight.val());
                 let bias = bias.as_ref().map(|bias| bias.val());
-                layer_norm(x, weight, bias, EPS)
+                layer_norm(x, weight, bias, EPS).cast(dtype)
             }
         }
     }

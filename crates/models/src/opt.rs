@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::module::Module;
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 use peft::{Identity, Linear, Spans};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -372,10 +372,12 @@ impl DecoderBlock for OptBlock {
 
 impl Activation {
     fn apply(self, x: Tensor<3>) -> Tensor<3> {
+        // The functions have several steps, which round in `f32`.
+        let (dtype, wide) = (x.dtype(), |x: Tensor<3>| x.cast(DType::F32));
         match self {
             Self::Relu => activation::relu(x),
-            Self::Gelu => activation::gelu(x),
-            Self::GeluTanh => activation::gelu_approximate(x),
+            Self::Gelu => activation::gelu(wide(x)).cast(dtype),
+            Self::GeluTanh => activation::gelu_approximate(wide(x)).cast(dtype),
         }
     }
 }

@@ -7,10 +7,12 @@ use std::path::Path;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use models::{LlamaConfig, Model, Pretrained, Streaming, Tokenizer, quantize_to, save_dense};
+use models::{
+    FloatType, LlamaConfig, Model, Pretrained, Streaming, Tokenizer, load, load_as, quantize_to,
+    save_dense,
+};
 use peft::{Batch, CausalLm, FitConfig, Linears, Peqa};
 use quant_core::{Optq, Quantizer, Rtn};
-use tensor_files::FloatType;
 
 #[path = "fixtures/word_level.rs"]
 mod word_level;
@@ -49,6 +51,7 @@ fn what_is_kept() {
     a_packed_head_stays_packed();
     a_packed_head_is_unpacked_once();
     a_tokenizer_is_not_larger_than_its_file();
+    weights_of_16_bits_take_half_the_bytes();
     a_streamed_model_is_never_in_memory_whole();
 }
 
@@ -184,4 +187,39 @@ fn a_streamed_model_is_never_in_memory_whole() {
         "{optq} bytes for blocks of {block}"
     );
     assert!(rtn.max(optq) < 2 * size / 3, "a third of the size in f32");
+}
+
+/// Of a model that computes in `f32`, too.
+fn weights_of_16_bits_take_half_the_bytes() {
+    let device = Device::flex();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama_bf16");
+    let scratch = tempfile::tempdir().unwrap();
+    let lm = load(&golden, &device).unwrap();
+    let kept_in = |float: FloatType, compute: FloatType| {
+        let dir = scratch.path().join(format!("{float:?} {compute:?}"));
+        save_dense(&lm, &dir, float).unwrap();
+        drop(load(&dir, &device).unwrap());
+        let (lm, kept) = counting::kept_by(|| load_as(&dir, &device, compute).unwrap());
+        drop(lm);
+        kept
+    };
+    let n_bytes = std::fs::metadata(golden.join("model.safetensors"))
+        .unwrap()
+        .len() as usize;
+    let wide = kept_in(FloatType::F32, FloatType::F32);
+    assert!(
+        wide > 2 * n_bytes * 9 / 10,
+        "{wide} bytes of {n_bytes} in 16 bits"
+    );
+    for (float, compute) in [
+        (FloatType::Bf16, FloatType::F32),
+        (FloatType::F16, FloatType::F32),
+        (FloatType::Bf16, FloatType::Bf16),
+    ] {
+        let kept = kept_in(float, compute);
+        assert!(
+            kept < n_bytes * 11 / 10,
+            "{kept} bytes of {n_bytes} in {float:?}"
+        );
+    }
 }

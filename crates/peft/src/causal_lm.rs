@@ -1,4 +1,4 @@
-use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 use kernels::linear_cross_entropy;
 use quant_core::QuantTensor;
 
@@ -50,7 +50,7 @@ pub trait CausalLm: Blocks {
     reason = "there is one at a time, on the stack"
 )]
 pub enum Head<'a> {
-    /// Floats: a weight of its own, or the transposed embedding of a tied head.
+    /// Floats of any dtype: a weight of its own, or the transposed embedding of a tied head.
     Dense(Tensor<2>),
     /// A packed weight.
     Quant(&'a QuantTensor),
@@ -70,19 +70,24 @@ impl Head<'_> {
     ///
     /// # Shapes
     /// - `x`: `[rows, hidden]`
-    /// - result: `[rows, vocab]`
+    /// - result: `[rows, vocab]`, in the dtype of `x`
     ///
     /// # Panics
     /// If `x` is of another width.
     pub fn logits(&self, x: Tensor<2>) -> Tensor<2> {
         match self {
-            Self::Dense(weight) => x.matmul(weight.clone()),
+            Self::Dense(weight) => kernels::matmul(x, weight.clone()),
             Self::Quant(weight) => weight.matmul(x),
         }
     }
 
-    /// The weight in floats, `[hidden, vocab]`; a packed one is dequantized.
+    /// The weight in `f32`, `[hidden, vocab]`; a packed one is dequantized.
     pub fn to_dense(&self) -> Tensor<2> {
+        self.at_rest().cast(DType::F32)
+    }
+
+    /// The weight in floats: a dense one in the dtype in which it is in memory.
+    fn at_rest(&self) -> Tensor<2> {
         match self {
             Self::Dense(weight) => weight.clone(),
             Self::Quant(weight) => weight.dequantize(),
@@ -90,8 +95,8 @@ impl Head<'_> {
     }
 }
 
-/// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`; zero for
-/// tokens that are not targets.
+/// The negative log-likelihood of each token after the first, in nats, `[batch, seq - 1]`, in `f32`; zero
+/// for tokens that are not targets.
 ///
 /// # Panics
 /// If a token is not in the vocabulary ([`Batch::check`]).
@@ -109,7 +114,7 @@ pub fn nll_of_output<M: CausalLm>(model: &M, x: Tensor<3>, batch: &Batch) -> Ten
     let x = x.reshape([n * (seq - 1), hidden]);
     let targets = batch.tokens().slice([0..n, 1..seq]);
     let targets = targets.reshape([n * (seq - 1)]);
-    let head = model.head().to_dense();
+    let head = model.head().at_rest();
     let Some(rows) = batch.target_rows() else {
         return linear_cross_entropy(x, head, targets).reshape([n, seq - 1]);
     };

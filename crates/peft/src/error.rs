@@ -65,7 +65,9 @@ pub enum Error {
         dims: [usize; 2],
     },
     /// A dense weight of another dtype than that of its adapter.
-    #[error("layer `{path}` is {found:?}, its adapter would be F32; convert the weight to F32")]
+    #[error(
+        "layer `{path}` is {found:?}, whose values its adapter, in F32, does not hold; convert the weight to F32"
+    )]
     NotF32 {
         /// The layer.
         path: String,
@@ -272,12 +274,38 @@ pub enum Error {
     /// A model without trainable parameters.
     #[error("all parameters are frozen; attach adapters first")]
     NothingToTrain,
+    /// A parameter of 16 bits, which does not hold small steps, that would be trained.
+    #[error("`{path}` is {found:?} and would be trained; cast it to F32, or freeze it")]
+    TrainsIn16Bits {
+        /// The parameter.
+        path: String,
+        /// Its dtype.
+        found: DType,
+    },
     /// NaN or infinity during training. The model is unchanged.
     #[error("{what} is not finite at step {step}; lower the learning rate, or look at the data")]
     NonFinite {
         /// The loss and where it ceases to be finite, with blocks counted from 0; or the gradient of a
         /// parameter, or the parameter.
         what: String,
+        /// The step, counted from 1.
+        step: usize,
+    },
+    /// A device without memory for a step of training. The model is unchanged.
+    #[error(
+        "the device has no memory for {n_bytes} more bytes at step {step}; take smaller batches with more accumulation, `FitConfig::with_checkpoint_blocks`, or compute in 16 bits"
+    )]
+    OutOfMemory {
+        /// The bytes that were asked for.
+        n_bytes: u64,
+        /// The step, counted from 1.
+        step: usize,
+    },
+    /// Another failure of a device in training. The model is unchanged.
+    #[error("the device failed at step {step}: {reason}")]
+    Device {
+        /// What the device reports.
+        reason: String,
         /// The step, counted from 1.
         step: usize,
     },
@@ -350,3 +378,62 @@ fn trainable(parameters: &[String]) -> String {
 
 /// A result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A failure of a device, which burn reports as text when a tensor is read.
+    pub(crate) fn of_device(reason: impl std::fmt::Display, step: usize) -> Self {
+        let reason = reason.to_string();
+        // CubeCL's two errors of an allocation.
+        let asked = [
+            "out of device memory allocating ",
+            "can't allocate buffer of size: ",
+        ];
+        let n_bytes = asked.into_iter().find_map(|words| {
+            let (_, rest) = reason.split_once(words)?;
+            let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+            digits.parse().ok()
+        });
+        match n_bytes {
+            Some(n_bytes) => Self::OutOfMemory { n_bytes, step },
+            None => Self::Device { reason, step },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_of_devices_say_what_was_asked_for() {
+        let reason =
+            "An error happened\nCaused by:\n  out of device memory allocating 4096 bytes\n";
+        let error = Error::of_device(reason, 3);
+        assert!(
+            matches!(
+                error,
+                Error::OutOfMemory {
+                    n_bytes: 4096,
+                    step: 3
+                }
+            ),
+            "{error}"
+        );
+        let error = Error::of_device("can't allocate buffer of size: 17\n", 1);
+        assert!(
+            matches!(
+                error,
+                Error::OutOfMemory {
+                    n_bytes: 17,
+                    step: 1
+                }
+            ),
+            "{error}"
+        );
+        let error = Error::of_device("an illegal address", 2);
+        assert_eq!(
+            error.to_string(),
+            "the device failed at step 2: an illegal address"
+        );
+    }
+}

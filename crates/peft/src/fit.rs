@@ -1,6 +1,6 @@
 use burn::module::{ModuleVisitor, Param, ParamId};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
-use burn::tensor::{Tensor, TensorData, Transaction};
+use burn::tensor::{DType, Tensor, TensorData, Transaction};
 use rand::Rng;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
@@ -27,8 +27,9 @@ use crate::{
 ///
 /// # Errors
 /// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
-/// [`Error::NothingToTrain`] before the first step; [`Error::NonFinite`] if the loss, a gradient or a
-/// result is NaN or infinite. On an error the model is unchanged.
+/// [`Error::NothingToTrain`] or [`Error::TrainsIn16Bits`] before the first step; [`Error::NonFinite`] if
+/// the loss, a gradient or a result is NaN or infinite; [`Error::OutOfMemory`] or [`Error::Device`] if the
+/// device reports a failure when a loss or a gradient is read. On an error the model is unchanged.
 ///
 /// # Examples
 /// ```
@@ -240,6 +241,9 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
     if trainable.n == 0 {
         return Err(Error::NothingToTrain);
     }
+    if let Some((path, found)) = trainable.of_16_bits {
+        return Err(Error::TrainsIn16Bits { path, found });
+    }
     let per_epoch = batches.len().div_ceil(config.accumulation);
     let n_steps = config
         .steps
@@ -310,7 +314,7 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
             accumulated.accumulate(&tuned, gradients);
         }
         let mut gradients = accumulated.grads();
-        let totals = totals(&tuned, losses, &gradients);
+        let totals = totals(&tuned, losses, &gradients, index + 1)?;
         if let Some(part) = totals.losses.iter().position(|loss| !loss.is_finite()) {
             return Err(Error::NonFinite {
                 what: format!(
@@ -378,11 +382,30 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
 #[derive(Default)]
 struct Trainable {
     n: usize,
+    path: Vec<String>,
+    /// The first that does not hold small steps.
+    of_16_bits: Option<(String, DType)>,
 }
 
 impl ModuleVisitor for Trainable {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        self.n += usize::from(param.is_require_grad());
+        if !param.is_require_grad() {
+            return;
+        }
+        self.n += 1;
+        let dtype = param.val().dtype();
+        if matches!(dtype, DType::F16 | DType::BF16) {
+            let found = (self.path.join("."), dtype);
+            self.of_16_bits.get_or_insert(found);
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
     }
 }
 
@@ -395,7 +418,12 @@ struct Totals {
 }
 
 /// Reads the totals of a step in one operation, because a read waits for all that the device has to do.
-fn totals<M: Blocks>(model: &M, losses: Vec<Tensor<1>>, gradients: &GradientsParams) -> Totals {
+fn totals<M: Blocks>(
+    model: &M,
+    losses: Vec<Tensor<1>>,
+    gradients: &GradientsParams,
+    step: usize,
+) -> Result<Totals> {
     let mut norms = Norms {
         gradients,
         path: Vec::new(),
@@ -406,16 +434,19 @@ fn totals<M: Blocks>(model: &M, losses: Vec<Tensor<1>>, gradients: &GradientsPar
     let (paths, squares): (Vec<String>, Vec<Tensor<1>>) = norms.squares.into_iter().unzip();
     let all = losses.into_iter().chain(squares);
     let read = all.fold(Transaction::default(), Transaction::register);
-    let values = read.execute().into_iter();
+    let values = read.try_execute();
+    let values = values
+        .map_err(|error| Error::of_device(error, step))?
+        .into_iter();
     let value = |data: TensorData| {
         let value = data.convert::<f32>().try_into_vec::<f32>().expect("floats");
         f64::from(value[0])
     };
     let mut values = values.map(value);
-    Totals {
+    Ok(Totals {
         losses: values.by_ref().take(n_losses).collect(),
         squares: paths.into_iter().zip(values).collect(),
-    }
+    })
 }
 
 struct Norms<'a> {

@@ -1,7 +1,7 @@
 use std::time::Instant;
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 use quant_core::{Format, Gram, Precision, QuantTensor, Quantized, Quantizer};
 
 use crate::adapter::check_shape;
@@ -14,7 +14,7 @@ use crate::{Adapter, Error, LayerError, LayerReport, Result};
     reason = "a layer has one; the size is that of its tensors"
 )]
 pub enum Weight {
-    /// Floats.
+    /// Floats of any dtype, which products convert where they use them.
     Dense(Param<Tensor<2>>),
     /// Packed codes, always frozen.
     Quant(QuantTensor),
@@ -78,10 +78,10 @@ impl Weight {
         }
     }
 
-    /// The weight in floats, `[d_in, d_out]`; a packed one is dequantized.
+    /// The weight in `f32`, `[d_in, d_out]`; a packed one is dequantized.
     pub fn to_dense(&self) -> Tensor<2> {
         match self {
-            Weight::Dense(weight) => weight.val(),
+            Weight::Dense(weight) => weight.val().cast(DType::F32),
             Weight::Quant(weight) => weight.dequantize(),
         }
     }
@@ -90,13 +90,13 @@ impl Weight {
     ///
     /// # Shapes
     /// - `x`: `[.., d_in]`
-    /// - result: `[.., d_out]`
+    /// - result: `[.., d_out]`, in the dtype of `x`
     ///
     /// # Panics
     /// If `x` has another width.
     pub fn matmul<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
-            Weight::Dense(weight) => dense_matmul(x, weight.val()),
+            Weight::Dense(weight) => kernels::matmul(x, weight.val()),
             Weight::Quant(weight) => weight.matmul(x),
         }
     }
@@ -116,7 +116,7 @@ impl Weight {
     ) -> Result<LayerReport> {
         let clock = Instant::now();
         let dense = match self {
-            Weight::Dense(weight) => weight.val(),
+            Weight::Dense(_) => self.to_dense(),
             Weight::Quant(_) => return Err(Error::AlreadyQuantized { path: path.into() }),
         };
         let named = |source| Error::Quant {
@@ -140,23 +140,13 @@ impl Weight {
     }
 }
 
-/// `x · weight` with `x [.., d_in]` and `weight [d_in, d_out]`.
-pub(crate) fn dense_matmul<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
-    let mut dims = x.dims();
-    let d_in = dims[D - 1];
-    let rows = dims[..D - 1].iter().product::<usize>();
-    let y = x.reshape([rows, d_in]).matmul(weight);
-    dims[D - 1] = y.dims()[1];
-    y.reshape(dims)
-}
-
 /// A linear layer, `y = x · W + b`, with at most one adapter.
 ///
 /// The adapter reads the weight and the input; the bias is added last.
 ///
 /// # Examples
 /// ```
-/// use burn::tensor::{Device, Tensor};
+/// use burn::tensor::{DType, Device, Tensor};
 /// use peft::{Linear, Weight};
 /// use quant_core::Rtn;
 ///
@@ -191,7 +181,7 @@ impl Linear {
     ///
     /// ```
     /// use burn::nn::LinearConfig;
-    /// use burn::tensor::{Device, Tensor};
+    /// use burn::tensor::{DType, Device, Tensor};
     /// use peft::Linear;
     ///
     /// let device = Device::flex();
@@ -228,7 +218,7 @@ impl Linear {
     ///
     /// # Shapes
     /// - `x`: `[.., d_in]`
-    /// - result: `[.., d_out]`
+    /// - result: `[.., d_out]`, in the dtype of `x`
     ///
     /// # Panics
     /// If `x` has another width.
@@ -239,7 +229,10 @@ impl Linear {
         };
         let tuned = self.adapter.as_ref().and_then(Adapter::bias);
         match tuned.or_else(|| self.bias()) {
-            Some(bias) => y + bias.unsqueeze(),
+            Some(bias) => {
+                let bias = bias.cast(y.dtype());
+                y + bias.unsqueeze()
+            }
             None => y,
         }
     }
@@ -275,7 +268,7 @@ impl Linear {
         self.adapter.as_ref()
     }
 
-    /// The weight that [`Linear::forward`] multiplies by, adapter included, in floats: `[d_in, d_out]`.
+    /// The weight that [`Linear::forward`] multiplies by, adapter included, in `f32`: `[d_in, d_out]`.
     pub fn to_dense(&self) -> Tensor<2> {
         match &self.adapter {
             Some(adapter) => adapter.ops().to_dense(&self.weight).0.detach(),

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::values::check_finite;
 use crate::{Error, Result, linalg};
@@ -207,5 +207,6 @@ impl Gram {
 fn rows<const D: usize>(x: Tensor<D>, d_in: usize) -> Tensor<2> {
     assert_eq!(x.dims()[D - 1], d_in, "the inputs of the Gram");
     let n = x.dims()[..D - 1].iter().product::<usize>();
-    x.reshape([n, d_in])
+    // Sums of squares are computed in `f32`.
+    x.reshape([n, d_in]).cast(DType::F32)
 }

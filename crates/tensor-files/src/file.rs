@@ -111,26 +111,44 @@ impl TensorFile {
         Some(&self.metadata.info(name)?.shape)
     }
 
-    /// The values and the shape of a tensor of `f32`, `f16` or `bf16`, row by row.
+    /// The values and the shape of a tensor of `f32`, `f16` or `bf16`, row by row, in `f32`.
+    ///
+    /// # Errors
+    /// As [`TensorFile::typed_floats`].
+    pub fn floats<const D: usize>(&mut self, name: &str) -> Result<(Vec<f32>, [usize; D])> {
+        let (values, shape) = self.typed_floats(name)?;
+        Ok((values.into_f32(), shape))
+    }
+
+    /// The values and the shape of a tensor of floats, row by row, in the type that the file has.
     ///
     /// # Errors
     /// [`Error::MissingTensor`]; [`Error::Tensor`] for another dtype or number of dimensions, or
     /// if a value is not finite.
-    pub fn floats<const D: usize>(&mut self, name: &str) -> Result<(Vec<f32>, [usize; D])> {
+    pub fn typed_floats<const D: usize>(&mut self, name: &str) -> Result<(Floats, [usize; D])> {
         let (dtype, shape, bytes) = self.read(name)?;
-        let values: Vec<f32> = match dtype {
-            Dtype::F32 => read_each(&bytes, f32::from_le_bytes),
-            Dtype::F16 => read_each(&bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
-            Dtype::BF16 => read_each(&bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        let (values, non_finite) = match dtype {
+            Dtype::F32 => {
+                let values = read_each(&bytes, f32::from_le_bytes);
+                let found = non_finite(&values, |value| value);
+                (Floats::F32(values), found)
+            }
+            Dtype::F16 => {
+                let values = read_each(&bytes, f16::from_le_bytes);
+                let found = non_finite(&values, f16::to_f32);
+                (Floats::F16(values), found)
+            }
+            Dtype::BF16 => {
+                let values = read_each(&bytes, bf16::from_le_bytes);
+                let found = non_finite(&values, bf16::to_f32);
+                (Floats::Bf16(values), found)
+            }
             _ => return Err(self.refuse(name, format!("is {dtype:?}, not F32, F16 or BF16"))),
         };
-        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            let count = values.iter().filter(|value| !value.is_finite()).count();
-            let value = values[at];
-            let problem = format!("element {at} is {value}; non-finite elements in all: {count}");
-            return Err(self.refuse(name, problem));
+        match non_finite {
+            Some(problem) => Err(self.refuse(name, problem)),
+            None => Ok((values, shape)),
         }
-        Ok((values, shape))
     }
 
     /// The values and the shape of a tensor of 32-bit integers, row by row.
@@ -263,6 +281,39 @@ impl TensorFile {
             problem,
         }
     }
+}
+
+/// The values of a tensor, in the type that its file has.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Floats {
+    /// [`FloatType::F32`](crate::FloatType::F32).
+    F32(Vec<f32>),
+    /// [`FloatType::F16`](crate::FloatType::F16).
+    F16(Vec<f16>),
+    /// [`FloatType::Bf16`](crate::FloatType::Bf16).
+    Bf16(Vec<bf16>),
+}
+
+impl Floats {
+    /// The values in `f32`, which holds each exactly.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values,
+            Self::F16(values) => values.into_iter().map(f16::to_f32).collect(),
+            Self::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+        }
+    }
+}
+
+/// What is wrong with values of which some are not finite.
+fn non_finite<T: Copy>(values: &[T], widen: impl Fn(T) -> f32) -> Option<String> {
+    let is_not = |value: &T| !widen(*value).is_finite();
+    let at = values.iter().position(is_not)?;
+    let count = values.iter().filter(|value| is_not(value)).count();
+    let value = widen(values[at]);
+    Some(format!(
+        "element {at} is {value}; non-finite elements in all: {count}"
+    ))
 }
 
 fn read_each<const N: usize, T>(bytes: &[u8], read: impl Fn([u8; N]) -> T) -> Vec<T> {

@@ -46,7 +46,7 @@ mod write;
 
 pub use document::{is_there, read, read_config, read_json, write, write_json};
 pub use error::{Error, Result};
-pub use file::TensorFile;
+pub use file::{Floats, TensorFile};
 pub use output::{Canceler, IntoOutput, Output, write_directory};
 pub use partial::Partial;
 pub use sums::{SUMS, check_sums, digest, sha256, write_sums};

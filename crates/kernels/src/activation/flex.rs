@@ -4,7 +4,7 @@ use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
 use rayon::prelude::*;
 
 use super::{GateOps, composed};
-use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::host::{all_native, floats, rounded, tensor, widened};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math::sigmoid;
 use crate::memory::zeroed;
@@ -14,16 +14,17 @@ const TASK: usize = 1 << 14;
 
 impl GateOps for Flex {
     fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        if !all_f32([&gate, &up]) {
+        if !all_native([&gate, &up]) {
             return composed::silu_mul::<Self>(gate, up);
         }
-        let (gate, up) = (contiguous(gate), contiguous(up));
+        let dtype = gate.dtype();
+        let (gate, up) = (widened(gate), widened(up));
         let mut y = zeroed(floats(&gate).len());
         y.par_chunks_mut(TASK)
             .zip(floats(&gate).par_chunks(TASK))
             .zip(floats(&up).par_chunks(TASK))
             .for_each(|((y, gate), up)| forward(gate, up, y));
-        tensor(y, gate.shape())
+        rounded(tensor(y, gate.shape()), dtype)
     }
 
     fn silu_mul_backward(
@@ -31,10 +32,11 @@ impl GateOps for Flex {
         up: FloatTensor<Self>,
         dy: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_f32([&gate, &up, &dy]) {
+        if !all_native([&gate, &up, &dy]) {
             return composed::silu_mul_backward::<Self>(gate, up, dy);
         }
-        let (gate, up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
+        let dtype = gate.dtype();
+        let [gate, up, dy] = [gate, up, dy].map(widened);
         let n = floats(&gate).len();
         let (mut dgate, mut dup) = (zeroed(n), zeroed(n));
         dgate
@@ -44,7 +46,8 @@ impl GateOps for Flex {
             .zip(floats(&up).par_chunks(TASK))
             .zip(floats(&dy).par_chunks(TASK))
             .for_each(|((((dgate, dup), gate), up), dy)| backward(gate, up, dy, dgate, dup));
-        (tensor(dgate, gate.shape()), tensor(dup, gate.shape()))
+        let [dgate, dup] = [dgate, dup].map(|d| rounded(tensor(d, gate.shape()), dtype));
+        (dgate, dup)
     }
 }
 

@@ -6,6 +6,7 @@ use burn::backend::{Backend, TensorMetadata, get_device_settings, tensor::FloatT
 use burn::tensor::Shape;
 
 use super::starts::Starts;
+use crate::dtype::{cast, widened};
 
 /// The sizes of a call.
 struct Sizes {
@@ -53,7 +54,8 @@ impl Sizes {
         Shape::new([self.batch, self.heads, self.seq_q, self.seq_k])
     }
 
-    /// The scaled scores, [`Sizes::of_scores`]; `-inf` where a key is masked.
+    /// The scaled scores, [`Sizes::of_scores`], in `F32` where `q` is of 16 bits; `-inf` where a key is
+    /// masked.
     fn scores<B: Backend>(
         &self,
         q: FloatTensor<B>,
@@ -63,7 +65,8 @@ impl Sizes {
     ) -> FloatTensor<B> {
         let device = q.device();
         let k = B::float_permute(k, &[0, 2, 3, 1]);
-        let scores = B::float_mul_scalar(B::float_matmul(self.stack::<B>(q), k), scale.into());
+        let scores = widened::<B>(B::float_matmul(self.stack::<B>(q), k));
+        let scores = B::float_mul_scalar(scores, scale.into());
         let scores = B::float_reshape(scores, self.of_scores());
         if self.seq_q == 1 && matches!(starts, Starts::First) {
             return scores;
@@ -107,14 +110,14 @@ pub(super) fn forward<B: Backend>(
     starts: Starts<B>,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let sizes = Sizes::of::<B>(&q, &k);
+    let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
     let scores = sizes.scores::<B>(q, k, starts, scale);
     let most = B::float_max_dim(scores.clone(), 3);
     let p = B::float_exp(B::float_sub(scores, most.clone()));
     let sum = B::float_sum_dim(p.clone(), 3);
     let lse = B::float_add(B::float_log(sum.clone()), most);
     let p = B::float_reshape(B::float_div(p, sum), sizes.stacked(sizes.seq_k));
-    let y = B::float_matmul(p, B::float_swap_dims(v, 1, 2));
+    let y = B::float_matmul(cast::<B>(p, dtype), B::float_swap_dims(v, 1, 2));
     let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q]);
     (sizes.unstack::<B>(y), B::float_reshape(lse, of_lse))
 }
@@ -134,7 +137,7 @@ pub(super) fn backward<B: Backend>(
     dy: FloatTensor<B>,
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
-    let sizes = Sizes::of::<B>(&q, &k);
+    let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
     let scores = sizes.scores::<B>(q.clone(), k.clone(), starts, scale);
     let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
     let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
@@ -146,10 +149,12 @@ pub(super) fn backward<B: Backend>(
         sizes.stack::<B>(dy),
     );
     let (k, v) = (B::float_swap_dims(k, 1, 2), B::float_swap_dims(v, 1, 2));
-    let delta = B::float_sum_dim(B::float_mul(dy.clone(), y), 3);
-    let dp = B::float_matmul(dy.clone(), B::float_transpose(v));
+    let delta = B::float_mul(widened::<B>(dy.clone()), widened::<B>(y));
+    let delta = B::float_sum_dim(delta, 3);
+    let dp = widened::<B>(B::float_matmul(dy.clone(), B::float_transpose(v)));
     let ds = B::float_mul(p.clone(), B::float_sub(dp, delta));
     let ds = B::float_mul_scalar(ds, scale.into());
+    let (p, ds) = (cast::<B>(p, dtype), cast::<B>(ds, dtype));
     let of_keys = |t| B::float_swap_dims(t, 1, 2);
     (
         sizes.unstack::<B>(B::float_matmul(ds.clone(), k)),

@@ -5,13 +5,13 @@
 //! threads. The queries of a block are the lanes of vectors, so that maxima and sums over keys need no
 //! reduction across lanes.
 
-use burn::backend::{Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
+use burn::backend::{DType, Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
 use rayon::prelude::*;
 
 use super::starts::Starts;
 use super::{AttentionOps, composed};
 use crate::dense::multiply_add;
-use crate::host::{all_f32, contiguous, floats, integers, tensor};
+use crate::host::{all_native, contiguous, floats, integers, rounded, tensor, widened};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
 use crate::matrix::Matrix;
@@ -30,9 +30,10 @@ impl AttentionOps for Flex {
         starts: Starts<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_f32([&q, &k, &v]) {
+        if !all_native([&q, &k, &v]) {
             return composed::forward::<Self>(q, k, v, starts, scale);
         }
+        let dtype = q.dtype();
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
         let call = Call::new(&q, &k, &v, starts, scale);
         let (y, lse) = match call.seq_q {
@@ -40,7 +41,7 @@ impl AttentionOps for Flex {
             _ => call.forward(),
         };
         let of_lse = [call.batch, call.heads, call.seq_q];
-        (tensor(y, q.shape()), tensor(lse, of_lse))
+        (rounded(tensor(y, q.shape()), dtype), tensor(lse, of_lse))
     }
 
     fn causal_attention_backward(
@@ -53,23 +54,24 @@ impl AttentionOps for Flex {
         dy: FloatTensor<Self>,
         scale: f64,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_f32([&q, &k, &v, &y, &lse, &dy]) {
+        if !all_native([&q, &k, &v, &y, &lse, &dy]) {
             return composed::backward::<Self>(q, k, v, starts, y, lse, dy, scale);
         }
+        let dtype = q.dtype();
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
         let (y, dy, lse) = (whole_heads(y), whole_heads(dy), contiguous(lse));
         let call = Call::new(&q, &k, &v, starts, scale);
         let [dq, dk, dv] = call.backward(&Heads::of(&y), &Heads::of(&dy), floats(&lse));
-        (
-            tensor(dq, q.shape()),
-            tensor(dk, k.shape()),
-            tensor(dv, v.shape()),
-        )
+        let gradient = |d, of: &FlexTensor| rounded(tensor(d, of.shape()), dtype);
+        (gradient(dq, &q), gradient(dk, &k), gradient(dv, &v))
     }
 }
 
-/// A tensor with the dimensions of a head contiguous, copied only if they are not.
+/// A tensor in `F32` with the dimensions of a head contiguous, copied only if it is not.
 fn whole_heads(t: FlexTensor) -> FlexTensor {
+    if t.dtype() != DType::F32 {
+        return widened(t);
+    }
     let layout = t.layout();
     let strides = layout.strides();
     if strides[3] == 1 && strides.iter().all(|&stride| stride >= 0) {

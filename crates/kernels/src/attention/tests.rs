@@ -1,7 +1,7 @@
 //! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::Flex;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::starts::Starts;
@@ -350,5 +350,72 @@ fn the_number_of_threads_changes_no_bit() {
         };
         let t = tensors(&sizes, 11);
         assert_same_on_any_threads(|| native(&sizes, &t, sizes.scale()));
+    }
+}
+
+/// In 16 bits, scores and probabilities are those of `f32`: a sum of 700 equal terms in `bf16` stops at
+/// 256 of them.
+#[test]
+fn probabilities_are_wide_in_16_bits() {
+    let mut random = Random::new(4);
+    for dtype in [DType::BF16, DType::F16] {
+        let mut half = |shape: [usize; 4]| random.tensor::<4>(shape).cast(dtype);
+        let (q, k) = (half([1, 3, 2, 8]), half([1, 700, 1, 8]));
+        let (v, dy) = (half([1, 700, 1, 8]) + 1.0, half([1, 3, 2, 8]));
+        let in_f64 = |t: &Tensor<4>| primitive(&wide(t));
+        let first = || Starts::First;
+        let (y, lse) = composed::forward::<Flex>(in_f64(&q), in_f64(&k), in_f64(&v), first(), 0.5);
+        let expected = composed::backward::<Flex>(
+            in_f64(&q),
+            in_f64(&k),
+            in_f64(&v),
+            first(),
+            y.clone(),
+            lse.clone(),
+            in_f64(&dy),
+            0.5,
+        );
+        let [q, k, v, dy] = [&q, &k, &v, &dy].map(primitive);
+        let native = Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), first(), 0.5);
+        let others = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), first(), 0.5);
+        let of_native = Flex::causal_attention_backward(
+            q.clone(),
+            k.clone(),
+            v.clone(),
+            first(),
+            native.0.clone(),
+            native.1.clone(),
+            dy.clone(),
+            0.5,
+        );
+        let of_others = composed::backward::<Flex>(
+            q,
+            k,
+            v,
+            first(),
+            others.0.clone(),
+            others.1.clone(),
+            dy,
+            0.5,
+        );
+        let unit = match dtype {
+            DType::F16 => 2f64.powi(-11),
+            _ => 2f64.powi(-8),
+        };
+        // The native code rounds results alone; the composed one, products too.
+        for (found, gradients, roundings, of_lse) in [
+            (native, of_native, 1.0, 1e-6),
+            (others, of_others, 3.0, unit / 4.0),
+        ] {
+            assert_eq!((found.0.dtype(), found.1.dtype()), (dtype, DType::F32));
+            assert_within(found.0, &y, roundings * unit);
+            assert_within(found.1, &lse, of_lse);
+            let found = [gradients.0, gradients.1, gradients.2];
+            let expected = [&expected.0, &expected.1, &expected.2];
+            for (found, expected) in found.into_iter().zip(expected) {
+                assert_eq!(found.dtype(), dtype);
+                assert_within(found, expected, 4.0 * roundings * unit);
+            }
+        }
     }
 }

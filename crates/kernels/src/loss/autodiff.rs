@@ -12,6 +12,7 @@ use burn::backend::{
 use burn::tensor::Shape;
 
 use super::LossOps;
+use crate::dtype::{cast, widened};
 
 #[derive(Debug)]
 struct LinearCrossEntropy;
@@ -52,7 +53,9 @@ impl<B: LossOps> Backward<B, 2> for LinearCrossEntropy {
         }
         if let (Some(parent), Some(dx)) = (x_parent, ops.state.dx) {
             let dnll = B::float_reshape(dnll, Shape::new([dx.shape()[0], 1]));
-            grads.register::<B>(parent.id, B::float_mul(dx, dnll));
+            let dtype = dx.dtype();
+            let dx = B::float_mul(widened::<B>(dx), dnll);
+            grads.register::<B>(parent.id, cast::<B>(dx, dtype));
         }
     }
 }

@@ -10,6 +10,8 @@ use burn::backend::{
 };
 use burn::tensor::{IndexingUpdateOp, Shape, Slice};
 
+use crate::dtype::{cast, widened};
+
 /// The number of logits in memory at a time: 16 MiB of `f32`.
 pub(super) const SLICE: usize = 4 << 20;
 /// The least number of rows of a slab on a device of CubeCL, unless there are fewer: each slab reads the
@@ -24,10 +26,12 @@ pub(super) fn forward<B: Backend>(
     targets: IntTensor<B>,
     with_dx: bool,
 ) -> (FloatTensor<B>, FloatTensor<B>, Option<FloatTensor<B>>) {
+    let dtype = x.dtype();
+    let head = cast::<B>(head, dtype);
     let (mut nll, mut lse, mut dx) = (Vec::new(), Vec::new(), Vec::new());
     for rows in chunks::<B>(&x, &head) {
         let n = rows.len();
-        let logits = B::float_matmul(rows_of::<B>(&x, &rows), head.clone());
+        let logits = widened::<B>(B::float_matmul(rows_of::<B>(&x, &rows), head.clone()));
         let targets = targets_of::<B>(&targets, &rows);
         let most = B::float_max_dim(logits.clone(), 1);
         let exp = B::float_exp(B::float_sub(logits.clone(), most.clone()));
@@ -39,6 +43,7 @@ pub(super) fn forward<B: Backend>(
         lse.push(flat(of_rows));
         if with_dx {
             let p = less_target::<B>(B::float_div(exp, sum), targets);
+            let p = cast::<B>(p, dtype);
             dx.push(B::float_matmul(p, B::float_transpose(head.clone())));
         }
     }
@@ -54,21 +59,24 @@ pub(super) fn dhead<B: Backend>(
     lse: FloatTensor<B>,
     dnll: FloatTensor<B>,
 ) -> FloatTensor<B> {
-    let mut dhead = B::float_zeros(head.shape(), &head.device(), head.dtype().into());
+    let dtype = head.dtype();
+    let head = cast::<B>(head, x.dtype());
+    let mut dhead = B::float_zeros(head.shape(), &head.device(), lse.dtype().into());
     for rows in chunks::<B>(&x, &head) {
         let column = |t: &FloatTensor<B>| {
             let t = B::float_slice(t.clone(), &[Slice::from(rows.clone())]);
             B::float_reshape(t, Shape::new([rows.len(), 1]))
         };
         let x = rows_of::<B>(&x, &rows);
-        let logits = B::float_matmul(x.clone(), head.clone());
+        let logits = widened::<B>(B::float_matmul(x.clone(), head.clone()));
         let p = B::float_exp(B::float_sub(logits, column(&lse)));
         let p = less_target::<B>(p, targets_of::<B>(&targets, &rows));
         let dlogits = B::float_mul(p, column(&dnll));
-        let part = B::float_matmul(B::float_transpose(x), dlogits);
+        let dlogits = cast::<B>(dlogits, x.dtype());
+        let part = widened::<B>(B::float_matmul(B::float_transpose(x), dlogits));
         dhead = B::float_add(dhead, part);
     }
-    dhead
+    cast::<B>(dhead, dtype)
 }
 
 /// The ranges of rows whose logits are computed at a time.

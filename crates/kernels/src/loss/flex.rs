@@ -4,7 +4,6 @@
 //! grows (online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867). Products and rows are divided
 //! into tasks of fixed sizes, so that the bits of the result do not depend on the number of threads.
 
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use burn::backend::{
@@ -16,8 +15,9 @@ use rayon::prelude::*;
 
 use super::LossOps;
 use super::composed::{self, SLICE};
+use crate::at_rest::{AtRest, at_rest};
 use crate::dense::product;
-use crate::host::{all_f32, contiguous, floats, integers, tensor};
+use crate::host::{all_native, contiguous, floats, integers, rounded, tensor, widened};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
 use crate::matrix::Matrix;
@@ -34,11 +34,11 @@ impl LossOps for Flex {
         head: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_f32([&x, &head]) {
+        if !all_native([&x, &head]) {
             let (nll, lse, _) = composed::forward::<Self>(x, head, targets, false);
             return (nll, lse);
         }
-        let x = contiguous(x);
+        let (x, head) = (widened(x), at_rest(head));
         let call = Call::new(&x, &head, targets);
         let (nll, lse) = call.forward(None);
         (tensor(nll, [call.rows]), tensor(lse, [call.rows]))
@@ -49,18 +49,19 @@ impl LossOps for Flex {
         head: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_f32([&x, &head]) {
+        if !all_native([&x, &head]) {
             let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
             return (nll, lse, dx.expect("the gradient is requested"));
         }
-        let x = contiguous(x);
+        let dtype = x.dtype();
+        let (x, head) = (widened(x), at_rest(head));
         let call = Call::new(&x, &head, targets);
         let mut dx = zeroed(call.rows * call.hidden);
         let (nll, lse) = call.forward(Some(&mut dx));
         (
             tensor(nll, [call.rows]),
             tensor(lse, [call.rows]),
-            tensor(dx, x.shape()),
+            rounded(tensor(dx, x.shape()), dtype),
         )
     }
 
@@ -71,29 +72,27 @@ impl LossOps for Flex {
         lse: FloatTensor<Self>,
         dnll: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        if !all_f32([&x, &head, &lse, &dnll]) {
+        if !all_native([&x, &head, &lse, &dnll]) {
             return composed::dhead::<Self>(x, head, targets, lse, dnll);
         }
-        let (x, lse, dnll) = (contiguous(x), contiguous(lse), contiguous(dnll));
+        let (x, lse, dnll) = (widened(x), contiguous(lse), contiguous(dnll));
+        let dtype = head.dtype();
+        let head = at_rest(head);
         let call = Call::new(&x, &head, targets);
-        call.dhead(floats(&lse), floats(&dnll))
+        rounded(call.dhead(floats(&lse), floats(&dnll)), dtype)
     }
 }
 
 /// The arguments of a call.
 struct Call<'a> {
     x: &'a [f32],
-    /// `[hidden, vocab]`, in the memory of the borrowed tensor.
-    head: Matrix,
-    borrowed: PhantomData<&'a FlexTensor>,
+    /// `[hidden, vocab]`.
+    head: AtRest<'a>,
     targets: Vec<usize>,
     rows: usize,
     hidden: usize,
     vocab: usize,
 }
-
-// SAFETY: the head is borrowed, and only read.
-unsafe impl Sync for Call<'_> {}
 
 /// Some rows and some columns of the logits.
 struct Slab {
@@ -118,19 +117,13 @@ struct Row {
 impl<'a> Call<'a> {
     fn new(x: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor) -> Self {
         let [hidden, vocab] = head.shape().dims();
-        let strides = head.layout().strides();
         let targets = integers(targets);
         if let Some(target) = targets.iter().find(|&&target| target >= vocab) {
             panic!("target {target} is not in the vocabulary of {vocab} tokens");
         }
         Self {
             x: floats(x),
-            head: Matrix {
-                data: head.storage::<f32>()[head.layout().start_offset()..].as_ptr(),
-                row_stride: strides[0],
-                column_stride: strides[1],
-            },
-            borrowed: PhantomData,
+            head: AtRest::of(head),
             targets,
             rows: x.shape()[0],
             hidden,
@@ -154,25 +147,37 @@ impl<'a> Call<'a> {
         starts.map(|start| start..self.rows.min(start + ROWS))
     }
 
+    /// The columns of a slab in parts, for each of which the head is in `f32`: 16 MiB at most, or
+    /// [`COLUMNS`] columns.
+    fn panels(&self, columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let width = (SLICE / self.hidden.max(1) / COLUMNS).max(1) * COLUMNS;
+        let starts = columns.clone().step_by(width);
+        starts.map(move |start| start..columns.end.min(start + width))
+    }
+
     /// Writes `x · head` in a slab, row by row.
-    fn logits(&self, slab: &Slab, logits: &mut [f32]) {
+    fn logits(&self, slab: &Slab, panel: &mut Vec<f32>, logits: &mut [f32]) {
         let x = Matrix::new(
             self.x[slab.rows.start * self.hidden..].as_ptr(),
             self.hidden,
             1,
         );
-        let head = self.head.at(0, slab.columns.start);
-        let dims = [slab.rows.len(), self.hidden, slab.columns.len()];
+        let (first, width) = (slab.columns.start, slab.columns.len());
         assert!(slab.rows.end * self.hidden <= self.x.len());
         assert!(slab.columns.end <= self.vocab);
-        // SAFETY: the rows lie within `x` and the columns within the head.
-        unsafe { product(dims, x, head, logits, slab.columns.len(), false) }
+        for columns in self.panels(slab.columns.clone()) {
+            let dims = [slab.rows.len(), self.hidden, columns.len()];
+            let logits = &mut logits[columns.start - first..];
+            let head = self.head.panel(columns, panel);
+            // SAFETY: the rows lie within `x` and the columns within the head.
+            unsafe { product(dims, x, head, logits, width, false) }
+        }
     }
 
     /// The losses and the log-sum-exps; the gradients of the losses are written into `dx`.
     fn forward(&self, mut dx: Option<&mut [f32]>) -> (Vec<f32>, Vec<f32>) {
         let (mut nll, mut lse) = (vec![0.0; self.rows], vec![0.0; self.rows]);
-        let mut logits = Vec::new();
+        let (mut logits, mut panel) = (Vec::new(), Vec::new());
         for rows in self.chunks() {
             let mut known: Vec<Row> = self.targets[rows.clone()]
                 .iter()
@@ -190,7 +195,7 @@ impl<'a> Call<'a> {
             for slab in self.slabs(rows.clone()) {
                 let width = slab.columns.len();
                 logits.resize(rows.len() * width, 0.0);
-                self.logits(&slab, &mut logits);
+                self.logits(&slab, &mut panel, &mut logits);
                 logits
                     .par_chunks_exact_mut(width)
                     .zip(&mut known)
@@ -203,11 +208,15 @@ impl<'a> Call<'a> {
                             .filter(|(_, row)| row.shrink != 1.0)
                             .for_each(|(dx, row)| math::scale(dx, row.shrink));
                     }
-                    let exponentials = Matrix::new(logits.as_ptr(), width, 1);
-                    let head = self.head.at(0, slab.columns.start).transpose();
-                    let dims = [rows.len(), width, self.hidden];
-                    // SAFETY: the columns of the slab lie within the head.
-                    unsafe { product(dims, exponentials, head, dx, self.hidden, !first) }
+                    for columns in self.panels(slab.columns.clone()) {
+                        let at = columns.start - slab.columns.start;
+                        let add = columns.start > 0;
+                        let exponentials = Matrix::new(logits[at..].as_ptr(), width, 1);
+                        let dims = [rows.len(), columns.len(), self.hidden];
+                        let head = self.head.panel(columns, &mut panel).transpose();
+                        // SAFETY: the columns lie within the slab and within the head.
+                        unsafe { product(dims, exponentials, head, dx, self.hidden, add) }
+                    }
                 }
             }
             if let Some(dx) = dx {
@@ -226,26 +235,23 @@ impl<'a> Call<'a> {
 
     /// Turns the sum of the columns of the head, weighted by exponentials, into the gradient of a loss.
     fn finish(&self, dx: &mut [f32], row: &Row) {
-        let head = self.head.at(0, row.target);
         for (i, dx) in dx.iter_mut().enumerate() {
-            // SAFETY: the target is in the vocabulary, and `dx` has one element per input.
-            let of_target = unsafe { *head.data.offset(i as isize * head.row_stride) };
-            *dx = *dx / row.sum - of_target;
+            *dx = *dx / row.sum - self.head.at(i, row.target);
         }
     }
 
     /// The gradient for the head, in the memory order of the head.
     fn dhead(&self, lse: &[f32], dnll: &[f32]) -> FlexTensor {
         assert!(lse.len() == self.rows && dnll.len() == self.rows);
-        let transposed = self.head.row_stride.abs() < self.head.column_stride.abs();
+        let transposed = self.head.is_by_columns();
         let mut dhead = zeroed(self.hidden * self.vocab);
-        let mut logits = Vec::new();
+        let (mut logits, mut panel) = (Vec::new(), Vec::new());
         for rows in self.chunks() {
             let x = Matrix::new(self.x[rows.start * self.hidden..].as_ptr(), self.hidden, 1);
             for slab in self.slabs(rows.clone()) {
                 let (width, first) = (slab.columns.len(), slab.columns.start);
                 logits.resize(rows.len() * width, 0.0);
-                self.logits(&slab, &mut logits);
+                self.logits(&slab, &mut panel, &mut logits);
                 logits
                     .par_chunks_exact_mut(width)
                     .zip(rows.clone().into_par_iter())

@@ -227,3 +227,43 @@ fn targets_are_in_the_vocabulary() {
     case.targets[1] = 7;
     linear_cross_entropy(case.x.clone(), case.head.clone(), case.targets(DType::I32));
 }
+
+/// In 16 bits, losses are those of `f32` of the same logits, and the head in its own dtype, by rows or by
+/// columns, gives what its values give.
+#[test]
+fn losses_are_wide_in_16_bits() {
+    let [rows, hidden, vocab] = [5, 40, 3000];
+    for (at, tied) in [false, true].into_iter().enumerate() {
+        for dtype in [DType::BF16, DType::F16] {
+            let case = Case::new([rows, hidden, vocab], tied, at as u64 + 1);
+            let head = case.head.clone().cast(dtype);
+            let run = |of_x: DType, head: Tensor<2>| {
+                let x = leaf(&case.x.clone().cast(dtype).cast(of_x));
+                let nll =
+                    linear_cross_entropy(x.clone(), head.autodiff(), case.targets(DType::I64));
+                let gradients = nll.clone().sum().backward();
+                (nll.inner(), x.grad(&gradients).unwrap())
+            };
+            let (nll, dx) = run(DType::F32, head.clone().cast(DType::F32));
+            // The type at rest changes no bit.
+            let (found, found_dx) = run(DType::F32, head.clone());
+            assert!(bits(&values(&found)) == bits(&values(&nll)));
+            assert!(bits(&values(&found_dx)) == bits(&values(&dx)));
+            // Neither does that of `x`, for the loss; its gradient is rounded.
+            let (found, found_dx) = run(dtype, head.clone());
+            assert_eq!((found.dtype(), found_dx.dtype()), (DType::F32, dtype));
+            assert!(bits(&values(&found)) == bits(&values(&nll)));
+            let unit = 2f64.powi(if dtype == DType::F16 { -10 } else { -7 });
+            assert_within(primitive(&found_dx), &primitive(&wide(&dx)), unit);
+            // The composed operations round the logits to the type of `x`, and no more.
+            let of_x = primitive(&case.x.clone().cast(dtype));
+            let targets = case
+                .targets(DType::I64)
+                .try_into_primitive::<Flex>()
+                .unwrap();
+            let (found, _, _) = composed::forward::<Flex>(of_x, primitive(&head), targets, true);
+            assert_eq!(found.dtype(), DType::F32);
+            assert_within(found, &primitive(&wide(&nll)), unit);
+        }
+    }
+}

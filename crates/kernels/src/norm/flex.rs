@@ -1,10 +1,10 @@
 //! The CPU: one task for some rows, which are in the cache when they are read again.
 
-use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
+use burn::backend::{DType, Flex, TensorMetadata, tensor::FloatTensor};
 use rayon::prelude::*;
 
 use super::{NormOps, composed};
-use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::host::{all_native, floats, rounded, tensor, widened};
 use crate::isa::{Isa, by_instruction_set};
 use crate::math::dot;
 use crate::memory::zeroed;
@@ -14,16 +14,17 @@ const ROWS: usize = 32;
 
 impl NormOps for Flex {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
-        if !all_f32([&x, &weight]) {
+        if !all_native([&x, &weight]) {
             return composed::rms_norm::<Self>(x, weight, eps);
         }
-        let (x, weight) = (contiguous(x), contiguous(weight));
+        let dtype = x.dtype();
+        let (x, weight) = (widened(x), widened(weight));
         let mut y = zeroed(floats(&x).len());
         let task = task_of(&x);
         y.par_chunks_mut(task)
             .zip(floats(&x).par_chunks(task))
             .for_each(|(y, x)| forward(x, floats(&weight), eps as f32, y));
-        tensor(y, x.shape())
+        rounded(tensor(y, x.shape()), dtype)
     }
 
     fn rms_norm_dx(
@@ -32,28 +33,30 @@ impl NormOps for Flex {
         dy: FloatTensor<Self>,
         eps: f64,
     ) -> FloatTensor<Self> {
-        if !all_f32([&x, &weight, &dy]) {
+        if !all_native([&x, &weight, &dy]) {
             return composed::dx::<Self>(x, weight, dy, eps);
         }
-        let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
+        let dtype = x.dtype();
+        let [x, weight, dy] = [x, weight, dy].map(widened);
         let mut dx = zeroed(floats(&x).len());
         let task = task_of(&x);
         dx.par_chunks_mut(task)
             .zip(floats(&x).par_chunks(task))
             .zip(floats(&dy).par_chunks(task))
             .for_each(|((dx, x), dy)| gradient(x, floats(&weight), dy, eps as f32, dx));
-        tensor(dx, x.shape())
+        rounded(tensor(dx, x.shape()), dtype)
     }
 
     fn rms_norm_dweight(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
         eps: f64,
+        dtype: DType,
     ) -> FloatTensor<Self> {
-        if !all_f32([&x, &dy]) {
-            return composed::dweight::<Self>(x, dy, eps);
+        if !all_native([&x, &dy]) {
+            return composed::dweight::<Self>(x, dy, eps, dtype);
         }
-        let (x, dy) = (contiguous(x), contiguous(dy));
+        let (x, dy) = (widened(x), widened(dy));
         let (d, task) = (x.shape()[1], task_of(&x));
         let parts: Vec<Vec<f32>> = floats(&x)
             .par_chunks(task)
@@ -70,7 +73,7 @@ impl NormOps for Flex {
                 *sum += part;
             }
         }
-        tensor(dweight, [d])
+        rounded(tensor(dweight, [d]), dtype)
     }
 }
 

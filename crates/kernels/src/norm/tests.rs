@@ -1,6 +1,7 @@
 //! Comparison with `f64` and with the composed operations, and through autodiff.
 
 use burn::backend::Flex;
+use burn::tensor::{DType, Tensor};
 use proptest::prelude::*;
 
 use super::{NormOps, composed, rms_norm};
@@ -38,12 +39,12 @@ proptest! {
         let native = [
             Flex::rms_norm(x_p.clone(), w_p.clone(), EPS),
             Flex::rms_norm_dx(x_p.clone(), w_p.clone(), dy_p.clone(), EPS),
-            Flex::rms_norm_dweight(x_p.clone(), dy_p.clone(), EPS),
+            Flex::rms_norm_dweight(x_p.clone(), dy_p.clone(), EPS, DType::F32),
         ];
         let reference = [
             composed::rms_norm::<Flex>(x_p.clone(), w_p.clone(), EPS),
             composed::dx::<Flex>(x_p.clone(), w_p, dy_p.clone(), EPS),
-            composed::dweight::<Flex>(x_p, dy_p, EPS),
+            composed::dweight::<Flex>(x_p, dy_p, EPS, DType::F32),
         ];
         for [found_y, found_dx, found_dw] in [native, reference] {
             assert_close(&primitive_values(found_y), &y, 1e-6);
@@ -109,4 +110,45 @@ fn the_number_of_threads_changes_no_bit() {
         let dw = Flex::rms_norm_dweight(x.clone(), dy.clone(), EPS);
         [y, dx, dw].map(primitive_values).to_vec()
     });
+}
+
+/// In 16 bits, squares and their sums are those of `f32`: in `f16`, the squares here are infinite.
+#[test]
+fn squares_do_not_overflow_in_16_bits() {
+    let mut random = Random::new(4);
+    for dtype in [DType::F16, DType::BF16] {
+        let x = (random.tensor::<2>([3, 700]) * 600.0).cast(dtype);
+        let weight = random.tensor::<1>([700]);
+        let dy = random.tensor::<2>([3, 700]).cast(dtype);
+        let in_f64 = |t: &Tensor<2>| primitive(&wide(t));
+        let weight_f64 = primitive(&wide(&weight));
+        let expected = [
+            composed::rms_norm::<Flex>(in_f64(&x), weight_f64.clone(), EPS),
+            composed::dx::<Flex>(in_f64(&x), weight_f64, in_f64(&dy), EPS),
+            composed::dweight::<Flex>(in_f64(&x), in_f64(&dy), EPS, DType::F64),
+        ];
+        let (x, weight, dy) = (primitive(&x), primitive(&weight), primitive(&dy));
+        let native = [
+            Flex::rms_norm(x.clone(), weight.clone(), EPS),
+            Flex::rms_norm_dx(x.clone(), weight.clone(), dy.clone(), EPS),
+            Flex::rms_norm_dweight(x.clone(), dy.clone(), EPS, DType::F32),
+        ];
+        let others = [
+            composed::rms_norm::<Flex>(x.clone(), weight.clone(), EPS),
+            composed::dx::<Flex>(x.clone(), weight, dy.clone(), EPS),
+            composed::dweight::<Flex>(x, dy, EPS, DType::F32),
+        ];
+        // One rounding.
+        let bounds = match dtype {
+            DType::F16 => [2f64.powi(-11), 2f64.powi(-11), 1e-5],
+            _ => [2f64.powi(-8), 2f64.powi(-8), 1e-5],
+        };
+        for found in [native, others] {
+            let dtypes = found.each_ref().map(|t| t.dtype());
+            assert_eq!(dtypes, [dtype, dtype, DType::F32]);
+            for ((found, expected), bound) in found.into_iter().zip(&expected).zip(bounds) {
+                assert_within(found, expected, bound);
+            }
+        }
+    }
 }

@@ -6,7 +6,9 @@ use burn::backend::{
 };
 use burn::tensor::{Shape, Slice, TensorData};
 
+use super::QuantOps;
 use super::packed::{Packed, Zeros};
+use crate::dtype::cast;
 use crate::layout::{Layout, Levels, TILE};
 
 /// The dense weight, `[d_in, d_out]`.
@@ -14,6 +16,18 @@ pub(super) fn unpack<B: Backend>(w: Packed<B>) -> FloatTensor<B> {
     let group = group_of_input::<B>(&w);
     let scales = B::float_select(w.scales.clone(), 0, group.clone());
     B::float_mul(offsets(w, group), scales)
+}
+
+/// `x · w`, `[rows, d_out]`, with the weight rounded to the dtype of `x`.
+pub(super) fn matmul<B: QuantOps>(x: FloatTensor<B>, w: Packed<B>) -> FloatTensor<B> {
+    let weight = cast::<B>(B::quant_unpack(w), x.dtype());
+    B::float_matmul(x, weight)
+}
+
+/// The gradient for `x`, `[rows, d_in]`.
+pub(super) fn dx<B: QuantOps>(dy: FloatTensor<B>, w: Packed<B>) -> FloatTensor<B> {
+    let weight = cast::<B>(B::quant_unpack(w), dy.dtype());
+    B::float_matmul(dy, B::float_transpose(weight))
 }
 
 /// The gradients of scales and zeros, `[n_groups, d_out]` each.
@@ -24,6 +38,7 @@ pub(super) fn dgrid<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (layout, scales) = (w.layout, w.scales.clone());
     let group = group_of_input::<B>(&w);
+    let [dy, x] = [dy, x].map(|t| cast::<B>(t, scales.dtype()));
     let p = B::float_matmul(B::float_transpose(x), dy);
     let dscales = sum_groups::<B>(B::float_mul(p.clone(), offsets(w, group)), &layout);
     let dzeros = B::float_neg(B::float_mul(scales, sum_groups::<B>(p, &layout)));

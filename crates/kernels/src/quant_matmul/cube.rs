@@ -16,6 +16,7 @@ use cubecl::prelude::*;
 
 use super::packed::{Packed, Zeros};
 use super::{QuantOps, composed};
+use crate::dtype::cast;
 use crate::layout::{Layout, Levels, TABLE, TILE};
 
 mod kernels;
@@ -48,9 +49,9 @@ struct Native {
 }
 
 impl Native {
-    /// `None` if the kernels do not support a dtype, those of `others` included, or there are more groups
-    /// or columns than a grid of cubes holds.
-    fn new(w: &Packed<CubeBackend>, others: &[&CubeTensor]) -> Option<Self> {
+    /// `None` if the kernels do not support a dtype, or there are more groups or columns than a grid of
+    /// cubes holds.
+    fn new(w: &Packed<CubeBackend>) -> Option<Self> {
         let dtype = w.scales.dtype;
         let zeros = match &w.zeros {
             Zeros::Each(zeros) => Some(zeros),
@@ -63,10 +64,9 @@ impl Native {
             layout.n_groups(),
             layout.d_in().div_ceil(runs_of_cube),
         ];
-        let fits = matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+        let fits = is_supported(dtype)
             && w.words.dtype == DType::U32
             && zeros.is_none_or(|zeros| zeros.dtype == dtype)
-            && others.iter().all(|other| other.dtype == dtype)
             && largest.into_iter().all(|n| n <= MAX_CUBES);
         if !fits {
             return None;
@@ -93,6 +93,7 @@ impl Native {
         Run::new(&self.layout)
     }
 
+    /// The dtype of the grid.
     fn dtype(&self) -> DType {
         self.scales.dtype
     }
@@ -128,10 +129,10 @@ impl Native {
         types.max().unwrap_or_default()
     }
 
-    /// The dense weight, `[d_in, d_out]`.
-    fn unpack(self) -> CubeTensor {
+    /// The dense weight, `[d_in, d_out]`, in a dtype.
+    fn unpack(self, dtype: DType) -> CubeTensor {
         let layout = self.layout;
-        let weight = self.empty([layout.d_in(), layout.d_out()], self.dtype());
+        let weight = self.empty([layout.d_in(), layout.d_out()], dtype);
         let n_runs = layout.d_in().div_ceil(self.run().codes);
         let dim = self.cube_dim(n_runs);
         let n_cubes = n_runs.div_ceil(dim.y as usize) as u32;
@@ -151,13 +152,13 @@ impl Native {
                 weight.clone().into_buffer_arg(),
                 self.sizes(),
                 self.run(),
-                elem(self.dtype()),
+                [elem(self.dtype()), elem(dtype)],
             );
         }
         weight
     }
 
-    /// `x · w`, `[rows, d_out]`, for 1 to [`FEW_ROWS`] rows.
+    /// `x · w`, `[rows, d_out]`, for 1 to [`FEW_ROWS`] rows of any dtype that is supported.
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
         let layout = self.layout;
         let rows = x.meta.shape()[0];
@@ -168,11 +169,7 @@ impl Native {
         let runs_per_split = n_runs.div_ceil(n_splits);
         let n_splits = n_runs.div_ceil(runs_per_split);
 
-        let sums = if n_splits == 1 {
-            self.dtype()
-        } else {
-            DType::F32
-        };
+        let sums = if n_splits == 1 { x.dtype } else { DType::F32 };
         let splits = self.empty([n_splits * rows, layout.d_out()], sums);
         let capacity = rows.next_power_of_two().min(ROWS);
         let n_cubes = [layout.n_tiles(), n_splits, rows.div_ceil(capacity)].map(|n| n as u32);
@@ -196,13 +193,13 @@ impl Native {
                 runs_per_split,
                 capacity,
                 self.run(),
-                [elem(self.dtype()), elem(sums)],
+                [elem(x.dtype), elem(self.dtype()), elem(sums)],
             );
         }
         if n_splits == 1 {
             return splits;
         }
-        let y = self.empty([rows, layout.d_out()], self.dtype());
+        let y = self.empty([rows, layout.d_out()], x.dtype);
         let n = rows * layout.d_out();
         // SAFETY: the kernel checks its position against the length of `y`, and `splits` is `n_splits`
         // times as long.
@@ -215,13 +212,13 @@ impl Native {
                 splits.into_buffer_arg(),
                 y.clone().into_buffer_arg(),
                 n_splits,
-                elem(self.dtype()),
+                elem(x.dtype),
             );
         }
         y
     }
 
-    /// The gradients of scales and zeros, `[n_groups, d_out]` each, from `p = xᵀ · dy`.
+    /// The gradients of scales and zeros, `[n_groups, d_out]` each, from `p = xᵀ · dy` in their dtype.
     fn dgrid(self, p: CubeTensor) -> (CubeTensor, CubeTensor) {
         let layout = self.layout;
         let grid = || self.empty(layout.grid_shape(), self.dtype());
@@ -283,21 +280,39 @@ fn elem(dtype: DType) -> ElemType {
     burn::backend::cubecl::dtype_to_elem_type(dtype)
 }
 
+/// Whether the kernels read and write floats of this dtype.
+fn is_supported(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The dense weight in a dtype, without another one in between where the kernels support it.
+fn unpack_as(w: Packed<CubeBackend>, dtype: DType) -> CubeTensor {
+    match Native::new(&w).filter(|_| is_supported(dtype)) {
+        Some(native) => native.unpack(dtype),
+        None => cast::<CubeBackend>(composed::unpack(w), dtype),
+    }
+}
+
 impl QuantOps for CubeBackend {
     fn quant_unpack(w: Packed<Self>) -> FloatTensor<Self> {
-        match Native::new(&w, &[]) {
-            Some(native) => native.unpack(),
-            None => composed::unpack(w),
-        }
+        let dtype = w.scales.dtype;
+        unpack_as(w, dtype)
     }
 
     fn quant_matmul(x: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
         if (1..=FEW_ROWS).contains(&x.shape()[0])
-            && let Some(native) = Native::new(&w, &[&x])
+            && is_supported(x.dtype)
+            && let Some(native) = Native::new(&w)
         {
             return native.few_rows(into_contiguous(x));
         }
-        Self::float_matmul(x, Self::quant_unpack(w))
+        let weight = unpack_as(w, x.dtype);
+        Self::float_matmul(x, weight)
+    }
+
+    fn quant_matmul_dx(dy: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
+        let weight = unpack_as(w, dy.dtype);
+        Self::float_matmul(dy, Self::float_transpose(weight))
     }
 
     fn quant_matmul_dgrid(
@@ -305,8 +320,9 @@ impl QuantOps for CubeBackend {
         x: FloatTensor<Self>,
         w: Packed<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        match Native::new(&w, &[&dy, &x]) {
+        match Native::new(&w) {
             Some(native) => {
+                let [dy, x] = [dy, x].map(|t| cast::<Self>(t, native.dtype()));
                 let p = Self::float_matmul(Self::float_transpose(x), dy);
                 native.dgrid(into_contiguous(p))
             }

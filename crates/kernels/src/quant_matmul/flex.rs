@@ -3,9 +3,7 @@
 //! A task owns some columns (or, for `dx`, some inputs) of the result and sums over panels in a fixed
 //! order, so that the bits of the result do not depend on the number of threads.
 
-use burn::backend::{
-    DType, Flex, TensorMetadata, flex::FlexTensor, ops::FloatTensorOps, tensor::FloatTensor,
-};
+use burn::backend::{Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -14,7 +12,7 @@ use super::host::Host;
 use super::packed::{Packed, Zeros};
 use super::{QuantOps, composed, simd};
 use crate::dense::multiply_add;
-use crate::host::{contiguous, floats, tensor};
+use crate::host::{all_native, contiguous, floats, rounded, tensor, widened};
 use crate::layout::TILE;
 use crate::matrix::Matrix;
 use crate::memory::zeroed;
@@ -27,70 +25,73 @@ const PANEL_ROWS: usize = 256;
 /// The number of tiles in a panel of `dx`.
 const PANEL_TILES: usize = 4;
 
-impl Packed<Flex> {
-    fn contiguous(self) -> Self {
-        Self {
-            words: contiguous(self.words),
-            scales: contiguous(self.scales),
-            zeros: match self.zeros {
-                Zeros::Each(zeros) => Zeros::Each(contiguous(zeros)),
-                Zeros::Absent => Zeros::Absent,
-            },
-            layout: self.layout,
-            precision: self.precision,
-        }
+/// A packed weight, contiguous and with an `F32` grid.
+struct Wide(Packed<Flex>);
+
+impl Wide {
+    /// `None` unless the native code computes in the dtypes of the grid and of `others`.
+    fn of(w: &Packed<Flex>, others: &[&FlexTensor]) -> Option<Self> {
+        let is_native = all_native([&w.scales])
+            && match &w.zeros {
+                Zeros::Each(zeros) => all_native([zeros]),
+                Zeros::Absent => true,
+            }
+            && others.iter().all(|t| all_native([t]));
+        is_native.then(|| {
+            Self(Packed {
+                words: contiguous(w.words.clone()),
+                scales: widened(w.scales.clone()),
+                zeros: match &w.zeros {
+                    Zeros::Each(zeros) => Zeros::Each(widened(zeros.clone())),
+                    Zeros::Absent => Zeros::Absent,
+                },
+                layout: w.layout,
+                precision: w.precision,
+            })
+        })
     }
 
-    /// The memory of the contiguous weight; `None` unless its floats and `others` are `F32`.
-    fn host(&self, others: &[&FlexTensor]) -> Option<Host<'_>> {
-        if others.iter().any(|t| t.dtype() != DType::F32) {
-            return None;
-        }
-        Some(Host {
-            words: self.words.as_slice()?,
-            scales: self.scales.as_slice()?,
-            zeros: match &self.zeros {
-                Zeros::Each(zeros) => Some(zeros.as_slice()?),
+    /// The memory of the weight.
+    fn host(&self) -> Host<'_> {
+        let Self(w) = self;
+        Host {
+            words: w.words.as_slice().expect("words are contiguous u32"),
+            scales: floats(&w.scales),
+            zeros: match &w.zeros {
+                Zeros::Each(zeros) => Some(floats(zeros)),
                 Zeros::Absent => None,
             },
-            layout: self.layout,
-            precision: self.precision,
-        })
+            layout: w.layout,
+            precision: w.precision,
+        }
     }
 }
 
 impl QuantOps for Flex {
     fn quant_unpack(w: Packed<Self>) -> FloatTensor<Self> {
-        let w = w.contiguous();
-        match w.host(&[]) {
-            Some(host) => tensor(dense(&host), [w.layout.d_in(), w.layout.d_out()]),
-            None => composed::unpack(w),
-        }
+        let Some(wide) = Wide::of(&w, &[]) else {
+            return composed::unpack(w);
+        };
+        let shape = [w.layout.d_in(), w.layout.d_out()];
+        rounded(tensor(dense(&wide.host()), shape), w.scales.dtype())
     }
 
     fn quant_matmul(x: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
-        let (x, w) = (contiguous(x), w.contiguous());
-        match w.host(&[&x]) {
-            Some(host) => {
-                let rows = x.shape()[0];
-                tensor(product(floats(&x), rows, &host), [rows, w.layout.d_out()])
-            }
-            None => Self::float_matmul(x, Self::quant_unpack(w)),
-        }
+        let Some(wide) = Wide::of(&w, &[&x]) else {
+            return composed::matmul(x, w);
+        };
+        let (dtype, rows, x) = (x.dtype(), x.shape()[0], widened(x));
+        let y = product(floats(&x), rows, &wide.host());
+        rounded(tensor(y, [rows, w.layout.d_out()]), dtype)
     }
 
     fn quant_matmul_dx(dy: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
-        let (dy, w) = (contiguous(dy), w.contiguous());
-        match w.host(&[&dy]) {
-            Some(host) => {
-                let rows = dy.shape()[0];
-                tensor(
-                    product_dx(floats(&dy), rows, &host),
-                    [rows, w.layout.d_in()],
-                )
-            }
-            None => Self::float_matmul(dy, Self::float_transpose(Self::quant_unpack(w))),
-        }
+        let Some(wide) = Wide::of(&w, &[&dy]) else {
+            return composed::dx(dy, w);
+        };
+        let (dtype, rows, dy) = (dy.dtype(), dy.shape()[0], widened(dy));
+        let dx = product_dx(floats(&dy), rows, &wide.host());
+        rounded(tensor(dx, [rows, w.layout.d_in()]), dtype)
     }
 
     fn quant_matmul_dgrid(
@@ -98,16 +99,13 @@ impl QuantOps for Flex {
         x: FloatTensor<Self>,
         w: Packed<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (dy, x, w) = (contiguous(dy), contiguous(x), w.contiguous());
-        match w.host(&[&x, &dy]) {
-            Some(host) => {
-                let rows = x.shape()[0];
-                let (dscales, dzeros) = product_dgrid(floats(&dy), floats(&x), rows, &host);
-                let shape = w.layout.grid_shape();
-                (tensor(dscales, shape), tensor(dzeros, shape))
-            }
-            None => composed::dgrid(dy, x, w),
-        }
+        let Some(wide) = Wide::of(&w, &[&x, &dy]) else {
+            return composed::dgrid(dy, x, w);
+        };
+        let (rows, x, dy) = (x.shape()[0], widened(x), widened(dy));
+        let (dscales, dzeros) = product_dgrid(floats(&dy), floats(&x), rows, &wide.host());
+        let gradient = |d| rounded(tensor(d, w.layout.grid_shape()), w.scales.dtype());
+        (gradient(dscales), gradient(dzeros))
     }
 }
 

@@ -4,7 +4,7 @@ use burn::backend::{Flex, TensorMetadata, tensor::FloatTensor};
 use rayon::prelude::*;
 
 use super::{RopeOps, composed};
-use crate::host::{all_f32, contiguous, floats, tensor};
+use crate::host::{all_native, floats, rounded, tensor, widened};
 use crate::isa::{Isa, by_instruction_set};
 use crate::memory::zeroed;
 
@@ -17,10 +17,11 @@ impl RopeOps for Flex {
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        if !all_f32([&x, &cos, &sin]) {
+        if !all_native([&x, &cos, &sin]) {
             return composed::rotate_half::<Self>(x, cos, sin);
         }
-        let (x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
+        let dtype = x.dtype();
+        let [x, cos, sin] = [x, cos, sin].map(widened);
         let [_, seq, heads, dim] = x.shape().dims();
         let mut y = zeroed(floats(&x).len());
         let position = (heads * dim).max(1);
@@ -39,7 +40,7 @@ impl RopeOps for Flex {
                     );
                 }
             });
-        tensor(y, x.shape())
+        rounded(tensor(y, x.shape()), dtype)
     }
 }
 

@@ -33,6 +33,14 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// The allocated bytes that remain of `run` while its result lives.
+#[allow(dead_code, reason = "not all tests of memory need it")]
+pub(crate) fn kept_by<T>(run: impl FnOnce() -> T) -> (T, usize) {
+    let before = LIVE.load(Relaxed);
+    let result = run();
+    (result, LIVE.load(Relaxed) - before)
+}
+
 /// The peak of allocated bytes during `run`, above those before it.
 pub(crate) fn peak_of(run: impl FnOnce()) -> usize {
     let before = LIVE.load(Relaxed);

@@ -2,7 +2,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use burn::module::{Param, ParamId};
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use peft::{Batch, Blocks, CausalLm, Lora, Recipe, Stages, Streams, Weight};
 use quant_core::{Needs, Quantized, sum_of_squares};
 
@@ -158,7 +158,8 @@ impl<M: Blocks> Block<'_, M> {
         let x = self.inputs[at].clone().autodiff();
         let y = model.block(self.index, x, &self.positions[at]);
         let difference = y - self.targets[at].clone().autodiff();
-        self.calibration[at].of_text(difference).square().sum()
+        let difference = self.calibration[at].of_text(difference).cast(DType::F32);
+        difference.square().sum()
     }
 }
 

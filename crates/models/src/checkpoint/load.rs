@@ -6,12 +6,14 @@ use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft::{Certificate, Linears, Weight};
 use serde_json::{Map, Value};
+use tensor_files::{FloatType, Floats};
 
 use super::directory::{CERTIFICATE, CONFIG, TOKENIZER, carried, stop_tokens, tokenizer_digest};
 use super::format::LayerFormat;
 use super::kind::CheckpointFormat;
 use super::packing::transpose;
 use super::tensors::Tensors;
+use crate::model::check_compute;
 use crate::source::{HEAD, Source, Vector, weight_name};
 use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer};
 
@@ -22,7 +24,9 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// bitsandbytes layer whose blocks straddle rows gets groups of the greatest common divisor of a row
 /// and a block.
 ///
-/// All parameters are frozen. Dense weights are `f32` in memory. A `certificate.json` is read and
+/// The model computes in `f32`: see [`load_as`]. All parameters are frozen. Dense weights and embeddings
+/// are in memory in the type of their file, such as `bf16`, where the device has it; norms, biases, scales
+/// and zeros are `f32`. To train a dense weight, cast it to `f32` first. A `certificate.json` is read and
 /// not checked against the model: see [`load_verified`](crate::load_verified).
 ///
 /// # Errors
@@ -42,6 +46,26 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// assert!(error.to_string().starts_with("`no-such-directory/config.json`: "));
 /// ```
 pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
+    load_as(dir, device, FloatType::F32)
+}
+
+/// Loads a model that computes in a type of float; otherwise as [`load`].
+///
+/// Activations are of this type. Norms, softmax and losses are computed in `f32`, and what adapters train
+/// stays `f32`: certificates and merges are those of a model that computes in `f32`.
+///
+/// # Errors
+/// [`ConfigError::Compute`](crate::ConfigError::Compute) if the device does not compute in this type;
+/// otherwise as [`load`].
+///
+/// # Examples
+/// ```no_run
+/// let device = burn::tensor::Device::flex();
+/// let lm = models::load_as("Llama-2-7b-hf", &device, models::FloatType::Bf16)?;
+/// # Ok::<(), models::Error>(())
+/// ```
+pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Result<Pretrained> {
+    check_compute(compute, device)?;
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
@@ -66,6 +90,7 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let carried = carried(dir)?;
     let stop_tokens = stop_tokens(dir, &config, &carried, model.config().vocab_size())?;
     model.tokenizer = tokenizer_digest(&carried);
+    model.compute = compute;
     let certificate = dir.join(CERTIFICATE);
     let certificate = if tensor_files::is_there(&certificate) {
         Some(Certificate::load(&certificate)?)
@@ -110,15 +135,31 @@ impl Checkpoint {
         format.packed_tensor(&self.tensors, path)
     }
 
-    fn frozen<const D: usize>(&self, values: Vec<f32>, dims: [usize; D]) -> Param<Tensor<D>> {
-        let values = TensorData::new(values, dims);
-        let values = Tensor::from_data(values, (&self.device, DType::F32));
+    /// A parameter of the type of the values, or of `f32` where the device does not have that.
+    fn frozen<const D: usize>(&self, values: Floats, dims: [usize; D]) -> Param<Tensor<D>> {
+        let (data, dtype) = match values {
+            Floats::F32(values) => (TensorData::new(values, dims), DType::F32),
+            Floats::F16(values) => (TensorData::new(values, dims), DType::F16),
+            Floats::Bf16(values) => (TensorData::new(values, dims), DType::BF16),
+        };
+        let dtype = if self.device.supports_dtype(dtype) {
+            dtype
+        } else {
+            DType::F32
+        };
+        let values = Tensor::from_data(data.convert_dtype(dtype), (&self.device, dtype));
         Param::from_tensor(values).set_require_grad(false)
     }
 
     fn plain(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Param<Tensor<2>>> {
-        let values = self.tensors.floats(&weight_name(path), [d_out, d_in])?;
-        Ok(self.frozen(transpose(&values, [d_out, d_in]), dims))
+        let stored = [d_out, d_in];
+        let values = self.tensors.typed_floats(&weight_name(path), stored)?;
+        let values = match values {
+            Floats::F32(values) => Floats::F32(transpose(&values, stored)),
+            Floats::F16(values) => Floats::F16(transpose(&values, stored)),
+            Floats::Bf16(values) => Floats::Bf16(transpose(&values, stored)),
+        };
+        Ok(self.frozen(values, dims))
     }
 
     /// Refuses tensors that a model of this shape does not read, except those without information.
@@ -166,12 +207,13 @@ impl Source for Checkpoint {
     type Error = Error;
 
     fn vector(&mut self, path: &str, kind: Vector, len: usize) -> Result<Param<Tensor<1>>> {
+        // In `f32`: there are few, and a bias may be trained.
         let values = self.tensors.floats(&kind.name(path), [len])?;
-        Ok(self.frozen(values, [len]))
+        Ok(self.frozen(Floats::F32(values), [len]))
     }
 
     fn table(&mut self, path: &str, dims: [usize; 2]) -> Result<Param<Tensor<2>>> {
-        let values = self.tensors.floats(&weight_name(path), dims)?;
+        let values = self.tensors.typed_floats(&weight_name(path), dims)?;
         Ok(self.frozen(values, dims))
     }
 

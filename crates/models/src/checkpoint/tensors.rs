@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use tensor_files::{LazyTensor, TensorFile};
+use tensor_files::{Floats, LazyTensor, TensorFile};
 
 use super::shards::Shards;
 use crate::{Error, Result};
@@ -80,6 +80,16 @@ impl Tensors {
 
     pub(super) fn contains(&self, name: &str) -> bool {
         self.shards.contains(name)
+    }
+
+    /// The values of a tensor of these dimensions, in the type that the file has.
+    pub(super) fn typed_floats<const D: usize>(
+        &mut self,
+        name: &str,
+        expected: [usize; D],
+    ) -> Result<Floats> {
+        let stored = self.shards.stored(name).to_string();
+        Ok(self.take(name, expected)?.typed_floats::<D>(&stored)?.0)
     }
 
     /// The values of a tensor of these dimensions.

@@ -10,7 +10,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use half::bf16;
 use peft::{Batch, Blocks, CausalLm, nll_of_output};
 use safetensors::SafeTensors;
@@ -77,12 +77,14 @@ fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
     t.into_data().try_into_vec().unwrap()
 }
 
-/// Makes all parameters trainable.
+/// Makes all parameters trainable, in `F32`.
 struct Unfreeze;
 
 impl ModuleMapper for Unfreeze {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        param.set_require_grad(true)
+        param
+            .map(|values| values.cast(DType::F32))
+            .set_require_grad(true)
     }
 }
 

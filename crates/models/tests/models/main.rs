@@ -7,6 +7,7 @@ mod allocate;
 mod certificates;
 mod checkpoints;
 mod damage;
+mod dtypes;
 mod fixtures;
 mod forward;
 mod generate;

@@ -38,14 +38,18 @@ pub(crate) fn check_shape<const D: usize>(
     }
 }
 
-/// Checks that a dense weight is of the dtype in which adapters are trained.
+/// Checks that the values of a dense weight are those of `f32`, in which adapters are trained.
 pub(super) fn check_dtype(path: &str, weight: &Weight) -> Result<()> {
-    match weight {
-        Weight::Dense(weight) if weight.val().dtype() != DType::F32 => Err(Error::NotF32 {
+    let found = match weight {
+        Weight::Dense(weight) => weight.val().dtype(),
+        Weight::Quant(_) => return Ok(()),
+    };
+    match found {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
+        _ => Err(Error::NotF32 {
             path: path.into(),
-            found: weight.val().dtype(),
+            found,
         }),
-        _ => Ok(()),
     }
 }
 

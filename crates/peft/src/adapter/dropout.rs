@@ -58,6 +58,8 @@ impl Dropout {
         });
         let mask = TensorData::new(mask.collect::<Vec<f32>>(), dims);
         let device = x.device();
-        x * Tensor::from_data(mask, (&device, DType::F32))
+        let mask = Tensor::<D>::from_data(mask, (&device, DType::F32));
+        let mask = mask.cast(x.dtype());
+        x * mask
     }
 }

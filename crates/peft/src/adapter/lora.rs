@@ -200,7 +200,7 @@ impl Lora {
             .dora
             .then(|| Param::from_tensor(column_squares(weight).sqrt().detach()));
         let bias = linear.bias().filter(|_| self.bias);
-        let bias = bias.map(|bias| Param::from_tensor(bias.detach()));
+        let bias = bias.map(|bias| Param::from_tensor(bias.detach().cast(DType::F32)));
         LoraAdapter::new(a, b, magnitude, bias, settings)
     }
 }
@@ -410,10 +410,13 @@ impl AdapterOps for LoraAdapter {
 
     fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
         // Of all factors, `x A` has the fewest numbers to scale, unless rows are many.
-        let low = self.dropout.apply(x.clone()).matmul(self.a()) * self.scale();
-        let y = weight.matmul(x) + low.matmul(self.b());
+        let low = kernels::matmul(self.dropout.apply(x.clone()), self.a()) * self.scale();
+        let y = weight.matmul(x) + kernels::matmul(low, self.b());
         match self.factors(weight) {
-            Some(factors) => y * factors.unsqueeze(),
+            Some(factors) => {
+                let factors = factors.cast(y.dtype());
+                y * factors.unsqueeze()
+            }
             None => y,
         }
     }

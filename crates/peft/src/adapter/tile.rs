@@ -508,8 +508,10 @@ impl AdapterOps for TileAdapter {
     fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
         let ([pool, repeat], [n_pools, n_out]) = (self.tile(), self.n_tiles());
         let rows = x.dims()[0];
-        let pooled = x.clone().reshape([rows, n_pools, pool]).sum_dim(2);
-        let pooled = self.dropout.apply(pooled.reshape([rows, n_pools])) * self.scale();
+        // Sums of many inputs, of which there are few.
+        let pooled = x.clone().reshape([rows, n_pools, pool]).cast(DType::F32);
+        let pooled = pooled.sum_dim(2).reshape([rows, n_pools]);
+        let pooled = self.dropout.apply(pooled) * self.scale();
         let low = match &self.factor {
             Factor::Product(product) => pooled.matmul(product.a.val()).matmul(product.b.val()),
             Factor::Matrix(matrix) => pooled.matmul(matrix.val()),
@@ -521,6 +523,7 @@ impl AdapterOps for TileAdapter {
                 .expand([rows, n_out, repeat])
                 .reshape([rows, n_out * repeat]),
         };
+        let added = added.cast(x.dtype());
         weight.matmul(x) + added
     }
 

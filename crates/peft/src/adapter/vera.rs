@@ -235,8 +235,9 @@ impl AdapterOps for VeraAdapter {
 
     fn forward(&self, weight: &Weight, x: Tensor<2>) -> Tensor<2> {
         let [a, b] = self.factors(x.dims()[1]);
-        let low = self.dropout.apply(x.clone()).matmul(a) * self.d().unsqueeze();
-        weight.matmul(x) + low.matmul(b) * self.b().unsqueeze()
+        let [of_ranks, of_outputs] = [self.d(), self.b()].map(|v| v.cast(x.dtype()).unsqueeze());
+        let low = kernels::matmul(self.dropout.apply(x.clone()), a) * of_ranks;
+        weight.matmul(x) + kernels::matmul(low, b) * of_outputs
     }
 
     fn to_dense(&self, weight: &Weight) -> (Tensor<2>, Exactness) {

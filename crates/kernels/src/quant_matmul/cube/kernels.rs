@@ -130,15 +130,15 @@ fn of_group<F: Float, C: Size>(
 
 /// Writes the dense weight, `[d_in, d_out]`; a unit writes a run of inputs.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn unpack_kernel<F: Float, C: Size>(
+pub(super) fn unpack_kernel<F: Float, O: Float, C: Size>(
     words: &[Vector<u32, C>],
     scales: &[Vector<F, C>],
     zeros: ComptimeOption<&[Vector<F, C>]>,
     table: ComptimeOption<&[f32]>,
-    weight: &mut [Vector<F, C>],
+    weight: &mut [Vector<O, C>],
     sizes: Sizes,
     #[comptime] of: Run,
-    #[define(F)] _dtype: ElemType,
+    #[define(F, O)] _dtypes: [ElemType; 2],
 ) {
     let column = (CUBE_POS_Y * CUBE_DIM_X + UNIT_POS_X) as usize;
     let run = (CUBE_POS_X * CUBE_DIM_Y + UNIT_POS_Y) as usize;
@@ -170,8 +170,8 @@ pub(super) fn unpack_kernel<F: Float, C: Size>(
 ///
 /// The units of a column take the runs of a split in turn; their sums are added in shared memory.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn few_rows_kernel<F: Float, O: Float, C: Size>(
-    x: &[F],
+pub(super) fn few_rows_kernel<X: Float, F: Float, O: Float, C: Size>(
+    x: &[X],
     words: &[Vector<u32, C>],
     scales: &[Vector<F, C>],
     zeros: ComptimeOption<&[Vector<F, C>]>,
@@ -182,7 +182,7 @@ pub(super) fn few_rows_kernel<F: Float, O: Float, C: Size>(
     runs_per_split: usize,
     #[comptime] capacity: usize,
     #[comptime] of: Run,
-    #[define(F, O)] _dtypes: [ElemType; 2],
+    #[define(X, F, O)] _dtypes: [ElemType; 3],
 ) {
     let own = (CUBE_POS_X * CUBE_DIM_X + UNIT_POS_X) as usize;
     // The columns that pad the last tile repeat the last column, and are not written.

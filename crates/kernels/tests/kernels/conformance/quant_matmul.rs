@@ -44,7 +44,11 @@ pub(super) fn conform(on: &On) {
     for (k, (bits, levels, zeros)) in CODES.into_iter().enumerate().step_by(step) {
         for (n, (d_in, d_out, group_size, rows)) in SHAPES.into_iter().enumerate() {
             let layout = Layout::new(d_in, d_out, bits, group_size, levels);
-            Case::new(on, layout, zeros, rows, (10 * k + n) as u64).check(on);
+            let case = Case::new(on, layout, zeros, rows, (10 * k + n) as u64);
+            case.check(on, on.dtype);
+            if on.dtype != DType::F32 {
+                case.check(on, DType::F32);
+            }
         }
     }
 }
@@ -122,10 +126,12 @@ impl Case {
         on.words(pack(&self.codes, &self.layout), self.layout.words_shape())
     }
 
-    fn check(&self, on: &On) {
-        let (layout, rows, name) = (self.layout, self.rows, self.name());
+    /// Checks the operations with a grid of a dtype.
+    fn check(&self, on: &On, of_grid: DType) {
+        let (layout, rows) = (self.layout, self.rows);
+        let name = format!("{}, grid in {of_grid:?}", self.name());
         let (d_in, d_out) = (layout.d_in(), layout.d_out());
-        let grid = |values: &[f32]| on.tensor(values, layout.grid_shape());
+        let grid = |values: &[f32]| on.tensor(values, layout.grid_shape()).cast(of_grid);
         let words = self.words(on);
 
         let w = dequantize(
@@ -134,7 +140,9 @@ impl Case {
             self.zeros.as_deref().map(grid),
             layout,
         );
-        self.check_rounding(on, &w, &name);
+        if of_grid == on.dtype {
+            self.check_rounding(on, &w, &name);
+        }
         let weights = sums([d_in, d_out], 1, |i, o, _| self.weight(i, o));
         on.assert_near(&format!("w, {name}"), w, &weights, on.bound());
 

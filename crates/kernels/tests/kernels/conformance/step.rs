@@ -2,7 +2,7 @@
 //! operations on the CPU in `F64`.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use kernels::{causal_attention, linear_cross_entropy, rms_norm, rotate_half, silu_mul};
+use kernels::{causal_attention, linear_cross_entropy, matmul, rms_norm, rotate_half, silu_mul};
 
 use super::on::{On, Uniform};
 
@@ -13,7 +13,7 @@ pub(super) type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
 pub(super) type Case<'a> = (&'a str, &'a [[usize; 4]], Operation);
 
 pub(super) fn conform(on: &On) {
-    let all: [Case; 6] = [
+    let all: [Case; 9] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
@@ -45,6 +45,25 @@ pub(super) fn conform(on: &On) {
                 let starts = TensorData::new(starts, [2, 7]);
                 let starts = Tensor::from_data(starts, &t[0].device().inner());
                 causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), Some(starts), 0.35)
+            },
+        ),
+        ("matmul", &[[2, 3, 5, 36], [1, 1, 36, 33]], |t| {
+            matmul(t[0].clone(), t[1].clone().reshape([36, 33]))
+        }),
+        ("matmul of one row", &[[1, 1, 1, 70], [1, 1, 70, 33]], |t| {
+            matmul(t[0].clone(), t[1].clone().reshape([70, 33]))
+        }),
+        // What trains is `F32` at rest; the reference stays in its own dtype.
+        (
+            "matmul with a trained weight",
+            &[[2, 3, 5, 36], [1, 1, 36, 33]],
+            |t| {
+                let weight = t[1].clone().reshape([36, 33]);
+                let weight = match weight.dtype() {
+                    DType::F64 => weight,
+                    _ => weight.cast(DType::F32),
+                };
+                matmul(t[0].clone(), weight)
             },
         ),
         (

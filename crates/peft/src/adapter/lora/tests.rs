@@ -185,9 +185,12 @@ fn settings_out_of_range_are_refused() {
         let named = matches!(&error, Error::Rank { path, rank: 5, .. } if path == "mlp.up");
         assert!(named, "{error}");
     }
-    let halves = Tensor::<2>::zeros(dims, (&Device::flex(), DType::BF16));
-    let error = Lora::new(1).init("mlp.up", &plain(&Weight::frozen(halves)));
-    assert!(matches!(error, Err(Error::NotF32 { .. })));
+    let of = |dtype| {
+        let weight = Tensor::<2>::zeros(dims, (&Device::flex(), dtype));
+        Lora::new(1).init("mlp.up", &plain(&Weight::frozen(weight)))
+    };
+    assert!(matches!(of(DType::F64), Err(Error::NotF32 { .. })));
+    assert!(of(DType::BF16).is_ok());
 }
 
 /// DoRA over a weight, with norms that are not those of the weight.
