@@ -74,11 +74,12 @@ impl Norm {
             Self::Rms(norm) => kernels::rms_norm(x, norm.weight.val(), norm.eps),
             Self::Layer(LayerNorm { weight, bias }) => {
                 // In `f32`, as the other norm.
-                let (dtype, x) = (x.dtype(), x.cast(DType::F32));
+                let dtype = x.dtype();
                 let ones = || Tensor::ones([x.dims()[D - 1]], (&x.device(), DType::F32));
-                let weight = weight.as_ref().map_or_else(ones, |weight| weight.val());
-                let bias = bias.as_ref().map(|bias| bias.val());
-                layer_norm(x, weight, bias, EPS).cast(dtype)
+                let cast = |t: Tensor<1>| t.cast(dtype);
+                let weight = cast(weight.as_ref().map_or_else(ones, |weight| weight.val()));
+                let bias = bias.as_ref().map(|bias| cast(bias.val()));
+                layer_norm(x, weight, bias, EPS)
             }
         }
     }
