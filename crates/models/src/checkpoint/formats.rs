@@ -8,6 +8,7 @@ use super::bitsandbytes::{self, Bitsandbytes};
 use super::directory::CONFIG;
 use super::exact::{self, Exact};
 use super::format::{LayerFormat, PackedFormat, Projections, Refusals, refuse_config};
+use super::gguf;
 use super::gptq::{self, Gptq};
 use super::kind::{CheckpointFormat, GptqVersion};
 use super::tensors::Tensors;
@@ -15,6 +16,9 @@ use crate::Result;
 
 impl CheckpointFormat {
     /// Makes the format for the layers of a model with this `config.json`.
+    ///
+    /// # Panics
+    /// For GGUF, whose tensors are in another kind of file.
     pub(super) fn for_model(
         self,
         model: &Projections,
@@ -24,6 +28,7 @@ impl CheckpointFormat {
             CheckpointFormat::QuantCore => Box::new(Exact::for_model(model)),
             CheckpointFormat::Gptq(version) => Box::new(Gptq::for_model(model, version)?),
             CheckpointFormat::Bitsandbytes => Box::new(Bitsandbytes::for_model(model, config)?),
+            CheckpointFormat::Gguf => unreachable!("GGUF has no safetensors"),
         })
     }
 
@@ -33,6 +38,7 @@ impl CheckpointFormat {
             CheckpointFormat::QuantCore => Refusals::new(),
             CheckpointFormat::Gptq(_) => gptq::refusals(layers),
             CheckpointFormat::Bitsandbytes => bitsandbytes::refusals(layers),
+            CheckpointFormat::Gguf => gguf::refusals(layers),
         }
     }
 

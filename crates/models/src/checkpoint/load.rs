@@ -9,18 +9,24 @@ use serde_json::{Map, Value};
 
 use super::directory::{CERTIFICATE, CONFIG, TOKENIZER, carried, stop_tokens, tokenizer_digest};
 use super::format::LayerFormat;
+use super::gguf;
 use super::kind::CheckpointFormat;
 use super::packing::transpose;
 use super::tensors::Tensors;
 use crate::source::{HEAD, Source, Vector, weight_name};
 use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer};
 
-/// Loads a model from a directory with `config.json` and weights, and `tokenizer.json` if it has one.
+/// Loads a model from a directory with `config.json` and weights, and `tokenizer.json` if it has one; or from
+/// a GGUF file of llama.cpp, or the first of a set of them.
 ///
 /// Packed layers may be in any [`CheckpointFormat`](crate::CheckpointFormat) and stay packed. The
 /// input order of GPTQ (`desc_act`) and the double quantization of bitsandbytes are kept. A
 /// bitsandbytes layer whose blocks straddle rows gets groups of the greatest common divisor of a row
 /// and a block.
+///
+/// GGUF files are those of the architectures `llama` and `qwen2`. Layers in Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0
+/// stay packed, in groups of 32; K-quants, and the embedding, become `f32`. The shape, the tokenizer and the
+/// chat template are those of the metadata; a pre-tokenizer that is not known is refused.
 ///
 /// All parameters are frozen. Dense weights are `f32` in memory. A `certificate.json` is read and
 /// not checked against the model: see [`load_verified`](crate::load_verified).
@@ -43,9 +49,12 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// ```
 pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     let dir = dir.as_ref();
+    if dir.is_file() {
+        return gguf::file(dir, device);
+    }
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
+    let quantization = config.remove("quantization_config");
     let shape = Config::from_json(&config, &config_path)?;
     let tokenizer = dir.join(TOKENIZER);
     let tokenizer = if tensor_files::is_there(&tokenizer) {
@@ -53,19 +62,11 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
     } else {
         None
     };
-    let mut checkpoint = Checkpoint {
-        tensors: Tensors::open(dir)?,
-        format,
-        device: device.clone(),
+    let stated = (&config, config_path.as_path());
+    let mut model = match gguf::load(dir, quantization.as_ref(), stated, &shape, device)? {
+        Some(model) => model,
+        None => safetensors(dir, quantization, shape, device)?,
     };
-    let mut model = Model::build(shape, &mut checkpoint)?;
-    if let Some(format) = &checkpoint.format {
-        let linears = model.linears().into_iter().map(|(path, _)| path);
-        let others = model.other_weights().into_iter().map(|(path, _)| path);
-        let layers: Vec<String> = linears.chain(others).collect();
-        format.check_paths(&layers, &config_path)?;
-    }
-    checkpoint.check_leftovers(&model)?;
     let carried = carried(dir)?;
     let stop_tokens = stop_tokens(dir, &config, &carried, model.config().vocab_size())?;
     model.tokenizer = tokenizer_digest(&carried);
@@ -85,6 +86,30 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
         stop_tokens,
         special: OnceLock::new(),
     })
+}
+
+/// Builds the model of a directory with safetensors files.
+fn safetensors(
+    dir: &Path,
+    quantization: Option<Value>,
+    shape: Config,
+    device: &Device,
+) -> Result<Model> {
+    let format = CheckpointFormat::open(dir, quantization)?;
+    let mut checkpoint = Checkpoint {
+        tensors: Tensors::open(dir)?,
+        format,
+        device: device.clone(),
+    };
+    let model = Model::build(shape, &mut checkpoint)?;
+    if let Some(format) = &checkpoint.format {
+        let linears = model.linears().into_iter().map(|(path, _)| path);
+        let others = model.other_weights().into_iter().map(|(path, _)| path);
+        let layers: Vec<String> = linears.chain(others).collect();
+        format.check_paths(&layers, &dir.join(CONFIG))?;
+    }
+    checkpoint.check_leftovers(&model)?;
+    Ok(model)
 }
 
 /// A source of the parameters of a directory, which are frozen.

@@ -2,10 +2,11 @@ use serde_json::{Map, Value};
 use tensor_files::{FloatType, IntoOutput};
 
 use super::directory::Files;
-use super::format::{LayerFormat, Projections};
+use super::format::{LayerFormat, Projections, Refusals};
+use super::gguf;
 use super::kind::CheckpointFormat;
 use super::parameters::{Parameter, check_no_adapters, parameters, state_float, state_head};
-use crate::{CheckpointError, Pretrained, Result};
+use crate::{CheckpointError, Error, Pretrained, Result};
 
 /// Saves a model to a new directory, from which [`load`](crate::load) reads it back bit for bit.
 ///
@@ -54,6 +55,9 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
         let verified = certificate.verify(model);
         verified.map_err(|source| CheckpointError::OtherCertificate { source })?;
     }
+    if format == CheckpointFormat::Gguf {
+        return gguf::save(lm, dir);
+    }
     let projections = Projections::of(model);
     let mut config = lm.config.clone();
     let layers = layers(&projections, &config, format)?;
@@ -95,7 +99,43 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
 /// # Errors
 /// [`CheckpointError::CannotHold`] with all layers that the format does not hold exactly.
 pub fn check_format(lm: &Pretrained, format: CheckpointFormat) -> Result<()> {
-    layers(&Projections::of(&lm.model), &lm.config, format).map(drop)
+    let projections = Projections::of(&lm.model);
+    let refusals = refusals(&projections, &lm.config, format);
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    Err(cannot_hold(&projections, &lm.config, format, refusals))
+}
+
+/// The layers of a model with this `config.json` that a format does not hold exactly.
+fn refusals(
+    projections: &Projections,
+    config: &Map<String, Value>,
+    format: CheckpointFormat,
+) -> Refusals {
+    match format {
+        CheckpointFormat::Gguf => gguf::refused(projections),
+        _ => format
+            .for_model(projections, config)
+            .err()
+            .unwrap_or_default(),
+    }
+}
+
+fn cannot_hold(
+    projections: &Projections,
+    config: &Map<String, Value>,
+    format: CheckpointFormat,
+    layers: Refusals,
+) -> Error {
+    let holds = |other| refusals(projections, config, other).is_empty();
+    let instead = CheckpointFormat::instead(holds);
+    let error = CheckpointError::CannotHold {
+        format,
+        layers,
+        instead,
+    };
+    error.into()
 }
 
 /// The format of the packed layers of a model with this `config.json`.
@@ -104,14 +144,6 @@ fn layers(
     config: &Map<String, Value>,
     format: CheckpointFormat,
 ) -> Result<Box<dyn LayerFormat>> {
-    format.for_model(projections, config).map_err(|layers| {
-        let holds = |other: CheckpointFormat| other.for_model(projections, config).is_ok();
-        let instead = CheckpointFormat::instead(holds);
-        let error = CheckpointError::CannotHold {
-            format,
-            layers,
-            instead,
-        };
-        error.into()
-    })
+    let layers = format.for_model(projections, config);
+    layers.map_err(|layers| cannot_hold(projections, config, format, layers))
 }

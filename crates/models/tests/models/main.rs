@@ -10,6 +10,7 @@ mod damage;
 mod fixtures;
 mod forward;
 mod generate;
+mod gguf;
 mod head;
 mod interop;
 mod kill;
