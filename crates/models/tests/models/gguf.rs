@@ -373,6 +373,21 @@ fn what_blocks_do_not_hold_is_refused_by_layer() {
     }
 }
 
+/// A tensor of a file, to be written to another.
+fn copied(file: &mut GgufFile, name: &str) -> GgufTensor<'static> {
+    match *file.shape(name).unwrap() {
+        [rows, columns] => {
+            let (of, bytes) = file.bytes(name, [rows, columns]).unwrap();
+            GgufTensor::new(of, [rows, columns], || bytes)
+        }
+        [n] => {
+            let (of, bytes) = file.bytes(name, [n]).unwrap();
+            GgufTensor::new(of, [n], || bytes)
+        }
+        _ => unreachable!("tensors have one or two dimensions"),
+    }
+}
+
 /// Writes a golden file with other metadata.
 fn with_metadata(name: &str, change: impl Fn(&mut BTreeMap<String, Value>)) -> (TempDir, PathBuf) {
     let mut file = GgufFile::open(&golden(&format!("{name}.gguf"))).unwrap();
@@ -380,17 +395,7 @@ fn with_metadata(name: &str, change: impl Fn(&mut BTreeMap<String, Value>)) -> (
     change(&mut metadata);
     let names: Vec<String> = file.names().map(Into::into).collect();
     let tensors = names.into_iter().map(|name| {
-        let tensor = match *file.shape(&name).unwrap() {
-            [rows, columns] => {
-                let (of, bytes) = file.bytes(&name, [rows, columns]).unwrap();
-                GgufTensor::new(of, [rows, columns], || bytes)
-            }
-            [n] => {
-                let (of, bytes) = file.bytes(&name, [n]).unwrap();
-                GgufTensor::new(of, [n], || bytes)
-            }
-            _ => unreachable!("tensors have one or two dimensions"),
-        };
+        let tensor = copied(&mut file, &name);
         (name, tensor)
     });
     let dir = tempfile::tempdir().unwrap();
@@ -457,18 +462,7 @@ fn a_split_set_is_one_model() {
         let of_part = names.iter().skip(part.into()).step_by(2);
         let mut tensors = Vec::new();
         for name in of_part {
-            let tensor = match *file.shape(name).unwrap() {
-                [rows, columns] => {
-                    let (of, bytes) = file.bytes(name, [rows, columns]).unwrap();
-                    GgufTensor::new(of, [rows, columns], || bytes)
-                }
-                [n] => {
-                    let (of, bytes) = file.bytes(name, [n]).unwrap();
-                    GgufTensor::new(of, [n], || bytes)
-                }
-                _ => unreachable!("tensors have one or two dimensions"),
-            };
-            tensors.push((name.clone(), tensor));
+            tensors.push((name.clone(), copied(&mut file, name)));
         }
         let path = dir.path().join(format!("m-{:05}-of-00002.gguf", part + 1));
         let entries: Vec<_> = metadata.clone().into_iter().collect();

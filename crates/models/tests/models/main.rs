@@ -19,6 +19,7 @@ mod plan;
 mod quantize;
 mod refusals;
 mod save;
+mod smollm2;
 mod tasks;
 mod texts;
 mod training;

@@ -74,7 +74,8 @@ pub(super) fn shape(config: &Config) -> Option<&LlamaConfig> {
 /// The row of a GGUF file that each row of Hugging Face's tensor `name` is; `None` if they are the same.
 ///
 /// llama.cpp turns neighbors where transformers turns the two halves of a head. Its files of `llama` have
-/// the rows of queries and keys in that order, and biases likewise.
+/// the rows of queries and keys in that order, and biases likewise. The order has as many rows as the
+/// configuration asks for: the tensor must have been checked to have them.
 pub(super) fn row_order(
     architecture: Architecture,
     config: &LlamaConfig,

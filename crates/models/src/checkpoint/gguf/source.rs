@@ -167,10 +167,6 @@ impl<'a> Parameters<'a> {
         tensor
     }
 
-    fn rows(&self, name: &str) -> Option<Vec<usize>> {
-        names::row_order(self.architecture, &self.shape, name)
-    }
-
     fn frozen<const D: usize>(&self, values: Vec<f32>, dims: [usize; D]) -> Param<Tensor<D>> {
         let values = TensorData::new(values, dims);
         let values = Tensor::from_data(values, (self.device, DType::F32));
@@ -202,7 +198,7 @@ impl Source for Parameters<'_> {
         let name = kind.name(path);
         let tensor = self.take(&name);
         let mut values = self.tensors.file(&tensor).values(&tensor, [len])?;
-        if let Some(rows) = self.rows(&name) {
+        if let Some(rows) = names::row_order(self.architecture, &self.shape, &name) {
             values = reordered(&values, 1, &rows);
         }
         Ok(self.frozen(values, [len]))
@@ -217,7 +213,6 @@ impl Source for Parameters<'_> {
     fn weight(&mut self, path: &str, dims @ [d_in, d_out]: [usize; 2]) -> Result<Weight> {
         let name = weight_name(path);
         let tensor = self.take(&name);
-        let rows = self.rows(&name);
         let stated = self.layers.as_ref().map(|layers| layers.format(path));
         let file = self.tensors.file(&tensor);
         let format = match (file.block_type(&tensor), stated) {
@@ -227,13 +222,14 @@ impl Source for Parameters<'_> {
         };
         let Some(format) = format else {
             let mut values = file.values(&tensor, [d_out, d_in])?;
-            if let Some(rows) = rows {
+            if let Some(rows) = names::row_order(self.architecture, &self.shape, &name) {
                 values = reordered(&values, d_in, &rows);
             }
             let values = self.frozen(transpose(&values, [d_out, d_in]), dims);
             return Ok(Weight::Dense(values));
         };
         let (of, bytes) = file.bytes(&tensor, [d_out, d_in])?;
+        let rows = names::row_order(self.architecture, &self.shape, &name);
         let parts = match BlockType::blocks(of, &bytes) {
             Some(blocks) => unpack(&blocks, format, dims, rows.as_deref()),
             None => Err(format!("is {of}, which does not hold {format}")),

@@ -40,6 +40,9 @@ mod token_type {
     pub(super) const BYTE: i32 = 6;
 }
 
+/// The longest piece of SentencePiece, in bytes: each of its cuts is looked up.
+const MAX_PIECE: usize = 512;
+
 /// The space of SentencePiece.
 const SPACE: &str = "\u{2581}";
 
@@ -232,6 +235,11 @@ fn sentence_piece(metadata: &Metadata, tokens: &Tokens) -> Result<(Json, bool)> 
         _ => None,
     })?;
     check_length(metadata, SCORES, scores.len(), tokens.texts.len())?;
+    if let Some(text) = tokens.texts.iter().find(|text| text.len() > MAX_PIECE) {
+        let n = text.len();
+        let problem = format!("has a token of {n} bytes; at most {MAX_PIECE}");
+        return Err(metadata.refuse(TOKENS, problem));
+    }
     let adds_space = metadata.get(ADD_SPACE, Value::as_bool)?.unwrap_or(true);
     let unknown = tokens.id(metadata, SPECIAL[3].0)?;
     let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
