@@ -277,7 +277,8 @@ fn tuned_models_are_proved_on_the_file() {
         let again = load_verified(&out, &Device::flex()).unwrap();
         let certificate = again.certificate.as_ref().unwrap();
         assert_eq!(certificate.kind(), "bounded");
-        assert_eq!(report.layers.len(), lm.model.linears().len());
+        // And the head, which is no table.
+        assert_eq!(report.layers.len(), lm.model.linears().len() + 1);
         for (layer, (path, linear)) in report.layers.iter().zip(lm.model.linears()) {
             assert_eq!(
                 (layer.path.as_str(), layer.block_type),
@@ -425,7 +426,7 @@ fn metadata_that_cannot_be_honored_are_refused_by_name() {
         ("qwen2.rope.dimension_count", Value::U32(8), "16"),
         ("qwen2.rope.scaling.type", text("yarn"), "yarn"),
         ("qwen2.block_count", Value::U32(1), "no place"),
-        ("qwen2.attention.head_count", Value::U32(3), "head_dim"),
+        ("qwen2.attention.head_count", Value::U32(3), "dimensions"),
         ("tokenizer.ggml.eos_token_id", Value::U32(9999), "9999"),
         ("qwen2.embedding_length", Value::U64(u64::MAX), ""),
     ];

@@ -94,9 +94,7 @@ impl<'a> Metadata<'a> {
         }
         let (hidden, heads) = (size("embedding_length")?, size("attention.head_count")?);
         let kv_heads = self.size(&key("attention.head_count_kv"))?.unwrap_or(heads);
-        let rotated = self.size(&key("rope.dimension_count"))?;
-        let head_dim = self.size(&key("attention.key_length"))?.or(rotated);
-        let head_dim = match head_dim {
+        let head_dim = match self.size(&key("attention.key_length"))? {
             Some(head_dim) => head_dim,
             None => hidden.checked_div(heads).unwrap_or(0),
         };
