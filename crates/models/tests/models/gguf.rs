@@ -483,3 +483,123 @@ fn a_split_set_is_one_model() {
     );
     assert!(missing, "{error}");
 }
+
+/// A model of one block, with a tokenizer of four tokens.
+fn tiny() -> Vec<u8> {
+    let text = |text: &str| Value::String(text.into());
+    let texts = |texts: &[&str]| {
+        let texts = texts.iter().map(|text| text.to_string());
+        Value::Array(Array::String(texts.collect()))
+    };
+    let number = Value::U32;
+    let metadata = [
+        ("general.architecture", text("llama")),
+        ("llama.block_count", number(1)),
+        ("llama.context_length", number(16)),
+        ("llama.embedding_length", number(32)),
+        ("llama.feed_forward_length", number(32)),
+        ("llama.attention.head_count", number(2)),
+        ("llama.attention.head_count_kv", number(1)),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
+        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.pre", text("smollm")),
+        ("tokenizer.ggml.tokens", texts(&["a", "b", "ab", "<s>"])),
+        (
+            "tokenizer.ggml.token_type",
+            Value::Array(Array::I32(vec![1, 1, 1, 3])),
+        ),
+        ("tokenizer.ggml.merges", texts(&["a b"])),
+        ("tokenizer.ggml.bos_token_id", number(3)),
+    ];
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value));
+    let mut tensors = Vec::new();
+    let mut add = |name: &str, of: BlockType, rows: usize| {
+        let n = of.n_bytes(rows * 32).unwrap();
+        // Bytes whose scales are finite.
+        let bytes: Vec<u8> = (0..n).map(|at| (at * 37 % 60) as u8).collect();
+        tensors.push((name.to_owned(), GgufTensor::new(of, [rows, 32], || bytes)));
+    };
+    add("token_embd.weight", BlockType::Q8_0, 4);
+    for (name, of, rows) in [
+        ("attn_q", BlockType::Q4_1, 32),
+        ("attn_k", BlockType::Q4_0, 16),
+        ("attn_v", BlockType::Q5_0, 16),
+        ("attn_output", BlockType::Q5_1, 32),
+        ("ffn_gate", BlockType::F16, 32),
+        ("ffn_up", BlockType::Q8_0, 32),
+        ("ffn_down", BlockType::BF16, 32),
+    ] {
+        add(&format!("blk.0.{name}.weight"), of, rows);
+    }
+    for name in [
+        "output_norm.weight",
+        "blk.0.attn_norm.weight",
+        "blk.0.ffn_norm.weight",
+    ] {
+        let ones = BlockType::F32.floats(&[1.0; 32]).unwrap();
+        let tensor = GgufTensor::new(BlockType::F32, [32], || ones);
+        tensors.push((name.to_owned(), tensor));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("tiny.gguf");
+    write_gguf(&path, &metadata, tensors).unwrap();
+    fs::read(path).unwrap()
+}
+
+/// Loads mutations of a file, and returns how many were models.
+fn mutations(n: u64) -> u64 {
+    let file = tiny();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mutated.gguf");
+    fs::write(&path, &file).unwrap();
+    load(&path, &Device::flex()).unwrap();
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 33) as usize % below
+    };
+    // The header, where sizes are.
+    let header = file
+        .windows(15)
+        .rposition(|part| part == b"ffn_norm.weight");
+    let header = header.unwrap() + 40;
+    let mut n_models = 0;
+    for _ in 0..n {
+        let mut bytes = file.clone();
+        for _ in 0..1 + random(3) {
+            let at = random(if random(8) == 0 { file.len() } else { header });
+            match random(4) {
+                0 => bytes[at] ^= 1 << random(8),
+                1 => bytes[at] = [0, 1, 0x7F, 0x80, 0xFF][random(5)],
+                2 => {
+                    let end = bytes.len().min(at + 8);
+                    let large = [u64::MAX, 1 << 63, 1 << 40, 1 << 32, 0][random(5)];
+                    bytes[at..end].copy_from_slice(&large.to_le_bytes()[..end - at]);
+                }
+                _ => bytes[at] = random(256) as u8,
+            }
+        }
+        if random(16) == 0 {
+            bytes.truncate(random(file.len()));
+        }
+        fs::write(&path, bytes).unwrap();
+        n_models += u64::from(load(&path, &Device::flex()).is_ok());
+    }
+    n_models
+}
+
+#[test]
+fn mutated_files_are_read_or_refused() {
+    let n = mutations(500);
+    assert!(n > 0 && n < 500);
+}
+
+/// With a limit on memory: `(ulimit -v 4000000; cargo nextest run .. --run-ignored only -E 'test(a_million)')`.
+#[test]
+#[ignore = "takes minutes"]
+fn a_million_mutated_files_are_read_or_refused() {
+    let n = mutations(1_000_000);
+    assert!(n > 0 && n < 1_000_000);
+}
