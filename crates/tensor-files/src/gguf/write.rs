@@ -5,6 +5,7 @@ use std::path::Path;
 use super::header::{put_text, put_value};
 use super::{ALIGNMENT, BlockType, DEFAULT_ALIGNMENT, MAGIC, Value};
 use crate::error::{io, refuse};
+use crate::staging::published;
 use crate::{Error, Result};
 
 /// The version of the format that is written.
@@ -79,7 +80,7 @@ fn write(
     let mut sizes = Vec::with_capacity(tensors.len());
     for (name, tensor) in &tensors {
         let n_bytes = size(tensor).ok_or_else(|| Error::Tensor {
-            path: path.into(),
+            path: published(path),
             tensor: name.clone(),
             problem: format!("{} cannot have the shape {:?}", tensor.of, tensor.shape),
         })?;
@@ -101,7 +102,7 @@ fn write(
         let bytes = (tensor.bytes)();
         if bytes.len() != n_bytes {
             return Err(Error::Tensor {
-                path: path.into(),
+                path: published(path),
                 tensor: name,
                 problem: format!("has {} bytes; its shape takes {n_bytes}", bytes.len()),
             });

@@ -90,7 +90,7 @@ impl fmt::Display for GgufReport {
 /// `f16` in it: [`CheckpointFormat::stored_grid`] rounds to them when adapters are merged, and
 /// [`save_as`](crate::save_as) refuses what would be rounded; this function rounds, and measures the effect on the
 /// file that it has written. A certificate then bounds it, layer by layer, and is for the model as it is loaded
-/// again.
+/// again; none is written if a packed head is rounded.
 ///
 /// # Errors
 /// [`CheckpointError::CannotHold`] with all layers that blocks cannot hold: codebooks, orders of inputs, groups
@@ -122,7 +122,9 @@ pub fn save_gguf(lm: &Pretrained, dir: impl IntoOutput, of: GgufType) -> Result<
             dir,
             None,
             |report| {
+                // A certificate lists projections, and cannot state what is rounded of the head.
                 let certificate = lm.certificate.as_ref();
+                let certificate = certificate.filter(|_| !paths.iter().any(|path| path == HEAD));
                 certificate.map(|of| bounded(of, report, &paths, &rounded.model))
             },
             &lm.model,
@@ -180,6 +182,7 @@ fn round(model: &mut Model) -> Result<Vec<String>> {
         && let Some(weight) = round(HEAD, head)?
     {
         model.lm_head = Some(weight);
+        changed.push(HEAD.into());
     }
     Ok(changed)
 }
