@@ -631,7 +631,8 @@ fn mutations(n: u64) -> u64 {
     for _ in 0..n {
         let mut bytes = file.clone();
         for _ in 0..1 + random(3) {
-            let at = random(if random(8) == 0 { file.len() } else { header });
+            let within = if random(8) == 0 { file.len() } else { header };
+            let at = random(within);
             match random(4) {
                 0 => bytes[at] ^= 1 << random(8),
                 1 => bytes[at] = [0, 1, 0x7F, 0x80, 0xFF][random(5)],
