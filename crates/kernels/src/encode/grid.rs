@@ -41,7 +41,7 @@ impl ZeroPoint {
     /// use kernels::ZeroPoint;
     ///
     /// assert_eq!(ZeroPoint::Fractional.grid(-0.25, 7.25, 15.0), (0.5, 0.5));
-    /// assert_eq!(ZeroPoint::Fractional.grid(3.0, 3.0, 15.0), (3.0, -1.0));
+    /// assert_eq!(ZeroPoint::Fractional.grid(-3.0, -3.0, 15.0), (3.0, 1.0));
     /// ```
     #[inline(always)]
     pub fn grid(self, low: f32, high: f32, max_code: f32) -> (f32, f32) {
@@ -55,7 +55,7 @@ impl ZeroPoint {
                 } else if low == 0.0 {
                     (1.0, 0.0)
                 } else {
-                    (low, -1.0)
+                    (low.abs(), -low.signum())
                 }
             }
         }

@@ -13,7 +13,7 @@
 //! Symmetric weights are the values of the file, bit for bit. Of an affine one, `(q - z) s` and `d q + m`
 //! are the same number up to the rounding of `f32`, 2⁻²² of the largest magnitude in a block; `d` and `m`
 //! are those of the file, and are written again bit for bit. Where `d` is 0, a block is one value `m`, whose
-//! codes become 0 with `s = m` and `z = -1`. Other types of blocks become dense weights.
+//! codes become 0 with `s = |m|` and `z = -1` or 1. Other types of blocks become dense weights.
 
 mod blocks;
 mod layers;

@@ -23,12 +23,18 @@ with torch.no_grad():
     windows = [tokens[i : i + 512] for i in range(0, len(tokens) - 511, 512)]
     losses = [model(torch.tensor([w]), labels=torch.tensor([w])).loss.item() for w in windows]
     logits = model(torch.tensor([windows[0][:32]])).logits[0].flatten().tolist()
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+# That of the model, `smollm`, which transformers does not take over from GGUF.
+of_transformers = [encode(line) for line in lines.read_text().splitlines() if line.strip()][:1000]
+tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(True), ByteLevel(add_prefix_space=False)])
 lines = [line for line in lines.read_text().splitlines() if line.strip()][:1000]
 json.dump({
     "prompt": windows[0][:32],
     "logits": logits,
     "greedy": greedy,
     "lines": [[line, encode(line)] for line in lines],
+    "of_transformers": of_transformers,
     "text": text[:60000],
     "tokens": len(tokens),
     "windows": len(windows),

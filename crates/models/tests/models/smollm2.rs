@@ -25,6 +25,7 @@ struct Reference {
     logits: Vec<f32>,
     greedy: Vec<(Vec<u32>, Vec<u32>)>,
     lines: Vec<(String, Vec<u32>)>,
+    of_transformers: Vec<Vec<u32>>,
     text: String,
     tokens: usize,
     windows: usize,
@@ -88,14 +89,12 @@ fn smollm2_is_the_model_that_transformers_loads() {
         assert_eq!(&found.unwrap(), expected);
     }
 
-    let differ = reference.lines.iter();
-    let differ: Vec<_> = differ
-        .filter(|(line, ids)| &lm.encode(line).unwrap() != ids)
-        .collect();
-    // transformers takes the pre-tokenizer of GPT-2 for that of the file, `smollm`, which splits digits first:
-    // spaces before a digit are then one token less or more.
-    let explained = |line: &str| line.contains("  ");
-    assert!(differ.iter().all(|(line, _)| explained(line)), "{differ:?}");
+    for (line, tokens) in &reference.lines {
+        assert_eq!(&lm.encode(line).unwrap(), tokens, "{line:?}");
+    }
+    // Where a space comes before a number that is no digit of ASCII, or several before a digit.
+    let others = reference.lines.iter().zip(&reference.of_transformers);
+    assert!(others.filter(|((_, a), b)| a != *b).count() <= 5);
 
     let (found, windows, tokens) = perplexity(&lm, &reference.text);
     assert_eq!((windows, tokens), (reference.windows, reference.tokens));

@@ -133,7 +133,14 @@ pub(super) fn unpack(
                 (scale, -minimum / scale + 0.0)
             } else {
                 codes[first * BLOCK..last * BLOCK].fill(0);
-                (minimum, if minimum == 0.0 { 0.0 } else { -1.0 })
+                (
+                    minimum.abs(),
+                    if minimum == 0.0 {
+                        0.0
+                    } else {
+                        -minimum.signum()
+                    },
+                )
             };
             scales[at] = scale;
             if let Some(zeros) = &mut zeros {
