@@ -69,6 +69,9 @@ struct Args {
     /// Quantize to symmetric grids, without zero-points
     #[arg(long)]
     symmetric: bool,
+    /// Zero-points that are fractions of a code, as in GGUF, which --format gguf implies
+    #[arg(long, conflicts_with = "symmetric")]
+    fractional_zeros: bool,
     /// Quantize the scales of normal floats too (QLoRA's double quantization)
     #[arg(long)]
     double_quant: bool,
@@ -145,10 +148,13 @@ impl Name {
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
         // GPTQ checkpoints hold scales in f16.
         let f16 = args.format.f16_scales();
+        let fractions = args.fractional_zeros || args.format.fractional_zeros();
         let rtn = rtn.with_symmetric(symmetric).with_f16_scales(f16);
+        let rtn = rtn.with_fractional_zeros(fractions);
         let nf = NormalFloat::new().with_bits(bits);
         let optq = Optq::new().with_bits(bits).with_group_size(group_size);
         let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
+        let optq = optq.with_fractional_zeros(fractions);
         let natural = optq.with_order(Order::Natural);
         match self {
             Name::Rtn => Box::new(rtn),
@@ -184,7 +190,7 @@ fn run(args: &Args) -> Result<()> {
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     match (job(args, &source)?, &args.out) {
-        (Some((Job::One(quantizer), _)), Some(out)) => {
+        (Some((Job::One(quantizer), _)), Some(out)) if args.format != FormatName::Gguf => {
             stream(args, &quantizer, out, &source, &device)?;
         }
         (Some((job, n_bytes)), out) => {

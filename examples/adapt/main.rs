@@ -195,6 +195,11 @@ impl Args {
                 "the merge makes zero-points fractions, and {format} holds whole ones (as --method peqa leaves them)"
             ));
         }
+        if grid.f16_minimums() && !self.allow_rounding {
+            return refuse(&format!(
+                "the merge changes the weight of code 0 of each group, and {format} holds it in f16"
+            ));
+        }
         if merging.f32_scales && grid.f16_scales() && !self.allow_rounding {
             return refuse(&format!(
                 "the adapters train scales in f32, and {format} holds f16"

@@ -15,8 +15,8 @@ use crate::texts::fit_config;
 /// The model of a program and where it computes.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// Hugging Face directory of the model [default: the embedded LLaMA]
-    #[arg(long, value_name = "DIR", conflicts_with = "embedded")]
+    /// Hugging Face directory of the model, or a GGUF file [default: the embedded LLaMA]
+    #[arg(long, value_name = "PATH", conflicts_with = "embedded")]
     pub model: Option<PathBuf>,
     #[command(flatten)]
     embedded: EmbeddedArg,
@@ -29,12 +29,21 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Returns the directory of the model, which is written below `scratch` if it is an embedded one.
+    /// Returns the directory of the model, which is written below `scratch` if it is an embedded one or in a
+    /// GGUF file.
     ///
     /// # Errors
-    /// If an embedded model cannot be written.
+    /// If an embedded model cannot be written, or a file not read.
     pub fn dir(&self, scratch: &Path) -> Result<PathBuf> {
         match &self.model {
+            Some(path) if path.is_file() || path.join("model.gguf").is_file() => {
+                let dir = scratch.join("from-gguf");
+                let mut lm = models::load(path, &self.device.open())?;
+                // Its certificate stays with its file.
+                lm.certificate = None;
+                models::save(&lm, &dir)?;
+                Ok(dir)
+            }
             Some(dir) => Ok(dir.clone()),
             None => self.embedded.write(scratch),
         }

@@ -16,6 +16,8 @@ pub enum FormatName {
     GptqV2,
     /// bitsandbytes, for NF4 and FP4
     Bitsandbytes,
+    /// GGUF, for llama.cpp
+    Gguf,
 }
 
 impl FormatName {
@@ -26,11 +28,17 @@ impl FormatName {
             Self::Gptq => CheckpointFormat::Gptq(GptqVersion::V1),
             Self::GptqV2 => CheckpointFormat::Gptq(GptqVersion::V2),
             Self::Bitsandbytes => CheckpointFormat::Bitsandbytes,
+            Self::Gguf => CheckpointFormat::Gguf,
         }
     }
 
     /// Whether quantizers must round scales to `f16` for it.
     pub fn f16_scales(self) -> bool {
         self.format().stored_grid().f16_scales()
+    }
+
+    /// Whether quantizers must make zero-points of minimums in `f16` for it.
+    pub fn fractional_zeros(self) -> bool {
+        self.format().stored_grid().f16_minimums()
     }
 }

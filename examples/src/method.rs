@@ -97,7 +97,10 @@ impl MethodName {
         }
         let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
         let rtn = rtn.with_symmetric(symmetric);
-        Ok(Box::new(rtn.with_f16_scales(format.f16_scales())))
+        let rtn = rtn.with_f16_scales(format.f16_scales());
+        Ok(Box::new(
+            rtn.with_fractional_zeros(format.fractional_zeros()),
+        ))
     }
 
     /// Returns the method for these layers; of those that train scales, with scales in `f16` if asked.

@@ -76,7 +76,7 @@ pub fn save_as(
     Ok((dir, Some(refusal)))
 }
 
-/// The bytes of all safetensors files in a directory.
+/// The bytes of all safetensors and GGUF files in a directory.
 ///
 /// # Errors
 /// If it cannot be read.
@@ -85,7 +85,10 @@ pub fn weights_bytes(dir: &Path) -> tensor_files::Result<u64> {
         let mut n_bytes = 0;
         for entry in std::fs::read_dir(dir)? {
             let path = entry?.path();
-            if path.extension().is_some_and(|of| of == "safetensors") {
+            if path
+                .extension()
+                .is_some_and(|of| of == "safetensors" || of == "gguf")
+            {
                 n_bytes += std::fs::metadata(path)?.len();
             }
         }

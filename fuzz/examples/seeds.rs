@@ -55,6 +55,11 @@ fn main() -> Result<()> {
         shards(&dir, &weights)?;
         seeds.directory("index", name, &INDEX_FILES, &dir)?;
     }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/models/tests/golden/gguf");
+    for name in ["llama", "qwen2"] {
+        let file = fs::read(golden.join(name).with_extension("gguf"))?;
+        seeds.write("gguf", name, &[&file])?;
+    }
     let mut yarn = fixtures::llama().to_json();
     yarn["model_type"] = "qwen2".into();
     yarn["rope_scaling"] = json!({"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0,

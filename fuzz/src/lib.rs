@@ -14,9 +14,10 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use cap::Cap;
 use evaluate::Report;
 use instruct::{Chat, Record, Template, read_records};
-use models::{Config, Model, Pretrained, SpecialTokens, Tokenizer};
+use models::{CheckpointFormat, Config, Model, Pretrained, SpecialTokens, Tokenizer};
 use peft::{Adapters, Blocks, CausalLm, Certificate, Fingerprint, Linears, TaskPack, Tasks};
 use serde_json::{Map, Value};
+use tensor_files::gguf::GgufFile;
 use tensor_files::{LazyTensor, TensorFile};
 
 pub mod fixtures;
@@ -126,6 +127,31 @@ pub fn safetensors(data: &[u8]) {
                 .map(|v| v.to_bits())
                 .eq(found.iter().map(|v| v.to_bits()))
         );
+    }
+}
+
+/// A GGUF file of a model.
+pub fn gguf(data: &[u8]) {
+    let path = place("any.gguf", data);
+    let Ok(mut file) = GgufFile::open(&path) else {
+        return;
+    };
+    let shapes: Vec<_> = file.names().map(|name| (name.to_owned(), file.shape(name))).collect();
+    let shapes: Vec<_> = shapes
+        .into_iter()
+        .filter_map(|(name, shape)| Some((name, <[usize; 2]>::try_from(shape?).ok()?)))
+        .collect();
+    for (name, shape) in shapes {
+        let _ = file.values(&name, shape);
+    }
+    let Ok(lm) = models::load(&path, &device()) else {
+        return;
+    };
+    check_model(&lm);
+    let saved = output();
+    if models::save_as(&lm, &saved, CheckpointFormat::Gguf).is_ok() {
+        let again = models::load(&saved, &device()).expect("what was saved can be read");
+        assert_eq!(Fingerprint::of(&lm.model), Fingerprint::of(&again.model));
     }
 }
 

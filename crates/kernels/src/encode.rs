@@ -14,8 +14,8 @@ mod grid;
 
 pub use clip::{ClipLoss, clip_search};
 pub use feedback::{Feedback, Influence, round_with_feedback};
-pub use grid::grid_of_range;
 use grid::{Grid, read};
+pub use grid::{ZeroPoint, grid_of_range};
 
 /// The number of columns in a task of [`group_ranges`].
 const RANGE_COLUMNS: usize = 512;
@@ -124,13 +124,13 @@ fn ranges_body<I: Isa>(
 
 /// Packs the codes whose weights are nearest to `weight` on the grid of each group.
 ///
-/// With uniform levels, the code is `round(weight / scale) + zero`, clamped to the bits, with halves
-/// rounded to even. With a table, it is the code of the entry nearest to `weight / scale`, the lower one
+/// With uniform levels, the code is `round(weight / scale + f) + floor(zero)`, with the fraction `f` of the
+/// zero, clamped to the bits, with halves rounded to even. With a table, it is the code of the entry nearest to `weight / scale`, the lower one
 /// of two at the same distance.
 ///
 /// # Shapes
 /// - `weight`: `[d_in, d_out]`, row by row
-/// - `scales`, `zeros`: [`Layout::grid_shape`]; zeros are whole numbers
+/// - `scales`, `zeros`: [`Layout::grid_shape`]
 /// - result: [`Layout::words_shape`]
 ///
 /// # Panics

@@ -104,7 +104,7 @@ mod threads;
 pub use activation::silu_mul;
 pub use attention::causal_attention;
 pub use encode::{
-    ClipLoss, Feedback, Influence, clip_search, encode, grid_of_range, group_ranges,
+    ClipLoss, Feedback, Influence, ZeroPoint, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,
 };
 pub use gram::add_gram;

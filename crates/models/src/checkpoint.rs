@@ -2,7 +2,7 @@
 //!
 //! Parameters that are not packed are stored in the shortest type of float that holds them exactly, so
 //! that a saved model is the model, bit for bit. Each format of packed layers is a module behind
-//! [`LayerFormat`](format::LayerFormat).
+//! [`LayerFormat`](format::LayerFormat); GGUF files are a module by themselves.
 
 mod bitsandbytes;
 mod dense;
@@ -10,6 +10,7 @@ pub(crate) mod directory;
 mod exact;
 mod format;
 mod formats;
+mod gguf;
 #[cfg(test)]
 mod golden;
 mod gptq;
@@ -25,6 +26,7 @@ mod tensors;
 mod verify;
 
 pub use dense::{Rounding, save_dense};
+pub use gguf::{GgufLayer, GgufReport, GgufType, save_gguf};
 pub use kind::{CheckpointFormat, GptqVersion};
 pub use load::{load, load_as};
 pub use plan::{Plan, PlannedLayer, plan};

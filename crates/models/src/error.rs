@@ -212,6 +212,12 @@ pub enum StreamError {
     /// A recipe that names no quantizer for any layer.
     #[error("the recipe quantizes no layer: name one, or copy the files")]
     NothingToDo,
+    /// A format whose tensors are all in one file.
+    #[error("a {format} file is not written block by block: load the model, and save it")]
+    Format {
+        /// The format.
+        format: CheckpointFormat,
+    },
     /// A run that was stopped, where none was to be resumed.
     #[error(
         "`{path}` has the parts of a run that was stopped: resume it, or remove the directory to begin again"

@@ -2,7 +2,7 @@
 //!
 //! | item | |
 //! |---|---|
-//! | [`load`] | loads a Hugging Face directory: dense, packed by GPTQ or bitsandbytes, or written by [`save`] |
+//! | [`load`] | loads a Hugging Face directory: dense, packed by GPTQ or bitsandbytes, or written by [`save`]; or a GGUF file |
 //! | [`load_as`] | the same, to compute in `bf16` or `f16` |
 //! | [`load_verified`] | loads a directory that [`save`] wrote, and checks its files and its certificate |
 //! | [`Pretrained`] | a model with its tokenizer and the other files of its directory |
@@ -14,6 +14,7 @@
 //! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
 //! | [`save`] | saves a model, which [`load`] reads back bit for bit |
 //! | [`save_as`], [`save_dense`] | save a model for other programs, in a [`CheckpointFormat`] or with dense weights |
+//! | [`save_gguf`] | saves a model for llama.cpp, and measures what is rounded |
 //! | [`Output`] | reserves the place of a directory before the work whose result it is to hold |
 //! | [`SpecialTokens`] | the tokens that begin, end and pad texts |
 //!
@@ -66,8 +67,9 @@ mod tokenizer;
 
 pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sensitivities};
 pub use checkpoint::{
-    CheckpointFormat, GptqVersion, Plan, PlannedLayer, Rounding, StreamStep, Streaming,
-    check_format, load, load_as, load_verified, plan, quantize_to, save, save_as, save_dense,
+    CheckpointFormat, GgufLayer, GgufReport, GgufType, GptqVersion, Plan, PlannedLayer, Rounding,
+    StreamStep, Streaming, check_format, load, load_as, load_verified, plan, quantize_to, save,
+    save_as, save_dense, save_gguf,
 };
 pub use config::Config;
 pub use error::{

@@ -7,7 +7,7 @@ use peft::{AsModel, Certificate};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::directory::{
-    TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens, tokenizer_digest,
+    CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, carried, stop_tokens, tokenizer_digest,
 };
 use crate::{Generation, Model, Result, SpecialTokens, TextError, Tokenizer, Windows, generate};
 
@@ -87,6 +87,13 @@ impl Pretrained {
     /// The directory from which the files were read.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The chat template that came with the model in a file of its own (`chat_template.jinja`) or in a GGUF
+    /// file.
+    pub fn chat_template(&self) -> Option<&str> {
+        let template = self.carried.get(CHAT_TEMPLATE)?;
+        std::str::from_utf8(template).ok()
     }
 
     /// The tokenizer.

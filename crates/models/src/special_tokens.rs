@@ -52,10 +52,27 @@ impl SpecialTokens {
         } else {
             read_config(&map_path)?
         };
+        Self::of((&config_path, &config), (&map_path, &map), tokenizer)
+    }
+
+    /// The special tokens that a `tokenizer_config.json` states by itself.
+    pub(crate) fn stated(
+        config: &Map<String, Value>,
+        path: &Path,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self> {
+        Self::of((path, config), (path, &Map::new()), tokenizer)
+    }
+
+    fn of(
+        (config_path, config): (&Path, &Map<String, Value>),
+        (map_path, map): (&Path, &Map<String, Value>),
+        tokenizer: &Tokenizer,
+    ) -> Result<Self> {
         let token = |name| {
             let (path, value) = match map.get(name) {
-                Some(value) => (&map_path, value),
-                None => (&config_path, config.get(name).unwrap_or(&Value::Null)),
+                Some(value) => (map_path, value),
+                None => (config_path, config.get(name).unwrap_or(&Value::Null)),
             };
             special_token(path, name, value, tokenizer)
         };
@@ -66,7 +83,7 @@ impl SpecialTokens {
             unk: token("unk_token")?,
             add_bos: false,
         };
-        special.settle_bos(&config_path, tokenizer)?;
+        special.settle_bos(config_path, tokenizer)?;
         Ok(special)
     }
 

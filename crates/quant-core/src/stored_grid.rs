@@ -29,6 +29,7 @@ use crate::{Error, QuantTensor, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoredGrid {
     f16_scales: bool,
+    f16_minimums: bool,
     least_zero: Option<u8>,
 }
 
@@ -44,6 +45,13 @@ impl StoredGrid {
         self
     }
 
+    /// Sets whether an affine weight is stored as `s q + m`, with minimums `m = -s z` in `f16`, as in GGUF; false
+    /// by default.
+    pub fn with_f16_minimums(mut self, f16_minimums: bool) -> Self {
+        self.f16_minimums = f16_minimums;
+        self
+    }
+
     /// Sets the least zero of a format whose zeros are whole, up to the highest code; any by default.
     pub fn with_whole_zeros_from(mut self, least: impl Into<Option<u8>>) -> Self {
         self.least_zero = least.into();
@@ -53,6 +61,11 @@ impl StoredGrid {
     /// Whether scales are `f16`.
     pub fn f16_scales(&self) -> bool {
         self.f16_scales
+    }
+
+    /// Whether minimums are `f16`.
+    pub fn f16_minimums(&self) -> bool {
+        self.f16_minimums
     }
 
     /// Whether zeros are whole.
@@ -73,7 +86,17 @@ impl StoredGrid {
             (Some(stored), Some(zeros)) => same(&floats(zeros), &stored),
             _ => true,
         };
-        scales() && zeros()
+        let minimums = || match weight.zeros() {
+            Some(zeros) if self.f16_minimums => {
+                let (scales, zeros) = (floats(weight.scales()), floats(zeros));
+                let same = |(&scale, &zero): (&f32, &f32)| {
+                    zero_of(f16_minimum(scale, zero), scale).to_bits() == zero.to_bits()
+                };
+                scales.iter().zip(&zeros).all(same)
+            }
+            _ => true,
+        };
+        scales() && zeros() && minimums()
     }
 
     fn keeps_scales(&self, weight: &QuantTensor) -> bool {
@@ -87,6 +110,20 @@ impl StoredGrid {
         // A zero of -0 is not the same number of codes.
         Some(move |zero: f32| zero.round_ties_even().clamp(least, highest) + 0.0)
     }
+}
+
+/// The `f16` nearest to the weight of code 0.
+pub(crate) fn f16_minimum(scale: f32, zero: f32) -> f32 {
+    f16::from_f32(-scale * zero).to_f32()
+}
+
+/// The zero of a group whose code 0 has the weight `minimum`; 0 where the scale is.
+pub(crate) fn zero_of(minimum: f32, scale: f32) -> f32 {
+    if scale == 0.0 {
+        return 0.0;
+    }
+    // Without a zero of -0.
+    -minimum / scale + 0.0
 }
 
 /// The nearest `f16` to a scale, but the one of the least magnitude where that is 0: no group vanishes.
@@ -117,25 +154,36 @@ impl QuantTensor {
         let tensor = |values: Vec<f32>| {
             Tensor::from_data(TensorData::new(values, shape), (&device, DType::F32))
         };
-        let mut scales = floats(self.scales());
+        let exact = floats(self.scales());
+        let mut scales = exact.clone();
+        let beyond = |at: usize, value: f32| Error::BeyondF16 {
+            scale: value,
+            group: at / d_out,
+            column: at % d_out,
+        };
         if !stored.keeps_scales(&self) {
             for (at, scale) in scales.iter_mut().enumerate() {
                 let rounded = in_f16(*scale);
                 if rounded.is_infinite() {
-                    return Err(Error::BeyondF16 {
-                        scale: *scale,
-                        group: at / d_out,
-                        column: at % d_out,
-                    });
+                    return Err(beyond(at, *scale));
                 }
                 *scale = rounded;
             }
         }
         let zeros = self.zeros().map(floats);
-        let zeros = match (zeros, stored.stored_zero(&self)) {
+        let mut zeros = match (zeros, stored.stored_zero(&self)) {
             (Some(zeros), Some(stored)) => Some(zeros.into_iter().map(stored).collect()),
             (zeros, _) => zeros,
         };
+        if let Some(zeros) = zeros.as_mut().filter(|_| stored.f16_minimums) {
+            for (at, zero) in zeros.iter_mut().enumerate() {
+                let minimum = f16_minimum(exact[at], *zero);
+                if minimum.is_infinite() {
+                    return Err(beyond(at, -exact[at] * *zero));
+                }
+                *zero = zero_of(minimum, scales[at]);
+            }
+        }
         self.with_grid(tensor(scales), zeros.map(tensor))
     }
 }

@@ -3,10 +3,10 @@
 //! The arithmetic is that of the reference quantizer of OPTQ (Frantar et al. 2023,
 //! arXiv:2210.17323), in `f32` with halves rounded to even.
 
-use kernels::{ClipLoss, Layout};
+use kernels::{ClipLoss, Layout, ZeroPoint};
 use serde::{Deserialize, Serialize};
 
-use crate::stored_grid::in_f16;
+use crate::stored_grid::{f16_minimum, in_f16, zero_of};
 use crate::values::check_finite;
 use crate::{Error, Format, Grid, Result};
 
@@ -34,6 +34,8 @@ pub(crate) struct UniformGrid {
     pub(crate) range: GroupRange,
     pub(crate) reference_symmetric: bool,
     pub(crate) f16_scales: bool,
+    #[serde(default)]
+    pub(crate) fractional_zeros: bool,
 }
 
 /// The builders of a quantizer with a [`UniformGrid`] in its field `grid`.
@@ -73,6 +75,17 @@ macro_rules! uniform_grid_settings {
                 self
             }
 
+            /// Sets whether the zero-points of an affine grid are fractions of a code.
+            ///
+            /// Both ends of a group's range are then levels, and the range need not include 0. Weights that
+            /// are on such a grid already, as those of GGUF's Q4_1 are, are not changed. With scales in
+            /// `f16`, the level of code 0 is an `f16` too, as GGUF holds it; GPTQ checkpoints hold whole
+            /// zero-points.
+            pub fn with_fractional_zeros(mut self, fractional_zeros: bool) -> Self {
+                self.grid.fractional_zeros = fractional_zeros;
+                self
+            }
+
             /// Sets whether a symmetric grid is that of OPTQ's reference code, bit for bit.
             ///
             /// The reference's grid spans half the range of a group without negative weights, and
@@ -96,6 +109,7 @@ impl UniformGrid {
             range: GroupRange::Full,
             reference_symmetric: false,
             f16_scales: false,
+            fractional_zeros: false,
         }
     }
 
@@ -144,8 +158,19 @@ impl UniformGrid {
             high,
         };
         let max_code = ((1 << self.bits) - 1) as f32;
+        let zero_point = if self.fractional_zeros && !self.symmetric {
+            ZeroPoint::Fractional
+        } else {
+            ZeroPoint::Whole
+        };
         for (at, (low, high)) in low.iter_mut().zip(&mut high).enumerate() {
             let (least, most) = (*low, *high);
+            if zero_point == ZeroPoint::Fractional {
+                if ((*high - *low) / max_code).is_infinite() {
+                    return Err(span(at, least, most));
+                }
+                continue;
+            }
             // Zero is always inside the range, and so is a value of the grid.
             *low = low.min(0.0);
             *high = high.max(0.0);
@@ -163,12 +188,12 @@ impl UniformGrid {
                 (*low, *high) = (-1.0, 1.0);
             }
         }
-        let search = |loss| kernels::clip_search(weight, &low, &high, loss, layout);
-        let (mut scales, zeros): (Vec<f32>, Vec<f32>) = match (self.range, moments) {
+        let search = |loss| kernels::clip_search(weight, &low, &high, loss, zero_point, layout);
+        let (mut scales, mut zeros): (Vec<f32>, Vec<f32>) = match (self.range, moments) {
             (GroupRange::Full, _) => low
                 .iter()
                 .zip(&high)
-                .map(|(&low, &high)| kernels::grid_of_range(low, high, max_code))
+                .map(|(&low, &high)| zero_point.grid(low, high, max_code))
                 .unzip(),
             (GroupRange::Clipped, _) => search(ClipLoss::Power),
             (GroupRange::ClippedForOutput, Some(moments)) => search(ClipLoss::Inputs(moments)),
@@ -176,9 +201,14 @@ impl UniformGrid {
         };
         if self.f16_scales {
             for (at, scale) in scales.iter_mut().enumerate() {
+                let minimum = f16_minimum(*scale, zeros[at]);
                 *scale = in_f16(*scale);
-                if scale.is_infinite() {
+                let is_fractional = zero_point == ZeroPoint::Fractional;
+                if scale.is_infinite() || (is_fractional && minimum.is_infinite()) {
                     return Err(span(at, low[at], high[at]));
+                }
+                if is_fractional {
+                    zeros[at] = zero_of(minimum, *scale);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Safetensors files, JSON files and directories, read with checks.
+//! Safetensors and GGUF files, JSON files and directories, read with checks.
 //!
 //! Directories and JSON files are written atomically.
 //!
@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`TensorFile`] | reads a safetensors file tensor by tensor |
 //! | [`write_tensors`], [`LazyTensor`] | write one, with one tensor in memory at a time |
+//! | [`gguf`] | reads and writes the files of llama.cpp |
 //! | [`read`], [`read_config`], [`read_json`], [`write()`], [`write_json`] | read and write small files |
 //! | [`write_sums`], [`check_sums`], [`sha256`] | list the SHA-256 of a directory's files, and check them |
 //! | [`Output`] | reserves a directory, which is then complete under its name, or does not exist |
@@ -38,6 +39,7 @@ mod directory;
 mod document;
 mod error;
 mod file;
+pub mod gguf;
 mod output;
 mod partial;
 mod staging;

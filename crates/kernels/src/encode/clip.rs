@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::grid::{Grid, Lanes, Nearest, grid_of_range, read};
+use super::grid::{Grid, Lanes, Nearest, ZeroPoint, read};
 use crate::isa::{Isa, by_instruction_set};
 use crate::layout::{Layout, TILE};
 
@@ -21,12 +21,14 @@ const CLIP_GRID: usize = 100;
 
 /// The scales and zeros of the clipped ranges with the least loss, from 100 % down to 21 % of the range.
 ///
+/// A range is clipped toward 0, or toward its end nearest to 0 if it does not include 0.
+///
 /// The grid, the exponent and the strict comparison are those of the reference code of OPTQ (Frantar et
 /// al. 2023, arXiv:2210.17323). The zeros of a centered layout are 0.
 ///
 /// # Shapes
 /// - `weight`: `[d_in, d_out]`, row by row
-/// - `low`, `high`: [`Layout::grid_shape`], with `low <= 0 <= high` and not both 0
+/// - `low`, `high`: [`Layout::grid_shape`], with `low <= 0 <= high` and not both 0 if zeros are whole
 /// - results: [`Layout::grid_shape`]
 ///
 /// # Panics
@@ -34,13 +36,15 @@ const CLIP_GRID: usize = 100;
 ///
 /// # Examples
 /// ```
-/// use kernels::{ClipLoss, Layout, Levels, clip_search};
+/// use kernels::{ClipLoss, Layout, Levels, ZeroPoint, clip_search};
 ///
 /// // At 2 bits, clipping the one large weight loses less than coarse steps for all others.
 /// let mut weight = vec![0.1; 64];
 /// weight[0] = 0.4;
 /// let layout = Layout::new(64, 1, 2, 64, Levels::Unsigned);
-/// let (scales, _) = clip_search(&weight, &[0.0], &[0.4], ClipLoss::Power, &layout);
+/// let (low, high) = (&[0.0], &[0.4]);
+/// let (scales, _) =
+///     clip_search(&weight, low, high, ClipLoss::Power, ZeroPoint::Whole, &layout);
 /// assert!(scales[0] < 0.4 / 3.0);
 /// ```
 pub fn clip_search(
@@ -48,6 +52,7 @@ pub fn clip_search(
     low: &[f32],
     high: &[f32],
     loss: ClipLoss,
+    zero_point: ZeroPoint,
     layout: &Layout,
 ) -> (Vec<f32>, Vec<f32>) {
     let (d_in, d_out) = (layout.d_in(), layout.d_out());
@@ -66,7 +71,7 @@ pub fn clip_search(
                 scales: [0.0; TILE],
                 zeros: [0.0; TILE],
             };
-            search_tile(rows, &grid, g, tile, loss, &mut best);
+            search_tile(rows, &grid, g, tile, (loss, zero_point), &mut best);
             best
         })
         .collect();
@@ -88,7 +93,7 @@ by_instruction_set! {
         ranges: &Grid,
         group: usize,
         tile: usize,
-        loss: ClipLoss,
+        settings: (ClipLoss, ZeroPoint),
         best: &mut Lanes,
     ) = search_tile_body
 }
@@ -99,7 +104,7 @@ fn search_tile_body<I: Isa>(
     ranges: &Grid,
     group: usize,
     tile: usize,
-    loss: ClipLoss,
+    (loss, zero_point): (ClipLoss, ZeroPoint),
     best: &mut Lanes,
 ) {
     let layout = ranges.layout;
@@ -123,7 +128,9 @@ fn search_tile_body<I: Isa>(
             zeros: [0.0; TILE],
         };
         for j in 0..TILE {
-            let (scale, zero) = grid_of_range(keep * low[j], keep * high[j], max_code);
+            let inner = 0f32.max(low[j]).min(high[j]);
+            let [low, high] = [low[j], high[j]].map(|end| inner + keep * (end - inner));
+            let (scale, zero) = zero_point.grid(low, high, max_code);
             lanes.scales[j] = scale;
             lanes.zeros[j] = if center == 0.0 { zero } else { 0.0 };
         }

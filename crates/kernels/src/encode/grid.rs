@@ -21,6 +21,47 @@ pub fn grid_of_range(low: f32, high: f32, max_code: f32) -> (f32, f32) {
     (scale, zero.max(0.0).min(max_code))
 }
 
+/// The zero-points of grids that are made of ranges.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroPoint {
+    /// Whole numbers of codes, [`grid_of_range`].
+    #[default]
+    Whole,
+    /// Fractions of codes: both ends of a range are levels.
+    Fractional,
+}
+
+impl ZeroPoint {
+    /// The scale and the zero of a range from `low` to `high`, which includes 0 if zeros are whole.
+    ///
+    /// A range of one value has it as the level of code 0.
+    ///
+    /// # Examples
+    /// ```
+    /// use kernels::ZeroPoint;
+    ///
+    /// assert_eq!(ZeroPoint::Fractional.grid(-0.25, 7.25, 15.0), (0.5, 0.5));
+    /// assert_eq!(ZeroPoint::Fractional.grid(-3.0, -3.0, 15.0), (3.0, 1.0));
+    /// ```
+    #[inline(always)]
+    pub fn grid(self, low: f32, high: f32, max_code: f32) -> (f32, f32) {
+        match self {
+            Self::Whole => grid_of_range(low, high, max_code),
+            Self::Fractional => {
+                let scale = (high - low) / max_code;
+                if scale > 0.0 {
+                    // Without a zero of -0.
+                    (scale, -low / scale + 0.0)
+                } else if low == 0.0 {
+                    (1.0, 0.0)
+                } else {
+                    (low.abs(), -low.signum())
+                }
+            }
+        }
+    }
+}
+
 /// The scales and zeros of a weight, and the search for the nearest code.
 pub(super) struct Grid<'a> {
     scales: &'a [f32],
@@ -108,7 +149,10 @@ impl Lanes {
             Nearest::Uniform { center, max_code } => {
                 for j in 0..TILE {
                     let zero = self.zeros[j] + center;
-                    let code = (weights[j] / self.scales[j]).round_ties_even() + zero;
+                    // A whole zero is added after the rounding, which decides ties as OPTQ's code does.
+                    let whole = zero.floor();
+                    let level = weights[j] / self.scales[j] + (zero - whole);
+                    let code = level.round_ties_even() + whole;
                     codes[j] = small(code.max(0.0).min(*max_code));
                 }
             }

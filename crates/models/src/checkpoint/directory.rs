@@ -14,6 +14,7 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub(crate) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
+pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// The certificate of a merged model.
 pub(super) const CERTIFICATE: &str = "certificate.json";
 pub(super) const WEIGHTS: &str = "model.safetensors";
@@ -22,7 +23,7 @@ const CARRIED: [&str; 9] = [
     TOKENIZER,
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP,
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "added_tokens.json",
     // The vocabularies of Python tokenizers.
     "tokenizer.model",

@@ -9,6 +9,7 @@ use super::bitsandbytes::{self, Bitsandbytes};
 use super::directory::CONFIG;
 use super::exact::{self, Exact};
 use super::format::{LayerFormat, Layers, PackedLayer, Refusals, refuse_config};
+use super::gguf;
 use super::gptq::{self, Gptq};
 use super::kind::{CheckpointFormat, GptqVersion};
 use super::tensors::Tensors;
@@ -17,6 +18,9 @@ use crate::{CheckpointError, Result};
 
 impl CheckpointFormat {
     /// Makes the format for the layers of a model with this `config.json`, none of which it refuses.
+    ///
+    /// # Panics
+    /// For GGUF, whose tensors are in another kind of file.
     pub(super) fn for_layers(
         self,
         layers: &Layers,
@@ -26,6 +30,7 @@ impl CheckpointFormat {
             CheckpointFormat::QuantCore => Box::new(Exact::for_layers(layers)),
             CheckpointFormat::Gptq(version) => Box::new(Gptq::for_layers(layers, version)),
             CheckpointFormat::Bitsandbytes => Box::new(Bitsandbytes::for_layers(layers, config)),
+            CheckpointFormat::Gguf => unreachable!("GGUF has no safetensors"),
         }
     }
 
@@ -33,6 +38,9 @@ impl CheckpointFormat {
     pub(super) fn refusals(self, layers: &Layers) -> Refusals {
         let mut refusals = match self {
             CheckpointFormat::QuantCore => return Refusals::new(),
+            CheckpointFormat::Gguf => {
+                return gguf::refusals(layers.packed.iter().chain(&layers.head));
+            }
             CheckpointFormat::Gptq(_) => gptq::refusals(&layers.packed),
             CheckpointFormat::Bitsandbytes => bitsandbytes::refusals(&layers.packed),
         };
@@ -63,6 +71,7 @@ impl CheckpointFormat {
             CheckpointFormat::Bitsandbytes => bitsandbytes::reason_against_values(weight)
                 .into_iter()
                 .collect(),
+            CheckpointFormat::Gguf => gguf::reason_against_values(weight).into_iter().collect(),
         }
     }
 

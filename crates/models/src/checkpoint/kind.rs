@@ -13,6 +13,8 @@ pub enum CheckpointFormat {
     Gptq(GptqVersion),
     /// bitsandbytes: NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314).
     Bitsandbytes,
+    /// GGUF, the format of llama.cpp: uniform grids in blocks of 32 inputs, scales and minimums in `f16`.
+    Gguf,
 }
 
 /// The representation of the zero-points of a GPTQ checkpoint.
@@ -36,6 +38,10 @@ impl CheckpointFormat {
             CheckpointFormat::QuantCore | CheckpointFormat::Bitsandbytes => {
                 return StoredGrid::new();
             }
+            CheckpointFormat::Gguf => {
+                let f16 = StoredGrid::new().with_f16_scales(true);
+                return f16.with_f16_minimums(true);
+            }
             CheckpointFormat::Gptq(GptqVersion::V1) => 1,
             CheckpointFormat::Gptq(GptqVersion::V2) => 0,
         };
@@ -51,6 +57,7 @@ impl fmt::Display for CheckpointFormat {
             CheckpointFormat::Gptq(GptqVersion::V1) => "GPTQ v1",
             CheckpointFormat::Gptq(GptqVersion::V2) => "GPTQ v2",
             CheckpointFormat::Bitsandbytes => "bitsandbytes",
+            CheckpointFormat::Gguf => "GGUF",
         })
     }
 }

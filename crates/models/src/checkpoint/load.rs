@@ -10,6 +10,7 @@ use tensor_files::{FloatType, Floats};
 
 use super::directory::{CERTIFICATE, CONFIG, TOKENIZER, carried, stop_tokens, tokenizer_digest};
 use super::format::LayerFormat;
+use super::gguf;
 use super::kind::CheckpointFormat;
 use super::packing::transpose;
 use super::tensors::Tensors;
@@ -17,12 +18,17 @@ use crate::model::check_compute;
 use crate::source::{HEAD, Source, Vector, weight_name};
 use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer};
 
-/// Loads a model from a directory with `config.json` and weights, and `tokenizer.json` if it has one.
+/// Loads a model from a directory with `config.json` and weights, and `tokenizer.json` if it has one; or from
+/// a GGUF file of llama.cpp, or the first of a set of them.
 ///
 /// Packed layers may be in any [`CheckpointFormat`](crate::CheckpointFormat) and stay packed. The
 /// input order of GPTQ (`desc_act`) and the double quantization of bitsandbytes are kept. A
 /// bitsandbytes layer whose blocks straddle rows gets groups of the greatest common divisor of a row
 /// and a block.
+///
+/// GGUF files are those of the architectures `llama` and `qwen2`. Layers in Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0
+/// stay packed, in groups of 32; K-quants, and the embedding, become `f32`. The shape, the tokenizer and the
+/// chat template are those of the metadata; a pre-tokenizer that is not known is refused.
 ///
 /// The model computes in `f32`: see [`load_as`]. All parameters are frozen. Dense weights and embeddings
 /// are in memory in the type of their file, such as `bf16`, where the device has it; norms, biases, scales
@@ -67,9 +73,14 @@ pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Pretrained> {
 pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Result<Pretrained> {
     check_compute(compute, device)?;
     let dir = dir.as_ref();
+    if dir.is_file() {
+        let mut lm = gguf::file(dir, device)?;
+        lm.model.compute = compute;
+        return Ok(lm);
+    }
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    let format = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
+    let quantization = config.remove("quantization_config");
     let shape = Config::from_json(&config, &config_path)?;
     let tokenizer = dir.join(TOKENIZER);
     let tokenizer = if tensor_files::is_there(&tokenizer) {
@@ -77,16 +88,11 @@ pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Re
     } else {
         None
     };
-    let mut checkpoint = Checkpoint::new(Tensors::open(dir)?, format, device);
-    let mut model = Model::build(shape, &mut checkpoint)?;
-    if let Some(format) = &checkpoint.format {
-        let linears = model.linears().into_iter().map(|(path, _)| path);
-        let others = model.other_weights().into_iter().map(|(path, _)| path);
-        let layers: Vec<String> = linears.chain(others).collect();
-        format.check_paths(&layers, &config_path)?;
-    }
-    let leftovers = checkpoint.tensors.leftovers();
-    checkpoint.check_leftovers(model.config(), leftovers)?;
+    let stated = (&config, config_path.as_path());
+    let mut model = match gguf::load(dir, quantization.as_ref(), stated, &shape, device)? {
+        Some(model) => model,
+        None => safetensors(dir, quantization, shape, device)?,
+    };
     let carried = carried(dir)?;
     let stop_tokens = stop_tokens(dir, &config, &carried, model.config().vocab_size())?;
     model.tokenizer = tokenizer_digest(&carried);
@@ -107,6 +113,27 @@ pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Re
         stop_tokens,
         special: OnceLock::new(),
     })
+}
+
+/// Builds the model of a directory with safetensors files.
+fn safetensors(
+    dir: &Path,
+    quantization: Option<Value>,
+    shape: Config,
+    device: &Device,
+) -> Result<Model> {
+    let format = CheckpointFormat::open(dir, quantization)?;
+    let mut checkpoint = Checkpoint::new(Tensors::open(dir)?, format, device);
+    let model = Model::build(shape, &mut checkpoint)?;
+    if let Some(format) = &checkpoint.format {
+        let linears = model.linears().into_iter().map(|(path, _)| path);
+        let others = model.other_weights().into_iter().map(|(path, _)| path);
+        let layers: Vec<String> = linears.chain(others).collect();
+        format.check_paths(&layers, &dir.join(CONFIG))?;
+    }
+    let leftovers = checkpoint.tensors.leftovers();
+    checkpoint.check_leftovers(model.config(), leftovers)?;
+    Ok(model)
 }
 
 /// A source of the parameters of a directory, which are frozen.

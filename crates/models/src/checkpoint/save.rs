@@ -3,6 +3,7 @@ use tensor_files::{FloatType, IntoOutput};
 
 use super::directory::Files;
 use super::format::{Layers, Refusals};
+use super::gguf;
 use super::kind::CheckpointFormat;
 use super::parameters::{Parameter, check_no_adapters, parameters, state_float, state_head};
 use crate::source::HEAD;
@@ -55,8 +56,11 @@ pub fn save_as(lm: &Pretrained, dir: impl IntoOutput, format: CheckpointFormat) 
         let verified = certificate.verify(model);
         verified.map_err(|source| CheckpointError::OtherCertificate { source })?;
     }
-    let mut config = lm.config.clone();
     check_format(lm, format)?;
+    if format == CheckpointFormat::Gguf {
+        return gguf::save(lm, dir);
+    }
+    let mut config = lm.config.clone();
     let all = Layers::of(model);
     let is_packed = all.is_packed();
     let layers = format.for_layers(&all, &config);
@@ -117,10 +121,14 @@ fn refusals(model: &Model, layers: &Layers, format: CheckpointFormat) -> Refusal
     let linears = model.linears().into_iter();
     let linears = linears.map(|(path, linear)| (path, linear.weight()));
     let others = model.other_weights().into_iter();
-    for (path, weight) in linears.chain(others.filter(|(path, _)| path != HEAD)) {
+    let head_is_refused = refusals.iter().any(|(path, _)| path == HEAD);
+    for (path, weight) in linears.chain(others) {
         let Weight::Quant(weight) = weight else {
             continue;
         };
+        if path == HEAD && head_is_refused {
+            continue;
+        }
         for reason in format.reasons_against_values(weight) {
             match refusals.iter_mut().find(|(refused, _)| *refused == path) {
                 Some((_, reasons)) => *reasons = format!("{reasons}; {reason}"),

@@ -195,6 +195,10 @@ impl<'a, R: Recipe> Run<'a, R> {
                 has_order: false,
             });
         }
+        if settings.format == CheckpointFormat::Gguf {
+            let format = settings.format;
+            return Err(StreamError::Format { format }.into());
+        }
         settings.format.check(&planned)?;
         let needs = quantizers.iter().map(|quantizer| quantizer.needs());
         let needs = needs.max().unwrap_or(Needs::Nothing);

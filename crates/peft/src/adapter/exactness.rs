@@ -9,7 +9,8 @@ pub enum Exactness {
     /// output is bit-equal.
     Exact,
     /// The merged weight is the sum of weight and adapter, rounded to `f32`: with DoRA, the sum times
-    /// the factors that the adapted layer computes.
+    /// the factors that the adapted layer computes. Or it was rounded to the floats of a file, on the same
+    /// codes, and the error measured.
     Bounded {
         /// No element is further from the exact result.
         #[serde(deserialize_with = "number")]

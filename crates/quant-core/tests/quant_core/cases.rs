@@ -106,7 +106,7 @@ pub(crate) struct AnyCase {
 }
 
 pub(crate) fn any_cases() -> impl Strategy<Value = AnyCase> {
-    cases_of(0..14)
+    cases_of(0..17)
 }
 
 pub(crate) fn rtn_cases() -> impl Strategy<Value = AnyCase> {
@@ -118,7 +118,7 @@ pub(crate) fn codebook_cases() -> impl Strategy<Value = AnyCase> {
 }
 
 pub(crate) fn optq_cases() -> impl Strategy<Value = AnyCase> {
-    cases_of(9..14)
+    cases_of(9..17)
 }
 
 fn cases_of(kinds: Range<u8>) -> impl Strategy<Value = AnyCase> {
@@ -140,6 +140,7 @@ fn cases_of(kinds: Range<u8>) -> impl Strategy<Value = AnyCase> {
             .with_group_size(group)
             .with_symmetric(format.grid() == Grid::Symmetric)
             .with_order(order);
+        let fractional = optq.with_fractional_zeros(true).with_f16_scales(true);
         let unsigned = DoubleQuant {
             levels: ScaleLevels::Unsigned { bits },
             block_size: 5,
@@ -158,7 +159,10 @@ fn cases_of(kinds: Range<u8>) -> impl Strategy<Value = AnyCase> {
             10 => Method::Optq(optq.with_stale_groups(true)),
             11 => Method::Optq(optq.with_range(GroupRange::Clipped).with_f16_scales(true)),
             12 => Method::Optq(optq.with_range(GroupRange::ClippedForOutput)),
-            _ => Method::Optq(optq.with_drift(0.25)),
+            13 => Method::Optq(optq.with_drift(0.25)),
+            14 => Method::Optq(optq.with_fractional_zeros(true)),
+            15 => Method::Optq(fractional.with_range(GroupRange::Clipped)),
+            _ => Method::Optq(optq.with_fractional_zeros(true).with_stale_groups(true)),
         };
         let device = Device::flex();
         device.seed(seed);

@@ -27,6 +27,18 @@ fn gaussian_weights_have_the_known_errors() {
             check_error(&rtn, &weight, expected);
         }
     }
+    for (group_size, errors) in [
+        (Some(32), [0.3928, 0.1677, 0.0782, 0.00460]),
+        (Some(64), [0.4502, 0.1924, 0.0897, 0.00528]),
+        (Some(128), [0.5008, 0.2140, 0.0998, 0.00587]),
+        // A channel's range has 0 near its middle, and a level there is worth more than the ends.
+        (None, [0.7113, 0.2995, 0.1397, 0.00822]),
+    ] {
+        for (bits, expected) in [2, 3, 4, 8].into_iter().zip(errors) {
+            let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
+            check_error(&rtn.with_fractional_zeros(true), &weight, expected);
+        }
+    }
     let clipped = [
         (Some(64), [0.3566, 0.1769, 0.0874]),
         (Some(128), [0.3705, 0.1875, 0.0952]),

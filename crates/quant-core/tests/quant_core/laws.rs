@@ -99,6 +99,29 @@ proptest! {
         }
     }
 
+    /// On the same codes, with minimums `-s z` in `f16`: each is the nearest, and nothing changes twice.
+    #[test]
+    fn minimums_are_rounded_to_f16(case in any_cases(), factor in 0.5..2.0f32, shift in -1.0..1.0f32) {
+        let packed = case.quantize();
+        prop_assume!(packed.double_scales().is_none());
+        let zeros = packed.zeros().map(|zeros| zeros + shift);
+        let moved = packed.clone().with_grid(packed.scales() * factor, zeros).unwrap();
+        let stored = StoredGrid::new().with_f16_scales(true).with_f16_minimums(true);
+        let rounded = moved.clone().rounded_to(stored).unwrap();
+        prop_assert!(stored.holds(&rounded));
+        prop_assert_eq!(rounded.clone().rounded_to(stored).unwrap().to_parts(), rounded.to_parts());
+        prop_assert_eq!(rounded.codes(), moved.codes());
+        let minimums = |of: &QuantTensor| {
+            let zeros = of.zeros().map(values).unwrap_or_default().into_iter();
+            let minimums = zeros.zip(scales(of)).map(|(zero, scale)| -zero * scale);
+            minimums.collect::<Vec<_>>()
+        };
+        for (found, exact) in minimums(&rounded).into_iter().zip(minimums(&moved)) {
+            let step = (exact.abs() * 2f32.powi(-11)).max(2f32.powi(-25));
+            prop_assert!((found - exact).abs() <= step * 1.001, "{found} {exact}");
+        }
+    }
+
     #[test]
     fn non_finite_weights_are_refused(
         case in any_cases(),

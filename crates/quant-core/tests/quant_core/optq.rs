@@ -168,6 +168,8 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
     let stale = settings["stale_groups"] == true;
     let damping = settings["damping"].as_f64().unwrap();
     let fraction = settings["drift"].as_f64().unwrap_or(0.0);
+    let fractional =
+        settings["grid"]["fractional_zeros"] == true && settings["grid"]["symmetric"] == false;
     let is_static = settings["grid"]["group_size"].is_null() || order == Order::Descending;
 
     let quantized = optq.quantize(weight.clone(), Some(gram)).unwrap();
@@ -204,7 +206,12 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
     let check_grid = |w: &[f64], magnitude: &[f64], first: usize, o: usize| {
         let rows = first..n.min(first + group);
         let column = rows.clone().map(|i| w[i * d_out + o]);
-        let (mut low, mut high) = column.fold((0.0f64, 0.0f64), |(l, h), w| (l.min(w), h.max(w)));
+        let from = if fractional {
+            (f64::INFINITY, f64::NEG_INFINITY)
+        } else {
+            (0.0, 0.0)
+        };
+        let (mut low, mut high) = column.fold(from, |(l, h), w| (l.min(w), h.max(w)));
         if symmetric {
             high = high.max(-low);
             low = -high;
@@ -212,6 +219,10 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
         let at = group_of[inputs[first]] * d_out + o;
         let (scale, zero) = (found_scales[at], found_zeros[at]);
         let largest = rows.map(|i| magnitude[i * d_out + o]).fold(0.0, f64::max);
+        if fractional && high - low <= ROUNDING * largest {
+            // One value, up to rounding, whose level is that of code 0.
+            return;
+        }
         // The grid of a group of zeros; in f64 they may be the rounding of others.
         if high - low <= ROUNDING * largest && scale == f64::from(2.0 / max as f32) {
             (low, high) = (-1.0, 1.0);
@@ -224,7 +235,7 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
         );
         let off = (zero * scale + low).abs();
         assert!(
-            symmetric || off <= 0.5 * scale + max * slack,
+            symmetric || off <= if fractional { 0.0 } else { 0.5 * scale } + max * slack,
             "{optq:?}: zero {zero} for {low} and {scale}"
         );
     };
@@ -254,7 +265,7 @@ fn check_each_code(optq: &Optq, weight: &Tensor<2>, gram: &Gram) {
             let value = w[i * d_out + o];
             let distance = |code: f64| (scale * (code - zero) - value).abs();
             let code = f64::from(codes[input * d_out + o]);
-            let nearest = ((value / scale).round() + zero).clamp(0.0, max);
+            let nearest = (value / scale + zero).round().clamp(0.0, max);
             let slack = ROUNDING * magnitude[i * d_out + o];
             assert!(
                 distance(code) <= distance(nearest) + slack,

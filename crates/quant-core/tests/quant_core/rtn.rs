@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor, TensorData};
 use proptest::prelude::*;
-use quant_core::{Error, GroupRange, Quantizer, Rtn};
+use quant_core::{Error, GroupRange, Quantizer, Rtn, StoredGrid};
 
 use crate::cases::{Method, cases, rtn_cases, scales, tensor, values};
 
@@ -82,6 +82,87 @@ proptest! {
             let error = (nearest - f64::from(found)).abs();
             prop_assert!(error <= scale * 0.5001, "{w} became {found} on steps of {scale}");
         }
+    }
+
+    /// Both ends of a range are levels, and every weight is half a step from one, or nearer.
+    #[test]
+    fn fractional_zeros_meet_both_ends(case in cases(), clip in any::<bool>()) {
+        let rtn = case.rtn.with_symmetric(false).with_fractional_zeros(true);
+        let packed = rtn.quantize(case.tensor(), None).unwrap().weight;
+        let (found, scales) = (values(packed.dequantize()), scales(&packed));
+        let [d_in, d_out] = case.dims;
+        for (at, scale) in scales.iter().enumerate() {
+            let (g, o) = (at / d_out, at % d_out);
+            let rows = g * case.group_size()..d_in.min((g + 1) * case.group_size());
+            let pairs = rows.map(|i| (case.weight[i * d_out + o], found[i * d_out + o]));
+            let pairs: Vec<_> = pairs.collect();
+            let [low, high] = [f32::min, f32::max].map(|end| {
+                pairs.iter().map(|pair| pair.0).reduce(end).unwrap()
+            });
+            let rounding = 1e-6 * low.abs().max(high.abs());
+            for &(weight, found) in &pairs {
+                let is_end = weight == low || weight == high;
+                let bound = if is_end { 0.0 } else { 0.5001 * scale };
+                prop_assert!((found - weight).abs() <= bound + rounding, "{weight} {found} {scale}");
+            }
+            if low < high {
+                let step = (high - low) / ((1u32 << packed.format().bits()) - 1) as f32;
+                prop_assert!((scale - step).abs() <= 1e-6 * step);
+            }
+        }
+        // The search keeps the full range where that is best.
+        if clip {
+            let clipped = rtn.with_range(GroupRange::Clipped).quantize(case.tensor(), None).unwrap();
+            let loss = |found: &[f32]| {
+                let errors = found.iter().zip(&case.weight);
+                errors.map(|(a, b)| f64::from((a - b).abs()).powf(2.4)).sum::<f64>()
+            };
+            prop_assert!(loss(&values(clipped.weight.dequantize())) <= loss(&found) * 1.0001);
+        }
+    }
+
+    /// Weights that are on a grid whose minimums and scales are `f16`, as those of Q4_1 are, keep all of it.
+    #[test]
+    fn a_grid_in_f16_is_found_again(
+        groups in prop::collection::vec((-0.5..0.5f32, 1e-3..0.1f32), 1..12),
+        bits in prop::sample::select(vec![2usize, 3, 4]),
+        seed in any::<u32>(),
+    ) {
+        let n = groups.len();
+        let max_code = (1u32 << bits) - 1;
+        let f16 = |value: f32| half::f16::from_f32(value).to_f32();
+        let weight = groups.iter().enumerate().flat_map(|(g, &(minimum, scale))| {
+            (0..32u32).map(move |i| {
+                // Both ends are taken.
+                let code = match i {
+                    0 => 0,
+                    1 => max_code,
+                    _ => (i.wrapping_mul(seed | 1).wrapping_add(g as u32) >> 3) & max_code,
+                };
+                f16(scale) * code as f32 + f16(minimum)
+            })
+        });
+        let weight: Vec<f32> = weight.collect();
+        let rtn = Rtn::new()
+            .with_bits(bits)
+            .with_group_size(32)
+            .with_f16_scales(true)
+            .with_fractional_zeros(true);
+        let packed = rtn.quantize(tensor(weight.clone(), [32 * n, 1]), None).unwrap().weight;
+        let parts = packed.to_parts();
+        for (at, &(minimum, scale)) in groups.iter().enumerate() {
+            prop_assert_eq!(scales(&packed)[at], f16(scale));
+            let zero = parts.zeros.as_ref().unwrap()[at];
+            prop_assert_eq!(zero, -f16(minimum) / f16(scale) + 0.0);
+        }
+        let stored = StoredGrid::new().with_f16_scales(true).with_f16_minimums(true);
+        prop_assert!(stored.holds(&packed));
+        let found = values(packed.dequantize());
+        for (found, weight) in found.iter().zip(&weight) {
+            prop_assert!((found - weight).abs() <= 1e-6 * 2.0);
+        }
+        let again = rtn.quantize(packed.dequantize(), None).unwrap().weight;
+        prop_assert_eq!(again.to_parts(), parts);
     }
 
     /// A group that takes both ends of its affine grid keeps its codes. (A symmetric grid's lowest
