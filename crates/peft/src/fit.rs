@@ -331,8 +331,8 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
                 step: index + 1,
             });
         }
-        let grad_norm = totals.squares.iter().map(|(_, square)| square).sum::<f64>();
-        let grad_norm = grad_norm.sqrt();
+        let squares = totals.squares.iter().map(|(_, square)| square);
+        let grad_norm = squares.fold(0.0, |sum, square| sum + square).sqrt();
         if let Some(max) = config.max_grad_norm.filter(|&max| grad_norm > max) {
             let factor = max / grad_norm;
             tuned.visit(&mut Scale {
