@@ -183,13 +183,13 @@ fn reading_and_writing_a_model_changes_no_byte_of_a_layer() {
         let names: Vec<String> = first.names().map(Into::into).collect();
         assert_eq!(names, second.names().collect::<Vec<_>>());
         for tensor in names.iter().filter(|name| name.starts_with("blk.")) {
-            match first.shape(tensor).unwrap() {
-                &[rows, columns] => assert_eq!(
+            match *first.shape(tensor).unwrap() {
+                [rows, columns] => assert_eq!(
                     first.bytes(tensor, [rows, columns]).unwrap(),
                     second.bytes(tensor, [rows, columns]).unwrap(),
                     "{tensor}"
                 ),
-                &[n] => assert_eq!(
+                [n] => assert_eq!(
                     first.values(tensor, [n]).unwrap(),
                     second.values(tensor, [n]).unwrap()
                 ),
