@@ -353,6 +353,10 @@ fn stream(
     let size = evaluation_batch(args.cut.seq_len);
     let calibration = batches(calibration, size, device);
     let plan = models::plan(source, &quantizer)?;
+    let n_tokens = n_windows(&calibration) * args.cut.seq_len;
+    let batch_tokens = n_tokens.min(size * args.cut.seq_len);
+    let peak = plan.memory(quantizer.needs(), n_tokens, batch_tokens);
+    println!("about {} MiB in memory at the peak\n", peak >> 20);
     let settings = Streaming::new(device)
         .with_format(args.format.format())
         .with_resume(args.resume);

@@ -96,6 +96,12 @@ impl TensorFile {
         names
     }
 
+    /// The bytes of a tensor, from the header.
+    pub fn n_bytes_of(&self, name: &str) -> Option<u64> {
+        let (start, end) = self.metadata.info(name)?.data_offsets;
+        Some((end - start) as u64)
+    }
+
     /// The bytes of all tensors.
     pub fn n_bytes(&self) -> u64 {
         self.metadata.data_len() as u64

@@ -2,6 +2,8 @@
 //!
 //! With a recipe that quantizes nothing, that is the directory as it is.
 
+mod memory;
+
 use std::collections::HashSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,7 +18,7 @@ use super::format::{LayerFormat, Layers, PackedLayer, quant_error};
 use super::formats::undeclared_tensor;
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
-use crate::source::weight_name;
+use crate::source::{HEAD, weight_name};
 use crate::{CheckpointError, Config, Result, TextError, Tokenizer, Windows};
 
 /// The result of quantizing a model, computed by [`plan`].
@@ -28,6 +30,8 @@ pub struct Plan {
     pub config: Config,
     /// The directory of the model.
     pub dir: PathBuf,
+    /// The bytes of the largest tensor that is copied.
+    largest_copied: u64,
 }
 
 /// One projection of a [`Plan`].
@@ -42,6 +46,8 @@ pub struct PlannedLayer {
     /// The size of the weight, in bytes; of a dense one in `f32`. The input order that
     /// [`quant_core::Order::DescendingRegrouped`] gives is not counted.
     pub n_bytes: u64,
+    /// The size of the weight in the files of the model, in bytes.
+    pub n_bytes_stored: u64,
 }
 
 impl Plan {
@@ -227,12 +233,21 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     if problems.is_empty() {
         Ok(Plan {
             layers,
+            largest_copied: largest_copied(&config, &mut tensors),
             config,
             dir: dir.into(),
         })
     } else {
         Err(CheckpointError::Plan { layers: problems }.into())
     }
+}
+
+/// The bytes of the largest tensor beside the projections.
+fn largest_copied(config: &Config, tensors: &mut Tensors) -> u64 {
+    let embedding = format!("{}.embed_tokens", config.prefix());
+    let names = [embedding.as_str(), HEAD].map(weight_name);
+    let sizes = names.iter().filter_map(|name| tensors.n_bytes(name).ok());
+    sizes.max().unwrap_or(0)
 }
 
 fn planned(
@@ -262,6 +277,7 @@ fn planned(
             dims,
             format: Some(format),
             n_bytes,
+            n_bytes_stored: n_bytes,
         });
     }
     let tensor = weight_name(path);
@@ -280,6 +296,7 @@ fn planned(
         dims,
         format,
         n_bytes: 0,
+        n_bytes_stored: tensors.n_bytes(&tensor).unwrap_or(0),
     };
     layer.n_bytes = match format {
         Some(format) => format.n_bytes(dims).map_err(|error| error.to_string())?,

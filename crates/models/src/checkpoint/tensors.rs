@@ -72,6 +72,13 @@ impl Tensors {
         Ok(shape.unwrap_or_default().into())
     }
 
+    /// The bytes of a tensor, from the header of its file.
+    pub(super) fn n_bytes(&mut self, name: &str) -> Result<u64> {
+        let stored = self.shards.stored(name).to_string();
+        let n_bytes = self.shards.file(name)?.n_bytes_of(&stored);
+        Ok(n_bytes.unwrap_or_default())
+    }
+
     /// The values of a vector of any length.
     pub(super) fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
         let (values, [_]) = self.shards.file(name)?.floats(name)?;
