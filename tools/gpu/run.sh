@@ -3,16 +3,16 @@
 # the losses of the CPU, that a merged model verifies, that no kernel reads out of bounds, and how fast
 # it is. Takes less than six minutes, and no network.
 #
-#   run.sh [OUT] [TORCH]   in the folder that tools/cuda-build.sh made
+#   run.sh [OUT] [TORCH]   of the folder that tools/cuda-build.sh made
 #
 # Each step has a time limit and a log in OUT, `gpu-results` by default; the exit status is the number
 # of steps that failed. TORCH is a Python program that measures PyTorch in the same run. It is called
 # as `TORCH products 4096 4096` and as `TORCH fit 110m lora 4 256`.
 set -uo pipefail
+out="$(realpath -m "${1:-gpu-results}")"
+torch="${2:+$(realpath "$2")}"
 cd "$(dirname "$0")"
-mkdir -p "${1:-gpu-results}"
-out="$(cd "${1:-gpu-results}" && pwd)"
-torch="${2:-}"
+mkdir -p "$out"
 
 export CUDA_PATH="${CUDA_PATH:-/usr/local/cuda}"
 nvrtc="$(compgen -G "$CUDA_PATH/lib64/libnvrtc.so*" | head -n 1)"
