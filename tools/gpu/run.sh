@@ -3,16 +3,16 @@
 # the losses of the CPU, that a merged model verifies, that no kernel reads out of bounds, and how fast
 # it is. Takes less than six minutes, and no network.
 #
-#   run.sh [OUT] [TORCH]   in the folder that tools/cuda-build.sh made
+#   run.sh [OUT] [TORCH]   of the folder that tools/cuda-build.sh made
 #
 # Each step has a time limit and a log in OUT, `gpu-results` by default; the exit status is the number
 # of steps that failed. TORCH is a Python program that measures PyTorch in the same run. It is called
 # as `TORCH products 4096 4096` and as `TORCH fit 110m lora 4 256`.
 set -uo pipefail
+out="$(realpath -m "${1:-gpu-results}")"
+torch="${2:+$(realpath "$2")}"
 cd "$(dirname "$0")"
-mkdir -p "${1:-gpu-results}"
-out="$(cd "${1:-gpu-results}" && pwd)"
-torch="${2:-}"
+mkdir -p "$out"
 
 export CUDA_PATH="${CUDA_PATH:-/usr/local/cuda}"
 nvrtc="$(compgen -G "$CUDA_PATH/lib64/libnvrtc.so*" | head -n 1)"
@@ -55,6 +55,7 @@ finish() {
     results+=("$(printf '%-28s %-13s %4d s' "$1" "$verdict" "$3")")
     printf '\n=== %s\n' "${results[-1]}"
     tail -n 30 "$out/$1.log" | cut -c1-300
+    return "$2"
 }
 
 # On the CPU, while the GPU is busy.
@@ -86,7 +87,11 @@ done
 # One step of training, every access of memory checked.
 sanitizer="$(command -v compute-sanitizer || echo "$CUDA_PATH/bin/compute-sanitizer")"
 one_step=(./fit_step --device cuda --modes lora-g128 --batch 4 --seq-len 256 --steps 0)
-step memcheck 90 "$sanitizer" --tool memcheck --error-exitcode 9 "${one_step[@]}"
+memcheck=("$sanitizer" --tool memcheck --error-exitcode 9)
+if ! step memcheck 90 "${memcheck[@]}" "${one_step[@]}"; then
+    # Which operation it is: conformance names it.
+    step memcheck-conformance 120 "${memcheck[@]}" ./kernels cuda
+fi
 
 step products 40 ./products --device cuda
 step fit-110m 40 ./fit_step --device cuda --modes lora-g128,qlora-nf4,peqa-g128

@@ -1,4 +1,7 @@
 //! The operations in burn's primitives: for every backend, and the reference for the native ones.
+//!
+//! The products have one batch dimension and operands that are contiguous, or contiguous and then
+//! transposed: heads are moved before positions by a copy, made once for all products of a tensor.
 
 use std::ops::Range;
 
@@ -34,7 +37,7 @@ impl Sizes {
 
     /// Makes the query heads that share a key head rows of one product.
     ///
-    /// From `[batch, seq_q, heads, dim]` to `[batch, kv_heads, heads / kv_heads * seq_q, dim]`.
+    /// From `[batch, seq_q, heads, dim]` to `[batch * kv_heads, heads / kv_heads * seq_q, dim]`.
     fn stack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
         B::float_reshape(B::float_swap_dims(t, 1, 2), self.stacked(self.dim))
     }
@@ -47,15 +50,29 @@ impl Sizes {
 
     fn stacked(&self, width: usize) -> Shape {
         let rows = self.heads / self.kv_heads * self.seq_q;
-        Shape::new([self.batch, self.kv_heads, rows, width])
+        Shape::new([self.batch * self.kv_heads, rows, width])
+    }
+
+    /// Makes the keys, or the values, of each head the factor of one product.
+    ///
+    /// From `[batch, seq_k, kv_heads, dim]` to `[batch * kv_heads, seq_k, dim]`.
+    fn by_head<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+        let shape = Shape::new([self.batch * self.kv_heads, self.seq_k, self.dim]);
+        B::float_reshape(B::float_swap_dims(t, 1, 2), shape)
+    }
+
+    /// The inverse of [`Sizes::by_head`].
+    fn by_position<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+        let shape = Shape::new([self.batch, self.kv_heads, self.seq_k, self.dim]);
+        B::float_swap_dims(B::float_reshape(t, shape), 1, 2)
     }
 
     fn of_scores(&self) -> Shape {
         Shape::new([self.batch, self.heads, self.seq_q, self.seq_k])
     }
 
-    /// The scaled scores, [`Sizes::of_scores`], in `F32` where `q` is of 16 bits; `-inf` where a key is
-    /// masked.
+    /// The scaled scores, [`Sizes::of_scores`], of the results of [`Sizes::stack`] and
+    /// [`Sizes::by_head`], in `F32` where `q` is of 16 bits; `-inf` where a key is masked.
     fn scores<B: Backend>(
         &self,
         q: FloatTensor<B>,
@@ -64,8 +81,7 @@ impl Sizes {
         scale: f64,
     ) -> FloatTensor<B> {
         let device = q.device();
-        let k = B::float_permute(k, &[0, 2, 3, 1]);
-        let scores = widened::<B>(B::float_matmul(self.stack::<B>(q), k));
+        let scores = widened::<B>(B::float_matmul(q, B::float_transpose(k)));
         let scores = B::float_mul_scalar(scores, scale.into());
         let scores = B::float_reshape(scores, self.of_scores());
         if self.seq_q == 1 && matches!(starts, Starts::First) {
@@ -111,13 +127,14 @@ pub(super) fn forward<B: Backend>(
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
+    let (q, k) = (sizes.stack::<B>(q), sizes.by_head::<B>(k));
     let scores = sizes.scores::<B>(q, k, starts, scale);
     let most = B::float_max_dim(scores.clone(), 3);
     let p = B::float_exp(B::float_sub(scores, most.clone()));
     let sum = B::float_sum_dim(p.clone(), 3);
     let lse = B::float_add(B::float_log(sum.clone()), most);
     let p = B::float_reshape(B::float_div(p, sum), sizes.stacked(sizes.seq_k));
-    let y = B::float_matmul(cast::<B>(p, dtype), B::float_swap_dims(v, 1, 2));
+    let y = B::float_matmul(cast::<B>(p, dtype), sizes.by_head::<B>(v));
     let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q]);
     (sizes.unstack::<B>(y), B::float_reshape(lse, of_lse))
 }
@@ -138,27 +155,28 @@ pub(super) fn backward<B: Backend>(
     scale: f64,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
-    let scores = sizes.scores::<B>(q.clone(), k.clone(), starts, scale);
-    let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
-    let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
-    let p = B::float_reshape(p, sizes.stacked(sizes.seq_k));
-
     let (q, y, dy) = (
         sizes.stack::<B>(q),
         sizes.stack::<B>(y),
         sizes.stack::<B>(dy),
     );
-    let (k, v) = (B::float_swap_dims(k, 1, 2), B::float_swap_dims(v, 1, 2));
+    let (k, v) = (sizes.by_head::<B>(k), sizes.by_head::<B>(v));
+    let scores = sizes.scores::<B>(q.clone(), k.clone(), starts, scale);
+    let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
+    let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
+    let p = B::float_reshape(p, sizes.stacked(sizes.seq_k));
+
     let delta = B::float_mul(widened::<B>(dy.clone()), widened::<B>(y));
-    let delta = B::float_sum_dim(delta, 3);
+    let delta = B::float_sum_dim(delta, 2);
     let dp = widened::<B>(B::float_matmul(dy.clone(), B::float_transpose(v)));
     let ds = B::float_mul(p.clone(), B::float_sub(dp, delta));
     let ds = B::float_mul_scalar(ds, scale.into());
     let (p, ds) = (cast::<B>(p, dtype), cast::<B>(ds, dtype));
-    let of_keys = |t| B::float_swap_dims(t, 1, 2);
+    let dk = B::float_matmul(B::float_transpose(ds.clone()), q);
+    let dv = B::float_matmul(B::float_transpose(p), dy);
     (
-        sizes.unstack::<B>(B::float_matmul(ds.clone(), k)),
-        of_keys(B::float_matmul(B::float_transpose(ds), q)),
-        of_keys(B::float_matmul(B::float_transpose(p), dy)),
+        sizes.unstack::<B>(B::float_matmul(ds, k)),
+        sizes.by_position::<B>(dk),
+        sizes.by_position::<B>(dv),
     )
 }

@@ -1,6 +1,8 @@
 //! The other operations of a training step: values and gradients, compared with those of the composed
 //! operations on the CPU in `F64`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{causal_attention, linear_cross_entropy, matmul, rms_norm, rotate_half, silu_mul};
 
@@ -92,7 +94,9 @@ pub(super) fn check(on: &On, cases: &[Case]) {
             .collect();
         let run = |device: &Device, dtype| results(device, dtype, &inputs, shapes, operation);
         let expected = run(&Device::flex(), DType::F64);
-        let found = run(&on.device, on.dtype);
+        // A device that fails says so when it is read, and not which operation failed.
+        let found = catch_unwind(AssertUnwindSafe(|| run(&on.device, on.dtype)));
+        let found = found.unwrap_or_else(|_| panic!("{name} fails in {:?}", on.dtype));
         for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
             assert_eq!(found.len(), expected.len());
             let largest = expected
