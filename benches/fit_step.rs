@@ -1,7 +1,7 @@
 //! A step of `peft::fit` on a LLaMA of 109.5 million parameters with packed projections: 4 sequences of 256
 //! random tokens, compared with the ceilings of the machine.
 //!
-//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast`
+//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast --dtype bf16`
 //!
 //! The modes `dx-*` train only the first norm of the model: their cost is that of the forward pass and of
 //! the gradients of all activations.
@@ -12,8 +12,10 @@ use std::time::Instant;
 
 use benches::{Ceilings, cpu_seconds, llama, opt, packed_bytes};
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Distribution, Tensor};
 use clap::Parser;
+use examples::device::DeviceArg;
+use examples::dtype::DtypeArg;
 use examples::memory;
 use models::Model;
 use peft::{Batch, FitConfig, Lora, Method, Peqa};
@@ -37,6 +39,10 @@ struct Args {
     /// Measure an OPT of the shape of opt-125m instead of the LLaMA
     #[arg(long)]
     opt: bool,
+    #[command(flatten)]
+    device: DeviceArg,
+    #[command(flatten)]
+    dtype: DtypeArg,
     /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
@@ -90,11 +96,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             );
         }
     }
-    let device = Device::flex();
+    let device = args.device.open();
     println!("{}", Ceilings::measure(&device));
     println!(
-        "batch {BATCH} x {SEQ}, checkpoint_blocks {}, fast {}",
-        args.checkpoint_blocks, args.fast
+        "batch {BATCH} x {SEQ}, {}, checkpoint_blocks {}, fast {}",
+        args.dtype.name.name(),
+        args.checkpoint_blocks,
+        args.fast
     );
     println!(
         "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB |"
@@ -121,13 +129,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if args.fast {
             peft::set_precision(&mut model, Precision::Fast);
         }
+        let model = model.with_compute(args.dtype.float())?;
         measure(mode.name, model, n_trainable, &args)?;
     }
     Ok(())
 }
 
 fn measure(name: &str, mut model: Model, n_trainable: usize, args: &Args) -> peft::Result<()> {
-    let device = Device::flex();
+    let device = model.device();
     device.seed(0);
     let vocab = model.config().vocab_size() as f64;
     let tokens = Tensor::<2>::random([BATCH, SEQ], Distribution::Uniform(0.0, vocab), &device);

@@ -147,14 +147,11 @@ fn weights_of_16_bits_take_half_the_bytes() {
         drop(lm);
         kept
     };
-    let n_bytes = std::fs::metadata(golden.join("model.safetensors"))
-        .unwrap()
-        .len() as usize;
+    // Nearly all of it matrices; the rest of a model is the same in each.
+    let file = std::fs::metadata(golden.join("model.safetensors")).unwrap();
+    let matrices = file.len() as usize * 95 / 100;
     let wide = kept_in(FloatType::F32, FloatType::F32);
-    assert!(
-        wide > 2 * n_bytes * 9 / 10,
-        "{wide} bytes of {n_bytes} in 16 bits"
-    );
+    assert!(wide > 2 * matrices);
     for (float, compute) in [
         (FloatType::Bf16, FloatType::F32),
         (FloatType::F16, FloatType::F32),
@@ -162,8 +159,8 @@ fn weights_of_16_bits_take_half_the_bytes() {
     ] {
         let kept = kept_in(float, compute);
         assert!(
-            kept < n_bytes * 11 / 10,
-            "{kept} bytes of {n_bytes} in {float:?}"
+            kept + matrices < wide,
+            "{kept} bytes in {float:?}, {wide} in F32, matrices of {matrices} in 16 bits"
         );
     }
 }

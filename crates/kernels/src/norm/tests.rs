@@ -65,7 +65,7 @@ proptest! {
         let dx = composed::dx::<Flex>(x.clone(), primitive(&w), primitive(&dy), EPS);
         let found = values(&tx.grad(&grads).unwrap().transpose());
         assert_close(&found, &doubles(&primitive_values(dx)), 1e-5);
-        let dw = composed::dweight::<Flex>(x, primitive(&dy), EPS);
+        let dw = composed::dweight::<Flex>(x, primitive(&dy), EPS, DType::F32);
         let found = values(&tw.grad(&grads).unwrap());
         assert_close(&found, &doubles(&primitive_values(dw)), 1e-5);
     }
@@ -107,7 +107,7 @@ fn the_number_of_threads_changes_no_bit() {
     assert_same_on_any_threads(|| {
         let y = Flex::rms_norm(x.clone(), w.clone(), EPS);
         let dx = Flex::rms_norm_dx(x.clone(), w.clone(), dy.clone(), EPS);
-        let dw = Flex::rms_norm_dweight(x.clone(), dy.clone(), EPS);
+        let dw = Flex::rms_norm_dweight(x.clone(), dy.clone(), EPS, DType::F32);
         [y, dx, dw].map(primitive_values).to_vec()
     });
 }

@@ -122,7 +122,9 @@ fn results(
     let y = operation(&leaves);
     let n = y.dims().iter().product::<usize>();
     let dy: Vec<f32> = (0..n).map(|at| (at % 5) as f32 - 1.5).collect();
-    let grads = (y.clone() * tensor(&dy, y.dims())).sum().backward();
+    // Losses are wider than what they are of.
+    let dy = tensor(&dy, y.dims()).cast(y.dtype());
+    let grads = (y.clone() * dy).sum().backward();
     let values = |t: Tensor<4>| t.into_data().convert::<f64>().try_into_vec().unwrap();
     let gradients = leaves.iter().map(|leaf| values(leaf.grad(&grads).unwrap()));
     std::iter::once(values(y.inner()))
