@@ -1,7 +1,7 @@
 //! A step of `peft::fit` on a model with packed projections: by default a LLaMA of 109.5 million parameters
 //! and 4 sequences of 256 random tokens, compared with the ceilings of the device.
 //!
-//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast`
+//! `cargo bench --bench fit_step -- --modes peqa-g128,dx-g128 --steps 3 --checkpoint-blocks --fast --dtype bf16`
 //!
 //! The modes `dx-*` train only the first norm of the model: their cost is that of the forward pass and of
 //! the gradients of all activations.
@@ -12,9 +12,10 @@ use std::time::Instant;
 
 use benches::{Ceilings, Shape, cpu_seconds, packed_bytes};
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Distribution, Tensor};
 use clap::Parser;
 use examples::device::DeviceArg;
+use examples::dtype::DtypeArg;
 use examples::memory;
 use models::Model;
 use peft::{Batch, FitConfig, Lora, Method, Peqa};
@@ -46,6 +47,8 @@ struct Args {
     seq_len: usize,
     #[command(flatten)]
     device: DeviceArg,
+    #[command(flatten)]
+    dtype: DtypeArg,
     /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
@@ -101,8 +104,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("{}", Ceilings::measure(&device));
     }
     println!(
-        "{:?}, batch {} x {}, checkpoint_blocks {}, fast {}, on {}",
-        args.model, args.batch, args.seq_len, args.checkpoint_blocks, args.fast, args.device.name
+        "{:?}, batch {} x {}, {}, checkpoint_blocks {}, fast {}, on {}",
+        args.model,
+        args.batch,
+        args.seq_len,
+        args.dtype.name.name(),
+        args.checkpoint_blocks,
+        args.fast,
+        args.device.name
     );
     println!(
         "| mode | tokens/s | s/step | CPU s/step | trainable | packed MiB | peak resident MiB | on the device MiB |"
@@ -125,24 +134,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if args.fast {
             peft::set_precision(&mut model, Precision::Fast);
         }
-        measure(mode.name, model, n_trainable, &device, &args)?;
+        let model = model.with_compute(args.dtype.float())?;
+        measure(mode.name, model, n_trainable, &args)?;
     }
     Ok(())
 }
 
-fn measure(
-    name: &str,
-    mut model: Model,
-    n_trainable: usize,
-    device: &Device,
-    args: &Args,
-) -> peft::Result<()> {
+fn measure(name: &str, mut model: Model, n_trainable: usize, args: &Args) -> peft::Result<()> {
+    let device = model.device();
     device.seed(0);
     let vocab = model.config().vocab_size() as f64;
     let tokens = Tensor::<2>::random(
         [args.batch, args.seq_len],
         Distribution::Uniform(0.0, vocab),
-        device,
+        &device,
     );
     let batch = Batch::new(tokens.int())?;
     let packed = packed_bytes(&model);

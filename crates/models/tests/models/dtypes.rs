@@ -66,7 +66,6 @@ fn distance(found: &[f32], expected: &[f32]) -> f64 {
 /// near to transformers'.
 #[test]
 fn logits_in_16_bits_are_as_exact_as_transformers() {
-    let mut all = Vec::new();
     for name in ["llama_bf16", "opt_125m_style"] {
         let dir = golden(name);
         let tokens = reference_tokens(&dir.join("reference.safetensors"));
@@ -84,11 +83,19 @@ fn logits_in_16_bits_are_as_exact_as_transformers() {
             let exact = wide_logits(&exact, tokens.clone());
             let (theirs, _) = reference.floats::<3>(&format!("logits_{short}")).unwrap();
             let (own, of_theirs) = (distance(&found, &exact), distance(&theirs, &exact));
+            // 0.84 to 0.93 with f32 inside of all norms; 1.06 and 1.13 of OPT without it.
+            assert!(
+                own <= of_theirs,
+                "{name} in {short}: {own:e}, transformers {of_theirs:e}"
+            );
+            // Two errors that are independent are 1.4 times as far apart.
             let apart = distance(&found, &theirs);
-            all.push((name, short, own / of_theirs, apart / of_theirs));
+            assert!(
+                apart <= 1.4 * of_theirs,
+                "{name} in {short}: {apart:e} apart, {of_theirs:e}"
+            );
         }
     }
-    panic!("{all:?}");
 }
 
 /// A checkpoint in 16 bits keeps its type in memory, and computes in `f32` what its values would in `f32`.
