@@ -33,7 +33,7 @@ def of_cyllama(path, windows):
     for window in windows:
         params = lc.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = n
-        params.n_threads = params.n_threads_batch = 2
+        params.n_threads = params.n_threads_batch = 1
         context = lc.LlamaContext(model, params)
         batch = lc.LlamaBatch(n_tokens=n, embd=0, n_seq_max=1)
         batch.set_batch(window, 0, True)
