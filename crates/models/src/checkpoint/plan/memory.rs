@@ -36,7 +36,13 @@ impl Plan {
     }
 
     /// The memory that one layer takes beside its block.
-    fn of_layer(&self, layer: &PlannedLayer, needs: Needs, n_tokens: u64, batch_tokens: u64) -> u64 {
+    fn of_layer(
+        &self,
+        layer: &PlannedLayer,
+        needs: Needs,
+        n_tokens: u64,
+        batch_tokens: u64,
+    ) -> u64 {
         let [d_in, d_out] = layer.dims.map(|n| n as u64);
         // As it is read, and in the order of a model.
         let loading = 2 * layer.n_bytes_stored;
