@@ -46,6 +46,7 @@ fn questions_alone_are_evaluated() {
         "model `embedded`": "embedded",
         "bits": "4, 3, in groups of 32, of the first model",
         "device": "flex",
+        "dtype": "f32",
         "choices": "q.jsonl",
         "limit": "4",
         "confidence intervals": "95 %, 1000 bootstrap resamples",
