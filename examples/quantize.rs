@@ -193,6 +193,9 @@ fn run(args: &Args) -> Result<()> {
         (Some((Job::One(quantizer), _)), Some(out)) if args.format != FormatName::Gguf => {
             stream(args, &quantizer, out, &source, &device)?;
         }
+        (Some(_), _) if args.resume => {
+            return Err("--resume is for formats that are written block by block, not GGUF".into());
+        }
         (Some((job, n_bytes)), out) => {
             let output = out.as_deref().map(interrupt::reserve).transpose()?;
             if let Some(output) = &output {
@@ -359,6 +362,7 @@ fn stream(
     println!("about {} MiB in memory at the peak\n", peak >> 20);
     let settings = Streaming::new(device)
         .with_format(args.format.format())
+        .with_compute(args.model.dtype.float())
         .with_resume(args.resume);
     interrupt::on_end("stopped; the same command with --resume goes on after the last whole block");
     let mut bar = Bar::new("quantizing", plan.config.num_hidden_layers(), "blocks")?;
@@ -381,6 +385,7 @@ fn stream(
         );
     drop(bar);
     done?;
+    interrupt::on_end("");
     println!("\nsaved to {}", out.display());
     if let Some(eval) = eval {
         let eval = eval.batches(size, device);

@@ -66,6 +66,9 @@ fn assert_fails(output: &Output, part: &str) {
     assert!(said.contains(part), "{said}");
 }
 
+/// The options of a run that reserves its output: bits by layer, in the embedded model.
+const BY_LAYER: &str = "--quantizer rtn --group-size 32 --bits-per-weight 5 --samples 64";
+
 /// Starts a program and waits until it has reserved its output.
 fn started(mut command: Command, dir: &Path) -> Child {
     let scratch = dir.join("scratch");
@@ -89,10 +92,16 @@ fn two_runs_do_not_take_one_place() {
     };
     let quantize = |out: &Path| quantize(out, RTN);
     type Run<'a> = &'a dyn Fn(&Path) -> Command;
-    let runs: [(Run, &str); 2] = [(&quantize, "model.safetensors"), (&evaluate, "report.json")];
-    for (command, file) in runs {
-        let (dir, out) = place();
-        let first = tensor_files::Output::reserve(&out).unwrap();
+    type Place = fn(&Path) -> Box<dyn std::any::Any>;
+    let reserved: Place = |out| Box::new(tensor_files::Output::reserve(out).unwrap());
+    let partial: Place = |out| Box::new(tensor_files::Partial::open(out).unwrap());
+    let runs: [(Run, Place, &str); 2] = [
+        (&quantize, partial, "config.json"),
+        (&evaluate, reserved, "report.json"),
+    ];
+    for (command, place, file) in runs {
+        let (dir, out) = self::place();
+        let first = place(&out);
         assert_fails(&run(command(&out)), "another process is writing");
         drop(first);
         assert!(run(command(&out)).status.success());
@@ -107,7 +116,7 @@ fn two_runs_do_not_take_one_place() {
 fn a_signal_removes_what_is_half_made_and_a_kill_is_cleared_by_the_next() {
     for (signal, code) in [("INT", 130), ("TERM", 143)] {
         let (dir, out) = place();
-        let mut child = started(quantize(&out, RTN), dir.path());
+        let mut child = started(quantize(&out, BY_LAYER), dir.path());
         let kill = |id: u32| {
             Command::new("kill")
                 .args(["-s", signal, &id.to_string()])
@@ -119,11 +128,11 @@ fn a_signal_removes_what_is_half_made_and_a_kill_is_cleared_by_the_next() {
         assert_eq!(names(&dir.path().join("scratch")).len(), 0);
     }
     let (dir, out) = place();
-    let mut child = started(quantize(&out, RTN), dir.path());
+    let mut child = started(quantize(&out, BY_LAYER), dir.path());
     child.kill().unwrap();
     assert_eq!(child.wait().unwrap().signal(), Some(9));
     assert_eq!(names(dir.path()), [".out.tensor-files.tmp", "scratch"]);
-    assert!(run(quantize(&out, RTN)).status.success());
+    assert!(run(quantize(&out, BY_LAYER)).status.success());
     assert_eq!(names(dir.path()), ["out", "scratch"]);
 }
 
@@ -142,6 +151,13 @@ fn a_format_that_cannot_hold_the_layers_is_refused_or_replaced() {
     let output = run(quantize(
         &out,
         "--quantizer rtn --group-size 2 --format gptq",
+    ));
+    assert_fails(&output, "zeros of 0, which v1 cannot store");
+    assert_eq!(names(dir.path()).len(), 0);
+    // With bits by layer, all of the work is done by then: it is saved in a format that holds it.
+    let output = run(quantize(
+        &out,
+        "--quantizer rtn --group-size 2 --bits-per-weight 40 --bits 4 --samples 4 --format gptq",
     ));
     assert_fails(&output, "zeros of 0, which v1 cannot store");
     assert_eq!(names(dir.path()), ["out-quant-core"]);

@@ -57,11 +57,12 @@ pub(crate) fn widened(t: FlexTensor) -> FlexTensor {
     tensor(at_rest::Floats::of(&t).to_f32(shape.num_elements()), shape)
 }
 
-/// A contiguous `F32` tensor, rounded to a dtype.
+/// An `F32` tensor, rounded to a dtype.
 pub(crate) fn rounded(t: FlexTensor, dtype: DType) -> FlexTensor {
     if dtype == DType::F32 {
         return t;
     }
+    let t = contiguous(t);
     let bytes = at_rest::round(floats(&t), dtype);
     FlexTensor::new(bytes, Layout::contiguous(t.shape()), dtype)
 }

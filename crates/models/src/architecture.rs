@@ -11,7 +11,7 @@ use peft::{Identity, Linear, Spans};
 use crate::kv_cache::KvCache;
 use crate::norm::{Norm, NormKind};
 use crate::positions::Positions;
-use crate::source::{Source, linear};
+use crate::source::{Shapes, Source, Vector, linear, weight_name};
 
 /// The configuration of an architecture.
 pub(crate) trait Architecture: Sized {
@@ -34,12 +34,25 @@ pub(crate) trait Architecture: Sized {
         Self::Block::projections(self)
     }
 
-    /// The paths in a block of its projections and its norms.
-    fn modules(&self) -> Vec<&'static str> {
-        let projections = self.projections().into_iter().map(|of| of.name);
-        let norms = Self::Block::norm_lens(self)
-            .into_iter()
-            .map(|(name, _)| name);
+    /// The projections and the norms of the block at `block`, each with the names and shapes of the tensors
+    /// that a file of a dense model has.
+    fn modules(&self, block: &str) -> Vec<(String, Shapes)> {
+        let projections = self.projections().into_iter().map(|of| {
+            let path = format!("{block}.{}", of.name);
+            let [d_in, d_out] = of.dims;
+            let mut tensors = vec![(weight_name(&path), vec![d_out, d_in])];
+            if of.has_bias {
+                tensors.push((Vector::Bias.name(&path), vec![d_out]));
+            }
+            (path, tensors)
+        });
+        let kinds = Norm::kinds(self.shape().norm);
+        let norms = Self::Block::norm_lens(self).into_iter().map(|(name, len)| {
+            let path = format!("{block}.{name}");
+            let kinds = kinds.iter();
+            let tensors = kinds.map(|kind| (kind.name(&path), vec![len])).collect();
+            (path, tensors)
+        });
         projections.chain(norms).collect()
     }
 

@@ -15,7 +15,7 @@ use crate::llama::{LlamaBlock, LlamaConfig};
 use crate::norm::Norm;
 use crate::opt::{OptBlock, OptConfig};
 use crate::positions::Positions;
-use crate::source::Source;
+use crate::source::{Shapes, Source};
 use crate::{ConfigError, Result};
 
 #[cfg(test)]
@@ -224,17 +224,16 @@ impl Config {
         (0..shape.n_layers).flat_map(of_block).collect()
     }
 
-    /// The first part of the names of all tensors but the head's.
-    /// The paths of the projections and the norms of all blocks.
-    pub(crate) fn block_modules(&self) -> impl Iterator<Item = String> {
-        let names = of!(Self, self, config => config.modules());
+    /// The projections and the norms of all blocks, each with the names and shapes of the tensors that a file
+    /// of a dense model has.
+    pub(crate) fn block_modules(&self) -> impl Iterator<Item = (String, Shapes)> {
         (0..self.shape().n_layers).flat_map(move |layer| {
             let path = self.block_path(layer);
-            let names = names.clone().into_iter();
-            names.map(move |name| format!("{path}.{name}"))
+            of!(Self, self, config => config.modules(&path))
         })
     }
 
+    /// The first part of the names of all tensors but the head's.
     pub(crate) fn prefix(&self) -> &'static str {
         self.shape().prefix
     }

@@ -250,7 +250,7 @@ pub enum StreamError {
     },
     /// A file of weights that is not what it was at the beginning of the run.
     #[error(
-        "`{path}` has changed since the run began{}; what was made of it is worth nothing: begin again with files that stay as they are",
+        "`{path}` has changed since the run began{}; resume it if the file is what it was, or remove the parts of the run and begin again",
         tensor.as_ref().map(|tensor| format!(" (tensor `{tensor}`)")).unwrap_or_default()
     )]
     Changed {

@@ -43,6 +43,9 @@ impl Vector {
     }
 }
 
+/// The names and shapes of the tensors of a module in a file.
+pub(crate) type Shapes = Vec<(String, Vec<usize>)>;
+
 /// The name of the weight of the module at `path`.
 pub(crate) fn weight_name(path: &str) -> String {
     format!("{path}.weight")

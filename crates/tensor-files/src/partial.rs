@@ -3,13 +3,16 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::error::io;
+use crate::error::{io, refuse};
 use crate::output::{check_free, free, named};
 use crate::staging::Staging;
-use crate::{Error, Result};
+use crate::{Error, Result, is_there};
 
 const SUFFIX: &str = ".partial";
 const FILES: &str = "files";
+/// The file by which a directory is known as one of this program.
+const MARK: &str = "PARTIAL";
+const MARKED: &[u8] = b"Parts of a directory that is not complete. Remove them to begin again.\n";
 
 /// A directory that is written file by file, over several runs of a program if need be, and gets its name
 /// when it is complete.
@@ -42,6 +45,7 @@ pub struct Partial {
     dir: PathBuf,
     /// `NAME.partial`, which is kept.
     staging: Staging,
+    is_done: bool,
 }
 
 impl Partial {
@@ -49,19 +53,36 @@ impl Partial {
     ///
     /// # Errors
     /// [`Error::OutputExists`] if `dir` is there and is not an empty directory, [`Error::OutputBusy`] if it
-    /// is open already, here or in another process, [`Error::File`] if it is a mount point, [`Error::Io`] if
-    /// nothing can be written beside it.
+    /// is open already, here or in another process, [`Error::File`] if it is a mount point, or if
+    /// `NAME.partial` is somebody else's directory, [`Error::Io`] if nothing can be written beside it.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         check_free(dir)?;
         let (dir, mut place) = named(dir)?;
         place.push(SUFFIX);
-        let staging = Staging::kept(&dir, &place)?;
+        let partial = Self {
+            staging: Staging::kept(&dir, &place)?,
+            dir,
+            is_done: false,
+        };
         // Another process may have completed it before the place was this one's.
-        check_free(&dir)?;
-        let files = staging.path.join(FILES);
+        check_free(&partial.dir)?;
+        partial.check_ours()?;
+        let files = partial.files();
         fs::create_dir_all(&files).map_err(|cause| io(&files, cause))?;
-        Ok(Self { dir, staging })
+        crate::write(&partial.notes().join(MARK), MARKED)?;
+        Ok(partial)
+    }
+
+    /// Refuses a directory that has something in it and that this program did not make.
+    fn check_ours(&self) -> Result<()> {
+        let path = self.notes();
+        let mut entries = fs::read_dir(path).map_err(|cause| io(path, cause))?;
+        if entries.next().is_none() || is_there(&path.join(MARK)) {
+            return Ok(());
+        }
+        let problem = "is in the place of the parts of an output; remove it, or choose another name for the output";
+        Err(refuse(path, problem.into()))
     }
 
     /// The directory that it becomes.
@@ -98,9 +119,10 @@ impl Partial {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn remove(self) -> Result<()> {
-        let path = self.staging.path.clone();
-        fs::remove_dir_all(&path).map_err(|cause| io(&path, cause))
+    pub fn remove(mut self) -> Result<()> {
+        self.is_done = true;
+        let path = self.notes();
+        fs::remove_dir_all(path).map_err(|cause| io(path, cause))
     }
 
     /// Flushes the files to the disk, gives them the name of the directory, and removes the notes.
@@ -108,22 +130,28 @@ impl Partial {
     /// # Errors
     /// [`Error::OutputExists`] or [`Error::Io`]: the directory is not there then, and all is as it was.
     /// [`Error::NotFlushed`] with the path of the directory: it is there, and complete.
-    pub fn publish(self) -> Result<()> {
+    pub fn publish(mut self) -> Result<()> {
         let flushed = self.staging.publish_from(&self.files(), &self.dir);
         if !matches!(flushed, Ok(()) | Err(Error::NotFlushed { .. })) {
             return flushed;
         }
-        let path = self.staging.path.clone();
+        self.is_done = true;
         // The directory is complete: what is left of the notes is in nobody's way.
-        let _ = fs::remove_dir_all(path);
+        let _ = fs::remove_dir_all(self.notes());
         flushed
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // Where nothing was written, nothing is left: only empty directories can be removed so.
-        let _ = fs::remove_dir(self.files());
-        let _ = fs::remove_dir(&self.staging.path);
+        if self.is_done {
+            // The place may be another process's by now.
+            return;
+        }
+        // Where nothing was written, nothing is left: only an empty directory can be removed so.
+        if fs::remove_dir(self.files()).is_ok() {
+            let _ = fs::remove_file(self.notes().join(MARK));
+            let _ = fs::remove_dir(self.notes());
+        }
     }
 }

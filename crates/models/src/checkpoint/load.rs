@@ -125,12 +125,10 @@ fn safetensors(
     let format = CheckpointFormat::open(dir, quantization)?;
     let mut checkpoint = Checkpoint::new(Tensors::open(dir)?, format, device);
     let model = Model::build(shape, &mut checkpoint)?;
-    if let Some(format) = &checkpoint.format {
-        let linears = model.linears().into_iter().map(|(path, _)| path);
-        let others = model.other_weights().into_iter().map(|(path, _)| path);
-        let layers: Vec<String> = linears.chain(others).collect();
-        format.check_paths(&layers, &dir.join(CONFIG))?;
-    }
+    let linears = model.linears().into_iter().map(|(path, _)| path);
+    let others = model.other_weights().into_iter().map(|(path, _)| path);
+    let layers: Vec<String> = linears.chain(others).collect();
+    checkpoint.check_paths(&layers, &dir.join(CONFIG))?;
     let leftovers = checkpoint.tensors.leftovers();
     checkpoint.check_leftovers(model.config(), leftovers)?;
     Ok(model)
@@ -154,6 +152,23 @@ impl Checkpoint {
             format,
             device: device.clone(),
         }
+    }
+
+    /// Refuses a packed head in a format that only packs projections.
+    pub(super) fn check_head(&mut self) -> Result<()> {
+        if let Some(format) = self.format.as_ref().filter(|format| !format.packs_head())
+            && let Some(tensor) = format.packed_tensor(&self.tensors, HEAD)
+        {
+            let path = self.tensors.path(&tensor);
+            return Err(CheckpointError::PackedHead { path, tensor }.into());
+        }
+        Ok(())
+    }
+
+    /// Checks the layers of the format's configuration, in the file `config`, against those of a model.
+    pub(super) fn check_paths(&self, layers: &[String], config: &Path) -> Result<()> {
+        let mut format = self.format.iter();
+        format.try_for_each(|format| format.check_paths(layers, config))
     }
 
     /// The name of a tensor of the layer at `path`, if it is packed.
@@ -256,12 +271,7 @@ impl Source for Checkpoint {
     }
 
     fn head(&mut self, dims: [usize; 2]) -> Result<Weight> {
-        if let Some(format) = self.format.as_ref().filter(|format| !format.packs_head())
-            && let Some(tensor) = format.packed_tensor(&self.tensors, HEAD)
-        {
-            let path = self.tensors.path(&tensor);
-            return Err(CheckpointError::PackedHead { path, tensor }.into());
-        }
+        self.check_head()?;
         self.weight(HEAD, dims)
     }
 }

@@ -30,8 +30,8 @@ pub struct Plan {
     pub config: Config,
     /// The directory of the model.
     pub dir: PathBuf,
-    /// The bytes of the largest tensor that is copied.
-    largest_copied: u64,
+    /// The bytes of the embedding and of the head.
+    pub(super) copied: Vec<u64>,
 }
 
 /// One projection of a [`Plan`].
@@ -233,7 +233,7 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     if problems.is_empty() {
         Ok(Plan {
             layers,
-            largest_copied: largest_copied(&config, &mut tensors),
+            copied: copied(&config, &mut tensors),
             config,
             dir: dir.into(),
         })
@@ -242,12 +242,12 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
     }
 }
 
-/// The bytes of the largest tensor beside the projections.
-fn largest_copied(config: &Config, tensors: &mut Tensors) -> u64 {
+/// The bytes of the tensors beside the projections that are not small.
+fn copied(config: &Config, tensors: &mut Tensors) -> Vec<u64> {
     let embedding = format!("{}.embed_tokens", config.prefix());
     let names = [embedding.as_str(), HEAD].map(weight_name);
     let sizes = names.iter().filter_map(|name| tensors.n_bytes(name).ok());
-    sizes.max().unwrap_or(0)
+    sizes.collect()
 }
 
 fn planned(

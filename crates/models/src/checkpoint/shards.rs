@@ -1,7 +1,7 @@
 //! The weights of a directory, in one file or in several with an index.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::json;
@@ -109,6 +109,10 @@ impl Shards {
             files: vec![file],
             of_tensor,
         })
+    }
+
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|file| file.path().into()).collect()
     }
 
     /// See [`Tensors::headers`](super::tensors::Tensors::headers).

@@ -1,21 +1,22 @@
 //! Models that are quantized from files to files, with one block in memory at a time.
 
 mod ends;
+mod inputs;
 mod journal;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::tensor::Device;
 use peft::{Batch, LayerReport, Linears, Recipe, State, Streams, Weight, check_calibration};
 use quant_core::{Needs, Quantizer};
-use serde_json::{Map, Value};
-use tensor_files::{LazyTensor, Partial};
+use tensor_files::{FloatType, LazyTensor, Partial};
 
 use self::ends::End;
+use self::inputs::Inputs;
 use self::journal::{Journal, Layer, Part, Settings, layers};
-use super::directory::{CONFIG, Files, carried, stop_tokens};
-use super::format::{Layers, PackedLayer};
+use super::directory::Files;
+use super::format::{Layers, PackedLayer, quant_error};
 use super::kind::CheckpointFormat;
 use super::load::Checkpoint;
 use super::parameters::{Parameter, linear_parameters, state_head, table_parameters};
@@ -23,9 +24,9 @@ use super::plan::{Plan, plan};
 use super::shards::write_index;
 use super::tensors::Tensors;
 use crate::quantize::quantize_stages;
-use crate::source::{HEAD, weight_name};
+use crate::source::HEAD;
 use crate::stages::Window;
-use crate::{CheckpointError, Config, Model, Result, StreamError};
+use crate::{CheckpointError, Config, Result, StreamError};
 
 /// The settings of [`quantize_to`].
 #[derive(Clone, Debug)]
@@ -33,17 +34,19 @@ pub struct Streaming<'a> {
     device: Device,
     format: CheckpointFormat,
     head: Option<&'a dyn Quantizer>,
+    compute: FloatType,
     resume: bool,
 }
 
 impl<'a> Streaming<'a> {
-    /// Blocks on this device, a result in the format of this workspace, a head that stays as it is, and no
-    /// run to go on with.
+    /// Blocks on this device, activations in `f32`, a result in the format of this workspace, a head that stays
+    /// as it is, and no run to go on with.
     pub fn new(device: &Device) -> Self {
         Self {
             device: device.clone(),
             format: CheckpointFormat::QuantCore,
             head: None,
+            compute: FloatType::F32,
             resume: false,
         }
     }
@@ -58,6 +61,12 @@ impl<'a> Streaming<'a> {
     /// in memory in `f32` then.
     pub fn with_head(mut self, quantizer: &'a dyn Quantizer) -> Self {
         self.head = Some(quantizer);
+        self
+    }
+
+    /// The type of float of the calibration's activations, as of [`load_as`](crate::load_as).
+    pub fn with_compute(mut self, compute: FloatType) -> Self {
+        self.compute = compute;
         self
     }
 
@@ -95,12 +104,13 @@ pub enum StreamStep<'a> {
 ///
 /// Beside one dense block, its Grams and what its quantizer takes, the activations of the calibration before
 /// and within a block are in memory: the residual stream, `4 · tokens · hidden` bytes, and the inputs of a
-/// stage; twice that for quantizers that need the drift. Without a calibration nothing is run, and each
-/// tensor is read once. [`Plan::memory`](crate::Plan::memory) tells how much that is.
+/// stage; twice that for quantizers that need the drift. Without a calibration nothing is run.
+/// [`Plan::memory`](crate::Plan::memory) tells how much that is.
 ///
 /// The result is written in `OUT.partial`, with a journal: if the process is killed, the same call with
-/// [`Streaming::with_resume`] goes on after the last whole block, to the same result. Only a run of the same
-/// files, recipe, calibration, format and program goes on.
+/// [`Streaming::with_resume`] goes on after the last whole block, with the same result. Only a run of the same
+/// files, recipe, calibration, format and program goes on. On another kind of processor the result may differ
+/// in the last bits.
 ///
 /// # Errors
 /// Before a weight is read: as [`plan`](crate::plan()) and [`Plan::check`](crate::Plan::check);
@@ -139,7 +149,8 @@ pub fn quantize_to(
     let dir = dir.as_ref();
     let run = Run::new(dir, recipe, calibration, settings)?;
     let partial = Partial::open(out)?;
-    let mut journal = Journal::open(&partial, run.settings()?, settings.resume)?;
+    let files: Vec<String> = (0..run.n_parts()).map(|part| run.file(part)).collect();
+    let mut journal = Journal::open(&partial, run.settings()?, &files, settings.resume)?;
     if let Err(error) = run.parts(&partial, &mut journal, &mut on_step) {
         if journal.parts().len() <= 1 {
             // No block is done: there is nothing to go on with.
@@ -156,17 +167,12 @@ pub fn quantize_to(
 
 /// What is to be done, checked.
 struct Run<'a, R> {
-    dir: &'a Path,
     recipe: &'a R,
     calibration: &'a [Batch],
     settings: &'a Streaming<'a>,
+    inputs: Inputs<'a>,
     plan: Plan,
     needs: Needs,
-    /// `config.json` without `quantization_config`.
-    config: Map<String, Value>,
-    carried: BTreeMap<&'static str, Vec<u8>>,
-    /// See [`Tensors::headers`].
-    headers: BTreeMap<String, String>,
 }
 
 impl<'a, R: Recipe> Run<'a, R> {
@@ -177,27 +183,19 @@ impl<'a, R: Recipe> Run<'a, R> {
         settings: &'a Streaming<'a>,
     ) -> Result<Self> {
         let plan = plan(dir, recipe)?;
-        let quantizers = plan
-            .layers
-            .iter()
-            .map(|layer| recipe.quantizer(&layer.path));
-        let quantizers: Vec<_> = quantizers.flatten().collect();
+        let layers = plan.layers.iter();
+        let quantizers: Vec<_> = layers.filter_map(|of| recipe.quantizer(&of.path)).collect();
         if quantizers.is_empty() && settings.head.is_none() {
             return Err(StreamError::NothingToDo.into());
-        }
-        let mut planned = plan.packed();
-        if let Some(head) = settings.head {
-            let shape = plan.config.shape();
-            planned.head = Some(PackedLayer {
-                path: HEAD.into(),
-                format: head.format().map_err(super::format::quant_error(HEAD))?,
-                dims: [shape.embedding_width, shape.vocab_size],
-                has_order: false,
-            });
         }
         if settings.format == CheckpointFormat::Gguf {
             let format = settings.format;
             return Err(StreamError::Format { format }.into());
+        }
+        let inputs = Inputs::open(dir, &plan.config, &settings.device, settings.compute)?;
+        let mut planned = plan.packed();
+        if let Some(quantizer) = settings.head {
+            planned.head = Some(planned_head(quantizer, &plan.config, &inputs)?);
         }
         settings.format.check(&planned)?;
         let needs = quantizers.iter().map(|quantizer| quantizer.needs());
@@ -207,26 +205,14 @@ impl<'a, R: Recipe> Run<'a, R> {
             batch.check_within(shape.vocab_size, shape.max_positions)?;
         }
         check_calibration(calibration, needs)?;
-        let path = dir.join(CONFIG);
-        let mut config: Map<String, Value> = tensor_files::read_json(&path)?;
-        config.remove("quantization_config");
-        let carried = carried(dir)?;
-        stop_tokens(dir, &config, &carried, shape.vocab_size)?;
-        let mut run = Self {
-            dir,
+        Ok(Self {
             recipe,
             calibration,
             settings,
+            inputs,
             plan,
             needs,
-            config,
-            carried,
-            headers: BTreeMap::new(),
-        };
-        let mut checkpoint = run.open()?;
-        run.headers = checkpoint.tensors.headers()?;
-        run.check_names(&mut checkpoint)?;
-        Ok(run)
+        })
     }
 
     /// Does all parts that are not done.
@@ -241,15 +227,18 @@ impl<'a, R: Recipe> Run<'a, R> {
             let n_blocks = (n_done - 1).min(self.n_blocks());
             on_step(StreamStep::Resumed { n_blocks });
         }
-        partial.require(self.plan.n_bytes() * (n_parts - n_done) as u64 / n_parts as u64)?;
+        let copied = self.plan.copied.iter().sum::<u64>();
+        let n_bytes = self.plan.n_bytes().saturating_add(copied) / n_parts as u64;
+        partial.require(n_bytes.saturating_mul((n_parts - n_done) as u64))?;
         for part in journal.parts() {
-            self.check_unchanged(&part.made_of)?;
+            self.inputs.check_sums(&part.made_of)?;
         }
         let mut streams = None;
         for at in 0..n_parts {
             let Some(block) = self.block(at) else {
                 if at >= n_done {
-                    journal.push(self.end(at, partial, on_step)?)?;
+                    let part = self.end(at, partial, journal.parts(), on_step)?;
+                    journal.push(part)?;
                 }
                 continue;
             };
@@ -263,11 +252,12 @@ impl<'a, R: Recipe> Run<'a, R> {
             if at < n_done {
                 self.pass(block, partial, &journal.parts()[at], streams)?;
             } else {
-                journal.push(self.quantize(block, partial, streams, on_step)?)?;
+                let part = self.quantize(block, partial, journal.parts(), streams, on_step)?;
+                journal.push(part)?;
                 on_step(StreamStep::Block { index: block });
             }
         }
-        Ok(())
+        self.inputs.check_same()
     }
 
     fn shape(&self) -> &Config {
@@ -293,25 +283,7 @@ impl<'a, R: Recipe> Run<'a, R> {
         format!("model-{:05}-of-{:05}.safetensors", part + 1, self.n_parts())
     }
 
-    /// Opens the files of the model: one that vanished or was cut since is found now.
-    fn open(&self) -> Result<Checkpoint> {
-        let path = self.dir.join(CONFIG);
-        let mut config: Map<String, Value> = tensor_files::read_json(&path)?;
-        let format = CheckpointFormat::open(self.dir, config.remove("quantization_config"))?;
-        let tensors = Tensors::open(self.dir)?;
-        Ok(Checkpoint::new(tensors, format, &self.settings.device))
-    }
-
     fn settings(&self) -> Result<Settings> {
-        let mut files: BTreeMap<String, String> = BTreeMap::new();
-        let carried = self.carried.iter();
-        files.extend(carried.map(|(&name, bytes)| {
-            (
-                name.into(),
-                tensor_files::digest([(name, bytes.as_slice())]),
-            )
-        }));
-        files.insert(CONFIG.into(), tensor_files::sha256(&self.dir.join(CONFIG))?);
         let layers = self.plan.layers.iter();
         let layers = layers.filter_map(|layer| {
             let quantizer = self.recipe.quantizer(&layer.path)?;
@@ -321,83 +293,21 @@ impl<'a, R: Recipe> Run<'a, R> {
         let head = head.map(|quantizer| (HEAD.to_string(), format!("{quantizer:?}")));
         Ok(Settings {
             program: concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION")).into(),
-            files,
-            weights: self.headers.clone(),
+            files: self.inputs.sums()?,
+            weights: self.inputs.headers.clone(),
             format: self.settings.format.to_string(),
             recipe: layers.chain(head).collect(),
             calibration: self.calibration.iter().map(Batch::sha256).collect(),
+            compute: format!("{:?}", self.settings.compute),
             device: format!("{:?}", self.settings.device),
         })
-    }
-
-    /// Refuses tensors that the model has no place for.
-    fn check_names(&self, checkpoint: &mut Checkpoint) -> Result<()> {
-        let mut known: HashSet<String> = HashSet::new();
-        let mut packed = Vec::new();
-        let config = self.shape();
-        let shape = config.shape();
-        let prefix = shape.prefix;
-        let ends = [
-            "embed_tokens",
-            "embed_positions",
-            "project_in",
-            "project_out",
-        ];
-        let ends = ends.into_iter().map(|name| format!("{prefix}.{name}"));
-        let norms = shape.final_norm.map(|name| format!("{prefix}.{name}"));
-        let of_blocks = config.block_modules();
-        let modules = ends.chain(norms).chain(of_blocks);
-        let head = (!shape.tie_word_embeddings).then(|| HEAD.to_string());
-        for path in modules.chain(head) {
-            if checkpoint.packed_tensor(&path).is_some() {
-                packed.push(format!("{path}."));
-            }
-            known.insert(weight_name(&path));
-            known.insert(format!("{path}.bias"));
-        }
-        let names = checkpoint.tensors.names().into_iter();
-        let is_known = |name: &String| {
-            let full = [name.clone(), format!("model.{name}")];
-            full.iter().any(|name| {
-                known.contains(name) || packed.iter().any(|path| name.starts_with(path))
-            })
-        };
-        let leftovers = names.filter(|name| !is_known(name)).collect();
-        checkpoint.check_leftovers(config, leftovers)
-    }
-
-    /// Checks that the files of weights are those of the beginning, by their lengths and headers.
-    fn check_headers(&self) -> Result<()> {
-        let mut tensors = Tensors::open(self.dir)?;
-        let headers = tensors.headers()?;
-        let mut changed = self.headers.iter();
-        match changed.find(|(name, sum)| headers.get(*name) != Some(sum)) {
-            None => Ok(()),
-            Some((name, _)) => {
-                let path = self.dir.join(name);
-                Err(StreamError::Changed { path, tensor: None }.into())
-            }
-        }
-    }
-
-    /// Checks that the tensors of a part that is done have not changed since.
-    fn check_unchanged(&self, made_of: &BTreeMap<String, String>) -> Result<()> {
-        let mut tensors = Tensors::open(self.dir)?;
-        for (name, sum) in made_of {
-            if tensors.sha256(name)? != *sum {
-                let path = tensors.path(name);
-                let tensor = Some(name.clone());
-                return Err(StreamError::Changed { path, tensor }.into());
-            }
-        }
-        Ok(())
     }
 
     /// The calibration before the first block.
     fn start(&self) -> Result<Streams<'a>> {
         let mut states = Vec::new();
         if !self.calibration.is_empty() {
-            let embedding = Model::embedding(self.shape().clone(), &mut self.open()?)?;
+            let embedding = self.inputs.embedding()?;
             let batches = self.calibration.iter();
             states.extend(batches.map(|batch| State::start(&embedding, batch)));
         }
@@ -416,11 +326,15 @@ impl<'a, R: Recipe> Run<'a, R> {
         let format = self
             .settings
             .format
-            .for_layers(&layers([part]), &self.config);
+            .for_layers(&layers([part]), &self.inputs.config);
         let mut packed = Checkpoint::new(tensors, Some(format), &self.settings.device);
         let packed = Window::build(self.shape(), block, &mut packed)?;
         let dense = if streams.has_drift() {
-            Some(Window::build(self.shape(), block, &mut self.open()?)?)
+            Some(Window::build(
+                self.shape(),
+                block,
+                &mut self.inputs.checkpoint()?,
+            )?)
         } else {
             None
         };
@@ -433,11 +347,12 @@ impl<'a, R: Recipe> Run<'a, R> {
         &self,
         block: usize,
         partial: &Partial,
+        done: &[Part],
         streams: &mut Streams,
         on_step: &mut impl FnMut(StreamStep),
     ) -> Result<Part> {
-        self.check_headers()?;
-        let mut checkpoint = self.open()?;
+        self.inputs.check_same()?;
+        let mut checkpoint = self.inputs.checkpoint()?;
         let mut window = Window::build(self.shape(), block, &mut checkpoint)?;
         let reports = quantize_stages(&mut window, self.recipe, streams, |layer| {
             on_step(StreamStep::Quantized(layer));
@@ -460,6 +375,7 @@ impl<'a, R: Recipe> Run<'a, R> {
             block + 1,
             partial,
             layers,
+            done,
             parameters.collect(),
             Vec::new(),
             checkpoint,
@@ -471,10 +387,11 @@ impl<'a, R: Recipe> Run<'a, R> {
         &self,
         part: usize,
         partial: &Partial,
+        done: &[Part],
         on_step: &mut impl FnMut(StreamStep),
     ) -> Result<Part> {
-        self.check_headers()?;
-        let mut checkpoint = self.open()?;
+        self.inputs.check_same()?;
+        let mut checkpoint = self.inputs.checkpoint()?;
         let end = match part {
             0 => End::first(self.shape(), &mut checkpoint)?,
             _ => End::last(self.shape(), &mut checkpoint, self.settings.head)?,
@@ -502,18 +419,21 @@ impl<'a, R: Recipe> Run<'a, R> {
             part,
             partial,
             layers,
+            done,
             parameters.collect(),
             end.copies,
             checkpoint,
         )
     }
 
-    /// Writes the file of a part.
+    /// Writes the file of a part, after those that are done.
+    #[expect(clippy::too_many_arguments, reason = "what a part is made of")]
     fn write(
         &self,
         at: usize,
         partial: &Partial,
         layers: Vec<Layer>,
+        done: &[Part],
         parameters: Vec<Parameter>,
         copies: Vec<(String, LazyTensor)>,
         mut checkpoint: Checkpoint,
@@ -525,7 +445,8 @@ impl<'a, R: Recipe> Run<'a, R> {
             made_of: BTreeMap::new(),
             layers,
         };
-        let mut refusals = Vec::new();
+        // Layers that were packed before are of formats that no recipe tells.
+        let mut refusals = format.refusals(&self::layers(done.iter().chain([&part])));
         for parameter in &parameters {
             if let Parameter::Packed { path, weight } = parameter {
                 let reasons = format.reasons_against_values(weight);
@@ -542,7 +463,7 @@ impl<'a, R: Recipe> Run<'a, R> {
             };
             return Err(error.into());
         }
-        let packing = format.for_layers(&self::layers([&part]), &self.config);
+        let packing = format.for_layers(&self::layers([&part]), &self.inputs.config);
         let tensors = parameters
             .into_iter()
             .flat_map(|parameter| match parameter {
@@ -556,6 +477,8 @@ impl<'a, R: Recipe> Run<'a, R> {
             let sum = checkpoint.tensors.sha256(&name)?;
             part.made_of.insert(name, sum);
         }
+        // The values were read before they were hashed.
+        self.inputs.check_same()?;
         Ok(part)
     }
 
@@ -566,9 +489,12 @@ impl<'a, R: Recipe> Run<'a, R> {
             (parts.iter().enumerate()).partition(|(at, _)| self.block(*at).is_none());
         let parts_in_order = blocks.into_iter().chain(ends).map(|(_, part)| part);
         let layers: Layers = layers(parts_in_order);
-        let packing = self.settings.format.for_layers(&layers, &self.config);
+        let packing = self
+            .settings
+            .format
+            .for_layers(&layers, &self.inputs.config);
         let quantization = packing.config();
-        let mut config = self.config.clone();
+        let mut config = self.inputs.config.clone();
         config.insert("quantization_config".into(), quantization.clone());
         let is_tied = self.shape().tie_word_embeddings();
         state_head(&mut config, !is_tied || layers.head.is_some());
@@ -576,12 +502,36 @@ impl<'a, R: Recipe> Run<'a, R> {
         write_index(&partial.files(), &files)?;
         let beside = Files {
             config: &config,
-            carried: &self.carried,
+            carried: &self.inputs.carried,
             second: packing.config_file().map(|name| (name, &quantization)),
             certificate: None,
         };
         beside.write_beside(&partial.files())
     }
+}
+
+/// The head as its quantizer packs it, checked before anything is read.
+fn planned_head(
+    quantizer: &dyn Quantizer,
+    config: &Config,
+    inputs: &Inputs,
+) -> Result<PackedLayer> {
+    let shape = config.shape();
+    let (path, dims) = (HEAD.to_string(), [shape.embedding_width, shape.vocab_size]);
+    if inputs.checkpoint()?.packed_tensor(HEAD).is_some() {
+        return Err(peft::Error::AlreadyQuantized { path }.into());
+    }
+    if quantizer.needs() > Needs::Nothing {
+        return Err(peft::Error::NoCalibration.into());
+    }
+    let format = quantizer.format().map_err(quant_error(HEAD))?;
+    format.layout(dims).map_err(quant_error(HEAD))?;
+    Ok(PackedLayer {
+        path,
+        format,
+        dims,
+        has_order: false,
+    })
 }
 
 /// The entry of a layer, with the report of its quantization if there is one.

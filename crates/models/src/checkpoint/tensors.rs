@@ -28,6 +28,21 @@ impl Tensors {
         })
     }
 
+    /// The files of weights.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.shards.files()
+    }
+
+    /// Checks that there is a tensor of this shape, by the header of its file.
+    pub(super) fn check(&mut self, name: &str, expected: &[usize]) -> Result<()> {
+        let found = self.shape(name)?;
+        if found == expected {
+            return Ok(());
+        }
+        let problem = format!("has the shape {found:?}, the configuration asks for {expected:?}");
+        Err(self.refuse(name, problem))
+    }
+
     /// The names of all tensors, in order.
     pub(super) fn names(&self) -> Vec<String> {
         self.shards.names()

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
-use std::time::Instant;
+use std::time::Duration;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use models::{
@@ -640,48 +640,106 @@ fn refusals_leave_nothing() {
         ),
         "{error}"
     );
-    // Scales that the format cannot hold are known once a block is quantized.
     tensors.remove("model.layers.3.mlp.up_proj.weight");
+    // A bias that the model lacks, and a tensor that it needs.
+    let bias = tensors["model.layers.0.self_attn.q_proj.bias"].clone();
+    tensors.insert("model.layers.0.mlp.up_proj.bias".into(), bias);
     write_tensors(&path, &tensors);
+    assert_says(
+        run(&Rtn::new(), &[], &settings),
+        &["model.layers.0.mlp.up_proj.bias"],
+    );
+    tensors.remove("model.layers.0.mlp.up_proj.bias");
+    let norm = tensors.remove("model.norm.weight").unwrap();
+    write_tensors(&path, &tensors);
+    assert_says(
+        run(&Rtn::new(), &[], &settings),
+        &["no tensor `model.norm.weight`"],
+    );
+    tensors.insert("model.norm.weight".into(), norm);
+    write_tensors(&path, &tensors);
+    let head = Rtn::new().with_group_size(7).with_bits(4);
+    let wide = Rtn::new().with_group_size(64);
+    let error = run(&head, &[], &settings.clone().with_head(&wide));
+    assert_says(error, &["lm_head", "group size 64"]);
+    // Scales that the format cannot hold are known once a block is quantized.
     let gptq = streaming(CheckpointFormat::Gptq(GptqVersion::V2));
     let error = run(&Rtn::new().with_group_size(8), &[], &gptq);
     assert_says(error, &["model.layers.0", "f16 does not hold exactly"]);
 }
 
-/// The test runs itself, kills what it runs at ten moments, and goes on each time.
+/// What another program left there is not touched.
+#[test]
+fn a_place_of_somebody_else_is_left_alone() {
+    let case = case();
+    let file = case.partial("download");
+    fs::create_dir(case.partial("")).unwrap();
+    fs::write(&file, "half of it").unwrap();
+    let error = case.go_on().0.unwrap_err();
+    assert_says(error, &["out.partial", "remove it, or choose another name"]);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "half of it");
+}
+
+/// The test runs itself, and kills what it runs at each of its steps, or some time after.
 #[test]
 fn a_killed_run_goes_on() {
     const TEST: &str = "stream::a_killed_run_goes_on";
     const DIR: &str = "STREAM_TO";
+    const AT: &str = "STREAM_AT";
     let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
     let (dense, optq) = (golden("llama_gqa"), Optq::new().with_group_size(16));
     let batches = some_batches(32);
+    let stream = |dir: &Path, on_step: &mut dyn FnMut(StreamStep)| {
+        quantize_to(&dense, dir, &optq, &batches, &settings, on_step).unwrap();
+    };
     if let Some(dir) = std::env::var_os(DIR) {
-        quantize_to(&dense, Path::new(&dir), &optq, &batches, &settings, |_| {}).unwrap();
+        let dir = Path::new(&dir);
+        let at: usize = std::env::var(AT).unwrap().parse().unwrap();
+        let mut n_steps = 0;
+        stream(dir, &mut |_| {
+            if n_steps == at {
+                fs::write(dir.with_file_name("reached"), "").unwrap();
+                // Every fourth step it is killed at once, and else somewhere behind.
+                thread::sleep(Duration::from_secs(if at.is_multiple_of(4) {
+                    60
+                } else {
+                    0
+                }));
+            }
+            n_steps += 1;
+        });
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let run = |dir: &Path| {
-        let mut child = Command::new(std::env::current_exe().unwrap());
-        let child = child.args(["--exact", TEST]).env(DIR, dir);
-        child.stdout(Stdio::null()).spawn().unwrap()
-    };
     let (whole, out) = (dir.path().join("whole"), dir.path().join("out"));
-    let start = Instant::now();
-    assert!(run(&whole).wait().unwrap().success());
-    let (time, mut n_killed) = (start.elapsed(), 0);
-    for at in 0..10 {
-        let mut child = run(&out);
-        thread::sleep(time * (at % 5 + 3) / 8);
+    let reached = dir.path().join("reached");
+    let mut n_steps = 0;
+    stream(&whole, &mut |_| n_steps += 1);
+    let whole = files(&whole);
+    let (mut n_killed, mut resumed) = (0, 0);
+    for at in 0..n_steps {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let child = child
+            .args(["--exact", TEST])
+            .env(DIR, &out)
+            .env(AT, at.to_string());
+        let mut child = child.stdout(Stdio::null()).spawn().unwrap();
+        while !reached.exists() && child.try_wait().unwrap().is_none() {
+            thread::sleep(Duration::from_millis(1));
+        }
         child.kill().unwrap();
         n_killed += usize::from(!child.wait().unwrap().success());
-        if out.exists() {
-            assert_eq!(files(&out), files(&whole));
-            fs::remove_dir_all(&out).unwrap();
+        let _ = fs::remove_file(&reached);
+        if !out.exists() {
+            stream(&out, &mut |step| {
+                if let StreamStep::Resumed { n_blocks } = step {
+                    resumed = resumed.max(n_blocks);
+                }
+            });
         }
+        assert_eq!(files(&out), whole, "{at}");
+        assert!(!dir.path().join("out.partial").exists());
+        fs::remove_dir_all(&out).unwrap();
     }
-    assert!(n_killed > 0);
-    let done = quantize_to(&dense, &out, &optq, &batches, &settings, |_| {});
-    done.unwrap();
-    assert_eq!(files(&out), files(&whole));
+    assert!(n_killed >= n_steps / 4 && resumed > 0, "{n_killed} kills");
 }

@@ -11,7 +11,7 @@ const F32: u64 = 4;
 
 impl Plan {
     /// The memory that [`quantize_to`](crate::quantize_to) takes on the CPU at its peak, in bytes, with a
-    /// calibration of `n_tokens` in batches of `batch_tokens`; none of both without a calibration.
+    /// calibration of `n_tokens` in batches of `batch_tokens`; 0 and 0 without a calibration.
     ///
     /// It is that of the block with the largest layers: the block in the type of its file, the layer that is
     /// quantized in `f32`, and with a calibration its activations, the Gram of the layer and what its quantizer
@@ -26,7 +26,14 @@ impl Plan {
             at_rest + layers.iter().map(of_layer).max().unwrap_or(0)
         };
         let of_blocks = blocks.into_iter().map(of_block).max().unwrap_or(0);
-        PROGRAM + of_blocks.max(self.largest_copied)
+        let copied = self.copied.iter().copied().max().unwrap_or(0);
+        // An embedding that is looked up is in memory as it was read, too.
+        let copied = if n_tokens == 0 {
+            copied
+        } else {
+            copied.saturating_mul(2)
+        };
+        PROGRAM.saturating_add(of_blocks.max(copied))
     }
 
     /// The layers of each block.

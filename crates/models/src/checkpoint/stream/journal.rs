@@ -31,6 +31,7 @@ pub(super) struct Settings {
     pub(super) recipe: BTreeMap<String, String>,
     /// The SHA-256 of the tokens of each batch.
     pub(super) calibration: Vec<String>,
+    pub(super) compute: String,
     pub(super) device: String,
 }
 
@@ -70,6 +71,7 @@ impl Settings {
             .or_else(|| one("format", &self.format, &other.format))
             .or_else(|| maps("quantizer of", &self.recipe, &other.recipe))
             .or_else(calibration)
+            .or_else(|| one("type of the activations", &self.compute, &other.compute))
             .or_else(|| one("device", &self.device, &other.device))
     }
 }
@@ -119,6 +121,15 @@ impl From<&LayerReport> for Report {
             seconds: layer.seconds,
             notes: layer.notes.clone(),
         }
+    }
+}
+
+impl Part {
+    /// Whether its file is the one that was written.
+    fn is_whole(&self, files: &Path) -> Result<bool> {
+        let path = files.join(&self.file);
+        // A file that cannot be read is an error: it may be whole.
+        Ok(tensor_files::is_there(&path) && tensor_files::sha256(&path)? == self.sha256)
     }
 }
 
@@ -175,7 +186,14 @@ pub(super) struct Journal {
 impl Journal {
     /// Opens the journal of a run of these settings, or begins one. A part whose file is not whole any more
     /// does not count, and neither do those after it.
-    pub(super) fn open(partial: &Partial, settings: Settings, resume: bool) -> Result<Self> {
+    ///
+    /// `files` are the names of the files of all parts.
+    pub(super) fn open(
+        partial: &Partial,
+        settings: Settings,
+        files: &[String],
+        resume: bool,
+    ) -> Result<Self> {
         let path = partial.notes().join(FILE);
         let mut journal = Self {
             content: Content {
@@ -186,14 +204,13 @@ impl Journal {
             path,
         };
         if tensor_files::is_there(&journal.path) {
-            journal.content.parts = journal.read(partial.notes(), resume)?;
-            let is_whole = |part: &Part| {
-                let sum = tensor_files::sha256(&partial.files().join(&part.file));
-                sum.is_ok_and(|sum| sum == part.sha256)
-            };
-            let parts = &mut journal.content.parts;
-            let n_whole = parts.iter().take_while(|part| is_whole(part)).count();
-            parts.truncate(n_whole);
+            let parts = journal.read(partial.notes(), files, resume)?;
+            for part in parts {
+                if !part.is_whole(&partial.files())? {
+                    break;
+                }
+                journal.content.parts.push(part);
+            }
         } else if !is_empty(&partial.files())? {
             // Of another program, or of a run whose journal was removed.
             let path = partial.notes().into();
@@ -205,16 +222,24 @@ impl Journal {
     }
 
     /// Reads the parts that are done.
-    fn read(&self, notes: &Path, resume: bool) -> Result<Vec<Part>> {
+    fn read(&self, notes: &Path, files: &[String], resume: bool) -> Result<Vec<Part>> {
         let path = notes.into();
-        let found: Content = tensor_files::read_json(&self.path)?;
-        if found.version != VERSION {
+        let refuse = |problem: String| {
             let path = self.path.clone();
-            let problem = format!(
-                "has the version {}; this program reads {VERSION}",
-                found.version
-            );
-            return Err(tensor_files::Error::File { path, problem }.into());
+            tensor_files::Error::File { path, problem }
+        };
+        // Written here, and longer than a configuration where a model has many layers.
+        let text = tensor_files::read(&self.path)?;
+        let found: Content =
+            serde_json::from_slice(&text).map_err(|error| refuse(error.to_string()))?;
+        if found.version != VERSION {
+            let version = found.version;
+            let problem = format!("has the version {version}; this program reads {VERSION}");
+            return Err(refuse(problem).into());
+        }
+        let mut names = found.parts.iter().map(|part| &part.file).zip(files);
+        if found.parts.len() > files.len() || names.any(|(found, file)| found != file) {
+            return Err(refuse("lists other files than the model has".into()).into());
         }
         if found.parts.is_empty() {
             return Ok(Vec::new());
@@ -244,7 +269,8 @@ impl Journal {
             let entry = entry.map_err(io)?;
             let is_done = |part: &Part| *part.file == *entry.file_name();
             if !self.content.parts.iter().any(is_done) {
-                fs::remove_file(entry.path()).map_err(io)?;
+                let path = entry.path();
+                fs::remove_file(&path).map_err(|cause| tensor_files::Error::Io { path, cause })?;
             }
         }
         Ok(())
