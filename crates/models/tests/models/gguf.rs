@@ -485,64 +485,68 @@ fn a_split_set_is_one_model() {
     assert!(missing, "{error}");
 }
 
-/// Every type, written here and read by the Python package `gguf` of `INTEROP_PYTHON`.
-#[test]
-#[ignore = "needs Python with gguf"]
-fn python_reads_the_values_that_are_written() {
-    let place = tempfile::tempdir().unwrap();
-    let mut files = Vec::new();
-    let blocks = place.path().join("blocks.gguf");
-    let mut golden_blocks = GgufFile::open(&golden("blocks.gguf")).unwrap();
-    let names: Vec<String> = golden_blocks.names().map(Into::into).collect();
-    let tensors = names.into_iter().map(|name| {
-        let tensor = copied(&mut golden_blocks, &name);
-        (name, tensor)
-    });
-    let tensors: Vec<_> = tensors.collect();
-    assert_eq!(tensors.len(), BlockType::all().count());
-    write_gguf(&blocks, &[], tensors).unwrap();
-    files.push(blocks);
-    for name in NAMES {
-        let out = place.path().join(name);
-        save_as(&model(name), &out, CheckpointFormat::Gguf).unwrap();
-        files.push(out.join("model.gguf"));
-        let (_dir, mut lm) = dense(name);
-        let rtn = Rtn::new().with_bits(3).with_group_size(32);
-        models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
-        let out = place.path().join(format!("{name}-3"));
-        save_gguf(&lm, &out, GgufType::Auto).unwrap();
-        files.push(out.join("model.gguf"));
-    }
-    let python = std::env::var_os("INTEROP_PYTHON").unwrap_or("python3".into());
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/gguf_values.py");
-    for path in files {
-        let out = place.path().join("values");
-        let ran = Command::new(&python)
-            .arg(&script)
-            .args([&path, &out])
-            .output()
-            .unwrap();
-        let errors = String::from_utf8_lossy(&ran.stderr);
-        assert!(ran.status.success(), "{errors}");
-        let found = fs::read(&out).unwrap();
-        let (found, _) = found.as_chunks::<4>();
-        let found: Vec<f32> = found
-            .iter()
-            .map(|&bytes| f32::from_le_bytes(bytes))
-            .collect();
-        let mut file = GgufFile::open(&path).unwrap();
-        let names: Vec<String> = file.names().map(Into::into).collect();
-        let mut expected = Vec::new();
-        for name in names {
-            expected.extend(match *file.shape(&name).unwrap() {
-                [n] => file.values(&name, [n]).unwrap(),
-                [rows, columns] => file.values(&name, [rows, columns]).unwrap(),
-                _ => unreachable!("tensors have one or two dimensions"),
-            });
+mod interop {
+    use super::*;
+
+    /// Every type, written here and read by the Python package `gguf` of `INTEROP_PYTHON`.
+    #[test]
+    #[ignore = "needs Python with gguf"]
+    fn python_reads_the_values_that_are_written() {
+        let place = tempfile::tempdir().unwrap();
+        let mut files = Vec::new();
+        let blocks = place.path().join("blocks.gguf");
+        let mut golden_blocks = GgufFile::open(&golden("blocks.gguf")).unwrap();
+        let names: Vec<String> = golden_blocks.names().map(Into::into).collect();
+        let tensors = names.into_iter().map(|name| {
+            let tensor = copied(&mut golden_blocks, &name);
+            (name, tensor)
+        });
+        let tensors: Vec<_> = tensors.collect();
+        assert_eq!(tensors.len(), BlockType::all().count());
+        write_gguf(&blocks, &[], tensors).unwrap();
+        files.push(blocks);
+        for name in NAMES {
+            let out = place.path().join(name);
+            save_as(&model(name), &out, CheckpointFormat::Gguf).unwrap();
+            files.push(out.join("model.gguf"));
+            let (_dir, mut lm) = dense(name);
+            let rtn = Rtn::new().with_bits(3).with_group_size(32);
+            models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+            let out = place.path().join(format!("{name}-3"));
+            save_gguf(&lm, &out, GgufType::Auto).unwrap();
+            files.push(out.join("model.gguf"));
         }
-        assert_eq!(found.len(), expected.len());
-        let differ = found.iter().zip(&expected).position(|(a, b)| a != b);
-        assert_eq!(differ, None, "{}", path.display());
+        let python = std::env::var_os("INTEROP_PYTHON").unwrap_or("python3".into());
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop/gguf_values.py");
+        for path in files {
+            let out = place.path().join("values");
+            let ran = Command::new(&python)
+                .arg(&script)
+                .args([&path, &out])
+                .output()
+                .unwrap();
+            let errors = String::from_utf8_lossy(&ran.stderr);
+            assert!(ran.status.success(), "{errors}");
+            let found = fs::read(&out).unwrap();
+            let (found, _) = found.as_chunks::<4>();
+            let found: Vec<f32> = found
+                .iter()
+                .map(|&bytes| f32::from_le_bytes(bytes))
+                .collect();
+            let mut file = GgufFile::open(&path).unwrap();
+            let names: Vec<String> = file.names().map(Into::into).collect();
+            let mut expected = Vec::new();
+            for name in names {
+                expected.extend(match *file.shape(&name).unwrap() {
+                    [n] => file.values(&name, [n]).unwrap(),
+                    [rows, columns] => file.values(&name, [rows, columns]).unwrap(),
+                    _ => unreachable!("tensors have one or two dimensions"),
+                });
+            }
+            assert_eq!(found.len(), expected.len());
+            let differ = found.iter().zip(&expected).position(|(a, b)| a != b);
+            assert_eq!(differ, None, "{}", path.display());
+        }
     }
 }
 

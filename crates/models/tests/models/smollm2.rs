@@ -1,7 +1,7 @@
 //! SmolLM2-135M-Instruct, a really trained model, from a GGUF file and to one.
 //!
-//! `INTEROP_LLAMA_CPP` names a Python with llama-cpp-python or cyllama. `INTEROP_SMOLLM2` names a directory with the file `SmolLM2-135M-Instruct.Q4_1.gguf` and with
-//! `reference.json`, which `tests/interop/smollm2.py` makes.
+//! `INTEROP_SMOLLM2` names a directory with the file `SmolLM2-135M-Instruct.Q4_1.gguf` and with `reference.json`,
+//! which `tests/interop/smollm2.py` makes; `INTEROP_LLAMA_CPP` a Python with llama-cpp-python or cyllama.
 
 use std::env;
 use std::fs;
