@@ -67,7 +67,7 @@ fn assert_fails(output: &Output, part: &str) {
 }
 
 /// The options of a run that reserves its output: bits by layer, in the embedded model.
-const BY_LAYER: &str = "--quantizer rtn --group-size 32 --bits-per-weight 5 --samples 64";
+const BY_LAYER: &str = "--quantizer rtn --group-size 32 --bits-per-weight 7";
 
 /// Starts a program and waits until it has reserved its output.
 fn started(mut command: Command, dir: &Path) -> Child {
@@ -157,7 +157,7 @@ fn a_format_that_cannot_hold_the_layers_is_refused_or_replaced() {
     // With bits by layer, all of the work is done by then: it is saved in a format that holds it.
     let output = run(quantize(
         &out,
-        "--quantizer rtn --group-size 2 --bits-per-weight 40 --bits 4 --samples 4 --format gptq",
+        "--quantizer rtn --group-size 2 --bits-per-weight 40 --format gptq",
     ));
     assert_fails(&output, "zeros of 0, which v1 cannot store");
     assert_eq!(names(dir.path()), ["out-quant-core"]);

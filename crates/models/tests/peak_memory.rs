@@ -4,6 +4,7 @@
 mod counting;
 
 use std::path::Path;
+use std::slice;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
@@ -179,7 +180,10 @@ fn a_streamed_model_is_never_in_memory_whole() {
     };
     let rtn = peak(&Rtn::new().with_group_size(64), &[], "rtn");
     assert!(rtn < block * 3, "{rtn} bytes for blocks of {block}");
-    let optq = peak(&Optq::new().with_group_size(64), &[batch], "optq");
+    let optq = Optq::new().with_group_size(64);
+    // The first factorization reserves a workspace of the size of the last cache, which comes to stay.
+    peak(&optq, slice::from_ref(&batch), "first");
+    let optq = peak(&optq, &[batch], "optq");
     // The Gram of 2048 inputs, its factor and what they are made from.
     let grams = 4 * 4 * 2048 * 2048;
     assert!(

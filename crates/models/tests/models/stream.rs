@@ -661,7 +661,7 @@ fn refusals_leave_nothing() {
     let head = Rtn::new().with_group_size(7).with_bits(4);
     let wide = Rtn::new().with_group_size(64);
     let error = run(&head, &[], &settings.clone().with_head(&wide));
-    assert_says(error, &["lm_head", "group size 64"]);
+    assert_says(error, &["lm_head"]);
     // Scales that the format cannot hold are known once a block is quantized.
     let gptq = streaming(CheckpointFormat::Gptq(GptqVersion::V2));
     let error = run(&Rtn::new().with_group_size(8), &[], &gptq);
