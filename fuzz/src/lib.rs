@@ -136,7 +136,10 @@ pub fn gguf(data: &[u8]) {
     let Ok(mut file) = GgufFile::open(&path) else {
         return;
     };
-    let shapes: Vec<_> = file.names().map(|name| (name.to_owned(), file.shape(name))).collect();
+    let shapes: Vec<_> = file
+        .names()
+        .map(|name| (name.to_owned(), file.shape(name)))
+        .collect();
     let shapes: Vec<_> = shapes
         .into_iter()
         .filter_map(|(name, shape)| Some((name, <[usize; 2]>::try_from(shape?).ok()?)))
