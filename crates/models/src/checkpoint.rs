@@ -26,7 +26,7 @@ mod tensors;
 mod verify;
 
 pub use dense::{Rounding, save_dense};
-pub use gguf::{GgufLayer, GgufReport, GgufType, save_gguf};
+pub use gguf::{GgufLayer, GgufReport, GgufType, save_gguf, save_gguf_adapters};
 pub use kind::{CheckpointFormat, GptqVersion};
 pub use load::{load, load_as};
 pub use plan::{Plan, PlannedLayer, plan};

@@ -167,6 +167,15 @@ pub enum CheckpointError {
         /// A format that holds the model.
         instead: CheckpointFormat,
     },
+    /// Adapters that a GGUF file cannot hold.
+    #[error(
+        "llama.cpp adds products of two factors, without norms and biases, and nothing else; merge these adapters:{}",
+        list(layers)
+    )]
+    GgufAdapters {
+        /// The layers with other adapters, each with its method.
+        layers: Vec<(String, String)>,
+    },
     /// Values beyond the range of a type of float.
     #[error(
         "tensor `{tensor}` has {n} values beyond the range of {float:?}, such as {value}; write it as F32 or Bf16"

@@ -69,7 +69,7 @@ pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sens
 pub use checkpoint::{
     CheckpointFormat, GgufLayer, GgufReport, GgufType, GptqVersion, Plan, PlannedLayer, Rounding,
     StreamStep, Streaming, check_format, load, load_as, load_verified, plan, quantize_to, save,
-    save_as, save_dense, save_gguf,
+    save_as, save_dense, save_gguf, save_gguf_adapters,
 };
 pub use config::Config;
 pub use error::{

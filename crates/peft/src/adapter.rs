@@ -270,10 +270,35 @@ adapters! {
     Vera(VeraAdapter, VeraSettings),
 }
 
+/// A product of two factors beside the weight of a layer: `scale · x A B`.
+#[derive(Clone, Debug)]
+pub struct LowRank {
+    /// `A`, `[d_in, r]`.
+    pub a: Tensor<2>,
+    /// `B`, `[r, d_out]`.
+    pub b: Tensor<2>,
+    /// The factor of the product.
+    pub scale: f32,
+}
+
 impl Adapter {
     /// The name of the method in reports.
     pub fn method(&self) -> &'static str {
         self.ops().name()
+    }
+
+    /// The product that the adapter adds to the output of its layer, if that is all it does.
+    pub fn low_rank(&self) -> Option<LowRank> {
+        match self {
+            Self::Lora(adapter) if adapter.magnitude().is_none() && self.bias().is_none() => {
+                Some(LowRank {
+                    a: adapter.a(),
+                    b: adapter.b(),
+                    scale: adapter.scale(),
+                })
+            }
+            _ => None,
+        }
     }
 
     /// The trained bias that replaces the layer's, `[d_out]`.

@@ -89,8 +89,8 @@ mod tasks;
 mod trainable;
 
 pub use adapter::{
-    Adapter, Bayesian, BayesianAdapter, Exactness, Lora, LoraAdapter, Method, Peqa, PeqaAdapter,
-    Pooling, Tile, TileAdapter, TileMethod, Vera, VeraAdapter,
+    Adapter, Bayesian, BayesianAdapter, Exactness, Lora, LoraAdapter, LowRank, Method, Peqa,
+    PeqaAdapter, Pooling, Tile, TileAdapter, TileMethod, Vera, VeraAdapter,
 };
 pub use adapters::Adapters;
 pub use attach::{Attached, activate, attach, detach};

@@ -15,6 +15,7 @@
 //! are those of the file, and are written again bit for bit. Where `d` is 0, a block is one value `m`, whose
 //! codes become 0 with `s = |m|` and `z = -1` or 1. Other types of blocks become dense weights.
 
+mod adapters;
 mod blocks;
 mod layers;
 mod load;
@@ -25,6 +26,7 @@ mod shape;
 mod source;
 mod vocabulary;
 
+pub use adapters::save_gguf_adapters;
 pub(super) use layers::{reason_against_values, refusals};
 pub(super) use load::{file, load};
 pub(super) use save::save;

@@ -12,6 +12,7 @@ mod fixtures;
 mod forward;
 mod generate;
 mod gguf;
+mod gguf_adapters;
 mod head;
 mod interop;
 mod kill;
