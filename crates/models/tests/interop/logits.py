@@ -52,7 +52,9 @@ def from_gptq(directory: Path) -> PreTrainedModel:
     bits = quantization["bits"]
     assert 32 % bits == 0, "3-bit codes cross words"
     stored_less = {"gptq": 1, "gptq_v2": 0}[quantization["checkpoint_format"]]
-    tensors = load_file(directory / "model.safetensors")
+    tensors = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(shard)
     state = {}
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
@@ -96,7 +98,9 @@ def load(directory: Path, method: str | None) -> PreTrainedModel:
         directory, dtype="auto", local_files_only=True, output_loading_info=True
     )
     assert not any(info.values()), info
-    tensors = load_file(directory / "model.safetensors")
+    tensors = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(shard)
     if method == "bitsandbytes":
         n_packed = dequantize(model)
         n_states = sum(".quant_state.bitsandbytes__" in name for name in tensors)
