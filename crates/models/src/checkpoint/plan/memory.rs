@@ -70,9 +70,9 @@ impl Plan {
         let running = 3 * F32 * batch_tokens * d_in.max(d_out);
         let learning = match needs {
             Needs::Nothing => 0,
-            // The Hessian, its factor, and room for the factorization; the weight in the order of the
-            // rounding, with its errors.
-            Needs::Gram | Needs::Drift => 2 * gram + weight,
+            // The Hessian, which becomes its factor, and a part of it that the factorization works on; the
+            // weight in the order of the rounding.
+            Needs::Gram | Needs::Drift => gram + gram / 4 + weight,
         };
         states + gram + running.max(quantizing + learning)
     }
