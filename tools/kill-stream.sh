@@ -18,17 +18,16 @@ if [[ ! -d "$model" ]]; then
 fi
 # Words of the random model, which others read as text.
 seq 0 4000 | awk '{ printf "w%d ", $1 * $1 % 997 }' >"$work/text"
-quantize() {
-    "$target/quantize" --model "$model" --device flex --calibration "$work/text" --seq-len 64 \
-        --samples 16 --quantizer optq --bits 4 --group-size 32 --out "$1" --resume
-}
+# A command, not a function: what is killed is the program.
+quantize=("$target/quantize" --model "$model" --device flex --calibration "$work/text" --seq-len 64
+    --samples 16 --quantizer optq --bits 4 --group-size 32 --resume)
 
 began=$(date +%s%N)
-quantize "$work/whole" >/dev/null
+"${quantize[@]}" --out "$work/whole" >/dev/null
 took=$((($(date +%s%N) - began) / 1000000))
 kills=0
 while ((kills < n)); do
-    quantize "$work/out" >/dev/null 2>&1 &
+    "${quantize[@]}" --out "$work/out" >/dev/null 2>&1 &
     # From a tenth to all of the time of a whole run, in milliseconds.
     after=$((took / 10 + RANDOM * took / 32768))
     sleep "$(printf '%d.%03d' $((after / 1000)) $((after % 1000)))"
@@ -42,7 +41,7 @@ while ((kills < n)); do
     fi
 done
 if [[ ! -d "$work/out" ]]; then
-    quantize "$work/out" >/dev/null
+    "${quantize[@]}" --out "$work/out" >/dev/null
 fi
 (cd "$work/out" && sha256sum --check --quiet SHA256SUMS)
 diff -r "$work/whole" "$work/out"
