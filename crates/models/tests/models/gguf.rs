@@ -1,7 +1,8 @@
 //! GGUF: files of other programs, and what is written for them.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -617,7 +618,8 @@ fn mutations(n: u64) -> u64 {
     let file = tiny();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mutated.gguf");
-    fs::write(&path, &file).unwrap();
+    let mut out = File::create(&path).unwrap();
+    out.write_all(&file).unwrap();
     load(&path, &Device::flex()).unwrap();
     let mut state = 0x9E37_79B9_7F4A_7C15u64;
     let mut random = |below: usize| {
@@ -651,7 +653,10 @@ fn mutations(n: u64) -> u64 {
         if random(16) == 0 {
             bytes.truncate(random(file.len()));
         }
-        fs::write(&path, bytes).unwrap();
+        // In its place: a file system may flush one that is truncated and written again.
+        out.rewind().unwrap();
+        out.write_all(&bytes).unwrap();
+        out.set_len(bytes.len() as u64).unwrap();
         n_models += u64::from(load(&path, &Device::flex()).is_ok());
     }
     n_models
