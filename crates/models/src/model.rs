@@ -56,49 +56,23 @@ pub struct Model {
 impl Model {
     pub(crate) fn build<S: Source>(config: Config, source: &mut S) -> Result<Self, S::Error> {
         let shape = config.shape();
-        let (prefix, hidden, vocab) = (shape.prefix, shape.hidden_size, shape.vocab_size);
-        let width = shape.embedding_width;
-        let embed_tokens = source.table(&format!("{prefix}.embed_tokens"), [vocab, width])?;
-        let embed_positions = match shape.position_rows {
-            Some(n) => Some(source.table(&format!("{prefix}.embed_positions"), [n, hidden])?),
-            None => None,
-        };
-        let mut project = |path: String, dims: [usize; 2]| {
-            if width == hidden {
-                Ok(None)
-            } else {
-                source.weight(&path, dims).map(Some)
-            }
-        };
-        let project_in = project(format!("{prefix}.project_in"), [width, hidden])?;
-        let project_out = project(format!("{prefix}.project_out"), [hidden, width])?;
-        let layers = (0..shape.n_layers)
-            .map(|layer| Block::build(&config, shape.block_path(layer), source))
+        let (prefix, hidden, width) = (shape.prefix, shape.hidden_size, shape.embedding_width);
+        let mut model = Self::embedding(config, source)?;
+        if width != hidden {
+            let path = format!("{prefix}.project_out");
+            model.project_out = Some(source.weight(&path, [hidden, width])?);
+        }
+        model.layers = (0..shape.n_layers)
+            .map(|layer| Block::build(&model.config, shape.block_path(layer), source))
             .collect::<Result<_, _>>()?;
-        let norm = match shape.final_norm {
-            Some(name) => {
-                let path = format!("{prefix}.{name}");
-                Some(Norm::build(shape.norm, &path, hidden, source)?)
-            }
-            None => None,
-        };
-        let lm_head = if shape.tie_word_embeddings {
-            None
-        } else {
-            Some(source.head([width, vocab])?)
-        };
-        Ok(Self {
-            embed_tokens,
-            embed_positions,
-            project_in,
-            layers,
-            norm,
-            project_out,
-            lm_head,
-            config,
-            compute: FloatType::F32,
-            tokenizer: None,
-        })
+        if let Some(name) = shape.final_norm {
+            let path = format!("{prefix}.{name}");
+            model.norm = Some(Norm::build(shape.norm, &path, hidden, source)?);
+        }
+        if !shape.tie_word_embeddings {
+            model.lm_head = Some(source.head([width, shape.vocab_size])?);
+        }
+        Ok(model)
     }
 
     /// A new model, all of whose parameters train, with normal weights of deviation 0.02.

@@ -76,13 +76,9 @@ impl Output {
     /// # Errors
     /// [`Error::NoRoom`].
     pub fn require(&self, n_bytes: u64) -> Result<()> {
-        match locked(&self.staging).as_ref().and_then(|of| free(&of.path)) {
-            Some(free) if free < n_bytes => Err(Error::NoRoom {
-                path: self.dir.clone(),
-                needed: n_bytes,
-                free,
-            }),
-            _ => Ok(()),
+        match locked(&self.staging).as_ref() {
+            Some(staging) => require(&staging.path, &self.dir, n_bytes),
+            None => Ok(()),
         }
     }
 
@@ -212,9 +208,21 @@ fn is_mount_point(_: &Path, _: &fs::Metadata) -> bool {
     false
 }
 
+/// Checks that there is room for so many bytes where `place` is, in which `dir` is written.
+pub(crate) fn require(place: &Path, dir: &Path, n_bytes: u64) -> Result<()> {
+    match free(place) {
+        Some(free) if free < n_bytes => Err(Error::NoRoom {
+            path: dir.into(),
+            needed: n_bytes,
+            free,
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The bytes that this process may still write where `path` is; `None` if they are not known.
 #[cfg(unix)]
-pub(crate) fn free(path: &Path) -> Option<u64> {
+fn free(path: &Path) -> Option<u64> {
     let found = rustix::fs::statvfs(path).ok()?;
     // A file system without blocks does not count them.
     let counts = found.f_blocks > 0;
@@ -222,6 +230,6 @@ pub(crate) fn free(path: &Path) -> Option<u64> {
 }
 
 #[cfg(not(unix))]
-pub(crate) fn free(_: &Path) -> Option<u64> {
+fn free(_: &Path) -> Option<u64> {
     None
 }

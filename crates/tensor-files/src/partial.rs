@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{io, refuse};
-use crate::output::{check_free, free, named};
+use crate::output::{check_free, named, require};
 use crate::staging::Staging;
 use crate::{Error, Result, is_there};
 
@@ -105,14 +105,7 @@ impl Partial {
     /// # Errors
     /// [`Error::NoRoom`].
     pub fn require(&self, n_bytes: u64) -> Result<()> {
-        match free(&self.staging.path) {
-            Some(free) if free < n_bytes => Err(Error::NoRoom {
-                path: self.dir.clone(),
-                needed: n_bytes,
-                free,
-            }),
-            _ => Ok(()),
-        }
+        require(self.notes(), &self.dir, n_bytes)
     }
 
     /// Removes all that was written.
