@@ -388,10 +388,8 @@ fn stream(
     interrupt::on_end("");
     println!("\nsaved to {}", out.display());
     if let Some(eval) = eval {
-        let eval = eval.batches(size, device);
-        let after = evaluated("quantized", &models::load(out, device)?.model, &eval)?;
-        let before = evaluated("dense", &models::load(source, device)?.model, &eval)?;
-        println!("\nperplexity {before:.4} before, {after:.4} after");
+        let quantized = models::load_as(out, device, args.model.dtype.float())?.model;
+        compare_with_source(args, quantized, eval, source, device)?;
     }
     Ok(())
 }
@@ -430,17 +428,26 @@ fn quantize(
         refusal = refused;
     }
     if let Some(eval) = eval {
-        let eval = eval.batches(size, device);
-        let after = evaluated("quantized", &lm.model, &eval)?;
-        drop(lm);
-        let before = evaluated(
-            "dense",
-            &models::load_as(source, device, args.model.dtype.float())?.model,
-            &eval,
-        )?;
-        println!("\nperplexity {before:.4} before, {after:.4} after");
+        compare_with_source(args, lm.model, eval, source, device)?;
     }
     refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
+}
+
+/// Prints the perplexity of a quantized model and that of its source. One of them is in memory at a time.
+fn compare_with_source(
+    args: &Args,
+    quantized: Model,
+    eval: Windows,
+    source: &Path,
+    device: &Device,
+) -> Result<()> {
+    let eval = eval.batches(evaluation_batch(args.cut.seq_len), device);
+    let after = evaluated("quantized", &quantized, &eval)?;
+    drop(quantized);
+    let dense = models::load_as(source, device, args.model.dtype.float())?.model;
+    let before = evaluated("dense", &dense, &eval)?;
+    println!("\nperplexity {before:.4} before, {after:.4} after");
+    Ok(())
 }
 
 fn described(layer: &LayerReport) -> String {
