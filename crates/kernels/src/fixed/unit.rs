@@ -1,6 +1,7 @@
 //! The integer units of the processor.
 
-use super::blocks::FEW;
+use super::blocks::{FEW, Limbs};
+use crate::Arithmetic;
 
 /// A unit that multiplies bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,18 +12,32 @@ pub(crate) enum Unit {
     Amx,
 }
 
+/// What rows are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    /// The codes of a packed weight, which are unsigned bytes.
+    Codes,
+    /// Values that are split into limbs, which VNNI does not multiply: they are signed.
+    Values,
+}
+
 impl Unit {
-    /// The unit of this processor that is fastest for `n_rows` rows; `None` if there is none, or no
-    /// row.
-    pub(crate) fn get(n_rows: usize) -> Option<Self> {
-        match Self::best()? {
-            _ if n_rows == 0 => None,
-            Unit::Amx if n_rows > FEW => Some(Unit::Amx),
-            _ => Some(Unit::Vnni),
+    /// The unit for a product of `n_rows` rows; `None` for floating point.
+    pub(crate) fn of(n_rows: usize, limbs: Limbs, operand: Operand) -> Option<Self> {
+        let best = Self::best().filter(|_| n_rows > 0)?;
+        let is_few = n_rows <= FEW;
+        match (crate::arithmetic(), operand) {
+            (Arithmetic::Float, _) => None,
+            (Arithmetic::Vnni, Operand::Codes) => Some(Self::Vnni),
+            (Arithmetic::Vnni, Operand::Values) => None,
+            _ if best == Self::Amx && !is_few => Some(Self::Amx),
+            (_, Operand::Values) => None,
+            (_, Operand::Codes) => (is_few || limbs == Limbs::Two).then_some(Self::Vnni),
         }
     }
 
-    pub(super) fn best() -> Option<Self> {
+    /// The best of the processor's units.
+    pub(crate) fn best() -> Option<Self> {
         use std::sync::OnceLock;
         static UNIT: OnceLock<Option<Unit>> = OnceLock::new();
         *UNIT.get_or_init(|| {
