@@ -2,7 +2,7 @@
 //! read and a copy of as many bytes as the codes have, and a plain f32 product of its shape.
 //!
 //! `cargo bench --bench matmul -- --noplot`; the variable `WIDTHS` sets the outputs of the weights, each
-//! with 4096 inputs, `4096,32768` by default. Many rows are multiplied in each arithmetic that the processor
+//! with 4096 inputs, `4096,32768` by default. Each product is computed in each arithmetic that the processor
 //! has.
 
 use std::hint::black_box;
@@ -76,6 +76,7 @@ fn matmul(criterion: &mut Criterion) {
         at_rest(criterion, d_out, &device);
         for (name, bits, levels, group) in [
             ("4 bits", 4, Levels::Unsigned, GROUP),
+            ("4 bits, groups of 32", 4, Levels::Unsigned, 32),
             ("4 bits per channel", 4, Levels::Unsigned, D_IN),
             ("2 bits", 2, Levels::Unsigned, GROUP),
             ("3 bits", 3, Levels::Unsigned, GROUP),
@@ -83,7 +84,7 @@ fn matmul(criterion: &mut Criterion) {
             ("NF4", 4, table, 64),
         ] {
             let w = Weight::random(d_out, bits, levels, group, &device);
-            for rows in [1, 8, 64, 512] {
+            for rows in [1, 2, 4, 8, 64, 512] {
                 one(criterion, name, rows, &w, &device);
             }
         }
@@ -108,9 +109,6 @@ fn one(criterion: &mut Criterion, name: &str, rows: usize, w: &Weight, device: &
             b.iter(|| black_box(w.product(x.clone(), w.scales.clone(), precision)))
         });
     }
-    if rows < 64 {
-        return;
-    }
     let each = [Arithmetic::Float, Arithmetic::Vnni, Arithmetic::Amx];
     for arithmetic in each.into_iter().filter(|of| of.is_supported()) {
         set_arithmetic(arithmetic).expect("it is supported");
@@ -119,6 +117,9 @@ fn one(criterion: &mut Criterion, name: &str, rows: usize, w: &Weight, device: &
             group.bench_function(id, |b| {
                 b.iter(|| black_box(w.product(x.clone(), w.scales.clone(), precision)))
             });
+        }
+        if rows < 64 {
+            continue;
         }
         group.bench_function(BenchmarkId::new(format!("dx, {arithmetic:?}"), name), |b| {
             b.iter_batched(

@@ -29,7 +29,7 @@ pub(crate) unsafe fn product(
 ) -> bool {
     /// With fewer terms in a sum, or fewer columns, splitting takes as long as multiplying.
     const LEAST: usize = 64;
-    let unit = Unit::of(m, Limbs::Three, Operand::Values);
+    let unit = Unit::of(m, Operand::Values);
     let (Some(unit), Ok(stride)) = (unit, usize::try_from(a.row_stride)) else {
         return false;
     };

@@ -1,6 +1,6 @@
 //! The integer units of the processor.
 
-use super::blocks::{FEW, Limbs};
+use super::blocks::FEW;
 use crate::Arithmetic;
 
 /// A unit that multiplies bytes.
@@ -12,27 +12,33 @@ pub(crate) enum Unit {
     Amx,
 }
 
+/// The least number of values in a block for which VNNI is no slower than floating point for many rows.
+const LONG: usize = 128;
+
 /// What rows are multiplied by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operand {
-    /// The codes of a packed weight, which are unsigned bytes.
-    Codes,
+    /// The codes of a packed weight, which are unsigned bytes, in blocks of so many values.
+    Codes { block: usize },
     /// Values that are split into limbs, which VNNI does not multiply: they are signed.
     Values,
 }
 
 impl Unit {
     /// The unit for a product of `n_rows` rows; `None` for floating point.
-    pub(crate) fn of(n_rows: usize, limbs: Limbs, operand: Operand) -> Option<Self> {
+    ///
+    /// By the measurements in `docs/results.md`: VNNI computes many rows in `f32`'s precision as fast as
+    /// floating point does (Zen 5), unless its sums are combined often.
+    pub(crate) fn of(n_rows: usize, operand: Operand) -> Option<Self> {
         let best = Self::best().filter(|_| n_rows > 0)?;
-        let is_few = n_rows <= FEW;
         match (crate::arithmetic(), operand) {
             (Arithmetic::Float, _) => None,
-            (Arithmetic::Vnni, Operand::Codes) => Some(Self::Vnni),
-            (Arithmetic::Vnni, Operand::Values) => None,
-            _ if best == Self::Amx && !is_few => Some(Self::Amx),
+            (Arithmetic::Fastest | Arithmetic::Amx, _) if best == Self::Amx && n_rows > FEW => {
+                Some(Self::Amx)
+            }
+            (Arithmetic::Vnni, Operand::Codes { .. }) => Some(Self::Vnni),
+            (_, Operand::Codes { block }) => (n_rows <= FEW || block >= LONG).then_some(Self::Vnni),
             (_, Operand::Values) => None,
-            (_, Operand::Codes) => (is_few || limbs == Limbs::Two).then_some(Self::Vnni),
         }
     }
 

@@ -29,11 +29,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let limbs = w.precision.into();
     let source = Source { x, stride: d_in };
     let blocks = codes(w);
-    let operand = match blocks {
-        Some(_) => Operand::Codes,
-        None => Operand::Values,
-    };
-    let unit = Unit::of(n_rows, limbs, operand)?;
+    let unit = Unit::of(n_rows, blocks.map_or(Operand::Values, operand))?;
     let mut y = zeroed(n_rows * d_out);
     let out = Shared::new(&mut y);
     if let Some(blocks) = blocks {
@@ -75,7 +71,7 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
 pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
-    let unit = Unit::of(n_rows, limbs, Operand::Values)?;
+    let unit = Unit::of(n_rows, Operand::Values)?;
     let source = Source {
         x: dy,
         stride: d_out,
@@ -111,7 +107,7 @@ pub(super) fn product_dgrid(
     let blocks = codes(w)?;
     let d_in = w.layout.d_in();
     let limbs = w.precision.into();
-    let unit = Unit::of(n_rows, limbs, Operand::Codes)?;
+    let unit = Unit::of(n_rows, operand(blocks))?;
     let rows = Rows::split(Source { x, stride: d_in }, n_rows, blocks, limbs);
     let (n_groups, groups) = (w.layout.n_groups(), groups(&blocks, w));
     let tiles: Vec<_> = (0..w.layout.n_tiles())
@@ -180,6 +176,12 @@ fn codes(w: &Host) -> Option<Blocks> {
         Levels::Unsigned | Levels::Centered => {
             Blocks::of_groups(w.layout.d_in(), w.layout.group_size())
         }
+    }
+}
+
+fn operand(blocks: Blocks) -> Operand {
+    Operand::Codes {
+        block: blocks.block(),
     }
 }
 
