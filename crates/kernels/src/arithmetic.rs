@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 /// How the CPU computes products with packed weights, and of dense matrices.
 ///
-/// The choices round differently, each as accurately as `f32` arithmetic with
-/// [`Precision::Full`](crate::Precision::Full).
+/// Floats and integers round differently, each as accurately as `f32` arithmetic with
+/// [`Precision::Full`](crate::Precision::Full); VNNI and AMX give the same bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 #[repr(u8)]
