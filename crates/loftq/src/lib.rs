@@ -60,11 +60,12 @@ mod svd;
 
 pub use apiq::{Apiq, ApiqBlock};
 pub use error::{Error, Result};
-pub use init::{Initialization, InitializedLayer, init, sensitivities};
+pub use init::{Initialization, Initializer, init, sensitivities};
 pub use layer::{Layer, Start};
 pub use loftq::Loftq;
 pub use lq_lora::{LqLora, Pissa};
 pub use method::LayerMethod;
+pub use peft::InitializedLayer;
 pub use qera::Qera;
 pub use rilq::Rilq;
 pub use svd::{LowRank, Truncation};
