@@ -357,7 +357,7 @@ fn quantize_to(
     let plan = models::plan(source, &quantizer)?;
     let n_tokens = n_windows(&calibration) * args.cut.seq_len;
     let batch_tokens = n_tokens.min(size * args.cut.seq_len);
-    let peak = plan.memory(quantizer.needs(), n_tokens, batch_tokens);
+    let peak = plan.memory(quantizer.needs(), None, n_tokens, batch_tokens);
     println!("about {} MiB in memory at the peak\n", peak >> 20);
     let settings = Streaming::new(device)
         .with_format(args.format.format())

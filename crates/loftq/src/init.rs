@@ -281,19 +281,21 @@ impl<'a, L: LayerMethod> Layers<'a, L> {
         recipe: &'a dyn Recipe,
         calibration: &[Batch],
     ) -> Result<(Self, Needs)> {
+        let mut layers = Self::new(method, recipe);
+        let mut targets = model.linears();
+        targets.retain(|(path, _)| layers.is_target(path));
+        for (path, linear) in &targets {
+            linear.check_plain(path)?;
+        }
         let needs = check_layers(method, &LayerShape::of(model), recipe)?;
+        for (path, linear) in &targets {
+            // The adapter's own checks of the weight.
+            method.lora().init(path, linear)?;
+        }
         let needs = check_recipe(model, recipe, calibration)?.max(needs);
         check_calibration(calibration, needs)?;
         if method.needs_fisher() && calibration.is_empty() {
             return Err(peft::Error::NoCalibration.into());
-        }
-        let mut layers = Self::new(method, recipe);
-        for (path, linear) in model.linears() {
-            if layers.is_target(&path) {
-                linear.check_plain(&path)?;
-                // The adapter's own checks of the weight.
-                method.lora().init(&path, linear)?;
-            }
         }
         if method.needs_fisher() {
             layers.fisher = Some(Fisher::sum(model, calibration, || ())?);

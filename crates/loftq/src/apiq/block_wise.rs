@@ -122,9 +122,9 @@ impl<M: Stages> Initialization<M> for ApiqBlock {
     where
         M: CausalLm,
     {
-        Initialization::<M>::check_parts(self, &LayerShape::of(model), recipe)?;
         let layer_wise = self.layer_wise();
         let (_, needs) = Layers::checked(&layer_wise, model, recipe, calibration)?;
+        Initialization::<M>::check_parts(self, &LayerShape::of(model), recipe)?;
         let mut streams = Streams::start(model, calibration, needs);
         self.run_part(model, recipe, &mut streams, on_layer)
     }
