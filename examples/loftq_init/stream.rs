@@ -7,7 +7,7 @@ use evaluate::perplexity;
 use examples::outcome::Result;
 use examples::{interrupt, memory, println, stream};
 use loftq::Initializer;
-use models::Streaming;
+use models::{Model, Streaming};
 use peft::{Adapters, PerLayer};
 
 use crate::methods::Settings;
@@ -47,31 +47,21 @@ pub(crate) fn one(args: &Args, out: &Path, source: &Path, device: &Device) -> Re
 
     let mut lm = models::load_as(&saved.base, device, compute)?;
     let adapters = Adapters::open(&saved.adapter, &lm.model)?;
-    let bare = perplexity(&lm.model, &texts.eval);
+    let measure = |model: &Model| perplexity(model, &texts.eval).map(|found| found.value());
+    let is_measured = !texts.eval.is_empty();
+    let bare = is_measured.then(|| measure(&lm.model)).transpose()?;
     peft::activate(&mut lm.model, &adapters)?;
-    if !texts.eval.is_empty() {
-        let (bare, started) = (bare?, perplexity(&lm.model, &texts.eval)?);
-        println!(
-            "perplexity: base {:.4}, base with adapters {:.4}",
-            bare.value(),
-            started.value()
-        );
+    if let Some(bare) = bare {
+        let started = measure(&lm.model)?;
+        println!("perplexity: base {bare:.4}, base with adapters {started:.4}");
     }
-    tune(
-        args,
-        &mut lm.model,
-        &texts,
-        &fit,
-        Some(&saved.adapter_tuned()),
-    )?;
+    let tuned = saved.adapter_tuned();
+    tune(args, &mut lm.model, &texts, &fit, Some(&tuned))?;
     // One model is in memory at a time.
     drop(lm);
-    if !texts.eval.is_empty() {
+    if is_measured {
         let dense = models::load_as(source, device, compute)?.model;
-        println!(
-            "perplexity {:.4} of the dense model",
-            perplexity(&dense, &texts.eval)?.value()
-        );
+        println!("perplexity {:.4} of the dense model", measure(&dense)?);
     }
     Ok(())
 }

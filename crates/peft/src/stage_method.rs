@@ -7,6 +7,47 @@ use crate::{InitializedLayer, Linears, Recipe, Result, Stages, Streams, Weight};
 /// It is run on a part of a model after the other, such as blocks that are in memory one at a time: the whole
 /// model is one part, too. What it does with a layer must depend on nothing but the layer, its path and the
 /// calibration that reaches it.
+///
+/// # Examples
+/// ```no_run
+/// use peft::{InitializedLayer, LayerShape, Recipe, Result, StageMethod, Stages, Streams};
+/// use quant_core::{Needs, Quantizer, Rtn};
+///
+/// /// Quantizes each layer by its weight alone.
+/// struct Rounding(Rtn);
+///
+/// impl<M: Stages> StageMethod<M> for Rounding {
+///     fn recipe(&self) -> &dyn Recipe {
+///         &self.0
+///     }
+///
+///     fn settings(&self) -> String {
+///         "rounding".into()
+///     }
+///
+///     fn check(&self, _: &[LayerShape]) -> Result<Needs> {
+///         Ok(self.0.needs())
+///     }
+///
+///     fn run(
+///         &self,
+///         part: &mut M,
+///         streams: &mut Streams<'_>,
+///         on_layer: &mut dyn FnMut(&InitializedLayer),
+///     ) -> Result<Vec<InitializedLayer>> {
+///         let mut layers = Vec::new();
+///         while let Some(stage) = streams.next_stage(part) {
+///             for at in stage.layers {
+///                 let (path, linear) = part.linears_mut().swap_remove(at);
+///                 let layer = InitializedLayer::from(linear.quantize(&path, &self.0, None)?);
+///                 on_layer(&layer);
+///                 layers.push(layer);
+///             }
+///         }
+///         Ok(layers)
+///     }
+/// }
+/// ```
 pub trait StageMethod<M: Stages> {
     /// The quantizers of the layers.
     fn recipe(&self) -> &dyn Recipe;

@@ -49,6 +49,7 @@ fn methods() -> Vec<Case> {
         ("qlora", Box::new(lora()), nf()),
         ("loftq", Box::new(Loftq::new(lora())), nf()),
         ("dora", Box::new(Loftq::new(lora().with_dora(true))), rtn()),
+        ("biases", Box::new(Loftq::new(lora().with_bias(true))), nf()),
         ("pissa", Box::new(Pissa::new(lora())), nf()),
         ("lq-lora", Box::new(LqLora::new(lora())), rtn()),
         ("qera", Box::new(Qera::new(lora())), rtn()),

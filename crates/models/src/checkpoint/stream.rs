@@ -141,9 +141,10 @@ pub fn quantize_to(
     settings: &Streaming,
     mut on_step: impl FnMut(StreamStep),
 ) -> Result<Vec<LayerReport>> {
+    let place = Place::of_model(out)?;
     let method = Quantization(recipe);
     let run = Run::new(dir.as_ref(), &method, calibration, settings)?;
-    let layers = stream(&run, Place::of_model(out)?, &mut |step| {
+    let layers = stream(&run, place, &mut |step| {
         on_step(match step {
             StreamStep::Initialized(layer) => StreamStep::Quantized(&layer.report),
             step => step,
@@ -197,8 +198,9 @@ pub fn initialize_to(
     settings: &Streaming,
     mut on_step: impl FnMut(StreamStep),
 ) -> Result<Vec<InitializedLayer>> {
+    let place = Place::of_base_and_adapters(out)?;
     let run = Run::new(dir.as_ref(), method, calibration, settings)?;
-    stream(&run, Place::of_base_and_adapters(out)?, &mut on_step)
+    stream(&run, place, &mut on_step)
 }
 
 /// Does what is not done, and gives the result its name.

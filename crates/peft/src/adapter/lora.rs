@@ -148,6 +148,14 @@ impl Lora {
     ///
     /// # Errors
     /// [`Error::Setting`], [`Error::Rank`].
+    ///
+    /// # Examples
+    /// ```
+    /// use peft::Lora;
+    ///
+    /// assert!(Lora::new(16).check("proj", [64, 48]).is_ok());
+    /// assert!(Lora::new(64).check("proj", [64, 48]).is_err());
+    /// ```
     pub fn check(&self, path: &str, dims: [usize; 2]) -> Result<()> {
         check_count("rank", self.rank)?;
         check_rank(path, self.rank, dims)?;

@@ -121,6 +121,17 @@ impl Adapters {
     ///
     /// # Errors
     /// [`Error::NoAdapters`], [`Error::UnknownLayer`]; otherwise as [`Adapters::save_hf`].
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # fn run(blocks: Vec<std::path::PathBuf>, layers: &[String]) -> Result<(), peft::Error> {
+    /// let device = burn::tensor::Device::flex();
+    /// let blocks = blocks.iter().map(|dir| peft::Adapters::load(dir, &device));
+    /// let blocks: Vec<_> = blocks.collect::<Result<_, _>>()?;
+    /// peft::Adapters::save_hf_parts(blocks, layers, "adapter")?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn save_hf_parts(
         parts: impl IntoIterator<Item = Self>,
         paths: &[String],
