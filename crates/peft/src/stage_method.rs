@@ -62,8 +62,9 @@ pub trait StageMethod<M: Stages> {
     /// An error for a layer, a target or a setting that it refuses, or if it needs all of a model at a time.
     fn check(&self, layers: &[LayerShape]) -> Result<Needs>;
 
-    /// Runs it on a part that the calibration has reached, and returns the layers that it changed. `on_layer`
-    /// is called with each of them.
+    /// Runs it on a part that the calibration has reached, through all of its stages
+    /// ([`Streams::next_stage`]), and returns the layers that it changed. `on_layer` is called with each of
+    /// them.
     ///
     /// # Errors
     /// The error of a quantizer or of the method in a layer. The layers before it are changed then.
