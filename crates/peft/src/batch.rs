@@ -283,6 +283,29 @@ impl Batch {
         }
     }
 
+    /// The tokens of each document of at least two, without padding.
+    pub(crate) fn documents(&self) -> Vec<Vec<i64>> {
+        let values = |values: Tensor<2, Int>| {
+            let values = values.into_data().convert::<i64>();
+            values.try_into_vec::<i64>().expect("converted to i64")
+        };
+        let [_, seq] = self.tokens.dims();
+        let tokens = values(self.tokens());
+        let starts = self.spans.starts().map(values);
+        let rows = tokens.chunks_exact(seq).enumerate();
+        let documents = rows.flat_map(|(row, tokens)| {
+            let starts = starts.as_ref().map(|of| &of[row * seq..(row + 1) * seq]);
+            let mut begins: Vec<usize> = match starts {
+                Some(starts) => (0..seq).filter(|&at| starts[at] == at as i64).collect(),
+                None => vec![0],
+            };
+            begins.push(seq);
+            let documents = begins.windows(2).map(|of| tokens[of[0]..of[1]].to_vec());
+            documents.collect::<Vec<_>>()
+        });
+        documents.filter(|document| document.len() > 1).collect()
+    }
+
     /// The indices of the targets among all tokens after the first of their sequences, row by row; none
     /// if all are targets.
     pub(crate) fn target_rows(&self) -> Option<Tensor<1, Int>> {

@@ -74,15 +74,14 @@ impl Batch {
     }
 }
 
-/// The output of the last block, `[batch, seq, hidden]`. `on_input` is called with the index and the
-/// input of each block.
+/// The output of the last block, `[batch, seq, hidden]`, from embedded tokens of the same shape. `on_input`
+/// is called with the index and the input of each block.
 pub(crate) fn run_blocks<M: Blocks>(
     model: &M,
-    tokens: Tensor<2, Int>,
+    mut x: Tensor<3>,
     positions: &M::Positions,
     mut on_input: impl FnMut(usize, &Tensor<3>),
 ) -> Tensor<3> {
-    let mut x = model.embed(tokens, positions);
     for index in 0..model.n_blocks() {
         on_input(index, &x);
         x = model.block(index, x, positions);
@@ -96,5 +95,6 @@ pub(crate) fn run_blocks<M: Blocks>(
 /// If a token is not in the vocabulary ([`Batch::check`]).
 pub fn last_output<M: Blocks>(model: &M, batch: &Batch) -> Tensor<3> {
     let positions = model.positions(batch.spans());
-    run_blocks(model, batch.tokens(), &positions, |_, _| ())
+    let x = model.embed(batch.tokens(), &positions);
+    run_blocks(model, x, &positions, |_, _| ())
 }

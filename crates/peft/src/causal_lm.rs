@@ -35,7 +35,8 @@ pub trait CausalLm: Blocks {
     /// If a token is not in the vocabulary, or the spans are those of other sequences.
     fn forward_spans(&self, tokens: Tensor<2, Int>, spans: &Spans) -> Tensor<3> {
         let positions = self.positions(spans);
-        let x = self.norm(run_blocks(self, tokens, &positions, |_, _| ()));
+        let x = self.embed(tokens, &positions);
+        let x = self.norm(run_blocks(self, x, &positions, |_, _| ()));
         let [batch, seq, hidden] = x.dims();
         let logits = self.head().logits(x.reshape([batch * seq, hidden]));
         let vocab = logits.dims()[1];

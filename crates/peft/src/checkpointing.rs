@@ -23,11 +23,13 @@ pub(crate) fn lowest_trained<M: Blocks>(model: &M, batch: &Batch) -> usize {
     model.n_blocks() + usize::from(!x.is_tracked())
 }
 
-/// The gradients of a loss of the output of the last block; `lowest` is [`lowest_trained`].
+/// The gradients of a loss of the output of the last block; `lowest` is [`lowest_trained`], and `noise` adds
+/// the same constant to embedded tokens each time.
 pub(crate) fn backward_by_block<M: Blocks>(
     model: &M,
     batch: &Batch,
     lowest: usize,
+    noise: impl Fn(Tensor<3>) -> Tensor<3>,
     loss: impl FnOnce(Tensor<3>) -> Tensor<1>,
 ) -> GradientsParams {
     let positions = model.positions(batch.spans());
@@ -35,7 +37,8 @@ pub(crate) fn backward_by_block<M: Blocks>(
     // On the autodiff backend, though nothing is tracked: without it, burn computes some functions in
     // other ways, and the blocks must give the same bits again.
     let frozen = model.clone().no_grad();
-    let x = run_blocks(&frozen, batch.tokens(), &positions, |index, x| {
+    let x = noise(frozen.embed(batch.tokens(), &positions));
+    let x = run_blocks(&frozen, x, &positions, |index, x| {
         if index + 1 >= lowest {
             inputs.push(x.clone());
         }
@@ -59,6 +62,7 @@ pub(crate) fn backward_by_block<M: Blocks>(
         total.accumulate(model, GradientsParams::from_grads(gradients, model));
     }
     if let Some(dy) = dx {
+        // The noise is a constant, which has no part in these.
         let x = model.embed(batch.tokens(), &positions);
         let gradients = (x * dy.autodiff()).sum().backward();
         total.accumulate(model, GradientsParams::from_grads(gradients, model));

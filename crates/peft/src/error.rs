@@ -1,3 +1,5 @@
+use std::path::{Path, PathBuf};
+
 use burn::tensor::DType;
 use quant_core::Format;
 
@@ -282,14 +284,48 @@ pub enum Error {
         /// Its dtype.
         found: DType,
     },
+    /// A group of parameters that has none.
+    #[error(
+        "no trained parameter matches the pattern `{pattern}` of a group; the first of them are {paths:?}"
+    )]
+    NoParameter {
+        /// The pattern.
+        pattern: String,
+        /// The first paths of trained parameters.
+        paths: Vec<String>,
+    },
     /// NaN or infinity during training. The model is unchanged.
-    #[error("{what} is not finite at step {step}; lower the learning rate, or look at the data")]
+    #[error(
+        "{what} is not finite at step {step}; lower the learning rate, or look at the data{}",
+        before(checkpoint.as_deref())
+    )]
     NonFinite {
         /// The loss and where it ceases to be finite, with blocks counted from 0; or the gradient of a
-        /// parameter, or the parameter.
+        /// parameter, the parameter, or the loss on the held-out batches.
         what: String,
         /// The step, counted from 1.
         step: usize,
+        /// The newest checkpoint, whose parameters are finite.
+        checkpoint: Option<PathBuf>,
+    },
+    /// A checkpoint of another training than the one that would be resumed.
+    #[error(
+        "`{path}` is of another training: {}; give what it was begun with, or choose another directory",
+        differences.join("; ")
+    )]
+    OtherTraining {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What differs, as it was and as it is.
+        differences: Vec<String>,
+    },
+    /// A trained parameter that checkpoints do not hold.
+    #[error("`{path}` is {found:?}, which checkpoints of a training do not hold; cast it to F32")]
+    NotSaved {
+        /// The parameter.
+        path: String,
+        /// Its dtype.
+        found: DType,
     },
     /// A device without memory for a step of training. The model is unchanged.
     #[error(
@@ -377,6 +413,12 @@ fn trainable(parameters: &[String]) -> String {
         2 | 3 => format!("{named} are trainable"),
         n => format!("{named} and {} more parameters are trainable", n - 3),
     }
+}
+
+/// Where a training was well.
+fn before(checkpoint: Option<&Path>) -> String {
+    let path = checkpoint.map(Path::display);
+    path.map_or(String::new(), |path| format!(", and go on from `{path}`"))
 }
 
 /// A result with this crate's [`Error`].

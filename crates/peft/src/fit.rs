@@ -1,16 +1,20 @@
-use burn::module::{ModuleVisitor, Param, ParamId};
-use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
-use burn::tensor::{DType, Tensor, TensorData, Transaction};
-use rand::Rng;
-use rand::seq::SliceRandom;
-use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+//! Training: `trainer` is the loop, `progress` says where it is, and `checkpoint` holds its files.
 
-use crate::blocks::run_blocks;
-use crate::checkpointing::{backward_by_block, lowest_trained};
+use burn::tensor::Tensor;
+
 use crate::{
-    Batch, Blocks, CausalLm, Error, FitConfig, IntoControlFlow, Result, Step, Training,
-    last_output, nll_of_output, set_dropout,
+    Batch, Blocks, CausalLm, Evaluation, FitConfig, FitReport, IntoControlFlow, Result, Step,
+    Training, nll_of_output,
 };
+
+mod checkpoint;
+mod gradients;
+mod identity;
+mod noise;
+mod optimizer;
+mod parameters;
+mod progress;
+mod trainer;
 
 /// Trains the parameters that are not frozen, by AdamW on the next-token loss.
 ///
@@ -23,13 +27,29 @@ use crate::{
 /// `on_step` is called after each step with the [`Step`] and the model as it is then
 /// ([`Training::model`]). If it returns [`ControlFlow::Break`](std::ops::ControlFlow::Break), the
 /// training ends, and the model keeps what it has learned; a closure that returns nothing goes on to the
-/// last step.
+/// last step. The [`FitReport`] says why it ended, and what may be wrong.
+///
+/// With [`FitConfig::with_checkpoints`] the training is saved on the way and can be resumed, also one that
+/// the callback has ended: the parameters, losses and random numbers are then those of a training that was
+/// not interrupted. With [`FitConfig::with_evaluation`] there are losses on held-out batches, which can end
+/// it.
 ///
 /// # Errors
-/// [`Error::Setting`], [`Error::NoBatches`], [`Error::Token`], [`Error::TooLong`] or
-/// [`Error::NothingToTrain`] or [`Error::TrainsIn16Bits`] before the first step; [`Error::NonFinite`] if
-/// the loss, a gradient or a result is NaN or infinite; [`Error::OutOfMemory`] or [`Error::Device`] if the
-/// device reports a failure when a loss or a gradient is read. On an error the model is unchanged.
+/// * before the first step: [`Error::Setting`](crate::Error::Setting),
+///   [`Error::NoBatches`](crate::Error::NoBatches), [`Error::Token`](crate::Error::Token),
+///   [`Error::TooLong`](crate::Error::TooLong), [`Error::NothingToTrain`](crate::Error::NothingToTrain) or
+///   [`Error::TrainsIn16Bits`](crate::Error::TrainsIn16Bits);
+/// * with checkpoints, [`Error::OtherTraining`](crate::Error::OtherTraining) if the newest is of another
+///   training, [`Error::NotSaved`](crate::Error::NotSaved) for a parameter that they do not hold, and
+///   [`Error::File`](crate::Error::File) if another process uses the directory, it cannot be used, or all
+///   checkpoints are damaged;
+/// * [`Error::NonFinite`](crate::Error::NonFinite) if the loss, a gradient or a result is NaN or infinite;
+/// * [`Error::OutOfMemory`](crate::Error::OutOfMemory) or [`Error::Device`](crate::Error::Device) if the
+///   device reports a failure when a loss or a gradient is read.
+///
+/// On an error the model is unchanged, with one exception: if a checkpoint cannot be written, for want of
+/// room on the disk for instance, the model has what it has learned so far, and the checkpoints written
+/// before are whole.
 ///
 /// # Examples
 /// ```
@@ -99,35 +119,35 @@ use crate::{
 /// let batches = [Batch::new(tokens)?];
 /// let config = FitConfig::new().with_learning_rate(0.1).with_steps(20);
 /// let mut losses = Vec::new();
-/// peft::fit(&mut model, &batches, &config, |step, _| losses.push(step.loss))?;
+/// let report = peft::fit(&mut model, &batches, &config, |step, _| losses.push(step.loss))?;
 /// assert!(losses[19] < losses[0]);
+/// assert_eq!((report.steps.len(), report.warnings), (20, Vec::new()));
 /// let error = peft::fit(&mut model, &[], &config, |_, _| {}).unwrap_err();
 /// assert_eq!(error.to_string(), "there are no batches to train on");
 /// # Ok::<(), peft::Error>(())
 /// ```
 ///
-/// Ends when the loss on held-out text does not fall any more:
+/// Ends when the loss on held-out text does not fall any more, and goes on where it was stopped:
 ///
 /// ```
-/// # use peft::{Batch, CausalLm, FitConfig};
+/// # use peft::{Batch, CausalLm, Checkpoints, Error, Evaluation, FitConfig, FitReport};
 /// use std::ops::ControlFlow;
 ///
 /// fn tune<M: CausalLm>(
 ///     model: &mut M,
 ///     batches: &[Batch],
-///     held_out: &Batch,
-/// ) -> Result<(), peft::Error> {
-///     let mut least = f32::INFINITY;
-///     peft::fit(model, batches, &FitConfig::new(), |step, training| {
-///         if step.index % 10 == 0 {
-///             let loss = peft::token_nll(&training.model(), held_out).sum();
-///             let loss = loss.into_scalar::<f32>();
-///             if loss >= least {
-///                 return ControlFlow::Break(());
-///             }
-///             least = loss;
-///         }
-///         ControlFlow::Continue(())
+///     held_out: &[Batch],
+///     is_stopped: impl Fn() -> bool,
+/// ) -> Result<FitReport, Error> {
+///     let evaluation = Evaluation::new(held_out).with_every(10).with_patience(2);
+///     let checkpoints = Checkpoints::new("run/checkpoints").with_every(50).with_resume(true);
+///     let config = FitConfig::new()
+///         .with_evaluation(evaluation.with_restore_best(true))
+///         .with_checkpoints(checkpoints);
+///     // Stopped by a signal, for instance, it leaves a checkpoint of the last step.
+///     peft::fit(model, batches, &config, |_, _| match is_stopped() {
+///         true => ControlFlow::Break(()),
+///         false => ControlFlow::Continue(()),
 ///     })
 /// }
 /// ```
@@ -136,9 +156,15 @@ pub fn fit<M: CausalLm, R: IntoControlFlow>(
     batches: &[Batch],
     config: &FitConfig,
     on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
-) -> Result<()> {
+) -> Result<FitReport> {
+    let held_out = config
+        .evaluation
+        .as_ref()
+        .map_or(&[][..], Evaluation::batches);
     let loss = |model: &M, x, at: usize| {
-        let batch = &batches[at];
+        let batch = batches
+            .get(at)
+            .unwrap_or_else(|| &held_out[at - batches.len()]);
         batch.of_targets(nll_of_output(model, x, batch)).sum()
     };
     fit_with(model, batches, config, loss, on_step)
@@ -148,7 +174,10 @@ pub fn fit<M: CausalLm, R: IntoControlFlow>(
 ///
 /// `loss(model, x, at)` is the loss of `batches[at]`, a scalar: the sum over the batch's targets, where
 /// `x`, `[batch, seq, hidden]`, is the output of the model's last block. The loss of a step is the sum of
-/// those of its batches, divided by their number of targets ([`Batch::n_targets`]).
+/// those of its batches, divided by their number of targets ([`Batch::n_targets`]). The held-out batches of
+/// an [`Evaluation`] are counted on after those of the training: the first one is `at == batches.len()`.
+///
+/// A checkpoint does not know the loss: whoever resumes a training gives the same.
 ///
 /// # Errors
 /// As [`fit`].
@@ -228,328 +257,7 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
     batches: &[Batch],
     config: &FitConfig,
     loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
-    mut on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
-) -> Result<()> {
-    config.check()?;
-    if batches.is_empty() {
-        return Err(Error::NoBatches);
-    }
-    batches.iter().try_for_each(|batch| batch.check(model))?;
-    let mut tuned = model.clone().train();
-    let mut trainable = Trainable::default();
-    tuned.visit(&mut trainable);
-    if trainable.n == 0 {
-        return Err(Error::NothingToTrain);
-    }
-    if let Some((path, found)) = trainable.of_16_bits {
-        return Err(Error::TrainsIn16Bits { path, found });
-    }
-    let per_epoch = batches.len().div_ceil(config.accumulation);
-    let n_steps = config
-        .steps
-        .unwrap_or(config.epochs.saturating_mul(per_epoch));
-    if config.warmup_steps > n_steps {
-        return Err(Error::Setting {
-            setting: "warmup_steps",
-            value: config.warmup_steps.to_string(),
-            expected: "no more than the steps",
-        });
-    }
-
-    let adamw = AdamWConfig::new()
-        .with_weight_decay(config.weight_decay as f32)
-        .with_beta_1(config.beta_1 as f32)
-        .with_beta_2(config.beta_2 as f32)
-        .with_epsilon(config.epsilon as f32);
-    // AdamW updates each parameter by itself: two of them are one with two learning rates.
-    let (mut optimizer, mut fast_optimizer) = (adamw.init(), adamw.init());
-    let fast: Vec<ParamId> = match config.lora_plus_ratio {
-        1.0 => Vec::new(),
-        _ => (tuned.linears().iter())
-            .filter_map(|(_, linear)| linear.adapter.as_ref())
-            .flat_map(|adapter| adapter.ops().fast_params())
-            .collect(),
-    };
-    let lowest = config
-        .checkpoint_blocks
-        .then(|| lowest_trained(&tuned, &batches[0]));
-    let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
-    let mut masks = rng.clone();
-    masks.set_stream(1);
-    let mut order: Vec<usize> = (0..batches.len()).collect();
-    let mut last = 0;
-    for index in 0..n_steps {
-        if index % per_epoch == 0 {
-            order.shuffle(&mut rng);
-        }
-        let first = index % per_epoch * config.accumulation;
-        let chosen = &order[first..order.len().min(first + config.accumulation)];
-        let n_targets: usize = chosen.iter().map(|&at| batches[at].n_targets()).sum();
-
-        let mut accumulated = GradientsAccumulator::new();
-        let mut losses = Vec::new();
-        for &at in chosen {
-            let batch = &batches[at];
-            set_dropout(&mut tuned, masks.next_u64());
-            let mut part = |x: Tensor<3>| {
-                let part = loss(&tuned, x, at) / n_targets as f32;
-                losses.push(part.clone().inner());
-                part
-            };
-            let gradients = match lowest {
-                Some(lowest) => backward_by_block(&tuned, batch, lowest, part),
-                None => {
-                    let part = part(last_output(&tuned, batch));
-                    GradientsParams::from_grads(part.backward(), &tuned)
-                }
-            };
-            accumulated.accumulate(&tuned, gradients);
-        }
-        let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
-            let adapter = linear.adapter.as_ref();
-            adapter.and_then(|adapter| adapter.ops().penalty())
-        });
-        if let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) {
-            let gradients = GradientsParams::from_grads(penalty.backward(), &tuned);
-            accumulated.accumulate(&tuned, gradients);
-        }
-        let mut gradients = accumulated.grads();
-        let totals = totals(&tuned, losses, &gradients, index + 1)?;
-        if let Some(part) = totals.losses.iter().position(|loss| !loss.is_finite()) {
-            return Err(Error::NonFinite {
-                what: format!(
-                    "the loss, from {} on,",
-                    origin(&tuned, &batches[chosen[part]])
-                ),
-                step: index + 1,
-            });
-        }
-        let non_finite = |(_, square): &&(String, f64)| !square.is_finite();
-        if let Some((path, _)) = totals.squares.iter().find(non_finite) {
-            return Err(Error::NonFinite {
-                what: format!("the gradient of `{path}`"),
-                step: index + 1,
-            });
-        }
-        let squares = totals.squares.iter().map(|(_, square)| square);
-        let grad_norm = squares.fold(0.0, |sum, square| sum + square).sqrt();
-        if let Some(max) = config.max_grad_norm.filter(|&max| grad_norm > max) {
-            let factor = max / grad_norm;
-            tuned.visit(&mut Scale {
-                gradients: &mut gradients,
-                factor,
-            });
-        }
-        let learning_rate = config.learning_rate_at(index, n_steps);
-        if !fast.is_empty() {
-            let mut split = Split {
-                fast: &fast,
-                gradients: &mut gradients,
-                taken: GradientsParams::new(),
-            };
-            tuned.visit(&mut split);
-            let fast_rate = learning_rate * config.lora_plus_ratio;
-            tuned = fast_optimizer.step(fast_rate, tuned, split.taken);
-        }
-        tuned = optimizer.step(learning_rate, tuned, gradients);
-        last = index + 1;
-        let step = Step {
-            index: last,
-            n_steps,
-            loss: totals.losses.iter().sum(),
-            grad_norm,
-            learning_rate,
-            n_targets,
-        };
-        let flow = on_step(&step, &Training::new(&tuned)).into_control_flow();
-        if flow.is_break() {
-            break;
-        }
-    }
-    let mut finite = Finite::default();
-    tuned.visit(&mut finite);
-    if let Some(path) = finite.non_finite {
-        return Err(Error::NonFinite {
-            what: format!("`{path}`"),
-            step: last,
-        });
-    }
-    *model = Training::new(&tuned).model();
-    Ok(())
-}
-
-/// Counts the parameters that are not frozen.
-#[derive(Default)]
-struct Trainable {
-    n: usize,
-    path: Vec<String>,
-    /// The first that does not hold small steps.
-    of_16_bits: Option<(String, DType)>,
-}
-
-impl ModuleVisitor for Trainable {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !param.is_require_grad() {
-            return;
-        }
-        self.n += 1;
-        let dtype = param.val().dtype();
-        if matches!(dtype, DType::F16 | DType::BF16) {
-            let found = (self.path.join("."), dtype);
-            self.of_16_bits.get_or_insert(found);
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-}
-
-/// What a step reads of the device.
-struct Totals {
-    /// The loss of each batch, over the targets of all.
-    losses: Vec<f64>,
-    /// The square of the norm of each gradient, by the path of its parameter.
-    squares: Vec<(String, f64)>,
-}
-
-/// Reads the totals of a step in one operation, because a read waits for all that the device has to do.
-fn totals<M: Blocks>(
-    model: &M,
-    losses: Vec<Tensor<1>>,
-    gradients: &GradientsParams,
-    step: usize,
-) -> Result<Totals> {
-    let mut norms = Norms {
-        gradients,
-        path: Vec::new(),
-        squares: Vec::new(),
-    };
-    model.visit(&mut norms);
-    let n_losses = losses.len();
-    let (paths, squares): (Vec<String>, Vec<Tensor<1>>) = norms.squares.into_iter().unzip();
-    let all = losses.into_iter().chain(squares);
-    let read = all.fold(Transaction::default(), Transaction::register);
-    let values = read.try_execute();
-    let values = values
-        .map_err(|error| Error::of_device(error, step))?
-        .into_iter();
-    let value = |data: TensorData| {
-        let value = data.convert::<f32>().try_into_vec::<f32>().expect("floats");
-        f64::from(value[0])
-    };
-    let mut values = values.map(value);
-    Ok(Totals {
-        losses: values.by_ref().take(n_losses).collect(),
-        squares: paths.into_iter().zip(values).collect(),
-    })
-}
-
-struct Norms<'a> {
-    gradients: &'a GradientsParams,
-    path: Vec<String>,
-    squares: Vec<(String, Tensor<1>)>,
-}
-
-impl ModuleVisitor for Norms<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            let path = self.path.join(".");
-            self.squares.push((path, gradient.square().sum()));
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-}
-
-/// The first part of a model whose output for a batch is not finite: a trained parameter, or else a part
-/// of the forward pass.
-fn origin<M: Blocks>(model: &M, batch: &Batch) -> String {
-    let mut finite = Finite::default();
-    model.visit(&mut finite);
-    if let Some(path) = finite.non_finite {
-        return format!("the parameter `{path}`");
-    }
-    let is_finite = |x: &Tensor<3>| x.clone().inner().is_finite().all().into_scalar::<bool>();
-    let mut first = None;
-    let model = model.clone().no_grad();
-    let positions = model.positions(batch.spans());
-    let x = run_blocks(&model, batch.tokens(), &positions, |index, x| {
-        if first.is_none() && !is_finite(x) {
-            first = Some(index);
-        }
-    });
-    match first.or_else(|| (!is_finite(&x)).then(|| model.n_blocks())) {
-        Some(0) => "the embedding".into(),
-        Some(next) => format!("block {}", next - 1),
-        None => "what follows the last block".into(),
-    }
-}
-
-/// Finds a trained parameter that is not finite.
-#[derive(Default)]
-struct Finite {
-    path: Vec<String>,
-    non_finite: Option<String>,
-}
-
-impl ModuleVisitor for Finite {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() && self.non_finite.is_none() {
-            let values = param.val().inner();
-            if values.is_finite().all().into_scalar::<bool>() {
-                return;
-            }
-            self.non_finite = Some(self.path.join("."));
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.into());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-}
-
-/// Multiplies all gradients.
-struct Scale<'a> {
-    gradients: &'a mut GradientsParams,
-    factor: f64,
-}
-
-impl ModuleVisitor for Scale<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.gradients.remove::<D>(param.id) {
-            self.gradients.register(param.id, gradient * self.factor);
-        }
-    }
-}
-
-/// Takes the gradients of some parameters.
-struct Split<'a> {
-    fast: &'a [ParamId],
-    gradients: &'a mut GradientsParams,
-    taken: GradientsParams,
-}
-
-impl ModuleVisitor for Split<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.fast.contains(&param.id)
-            && let Some(gradient) = self.gradients.remove::<D>(param.id)
-        {
-            self.taken.register(param.id, gradient);
-        }
-    }
+    on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
+) -> Result<FitReport> {
+    trainer::run(model, batches, config, loss, on_step)
 }

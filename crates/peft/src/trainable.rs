@@ -1,7 +1,7 @@
-use burn::module::{ModuleVisitor, Param};
+use burn::module::Param;
 use burn::tensor::Tensor;
 
-use crate::fingerprint::is_enum;
+use crate::trained::{Look, look_at_trained};
 use crate::{Error, Linears, Result};
 
 /// Freezes all parameters outside of adapters.
@@ -73,7 +73,7 @@ pub(crate) fn trainable_outside(model: &impl Linears) -> Vec<(String, usize)> {
     }
     let mut trainable = Trainable::default();
     // A parameter on a plain device shows its setting when training begins.
-    base.train().visit(&mut trainable);
+    look_at_trained(&base.train(), &mut trainable);
     trainable.found
 }
 
@@ -92,27 +92,12 @@ pub(crate) fn check_frozen(model: &impl Linears) -> Result<()> {
 
 #[derive(Default)]
 struct Trainable {
-    path: Vec<String>,
     found: Vec<(String, usize)>,
 }
 
-impl ModuleVisitor for Trainable {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if param.is_require_grad() {
-            let n = param.val().shape().num_elements();
-            self.found.push((self.path.join("."), n));
-        }
-    }
-
-    fn enter_module(&mut self, name: &str, container: &str) {
-        if !is_enum(container) {
-            self.path.push(name.into());
-        }
-    }
-
-    fn exit_module(&mut self, _: &str, container: &str) {
-        if !is_enum(container) {
-            self.path.pop();
-        }
+impl Look for Trainable {
+    fn look<const D: usize>(&mut self, path: &str, param: &Param<Tensor<D>>) {
+        let n = param.val().shape().num_elements();
+        self.found.push((path.into(), n));
     }
 }

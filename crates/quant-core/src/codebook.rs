@@ -82,24 +82,37 @@ pub(crate) fn normal_float(bits: usize, by_bits: bool) -> [f32; TABLE] {
 /// bitsandbytes' signed dynamic map of 8 bits: 0 and 1, and with both signs the centres of `2^e`
 /// equal parts of 0.1 to 1, times `10^(e - 6)`, for `e` from 0 to 6.
 pub(crate) fn dynamic_map() -> [f32; 256] {
+    let centres = (0..7).flat_map(|e| decade(e, 1 << e));
     let mut levels = vec![0.0, 1.0];
-    for e in 0..7 {
-        let n_parts = 1 << e;
-        let magnitude = 10f64.powi(e - 6) as f32;
-        // As torch.linspace: from the nearer end, with fused multiply-add.
-        let step = (1.0f32 - 0.1) / n_parts as f32;
-        let boundary = |k: i32| {
-            if k < (n_parts + 1) / 2 {
-                step.mul_add(k as f32, 0.1)
-            } else {
-                step.mul_add((k - n_parts) as f32, 1.0)
-            }
-        };
-        for k in 0..n_parts {
-            let level = magnitude * ((boundary(k) + boundary(k + 1)) / 2.0);
-            levels.extend([level, -level]);
+    levels.extend(centres.flat_map(|level| [level, -level]));
+    sorted(levels)
+}
+
+/// bitsandbytes' unsigned dynamic map of 8 bits, of twice as many parts, with 10⁻⁷ in the place of 0.
+///
+/// What is divided by the root of a value that became 0 would be boundless (Li et al. 2023,
+/// arXiv:2309.01507, §4.1).
+pub(crate) fn unsigned_dynamic_map() -> [f32; 256] {
+    let centres = (0..7).flat_map(|e| decade(e, 2 << e));
+    sorted([1e-7, 1.0].into_iter().chain(centres).collect())
+}
+
+/// The centres of `n_parts` equal parts of 0.1 to 1, times `10^(e - 6)`.
+fn decade(e: i32, n_parts: i32) -> impl Iterator<Item = f32> {
+    let magnitude = 10f64.powi(e - 6) as f32;
+    // As torch.linspace: from the nearer end, with fused multiply-add.
+    let step = (1.0f32 - 0.1) / n_parts as f32;
+    let boundary = move |k: i32| {
+        if k < (n_parts + 1) / 2 {
+            step.mul_add(k as f32, 0.1)
+        } else {
+            step.mul_add((k - n_parts) as f32, 1.0)
         }
-    }
+    };
+    (0..n_parts).map(move |k| magnitude * ((boundary(k) + boundary(k + 1)) / 2.0))
+}
+
+fn sorted(mut levels: Vec<f32>) -> [f32; 256] {
     levels.sort_by(f32::total_cmp);
     levels.try_into().expect("two and twice 127 levels")
 }
@@ -123,5 +136,8 @@ mod tests {
         assert_eq!(map[255], 1.0);
         assert_eq!(map[0], -0.992_968_74);
         assert_eq!(map.iter().filter(|&&level| level < 0.0).count(), 127);
+        let map = unsigned_dynamic_map();
+        assert_eq!((map[0], map[255]), (1e-7, 1.0));
+        assert!((map[1] / 3.25e-7 - 1.0).abs() < 1e-6 && (map[254] - 0.996_484_4).abs() < 1e-6);
     }
 }

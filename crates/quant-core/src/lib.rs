@@ -43,6 +43,7 @@
 #![forbid(unsafe_code)]
 
 mod allocate;
+mod block_codes;
 mod codebook;
 mod distortion;
 mod double_quant;
@@ -61,6 +62,7 @@ mod uniform;
 mod values;
 
 pub use allocate::{Allocation, AllocationError, Candidate, UniformChoice, allocate};
+pub use block_codes::{BlockCodes, DynamicMap};
 pub use distortion::{Distortion, sum_of_squares};
 pub use double_quant::{DoubleQuant, DoubleScaleParams, DoubleScales, ScaleLevels, scale_levels};
 pub use error::{Error, Result};

@@ -12,6 +12,7 @@
 //! | [`Output`] | reserves a directory, which is then complete under its name, or does not exist |
 //! | [`write_directory`] | reserves and writes it at once |
 //! | [`Partial`] | a directory that is written over several runs, and then gets its name |
+//! | [`Series`] | numbered directories that are written one after the other |
 //!
 //! # Examples
 //!
@@ -42,6 +43,7 @@ mod file;
 pub mod gguf;
 mod output;
 mod partial;
+mod series;
 mod staging;
 mod sums;
 mod write;
@@ -51,5 +53,6 @@ pub use error::{Error, Result};
 pub use file::{Floats, TensorFile};
 pub use output::{Canceler, IntoOutput, Output, write_directory};
 pub use partial::Partial;
+pub use series::Series;
 pub use sums::{SUMS, check_sums, digest, sha256, write_sums};
 pub use write::{FloatType, LazyTensor, write_tensors};

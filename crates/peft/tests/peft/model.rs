@@ -1,6 +1,6 @@
 //! A small language model, dense or packed, and its training.
 
-use burn::module::{Module, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use peft::{Batch, Blocks, CausalLm, FitConfig, Head, Linear, Linears, Peqa, Spans, Weight, fit};
@@ -155,4 +155,20 @@ pub(crate) fn difference(a: &Bigram, b: &Bigram) -> f32 {
     );
     let largest = a.clone().fold(0.0, |most: f32, v| most.max(v.abs()));
     a.zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+}
+
+/// The bits of all floats of a model.
+pub(crate) fn parameters(model: &Bigram) -> Vec<u32> {
+    struct Bits(Vec<u32>);
+    impl ModuleVisitor for Bits {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let values = param.val();
+            assert!(!values.device().is_autodiff());
+            let values = values.into_data().try_into_vec::<f32>().unwrap();
+            self.0.extend(values.into_iter().map(f32::to_bits));
+        }
+    }
+    let mut bits = Bits(Vec::new());
+    model.visit(&mut bits);
+    bits.0
 }

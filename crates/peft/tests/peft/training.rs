@@ -11,7 +11,8 @@ use quant_core::Rtn;
 
 use crate::cases::cases;
 use crate::model::{
-    Bigram, HIDDEN, VOCAB, WIDTH, adapted, batch, dense, logits, quantized, tensor, tune,
+    Bigram, HIDDEN, VOCAB, WIDTH, adapted, batch, dense, logits, parameters, quantized, tensor,
+    tune,
 };
 use crate::property;
 
@@ -91,22 +92,6 @@ proptest! {
         };
         prop_assert_eq!(run(true), run(false));
     }
-}
-
-/// The bits of all floats of a model.
-fn parameters(model: &Bigram) -> Vec<u32> {
-    struct Bits(Vec<u32>);
-    impl ModuleVisitor for Bits {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let values = param.val();
-            assert!(!values.device().is_autodiff());
-            let values = values.into_data().try_into_vec::<f32>().unwrap();
-            self.0.extend(values.into_iter().map(f32::to_bits));
-        }
-    }
-    let mut bits = Bits(Vec::new());
-    model.visit(&mut bits);
-    bits.0
 }
 
 /// A callback sees each step's model, and ends the training with it; what it computes changes nothing.
@@ -298,7 +283,8 @@ fn a_result_that_is_not_finite_is_refused() {
         .with_schedule(Schedule::Constant)
         .with_steps(Some(1));
     let error = fit(&mut model, &[batch(1, [2, 9])], &config, |_, _| {}).unwrap_err();
-    let named = matches!(&error, Error::NonFinite { what, step: 1 } if what.contains("factors"));
+    let named =
+        matches!(&error, Error::NonFinite { what, step: 1, .. } if what.contains("factors"));
     assert!(named, "{error}");
     assert_eq!(logits(&model), before);
 }
