@@ -28,7 +28,7 @@ fn a_streamed_model_is_never_in_memory_whole() {
     word_level::write_tokenizer(&tokenizer, 64);
     let tokens = Tensor::<1, burn::tensor::Int>::arange(0..256, &Device::flex());
     let batch = Batch::new((tokens.clone() * tokens % 61).reshape([2, 128])).unwrap();
-    let mut peak = |n_blocks| {
+    let peak = |n_blocks| {
         let config = LlamaConfig::default()
             .with_vocab_size(64)
             .with_hidden_size(512)
