@@ -7,21 +7,20 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::slice;
 use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use evaluate::{perplexity, window_losses};
+use evaluate::perplexity;
 use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
 use examples::outcome::{Result, exit, save_as};
+use examples::progress::Bar;
 use examples::texts::{self, evaluation_batch, n_windows};
-use examples::{interrupt, memory, println, progress, table};
-use indicatif::ProgressBar;
+use examples::{interrupt, memory, println, table};
 use models::{AllocationStep, Model, Plan, StreamStep, Streaming, Windows, quantize_within};
-use peft::{Batch, CausalLm, LayerReport, PerLayer};
+use peft::{Batch, LayerReport, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
 
@@ -365,7 +364,7 @@ fn stream(
         .with_compute(args.model.dtype.float())
         .with_resume(args.resume);
     interrupt::on_end("stopped; the same command with --resume goes on after the last whole block");
-    let mut bar = Bar::new("quantizing", plan.config.num_hidden_layers(), "blocks")?;
+    let bar = Bar::new("quantizing", plan.config.num_hidden_layers(), "blocks")?;
     let done =
         models::quantize_to(
             source,
@@ -375,10 +374,10 @@ fn stream(
             &settings,
             |step| match step {
                 StreamStep::Resumed { n_blocks } => {
-                    bar.print(&format!("going on after {n_blocks} blocks"));
-                    bar.skip(n_blocks);
+                    println!("going on after {n_blocks} blocks");
+                    bar.set(n_blocks, "");
                 }
-                StreamStep::Quantized(layer) => bar.print(&described(layer)),
+                StreamStep::Quantized(layer) => println!("{}", described(layer)),
                 StreamStep::Block { .. } => bar.step(""),
                 _ => {}
             },
@@ -411,9 +410,9 @@ fn quantize(
     match job {
         Job::One(quantizer) => {
             let n_layers = peft::Linears::linears(&lm.model).len();
-            let mut bar = Bar::new("quantizing", n_layers, "layers")?;
+            let bar = Bar::new("quantizing", n_layers, "layers")?;
             models::quantize(&mut lm.model, quantizer, &calibration, |layer| {
-                bar.print(&described(layer));
+                println!("{}", described(layer));
                 bar.step(&layer.path);
             })?;
         }
@@ -442,10 +441,10 @@ fn compare_with_source(
     device: &Device,
 ) -> Result<()> {
     let eval = eval.batches(evaluation_batch(args.cut.seq_len), device);
-    let after = evaluated("quantized", &quantized, &eval)?;
+    let after = texts::perplexity("evaluating, quantized", &quantized, &eval)?;
     drop(quantized);
     let dense = models::load_as(source, device, args.model.dtype.float())?.model;
-    let before = evaluated("dense", &dense, &eval)?;
+    let before = texts::perplexity("evaluating, dense", &dense, &eval)?;
     println!("\nperplexity {before:.4} before, {after:.4} after");
     Ok(())
 }
@@ -541,52 +540,6 @@ fn allocate(
     Ok(())
 }
 
-/// The perplexity of a model over windows, with a bar.
-fn evaluated(name: &str, model: &impl CausalLm, batches: &[Batch]) -> Result<f64> {
-    let mut bar = Bar::new(&format!("evaluating, {name}"), batches.len(), "batches")?;
-    let mut losses = Vec::new();
-    for batch in batches {
-        losses.extend(window_losses(model, slice::from_ref(batch))?);
-        bar.step("");
-    }
-    Ok((losses.iter().sum::<f64>() / losses.len() as f64).exp())
-}
-
-/// A bar that is removed when it is dropped.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(name: &str, length: usize, unit: &str) -> Result<Self> {
-        let bar = progress::bar(length, unit)?;
-        bar.set_prefix(name.to_string());
-        Ok(Self(bar))
-    }
-
-    fn step(&mut self, message: &str) {
-        self.0.set_message(message.to_string());
-        self.0.inc(1);
-    }
-
-    /// Counts what was done before.
-    fn skip(&mut self, n: usize) {
-        self.0.set_position(n as u64);
-    }
-
-    fn print(&self, line: &str) {
-        self.0.suspend(|| println!("{line}"));
-    }
-
-    fn is_full(&self) -> bool {
-        Some(self.0.position()) == self.0.length()
-    }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
-}
-
 /// Compares the quantizers at every width and group size.
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
@@ -611,7 +564,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
         &eval,
     )?;
     let n_cells = args.quantizer.len() * widths.len() * args.group_size.len();
-    let mut bar = Bar::new("comparing", n_cells, "models")?;
+    let bar = Bar::new("comparing", n_cells, "models")?;
     let clock = Instant::now();
     let mut rows = Vec::new();
     for &bits in &widths {
