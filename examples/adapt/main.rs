@@ -22,7 +22,7 @@ use examples::optimizer::OptimizerName;
 use examples::outcome::{Result, exit, weights_bytes};
 use examples::progress::Bar;
 use examples::texts::{Cut, Source, Texts, fit_config, n_windows};
-use examples::{interrupt, print, println, settings};
+use examples::{eprintln, interrupt, print, println, settings};
 use models::{Plan, Pretrained};
 use peft::{Adapter, Adapters, Certificate, PerLayer, Targets, TileMethod};
 use serde::Serialize;
@@ -567,14 +567,22 @@ fn run(args: &Args, mut settings: settings::Settings) -> Result<()> {
     if let Some(out) = &args.out {
         println!("models and adapters: {}", out.display());
     }
-    let ruined = report.runs.iter().filter(|run| run.is_ruined());
-    refusals.extend(ruined.map(|run| {
+    for run in &report.runs {
         let (before, after) = (run.rounded.task, run.tuned.task);
-        format!(
-            "the training at a learning rate of {} raised the perplexity of its task ({}, from {before:.1} to {after:.1}): lower --lr, or train on more text",
-            run.fit.learning_rate(), run.formats
-        )
-    }));
+        if after <= before {
+            continue;
+        }
+        let problem = format!(
+            "the training at a learning rate of {} raised the perplexity of its task ({}, from {before:.3} to {after:.3}): lower --lr, let --lr auto choose, or train on more text",
+            run.fit.learning_rate(),
+            run.formats
+        );
+        if run.is_ruined() {
+            refusals.push(problem);
+        } else {
+            eprintln!("warning: {problem}");
+        }
+    }
     if refusals.is_empty() {
         return Ok(());
     }

@@ -15,6 +15,8 @@ use crate::report::Run;
 const SETTINGS: &str = "adapt.toml";
 /// The settings as they were given, among the notes.
 const GIVEN: &str = "given.toml";
+/// Options that a run may be resumed without, since they change no result.
+const UNCHANGING: [&str; 1] = ["checkpoint-every"];
 const CHECKPOINTS: &str = "checkpoints";
 const DONE: &str = "done";
 
@@ -68,8 +70,11 @@ impl Place {
                 .into());
             }
             let given = Settings::read(&notes.join(GIVEN))?;
-            // It changes no result.
-            if let Some(difference) = given.difference(settings, &["checkpoint-every"]) {
+            // The options as they were used are the same, with what was chosen.
+            let used = Settings::read(&place.files.join(SETTINGS));
+            let difference = |was: &Settings| was.difference(settings, &UNCHANGING);
+            let is_used = used.is_ok_and(|used| difference(&used).is_none());
+            if let Some(difference) = difference(&given).filter(|_| !is_used) {
                 return Err(format!(
                     "`{path}` is of a run with other options: {difference}; give what it was begun with, or remove the directory to begin again"
                 )

@@ -210,19 +210,18 @@ fn value(arg: &Arg, matches: &ArgMatches) -> Option<std::result::Result<Value, S
     if !arg.get_action().takes_values() {
         return matches.get_flag(id).then_some(Ok(Value::Boolean(true)));
     }
-    let is_float = [TypeId::of::<f64>(), TypeId::of::<f32>()]
-        .iter()
-        .any(|float| arg.get_value_parser().type_id() == *float);
+    let of_text = [TypeId::of::<String>(), TypeId::of::<PathBuf>()];
+    let mut of_text = of_text.iter();
+    let is_text = of_text.any(|text| arg.get_value_parser().type_id() == *text);
     let typed = |text: &OsStr| {
         let text = text
             .to_str()
             .ok_or("a file of settings holds UTF-8 alone")?;
-        let integer = text.parse().ok().filter(|n: &i64| n.to_string() == text);
-        let float = text.parse().ok().filter(|_| is_float);
-        Ok(match (float, integer) {
-            (Some(float), _) => Value::Float(float),
-            (None, Some(integer)) => Value::Integer(integer),
-            (None, None) => Value::String(text.into()),
+        Ok(match (text.parse(), text.parse()) {
+            _ if is_text => Value::String(text.into()),
+            (Ok(integer), _) => Value::Integer(integer),
+            (_, Ok(float)) => Value::Float(float),
+            _ => Value::String(text.into()),
         })
     };
     let values = matches.get_raw(id)?.map(typed);
