@@ -54,7 +54,8 @@ impl<L: LayerMethod> Rilq<L> {
         self
     }
 
-    /// The settings of the tuning.
+    /// The settings of the tuning. There is no evaluation on held-out batches, for which the dense model has no
+    /// hidden states.
     pub fn with_fit(mut self, fit: FitConfig) -> Self {
         self.fit = fit;
         self
@@ -117,7 +118,8 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         // Only the adapters are trained here, even of a model whose other parameters train.
         let mut tuned = student.clone();
         peft::freeze_base(&mut tuned);
-        fit_with(&mut tuned, calibration, &self.fit, loss, |_, _| {})?;
+        let fit = self.fit.clone().with_evaluation(None);
+        fit_with(&mut tuned, calibration, &fit, loss, |_, _| {})?;
         peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 
         // On the inputs that come through the tuned layers.
