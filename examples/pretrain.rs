@@ -16,7 +16,8 @@ use examples::device::DeviceArg;
 use examples::embedded::Architecture;
 use examples::outcome::{Result, exit};
 use examples::texts::fit_config;
-use examples::{interrupt, println, progress};
+use examples::training::Watch;
+use examples::{interrupt, println};
 use models::{Config, LlamaConfig, Model, OptConfig, Pretrained};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -84,13 +85,12 @@ fn run(args: &Args) -> Result<()> {
     let fit = fit_config(learning_rate, args.steps, args.seed)
         .with_weight_decay(0.01)
         .with_beta_2(0.95);
-    let bar = progress::bar(args.steps, "steps")?;
     let batches = windows.batches(args.batch, &device);
-    peft::fit(&mut lm.model, &batches, &fit, |step, _| {
-        bar.set_position(step.index as u64);
-        bar.set_message(format!("loss {:.4}", step.loss));
+    let mut watch = Watch::new("pretraining".into(), args.steps, &batches, None)?;
+    peft::fit(&mut lm.model, &batches, &fit, |_, training| {
+        watch.step(training.steps())
     })?;
-    bar.finish();
+    watch.finish("", &[])?;
 
     let dtype = dtype(args.architecture);
     lm.model = lm.model.map(&mut Round(dtype));

@@ -7,12 +7,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::slice;
 use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use evaluate::{perplexity, window_losses};
+use evaluate::perplexity;
 use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
@@ -21,7 +20,7 @@ use examples::progress::Bar;
 use examples::texts::{self, evaluation_batch, n_windows};
 use examples::{interrupt, memory, println, stream, table};
 use models::{AllocationStep, Model, Plan, Streaming, Windows, quantize_within};
-use peft::{Batch, CausalLm, PerLayer};
+use peft::{Batch, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
 
@@ -391,9 +390,9 @@ fn quantize(
     match job {
         Job::One(quantizer) => {
             let n_layers = peft::Linears::linears(&lm.model).len();
-            let mut bar = Bar::new("quantizing", n_layers, "layers")?;
+            let bar = Bar::new("quantizing", n_layers, "layers")?;
             models::quantize(&mut lm.model, quantizer, &calibration, |layer| {
-                bar.print(&stream::quantized(layer));
+                println!("{}", stream::quantized(layer));
                 bar.step(&layer.path);
             })?;
         }
@@ -422,10 +421,10 @@ fn compare_with_source(
     device: &Device,
 ) -> Result<()> {
     let eval = eval.batches(evaluation_batch(args.cut.seq_len), device);
-    let after = evaluated("quantized", &quantized, &eval)?;
+    let after = texts::perplexity("evaluating, quantized", &quantized, &eval)?;
     drop(quantized);
     let dense = models::load_as(source, device, args.model.dtype.float())?.model;
-    let before = evaluated("dense", &dense, &eval)?;
+    let before = texts::perplexity("evaluating, dense", &dense, &eval)?;
     println!("\nperplexity {before:.4} before, {after:.4} after");
     Ok(())
 }
@@ -512,17 +511,6 @@ fn allocate(
     Ok(())
 }
 
-/// The perplexity of a model over windows, with a bar.
-fn evaluated(name: &str, model: &impl CausalLm, batches: &[Batch]) -> Result<f64> {
-    let mut bar = Bar::new(&format!("evaluating, {name}"), batches.len(), "batches")?;
-    let mut losses = Vec::new();
-    for batch in batches {
-        losses.extend(window_losses(model, slice::from_ref(batch))?);
-        bar.step("");
-    }
-    Ok((losses.iter().sum::<f64>() / losses.len() as f64).exp())
-}
-
 /// Compares the quantizers at every width and group size.
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
@@ -547,7 +535,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
         &eval,
     )?;
     let n_cells = args.quantizer.len() * widths.len() * args.group_size.len();
-    let mut bar = Bar::new("comparing", n_cells, "models")?;
+    let bar = Bar::new("comparing", n_cells, "models")?;
     let clock = Instant::now();
     let mut rows = Vec::new();
     for &bits in &widths {

@@ -4,6 +4,8 @@
 //! `cargo run --release --example adapt` does so with the embedded model; `-- --help` lists the options
 //! for other models.
 
+mod place;
+mod rate;
 mod report;
 mod tune;
 
@@ -11,20 +13,30 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser, ValueEnum};
-use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs};
+use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::dtype::DtypeName;
 use examples::format::FormatName;
 use examples::instructions::Instructions;
 use examples::method::{MethodName, PresetName, Settings};
+use examples::optimizer::OptimizerName;
 use examples::outcome::{Result, exit, weights_bytes};
+use examples::progress::Bar;
 use examples::texts::{Cut, Source, Texts, fit_config, n_windows};
-use examples::{interrupt, print, println};
+use examples::{eprintln, interrupt, print, println, settings};
 use models::{Plan, Pretrained};
 use peft::{Adapter, Adapters, Certificate, PerLayer, Targets, TileMethod};
 use serde::Serialize;
 
+use place::Place;
+use rate::Rate;
 use report::{Report, table};
-use tune::{Base, Out, formats, tune};
+use tune::{Base, formats, tune};
+
+const DEFAULT_BITS: [usize; 3] = [4, 3, 2];
+const DEFAULT_GROUP_SIZE: GroupSize = GroupSize(Some(32));
+
+/// The name of the file of the report.
+const REPORT: &str = "report.json";
 
 /// Quantize a LLaMA or an OPT, fine-tune it, merge, save, reload, and verify the merge
 ///
@@ -49,6 +61,9 @@ Examples:
         --seq-len 512 --batch 16 --steps 300 --out Llama-2-7b-qa-lora"
 )]
 struct Args {
+    /// TOML file of options, `lr = 1e-3`, before those given here; a result has its own as adapt.toml
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
     /// Directory of adapters of a packed model to go on from, of this program or of PEFT, instead of fresh
@@ -98,13 +113,34 @@ struct Args {
     targets: Vec<String>,
     #[command(flatten)]
     tune: TuneArgs,
+    /// Peak learning rate of the cosine schedule; `auto` tries some around the default for 20 steps each
+    /// [default: by the method, the hidden size and the optimizer]
+    #[arg(long, value_name = "X|auto", verbatim_doc_comment)]
+    lr: Option<Rate>,
+    /// Optimizer
+    #[arg(long, value_enum, value_name = "NAME", default_value_t = OptimizerName::AdamW)]
+    optimizer: OptimizerName,
+    /// Steps between two evaluations on the task in the course of the training [default: none]
+    #[arg(long, value_name = "N", value_parser = at_least::<1>)]
+    eval_every: Option<usize>,
+    /// Evaluations in a row without a lower loss that end the training; the best adapters are kept
+    #[arg(long, value_name = "N", requires = "eval_every", value_parser = at_least::<1>)]
+    patience: Option<usize>,
     /// Seed of the adapters and of the order of the training data
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// New directory for the tuned models, their adapters and report.json
+    /// New directory for the tuned models and their adapters; for each training metrics.jsonl, curves.svg
+    /// and an event file of TensorBoard, in N-bit-training; report.json, and adapt.toml with all options.
+    /// While the program runs they are in DIR.partial/files
     /// [default: only the report is kept, as adapt-report.json]
     #[arg(long, value_name = "DIR", verbatim_doc_comment)]
     out: Option<PathBuf>,
+    /// Steps between two checkpoints, in DIR.partial; removed in the end
+    #[arg(long, value_name = "N", default_value = "25", value_parser = at_least::<1>)]
+    checkpoint_every: usize,
+    /// Go on after the last whole checkpoint of the same command, if it was stopped
+    #[arg(long, requires = "out")]
+    resume: bool,
     /// Format of the tuned models. Scales are trained in f16 where it holds no others
     #[arg(long, value_enum, default_value_t = FormatName::QuantCore)]
     format: FormatName,
@@ -123,24 +159,31 @@ impl Args {
         };
         if let Some(preset) = self.preset {
             let mut settings = preset.settings(&targets, self.seed, f16_scales);
-            let rate = self.tune.lr.unwrap_or(settings.fit.learning_rate());
+            let rate = self.rate(settings.fit.learning_rate());
             let fit = settings.fit.with_learning_rate(rate);
-            settings.fit = fit.with_steps(self.tune.steps).with_seed(self.seed);
+            let fit = fit.with_steps(self.tune.steps).with_seed(self.seed);
+            settings.fit = self.optimizer.of(fit);
             return Ok(settings);
         }
-        let group_size = self.group_size.unwrap_or(GroupSize(Some(32)));
+        let group_size = self.group_size.unwrap_or(DEFAULT_GROUP_SIZE);
         let (rank, alpha) = (self.tune.rank, self.tune.alpha());
         let method = self
             .method
             .method(rank, alpha, &targets, self.seed, f16_scales);
-        let rate = self.tune.lr.unwrap_or(method.learning_rate(hidden_size));
+        let rate = self.rate(method.learning_rate(hidden_size));
         Ok(Settings {
             quantizer: self
                 .method
                 .quantizer(bits, group_size, self.symmetric, self.format)?,
             method,
-            fit: fit_config(rate, self.tune.steps, self.seed),
+            fit: (self.optimizer).of(fit_config(rate, self.tune.steps, self.seed)),
         })
+    }
+
+    /// The learning rate that is given, or the default for AdamW as it is for the optimizer.
+    fn rate(&self, default: f64) -> f64 {
+        let given = self.lr.and_then(Rate::value);
+        given.unwrap_or(default * self.optimizer.rate_factor())
     }
 
     fn method_name(&self) -> MethodName {
@@ -153,7 +196,7 @@ impl Args {
             return Ok(match self.preset {
                 // The width of a preset is its own.
                 Some(_) => vec![4],
-                None => self.bits.or(&[4, 3, 2]),
+                None => self.bits.or(&DEFAULT_BITS),
             });
         }
         if self.bits.is_given() || self.group_size.is_some() || self.symmetric {
@@ -167,6 +210,22 @@ impl Args {
         Ok(Vec::new())
     }
 
+    /// Adds what was chosen where an option was not given.
+    fn choose(&self, bases: &[Base], settings: &mut settings::Settings) {
+        let Some(first) = bases.first() else { return };
+        if self.lr != Some(Rate::Auto) {
+            settings.set("lr", first.settings.fit.learning_rate());
+        }
+        if !first.is_packed && self.preset.is_none() {
+            let bits = self.bits.or(&DEFAULT_BITS).into_iter();
+            settings.set("bits", bits.map(|bits| bits as i64).collect::<Vec<_>>());
+            match self.group_size.unwrap_or(DEFAULT_GROUP_SIZE) {
+                GroupSize(Some(size)) => settings.set("group-size", size as i64),
+                channel => settings.set("group-size", channel.to_string()),
+            }
+        }
+    }
+
     /// Checks what formats tell of a base and its tuned models.
     fn check(&self, plan: &Plan) -> Result<()> {
         if self.merge != Merge::Dense {
@@ -174,6 +233,9 @@ impl Args {
         }
         if self.adapters.is_some() && !plan.is_packed() {
             return Err("--adapters needs the packed model that they were made for".into());
+        }
+        if self.adapters.is_some() && self.lr == Some(Rate::Auto) {
+            return Err("--lr auto tries rates around the default of --method, which --adapters does without: give a number".into());
         }
         Ok(())
     }
@@ -350,15 +412,18 @@ fn packed_base(args: &Args, source: &Path, plan: Plan, lm: &Pretrained) -> Resul
 }
 
 fn main() -> ExitCode {
-    exit(|| run(&Args::parse()))
+    exit(|| {
+        let (args, settings) = settings::parse();
+        run(&args, settings)
+    })
 }
 
-fn run(args: &Args) -> Result<()> {
+fn run(args: &Args, mut settings: settings::Settings) -> Result<()> {
     // What settings, configurations and headers tell is checked before anything else is read.
-    args.tune.check()?;
-    let reserved = args.out.as_deref().map(interrupt::reserve).transpose()?;
-    let device = args.model.device.open();
+    args.tune.check(args.lr.and_then(Rate::value))?;
     let scratch = interrupt::scratch()?;
+    let place = Place::open(args.out.as_deref(), scratch.path(), &settings, args.resume)?;
+    let device = args.model.device.open();
     let source = args.model.dir(scratch.path())?;
     let stored = models::plan(&source, &PerLayer::default())?;
     args.check(&stored)?;
@@ -393,11 +458,9 @@ fn run(args: &Args) -> Result<()> {
             adapters: None,
         });
     }
-    if let Some(output) = &reserved {
-        let packed = stored.is_packed().then(|| stored.n_bytes());
-        let sizes = bases.iter().map(|base| base.plan.n_bytes());
-        output.require(sizes.chain(packed).sum())?;
-    }
+    let packed = stored.is_packed().then(|| stored.n_bytes());
+    let sizes = bases.iter().map(|base| base.plan.n_bytes());
+    place.require(sizes.chain(packed).sum())?;
     if stored.is_packed() {
         match &args.adapters {
             Some(dir) => {
@@ -413,7 +476,10 @@ fn run(args: &Args) -> Result<()> {
             }
         }
     }
-    let lm = models::load_as(&source, &device, args.model.dtype.float())?;
+    let lm = {
+        let _bar = Bar::unmeasured("loading")?;
+        models::load_as(&source, &device, args.model.dtype.float())?
+    };
     if stored.is_packed() {
         bases.push(packed_base(args, &source, stored.clone(), &lm)?);
     }
@@ -449,23 +515,35 @@ fn run(args: &Args) -> Result<()> {
     };
     drop(lm);
 
-    let dir = match &args.out {
-        Some(out) => out.clone(),
-        None => scratch.path().join("out"),
-    };
-    let mut out = Out { dir, reserved };
+    args.choose(&bases, &mut settings);
+    place.begin(&settings)?;
     let json = match &args.out {
-        Some(out) => out.join("report.json"),
+        Some(_) => place.files().join(REPORT),
         None => PathBuf::from("adapt-report.json"),
     };
     let mut refusals = Vec::new();
     for base in &bases {
-        let (run, refusal) = tune(args, base, &texts, &mut out, &device)?;
-        refusals.extend(refusal.map(|refusal| format!("{}: {refusal}", run.formats)));
-        report.runs.push(run);
+        let name = tune::name(&base.plan);
+        let done = match place.done(&name)? {
+            Some(done) => {
+                println!("{}: done before", done.run.formats);
+                done
+            }
+            None => {
+                let done = tune(args, base, &texts, &place, &device)?;
+                place.finish(&name, &done)?;
+                done
+            }
+        };
+        let refusal = done.refusal.as_ref();
+        refusals.extend(refusal.map(|refusal| format!("{}: {refusal}", done.run.formats)));
+        report.runs.push(done.run);
         // A later failure does not lose this run.
         interrupt::uninterrupted(|| tensor_files::write_json(&json, &report))?;
     }
+    place.publish()?;
+    interrupt::on_end("");
+    let json = args.out.as_ref().map_or(json, |out| out.join(REPORT));
 
     println!("\n{}", table(&report));
     for run in &report.runs {
@@ -489,14 +567,22 @@ fn run(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         println!("models and adapters: {}", out.display());
     }
-    let ruined = report.runs.iter().filter(|run| run.is_ruined());
-    refusals.extend(ruined.map(|run| {
+    for run in &report.runs {
         let (before, after) = (run.rounded.task, run.tuned.task);
-        format!(
-            "the training at a learning rate of {} raised the perplexity of its task ({}, from {before:.1} to {after:.1}): lower --lr, or train on more text",
-            run.fit.learning_rate(), run.formats
-        )
-    }));
+        if after <= before {
+            continue;
+        }
+        let problem = format!(
+            "the training at a learning rate of {} raised the perplexity of its task ({}, from {before:.3} to {after:.3}): lower --lr, let --lr auto choose, or train on more text",
+            run.fit.learning_rate(),
+            run.formats
+        );
+        if run.is_ruined() {
+            refusals.push(problem);
+        } else {
+            eprintln!("warning: {problem}");
+        }
+    }
     if refusals.is_empty() {
         return Ok(());
     }

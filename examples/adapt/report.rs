@@ -4,8 +4,8 @@ use examples::format::FormatName;
 use examples::method::PresetName;
 use examples::table::{self, number};
 use examples::texts::Perplexities;
-use peft::{Certificate, FitConfig};
-use serde::Serialize;
+use peft::{BestEvaluation, Certificate, FitConfig};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Merge;
@@ -43,7 +43,7 @@ pub(crate) struct Report {
 }
 
 /// The results of one base.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Run {
     pub(crate) method: String,
     /// The formats of the packed layers.
@@ -64,6 +64,14 @@ pub(crate) struct Run {
     pub(crate) rounded: Perplexities,
     /// The mean loss over the targets of each step, in nats, before its update.
     pub(crate) losses: Vec<f64>,
+    /// The step after which the training was resumed, if it was.
+    pub(crate) resumed_from: Option<usize>,
+    /// The best evaluation in the course of the training; the adapters are those of it with `--patience`.
+    pub(crate) best: Option<BestEvaluation>,
+    /// Whether the training ended before its last step, since evaluations did not improve.
+    pub(crate) is_ended_early: bool,
+    /// What may be wrong with the training.
+    pub(crate) warnings: Vec<String>,
     pub(crate) tuned: Perplexities,
     pub(crate) reloaded: Perplexities,
     /// None if the adapters are kept beside the base.

@@ -7,15 +7,21 @@ use burn::module::Module;
 use burn::tensor::Device;
 use examples::format::FormatName;
 use examples::method::Settings;
-use examples::outcome::{Result, bits, max_difference, save_as, weights_bytes};
+use examples::outcome::{self, Result, bits, max_difference, save_as, weights_bytes};
+use examples::progress::Bar;
 use examples::texts::Texts;
-use examples::{interrupt, memory, println, progress};
+use examples::training::Watch;
+use examples::{eprintln, interrupt, memory, println};
 use models::{Plan, Pretrained};
-use peft::{Adapters, Linears, MergeConfig, OffGrid, PerLayer, Recipe};
+use peft::{
+    Adapters, Certificate, Checkpoints, Evaluation, FitConfig, FitEnd, FitReport, Linears,
+    MergeConfig, OffGrid, PerLayer, Recipe,
+};
 use quant_core::{Format, Grid, Needs, NormalFloat, Quantizer, Rtn};
 use serde_json::Value;
-use tensor_files::Output;
 
+use crate::place::{Done, Place, training};
+use crate::rate::{self, Rate};
 use crate::report::Run;
 use crate::{Args, Merge, Merging};
 
@@ -69,41 +75,35 @@ fn quantizers(plan: &Plan, f16_scales: bool) -> PerLayer {
     PerLayer(packed.map(quantizer).collect())
 }
 
-/// The directory that models and adapters are saved in. It is made with the first of them.
-pub(crate) struct Out {
-    pub(crate) dir: PathBuf,
-    pub(crate) reserved: Option<Output>,
-}
-
-impl Out {
-    /// Saves what `save` saves in the directory that it is called with.
-    pub(crate) fn add(&mut self, save: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        match self.reserved.take() {
-            Some(output) => output.write(save),
-            None => interrupt::uninterrupted(|| save(&self.dir)),
-        }
+/// The name of the results of a base.
+pub(crate) fn name(plan: &Plan) -> String {
+    match plan.layers.iter().find_map(|layer| layer.format) {
+        Some(format) => format!("{}-bit", format.bits()),
+        None => "dense".into(),
     }
 }
 
-/// Quantizes, tunes, merges, saves to `out`, reloads and compares.
-///
-/// Also returns why the model is not in the format that was asked for.
+/// Quantizes, tunes, merges, saves, reloads and compares.
 pub(crate) fn tune(
     args: &Args,
     base: &Base,
     texts: &Texts,
-    out: &mut Out,
+    place: &Place,
     device: &Device,
-) -> Result<(Run, Option<models::Error>)> {
+) -> Result<Done> {
     memory::reset_peak();
     let start = Instant::now();
     let Settings {
-        quantizer,
-        method,
-        fit,
+        quantizer, method, ..
     } = &base.settings;
     let formats = formats(&base.plan);
-    let mut lm = models::load_as(&base.source, device, args.model.dtype.float())?;
+    let name = name(&base.plan);
+    let name_of_adapters = format!("{name}-adapters");
+    place.clear(&name)?;
+    let mut lm = {
+        let _bar = Bar::unmeasured("loading")?;
+        models::load_as(&base.source, device, args.model.dtype.float())?
+    };
     // Quantized or tuned, it is another model.
     lm.certificate = None;
     let weight_error = if base.is_packed {
@@ -124,57 +124,45 @@ pub(crate) fn tune(
         }
     };
     let method = methods(&lm);
-    let bar = progress::bar(args.tune.steps, "steps")?;
-    bar.set_prefix(formats.clone());
-    let mut losses = Vec::new();
-    peft::fit(&mut lm.model, &texts.train, fit, |step, _| {
-        losses.push(step.loss);
-        bar.set_message(format!("loss {:.3}", step.loss));
-        bar.set_position(step.index as u64);
-    })?;
-    bar.set_message("saving, evaluating, merging, reloading");
-    let name = match base.plan.layers.iter().find_map(|layer| layer.format) {
-        Some(format) => format!("{}-bit", format.bits()),
-        None => "dense".into(),
-    };
-    let name_of_adapters = format!("{name}-adapters");
-    let adapters = Adapters::of(&lm.model)?;
-    out.add(|dir| Ok(adapters.save(dir.join(&name_of_adapters))?))?;
-    let tuned = texts.perplexities(&lm.model)?;
-    let tuned_logits = texts.probe(&lm.model);
-    let again = quantizers(&base.plan, args.format.f16_scales());
-    let recipe: &dyn Recipe = if base.is_packed { &again } else { quantizer };
-    let mut merge = MergeConfig::new().with_off_grid(match args.merge {
-        Merge::Codes => OffGrid::Refuse,
-        Merge::Dense => OffGrid::Dense,
-        Merge::Round => OffGrid::Round(recipe),
-    });
-    if args.allow_rounding {
-        merge = merge.with_stored_grid(args.format.format().stored_grid());
+    let mut config = base.settings.fit.clone();
+    if args.lr == Some(Rate::Auto) {
+        let rate = place.rate(&name, || rate::choose(&lm.model, texts, &config))?;
+        config = config.with_learning_rate(rate);
     }
-    let certificate = match peft::merge_probed(&mut lm.model, merge, &texts.task[0]) {
-        Ok(certificate) => Some(certificate),
-        Err(peft::Error::MergeIntoPacked { .. }) => {
-            peft::detach(&mut lm.model)?;
-            None
-        }
-        Err(error) => return Err(error.into()),
-    };
+    let fitted = fit(args, base, &config, texts, place, &mut lm)?;
+    if let Some(best) = fitted.best {
+        println!(
+            "{formats}: best evaluation after step {}: perplexity {:.3}",
+            best.step,
+            best.loss.exp()
+        );
+    }
+    let bar = Bar::unmeasured("saving the adapters")?;
+    let adapters = Adapters::of(&lm.model)?;
+    let dir_of_adapters = place.files().join(&name_of_adapters);
+    interrupt::uninterrupted(|| adapters.save(&dir_of_adapters))?;
+    drop(bar);
+    let tuned = texts.perplexities(&lm.model)?;
+    let bar = Bar::unmeasured("merging and saving")?;
+    let tuned_logits = texts.probe(&lm.model);
+    let certificate = merge(args, base, texts, &mut lm)?;
     let merged_logits = match &certificate {
         Some(_) => texts.probe(&lm.model),
         None => tuned_logits.clone(),
     };
     lm.certificate = certificate.clone();
-    let place = interrupt::reserve(&out.dir.join(&name))?;
-    let (saved, refusal) = save_as(&lm, place, args.format.format())?;
+    let output = interrupt::reserve(&place.files().join(&name))?;
+    let (saved, refusal) = save_as(&lm, output, args.format.format())?;
     drop(lm);
+    drop(bar);
 
-    let adapters = out.dir.join(&name_of_adapters);
+    let bar = Bar::unmeasured("reloading")?;
     let mut lm = models::load_verified(&saved, device)?;
     lm.model = lm.model.with_compute(args.model.dtype.float())?;
     if certificate.is_none() {
-        peft::activate(&mut lm.model, &Adapters::load(&adapters, device)?)?;
+        peft::activate(&mut lm.model, &Adapters::load(&dir_of_adapters, device)?)?;
     }
+    drop(bar);
     let reloaded = texts.perplexities(&lm.model)?;
     let reloaded_logits = texts.probe(&lm.model);
     let max_logit_difference = max_difference(&merged_logits, &tuned_logits);
@@ -191,7 +179,6 @@ pub(crate) fn tune(
         )
         .into());
     }
-    bar.finish_and_clear();
     let packed = base.plan.layers.iter().find_map(|layer| layer.format);
     let run = Run {
         method,
@@ -203,14 +190,18 @@ pub(crate) fn tune(
         n_bytes: weights_bytes(&saved)?
             + match &certificate {
                 Some(_) => 0,
-                None => weights_bytes(&adapters)?,
+                None => weights_bytes(&dir_of_adapters)?,
             },
         n_trainable,
-        settings: settings(&adapters)?,
-        fit: fit.clone(),
+        settings: settings(&dir_of_adapters)?,
+        fit: config,
         weight_error,
         rounded,
-        losses,
+        losses: fitted.steps.iter().map(|step| step.loss).collect(),
+        resumed_from: fitted.resumed_from,
+        best: fitted.best,
+        is_ended_early: fitted.end == FitEnd::Patience,
+        warnings: fitted.warnings.iter().map(ToString::to_string).collect(),
         tuned,
         reloaded,
         certificate,
@@ -227,7 +218,92 @@ pub(crate) fn tune(
         "{}: {error}task perplexity {:.3}, tuned {:.3}",
         run.formats, run.rounded.task, run.tuned.task
     );
-    Ok((run, refusal))
+    Ok(Done {
+        run,
+        refusal: refusal.map(|refusal| refusal.to_string()),
+    })
+}
+
+/// Trains the adapters, with a bar, files, and checkpoints if they are kept.
+fn fit(
+    args: &Args,
+    base: &Base,
+    config: &FitConfig,
+    texts: &Texts,
+    place: &Place,
+    lm: &mut Pretrained,
+) -> Result<FitReport> {
+    let name = name(&base.plan);
+    let dir = place.files().join(training(&name));
+    let checkpoints = place.checkpoints(&name).map(|dir| {
+        let checkpoints = Checkpoints::new(dir).with_every(args.checkpoint_every);
+        // That there are some was found when the place was opened.
+        checkpoints.with_resume(true)
+    });
+    let evaluation = args.eval_every.map(|every| {
+        Evaluation::new(texts.task.clone())
+            .with_every(every)
+            .with_patience(args.patience)
+            .with_restore_best(args.patience.is_some())
+    });
+    let config = config.clone().with_checkpoints(checkpoints);
+    let config = config.with_evaluation(evaluation);
+    let formats = formats(&base.plan);
+    let mut watch = Watch::new(formats.clone(), args.tune.steps, &texts.train, Some(dir))?;
+    let mut fit = || {
+        peft::fit(&mut lm.model, &texts.train, &config, |_, training| {
+            watch.step(training.steps())
+        })
+    };
+    let fitted = if place.is_kept() {
+        interrupt::on_end(&format!(
+            "stopped; go on with\n{}",
+            outcome::resume_command()
+        ));
+        // A signal waits for the step, and for the checkpoint.
+        interrupt::uninterrupted(fit)
+    } else {
+        fit()
+    };
+    interrupt::wait_if_ending();
+    let fitted = fitted?;
+    let title = format!("{}, {formats}: {}", args.model.name(), methods(lm));
+    watch.finish(&title, &fitted.steps)?;
+    for warning in &fitted.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(fitted)
+}
+
+/// Merges the adapters, or takes them away if they do not merge into packed weights.
+fn merge(
+    args: &Args,
+    base: &Base,
+    texts: &Texts,
+    lm: &mut Pretrained,
+) -> Result<Option<Certificate>> {
+    let again = quantizers(&base.plan, args.format.f16_scales());
+    let recipe: &dyn Recipe = if base.is_packed {
+        &again
+    } else {
+        &base.settings.quantizer
+    };
+    let mut merge = MergeConfig::new().with_off_grid(match args.merge {
+        Merge::Codes => OffGrid::Refuse,
+        Merge::Dense => OffGrid::Dense,
+        Merge::Round => OffGrid::Round(recipe),
+    });
+    if args.allow_rounding {
+        merge = merge.with_stored_grid(args.format.format().stored_grid());
+    }
+    match peft::merge_probed(&mut lm.model, merge, &texts.task[0]) {
+        Ok(certificate) => Ok(Some(certificate)),
+        Err(peft::Error::MergeIntoPacked { .. }) => {
+            peft::detach(&mut lm.model)?;
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The settings of saved adapters, each once.
@@ -256,10 +332,9 @@ fn quantize(
             &texts.train[..n.min(texts.train.len())]
         }
     };
-    let bar = progress::bar(lm.model.linears().len(), "layers")?;
-    bar.set_message("quantizing");
-    let layers = models::quantize(&mut lm.model, &quantizer, calibration, |_| bar.inc(1))?;
-    bar.finish_and_clear();
+    let bar = Bar::new("quantizing", lm.model.linears().len(), "layers")?;
+    let layers = models::quantize(&mut lm.model, &quantizer, calibration, |_| bar.step(""))?;
+    drop(bar);
     let errors = layers.iter().map(|layer| layer.error.weight.relative);
     Ok(errors.sum::<f64>() / layers.len() as f64)
 }

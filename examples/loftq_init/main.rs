@@ -15,14 +15,14 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
-use evaluate::perplexity;
 use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
 use examples::outcome::{Result, exit, max_difference};
-use examples::progress::{self, Bar};
+use examples::progress::Bar;
 use examples::stream::initialized;
 use examples::texts::{self, evaluation_batch, fit_config};
+use examples::training::Watch;
 use examples::{interrupt, println, table};
 use loftq::InitializedLayer;
 use models::{Config, Model, Plan, Windows};
@@ -88,6 +88,9 @@ struct Args {
     samples: usize,
     #[command(flatten)]
     tune: TuneArgs,
+    /// Peak learning rate of the cosine schedule [default: by the hidden size]
+    #[arg(long, value_name = "X")]
+    lr: Option<f64>,
     /// Seeds of the adapters, and of the choice and the order of the windows; one or several
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
     seed: Vec<u64>,
@@ -140,7 +143,7 @@ impl Args {
         let (steps, seed) = (self.tune.steps, self.seed[0]);
         if let Some(preset) = self.preset {
             let settings = preset.settings();
-            let rate = self.tune.lr.unwrap_or(settings.fit.learning_rate());
+            let rate = self.lr.unwrap_or(settings.fit.learning_rate());
             let fit = settings.fit.with_learning_rate(rate).with_seed(seed);
             return Settings {
                 fit: fit.with_steps(steps),
@@ -163,7 +166,7 @@ impl Args {
     /// The learning rate of the tuning. By default 1e-3 at the width of the embedded models, and the 3e-4 of
     /// `loftq::presets` at 4096.
     fn learning_rate(&self, config: &Config) -> f64 {
-        let rate = self.tune.lr;
+        let rate = self.lr;
         rate.unwrap_or_else(|| 1e-3 * narrower(config).powf(1.0 / 3.0))
     }
 
@@ -270,7 +273,7 @@ fn run(args: &Args) -> Result<()> {
         return Err(format!("ApiQ learns scales in f32, which {format} does not hold").into());
     }
     if args.tune.steps > 0 {
-        args.tune.check()?;
+        args.tune.check(args.lr)?;
     }
     let by_block = args.is_by_block();
     if args.resume && !by_block {
@@ -333,9 +336,15 @@ fn one(args: &Args, output: Option<Output>, stored: &Plan, device: &Device) -> R
         }
         None => Box::new(quantizer),
     };
-    let full = perplexity(&lm.model, &texts.eval)?.value();
-    let show = |layer: &InitializedLayer| println!("{}", initialized(layer));
+    let full = texts::perplexity("evaluating", &lm.model, &texts.eval)?;
+    let n_layers = peft::Linears::linears(&lm.model).len();
+    let bar = Bar::new("initializing", n_layers, "layers")?;
+    let show = |layer: &InitializedLayer| {
+        bar.step("");
+        println!("{}", initialized(layer));
+    };
     let layers = loftq::init(&mut lm.model, &*method, &*recipe, &texts.calibration, show)?;
+    drop(bar);
     let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
     let mut base = lm.clone();
     // Quantized, it is another model.
@@ -345,8 +354,8 @@ fn one(args: &Args, output: Option<Output>, stored: &Plan, device: &Device) -> R
         Some(output) => Some(save(args, output, &base, &adapters, &layers)?),
         None => None,
     };
-    let started = perplexity(&lm.model, &texts.eval)?.value();
-    let bare = perplexity(&base.model, &texts.eval)?.value();
+    let started = texts::perplexity("evaluating", &lm.model, &texts.eval)?;
+    let bare = texts::perplexity("evaluating, base", &base.model, &texts.eval)?;
     println!(
         "\nperplexity: dense {full:.4}, base {bare:.4}, base with adapters {started:.4}; {n_bytes} bytes in packed layers"
     );
@@ -385,18 +394,18 @@ fn tune(
     if steps == 0 {
         return Ok(());
     }
-    let mut bar = Bar::new("tuning", steps, "steps")?;
-    peft::fit(model, &texts.train, fit, |step, _| {
-        bar.step(&format!("loss {:.3}", step.loss));
+    let mut watch = Watch::new("tuning".into(), steps, &texts.train, None)?;
+    peft::fit(model, &texts.train, fit, |_, training| {
+        watch.step(training.steps())
     })?;
-    drop(bar);
+    watch.finish("", &[])?;
     if let Some(dir) = dir {
         let adapters = Adapters::of(model)?;
         interrupt::uninterrupted(|| adapters.save_hf(dir, model))?;
         println!("saved after {steps} steps of tuning: {}", dir.display());
     }
     if !texts.eval.is_empty() {
-        let tuned = perplexity(model, &texts.eval)?.value();
+        let tuned = texts::perplexity("evaluating", model, &texts.eval)?;
         println!("perplexity {tuned:.4} after {steps} steps of tuning");
     }
     Ok(())
@@ -437,16 +446,15 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
         .filter(|method| method.fits(args.grid))
         .collect();
     let n_runs = args.seed.len() * widths.len() * args.group_size.len() * methods.len();
-    let bar = progress::bar(n_runs, "models")?;
+    let bar = Bar::new("comparing", n_runs, "models")?;
     let learning_rate = args.learning_rate(&stored.config);
     let mut runs = Vec::new();
     let mut full = f64::NAN;
     for &seed in &args.seed {
         let texts = Texts::new(args, stored, seed, device)?;
-        full = perplexity(&lm.model, &texts.eval)?.value();
+        full = texts::perplexity("evaluating", &lm.model, &texts.eval)?;
         for (&bits, &group_size) in pairs(&widths, &args.group_size) {
             for &method in &methods {
-                bar.set_message(format!("{bits} bits, {}", method.title()));
                 let quantizer = method.quantizer(args, bits, group_size);
                 let calibration = if method.is_calibrated() {
                     &texts.calibration[..]
@@ -464,12 +472,12 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
                     |_| {},
                 )?;
                 let seconds = clock.elapsed().as_secs_f64();
-                let before = perplexity(&model, &texts.eval)?.value();
+                let before = texts::perplexity("evaluating", &model, &texts.eval)?;
                 let mut after = before;
                 if args.tune.steps > 0 {
                     let fit = fit_config(learning_rate, args.tune.steps, seed);
                     peft::fit(&mut model, &texts.train, &fit, |_, _| {})?;
-                    after = perplexity(&model, &texts.eval)?.value();
+                    after = texts::perplexity("evaluating", &model, &texts.eval)?;
                 }
                 runs.push(Run {
                     method,
@@ -479,11 +487,11 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
                     after,
                     seconds,
                 });
-                bar.inc(1);
+                bar.step(&format!("{bits} bits, {}", method.title()));
             }
         }
     }
-    bar.finish_and_clear();
+    drop(bar);
 
     for (&group_size, &bits) in pairs(&args.group_size, &widths) {
         let mut rows = vec![["method", "start", "tuned", "seconds"].map(String::from)];

@@ -121,9 +121,6 @@ pub struct TuneArgs {
     /// Optimizer steps
     #[arg(long, value_name = "N", default_value = "60")]
     pub steps: usize,
-    /// Peak learning rate of the cosine schedule [default: by the method and the hidden size]
-    #[arg(long, value_name = "X")]
-    pub lr: Option<f64>,
     /// Windows or rows in a batch; each optimizer step takes one batch
     #[arg(long, value_name = "N", default_value = "8", value_parser = at_least::<1>)]
     pub batch: usize,
@@ -136,13 +133,13 @@ pub struct TuneArgs {
 }
 
 impl TuneArgs {
-    /// Checks the settings of the training.
+    /// Checks the settings of the training, at this learning rate if one is given.
     ///
     /// # Errors
     /// If the learning rate or the number of steps is out of its range.
-    pub fn check(&self) -> Result<()> {
+    pub fn check(&self, learning_rate: Option<f64>) -> Result<()> {
         // Default rates are in theirs.
-        Ok(fit_config(self.lr.unwrap_or(1e-3), self.steps, 0).check()?)
+        Ok(fit_config(learning_rate.unwrap_or(1e-3), self.steps, 0).check()?)
     }
 
     /// Alpha, or the rank if it is not given.

@@ -1,11 +1,13 @@
 //! What the programs print.
 //!
 //! The macros are those of the standard library, but an error of writing does not end the program: a
-//! reader that closes its pipe, as `head` does, loses no model.
+//! reader that closes its pipe, as `head` does, loses no model. Bars are out of the way meanwhile.
 
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;
+
+use crate::progress;
 
 /// Prints to the standard output.
 #[macro_export]
@@ -30,8 +32,11 @@ static FAILED: OnceLock<io::Error> = OnceLock::new();
 
 /// Prints to the standard output, at once.
 pub fn print(text: Arguments) {
-    let mut out = io::stdout().lock();
-    if let Err(error) = out.write_fmt(text).and_then(|()| out.flush())
+    let printed = progress::hidden(|| {
+        let mut out = io::stdout().lock();
+        out.write_fmt(text).and_then(|()| out.flush())
+    });
+    if let Err(error) = printed
         && error.kind() != ErrorKind::BrokenPipe
     {
         FAILED.get_or_init(|| error);
@@ -41,7 +46,7 @@ pub fn print(text: Arguments) {
 /// Prints a line to the standard error.
 pub fn print_error(line: Arguments) {
     // There is no other place to say that it is closed.
-    let _ = io::stderr().lock().write_fmt(format_args!("{line}\n"));
+    let _ = progress::hidden(|| io::stderr().lock().write_fmt(format_args!("{line}\n")));
 }
 
 /// The first error of the standard output, unless its reader closed it.

@@ -20,4 +20,5 @@ documents! {
     Notation "../../docs/notation.md"
     Results "../../docs/results.md"
     Security "../../docs/security.md"
+    Training "../../docs/training.md"
 }

@@ -2,10 +2,10 @@
 
 use clap::ValueEnum;
 use models::{CheckpointFormat, GptqVersion};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A format of the packed layers of a saved model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FormatName {
     /// Format of this workspace, which holds every model exactly

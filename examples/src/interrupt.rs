@@ -52,6 +52,16 @@ pub fn scratch() -> io::Result<TempDir> {
     Ok(dir)
 }
 
+/// Removes a directory at the end of a program by a signal, unless it is to be [kept](keep).
+pub fn discard(dir: &Path) {
+    made().scratch.push(dir.into());
+}
+
+/// Keeps a directory that was to be removed.
+pub fn keep(dir: &Path) {
+    made().scratch.retain(|of| of != dir);
+}
+
 /// Prints a line on the standard error where a signal ends the program.
 pub fn on_end(line: &str) {
     *SAID.lock().unwrap_or_else(PoisonError::into_inner) = line.into();
@@ -63,9 +73,14 @@ pub fn uninterrupted<T>(save: impl FnOnce() -> T) -> T {
     save()
 }
 
+/// Whether a signal is ending the program, which waits for [`uninterrupted`] work.
+pub fn is_ending() -> bool {
+    IS_ENDING.load(Ordering::SeqCst)
+}
+
 /// Leaves the end of the program to a signal that is ending it.
 pub fn wait_if_ending() {
-    while IS_ENDING.load(Ordering::SeqCst) {
+    while is_ending() {
         thread::park();
     }
 }
@@ -87,6 +102,9 @@ pub fn watch() -> io::Result<()> {
         let Some(signal) = signals.next() else { return };
         IS_ENDING.store(true, Ordering::SeqCst);
         thread::spawn(move || {
+            if MADE.try_lock().is_err() {
+                crate::eprintln!("\nending when this is saved; a second signal ends at once");
+            }
             end();
             let said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
             if !said.is_empty() {

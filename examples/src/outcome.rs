@@ -100,6 +100,17 @@ pub fn weights_bytes(dir: &Path) -> tensor_files::Result<u64> {
     })
 }
 
+/// The command that goes on with this run, for a shell.
+pub fn resume_command() -> String {
+    let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    let mut words: Vec<String> = words.collect();
+    if !words.iter().any(|word| word == "--resume") {
+        words.push("--resume".into());
+    }
+    // The system has no arguments that cannot be quoted.
+    shlex::try_join(words.iter().map(String::as_str)).unwrap_or_default()
+}
+
 /// Writes files of these names and contents.
 ///
 /// # Errors

@@ -1,57 +1,66 @@
-//! Progress bars.
+//! Progress bars. What is printed with the macros of [`console`](crate::console) stays above them.
 
+use std::borrow::Cow;
 use std::fmt::Write;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use indicatif::style::ProgressTracker;
-use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
+use indicatif::{HumanDuration, MultiProgress, ProgressBar, ProgressState, ProgressStyle};
 
 use crate::outcome::Result;
 
-/// Returns a bar of this length that shows the count of its `unit`, the time left and a message.
-///
-/// The time left is known once a second unit is done: it counts from the first one on, and what was done
-/// before does not change it.
-///
-/// # Errors
-/// If the unit is not a part of a template.
-pub fn bar(length: usize, unit: &str) -> Result<ProgressBar> {
-    let bar = ProgressBar::new(length as u64);
-    let template = format!("{{prefix}} {{bar:30}} {{pos}}/{{len}} {unit}, {{left}} left, {{msg}}");
-    let style = ProgressStyle::with_template(&template)?;
-    bar.set_style(style.with_key("left", TimeLeft::default()));
-    bar.tick();
-    Ok(bar)
-}
+/// The bars that are shown.
+static SHOWN: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
 /// A bar that is removed when it is dropped.
+#[derive(Debug)]
 pub struct Bar(ProgressBar);
 
 impl Bar {
-    /// A bar of this name and length, as [`bar`].
+    /// A bar of this length that shows its name, the count of its `unit`, the time left and a message.
+    ///
+    /// The time left is known once a second unit is done: it counts from the first one on, and what was
+    /// done before does not change it.
     ///
     /// # Errors
     /// If the unit is not a part of a template.
-    pub fn new(name: &str, length: usize, unit: &str) -> Result<Self> {
-        let bar = bar(length, unit)?;
-        bar.set_prefix(name.to_string());
-        Ok(Self(bar))
+    pub fn new(name: impl Into<Cow<'static, str>>, length: usize, unit: &str) -> Result<Self> {
+        let template =
+            format!("{{prefix}} {{bar:30}} {{pos}}/{{len}} {unit}, {{left}} left{{msg}}");
+        let style = ProgressStyle::with_template(&template)?;
+        let style = style.with_key("left", TimeLeft::default());
+        let bar = ProgressBar::new(length as u64).with_style(style);
+        Ok(Self::shown(bar, name.into()))
     }
 
-    /// Counts a unit.
-    pub fn step(&mut self, message: &str) {
-        self.0.set_message(message.to_string());
-        self.0.inc(1);
+    /// A sign that something whose length is not known goes on, with the time that it has taken.
+    ///
+    /// # Errors
+    /// None: the template is one.
+    pub fn unmeasured(name: impl Into<Cow<'static, str>>) -> Result<Self> {
+        let style = ProgressStyle::with_template("{prefix} {spinner} {elapsed}")?;
+        let bar = Self::shown(ProgressBar::new_spinner().with_style(style), name.into());
+        bar.0.enable_steady_tick(Duration::from_millis(200));
+        Ok(bar)
     }
 
-    /// Counts what was done before.
-    pub fn skip(&mut self, n: usize) {
-        self.0.set_position(n as u64);
+    fn shown(bar: ProgressBar, name: Cow<'static, str>) -> Self {
+        let bar = SHOWN.add(bar.with_prefix(name));
+        bar.tick();
+        Self(bar)
     }
 
-    /// Prints a line above the bar.
-    pub fn print(&self, line: &str) {
-        self.0.suspend(|| crate::println!("{line}"));
+    /// Counts a unit, and says something.
+    pub fn step(&self, message: &str) {
+        self.set(self.0.position() as usize + 1, message);
+    }
+
+    /// Sets the count, and says something.
+    pub fn set(&self, done: usize, message: &str) {
+        let comma = if message.is_empty() { "" } else { ", " };
+        self.0.set_message(format!("{comma}{message}"));
+        self.0.set_position(done as u64);
     }
 
     /// Whether all units are done.
@@ -63,7 +72,13 @@ impl Bar {
 impl Drop for Bar {
     fn drop(&mut self) {
         self.0.finish_and_clear();
+        SHOWN.remove(&self.0);
     }
+}
+
+/// Prints with the bars out of the way.
+pub fn hidden<R>(print: impl FnOnce() -> R) -> R {
+    SHOWN.suspend(print)
 }
 
 /// The time left by the pace since the first unit.

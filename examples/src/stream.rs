@@ -3,28 +3,28 @@
 use models::{Plan, StreamStep};
 use peft::{InitializedLayer, LayerReport};
 
-use crate::interrupt;
 use crate::outcome::Result;
 use crate::progress::Bar;
+use crate::{interrupt, println};
 
 /// Runs `run` through the blocks of a plan with a bar, and prints each layer that it reports.
 ///
 /// # Errors
 /// Those of `run`.
 pub fn through_blocks<T>(
-    name: &str,
+    name: &'static str,
     plan: &Plan,
     run: impl FnOnce(&mut dyn FnMut(StreamStep)) -> models::Result<T>,
 ) -> Result<T> {
     interrupt::on_end("stopped; the same command with --resume goes on after the last whole block");
-    let mut bar = Bar::new(name, plan.config.num_hidden_layers(), "blocks")?;
+    let bar = Bar::new(name, plan.config.num_hidden_layers(), "blocks")?;
     let done = run(&mut |step| match step {
         StreamStep::Resumed { n_blocks } => {
-            bar.print(&format!("going on after {n_blocks} blocks"));
-            bar.skip(n_blocks);
+            println!("going on after {n_blocks} blocks");
+            bar.set(n_blocks, "");
         }
-        StreamStep::Quantized(layer) => bar.print(&quantized(layer)),
-        StreamStep::Initialized(layer) => bar.print(&initialized(layer)),
+        StreamStep::Quantized(layer) => println!("{}", quantized(layer)),
+        StreamStep::Initialized(layer) => println!("{}", initialized(layer)),
         StreamStep::Block { .. } => bar.step(""),
         _ => {}
     });

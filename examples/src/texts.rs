@@ -1,16 +1,18 @@
 //! The texts of a tuning run, in windows, and the perplexities and logits that are measured on them.
 
 use std::path::Path;
+use std::slice;
 
 use burn::tensor::Device;
-use evaluate::{perplexity, target_loss};
+use evaluate::{target_loss, window_losses};
 use models::{Plan, Pretrained, Windows};
 use peft::{Batch, CausalLm, FitConfig};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::corpus::{self, Dialect};
 use crate::instructions::Instructions;
 use crate::outcome::Result;
+use crate::progress::Bar;
 
 /// The batches that a model is trained and measured on.
 pub struct Texts {
@@ -51,7 +53,7 @@ pub enum Source<'a> {
 }
 
 /// The perplexities of a model.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Perplexities {
     /// On the base text, if there is one.
     pub base: Option<f64>,
@@ -137,11 +139,11 @@ impl Texts {
         let base = if self.base.is_empty() {
             None
         } else {
-            Some(perplexity(model, &self.base)?.value())
+            Some(perplexity("evaluating, base text", model, &self.base)?)
         };
         let task = match self.records {
-            None => perplexity(model, &self.task)?.value(),
-            Some(_) => target_loss(model, &self.task)?.exp(),
+            None => perplexity("evaluating", model, &self.task)?,
+            Some(_) => target_perplexity("evaluating", model, &self.task)?,
         };
         Ok(Perplexities { base, task })
     }
@@ -155,6 +157,33 @@ impl Texts {
         };
         self.task.iter().take(2).flat_map(logits).collect()
     }
+}
+
+/// Measures a perplexity by the protocol `gptq`, with a bar of this name.
+///
+/// # Errors
+/// As [`window_losses`].
+pub fn perplexity(name: &'static str, model: &impl CausalLm, batches: &[Batch]) -> Result<f64> {
+    let bar = Bar::new(name, batches.len(), "batches")?;
+    let mut losses = Vec::new();
+    for batch in batches {
+        losses.extend(window_losses(model, slice::from_ref(batch))?);
+        bar.step("");
+    }
+    Ok((losses.iter().sum::<f64>() / losses.len() as f64).exp())
+}
+
+/// Measures the perplexity over all targets, with a bar of this name.
+fn target_perplexity(name: &'static str, model: &impl CausalLm, batches: &[Batch]) -> Result<f64> {
+    let bar = Bar::new(name, batches.len(), "batches")?;
+    let (mut sum, mut n_targets) = (0.0, 0);
+    for batch in batches.iter().filter(|batch| batch.n_targets() > 0) {
+        let n = batch.n_targets();
+        sum += target_loss(model, slice::from_ref(batch))? * n as f64;
+        n_targets += n;
+        bar.step("");
+    }
+    Ok((sum / n_targets as f64).exp())
 }
 
 /// Reads a text file.
