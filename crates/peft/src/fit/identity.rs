@@ -99,6 +99,12 @@ impl Identity {
         }
     }
 
+    /// The SHA-256 of all of it.
+    pub(super) fn sha256(&self) -> Vec<u8> {
+        let text = serde_json::to_vec(self).expect("numbers and text");
+        Sha256::digest(text).to_vec()
+    }
+
     /// In what `found` is another training than this one, in words.
     pub(super) fn differences(&self, found: &Self) -> Vec<String> {
         let mut differences = Vec::new();
