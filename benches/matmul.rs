@@ -2,7 +2,8 @@
 //! read and a copy of as many bytes as the codes have, and a plain f32 product of its shape.
 //!
 //! `cargo bench --bench matmul -- --noplot`; the variable `WIDTHS` sets the outputs of the weights, each
-//! with 4096 inputs, `4096,32768` by default.
+//! with 4096 inputs, `4096,32768` by default. Each product is computed in each arithmetic that the processor
+//! has.
 
 use std::hint::black_box;
 use std::time::Duration;
@@ -10,7 +11,9 @@ use std::time::Duration;
 use benches::copy;
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kernels::{Layout, Levels, Precision, matmul as dense_matmul, quant_matmul};
+use kernels::{
+    Arithmetic, Layout, Levels, Precision, matmul as dense_matmul, quant_matmul, set_arithmetic,
+};
 
 const D_IN: usize = 4096;
 const GROUP: usize = 128;
@@ -73,6 +76,7 @@ fn matmul(criterion: &mut Criterion) {
         at_rest(criterion, d_out, &device);
         for (name, bits, levels, group) in [
             ("4 bits", 4, Levels::Unsigned, GROUP),
+            ("4 bits, groups of 32", 4, Levels::Unsigned, 32),
             ("4 bits per channel", 4, Levels::Unsigned, D_IN),
             ("2 bits", 2, Levels::Unsigned, GROUP),
             ("3 bits", 3, Levels::Unsigned, GROUP),
@@ -80,7 +84,7 @@ fn matmul(criterion: &mut Criterion) {
             ("NF4", 4, table, 64),
         ] {
             let w = Weight::random(d_out, bits, levels, group, &device);
-            for rows in [1, 8, 64, 512] {
+            for rows in [1, 2, 4, 8, 64, 512] {
                 one(criterion, name, rows, &w, &device);
             }
         }
@@ -105,36 +109,48 @@ fn one(criterion: &mut Criterion, name: &str, rows: usize, w: &Weight, device: &
             b.iter(|| black_box(w.product(x.clone(), w.scales.clone(), precision)))
         });
     }
-    if rows < 64 {
-        return;
+    let each = [Arithmetic::Float, Arithmetic::Vnni, Arithmetic::Amx];
+    for arithmetic in each.into_iter().filter(|of| of.is_supported()) {
+        set_arithmetic(arithmetic).expect("it is supported");
+        for precision in [Precision::Full, Precision::Fast] {
+            let id = BenchmarkId::new(format!("forward, {precision:?}, {arithmetic:?}"), name);
+            group.bench_function(id, |b| {
+                b.iter(|| black_box(w.product(x.clone(), w.scales.clone(), precision)))
+            });
+        }
+        if rows < 64 {
+            continue;
+        }
+        group.bench_function(BenchmarkId::new(format!("dx, {arithmetic:?}"), name), |b| {
+            b.iter_batched(
+                || {
+                    let x = x.clone().autodiff().require_grad();
+                    (
+                        w.product(x.clone(), w.scales.clone(), Precision::Full)
+                            .sum(),
+                        x,
+                    )
+                },
+                |(y, x)| x.grad(&y.backward()),
+                BatchSize::PerIteration,
+            )
+        });
+        let id = BenchmarkId::new(format!("dscales, {arithmetic:?}"), name);
+        group.bench_function(id, |b| {
+            b.iter_batched(
+                || {
+                    let scales = w.scales.clone().autodiff().require_grad();
+                    (
+                        w.product(x.clone(), scales.clone(), Precision::Full).sum(),
+                        scales,
+                    )
+                },
+                |(y, scales)| scales.grad(&y.backward()),
+                BatchSize::PerIteration,
+            )
+        });
     }
-    group.bench_function(BenchmarkId::new("dx", name), |b| {
-        b.iter_batched(
-            || {
-                let x = x.clone().autodiff().require_grad();
-                (
-                    w.product(x.clone(), w.scales.clone(), Precision::Full)
-                        .sum(),
-                    x,
-                )
-            },
-            |(y, x)| x.grad(&y.backward()),
-            BatchSize::PerIteration,
-        )
-    });
-    group.bench_function(BenchmarkId::new("dscales", name), |b| {
-        b.iter_batched(
-            || {
-                let scales = w.scales.clone().autodiff().require_grad();
-                (
-                    w.product(x.clone(), scales.clone(), Precision::Full).sum(),
-                    scales,
-                )
-            },
-            |(y, scales)| scales.grad(&y.backward()),
-            BatchSize::PerIteration,
-        )
-    });
+    set_arithmetic(Arithmetic::Fastest).expect("every processor has it");
 }
 
 /// Dense weights in memory in several types, as layers have them and as a tied head is, by columns.

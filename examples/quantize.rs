@@ -17,11 +17,11 @@ use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, ModelArgs, SeqLenA
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
 use examples::outcome::{Result, exit, save_as};
+use examples::progress::Bar;
 use examples::texts::{self, evaluation_batch, n_windows};
-use examples::{interrupt, memory, println, progress, table};
-use indicatif::ProgressBar;
-use models::{AllocationStep, Model, Plan, StreamStep, Streaming, Windows, quantize_within};
-use peft::{Batch, CausalLm, LayerReport, PerLayer};
+use examples::{interrupt, memory, println, stream, table};
+use models::{AllocationStep, Model, Plan, Streaming, Windows, quantize_within};
+use peft::{Batch, CausalLm, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
 
@@ -191,7 +191,7 @@ fn run(args: &Args) -> Result<()> {
     let source = args.model.dir(scratch.path())?;
     match (job(args, &source)?, &args.out) {
         (Some((Job::One(quantizer), _)), Some(out)) if args.format != FormatName::Gguf => {
-            stream(args, &quantizer, out, &source, &device)?;
+            quantize_to(args, &quantizer, out, &source, &device)?;
         }
         (Some(_), _) if args.resume => {
             return Err("--resume is for formats that are written block by block, not GGUF".into());
@@ -315,9 +315,8 @@ fn windows(args: &Args, source: &Path) -> Result<(Option<Windows>, Option<Window
         ),
     };
     let stored = models::plan(source, &PerLayer::default())?;
-    let cut = |text: String, option: &str| -> Result<Windows> {
-        let windows = stored.windows(&text, args.cut.seq_len);
-        windows.map_err(|error| format!("the {option} text: {error}").into())
+    let cut = |text: String, option: &str| {
+        texts::planned_windows(&stored, &text, args.cut.seq_len, option)
     };
     let eval = eval.map(|text| cut(text, "--eval")).transpose()?;
     let calibration = calibration.map(|text| cut(text, "--calibration"));
@@ -345,7 +344,7 @@ impl Args {
 }
 
 /// Quantizes from files to files, and evaluates.
-fn stream(
+fn quantize_to(
     args: &Args,
     quantizer: &dyn Quantizer,
     out: &Path,
@@ -358,34 +357,15 @@ fn stream(
     let plan = models::plan(source, &quantizer)?;
     let n_tokens = n_windows(&calibration) * args.cut.seq_len;
     let batch_tokens = n_tokens.min(size * args.cut.seq_len);
-    let peak = plan.memory(quantizer.needs(), n_tokens, batch_tokens);
+    let peak = plan.memory(quantizer.needs(), None, n_tokens, batch_tokens);
     println!("about {} MiB in memory at the peak\n", peak >> 20);
     let settings = Streaming::new(device)
         .with_format(args.format.format())
         .with_compute(args.model.dtype.float())
         .with_resume(args.resume);
-    interrupt::on_end("stopped; the same command with --resume goes on after the last whole block");
-    let mut bar = Bar::new("quantizing", plan.config.num_hidden_layers(), "blocks")?;
-    let done =
-        models::quantize_to(
-            source,
-            out,
-            &quantizer,
-            &calibration,
-            &settings,
-            |step| match step {
-                StreamStep::Resumed { n_blocks } => {
-                    bar.print(&format!("going on after {n_blocks} blocks"));
-                    bar.skip(n_blocks);
-                }
-                StreamStep::Quantized(layer) => bar.print(&described(layer)),
-                StreamStep::Block { .. } => bar.step(""),
-                _ => {}
-            },
-        );
-    drop(bar);
-    done?;
-    interrupt::on_end("");
+    stream::through_blocks("quantizing", &plan, |on_step| {
+        models::quantize_to(source, out, &quantizer, &calibration, &settings, on_step)
+    })?;
     println!("\nsaved to {}", out.display());
     if let Some(eval) = eval {
         let quantized = models::load_as(out, device, args.model.dtype.float())?.model;
@@ -413,7 +393,7 @@ fn quantize(
             let n_layers = peft::Linears::linears(&lm.model).len();
             let mut bar = Bar::new("quantizing", n_layers, "layers")?;
             models::quantize(&mut lm.model, quantizer, &calibration, |layer| {
-                bar.print(&described(layer));
+                bar.print(&stream::quantized(layer));
                 bar.step(&layer.path);
             })?;
         }
@@ -448,15 +428,6 @@ fn compare_with_source(
     let before = evaluated("dense", &dense, &eval)?;
     println!("\nperplexity {before:.4} before, {after:.4} after");
     Ok(())
-}
-
-fn described(layer: &LayerReport) -> String {
-    let notes = layer.notes.iter().map(|note| format!("; {note}"));
-    let notes: String = notes.collect();
-    format!(
-        "{}: {}{notes}; {:.2} s",
-        layer.path, layer.error, layer.seconds
-    )
 }
 
 /// Chooses the quantizer of each layer, and reports the choice beside the uniform one.
@@ -550,41 +521,6 @@ fn evaluated(name: &str, model: &impl CausalLm, batches: &[Batch]) -> Result<f64
         bar.step("");
     }
     Ok((losses.iter().sum::<f64>() / losses.len() as f64).exp())
-}
-
-/// A bar that is removed when it is dropped.
-struct Bar(ProgressBar);
-
-impl Bar {
-    fn new(name: &str, length: usize, unit: &str) -> Result<Self> {
-        let bar = progress::bar(length, unit)?;
-        bar.set_prefix(name.to_string());
-        Ok(Self(bar))
-    }
-
-    fn step(&mut self, message: &str) {
-        self.0.set_message(message.to_string());
-        self.0.inc(1);
-    }
-
-    /// Counts what was done before.
-    fn skip(&mut self, n: usize) {
-        self.0.set_position(n as u64);
-    }
-
-    fn print(&self, line: &str) {
-        self.0.suspend(|| println!("{line}"));
-    }
-
-    fn is_full(&self) -> bool {
-        Some(self.0.position()) == self.0.length()
-    }
-}
-
-impl Drop for Bar {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
 }
 
 /// Compares the quantizers at every width and group size.

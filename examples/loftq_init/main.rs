@@ -1,11 +1,13 @@
 //! Initializes adapters so that they compensate the quantization error: with every method, comparing
 //! perplexities before and after some tuning; or with one method, reporting each layer, and saving the
-//! base and its adapters as a PEFT directory.
+//! base and its adapters as a PEFT directory, with one block in memory at a time if the method can.
 //!
 //! `cargo run --release --example loftq_init` does the first with the embedded model; `-- --help` lists
 //! the options for other models.
 
 mod methods;
+mod saved;
+mod stream;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -17,17 +19,19 @@ use evaluate::perplexity;
 use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
-use examples::outcome::{Result, exit, max_difference, save_as};
+use examples::outcome::{Result, exit, max_difference};
+use examples::progress::{self, Bar};
+use examples::stream::initialized;
 use examples::texts::{self, evaluation_batch, fit_config};
-use examples::{interrupt, print, println, progress, table};
+use examples::{interrupt, println, table};
 use loftq::InitializedLayer;
-use models::{Model, Plan, Pretrained};
-use peft::{Adapters, Batch, Lora, PerLayer, Recipe};
+use models::{Config, Model, Plan, Windows};
+use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{Quantizer, allocate};
-use serde::Serialize;
 use tensor_files::Output;
 
 use methods::{GridName, Name, PresetName, Settings, lq_lora, narrower};
+use saved::{Saved, save};
 
 /// Initialize LoRA adapters so that they compensate the quantization error
 ///
@@ -36,7 +40,6 @@ use methods::{GridName, Name, PresetName, Settings, lq_lora, narrower};
 #[derive(Parser)]
 #[command(
     version,
-    mut_arg("model", |arg| arg.requires("train").requires("eval")),
     mut_arg("rank", |arg| arg.default_value("8")),
     mut_arg("bits", |arg| arg.help(
         "Bits of a weight, one or several, as in `4 3 2` or `4,3,2`: 2, 3, 4, 8 [default: 4 3 2]"
@@ -51,10 +54,11 @@ Example:
 struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// Text to calibrate and to train on
+    /// Text to calibrate and to train on [default: with --model and --out, none, for methods that look at
+    /// weights alone and --steps 0]
     #[arg(long, value_name = "FILE", requires = "model")]
     train: Option<PathBuf>,
-    /// Text to evaluate on
+    /// Text to evaluate on [default: with --model and --out, no evaluation]
     #[arg(long, value_name = "FILE", requires = "model")]
     eval: Option<PathBuf>,
     /// Initializations, one or several
@@ -88,9 +92,13 @@ struct Args {
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_values_t = [0])]
     seed: Vec<u64>,
     /// New directory for `base`, the adapters it starts with in `adapter`, those after --steps in
-    /// `adapter-tuned`, and `report.json`; for one method and one seed
+    /// `adapter-tuned`, and `report.json`; for one method and one seed. But for lq-lora, rilq and
+    /// --format gguf, one block is in memory at a time until they are written
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Go on after the last whole block of the same command, if it was stopped
+    #[arg(long, requires = "out")]
+    resume: bool,
     /// Format of the saved base
     #[arg(long, value_enum, default_value_t = FormatName::QuantCore)]
     format: FormatName,
@@ -128,7 +136,7 @@ impl Args {
     }
 
     /// The settings for one base.
-    fn settings(&self, model: &Model) -> Settings {
+    fn settings(&self, config: &Config) -> Settings {
         let (steps, seed) = (self.tune.steps, self.seed[0]);
         if let Some(preset) = self.preset {
             let settings = preset.settings();
@@ -142,8 +150,8 @@ impl Args {
         let name = self.method[0];
         Settings {
             quantizer: name.quantizer(self, self.widths()[0], self.group_size[0]),
-            method: name.method(self.lora(seed), model),
-            fit: fit_config(self.learning_rate(model), steps, seed),
+            method: name.method(self.lora(seed), config),
+            fit: fit_config(self.learning_rate(config), steps, seed),
         }
     }
 
@@ -154,9 +162,35 @@ impl Args {
 
     /// The learning rate of the tuning. By default 1e-3 at the width of the embedded models, and the 3e-4 of
     /// `loftq::presets` at 4096.
-    fn learning_rate(&self, model: &Model) -> f64 {
+    fn learning_rate(&self, config: &Config) -> f64 {
         let rate = self.tune.lr;
-        rate.unwrap_or_else(|| 1e-3 * narrower(model).powf(1.0 / 3.0))
+        rate.unwrap_or_else(|| 1e-3 * narrower(config).powf(1.0 / 3.0))
+    }
+
+    /// Whether base and adapters are written block by block.
+    fn is_by_block(&self) -> bool {
+        self.out.is_some()
+            && self.format != FormatName::Gguf
+            && self.names().into_iter().all(Name::is_by_block)
+    }
+
+    /// Refuses a model without the texts that are needed.
+    fn check_texts(&self) -> Result<()> {
+        let calibrated = self.names().into_iter().any(Name::is_calibrated);
+        let refuse = |option: &str, why: &str| Err(format!("{why}: add {option}").into());
+        match (&self.model.model, self.is_by_block()) {
+            (None, _) => Ok(()),
+            (Some(_), false) if self.eval.is_none() => {
+                refuse("--eval", "models are compared on a text")
+            }
+            (Some(_), by_block) if self.train.is_none() && (!by_block || calibrated) => {
+                refuse("--train", "the method is calibrated on a text")
+            }
+            _ if self.train.is_none() && self.tune.steps > 0 => {
+                refuse("--train, or --steps 0", "adapters are tuned on a text")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -168,22 +202,29 @@ struct Texts {
 }
 
 impl Texts {
-    fn new(args: &Args, lm: &Pretrained, seed: u64, device: &Device) -> Result<Self> {
-        let read = |path: &Option<PathBuf>, n_chars, seed| match path {
-            Some(path) => texts::read(path),
-            None => Ok(corpus::text(Dialect::Plain, n_chars, seed)),
-        };
-        let (train, eval) = (
-            read(&args.train, 400_000, 20)?,
-            read(&args.eval, 25_000, 12)?,
-        );
+    /// The texts of the options, of which some may be missing, or those of the embedded model.
+    fn new(args: &Args, stored: &Plan, seed: u64, device: &Device) -> Result<Self> {
         let (seq_len, batch) = (args.tune.cut.seq_len, args.tune.batch);
-        let train = texts::windows(lm, &train, seq_len, "--train")?.shuffled(seed);
-        let eval = texts::windows(lm, &eval, seq_len, "--eval")?.take(args.tune.eval.limit());
+        let windows = |path: &Option<PathBuf>, option, n_chars, seed| -> Result<Option<Windows>> {
+            let text = match (path, &args.model.model) {
+                (Some(path), _) => texts::read(path)?,
+                (None, None) => corpus::text(Dialect::Plain, n_chars, seed),
+                (None, Some(_)) => return Ok(None),
+            };
+            texts::planned_windows(stored, &text, seq_len, option).map(Some)
+        };
+        let train = windows(&args.train, "--train", 400_000, 20)?;
+        let train = train.map(|train| train.shuffled(seed));
+        let eval = windows(&args.eval, "--eval", 25_000, 12)?;
+        let eval = eval.map(|eval| eval.take(args.tune.eval.limit()));
+        let batches = |windows: Option<Windows>, size| {
+            windows.map_or(Vec::new(), |windows| windows.batches(size, device))
+        };
+        let calibration = train.clone().map(|train| train.take(args.samples));
         Ok(Self {
-            calibration: train.clone().take(args.samples).batches(batch, device),
-            train: train.batches(batch, device),
-            eval: eval.batches(evaluation_batch(seq_len), device),
+            calibration: batches(calibration, batch),
+            train: batches(train, batch),
+            eval: batches(eval, evaluation_batch(seq_len)),
         })
     }
 }
@@ -231,7 +272,13 @@ fn run(args: &Args) -> Result<()> {
     if args.tune.steps > 0 {
         args.tune.check()?;
     }
-    let output = args.out.as_deref().map(interrupt::reserve).transpose()?;
+    let by_block = args.is_by_block();
+    if args.resume && !by_block {
+        return Err("--resume is for methods and formats that are written block by block, not lq-lora, rilq or GGUF".into());
+    }
+    args.check_texts()?;
+    let output = args.out.as_deref().filter(|_| !by_block);
+    let output = output.map(interrupt::reserve).transpose()?;
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
@@ -244,10 +291,12 @@ fn run(args: &Args) -> Result<()> {
             texts::check(&stored, &texts::read(text)?, args.tune.cut.seq_len, option)?;
         }
     }
-    if single && (!several || args.average_bits.is_some()) {
-        one(args, output, &source, &device)
-    } else {
-        compare(args, &source, &device)
+    match &args.out {
+        Some(out) if by_block => stream::one(args, out, &source, &device),
+        _ if single && (!several || args.average_bits.is_some()) => {
+            one(args, output, &stored, &device)
+        }
+        _ => compare(args, &stored, &device),
     }
 }
 
@@ -257,22 +306,25 @@ fn pairs<'a, A, B>(a: &'a [A], b: &'a [B]) -> impl Iterator<Item = (&'a A, &'a B
 
 /// Checks that a plan can be saved in its format and place.
 fn check(args: &Args, plan: &Plan, output: Option<&Output>) -> Result<()> {
-    if let Some(output) = output {
+    if args.out.is_some() {
         plan.check(args.format.format())?;
+    }
+    if let Some(output) = output {
         output.require(plan.n_bytes())?;
     }
     Ok(())
 }
 
 /// Initializes with one method, reports each layer, and saves base and adapters.
-fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> Result<()> {
+fn one(args: &Args, output: Option<Output>, stored: &Plan, device: &Device) -> Result<()> {
+    let source = &stored.dir;
     let mut lm = models::load_as(source, device, args.model.dtype.float())?;
-    let texts = Texts::new(args, &lm, args.seed[0], device)?;
+    let texts = Texts::new(args, stored, args.seed[0], device)?;
     let Settings {
         quantizer,
         method,
         fit,
-    } = args.settings(&lm.model);
+    } = args.settings(&stored.config);
     let recipe: Box<dyn Recipe> = match args.average_bits {
         Some(average) => {
             let recipe = chosen(args, average, &lm.model, &texts)?;
@@ -282,24 +334,7 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
         None => Box::new(quantizer),
     };
     let full = perplexity(&lm.model, &texts.eval)?.value();
-    let show = |layer: &InitializedLayer| {
-        let (before, after) = (layer.before, layer.report.error);
-        print!("{}: ", layer.report.path);
-        if let Some(format) = layer.report.format {
-            print!("{format}, ");
-        }
-        print!(
-            "weight error {:.4} to {:.4}",
-            before.weight.relative, after.weight.relative
-        );
-        if let (Some(before), Some(after)) = (before.output, after.output) {
-            print!(", output error {before:.4} to {after:.4}");
-        }
-        for note in &layer.report.notes {
-            print!("; {note}");
-        }
-        println!("; round {}, {:.2} s", layer.round, layer.report.seconds);
-    };
+    let show = |layer: &InitializedLayer| println!("{}", initialized(layer));
     let layers = loftq::init(&mut lm.model, &*method, &*recipe, &texts.calibration, show)?;
     let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
     let mut base = lm.clone();
@@ -332,91 +367,39 @@ fn one(args: &Args, output: Option<Output>, source: &Path, device: &Device) -> R
         }
         println!("the logits of the reloaded model differ by at most {difference:e}");
     }
-    if args.tune.steps > 0 {
-        let steps = args.tune.steps;
-        let bar = progress::bar(steps, "steps")?;
-        peft::fit(&mut lm.model, &texts.train, &fit, |step, _| {
-            bar.set_message(format!("loss {:.3}", step.loss));
-            bar.inc(1);
-        })?;
-        bar.finish_and_clear();
-        if let Some(saved) = &saved {
-            let (adapters, dir) = (Adapters::of(&lm.model)?, saved.adapter_tuned());
-            interrupt::uninterrupted(|| adapters.save_hf(&dir, &base.model))?;
-            println!("saved after {steps} steps of tuning: {}", dir.display());
-        }
-        let tuned = perplexity(&lm.model, &texts.eval)?.value();
-        println!("perplexity {tuned:.4} after {steps} steps of tuning");
-    }
+    let tuned = saved.as_ref().map(Saved::adapter_tuned);
+    tune(args, &mut lm.model, &texts, &fit, tuned.as_deref())?;
     let refusal = saved.and_then(|saved| saved.refusal);
     refusal.map_or(Ok(()), |refusal| Err(refusal.into()))
 }
 
-/// The contents of the JSON file.
-#[derive(Serialize)]
-struct Report<'a> {
-    /// The version of this program, and the command that was given.
-    version: &'static str,
-    command: Vec<String>,
-    model: String,
-    device: String,
-    dtype: &'static str,
-    layers: &'a [InitializedLayer],
-}
-
-/// The directories of a base and the adapters that it starts with.
-struct Saved {
-    base: PathBuf,
-    adapter: PathBuf,
-    /// Why the base is not in the format that was asked for.
-    refusal: Option<models::Error>,
-}
-
-impl Saved {
-    /// The directory of the tuned adapters.
-    fn adapter_tuned(&self) -> PathBuf {
-        self.adapter.with_file_name("adapter-tuned")
-    }
-}
-
-/// Saves the base and its initial adapters.
-fn save(
+/// Tunes the adapters of a model, and saves and measures them.
+fn tune(
     args: &Args,
-    output: Output,
-    base: &Pretrained,
-    adapters: &Adapters,
-    layers: &[InitializedLayer],
-) -> Result<Saved> {
-    let out = output.dir().to_path_buf();
-    let mut saved = Saved {
-        base: out.join("base"),
-        adapter: out.join("adapter"),
-        refusal: None,
-    };
-    output.write(|dir| -> Result<()> {
-        let to_base = interrupt::reserve(&dir.join("base"))?;
-        let (to_base, refusal) = save_as(base, to_base, args.format.format())?;
-        if let Some(name) = to_base.file_name() {
-            saved.base.set_file_name(name);
-        }
-        saved.refusal = refusal;
-        adapters.save_hf(dir.join("adapter"), &base.model)?;
-        let report = Report {
-            version: env!("CARGO_PKG_VERSION"),
-            command: std::env::args().collect(),
-            model: args.model.name(),
-            device: args.model.device.name.clone(),
-            dtype: args.model.dtype.name.name(),
-            layers,
-        };
-        Ok(tensor_files::write_json(&dir.join("report.json"), &report)?)
+    model: &mut Model,
+    texts: &Texts,
+    fit: &FitConfig,
+    dir: Option<&Path>,
+) -> Result<()> {
+    let steps = args.tune.steps;
+    if steps == 0 {
+        return Ok(());
+    }
+    let mut bar = Bar::new("tuning", steps, "steps")?;
+    peft::fit(model, &texts.train, fit, |step, _| {
+        bar.step(&format!("loss {:.3}", step.loss));
     })?;
-    println!(
-        "saved: the base {}, the adapters that it starts with {}",
-        saved.base.display(),
-        saved.adapter.display()
-    );
-    Ok(saved)
+    drop(bar);
+    if let Some(dir) = dir {
+        let adapters = Adapters::of(model)?;
+        interrupt::uninterrupted(|| adapters.save_hf(dir, model))?;
+        println!("saved after {steps} steps of tuning: {}", dir.display());
+    }
+    if !texts.eval.is_empty() {
+        let tuned = perplexity(model, &texts.eval)?.value();
+        println!("perplexity {tuned:.4} after {steps} steps of tuning");
+    }
+    Ok(())
 }
 
 /// Chooses bits and group size of each layer by LQ-LoRA's errors within the budget.
@@ -446,20 +429,20 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
 }
 
 /// Compares the methods at every width and group size.
-fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
+fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
     let clock = Instant::now();
     let widths = args.widths();
-    let lm = models::load_as(source, device, args.model.dtype.float())?;
+    let lm = models::load_as(&stored.dir, device, args.model.dtype.float())?;
     let methods: Vec<Name> = (args.method.iter().copied())
         .filter(|method| method.fits(args.grid))
         .collect();
     let n_runs = args.seed.len() * widths.len() * args.group_size.len() * methods.len();
     let bar = progress::bar(n_runs, "models")?;
-    let learning_rate = args.learning_rate(&lm.model);
+    let learning_rate = args.learning_rate(&stored.config);
     let mut runs = Vec::new();
     let mut full = f64::NAN;
     for &seed in &args.seed {
-        let texts = Texts::new(args, &lm, seed, device)?;
+        let texts = Texts::new(args, stored, seed, device)?;
         full = perplexity(&lm.model, &texts.eval)?.value();
         for (&bits, &group_size) in pairs(&widths, &args.group_size) {
             for &method in &methods {
@@ -472,7 +455,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
                 };
                 let mut model = lm.model.clone();
                 let clock = Instant::now();
-                let initialization = method.method(args.lora(seed), &model);
+                let initialization = method.method(args.lora(seed), &stored.config);
                 loftq::init(
                     &mut model,
                     &*initialization,

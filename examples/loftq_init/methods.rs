@@ -3,16 +3,21 @@
 use clap::ValueEnum;
 use examples::arguments::GroupSize;
 use loftq::{Apiq, ApiqBlock, Initialization, Loftq, LqLora, Pissa, Qera, Rilq, presets};
-use models::Model;
+use models::{Config, Model, Window};
 use peft::{FitConfig, Lora};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn};
 
 use crate::Args;
 
+/// An initialization of a model in memory, or of one block after the other.
+pub(crate) trait Method: Initialization<Model> + Initialization<Window> {}
+
+impl<T: Initialization<Model> + Initialization<Window>> Method for T {}
+
 /// A base, an initialization and the training after it.
 pub(crate) struct Settings {
     pub(crate) quantizer: Box<dyn Quantizer>,
-    pub(crate) method: Box<dyn Initialization<Model>>,
+    pub(crate) method: Box<dyn Method>,
     pub(crate) fit: FitConfig,
 }
 
@@ -61,8 +66,8 @@ impl PresetName {
 ///
 /// Default rates are those of the embedded models times a power of it, which is chosen so that the rate
 /// at width 4096 is about the published one.
-pub(crate) fn narrower(model: &Model) -> f64 {
-    (128.0 / model.config().hidden_size() as f64).min(1.0)
+pub(crate) fn narrower(config: &Config) -> f64 {
+    (128.0 / config.hidden_size() as f64).min(1.0)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -102,10 +107,10 @@ impl Name {
         }
     }
 
-    pub(crate) fn method(self, lora: Lora, model: &Model) -> Box<dyn Initialization<Model>> {
+    pub(crate) fn method(self, lora: Lora, config: &Config) -> Box<dyn Method> {
         // Ranges learn twice as fast as published: there are few calibration windows. The published rate
         // of the factors is 5e-4.
-        let (of_ranges, narrower) = (1e-2, narrower(model));
+        let (of_ranges, narrower) = (1e-2, narrower(config));
         let of_factors = 5e-3 * narrower.powf(2.0 / 3.0);
         match self {
             Self::Qlora => Box::new(lora),
@@ -157,6 +162,11 @@ impl Name {
     pub(crate) fn fits(self, grid: GridName) -> bool {
         let uniform = matches!(self, Self::Cloq | Self::Apiq | Self::ApiqBlock);
         grid != GridName::Nf || !uniform
+    }
+
+    /// Whether the method looks at one block at a time.
+    pub(crate) fn is_by_block(self) -> bool {
+        !matches!(self, Self::LqLora | Self::Rilq)
     }
 
     /// Whether the method needs calibration data.

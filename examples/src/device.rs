@@ -3,6 +3,7 @@
 use burn::tensor::Device;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, ValueParser};
+use quant_core::{Arithmetic, UnsupportedArithmetic, set_arithmetic};
 
 use crate::eprintln;
 
@@ -13,6 +14,9 @@ pub struct DeviceArg {
     #[arg(id = "device", long, value_name = "NAME", default_value = DEVICES[0].0,
           value_parser = names())]
     pub name: String,
+    /// How the CPU multiplies, if not in the fastest way: float, vnni or amx
+    #[arg(long, value_name = "NAME", value_parser = arithmetic)]
+    pub arithmetic: Option<Arithmetic>,
 }
 
 impl DeviceArg {
@@ -21,6 +25,9 @@ impl DeviceArg {
         let named = DEVICES.iter().find(|(name, _)| *name == self.name);
         let (_, open) = named.expect("checked by the parser");
         let device = open();
+        if let Some(arithmetic) = self.arithmetic {
+            set_arithmetic(arithmetic).expect("checked by the parser");
+        }
         if let Some(part) = part(&device) {
             eprintln!("device `{}`: {part}", self.name);
         }
@@ -50,6 +57,20 @@ fn part(device: &Device) -> Option<String> {
 )))]
 fn part(_: &Device) -> Option<String> {
     None
+}
+
+fn arithmetic(name: &str) -> Result<Arithmetic, String> {
+    let arithmetic = match name {
+        "float" => Arithmetic::Float,
+        "vnni" => Arithmetic::Vnni,
+        "amx" => Arithmetic::Amx,
+        _ => return Err("expected float, vnni or amx".into()),
+    };
+    if arithmetic.is_supported() {
+        Ok(arithmetic)
+    } else {
+        Err(UnsupportedArithmetic(arithmetic).to_string())
+    }
 }
 
 type Open = fn() -> Device;

@@ -16,5 +16,6 @@ pub mod memory;
 pub mod method;
 pub mod outcome;
 pub mod progress;
+pub mod stream;
 pub mod table;
 pub mod texts;

@@ -24,6 +24,48 @@ pub fn bar(length: usize, unit: &str) -> Result<ProgressBar> {
     Ok(bar)
 }
 
+/// A bar that is removed when it is dropped.
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// A bar of this name and length, as [`bar`].
+    ///
+    /// # Errors
+    /// If the unit is not a part of a template.
+    pub fn new(name: &str, length: usize, unit: &str) -> Result<Self> {
+        let bar = bar(length, unit)?;
+        bar.set_prefix(name.to_string());
+        Ok(Self(bar))
+    }
+
+    /// Counts a unit.
+    pub fn step(&mut self, message: &str) {
+        self.0.set_message(message.to_string());
+        self.0.inc(1);
+    }
+
+    /// Counts what was done before.
+    pub fn skip(&mut self, n: usize) {
+        self.0.set_position(n as u64);
+    }
+
+    /// Prints a line above the bar.
+    pub fn print(&self, line: &str) {
+        self.0.suspend(|| crate::println!("{line}"));
+    }
+
+    /// Whether all units are done.
+    pub fn is_full(&self) -> bool {
+        Some(self.0.position()) == self.0.length()
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// The time left by the pace since the first unit.
 #[derive(Clone, Copy, Default)]
 struct TimeLeft {

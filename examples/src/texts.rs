@@ -193,6 +193,15 @@ pub fn windows(lm: &Pretrained, text: &str, seq_len: usize, option: &str) -> Res
     windows.map_err(|error| format!("the {option} text: {error}").into())
 }
 
+/// Cuts the text of an option of the program into windows, as [`windows`] does, without the model.
+///
+/// # Errors
+/// As [`windows`].
+pub fn planned_windows(plan: &Plan, text: &str, seq_len: usize, option: &str) -> Result<Windows> {
+    let windows = plan.windows(text, seq_len);
+    windows.map_err(|error| format!("the {option} text: {error}").into())
+}
+
 /// The number of windows in a batch that is only evaluated.
 pub fn evaluation_batch(seq_len: usize) -> usize {
     // 1024 tokens: activations stay in memory that is used again for the next batch.

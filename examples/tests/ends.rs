@@ -136,6 +136,73 @@ fn a_signal_removes_what_is_half_made_and_a_kill_is_cleared_by_the_next() {
     assert_eq!(names(dir.path()), ["out", "scratch"]);
 }
 
+/// The base and its adapters are those of a run that nothing disturbed.
+#[test]
+fn an_initialization_that_is_killed_goes_on() {
+    let options = "--method apiq-block --bits 2 --group-size 32 --rank 4 --samples 4 --seq-len 64 \
+                   --eval-windows 2 --steps 2 --resume";
+    let init = |out: &Path| {
+        let mut command = program("loftq_init", options);
+        command.arg("--out").arg(out);
+        command
+    };
+    let (dir, out) = place();
+    let whole = dir.path().join("whole");
+    let output = run(init(&whole));
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{output:?}");
+    for part in [
+        "bytes",
+        "base with adapters",
+        "steps of tuning",
+        "of the dense model",
+    ] {
+        assert!(said.contains(part), "no {part} in: {said}");
+    }
+    let all = ["adapter", "adapter-tuned", "base", "report.json"];
+    assert_eq!(names(&whole), all);
+    let first = dir
+        .path()
+        .join("out.partial/files/base/model-00002-of-00006.safetensors");
+    let mut child = init(&out).stdout(Stdio::null()).spawn().unwrap();
+    while !first.exists() && !out.exists() {
+        assert!(child.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    if !out.exists() {
+        let output = run(init(&out));
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(names(dir.path()), ["out", "whole"]);
+    }
+    for part in ["adapter", "base"] {
+        let files = |out: &Path| {
+            let dir = out.join(part);
+            let read = |name: &String| fs::read(dir.join(name)).unwrap();
+            names(&dir).iter().map(read).collect::<Vec<_>>()
+        };
+        assert!(files(&out) == files(&whole), "{part}");
+    }
+
+    // What looks at the whole model has nothing to go on with, and a model needs the texts of its method.
+    let refused = |options: &str| {
+        let mut command = program("loftq_init", options);
+        command.arg("--out").arg(dir.path().join("new"));
+        run(command)
+    };
+    let one = "--bits 4 --group-size 32 --rank 4";
+    assert_fails(
+        &refused(&format!("--method rilq {one} --resume")),
+        "--resume",
+    );
+    for method in ["apiq", "rilq", "loftq"] {
+        let output = refused(&format!("--model missing --method {method} {one}"));
+        assert_fails(&output, "add --");
+    }
+    assert!(!names(dir.path()).iter().any(|name| name.contains("new")));
+}
+
 #[test]
 fn a_format_that_cannot_hold_the_layers_is_refused_or_replaced() {
     // The recipe tells: nothing is computed.

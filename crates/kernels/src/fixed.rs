@@ -31,7 +31,7 @@ pub(crate) use blocks::{Blocks, Limbs};
 pub(crate) use finish::Finish;
 pub(crate) use panel::Panel;
 pub(crate) use split::{Rows, Source};
-pub(crate) use unit::Unit;
+pub(crate) use unit::{Operand, Unit};
 pub(crate) use vnni::streams;
 
 /// Multiplies a slab, some strips of rows and some of their blocks, by the panel of the same blocks.

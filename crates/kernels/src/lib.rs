@@ -70,6 +70,7 @@
 )]
 
 mod activation;
+mod arithmetic;
 #[cfg(feature = "flex")]
 mod at_rest;
 mod attention;
@@ -102,6 +103,7 @@ mod testing;
 mod threads;
 
 pub use activation::silu_mul;
+pub use arithmetic::{Arithmetic, UnsupportedArithmetic, arithmetic, set_arithmetic};
 pub use attention::causal_attention;
 pub use encode::{
     ClipLoss, Feedback, Influence, ZeroPoint, clip_search, encode, grid_of_range, group_ranges,

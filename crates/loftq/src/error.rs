@@ -25,6 +25,12 @@ pub enum Error {
         /// Its format.
         format: Format,
     },
+    /// A method that needs all of a model, for a model of which one part is in memory at a time.
+    #[error("{method} looks at all of a model at once; load the model, and call `loftq::init`")]
+    WholeModel {
+        /// The method.
+        method: &'static str,
+    },
     /// NaN or infinity in a layer.
     #[error("{what} of layer `{path}` is not finite")]
     NonFinite {
@@ -40,6 +46,15 @@ impl Error {
         |source| {
             let path = path.into();
             Self::Peft(peft::Error::Quant { path, source })
+        }
+    }
+}
+
+impl From<Error> for peft::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Peft(error) => error,
+            error => Self::Method(Box::new(error)),
         }
     }
 }

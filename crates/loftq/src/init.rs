@@ -1,17 +1,40 @@
+use std::fmt;
 use std::time::Instant;
 
 use burn::tensor::Tensor;
 use peft::{
-    Adapter, Batch, CausalLm, Fisher, LayerError, LayerReport, Linear, Linears, Lora, Method,
-    Recipe, Stages, Streams, check_recipe,
+    Adapter, Batch, CausalLm, Fisher, InitializedLayer, LayerError, LayerReport, LayerShape,
+    Linear, Linears, Lora, Method, Recipe, StageMethod, Stages, Streams, Weight, check_calibration,
+    check_recipe,
 };
 use quant_core::{Candidate, Gram, Needs, Quantizer};
-use serde::Serialize;
 
 use crate::{Error, Layer, LayerMethod, Result, Start};
 
 /// A method that chooses the packed weights and the adapters of a model together.
-pub trait Initialization<M: CausalLm + Stages> {
+///
+/// Most are run on one part of a model after the other ([`Initializer`]); the others on a whole model alone.
+/// The `Debug` form has all settings.
+pub trait Initialization<M: Stages>: fmt::Debug {
+    /// Checks that it can be run on the parts of a model of these layers, by their shapes alone, and returns
+    /// what it needs to know of their inputs.
+    ///
+    /// # Errors
+    /// [`Error::WholeModel`] from a method that needs the whole model; otherwise as [`init`].
+    fn check_parts(&self, layers: &[LayerShape], recipe: &dyn Recipe) -> Result<Needs>;
+
+    /// Initializes a part of a model that a calibration has reached.
+    ///
+    /// # Errors
+    /// As [`init`], for a layer.
+    fn run_part(
+        &self,
+        part: &mut M,
+        recipe: &dyn Recipe,
+        streams: &mut Streams<'_>,
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>>;
+
     /// Initializes a model: the body of [`init`].
     ///
     /// # Errors
@@ -22,7 +45,67 @@ pub trait Initialization<M: CausalLm + Stages> {
         recipe: &dyn Recipe,
         calibration: &[Batch],
         on_layer: &mut dyn FnMut(&InitializedLayer),
-    ) -> Result<Vec<InitializedLayer>>;
+    ) -> Result<Vec<InitializedLayer>>
+    where
+        M: CausalLm;
+}
+
+/// An initialization with the recipe of its base, to be run on one part of a model after the other.
+///
+/// [`models::initialize_to`] runs it on the blocks of a model that is larger than the memory.
+///
+/// # Examples
+/// ```no_run
+/// use loftq::{Initializer, Loftq};
+/// use models::Streaming;
+/// use quant_core::NormalFloat;
+///
+/// let device = burn::tensor::Device::flex();
+/// let (method, nf4) = (Loftq::new(16), NormalFloat::new());
+/// let initializer = Initializer::new(&method, &nf4);
+/// let settings = Streaming::new(&device).with_resume(true);
+/// models::initialize_to("Llama-2-70b-hf", "Llama-2-70b-loftq", &initializer, &[], &settings, |_| {})?;
+/// let mut lm = models::load("Llama-2-70b-loftq/base", &device)?;
+/// let adapters = peft::Adapters::open("Llama-2-70b-loftq/adapter", &lm.model)?;
+/// peft::activate(&mut lm.model, &adapters)?;
+/// # Ok::<(), models::Error>(())
+/// ```
+///
+/// [`models::initialize_to`]: https://docs.rs/quant-models
+#[derive(Clone, Copy)]
+pub struct Initializer<'a, I: ?Sized> {
+    method: &'a I,
+    recipe: &'a dyn Recipe,
+}
+
+impl<'a, I: ?Sized> Initializer<'a, I> {
+    /// The initialization `method` of a base that is quantized by `recipe`.
+    pub fn new(method: &'a I, recipe: &'a dyn Recipe) -> Self {
+        Self { method, recipe }
+    }
+}
+
+impl<M: Stages, I: Initialization<M> + ?Sized> StageMethod<M> for Initializer<'_, I> {
+    fn recipe(&self) -> &dyn Recipe {
+        self.recipe
+    }
+
+    fn settings(&self) -> String {
+        format!("{:?}", self.method)
+    }
+
+    fn check(&self, layers: &[LayerShape]) -> peft::Result<Needs> {
+        Ok(self.method.check_parts(layers, self.recipe)?)
+    }
+
+    fn run(
+        &self,
+        part: &mut M,
+        streams: &mut Streams<'_>,
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> peft::Result<Vec<InitializedLayer>> {
+        Ok(self.method.run_part(part, self.recipe, streams, on_layer)?)
+    }
 }
 
 /// Quantizes the layers of a dense model as the recipe says, and attaches adapters to the targets of the
@@ -66,42 +149,73 @@ pub fn init<M: CausalLm + Stages>(
     method.run(model, recipe, calibration, &mut on_layer)
 }
 
-/// The report of one layer that was initialized.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct InitializedLayer {
-    /// The layer with the weight and the adapter that were chosen.
-    #[serde(flatten)]
-    pub report: LayerReport,
-    /// The rank of its adapter, if it has one.
-    pub rank: Option<usize>,
-    /// The error of its weight quantized alone.
-    pub before: LayerError,
-    /// The round of the method that was kept, counted from 1; 0 where none was better than the
-    /// weight quantized alone, and for a layer that is no target.
-    pub round: usize,
-}
+impl<M: Stages, L: LayerMethod> Initialization<M> for L {
+    fn check_parts(&self, layers: &[LayerShape], recipe: &dyn Recipe) -> Result<Needs> {
+        if self.needs_fisher() {
+            let method = "a method that weights errors by the Fisher information";
+            return Err(Error::WholeModel { method });
+        }
+        check_layers(self, layers, recipe)
+    }
 
-impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for L {
+    fn run_part(
+        &self,
+        part: &mut M,
+        recipe: &dyn Recipe,
+        streams: &mut Streams<'_>,
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>> {
+        Layers::new(self, recipe).run(part, streams, on_layer)
+    }
+
     fn run(
         &self,
         model: &mut M,
         recipe: &dyn Recipe,
         calibration: &[Batch],
         on_layer: &mut dyn FnMut(&InitializedLayer),
-    ) -> Result<Vec<InitializedLayer>> {
-        let plan = Plan::new(self, self.needs(), model, recipe, calibration)?;
-        let mut layers = Vec::new();
-        let mut streams = Streams::start(model, calibration, plan.needs);
-        while let Some(stage) = streams.next_stage(model) {
-            for at in stage.layers {
-                if let Some(layer) = plan.init_layer(model, at, stage.gram.as_ref())? {
-                    on_layer(&layer);
-                    layers.push(layer);
-                }
-            }
-        }
-        Ok(layers)
+    ) -> Result<Vec<InitializedLayer>>
+    where
+        M: CausalLm,
+    {
+        let (layers, needs) = Layers::checked(self, model, recipe, calibration)?;
+        let mut streams = Streams::start(model, calibration, needs);
+        layers.run(model, &mut streams, on_layer)
     }
+}
+
+/// Checks a method against the layers of a model, and returns the needs of method and recipe.
+pub(crate) fn check_layers(
+    method: &impl LayerMethod,
+    layers: &[LayerShape],
+    recipe: &dyn Recipe,
+) -> Result<Needs> {
+    let lora = method.lora();
+    let paths: Vec<String> = layers.iter().map(|layer| layer.path.clone()).collect();
+    lora.targets().among(&paths)?;
+    let mut needs = method.needs();
+    for LayerShape {
+        path,
+        dims,
+        is_packed,
+    } in layers
+    {
+        let quantizer = recipe.quantizer(path);
+        needs = needs.max(quantizer.map_or(Needs::Nothing, Quantizer::needs));
+        if !lora.targets().contains(path) {
+            continue;
+        }
+        if *is_packed {
+            let path = path.clone();
+            return Err(peft::Error::AlreadyQuantized { path }.into());
+        }
+        lora.check(path, *dims)?;
+        if let Some(quantizer) = quantizer {
+            let format = quantizer.format().map_err(Error::quant(path))?;
+            method.check(path, format)?;
+        }
+    }
+    Ok(needs)
 }
 
 /// The cost of each layer with each of several quantizers, for [`quant_core::allocate`]: bytes of the
@@ -121,8 +235,7 @@ pub fn sensitivities<M: CausalLm + Stages>(
     let Some(first) = quantizers.first() else {
         return Ok(Vec::new());
     };
-    let plan = Plan::new(method, method.needs(), model, first, calibration)?;
-    let mut needs = plan.needs;
+    let (layers, mut needs) = Layers::checked(method, model, first, calibration)?;
     for quantizer in quantizers {
         needs = needs.max(check_recipe(model, quantizer, calibration)?);
     }
@@ -130,9 +243,9 @@ pub fn sensitivities<M: CausalLm + Stages>(
     let mut streams = Streams::start(model, calibration, needs);
     while let Some(stage) = streams.next_stage(model) {
         for (path, linear) in &model.linears()[stage.layers] {
-            let layer = plan.layer(path, linear, stage.gram.as_ref());
+            let layer = layers.layer(path, linear, stage.gram.as_ref());
             let candidate = |quantizer: &&dyn Quantizer| {
-                let start = plan.start(&layer, Some(quantizer))?;
+                let start = layers.start(&layer, Some(quantizer))?;
                 let n_bytes = start.weight.n_bytes() as u64;
                 let error = method.measure(&layer, start.sum());
                 Ok(Candidate { n_bytes, error })
@@ -144,57 +257,73 @@ pub fn sensitivities<M: CausalLm + Stages>(
     Ok(all)
 }
 
-/// A method and a recipe, checked against a model and its calibration.
-pub(crate) struct Plan<'a, L> {
+/// The layers of a model, or of a part of one, to be initialized by a method over a recipe.
+pub(crate) struct Layers<'a, L> {
     method: &'a L,
     recipe: &'a dyn Recipe,
-    pub(crate) needs: Needs,
-    targets: Vec<String>,
     fisher: Option<Fisher>,
 }
 
-impl<'a, L: LayerMethod> Plan<'a, L> {
-    pub(crate) fn new<M: CausalLm>(
+impl<'a, L: LayerMethod> Layers<'a, L> {
+    pub(crate) fn new(method: &'a L, recipe: &'a dyn Recipe) -> Self {
+        Self {
+            method,
+            recipe,
+            fisher: None,
+        }
+    }
+
+    /// Checks the layers of a whole model and its calibration, and sums the Fisher information that the method
+    /// needs. Returns the needs of method and recipe, too.
+    pub(crate) fn checked<M: CausalLm>(
         method: &'a L,
-        needs: Needs,
         model: &M,
         recipe: &'a dyn Recipe,
         calibration: &[Batch],
-    ) -> Result<Self> {
-        let lora = method.lora();
-        let targets = lora.targets().paths(model)?;
-        for (path, linear) in model.linears() {
-            if targets.contains(&path) {
-                linear.check_plain(&path)?;
-                // The adapter's own checks of the layer.
-                lora.init(&path, linear)?;
-            }
+    ) -> Result<(Self, Needs)> {
+        let mut layers = Self::new(method, recipe);
+        let mut targets = model.linears();
+        targets.retain(|(path, _)| layers.is_target(path));
+        for (path, linear) in &targets {
+            linear.check_plain(path)?;
+        }
+        let needs = check_layers(method, &LayerShape::of(model), recipe)?;
+        for (path, linear) in &targets {
+            // The adapter's own checks of the weight.
+            method.lora().init(path, linear)?;
         }
         let needs = check_recipe(model, recipe, calibration)?.max(needs);
-        for path in &targets {
-            if let Some(quantizer) = recipe.quantizer(path) {
-                let format = quantizer.format().map_err(Error::quant(path))?;
-                method.check(path, format)?;
-            }
-        }
-        let blind = needs > Needs::Nothing || method.needs_fisher();
-        if calibration.is_empty() && blind {
+        check_calibration(calibration, needs)?;
+        if method.needs_fisher() && calibration.is_empty() {
             return Err(peft::Error::NoCalibration.into());
         }
-        let fisher = method
-            .needs_fisher()
-            .then(|| Fisher::sum(model, calibration, || ()));
-        Ok(Self {
-            method,
-            recipe,
-            needs,
-            targets,
-            fisher: fisher.transpose()?,
-        })
+        if method.needs_fisher() {
+            layers.fisher = Some(Fisher::sum(model, calibration, || ())?);
+        }
+        Ok((layers, needs))
     }
 
     pub(crate) fn is_target(&self, path: &str) -> bool {
-        self.targets.iter().any(|target| target == path)
+        self.method.lora().targets().contains(path)
+    }
+
+    /// Initializes layer after layer.
+    fn run<M: Stages>(
+        &self,
+        part: &mut M,
+        streams: &mut Streams<'_>,
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>> {
+        let mut layers = Vec::new();
+        while let Some(stage) = streams.next_stage(part) {
+            for at in stage.layers {
+                if let Some(layer) = self.init_layer(part, at, stage.gram.as_ref())? {
+                    on_layer(&layer);
+                    layers.push(layer);
+                }
+            }
+        }
+        Ok(layers)
     }
 
     fn layer<'b>(&'b self, path: &'b str, linear: &Linear, gram: Option<&'b Gram>) -> Layer<'b> {
@@ -228,6 +357,10 @@ impl<'a, L: LayerMethod> Plan<'a, L> {
         let clock = Instant::now();
         let layer = self.layer(&path, linear, gram);
         let mut start = self.start(&layer, quantizer)?;
+        if let (None, None, Weight::Dense(weight)) = (quantizer, &start.factors, linear.weight()) {
+            // As it is, in its own type of float.
+            start.weight = Weight::frozen(weight.val());
+        }
         let seconds = clock.elapsed().as_secs_f64();
         let plain = match (start.plain.take(), quantizer) {
             (Some(plain), _) => plain.dequantize(),

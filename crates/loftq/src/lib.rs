@@ -21,6 +21,9 @@
 //! `Q + σ² A B` of its own factors; here the product that is added is the one that was chosen, for any `α`
 //! ([`Lora::init_at`](peft::Lora::init_at)).
 //!
+//! Methods that look at a layer or a block, which are all but [`Rilq`] and those with the Fisher information,
+//! run on one block in memory at a time, too: an [`Initializer`] from files to files.
+//!
 //! ```
 //! use burn::tensor::{Device, Distribution, Tensor};
 //! use loftq::{Layer, LayerMethod, Loftq};
@@ -60,11 +63,12 @@ mod svd;
 
 pub use apiq::{Apiq, ApiqBlock};
 pub use error::{Error, Result};
-pub use init::{Initialization, InitializedLayer, init, sensitivities};
+pub use init::{Initialization, Initializer, init, sensitivities};
 pub use layer::{Layer, Start};
 pub use loftq::Loftq;
 pub use lq_lora::{LqLora, Pissa};
 pub use method::LayerMethod;
+pub use peft::InitializedLayer;
 pub use qera::Qera;
 pub use rilq::Rilq;
 pub use svd::{LowRank, Truncation};

@@ -1,3 +1,5 @@
+use std::fmt;
+
 use burn::tensor::Tensor;
 use peft::Lora;
 use quant_core::{Format, Needs, Quantizer, sum_of_squares};
@@ -5,7 +7,9 @@ use quant_core::{Format, Needs, Quantizer, sum_of_squares};
 use crate::{Layer, Result, Start};
 
 /// An [`Initialization`](crate::Initialization) that looks at one layer at a time.
-pub trait LayerMethod {
+///
+/// Its `Debug` form has all of its settings.
+pub trait LayerMethod: fmt::Debug {
     /// The adapters: rank, `α`, targets and the rest.
     fn lora(&self) -> &Lora;
 

@@ -7,11 +7,14 @@
 
 use burn::tensor::{DType, Tensor};
 use peft::{
-    Adapters, Batch, CausalLm, FitConfig, LayerError, Lora, Recipe, Schedule, Stages, Streams,
-    check_recipe, fit_with, last_output, nll_of_output,
+    Adapters, Batch, CausalLm, FitConfig, LayerError, LayerShape, Lora, Recipe, Schedule, Stages,
+    Streams, check_recipe, fit_with, last_output, nll_of_output,
 };
+use quant_core::Needs;
 
-use crate::{Initialization, InitializedLayer, Layer, LayerMethod, Result};
+use crate::{Error, Initialization, InitializedLayer, Layer, LayerMethod, Result};
+
+const WHOLE_MODEL: Error = Error::WholeModel { method: "RILQ" };
 
 /// Tunes the adapters of another method together, against the last hidden state of the dense model.
 ///
@@ -54,21 +57,39 @@ impl<L: LayerMethod> Rilq<L> {
         self
     }
 
-    /// The settings of the tuning.
+    /// The settings of the tuning. There is no evaluation on held-out batches, for which the dense model has no
+    /// hidden states.
     pub fn with_fit(mut self, fit: FitConfig) -> Self {
         self.fit = fit;
         self
     }
 }
 
-impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
+impl<M: Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
+    fn check_parts(&self, _: &[LayerShape], _: &dyn Recipe) -> Result<Needs> {
+        Err(WHOLE_MODEL)
+    }
+
+    fn run_part(
+        &self,
+        _: &mut M,
+        _: &dyn Recipe,
+        _: &mut Streams<'_>,
+        _: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>> {
+        Err(WHOLE_MODEL)
+    }
+
     fn run(
         &self,
         model: &mut M,
         recipe: &dyn Recipe,
         calibration: &[Batch],
         on_layer: &mut dyn FnMut(&InitializedLayer),
-    ) -> Result<Vec<InitializedLayer>> {
+    ) -> Result<Vec<InitializedLayer>>
+    where
+        M: CausalLm,
+    {
         self.fit.check()?;
         if !(0.0..=1.0).contains(&self.cross_entropy) {
             let value = self.cross_entropy.to_string();
@@ -117,7 +138,8 @@ impl<M: CausalLm + Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         // Only the adapters are trained here, even of a model whose other parameters train.
         let mut tuned = student.clone();
         peft::freeze_base(&mut tuned);
-        fit_with(&mut tuned, calibration, &self.fit, loss, |_, _| {})?;
+        let fit = self.fit.clone().with_evaluation(None);
+        fit_with(&mut tuned, calibration, &fit, loss, |_, _| {})?;
         peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 
         // On the inputs that come through the tuned layers.

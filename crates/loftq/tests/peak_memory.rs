@@ -4,13 +4,65 @@
 mod counting;
 
 use burn::tensor::{Device, Distribution, Tensor};
-use loftq::{Layer, LayerMethod, Loftq, LqLora, Pissa, Qera};
+use loftq::{Initializer, Layer, LayerMethod, Loftq, LqLora, Pissa, Qera};
+use models::{FloatType, LlamaConfig, Model, Pretrained, Streaming, initialize_to, save_dense};
+use peft::Batch;
 use quant_core::{Gram, NormalFloat, Rtn};
+
+#[path = "../../models/tests/fixtures/word_level.rs"]
+mod word_level;
 
 const WIDTH: usize = 1024;
 
-/// With the weight itself, that is.
+/// One after the other: what one allocates would be counted to the other.
 #[test]
+fn what_is_taken() {
+    a_layer_takes_less_than_four_of_its_weights();
+    a_streamed_model_is_never_in_memory_whole();
+}
+
+/// A model of 75 MB in `bf16` is initialized in a part of that, which does not grow with it.
+fn a_streamed_model_is_never_in_memory_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = dir.path().join("tokenizer.json");
+    word_level::write_tokenizer(&tokenizer, 64);
+    let tokens = Tensor::<1, burn::tensor::Int>::arange(0..256, &Device::flex());
+    let batch = Batch::new((tokens.clone() * tokens % 61).reshape([2, 128])).unwrap();
+    let mut peak = |n_blocks| {
+        let config = LlamaConfig::default()
+            .with_vocab_size(64)
+            .with_hidden_size(512)
+            .with_intermediate_size(1024)
+            .with_num_hidden_layers(n_blocks)
+            .with_num_attention_heads(8)
+            .with_num_key_value_heads(8)
+            .with_head_dim(64);
+        let model = Model::init(config, 1, &Device::flex());
+        let lm = Pretrained::new(model, &tokenizer).unwrap();
+        let dense = dir.path().join(format!("dense-{n_blocks}"));
+        save_dense(&lm, &dense, FloatType::Bf16).unwrap();
+        drop(lm);
+        let (method, rtn) = (Qera::new(8), Rtn::new().with_group_size(64));
+        let initializer = Initializer::new(&method, &rtn);
+        let (settings, batches) = (Streaming::new(&Device::flex()), [batch.clone()]);
+        let out = dir.path().join(format!("out-{n_blocks}"));
+        let size = std::fs::metadata(dense.join("model.safetensors")).unwrap();
+        let peak = counting::peak_of(|| {
+            initialize_to(&dense, &out, &initializer, &batches, &settings, |_| {}).unwrap();
+        });
+        (peak, size.len() as usize)
+    };
+    // Libraries keep buffers.
+    peak(1);
+    let (few, _) = peak(4);
+    let (many, size) = peak(14);
+    assert!(size > 70_000_000, "{size}");
+    // Beside the blocks, the adapters of all of them are in memory at the end.
+    assert!(many < few + size / 20, "{many} bytes, {few} for 4 blocks");
+    assert!(many < size / 2, "{many} bytes for {size}");
+}
+
+/// With the weight itself, that is.
 fn a_layer_takes_less_than_four_of_its_weights() {
     let device = Device::flex();
     device.seed(1);

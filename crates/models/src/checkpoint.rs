@@ -31,5 +31,5 @@ pub use kind::{CheckpointFormat, GptqVersion};
 pub use load::{load, load_as};
 pub use plan::{Plan, PlannedLayer, plan};
 pub use save::{check_format, save, save_as};
-pub use stream::{StreamStep, Streaming, quantize_to};
+pub use stream::{StreamStep, Streaming, initialize_to, quantize_to};
 pub use verify::load_verified;

@@ -9,6 +9,7 @@
 //! | [`Model`], [`Config`] | a model and its shape |
 //! | [`plan`] | computes the result of quantizing a directory without reading a weight, and checks formats and methods against it |
 //! | [`quantize_to`] | quantizes a directory into a new one, with one block in memory at a time |
+//! | [`initialize_to`] | the same with adapters, by a method of crate `loftq` |
 //! | [`quantize`], [`quantize_head`] | quantize the projections, with calibration, and the head |
 //! | [`quantize_within`], [`sensitivities`] | quantize to a budget of bytes, each layer in the format that the loss needs |
 //! | [`generate`] | continues a text, with a [`Cache`] of keys and values |
@@ -68,8 +69,8 @@ mod tokenizer;
 pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sensitivities};
 pub use checkpoint::{
     CheckpointFormat, GgufLayer, GgufReport, GgufType, GptqVersion, Plan, PlannedLayer, Rounding,
-    StreamStep, Streaming, check_format, load, load_as, load_verified, plan, quantize_to, save,
-    save_as, save_dense, save_gguf, save_gguf_adapters,
+    StreamStep, Streaming, check_format, initialize_to, load, load_as, load_verified, plan,
+    quantize_to, save, save_as, save_dense, save_gguf, save_gguf_adapters,
 };
 pub use config::Config;
 pub use error::{
@@ -84,5 +85,6 @@ pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{quantize, quantize_head};
 pub use rope_scaling::RopeScaling;
 pub use special_tokens::{SpecialToken, SpecialTokens};
+pub use stages::Window;
 pub use tensor_files::{FloatType, IntoOutput, Output};
 pub use tokenizer::{TextStream, Tokenizer, Windows};

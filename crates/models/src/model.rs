@@ -58,6 +58,10 @@ impl Model {
         let shape = config.shape();
         let (prefix, hidden, width) = (shape.prefix, shape.hidden_size, shape.embedding_width);
         let mut model = Self::embedding(config, source)?;
+        // Before the blocks: the largest of matrices is in memory twice while it is read.
+        if !shape.tie_word_embeddings {
+            model.lm_head = Some(source.head([width, shape.vocab_size])?);
+        }
         if width != hidden {
             let path = format!("{prefix}.project_out");
             model.project_out = Some(source.weight(&path, [hidden, width])?);
@@ -68,9 +72,6 @@ impl Model {
         if let Some(name) = shape.final_norm {
             let path = format!("{prefix}.{name}");
             model.norm = Some(Norm::build(shape.norm, &path, hidden, source)?);
-        }
-        if !shape.tie_word_embeddings {
-            model.lm_head = Some(source.head([width, shape.vocab_size])?);
         }
         Ok(model)
     }

@@ -1,5 +1,8 @@
-use peft::{Batch, Blocks, LayerReport, Recipe, Stages, Streams, Weight, check_recipe};
-use quant_core::Quantizer;
+use peft::{
+    Batch, Blocks, InitializedLayer, LayerReport, LayerShape, Recipe, StageMethod, Stages, Streams,
+    Weight, check_recipe,
+};
+use quant_core::{Needs, Quantizer};
 
 use crate::source::HEAD;
 use crate::{Model, Result};
@@ -26,32 +29,54 @@ pub fn quantize<M: Blocks + Stages>(
     model: &mut M,
     recipe: &impl Recipe,
     calibration: &[Batch],
-    on_layer: impl FnMut(&LayerReport),
+    mut on_layer: impl FnMut(&LayerReport),
 ) -> Result<Vec<LayerReport>> {
     let needs = check_recipe(model, recipe, calibration)?;
     let mut streams = Streams::start(model, calibration, needs);
-    quantize_stages(model, recipe, &mut streams, on_layer)
+    let layers = Quantization(recipe).run(model, &mut streams, &mut |of| on_layer(&of.report))?;
+    Ok(layers.into_iter().map(|layer| layer.report).collect())
 }
 
-/// Quantizes the projections of a model, or of a part of one, that the calibration has reached.
-pub(crate) fn quantize_stages<M: Stages>(
-    model: &mut M,
-    recipe: &impl Recipe,
-    streams: &mut Streams,
-    mut on_layer: impl FnMut(&LayerReport),
-) -> Result<Vec<LayerReport>> {
-    let mut layers = Vec::new();
-    while let Some(stage) = streams.next_stage(model) {
-        let linears = model.linears_mut().into_iter();
-        for (path, linear) in linears.skip(stage.layers.start).take(stage.layers.len()) {
-            if let Some(quantizer) = recipe.quantizer(&path) {
-                let layer = linear.quantize(&path, quantizer, stage.gram.as_ref())?;
-                on_layer(&layer);
-                layers.push(layer);
+/// The method that quantizes each layer as its recipe says, and attaches no adapters.
+pub(crate) struct Quantization<'a, R>(pub(crate) &'a R);
+
+impl<M: Stages, R: Recipe> StageMethod<M> for Quantization<'_, R> {
+    fn recipe(&self) -> &dyn Recipe {
+        self.0
+    }
+
+    fn settings(&self) -> String {
+        "quantization".into()
+    }
+
+    fn check(&self, layers: &[LayerShape]) -> peft::Result<Needs> {
+        let quantizers = layers
+            .iter()
+            .filter_map(|layer| self.0.quantizer(&layer.path));
+        let needs = quantizers.map(|quantizer| quantizer.needs()).max();
+        Ok(needs.unwrap_or(Needs::Nothing))
+    }
+
+    fn run(
+        &self,
+        part: &mut M,
+        streams: &mut Streams<'_>,
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> peft::Result<Vec<InitializedLayer>> {
+        let mut layers = Vec::new();
+        while let Some(stage) = streams.next_stage(part) {
+            let linears = part.linears_mut().into_iter();
+            for (path, linear) in linears.skip(stage.layers.start).take(stage.layers.len()) {
+                if let Some(quantizer) = self.0.quantizer(&path) {
+                    let report = linear.quantize(&path, quantizer, stage.gram.as_ref())?;
+                    let layer = InitializedLayer::from(report);
+                    on_layer(&layer);
+                    layers.push(layer);
+                }
             }
         }
+        Ok(layers)
     }
-    Ok(layers)
 }
 
 /// Quantizes the head, `[hidden, vocab]`, by its weight alone. Each decoded token reads all of it.

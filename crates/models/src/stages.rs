@@ -53,9 +53,14 @@ impl Stages for Model {
         all
     }
 
-    fn block_stages(&self, block: usize) -> Range<usize> {
-        let n = self.layers[block].stages().len();
-        n * block..n * (block + 1)
+    fn block_stages(&self) -> Vec<Range<usize>> {
+        let mut first = 0;
+        let of_block = |block: &Block| {
+            let start = first;
+            first += block.stages().len();
+            start..first
+        };
+        self.layers.iter().map(of_block).collect()
     }
 
     fn input(&self, stage: usize, state: &State) -> Tensor<3> {
@@ -77,9 +82,10 @@ impl Model {
     }
 }
 
-/// One block of a model whose others are not in memory.
+/// One block of a model whose others are not in memory: the part that [`initialize_to`](crate::initialize_to())
+/// runs a method on.
 #[derive(Module, Debug)]
-pub(crate) struct Window {
+pub struct Window {
     block: Block,
     #[module(skip)]
     config: Config,
@@ -132,8 +138,9 @@ impl Stages for Window {
         self.block.stages()
     }
 
-    fn block_stages(&self, _: usize) -> Range<usize> {
-        0..self.block.stages().len()
+    fn block_stages(&self) -> Vec<Range<usize>> {
+        let all = 0..self.block.stages().len();
+        vec![all]
     }
 
     fn input(&self, _: usize, state: &State) -> Tensor<3> {

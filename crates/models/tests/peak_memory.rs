@@ -54,6 +54,7 @@ fn what_is_kept() {
     a_tokenizer_is_not_larger_than_its_file();
     weights_of_16_bits_take_half_the_bytes();
     a_streamed_model_is_never_in_memory_whole();
+    the_planned_memory_is_that_of_the_peak();
 }
 
 /// A block more costs its input, where its gradients are made from it alone.
@@ -191,6 +192,72 @@ fn a_streamed_model_is_never_in_memory_whole() {
         "{optq} bytes for blocks of {block}"
     );
     assert!(rtn.max(optq) < 2 * size / 3, "a third of the size in f32");
+}
+
+/// Of sources in `bf16` and `f32`, with a head that is copied and one that is packed, tied or not.
+fn the_planned_memory_is_that_of_the_peak() {
+    /// The program itself, which is not on the heap.
+    const PROGRAM: u64 = 30 << 20;
+    let tokens = Tensor::<1, Int>::arange(0..256, &Device::flex());
+    let batch = Batch::new((tokens.clone() * tokens % 61).reshape([2, 128])).unwrap();
+    let (rtn, optq) = (
+        Rtn::new().with_group_size(64),
+        Optq::new().with_group_size(64),
+    );
+    let cases = [
+        (64, true, FloatType::Bf16),
+        (64, true, FloatType::F32),
+        (20_000, false, FloatType::Bf16),
+        (20_000, true, FloatType::Bf16),
+        (20_000, false, FloatType::F32),
+        (20_000, true, FloatType::F32),
+    ];
+    for (vocab_size, tied, float) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let (dense, tokenizer) = (dir.path().join("dense"), dir.path().join("tokenizer.json"));
+        word_level::write_tokenizer(&tokenizer, vocab_size);
+        let config = LlamaConfig::default()
+            .with_vocab_size(vocab_size)
+            .with_hidden_size(512)
+            .with_intermediate_size(2048)
+            .with_num_hidden_layers(2)
+            .with_num_attention_heads(8)
+            .with_num_key_value_heads(8)
+            .with_head_dim(64)
+            .with_tie_word_embeddings(tied);
+        let model = Model::init(config, 1, &Device::flex());
+        let lm = Pretrained::new(model, &tokenizer).unwrap();
+        save_dense(&lm, &dense, float).unwrap();
+        drop(lm);
+        let runs: [(&dyn Quantizer, &[Batch]); 2] = [(&rtn, &[]), (&optq, slice::from_ref(&batch))];
+        for (quantizer, calibration) in runs {
+            let plan = models::plan(&dense, &quantizer).unwrap();
+            for head in [None, Some(&rtn as &dyn Quantizer)] {
+                let mut settings = Streaming::new(&Device::flex());
+                if let Some(head) = head {
+                    settings = settings.with_head(head);
+                }
+                let peak = || {
+                    counting::peak_of(|| {
+                        let out = dir.path().join("out");
+                        quantize_to(&dense, &out, &quantizer, calibration, &settings, |_| {})
+                            .unwrap();
+                        std::fs::remove_dir_all(out).unwrap();
+                    })
+                };
+                peak(); // Workspaces come to stay.
+                let peak = peak() as u64;
+                let n_tokens = 256 * calibration.len();
+                let format = head.map(|head| head.format().unwrap());
+                let planned = plan.memory(quantizer.needs(), format, n_tokens, n_tokens);
+                let planned = planned - PROGRAM;
+                assert!(
+                    peak < planned * 11 / 10 && planned < peak * 6 / 5,
+                    "{peak} bytes, planned {planned}: {vocab_size} {tied} {float:?} {quantizer:?} {format:?}"
+                );
+            }
+        }
+    }
 }
 
 /// Of a model that computes in `f32`, too.

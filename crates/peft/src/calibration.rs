@@ -13,8 +13,8 @@ pub trait Stages: Linears {
     /// The projections of each stage, as indices into [`Linears::linears`].
     fn stages(&self) -> Vec<Range<usize>>;
 
-    /// The stages of one block.
-    fn block_stages(&self, block: usize) -> Range<usize>;
+    /// The stages of each block, one block after the other.
+    fn block_stages(&self) -> Vec<Range<usize>>;
 
     /// The input of the projections of `stage`, `[batch, seq, d_in]`, from the state before it.
     fn input(&self, stage: usize, state: &State) -> Tensor<3>;
@@ -77,7 +77,9 @@ pub struct Streams<'a> {
     calibration: &'a [Batch],
     /// The stage that [`Streams::next_stage`] returns next.
     next: usize,
-    /// Through the layers as they are, up to the input of stage `next - 1`.
+    /// The stage before which `states` are: `next`, or the one before it, whose layers may change.
+    at: usize,
+    /// Through the layers as they are.
     states: Vec<State>,
     /// Through the dense layers, up to the input of stage `next`; for quantizers that need the drift.
     dense: Option<Vec<State>>,
@@ -105,6 +107,7 @@ impl<'a> Streams<'a> {
         Self {
             calibration,
             next: 0,
+            at: 0,
             dense: (needs == Needs::Drift).then(|| states.clone()),
             states,
         }
@@ -115,9 +118,7 @@ impl<'a> Streams<'a> {
     pub fn next_stage<M: Stages>(&mut self, model: &M) -> Option<Stage> {
         let stage = self.next;
         let layers = model.stages().get(stage)?.clone();
-        if stage > 0 {
-            advance(&mut self.states, model, stage - 1);
-        }
+        self.settle(model);
         let gram = self.gram(model, stage, layers.start);
         if let Some(dense) = &mut self.dense {
             advance(dense, model, stage);
@@ -130,10 +131,33 @@ impl<'a> Streams<'a> {
     /// [`next_stage`](Streams::next_stage) has returned them all. The next stage is the first one of the
     /// part that follows.
     pub fn leave<M: Stages>(&mut self, part: &M) {
-        if let Some(last) = self.next.checked_sub(1) {
-            advance(&mut self.states, part, last);
+        self.settle(part);
+        (self.at, self.next) = (0, 0);
+    }
+
+    /// Runs the calibration through the layers of the last stage, which stay as they are now, and returns
+    /// the state of each batch before the next stage.
+    pub fn states<M: Stages>(&mut self, model: &M) -> &[State] {
+        self.settle(model);
+        &self.states
+    }
+
+    /// The state of each batch before the next stage, through the dense layers; none unless the drift is
+    /// needed.
+    pub fn dense_states(&self) -> Option<&[State]> {
+        self.dense.as_deref()
+    }
+
+    /// The batches of the calibration.
+    pub fn calibration(&self) -> &'a [Batch] {
+        self.calibration
+    }
+
+    fn settle<M: Stages>(&mut self, model: &M) {
+        if self.at < self.next {
+            advance(&mut self.states, model, self.at);
+            self.at = self.next;
         }
-        self.next = 0;
     }
 
     /// Runs the calibration through a part of a model whose layers stay as they are.

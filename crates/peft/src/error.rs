@@ -405,6 +405,9 @@ pub enum Error {
         /// Tokens in each.
         seq: usize,
     },
+    /// The error of a [`StageMethod`](crate::StageMethod) of another crate.
+    #[error(transparent)]
+    Method(Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// The first parameters of a list, and how many more there are.

@@ -22,6 +22,33 @@ pub struct LayerReport {
     pub notes: Vec<Note>,
 }
 
+/// The report of one layer that was quantized and perhaps got an adapter, which were chosen together.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct InitializedLayer {
+    /// The layer with the weight and the adapter that were chosen.
+    #[serde(flatten)]
+    pub report: LayerReport,
+    /// The rank of its adapter, if it has one.
+    pub rank: Option<usize>,
+    /// The error of its weight quantized alone.
+    pub before: LayerError,
+    /// The round of the method that was kept, counted from 1; 0 where none was better than the
+    /// weight quantized alone, and for a layer that is no target.
+    pub round: usize,
+}
+
+impl From<LayerReport> for InitializedLayer {
+    /// The report of a layer that was quantized alone.
+    fn from(report: LayerReport) -> Self {
+        Self {
+            rank: None,
+            before: report.error,
+            round: 0,
+            report,
+        }
+    }
+}
+
 /// The distance of a layer from the dense one.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct LayerError {

@@ -69,7 +69,9 @@ pub use error::{Error, Result};
 pub use format::Format;
 pub use gram::Gram;
 pub use grid::Grid;
-pub use kernels::{Layout, Precision};
+pub use kernels::{
+    Arithmetic, Layout, Precision, UnsupportedArithmetic, arithmetic, set_arithmetic,
+};
 pub use linalg::{full_svd, symmetric_eigen};
 pub use normal_float::NormalFloat;
 pub use optq::{Optq, Order};

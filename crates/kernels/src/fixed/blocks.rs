@@ -99,7 +99,7 @@ impl Blocks {
     }
 
     /// The number of values in a block.
-    pub(super) fn block(&self) -> usize {
+    pub(crate) fn block(&self) -> usize {
         self.block
     }
 

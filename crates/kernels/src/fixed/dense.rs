@@ -8,7 +8,7 @@ use super::blocks::{Blocks, Limbs};
 use super::panel::Panel;
 use super::split::{Rows, Source};
 use super::tiles::{Columns, Sums, each_tile};
-use super::unit::Unit;
+use super::unit::{Operand, Unit};
 use crate::layout::TILE;
 use crate::matrix::{Matrix, Read};
 use crate::shared::Shared;
@@ -29,7 +29,7 @@ pub(crate) unsafe fn product(
 ) -> bool {
     /// With fewer terms in a sum, or fewer columns, splitting takes as long as multiplying.
     const LEAST: usize = 64;
-    let unit = Unit::get(m).filter(|unit| *unit == Unit::Amx);
+    let unit = Unit::of(m, Operand::Values);
     let (Some(unit), Ok(stride)) = (unit, usize::try_from(a.row_stride)) else {
         return false;
     };

@@ -1,6 +1,7 @@
 //! The integer units of the processor.
 
 use super::blocks::FEW;
+use crate::Arithmetic;
 
 /// A unit that multiplies bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,18 +12,38 @@ pub(crate) enum Unit {
     Amx,
 }
 
+/// The least number of values in a block for which VNNI is no slower than floating point for many rows.
+const LONG: usize = 128;
+
+/// What rows are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    /// The codes of a packed weight, which are unsigned bytes, in blocks of so many values.
+    Codes { block: usize },
+    /// Values that are split into limbs, which VNNI does not multiply: they are signed.
+    Values,
+}
+
 impl Unit {
-    /// The unit of this processor that is fastest for `n_rows` rows; `None` if there is none, or no
-    /// row.
-    pub(crate) fn get(n_rows: usize) -> Option<Self> {
-        match Self::best()? {
-            _ if n_rows == 0 => None,
-            Unit::Amx if n_rows > FEW => Some(Unit::Amx),
-            _ => Some(Unit::Vnni),
+    /// The unit for a product of `n_rows` rows; `None` for floating point.
+    ///
+    /// By the measurements in `docs/results.md`: VNNI computes many rows in `f32`'s precision as fast as
+    /// floating point does (Zen 5), unless its sums are combined often.
+    pub(crate) fn of(n_rows: usize, operand: Operand) -> Option<Self> {
+        let best = Self::best().filter(|_| n_rows > 0)?;
+        match (crate::arithmetic(), operand) {
+            (Arithmetic::Float, _) => None,
+            (Arithmetic::Fastest | Arithmetic::Amx, _) if best == Self::Amx && n_rows > FEW => {
+                Some(Self::Amx)
+            }
+            (Arithmetic::Vnni, Operand::Codes { .. }) => Some(Self::Vnni),
+            (_, Operand::Codes { block }) => (n_rows <= FEW || block >= LONG).then_some(Self::Vnni),
+            (_, Operand::Values) => None,
         }
     }
 
-    pub(super) fn best() -> Option<Self> {
+    /// The best of the processor's units.
+    pub(crate) fn best() -> Option<Self> {
         use std::sync::OnceLock;
         static UNIT: OnceLock<Option<Unit>> = OnceLock::new();
         *UNIT.get_or_init(|| {

@@ -50,7 +50,7 @@ fn multiply_limbs<const L: usize>(
             };
             let taken = match n - row {
                 1 => few::<_, L, 1, 4>(rows, panel, at, finish),
-                2 | 3 => few::<_, L, 2, 2>(rows, panel, at, finish),
+                2 | 3 => few::<_, L, 2, 4>(rows, panel, at, finish),
                 _ => few::<_, L, 4, 2>(rows, panel, at, finish),
             };
             let first = strip * STRIP + row;
@@ -176,34 +176,20 @@ fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
     for block in at.blocks {
         let of = rows.part(at.strip, block);
         for first in (0..PARTS).step_by(C) {
-            let mut sums = [[[_mm512_setzero_si512(); C]; L]; R];
-            for s in rows.blocks.steps(block) {
-                let a = &rows.bytes[rows.at(at.strip, s)..][..L * height * step];
-                let b = &panel.bytes[(s - at.first_step) * panel.step_bytes()..];
-                let b = &b[..panel.step_bytes()];
-                for quad in 0..step / 4 {
-                    let mut codes = [_mm512_setzero_si512(); C];
-                    for (c, codes) in codes.iter_mut().enumerate() {
-                        // SAFETY: `b` is a step of the panel, `[PARTS, step / 4, 64]`.
-                        *codes = unsafe {
-                            let at = ((first + c) * (step / 4) + quad) * 64;
-                            _mm512_loadu_si512(b.as_ptr().add(at).cast())
-                        };
-                    }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        for (l, sums) in sums.iter_mut().enumerate() {
-                            // SAFETY: `a` is a step of the strip, `[L, height, step]`.
-                            let x = unsafe {
-                                let at = (l * height + at.row + r) * step + quad * 4;
-                                a.as_ptr().add(at).cast::<i32>().read_unaligned()
-                            };
-                            for (sum, codes) in sums.iter_mut().zip(codes) {
-                                *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(x));
-                            }
-                        }
-                    }
-                }
-            }
+            let steps = rows.blocks.steps(block);
+            let slab = Slab {
+                a: &rows.bytes[rows.at(at.strip, steps.start)..],
+                height,
+                row: at.row,
+                b: &panel.bytes[(steps.start - at.first_step) * panel.step_bytes()..],
+                first,
+                n_steps: steps.len(),
+            };
+            let sums: [[[__m512i; C]; L]; R] = match step {
+                16 => slab.sums::<L, R, C, 16>(),
+                32 => slab.sums::<L, R, C, 32>(),
+                _ => slab.sums::<L, R, C, 64>(),
+            };
             for (c, part) in (first..first + C).enumerate() {
                 // SAFETY: the processor has AVX-512.
                 unsafe {
@@ -221,6 +207,65 @@ fn few<F: Finish, const L: usize, const R: usize, const C: usize>(
     }
     const { assert!(PARTS.is_multiple_of(C) && PART == 16) };
     R
+}
+
+/// The steps of a block of rows and of a panel.
+struct Slab<'a> {
+    /// `[n_steps, L, height, STEP]`.
+    a: &'a [i8],
+    height: usize,
+    /// The first of the rows.
+    row: usize,
+    /// `[n_steps, PARTS, STEP / 4, 64]`.
+    b: &'a [u8],
+    /// The first of the parts.
+    first: usize,
+    n_steps: usize,
+}
+
+impl Slab<'_> {
+    /// The sums of the limbs of `R` rows times `C` parts of the columns, in steps of `STEP` values.
+    ///
+    /// It is not inlined, so that the sums stay in registers.
+    ///
+    /// # Safety
+    /// The processor has these instructions.
+    #[inline(never)]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    fn sums<const L: usize, const R: usize, const C: usize, const STEP: usize>(
+        &self,
+    ) -> [[[__m512i; C]; L]; R] {
+        let (a_step, b_step) = (L * self.height * STEP, STEP * TILE);
+        assert!(self.n_steps * a_step <= self.a.len() && self.n_steps * b_step <= self.b.len());
+        assert!(self.row + R <= self.height && self.first + C <= PARTS);
+        let mut sums = [[[_mm512_setzero_si512(); C]; L]; R];
+        for s in 0..self.n_steps {
+            for quad in 0..STEP / 4 {
+                // SAFETY: the step, the limb and the row lie within `a`, the parts within `b`, as was
+                // checked.
+                unsafe {
+                    let a = self.a.as_ptr().add(s * a_step + self.row * STEP + quad * 4);
+                    let b = self.b.as_ptr().add(s * b_step + quad * 64);
+                    let codes: [__m512i; C] = std::array::from_fn(|c| {
+                        let at = (self.first + c) * (STEP / 4) * 64;
+                        _mm512_loadu_si512(b.add(at).cast())
+                    });
+                    for l in 0..L {
+                        let a = a.add(l * self.height * STEP);
+                        for r in 0..R {
+                            let x = a.add(r * STEP).cast::<i32>().read_unaligned();
+                            let x = _mm512_set1_epi32(x);
+                            for c in 0..C {
+                                let sum = &mut sums[r][l][c];
+                                *sum = _mm512_dpbusd_epi32(*sum, codes[c], x);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        sums
+    }
 }
 
 /// Combines the sums of limbs, the lowest first, after subtracting `center` from each code.

@@ -9,7 +9,7 @@ use super::host::Host;
 use super::packed::Precision;
 use super::simd;
 use crate::fixed::tiles::{Columns, Sums, each_tile};
-use crate::fixed::{self, Blocks, Finish, Limbs, Panel, Rows, Source, Unit};
+use crate::fixed::{self, Blocks, Finish, Limbs, Operand, Panel, Rows, Source, Unit};
 use crate::layout::{Levels, TILE};
 use crate::memory::zeroed;
 use crate::shared::Shared;
@@ -25,14 +25,11 @@ impl From<Precision> for Limbs {
 
 /// `x · w`, `[rows, d_out]`; `None` if floating point is faster.
 pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
-    let unit = Unit::get(n_rows)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
     let source = Source { x, stride: d_in };
     let blocks = codes(w);
-    if blocks.is_none() && unit != Unit::Amx {
-        return None;
-    }
+    let unit = Unit::of(n_rows, blocks.map_or(Operand::Values, operand))?;
     let mut y = zeroed(n_rows * d_out);
     let out = Shared::new(&mut y);
     if let Some(blocks) = blocks {
@@ -72,9 +69,9 @@ pub(super) fn product(x: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
 
 /// `dy · wᵀ`, `[rows, d_in]`; `None` if floating point is faster.
 pub(super) fn product_dx(dy: &[f32], n_rows: usize, w: &Host) -> Option<Vec<f32>> {
-    let unit = Unit::get(n_rows).filter(|unit| *unit == Unit::Amx)?;
     let (d_in, d_out) = (w.layout.d_in(), w.layout.d_out());
     let limbs = w.precision.into();
+    let unit = Unit::of(n_rows, Operand::Values)?;
     let source = Source {
         x: dy,
         stride: d_out,
@@ -107,10 +104,10 @@ pub(super) fn product_dgrid(
     n_rows: usize,
     w: &Host,
 ) -> Option<(Vec<f32>, Vec<f32>)> {
-    let unit = Unit::get(n_rows)?;
     let blocks = codes(w)?;
     let d_in = w.layout.d_in();
     let limbs = w.precision.into();
+    let unit = Unit::of(n_rows, operand(blocks))?;
     let rows = Rows::split(Source { x, stride: d_in }, n_rows, blocks, limbs);
     let (n_groups, groups) = (w.layout.n_groups(), groups(&blocks, w));
     let tiles: Vec<_> = (0..w.layout.n_tiles())
@@ -179,6 +176,12 @@ fn codes(w: &Host) -> Option<Blocks> {
         Levels::Unsigned | Levels::Centered => {
             Blocks::of_groups(w.layout.d_in(), w.layout.group_size())
         }
+    }
+}
+
+fn operand(blocks: Blocks) -> Operand {
+    Operand::Codes {
+        block: blocks.block(),
     }
 }
 

@@ -23,9 +23,10 @@ pub(crate) struct Packed<B: Backend> {
 
 /// The accuracy of products with a packed weight, forward and backward.
 ///
-/// The CPU computes in fixed point where it has integer units for it (AVX-512 with VNNI, AMX): up to
-/// 256 consecutive values of a row are rounded relative to the largest of them. Tables with up to ten
-/// rows, other CPUs and other backends compute in floating point with either setting.
+/// The CPU computes in fixed point where it has integer units for it (AVX-512 with VNNI, AMX) and they are
+/// faster than floats, see [`Arithmetic`](crate::Arithmetic): up to 256 consecutive values of a row are
+/// rounded relative to the largest of them. Other products, CPUs and backends compute in floating point
+/// with either setting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 24 bits, as in `f32`.

@@ -3,21 +3,20 @@ use std::time::Instant;
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{DType, Tensor};
-use peft::{Batch, Blocks, CausalLm, Lora, Recipe, Stages, Streams, Weight};
+use peft::{Batch, CausalLm, LayerShape, Lora, Recipe, Stages, State, Streams, Weight};
 use quant_core::{Needs, Quantized, sum_of_squares};
 
 use super::layer_wise::Apiq;
 use super::learned::{Learned, check_range, unless_zero};
 use super::learning::{Learning, settings};
-use crate::init::Plan;
+use crate::init::{Layers, check_layers};
 use crate::{Error, Initialization, InitializedLayer, Layer, Result, Start};
 
 /// Learns the ranges and adapters of all layers of a block together: ApiQ-bw.
 ///
-/// In memory are, for all of the calibration, the inputs of a block through packed and through dense
-/// layers, the outputs of the dense block, and the activations for the report; and the dense and the
-/// learned weights of the block. A packed layer that is no target has its range learned with the others,
-/// and no adapter.
+/// In memory are, for all of the calibration, the activations before and in a block through packed and
+/// through dense layers, and the outputs of the dense block; and the dense and the learned weights of the
+/// block. A packed layer that is no target has its range learned with the others, and no adapter.
 #[derive(Clone, Debug)]
 pub struct ApiqBlock(Learning);
 
@@ -40,65 +39,54 @@ struct Learner {
     learned: Learned,
 }
 
-impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
-    fn run(
-        &self,
-        model: &mut M,
-        recipe: &dyn Recipe,
-        calibration: &[Batch],
-        on_layer: &mut dyn FnMut(&InitializedLayer),
-    ) -> Result<Vec<InitializedLayer>> {
-        let layer_wise = Apiq(self.0.clone());
-        // It reads the inputs themselves, and needs no drift of its own.
-        let plan = Plan::new(&layer_wise, Needs::Gram, model, recipe, calibration)?;
-        for (path, _) in model.linears() {
-            if let Some(quantizer) = recipe.quantizer(&path) {
-                let format = quantizer.format().map_err(Error::quant(&path))?;
-                check_range(&path, format)?;
+impl<M: Stages> Initialization<M> for ApiqBlock {
+    fn check_parts(&self, layers: &[LayerShape], recipe: &dyn Recipe) -> Result<Needs> {
+        for LayerShape { path, .. } in layers {
+            if let Some(quantizer) = recipe.quantizer(path) {
+                let format = quantizer.format().map_err(Error::quant(path))?;
+                check_range(path, format)?;
             }
         }
-        let positions = |model: &M, batch: &Batch| model.positions(batch.spans());
-        // Inputs of the block: through packed blocks, and through dense ones.
-        let mut inputs: Vec<[Tensor<3>; 2]> = (calibration.iter())
-            .map(|batch| model.embed(batch.tokens(), &positions(model, batch)))
-            .map(|x| [x.clone(), x])
-            .collect();
-        let mut streams = Streams::start(model, calibration, plan.needs);
+        check_layers(&self.layer_wise(), layers, recipe)
+    }
+
+    fn run_part(
+        &self,
+        part: &mut M,
+        recipe: &dyn Recipe,
+        streams: &mut Streams<'_>,
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>> {
+        let layer_wise = self.layer_wise();
+        let plan = Layers::new(&layer_wise, recipe);
         let mut layers = Vec::new();
-        for block in 0..model.n_blocks() {
+        for stages in part.block_stages() {
             let clock = Instant::now();
-            let stages = model.block_stages(block);
-            let mut learners =
-                self.learners(model, recipe, &plan, streams.clone(), stages.clone())?;
-            let mut targets = Vec::new();
-            for ([_, dense], batch) in inputs.iter().zip(calibration) {
-                targets.push(model.block(block, dense.clone(), &positions(model, batch)));
-            }
-            let learning = Block {
-                calibration,
-                model: model.clone().no_grad().train(),
-                index: block,
-                positions: calibration
-                    .iter()
-                    .map(|batch| positions(model, batch))
-                    .collect(),
-                inputs: inputs.iter().map(|[packed, _]| packed.clone()).collect(),
-                targets,
+            let inputs = streams.states(part).to_vec();
+            let mut dense = streams.clone();
+            let mut learners = self.learners(part, recipe, &plan, &mut dense, stages.len())?;
+            let block = Block {
+                part: part.clone().no_grad().train(),
+                stages: stages.clone(),
+                calibration: streams.calibration(),
+                inputs,
+                targets: residuals(dense.dense_states().unwrap_or_default()),
             };
-            let rounds = self.learn(&learning, &mut learners)?;
-            let targets = learning.targets;
+            drop(dense);
+            let rounds = self.learn(&block, &mut learners)?;
+            drop(block);
             let seconds = clock.elapsed().as_secs_f64() / learners.len().max(1) as f64;
 
             let mut learners = learners.into_iter().peekable();
             for _ in stages {
-                let Some(stage) = streams.next_stage(model) else {
+                let Some(stage) = streams.next_stage(part) else {
                     break;
                 };
                 for at in stage.layers {
                     let gram = stage.gram.as_ref();
-                    let (path, linear) = model.linears_mut().swap_remove(at);
+                    let (path, linear) = part.linears_mut().swap_remove(at);
                     let done = match learners.next_if(|learner| learner.path == path) {
-                        None => plan.init_layer(model, at, gram)?,
+                        None => plan.init_layer(part, at, gram)?,
                         Some(learner) => {
                             let layer = Layer {
                                 path: &path,
@@ -120,64 +108,93 @@ impl<M: CausalLm + Stages> Initialization<M> for ApiqBlock {
                     }
                 }
             }
-            for (([packed, dense], batch), target) in
-                inputs.iter_mut().zip(calibration).zip(targets)
-            {
-                *packed = model.block(block, packed.clone(), &positions(model, batch));
-                *dense = target;
-            }
         }
         Ok(layers)
     }
+
+    fn run(
+        &self,
+        model: &mut M,
+        recipe: &dyn Recipe,
+        calibration: &[Batch],
+        on_layer: &mut dyn FnMut(&InitializedLayer),
+    ) -> Result<Vec<InitializedLayer>>
+    where
+        M: CausalLm,
+    {
+        let layer_wise = self.layer_wise();
+        let (_, needs) = Layers::checked(&layer_wise, model, recipe, calibration)?;
+        Initialization::<M>::check_parts(self, &LayerShape::of(model), recipe)?;
+        let mut streams = Streams::start(model, calibration, needs);
+        self.run_part(model, recipe, &mut streams, on_layer)
+    }
+}
+
+/// The residual streams of states, `[batch, seq, hidden]`.
+fn residuals(states: &[State]) -> Vec<Tensor<3>> {
+    let states = states.iter();
+    states.map(|state| state.residual.clone()).collect()
 }
 
 /// A block to be learned.
-struct Block<'a, M: Blocks> {
+struct Block<'a, M> {
+    /// The part of the model that it is in, with its layers dense, and everything frozen.
+    part: M,
+    stages: Range<usize>,
     calibration: &'a [Batch],
-    /// With the block's layers dense, and everything frozen.
-    model: M,
-    index: usize,
-    positions: Vec<M::Positions>,
-    /// Its inputs through packed layers.
-    inputs: Vec<Tensor<3>>,
+    /// The states before it, through packed layers.
+    inputs: Vec<State>,
     /// The outputs of the dense model's block for its own inputs.
     targets: Vec<Tensor<3>>,
 }
 
-impl<M: Blocks> Block<'_, M> {
+impl<M: Stages> Block<'_, M> {
     /// The squared error of the output for one batch.
     fn error(&self, at: usize, learners: &[Learner]) -> Tensor<1> {
-        let mut model = self.model.clone();
-        for (path, linear) in model.linears_mut() {
+        let mut part = self.part.clone();
+        for (path, linear) in part.linears_mut() {
             if let Some(learner) = learners.iter().find(|learner| learner.path == path) {
                 // Not a leaf of the graph: what is learned is in `learned`.
                 let weight = Param::initialized(ParamId::new(), learner.learned.sum());
                 *linear = linear.with_weight(Weight::Dense(weight));
             }
         }
-        let x = self.inputs[at].clone().autodiff();
-        let y = model.block(self.index, x, &self.positions[at]);
-        let difference = y - self.targets[at].clone().autodiff();
+        let input = self.inputs[at].clone();
+        let input = State {
+            residual: input.residual.autodiff(),
+            ..input
+        };
+        let through = |state, stage| part.advance(stage, state);
+        let output = self.stages.clone().fold(input, through);
+        let difference = output.residual - self.targets[at].clone().autodiff();
         let difference = self.calibration[at].of_text(difference).cast(DType::F32);
         difference.square().sum()
     }
 }
 
 impl ApiqBlock {
-    /// The layers of a block, with grids from the quantizer. It sees the inputs that the dense block
-    /// gives them from the inputs of the block.
+    /// The same settings for one layer at a time.
+    fn layer_wise(&self) -> Apiq {
+        Apiq(self.0.clone())
+    }
+
+    /// The layers of the next block, of so many stages, with grids from the quantizer. It sees the inputs that
+    /// the dense block gives them from the inputs of the block.
     fn learners<M: Stages>(
         &self,
-        model: &M,
+        part: &M,
         recipe: &dyn Recipe,
-        plan: &Plan<'_, Apiq>,
-        mut streams: Streams<'_>,
-        mut stages: Range<usize>,
+        plan: &Layers<'_, Apiq>,
+        streams: &mut Streams<'_>,
+        n_stages: usize,
     ) -> Result<Vec<Learner>> {
         let mut learners = Vec::new();
-        while let Some(stage) = stages.next().and_then(|_| streams.next_stage(model)) {
+        for _ in 0..n_stages {
+            let Some(stage) = streams.next_stage(part) else {
+                break;
+            };
             for at in stage.layers {
-                let (path, linear) = model.linears().swap_remove(at);
+                let (path, linear) = part.linears().swap_remove(at);
                 let Some(quantizer) = recipe.quantizer(&path) else {
                     continue;
                 };
@@ -196,7 +213,7 @@ impl ApiqBlock {
     }
 
     /// Learns a block; returns the number of rounds, 0 if they did not lower the error.
-    fn learn<M: Blocks>(&self, block: &Block<'_, M>, learners: &mut [Learner]) -> Result<usize> {
+    fn learn<M: Stages>(&self, block: &Block<'_, M>, learners: &mut [Learner]) -> Result<usize> {
         let Some(first) = learners.first() else {
             return Ok(0);
         };

@@ -11,6 +11,7 @@ mod loftq;
 mod lq_lora;
 mod qera;
 mod refusals;
+mod stream;
 mod truncation;
 
 use proptest::prelude::ProptestConfig;

@@ -214,7 +214,7 @@ impl fmt::Display for Plan {
 /// assert!(models::plan("Llama-2-7b-hf", &Rtn::new().with_group_size(8192)).is_err());
 /// # Ok::<(), models::Error>(())
 /// ```
-pub fn plan(dir: impl AsRef<Path>, recipe: &impl Recipe) -> Result<Plan> {
+pub fn plan(dir: impl AsRef<Path>, recipe: &(impl Recipe + ?Sized)) -> Result<Plan> {
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
@@ -253,7 +253,7 @@ fn copied(config: &Config, tensors: &mut Tensors) -> Vec<u64> {
 fn planned(
     path: &str,
     dims @ [d_in, d_out]: [usize; 2],
-    recipe: &impl Recipe,
+    recipe: &(impl Recipe + ?Sized),
     packed: Option<&dyn LayerFormat>,
     tensors: &mut Tensors,
 ) -> Result<PlannedLayer, String> {

@@ -309,69 +309,71 @@ impl<Q: Quantizer> Quantizer for Failing<'_, Q> {
     }
 }
 
-struct Case {
-    _dir: tempfile::TempDir,
+struct Case<Q = Optq> {
+    dir: tempfile::TempDir,
     dense: std::path::PathBuf,
     out: std::path::PathBuf,
     batches: Vec<Batch>,
-    optq: Optq,
+    quantizer: Q,
+    format: CheckpointFormat,
     whole: BTreeMap<String, Vec<u8>>,
 }
 
 /// A model of three blocks, and its files when nothing disturbs it.
 fn case() -> Case {
-    let (dir, lm) = pretrained(llama_config().with_num_hidden_layers(3), 3);
-    let dense = dir.path().join("dense");
-    save_dense(&lm, &dense, FloatType::F16).unwrap();
-    let batches = some_batches(48);
     let optq = Optq::new()
         .with_group_size(8)
         .with_order(Order::Natural)
         .with_drift(0.25);
-    let settings = streaming(CheckpointFormat::QuantCore);
-    let whole = dir.path().join("whole");
-    quantize_to(&dense, &whole, &optq, &batches, &settings, |_| {}).unwrap();
-    Case {
-        out: dir.path().join("out"),
-        dense,
-        batches,
-        optq,
-        whole: files(&whole),
-        _dir: dir,
-    }
+    let config = llama_config().with_num_hidden_layers(3);
+    Case::new(config, FloatType::F16, optq, CheckpointFormat::QuantCore)
 }
 
-impl Case {
+impl<Q: Quantizer> Case<Q> {
+    fn new(
+        config: impl Into<Config>,
+        float: FloatType,
+        quantizer: Q,
+        format: CheckpointFormat,
+    ) -> Self {
+        let (dir, lm) = pretrained(config, 3);
+        let dense = dir.path().join("dense");
+        save_dense(&lm, &dense, float).unwrap();
+        let mut case = Self {
+            out: dir.path().join("whole"),
+            batches: some_batches(lm.model.config().vocab_size()),
+            dense,
+            quantizer,
+            format,
+            whole: BTreeMap::new(),
+            dir,
+        };
+        case.go_on().0.unwrap();
+        case.whole = files(&case.out);
+        case.out = case.dir.path().join("out");
+        case
+    }
+
+    fn settings(&self) -> Streaming<'static> {
+        streaming(self.format).with_resume(true)
+    }
+
     /// Begins, and fails at a layer.
     fn fail(&self, after: usize) -> Error {
-        let failing = Failing(&self.optq, Cell::new(after));
-        let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
-        quantize_to(
-            &self.dense,
-            &self.out,
-            &failing,
-            &self.batches,
-            &settings,
-            |_| {},
-        )
-        .unwrap_err()
+        let (failing, settings) = (Failing(&self.quantizer, Cell::new(after)), self.settings());
+        let (dense, batches) = (&self.dense, &self.batches);
+        quantize_to(dense, &self.out, &failing, batches, &settings, |_| {}).unwrap_err()
     }
 
     fn go_on(&self) -> (models::Result<Vec<peft::LayerReport>>, Option<usize>) {
-        let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+        let (quantizer, settings) = (&self.quantizer, self.settings());
+        let (dense, batches) = (&self.dense, &self.batches);
         let mut resumed = None;
-        let done = quantize_to(
-            &self.dense,
-            &self.out,
-            &self.optq,
-            &self.batches,
-            &settings,
-            |step| {
-                if let StreamStep::Resumed { n_blocks } = step {
-                    resumed = Some(n_blocks);
-                }
-            },
-        );
+        let done = quantize_to(dense, &self.out, quantizer, batches, &settings, |step| {
+            if let StreamStep::Resumed { n_blocks } = step {
+                resumed = Some(n_blocks);
+            }
+        });
         (done, resumed)
     }
 
@@ -410,6 +412,151 @@ fn a_run_that_failed_goes_on() {
     assert_eq!(files(&case.out), case.whole);
 }
 
+/// OPT, and the formats of other programs: after each block, the bytes of an undisturbed run.
+#[test]
+fn runs_of_every_architecture_and_format_go_on() {
+    let llama = || {
+        let config = llama_config().with_hidden_size(64).with_head_dim(16);
+        let config = config.with_intermediate_size(128).with_num_hidden_layers(3);
+        Config::from(config.with_num_key_value_heads(4))
+    };
+    let wide = opt().with_vocab_size(48).with_hidden_size(64);
+    let wide = wide.with_ffn_dim(128).with_num_hidden_layers(3);
+    let narrow = wide.clone().with_word_embed_proj_dim(24);
+    let narrow = narrow.with_do_layer_norm_before(false);
+    let wide = wide.with_word_embed_proj_dim(64);
+    let optq = Optq::new().with_group_size(8).with_order(Order::Natural);
+    let halves = Optq::new().with_bits(8).with_group_size(16);
+    let halves = halves.with_f16_scales(true);
+    let regrouped = halves.with_order(Order::DescendingRegrouped);
+    let nf = NormalFloat::new().with_block_size(64);
+    let double = nf.with_double_quant(DoubleQuant::dynamic());
+    let exact = CheckpointFormat::QuantCore;
+    let [v1, v2] = [GptqVersion::V1, GptqVersion::V2].map(CheckpointFormat::Gptq);
+    let bnb = CheckpointFormat::Bitsandbytes;
+    let cases: [(Config, Box<dyn Quantizer>, CheckpointFormat); 8] = [
+        (wide.clone().into(), Box::new(optq), exact),
+        (
+            narrow.clone().into(),
+            Box::new(optq.with_drift(0.25)),
+            exact,
+        ),
+        (wide.clone().into(), Box::new(halves), v2),
+        (narrow.into(), Box::new(nf), bnb),
+        (llama(), Box::new(halves), v2),
+        (llama(), Box::new(regrouped), v1),
+        (llama(), Box::new(nf), bnb),
+        (wide.into(), Box::new(double), bnb),
+    ];
+    for (config, quantizer, format) in cases {
+        let n_layers = match config {
+            Config::Llama(_) => 7,
+            Config::Opt(_) => 6,
+        };
+        let case = Case::new(config, FloatType::F32, quantizer, format);
+        for after in 0..3 {
+            case.fail(n_layers * after);
+            let (done, resumed) = case.go_on();
+            assert_eq!(done.unwrap().len(), 3 * n_layers, "{format} {after}");
+            assert_eq!(resumed, (after > 0).then_some(after), "{format} {after}");
+            assert!(files(&case.out) == case.whole, "{format} {after}");
+            fs::remove_dir_all(&case.out).unwrap();
+        }
+    }
+}
+
+/// Weights that stay dense are in memory in another type than in the file that is written.
+#[test]
+fn layers_that_stay_dense_give_the_same_inputs_in_any_type() {
+    let (dir, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let dense = dir.path().join("dense");
+    let lm = load(golden("llama_bf16"), &Device::flex()).unwrap();
+    save_dense(&lm, &dense, FloatType::F32).unwrap();
+    let (batches, optq) = (some_batches(16), Optq::new().with_group_size(16));
+    let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+    let run = |optq: &dyn Quantizer, name: &str| {
+        let recipe = But(optq, "0.mlp.up_proj");
+        quantize_to(
+            &dense,
+            out.path().join(name),
+            &recipe,
+            &batches,
+            &settings,
+            |_| {},
+        )
+    };
+    run(&optq, "whole").unwrap();
+    let failing = Failing(&optq, Cell::new(6));
+    run(&failing, "out").unwrap_err();
+    run(&optq, "out").unwrap();
+    assert!(files(&out.path().join("out")) == files(&out.path().join("whole")));
+}
+
+/// A recipe that leaves a block dense, whose file is then larger than those of the others.
+struct ButBlock(Optq, String);
+
+impl Recipe for ButBlock {
+    fn quantizer(&self, path: &str) -> Option<&dyn Quantizer> {
+        (!path.starts_with(&self.1)).then_some(&self.0)
+    }
+}
+
+/// No room for the first block, one in the middle or the last one: nothing that was written before is lost.
+/// The test runs itself with a limit on the size of a file, which the system enforces as it does that of a
+/// disk.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_block_without_room_keeps_those_before() {
+    const TEST: &str = "stream::a_block_without_room_keeps_those_before";
+    const DIR: &str = "STREAM_WITHOUT_ROOM";
+    const BLOCK: &str = "STREAM_WIDE_BLOCK";
+    let run = |dir: &Path, block: usize, out: &str| {
+        let optq = Optq::new().with_group_size(16);
+        let recipe = ButBlock(optq, format!("model.layers.{block}."));
+        let settings = streaming(CheckpointFormat::QuantCore).with_resume(true);
+        let (dense, out) = (dir.join("dense"), dir.join(out));
+        let mut resumed = 0;
+        let done = quantize_to(dense, out, &recipe, &some_batches(48), &settings, |step| {
+            if let StreamStep::Resumed { n_blocks } = step {
+                resumed = n_blocks;
+            }
+        });
+        done.map(|layers| (layers.len(), resumed))
+    };
+    if let Some(dir) = std::env::var_os(DIR) {
+        let block = std::env::var(BLOCK).unwrap().parse().unwrap();
+        let error = run(Path::new(&dir), block, "out").unwrap_err();
+        assert_says(error, &["File too large"]);
+        return;
+    }
+    let config = llama_config().with_hidden_size(64).with_head_dim(16);
+    let config = config.with_intermediate_size(128).with_num_hidden_layers(3);
+    let (dir, lm) = pretrained(config.with_num_key_value_heads(4), 3);
+    save_dense(&lm, dir.path().join("dense"), FloatType::F32).unwrap();
+    for block in 0..3 {
+        let whole = dir.path().join("whole");
+        run(dir.path(), block, "whole").unwrap();
+        let expected = files(&whole);
+        // In units of 512 bytes. A dense block has 160 KiB, a packed one an eighth of that.
+        let limited = "trap '' XFSZ; ulimit -f 200; exec \"$0\" \"$@\"";
+        let limited = Command::new("sh")
+            .args(["-c", limited])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", TEST])
+            .env(DIR, dir.path())
+            .env(BLOCK, block.to_string())
+            .stdout(Stdio::null())
+            .status();
+        assert!(limited.unwrap().success(), "{block}");
+        let out = dir.path().join("out");
+        assert!(!out.exists());
+        assert_eq!(run(dir.path(), block, "out").unwrap(), (14, block));
+        assert!(files(&out) == expected, "{block}");
+        fs::remove_dir_all(&out).unwrap();
+        fs::remove_dir_all(&whole).unwrap();
+    }
+}
+
 #[test]
 fn another_run_does_not_go_on() {
     let case = case();
@@ -419,13 +566,13 @@ fn another_run_does_not_go_on() {
         quantize_to(&case.dense, &case.out, &recipe, batches, settings, |_| {}).unwrap_err()
     };
     let settings = streaming(CheckpointFormat::QuantCore);
-    let error = run(&case.optq, &case.batches, &settings);
+    let error = run(&case.quantizer, &case.batches, &settings);
     assert!(
         matches!(error, Error::Stream(StreamError::Unfinished { .. })),
         "{error}"
     );
     let settings = settings.with_resume(true);
-    let error = run(&case.optq.with_bits(3), &case.batches, &settings);
+    let error = run(&case.quantizer.with_bits(3), &case.batches, &settings);
     assert_says(
         error,
         &[
@@ -434,7 +581,7 @@ fn another_run_does_not_go_on() {
             "bits: 3",
         ],
     );
-    let error = run(&case.optq, &case.batches[1..], &settings);
+    let error = run(&case.quantizer, &case.batches[1..], &settings);
     assert_says(
         error,
         &["number of batches of the calibration", "was 3, now it is 2"],
@@ -442,13 +589,13 @@ fn another_run_does_not_go_on() {
     let mut other = case.batches.clone();
     other.swap(1, 2);
     assert_says(
-        run(&case.optq, &other, &settings),
+        run(&case.quantizer, &other, &settings),
         &["batch 1 of the calibration"],
     );
     let gptq = settings
         .clone()
         .with_format(CheckpointFormat::Gptq(GptqVersion::V1));
-    let f16 = case.optq.with_f16_scales(true);
+    let f16 = case.quantizer.with_f16_scales(true);
     let narrow = run(&f16, &case.batches, &gptq);
     assert!(
         matches!(narrow, Error::Stream(StreamError::Differs { .. })),
@@ -459,7 +606,7 @@ fn another_run_does_not_go_on() {
     let text = fs::read_to_string(&config).unwrap();
     fs::write(&config, text.replace("10000.0", "20000.0")).unwrap();
     assert_says(
-        run(&case.optq, &case.batches, &settings),
+        run(&case.quantizer, &case.batches, &settings),
         &["file `config.json`"],
     );
     fs::write(&config, text).unwrap();
@@ -472,7 +619,7 @@ fn another_run_does_not_go_on() {
     let mut bytes = before.clone();
     bytes[8 + n_header + header.info(changed).unwrap().data_offsets.0] ^= 1;
     fs::write(&path, bytes).unwrap();
-    let error = run(&case.optq, &case.batches, &settings);
+    let error = run(&case.quantizer, &case.batches, &settings);
     assert_says(error, &[changed, "has changed since the run began"]);
     fs::write(&path, before).unwrap();
 
@@ -482,14 +629,14 @@ fn another_run_does_not_go_on() {
         &text[..text.len() / 2],
         "",
         "{}",
-        &text.replace("\"version\": 1", "\"version\": 2"),
+        &text.replace("\"version\": 2", "\"version\": 1"),
     ] {
         fs::write(&journal, damaged).unwrap();
-        let error = run(&case.optq, &case.batches, &settings);
+        let error = run(&case.quantizer, &case.batches, &settings);
         assert_says(error, &["journal.json"]);
     }
     fs::remove_file(&journal).unwrap();
-    let error = run(&case.optq, &case.batches, &settings);
+    let error = run(&case.quantizer, &case.batches, &settings);
     assert!(
         matches!(error, Error::Stream(StreamError::NoJournal { .. })),
         "{error}"
@@ -509,14 +656,14 @@ fn one_place_is_of_one_run() {
     quantize_to(
         &case.dense,
         &case.out,
-        &case.optq,
+        &case.quantizer,
         &case.batches,
         &settings,
         |_| {
             let again = quantize_to(
                 &case.dense,
                 &case.out,
-                &case.optq,
+                &case.quantizer,
                 &case.batches,
                 &settings,
                 |_| {},
@@ -562,7 +709,7 @@ fn files_that_change_on_the_way_are_found() {
         let done = quantize_to(
             &case.dense,
             &case.out,
-            &case.optq,
+            &case.quantizer,
             &case.batches,
             &settings,
             |step| {
@@ -593,13 +740,13 @@ fn refusals_leave_nothing() {
         assert!(!case.partial("").exists());
         error.unwrap_err()
     };
-    let error = run(&case.optq, &[], &settings);
+    let error = run(&case.quantizer, &[], &settings);
     assert!(
         matches!(error, Error::Peft(peft::Error::NoCalibration)),
         "{error}"
     );
     let beyond = some_batches(4800);
-    let error = run(&case.optq, &beyond, &settings);
+    let error = run(&case.quantizer, &beyond, &settings);
     assert!(
         matches!(error, Error::Peft(peft::Error::Token { .. })),
         "{error}"

@@ -1,9 +1,11 @@
 //! Training of whole models.
 
+use std::ops::ControlFlow;
+
 use burn::module::Module;
 use burn::tensor::Device;
 use models::{Error, Model, load, quantize_head, save};
-use peft::{Batch, FitConfig, Lora, Peqa};
+use peft::{Batch, Checkpoints, Evaluation, FitConfig, Lora, Peqa};
 use proptest::prelude::*;
 use quant_core::{Precision, Rtn};
 
@@ -152,14 +154,50 @@ fn quantize_tune_merge_save_and_reload_is_one_model_on_any_number_of_threads() {
         assert_eq!(bits(logits(&again.model, &PROBE, 2)), tuned);
         tuned
     };
-    let on = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
-        pool.install(run)
+    let one = on(1, run);
+    assert_eq!(on(2, run), one);
+    assert_eq!(on(5, run), one);
+}
+
+/// Runs on so many threads.
+fn on<T: Send>(threads: usize, run: impl FnOnce() -> T + Send) -> T {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .unwrap();
+    pool.install(run)
+}
+
+/// A training that is stopped on some threads and resumed on others is one on any number of them.
+#[test]
+fn a_resumed_training_is_one_on_any_number_of_threads() {
+    let train = |dir: Option<&std::path::Path>, stop: usize| {
+        let (_, mut lm) = pretrained(llama(), 1);
+        let windows = lm.windows(&text(), 20).unwrap().shuffled(3);
+        let mut batches = windows.batches(4, &Device::flex());
+        let held_out = batches.split_off(4);
+        let rtn = Rtn::new().with_group_size(8);
+        models::quantize(&mut lm.model, &rtn, &[], |_| {}).unwrap();
+        let lora = Lora::new(4).with_dropout(0.3);
+        peft::attach(&mut lm.model, &lora).unwrap();
+        let evaluation = Evaluation::new(held_out).with_every(2);
+        let checkpoints = |dir| Checkpoints::new(dir).with_every(2).with_resume(true);
+        let fit = FitConfig::new()
+            .with_learning_rate(0.02)
+            .with_steps(7)
+            .with_evaluation(evaluation.with_restore_best(true))
+            .with_checkpoints(dir.map(checkpoints));
+        let report = peft::fit(&mut lm.model, &batches, &fit, |step, _| match step.index {
+            index if index == stop => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        });
+        (report.unwrap().steps, bits(logits(&lm.model, &PROBE, 2)))
     };
-    let one = on(1);
-    assert_eq!(on(2), one);
-    assert_eq!(on(5), one);
+    let undisturbed = on(1, || train(None, 0));
+    assert_eq!(undisturbed.0.len(), 7);
+    for [first, then] in [[2, 5], [5, 1]] {
+        let dir = tempfile::tempdir().unwrap();
+        on(first, || train(Some(dir.path()), 3));
+        assert!(on(then, || train(Some(dir.path()), 0)) == undisturbed);
+    }
 }

@@ -135,6 +135,34 @@ impl Lora {
         self.seed
     }
 
+    /// The setting `α`.
+    fn alpha(&self) -> f32 {
+        self.alpha.unwrap_or(if self.rank_stabilized {
+            (self.rank as f32).sqrt()
+        } else {
+            self.rank as f32
+        })
+    }
+
+    /// Checks the settings for the layer at `path` with a weight `[d_in, d_out]`, which may not be in memory.
+    ///
+    /// # Errors
+    /// [`Error::Setting`], [`Error::Rank`].
+    ///
+    /// # Examples
+    /// ```
+    /// use peft::Lora;
+    ///
+    /// assert!(Lora::new(16).check("proj", [64, 48]).is_ok());
+    /// assert!(Lora::new(64).check("proj", [64, 48]).is_err());
+    /// ```
+    pub fn check(&self, path: &str, dims: [usize; 2]) -> Result<()> {
+        check_count("rank", self.rank)?;
+        check_rank(path, self.rank, dims)?;
+        check_positive("alpha", self.alpha())?;
+        Dropout::new(self.dropout).check()
+    }
+
     /// An adapter of the layer at `path` that adds `a · b`, `[d_in, r]` and `[r, d_out]`.
     ///
     /// At each rank both factors have the same norm and are divided by `√σ`, so that `σ A B = a b` for
@@ -176,16 +204,11 @@ impl Lora {
 
     pub(super) fn adapter(&self, path: &str, linear: &Linear) -> Result<LoraAdapter> {
         let weight = linear.weight();
-        check_count("rank", self.rank)?;
+        let (rank, dims @ [d_in, d_out]) = (self.rank, weight.dims());
+        self.check(path, dims)?;
         check_dtype(path, weight)?;
-        let (rank, [d_in, d_out]) = (self.rank, weight.dims());
-        check_rank(path, rank, [d_in, d_out])?;
         let settings = LoraSettings {
-            alpha: self.alpha.unwrap_or(if self.rank_stabilized {
-                (rank as f32).sqrt()
-            } else {
-                rank as f32
-            }),
+            alpha: self.alpha(),
             rank_stabilized: self.rank_stabilized,
             dora: self.dora,
             bias: self.bias && linear.bias().is_some(),

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Adapters, CONFIG, TENSORS};
 use crate::adapter::hf::{HfError, HfFormat, HfLayer, HfSource, hf_factor};
-use crate::{Error, Fingerprint, Linear, Linears, Result};
+use crate::{Adapter, Error, Fingerprint, Linear, Linears, Result};
 use tensor_files::{IntoOutput, LazyTensor, TensorFile};
 
 mod config;
@@ -109,21 +109,59 @@ impl Adapters {
     /// [`tensor_files::Error::Io`] if it cannot be written.
     pub fn save_hf(&self, dir: impl IntoOutput, model: &impl Linears) -> Result<()> {
         self.check_base(model)?;
-        let mut layers = Vec::new();
-        for (path, adapter) in &self.layers {
-            let layer = adapter.ops().to_hf();
-            let layer = layer.map_err(|problem| Error::NotForPeft {
-                path: path.clone(),
-                problem,
-            })?;
-            layers.push((path.as_str(), layer));
-        }
-        let config = config::written(&layers, model)?;
-        Ok(tensor_files::write_directory(dir, |dir| {
-            tensor_files::write_tensors(&dir.join(TENSORS), all_tensors(layers))?;
-            tensor_files::write_json(&dir.join(CONFIG), &Value::Object(config))
-        })?)
+        let linears = model.linears().into_iter();
+        let paths: Vec<String> = linears.map(|(path, _)| path).collect();
+        write(&self.layers, &paths, dir)
     }
+
+    /// Writes the adapters of the parts of a model, such as its blocks, as one new directory for PEFT, whole
+    /// or not at all. `paths` are those of all layers of the model, which need not be in memory.
+    ///
+    /// The bases of the parts are not compared with it.
+    ///
+    /// # Errors
+    /// [`Error::NoAdapters`], [`Error::UnknownLayer`]; otherwise as [`Adapters::save_hf`].
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # fn run(blocks: Vec<std::path::PathBuf>, layers: &[String]) -> Result<(), peft::Error> {
+    /// let device = burn::tensor::Device::flex();
+    /// let blocks = blocks.iter().map(|dir| peft::Adapters::load(dir, &device));
+    /// let blocks: Vec<_> = blocks.collect::<Result<_, _>>()?;
+    /// peft::Adapters::save_hf_parts(blocks, layers, "adapter")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn save_hf_parts(
+        parts: impl IntoIterator<Item = Self>,
+        paths: &[String],
+        dir: impl IntoOutput,
+    ) -> Result<()> {
+        let parts = parts.into_iter().flat_map(|part| part.layers);
+        let layers: BTreeMap<String, Adapter> = parts.collect();
+        if let Some(path) = layers.keys().find(|path| !paths.contains(path)) {
+            return Err(Error::UnknownLayer { path: path.clone() });
+        }
+        write(&layers, paths, dir)
+    }
+}
+
+/// Writes a directory of adapters of a model whose layers are at `paths`.
+fn write(layers: &BTreeMap<String, Adapter>, paths: &[String], dir: impl IntoOutput) -> Result<()> {
+    let layers = layers.iter().map(|(path, adapter)| {
+        let layer = adapter.ops().to_hf();
+        let layer = layer.map_err(|problem| Error::NotForPeft {
+            path: path.clone(),
+            problem,
+        })?;
+        Ok((path.as_str(), layer))
+    });
+    let layers: Vec<_> = layers.collect::<Result<_>>()?;
+    let config = config::written(&layers, paths)?;
+    Ok(tensor_files::write_directory(dir, |dir| {
+        tensor_files::write_tensors(&dir.join(TENSORS), all_tensors(layers))?;
+        tensor_files::write_json(&dir.join(CONFIG), &Value::Object(config))
+    })?)
 }
 
 fn is_shared(format: &HfFormat, name: &str) -> bool {

@@ -140,9 +140,10 @@ proptest! {
     }
 
     /// Zero is a level of every grid, of groups of one sign and with outliers too; for OPTQ, whose
-    /// weights do not stay zero, see `optq.rs`.
+    /// weights do not stay zero, see `optq.rs`. A scale of a group of one weight is that weight, which some of
+    /// the quantizers round to `f16`.
     #[test]
-    fn zero_is_a_level(case in any_cases(), outlier in 1e3..9e4f32) {
+    fn zero_is_a_level(case in any_cases(), outlier in 1e3..6e4f32) {
         for hard in case.hard(outlier) {
             let packed = hard.quantize();
             for (found, w) in values(packed.dequantize()).iter().zip(&hard.weight) {

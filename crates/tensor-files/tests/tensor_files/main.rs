@@ -1,6 +1,7 @@
 //! Files and directories that cannot be written.
 
 mod output;
+mod series;
 
 use std::error::Error as _;
 use std::fs;

@@ -1,21 +1,20 @@
-//! The journal of a model that is quantized from files to files: what was asked for, and the parts that are
-//! done.
+//! The journal of a run from files to files: what was asked for, and the parts that are done.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use peft::{LayerError, LayerReport};
+use peft::{Adapters, InitializedLayer, LayerError, LayerReport};
 use quant_core::{Distortion, Format, Note};
 use serde::{Deserialize, Serialize};
-use tensor_files::Partial;
 
 use super::super::format::{Layers, PackedLayer};
+use super::place::Place;
 use crate::source::HEAD;
 use crate::{Result, StreamError};
 
 const FILE: &str = "journal.json";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// What was asked for: of two runs of the same settings, one goes on where the other stopped.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +26,8 @@ pub(super) struct Settings {
     /// Of each file of weights, the SHA-256 of its length and its header.
     pub(super) weights: BTreeMap<String, String>,
     pub(super) format: String,
+    /// The method and its settings.
+    pub(super) method: String,
     /// The quantizer of each layer.
     pub(super) recipe: BTreeMap<String, String>,
     /// The SHA-256 of the tokens of each batch.
@@ -69,6 +70,7 @@ impl Settings {
             .or_else(|| maps("file", &self.files, &other.files))
             .or_else(|| maps("file of weights", &self.weights, &other.weights))
             .or_else(|| one("format", &self.format, &other.format))
+            .or_else(|| one("method", &self.method, &other.method))
             .or_else(|| maps("quantizer of", &self.recipe, &other.recipe))
             .or_else(calibration)
             .or_else(|| one("type of the activations", &self.compute, &other.compute))
@@ -86,7 +88,24 @@ pub(super) struct Part {
     pub(super) sha256: String,
     /// The SHA-256 of each tensor that it was made of.
     pub(super) made_of: BTreeMap<String, String>,
+    /// The SHA-256 of each file of its adapters, which are beside the journal; empty if it has none.
+    pub(super) adapters: BTreeMap<String, String>,
     pub(super) layers: Vec<Layer>,
+}
+
+/// The SHA-256 of each file of a directory.
+fn sums(dir: &Path) -> Result<BTreeMap<String, String>> {
+    let io = |cause| tensor_files::Error::Io {
+        path: dir.into(),
+        cause,
+    };
+    let mut sums = BTreeMap::new();
+    for entry in fs::read_dir(dir).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        sums.insert(name, tensor_files::sha256(&entry.path())?);
+    }
+    Ok(sums)
 }
 
 /// A projection, or the head if it is packed.
@@ -101,51 +120,101 @@ pub(super) struct Layer {
     pub(super) report: Option<Report>,
 }
 
-/// A [`LayerReport`] without path and format.
+/// An [`InitializedLayer`] without path and format.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Report {
-    weight: Distortion,
-    output: Option<f64>,
+    before: Errors,
+    after: Errors,
+    rank: Option<usize>,
+    round: usize,
     n_bytes: usize,
     seconds: f64,
     notes: Vec<Note>,
 }
 
-impl From<&LayerReport> for Report {
-    fn from(layer: &LayerReport) -> Self {
+/// A [`LayerError`] with all that is known of the weight.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Errors {
+    weight: Distortion,
+    output: Option<f64>,
+}
+
+impl From<LayerError> for Errors {
+    fn from(LayerError { weight, output }: LayerError) -> Self {
+        Self { weight, output }
+    }
+}
+
+impl From<&Errors> for LayerError {
+    fn from(&Errors { weight, output }: &Errors) -> Self {
+        Self { weight, output }
+    }
+}
+
+impl From<&InitializedLayer> for Report {
+    fn from(layer: &InitializedLayer) -> Self {
+        let InitializedLayer { report, .. } = layer;
         Self {
-            weight: layer.error.weight,
-            output: layer.error.output,
-            n_bytes: layer.n_bytes,
-            seconds: layer.seconds,
-            notes: layer.notes.clone(),
+            before: layer.before.into(),
+            after: report.error.into(),
+            rank: layer.rank,
+            round: layer.round,
+            n_bytes: report.n_bytes,
+            seconds: report.seconds,
+            notes: report.notes.clone(),
         }
     }
 }
 
 impl Part {
-    /// Whether its file is the one that was written.
-    fn is_whole(&self, files: &Path) -> Result<bool> {
-        let path = files.join(&self.file);
+    /// Whether its files are the ones that were written.
+    fn is_whole(&self, place: &Place) -> Result<bool> {
+        let path = place.base().join(&self.file);
         // A file that cannot be read is an error: it may be whole.
-        Ok(tensor_files::is_there(&path) && tensor_files::sha256(&path)? == self.sha256)
+        let is_whole = tensor_files::is_there(&path) && tensor_files::sha256(&path)? == self.sha256;
+        if self.adapters.is_empty() || !is_whole {
+            return Ok(is_whole);
+        }
+        let dir = self.adapters_dir(place);
+        Ok(dir.is_dir() && sums(&dir)? == self.adapters)
+    }
+
+    /// The name of the directory of its adapters.
+    fn adapters_name(&self) -> &str {
+        self.file.strip_suffix(".safetensors").unwrap_or(&self.file)
+    }
+
+    /// The directory of its adapters.
+    pub(super) fn adapters_dir(&self, place: &Place) -> PathBuf {
+        place.adapters().join(self.adapters_name())
+    }
+
+    /// Writes its adapters.
+    pub(super) fn write_adapters(&mut self, adapters: &Adapters, place: &Place) -> Result<()> {
+        let dir = self.adapters_dir(place);
+        adapters.save(&dir)?;
+        self.adapters = sums(&dir)?;
+        Ok(())
     }
 }
 
 impl Layer {
-    pub(super) fn report(&self) -> Option<LayerReport> {
+    pub(super) fn report(&self) -> Option<InitializedLayer> {
         let report = self.report.as_ref()?;
-        Some(LayerReport {
-            path: self.path.clone(),
-            format: self.format,
-            error: LayerError {
-                weight: report.weight,
-                output: report.output,
+        Some(InitializedLayer {
+            report: LayerReport {
+                path: self.path.clone(),
+                format: self.format,
+                error: (&report.after).into(),
+                n_bytes: report.n_bytes,
+                seconds: report.seconds,
+                notes: report.notes.clone(),
             },
-            n_bytes: report.n_bytes,
-            seconds: report.seconds,
-            notes: report.notes.clone(),
+            rank: report.rank,
+            before: (&report.before).into(),
+            round: report.round,
         })
     }
 }
@@ -177,7 +246,7 @@ struct Content {
     parts: Vec<Part>,
 }
 
-/// The journal in the directory of a [`Partial`].
+/// The journal in the directory of a [`Partial`](tensor_files::Partial).
 pub(super) struct Journal {
     path: PathBuf,
     content: Content,
@@ -189,12 +258,12 @@ impl Journal {
     ///
     /// `files` are the names of the files of all parts.
     pub(super) fn open(
-        partial: &Partial,
+        place: &Place,
         settings: Settings,
         files: &[String],
         resume: bool,
     ) -> Result<Self> {
-        let path = partial.notes().join(FILE);
+        let path = place.notes().join(FILE);
         let mut journal = Self {
             content: Content {
                 version: VERSION,
@@ -204,20 +273,22 @@ impl Journal {
             path,
         };
         if tensor_files::is_there(&journal.path) {
-            let parts = journal.read(partial.notes(), files, resume)?;
+            let parts = journal.read(place.notes(), files, resume)?;
             for part in parts {
-                if !part.is_whole(&partial.files())? {
+                if !part.is_whole(place)? {
                     break;
                 }
                 journal.content.parts.push(part);
             }
-        } else if !is_empty(&partial.files())? {
+        } else if !place.is_empty()? {
             // Of another program, or of a run whose journal was removed.
-            let path = partial.notes().into();
+            let path = place.notes().into();
             return Err(StreamError::NoJournal { path }.into());
         }
         journal.write()?;
-        journal.remove_others(&partial.files())?;
+        let files: Vec<&str> = journal.parts().iter().map(|of| of.file.as_str()).collect();
+        let adapters: Vec<&str> = journal.parts().iter().map(Part::adapters_name).collect();
+        place.keep(&files, &adapters)?;
         Ok(journal)
     }
 
@@ -259,23 +330,6 @@ impl Journal {
         Err(error.into())
     }
 
-    /// Removes what a process that was killed left of a file.
-    fn remove_others(&self, files: &Path) -> Result<()> {
-        let io = |cause| tensor_files::Error::Io {
-            path: files.into(),
-            cause,
-        };
-        for entry in fs::read_dir(files).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            let is_done = |part: &Part| *part.file == *entry.file_name();
-            if !self.content.parts.iter().any(is_done) {
-                let path = entry.path();
-                fs::remove_file(&path).map_err(|cause| tensor_files::Error::Io { path, cause })?;
-            }
-        }
-        Ok(())
-    }
-
     /// The parts that are done, from the first on.
     pub(super) fn parts(&self) -> &[Part] {
         &self.content.parts
@@ -290,12 +344,4 @@ impl Journal {
     fn write(&self) -> Result<()> {
         Ok(tensor_files::write_json(&self.path, &self.content)?)
     }
-}
-
-fn is_empty(dir: &Path) -> Result<bool> {
-    let mut entries = fs::read_dir(dir).map_err(|cause| tensor_files::Error::Io {
-        path: dir.into(),
-        cause,
-    })?;
-    Ok(entries.next().is_none())
 }

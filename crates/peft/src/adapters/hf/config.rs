@@ -9,7 +9,7 @@ use super::patterns::Patterns;
 use crate::adapter::hf::{HfConfig, HfFormat, HfLayer, hf_number, read_config};
 use crate::adapter::vera;
 use crate::targets::last_name;
-use crate::{Error, Linears, Result};
+use crate::{Error, Result};
 
 /// The types of adapters that are read and written.
 const FORMATS: [&HfFormat; 2] = [&lora::FORMAT, &vera::HF_FORMAT];
@@ -75,8 +75,8 @@ pub(super) fn patterns(config: &HfConfig) -> Result<Patterns, String> {
     Patterns::new(read_config(config)?)
 }
 
-/// The configuration of adapters of layers of `model`.
-pub(super) fn written(layers: &[(&str, HfLayer)], model: &impl Linears) -> Result<HfConfig> {
+/// The configuration of adapters of layers of a model whose layers are at `paths`.
+pub(super) fn written(layers: &[(&str, HfLayer)], paths: &[String]) -> Result<HfConfig> {
     // The rank and alpha of most layers are the rule, the others are exceptions.
     let mut counts: BTreeMap<(usize, u32), usize> = BTreeMap::new();
     for (_, layer) in layers {
@@ -117,11 +117,10 @@ pub(super) fn written(layers: &[(&str, HfLayer)], model: &impl Linears) -> Resul
         }
     }
 
-    let all = model.linears();
     let adapted: BTreeSet<&str> = layers.iter().map(|(path, _)| *path).collect();
     let is_whole = |name: &str| {
-        let mut named = all.iter().filter(|(path, _)| last_name(path) == name);
-        named.all(|(path, _)| adapted.contains(path.as_str()))
+        let mut named = paths.iter().filter(|path| last_name(path) == name);
+        named.all(|path| adapted.contains(path.as_str()))
     };
     let targets: BTreeSet<&str> = adapted
         .iter()
