@@ -174,7 +174,9 @@ pub fn fit<M: CausalLm, R: IntoControlFlow>(
 ///
 /// # Errors
 /// [`Error::Setting`] if a step has fewer batches than the group members; [`Error::Group`] if a member has
-/// other arguments, has ended, or cannot save a checkpoint; otherwise as [`fit`].
+/// [`Error::Setting`] if a step has fewer batches than the group members; [`Error::Group`] if a member has
+/// another model, other data or other settings, has left, or cannot use its checkpoints; otherwise as
+/// [`fit`].
 ///
 /// # Examples
 /// ```no_run

@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use burn::tensor::Tensor;
-
 use crate::Result;
 
 #[cfg(feature = "mpi")]
@@ -17,7 +15,8 @@ pub use self::threads::Threads;
 /// The members that train one model together, each on a part of the batches: data parallelism.
 ///
 /// Each member has the whole model and runs [`fit_in`](crate::fit_in) with the same arguments. A step's
-/// batches are dealt out in turn, and the gradients of what trains are summed over the members.
+/// batches are dealt out in turn, and the gradients of what trains are summed over the members, in the memory
+/// of the host.
 pub trait Group: fmt::Debug {
     /// This member, from 0.
     fn rank(&self) -> usize;
@@ -25,12 +24,15 @@ pub trait Group: fmt::Debug {
     /// The number of members.
     fn size(&self) -> usize;
 
-    /// The sums of the values of all members, `F32` and of one length, on the device of this one's. All
-    /// members call it as often, and all get the same bits.
+    /// Replaces values by the sums of those of all members, who call it as often and with as many values. All
+    /// get the same bits.
     ///
     /// # Errors
-    /// [`Error::Group`](crate::Error::Group) if a member has ended.
-    fn sum(&self, values: Tensor<1>) -> Result<Tensor<1>>;
+    /// [`Error::Group`](crate::Error::Group) if a member has left, or sums another number of values.
+    fn sum(&self, values: &mut [f32]) -> Result<()>;
+
+    /// Ends the part of this member after an error, so that the others do not wait for it.
+    fn leave(&self);
 }
 
 /// A training by one process on one device.
@@ -46,7 +48,9 @@ impl Group for Alone {
         1
     }
 
-    fn sum(&self, values: Tensor<1>) -> Result<Tensor<1>> {
-        Ok(values)
+    fn sum(&self, _: &mut [f32]) -> Result<()> {
+        Ok(())
     }
+
+    fn leave(&self) {}
 }

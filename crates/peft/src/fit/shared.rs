@@ -33,53 +33,46 @@ impl Shared<'_> {
     }
 
     /// Sums numbers over the members, which are small and whole.
-    pub(super) fn numbers(&self, numbers: &[f32], device: &Device) -> Result<Vec<f32>> {
-        if !self.has_others() {
-            return Ok(numbers.into());
-        }
-        let data = TensorData::new(numbers.to_vec(), [numbers.len()]);
-        let sums = self
-            .group
-            .sum(Tensor::from_data(data, (device, DType::F32)))?;
-        Ok(sums.into_data().try_into_vec().expect("sums are f32"))
+    pub(super) fn numbers<const N: usize>(&self, mut numbers: [f32; N]) -> Result<[f32; N]> {
+        self.group.sum(&mut numbers)?;
+        Ok(numbers)
     }
 
     /// Whether something is so for any member.
-    pub(super) fn any(&self, is_so: bool, device: &Device) -> Result<bool> {
-        let sums = self.numbers(&[f32::from(u8::from(is_so))], device)?;
-        Ok(sums[0] > 0.0)
+    pub(super) fn any(&self, is_so: bool) -> Result<bool> {
+        let [sum] = self.numbers([f32::from(u8::from(is_so))])?;
+        Ok(sum > 0.0)
     }
 
     /// Checks that all members have the same digest.
     ///
     /// # Errors
-    /// [`Error::Group`] with the first that differs.
-    pub(super) fn check_same(&self, digest: &[u8], device: &Device) -> Result<()> {
-        let (n, size) = (digest.len(), self.group.size());
-        let mut all = vec![0.0; n * size];
-        let own = &mut all[self.group.rank() * n..][..n];
-        own.iter_mut()
-            .zip(digest)
-            .for_each(|(to, &byte)| *to = f32::from(byte));
-        let all = self.numbers(&all, device)?;
+    /// [`Error::Group`] with the first that differs in `what`.
+    pub(super) fn check_same(&self, digest: [u8; 32], what: &str) -> Result<()> {
+        let (n, rank) = (digest.len(), self.group.rank());
+        let mut all = vec![0.0; n * self.group.size()];
+        for (to, byte) in all[n * rank..].iter_mut().zip(digest) {
+            *to = f32::from(byte);
+        }
+        self.group.sum(&mut all)?;
         let (first, others) = all.split_at(n);
-        let differs = others.chunks(n).position(|other| other != first);
-        match differs {
+        match others.chunks(n).position(|other| other != first) {
             None => Ok(()),
             Some(at) => Err(Error::Group {
-                problem: format!(
-                    "member {} has another model, other data or other settings than member 0",
-                    at + 1
-                ),
+                problem: format!("member {} has {what} than member 0", at + 1),
             }),
         }
     }
 
     /// The losses of all members, where this one has some of them.
+    ///
+    /// # Errors
+    /// As [`Group::sum`], and if the device fails in step `step`.
     pub(super) fn losses(
         &self,
         losses: Vec<Option<Tensor<1>>>,
         device: &Device,
+        step: usize,
     ) -> Result<Vec<Tensor<1>>> {
         if !self.has_others() {
             return Ok(losses.into_iter().flatten().collect());
@@ -89,18 +82,22 @@ impl Shared<'_> {
             Some(loss) => loss.cast(DType::F32),
             None => Tensor::zeros([1], (device, DType::F32)),
         });
-        let sums = self.group.sum(Tensor::cat(losses.collect(), 0))?;
+        let sums = self.sum(Tensor::cat(losses.collect(), 0), step)?;
         Ok(sums.chunk(n, 0))
     }
 
     /// The sums of the gradients of all members.
     ///
     /// A parameter has a gradient if it has one in any of them.
+    ///
+    /// # Errors
+    /// As [`Shared::losses`].
     pub(super) fn gradients<M: Blocks>(
         &self,
         model: &M,
         parameters: &Parameters,
         gradients: GradientsParams,
+        step: usize,
     ) -> Result<GradientsParams> {
         if !self.has_others() {
             return Ok(gradients);
@@ -110,10 +107,9 @@ impl Shared<'_> {
             values: BTreeMap::new(),
         };
         look_at_trained(model, &mut flat);
-        let device = model_device(parameters);
         let has = |path: &String| f32::from(u8::from(flat.values.contains_key(path)));
-        let has: Vec<f32> = parameters.0.keys().map(has).collect();
-        let has = self.numbers(&has, &device)?;
+        let mut has: Vec<f32> = parameters.0.keys().map(has).collect();
+        self.group.sum(&mut has)?;
         let parts = parameters.0.iter().zip(&has);
         let parts = parts.filter(|(_, has)| **has > 0.0);
         let parts: Vec<(&String, usize)> = parts
@@ -122,25 +118,51 @@ impl Shared<'_> {
         if parts.is_empty() {
             return Ok(GradientsParams::new());
         }
+        let device = model_device(parameters);
         let values = parts
             .iter()
             .map(|&(path, n)| match flat.values.remove(path) {
                 Some(values) => values.cast(DType::F32),
                 None => Tensor::zeros([n], (&device, DType::F32)),
             });
-        let sums = self.group.sum(Tensor::cat(values.collect(), 0))?;
+        let sums = self.sum(Tensor::cat(values.collect(), 0), step)?;
         let mut first = 0;
-        let mut summed = BTreeMap::new();
-        for (path, n) in parts {
-            summed.insert(path.clone(), sums.clone().narrow(0, first, n));
-            first += n;
-        }
         let mut shaped = Shaped {
-            values: summed,
+            values: BTreeMap::new(),
             gradients: GradientsParams::new(),
         };
+        for (path, n) in parts {
+            let values = sums.clone().narrow(0, first, n);
+            shaped.values.insert(path.clone(), values);
+            first += n;
+        }
         look_at_trained(model, &mut shaped);
         Ok(shaped.gradients)
+    }
+
+    /// Sums a tensor of `F32` over the members.
+    fn sum(&self, values: Tensor<1>, step: usize) -> Result<Tensor<1>> {
+        let (device, [n]) = (values.device(), values.dims());
+        let values = values.try_into_data();
+        let values = values.map_err(|error| Error::of_device(error, step))?;
+        let mut values = values.try_into_vec::<f32>().expect("the tensor is f32");
+        self.group.sum(&mut values)?;
+        let sums = TensorData::new(values, [n]);
+        Ok(Tensor::from_data(sums, (&device, DType::F32)))
+    }
+}
+
+/// Lets the group go on without this member unless it comes to its end.
+pub(super) struct Membership<'a> {
+    pub(super) group: &'a dyn Group,
+    pub(super) is_done: bool,
+}
+
+impl Drop for Membership<'_> {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.group.leave();
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use super::noise::Noise;
 use super::optimizer::Optimizer;
 use super::parameters::{Parameters, Values};
 use super::progress::Progress;
-use super::shared::{Shared, model_device};
+use super::shared::{Membership, Shared, model_device};
 use crate::blocks::run_blocks;
 use crate::checkpointing::{backward_by_block, lowest_trained};
 use crate::step::finished;
@@ -47,6 +47,23 @@ pub(super) fn run<M: Blocks, R: IntoControlFlow>(
     config: &FitConfig,
     group: &dyn Group,
     loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
+    on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
+) -> Result<FitReport> {
+    let mut membership = Membership {
+        group,
+        is_done: false,
+    };
+    let report = train(model, batches, config, group, loss, on_step)?;
+    membership.is_done = true;
+    Ok(report)
+}
+
+fn train<M: Blocks, R: IntoControlFlow>(
+    model: &mut M,
+    batches: &[Batch],
+    config: &FitConfig,
+    group: &dyn Group,
+    loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
     mut on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
 ) -> Result<FitReport> {
     let (mut trainer, mut tuned) = Trainer::start(model, batches, config, group, loss)?;
@@ -60,9 +77,9 @@ pub(super) fn run<M: Blocks, R: IntoControlFlow>(
         let is_asked = Cell::new(false);
         let training = Training::new(&tuned, steps, &is_asked);
         let flow = on_step(&steps[steps.len() - 1], &training).into_control_flow();
-        let (shared, device) = (trainer.shared, trainer.device.clone());
-        let is_break = shared.any(flow.is_break(), &device)?;
-        if is_break || shared.any(is_asked.get(), &device)? || trainer.is_save_due() {
+        let shared = trainer.shared;
+        let is_break = shared.any(flow.is_break())?;
+        if shared.any(is_asked.get())? || is_break || trainer.is_save_due() {
             trainer.check_finite(&tuned)?;
             if let Err(error) = trainer.save(&tuned) {
                 // What was learned is not lost with the disk.
@@ -130,15 +147,26 @@ impl<'a, L> Trainer<'a, L> {
             };
             trainer.warnings.extend((n_shared > 0).then_some(warning));
         }
-        if config.checkpoints.is_some() || group.size() > 1 {
+        let shared = trainer.shared;
+        if config.checkpoints.is_some() || shared.has_others() {
             let parameters = &trainer.parameters;
-            let training = Identity::of(model, parameters, batches, config, trainer.n_steps);
-            trainer
-                .shared
-                .check_same(&training.sha256(), &trainer.device)?;
+            let training = Identity::of(
+                model,
+                parameters,
+                batches,
+                config,
+                trainer.n_steps,
+                group.size(),
+            );
+            let others = "another base, other data or other settings";
+            shared.check_same(training.sha256(config.checkpoints.as_ref()), others)?;
             if let Some(checkpoints) = &config.checkpoints {
                 let resumed = trainer.resume(checkpoints, training)?;
                 tuned = resumed.unwrap_or_default().put_into(tuned);
+            }
+            if shared.has_others() {
+                let start = Values::of(&tuned).sha256();
+                shared.check_same(start, "other parameters that train")?;
             }
         }
         Ok((trainer, tuned))
@@ -151,20 +179,21 @@ impl<'a, L> Trainer<'a, L> {
         checkpoints: &'a Checkpoints,
         training: Identity,
     ) -> Result<Option<Values>> {
-        let (shared, device) = (self.shared, self.device.clone());
+        let shared = self.shared;
         if !shared.is_first() {
-            let number = shared.numbers(&[0.0; 2], &device)?;
-            return match number[..] {
-                [_, failed] if failed > 0.0 => Err(Error::Group {
+            let [number, failed] = shared.numbers([0.0; 2])?;
+            if failed > 0.0 {
+                return Err(Error::Group {
                     problem: "member 0 cannot use its checkpoints".into(),
-                }),
-                [0.0, _] => Ok(None),
-                _ => {
-                    let dir = checkpoint::place(checkpoints, number[0] as u64);
-                    let to = (&self.parameters, &mut self.progress, &mut self.optimizer);
-                    checkpoint::read(&dir, number[0] as u64, &training, to).map(Some)
-                }
-            };
+                });
+            }
+            if number == 0.0 {
+                return Ok(None);
+            }
+            let number = number as u64;
+            let dir = checkpoint::place(checkpoints, number);
+            let to = (&self.parameters, &mut self.progress, &mut self.optimizer);
+            return checkpoint::read(&dir, number, &training, to).map(Some);
         }
         let open = || {
             let mut saver = Saver::open(checkpoints, training, &self.parameters)?;
@@ -180,7 +209,7 @@ impl<'a, L> Trainer<'a, L> {
         let resumed = open();
         let number = self.progress.steps.len() as f32;
         let failed = f32::from(u8::from(resumed.is_err()));
-        shared.numbers(&[number, failed], &device)?;
+        shared.numbers([number, failed])?;
         resumed
     }
 
@@ -203,8 +232,10 @@ impl<'a, L> Trainer<'a, L> {
         let chosen = self.progress.choose(self.config.accumulation);
         let n_targets: usize = chosen.iter().map(|&at| self.batches[at].n_targets()).sum();
         let (losses, gradients) = self.gradients(&mut tuned, &chosen, n_targets);
-        let losses = self.shared.losses(losses, &self.device)?;
-        let mut gradients = self.shared.gradients(&tuned, &self.parameters, gradients)?;
+        let losses = self.shared.losses(losses, &self.device, index + 1)?;
+        let (shared, parameters) = (self.shared, &self.parameters);
+        let gradients = shared.gradients(&tuned, parameters, gradients, index + 1)?;
+        let mut gradients = with_penalties(&tuned, gradients);
         let totals = Totals::read(&tuned, losses, &gradients, index + 1)?;
         let grad_norm = totals.grad_norm();
         let halved = 0.5f64.powi(self.progress.notes.n_skipped as i32);
@@ -236,7 +267,7 @@ impl<'a, L> Trainer<'a, L> {
     }
 
     /// The loss of each of the batches over the targets of all, of those that are this member's, and the
-    /// gradients of their sum with the penalties of adapters, which one member adds.
+    /// gradients of their sum.
     fn gradients<M: Blocks>(
         &mut self,
         tuned: &mut M,
@@ -277,15 +308,6 @@ impl<'a, L> Trainer<'a, L> {
             };
             accumulated.accumulate(tuned, gradients);
         }
-        let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
-            let adapter = linear.adapter.as_ref();
-            adapter.and_then(|adapter| adapter.ops().penalty())
-        });
-        let penalty = of_adapters.reduce(|sum, penalty| sum + penalty);
-        if let Some(penalty) = penalty.filter(|_| self.shared.is_first()) {
-            let gradients = GradientsParams::from_grads(penalty.backward(), tuned);
-            accumulated.accumulate(tuned, gradients);
-        }
         (losses, accumulated.grads())
     }
 
@@ -311,7 +333,7 @@ impl<'a, L> Trainer<'a, L> {
             let is_mine = self.shared.is_mine(place);
             is_mine.then(|| loss().inner() / n_targets as f32)
         });
-        let losses = self.shared.losses(losses.collect(), &self.device)?;
+        let losses = self.shared.losses(losses.collect(), &self.device, step)?;
         let loss: f64 = read(losses.into_iter(), step)?.into_iter().sum();
         if !loss.is_finite() {
             return Err(self.non_finite("the loss on the held-out batches".into()));
@@ -375,7 +397,7 @@ impl<'a, L> Trainer<'a, L> {
             Some(saver) => saver.save(&Values::of(tuned), &self.progress, &self.optimizer),
             None => Ok(()),
         };
-        let has_failed = self.shared.any(saved.is_err(), &self.device)?;
+        let has_failed = self.shared.any(saved.is_err())?;
         if saved.is_ok() && has_failed {
             return Err(Error::Group {
                 problem: "member 0 cannot save a checkpoint".into(),
@@ -402,4 +424,22 @@ impl<'a, L> Trainer<'a, L> {
             warnings,
         }
     }
+}
+
+/// The gradients with those of the penalties of adapters.
+fn with_penalties<M: Blocks>(tuned: &M, gradients: GradientsParams) -> GradientsParams {
+    let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
+        let adapter = linear.adapter.as_ref();
+        adapter.and_then(|adapter| adapter.ops().penalty())
+    });
+    let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) else {
+        return gradients;
+    };
+    let mut sums = GradientsAccumulator::new();
+    sums.accumulate(tuned, gradients);
+    sums.accumulate(
+        tuned,
+        GradientsParams::from_grads(penalty.backward(), tuned),
+    );
+    sums.grads()
 }

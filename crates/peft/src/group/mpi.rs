@@ -1,11 +1,11 @@
-use std::fmt;
+use std::cell::Cell;
+use std::{fmt, mem, thread};
 
-use burn::tensor::{DType, Tensor, TensorData};
-use mpi::Threading;
-use mpi::collective::SystemOperation;
-use mpi::environment::Universe;
-use mpi::topology::SimpleCommunicator;
-use mpi::traits::{Communicator, CommunicatorCollectives};
+use ::mpi::Threading;
+use ::mpi::collective::SystemOperation;
+use ::mpi::environment::Universe;
+use ::mpi::topology::SimpleCommunicator;
+use ::mpi::traits::{Communicator, CommunicatorCollectives};
 
 use super::Group;
 use crate::{Error, Result};
@@ -15,26 +15,35 @@ const PART: usize = 1 << 24;
 
 /// A process of those that `mpirun` started, on one machine or on several.
 ///
-/// Sums go through the memory of the host. If a process ends without dropping this, `mpirun` ends the
-/// others.
+/// A process that [leaves](Group::leave) or panics does not say farewell to MPI, and `mpirun` ends the
+/// others when it exits.
 pub struct Mpi {
     world: SimpleCommunicator,
-    _universe: Universe,
+    /// MPI's farewell, which waits for that of the others.
+    universe: Cell<Option<Universe>>,
 }
 
 impl Mpi {
     /// Joins the processes. A program that `mpirun` did not start is alone.
     ///
     /// # Errors
-    /// [`Error::Group`] if this process has joined them before.
+    /// [`Error::Group`] if this process has joined them before, or the library cannot be called from
+    /// several threads in turn.
     pub fn join() -> Result<Self> {
-        let joined = mpi::initialize_with_threading(Threading::Serialized);
-        let (universe, _) = joined.ok_or_else(|| Error::Group {
-            problem: "this process has joined MPI before".into(),
-        })?;
+        let problem = |problem: &str| Error::Group {
+            problem: problem.into(),
+        };
+        let joined = ::mpi::initialize_with_threading(Threading::Serialized);
+        let (universe, threading) =
+            joined.ok_or_else(|| problem("this process has joined MPI before"))?;
+        if threading < Threading::Serialized {
+            return Err(problem(
+                "this MPI library cannot be called from several threads in turn",
+            ));
+        }
         Ok(Self {
             world: universe.world(),
-            _universe: universe,
+            universe: Cell::new(Some(universe)),
         })
     }
 }
@@ -55,16 +64,24 @@ impl Group for Mpi {
         self.world.size() as usize
     }
 
-    fn sum(&self, values: Tensor<1>) -> Result<Tensor<1>> {
-        let (device, [n]) = (values.device(), values.dims());
-        let values = values.into_data().convert::<f32>();
-        let values = values.try_into_vec::<f32>().expect("converted to f32");
-        let mut sums = vec![0.0f32; n];
-        for (part, sums) in values.chunks(PART).zip(sums.chunks_mut(PART)) {
+    fn sum(&self, values: &mut [f32]) -> Result<()> {
+        let own = values.to_vec();
+        for (own, sums) in own.chunks(PART).zip(values.chunks_mut(PART)) {
             self.world
-                .all_reduce_into(part, sums, SystemOperation::sum());
+                .all_reduce_into(own, sums, SystemOperation::sum());
         }
-        let sums = TensorData::new(sums, [n]);
-        Ok(Tensor::from_data(sums, (&device, DType::F32)))
+        Ok(())
+    }
+
+    fn leave(&self) {
+        mem::forget(self.universe.take());
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.leave();
+        }
     }
 }

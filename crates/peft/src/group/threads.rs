@@ -1,17 +1,14 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use burn::tensor::{DType, Tensor, TensorData};
-
 use super::Group;
 use crate::{Error, Result};
 
 /// A member of a group of threads of one process, each with a device of its own or all on the CPU.
 ///
-/// Sums go through the memory of the host, in the order of the members.
+/// Values are summed in the order of the members.
 ///
 /// # Examples
 /// ```
-/// use burn::tensor::{Device, Tensor};
 /// use peft::{Group, Threads};
 ///
 /// let sums = std::thread::scope(|scope| {
@@ -19,9 +16,8 @@ use crate::{Error, Result};
 ///     let threads: Vec<_> = members
 ///         .map(|member| {
 ///             scope.spawn(move || {
-///                 let own = member.rank() as f32 + 1.0;
-///                 let sum = member.sum(Tensor::from_floats([own], &Device::flex()));
-///                 sum.map(|sum| sum.into_scalar::<f32>())
+///                 let mut values = [member.rank() as f32 + 1.0];
+///                 member.sum(&mut values).map(|()| values[0])
 ///             })
 ///         })
 ///         .collect();
@@ -51,7 +47,7 @@ struct State {
     /// The sums, once all have given theirs, until all have taken them.
     sums: Option<Arc<Vec<f32>>>,
     n_taken: usize,
-    has_ended: bool,
+    has_left: bool,
 }
 
 impl Threads {
@@ -62,7 +58,7 @@ impl Threads {
                 parts: vec![None; size],
                 sums: None,
                 n_taken: 0,
-                has_ended: false,
+                has_left: false,
             }),
             changed: Condvar::new(),
         });
@@ -74,7 +70,7 @@ impl Threads {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A member that panics has ended, and says so itself.
+        // A member that panics has left, and says so itself.
         let state = self.round.state.lock();
         state.unwrap_or_else(PoisonError::into_inner)
     }
@@ -82,12 +78,12 @@ impl Threads {
     /// Waits until something is so.
     ///
     /// # Errors
-    /// [`Error::Group`] if a member has ended before it is.
+    /// [`Error::Group`] if a member has left before it is.
     fn until(&self, is_so: impl Fn(&State) -> bool) -> Result<MutexGuard<'_, State>> {
         let mut state = self.lock();
         while !is_so(&state) {
-            if state.has_ended {
-                let problem = "a member has ended before the others".into();
+            if state.has_left {
+                let problem = "a member has left before the others".into();
                 return Err(Error::Group { problem });
             }
             let changed = self.round.changed.wait(state);
@@ -106,21 +102,23 @@ impl Group for Threads {
         self.lock().parts.len()
     }
 
-    fn sum(&self, values: Tensor<1>) -> Result<Tensor<1>> {
-        let (device, [n]) = (values.device(), values.dims());
-        let values = values.into_data().convert::<f32>();
-        let values = values.try_into_vec::<f32>().expect("converted to f32");
+    fn sum(&self, values: &mut [f32]) -> Result<()> {
         let mut state = self.until(|state| state.sums.is_none())?;
-        state.parts[self.rank] = Some(values);
+        state.parts[self.rank] = Some(values.to_vec());
         if state.parts.iter().all(Option::is_some) {
             let mut parts = state.parts.iter_mut().filter_map(Option::take);
             let mut sums = parts.next().unwrap_or_default();
             for part in parts {
-                assert_eq!(part.len(), sums.len(), "members sum as many values");
+                if part.len() != sums.len() {
+                    // Each member finds that it is not its number.
+                    sums.clear();
+                    break;
+                }
                 for (sum, value) in sums.iter_mut().zip(part) {
                     *sum += value;
                 }
             }
+            state.parts.fill(None);
             state.sums = Some(Arc::new(sums));
             self.round.changed.notify_all();
         }
@@ -134,14 +132,23 @@ impl Group for Threads {
             self.round.changed.notify_all();
         }
         drop(state);
-        let sums = TensorData::new(sums.to_vec(), [n]);
-        Ok(Tensor::from_data(sums, (&device, DType::F32)))
+        if sums.len() != values.len() {
+            return Err(Error::Group {
+                problem: "the members sum different numbers of values".into(),
+            });
+        }
+        values.copy_from_slice(&sums);
+        Ok(())
+    }
+
+    fn leave(&self) {
+        self.lock().has_left = true;
+        self.round.changed.notify_all();
     }
 }
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.lock().has_ended = true;
-        self.round.changed.notify_all();
+        self.leave();
     }
 }

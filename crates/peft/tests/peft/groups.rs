@@ -153,7 +153,29 @@ fn members_that_differ_or_end_are_errors_of_all() {
     }) {
         assert_eq!(
             problem(done),
-            "member 1 has another model, other data or other settings than member 0"
+            "member 1 has another base, other data or other settings than member 0"
+        );
+    }
+    for (_, done) in in_threads(2, &start, |model, member| {
+        peft::detach(model).unwrap();
+        attach(model, &Lora::new(2).with_seed(member.rank() as u64)).unwrap();
+        fit_in(model, &batches(5), &config(), member, |_, _| {})
+    }) {
+        assert_eq!(
+            problem(done),
+            "member 1 has other parameters that train than member 0"
+        );
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for (_, done) in in_threads(2, &start, |model, member| {
+        let checkpoints = Checkpoints::new(dir.path().join("checkpoints"));
+        let checkpoints = (member.rank() == 0).then_some(checkpoints);
+        let config = config().with_checkpoints(checkpoints);
+        fit_in(model, &batches(5), &config, member, |_, _| {})
+    }) {
+        assert_eq!(
+            problem(done),
+            "member 1 has another base, other data or other settings than member 0"
         );
     }
 
@@ -178,8 +200,28 @@ fn members_that_differ_or_end_are_errors_of_all() {
         let mut done: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
         assert!(done.pop().unwrap().is_err() && has_panicked.load(Ordering::SeqCst));
         let first = done.pop().unwrap().unwrap();
-        assert_eq!(problem(first), "a member has ended before the others");
+        assert_eq!(problem(first), "a member has left before the others");
     });
+
+    // One has an error of its own, and is kept by its owner.
+    let members = Threads::new(2);
+    let done: Vec<_> = thread::scope(|scope| {
+        let threads = members.iter().map(|member| {
+            let mut model = start.clone();
+            scope.spawn(move || {
+                let n = if member.rank() == 1 { 0 } else { 5 };
+                fit_in(&mut model, &batches(n), &config(), member, |_, _| {})
+            })
+        });
+        let threads: Vec<_> = threads.collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let [first, second] = <[_; 2]>::try_from(done).unwrap();
+    assert_eq!(problem(first), "a member has left before the others");
+    assert!(matches!(second, Err(Error::NoBatches)));
 
     // A step with fewer batches than members.
     for (_, done) in in_threads(3, &start, |model, member| {
