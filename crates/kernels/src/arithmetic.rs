@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 /// How the CPU computes products with packed weights, and of dense matrices.
 ///
 /// Floats and integers round differently, each as accurately as `f32` arithmetic with
-/// [`Precision::Full`](crate::Precision::Full); VNNI and AMX give the same bits.
+/// [`Precision::Full`](crate::Precision::Full); VNNI and AMX give the same bits where both compute a product.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 #[repr(u8)]
@@ -68,7 +68,7 @@ impl Error for UnsupportedArithmetic {}
 static CHOSEN: AtomicU8 = AtomicU8::new(Arithmetic::Fastest as u8);
 
 /// Sets how the CPU computes products from now on, in the whole process: to measure the choices against
-/// each other, or to repeat the bits of a processor with fewer units on one that has more.
+/// each other, or to have the bits of another processor, on which the same is set.
 ///
 /// # Errors
 /// If the processor lacks the instructions.

@@ -319,6 +319,12 @@ pub enum Error {
         /// What differs, as it was and as it is.
         differences: Vec<String>,
     },
+    /// A training by several members that cannot go on together.
+    #[error("{problem}")]
+    Group {
+        /// What is wrong.
+        problem: String,
+    },
     /// A trained parameter that checkpoints do not hold.
     #[error("`{path}` is {found:?}, which checkpoints of a training do not hold; cast it to F32")]
     NotSaved {

@@ -3,8 +3,8 @@
 use burn::tensor::Tensor;
 
 use crate::{
-    Batch, Blocks, CausalLm, Evaluation, FitConfig, FitReport, IntoControlFlow, Result, Step,
-    Training, nll_of_output,
+    Alone, Batch, Blocks, CausalLm, Evaluation, FitConfig, FitReport, Group, IntoControlFlow,
+    Result, Step, Training, nll_of_output,
 };
 
 mod checkpoint;
@@ -14,6 +14,7 @@ mod noise;
 mod optimizer;
 mod parameters;
 mod progress;
+mod shared;
 mod trainer;
 
 /// Trains the parameters that are not frozen, by AdamW on the next-token loss.
@@ -157,6 +158,54 @@ pub fn fit<M: CausalLm, R: IntoControlFlow>(
     config: &FitConfig,
     on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
 ) -> Result<FitReport> {
+    fit_in(model, batches, config, &Alone, on_step)
+}
+
+/// Trains as [`fit`] does, together with the other members of a group: data parallelism.
+///
+/// Each member has the same model and calls it with the same batches and settings. The batches of a step,
+/// [`FitConfig::with_accumulation`] of them, are dealt out in turn, as are the held-out ones; the gradients of
+/// what trains are summed over the members before they are clipped, and each member takes the same step. The
+/// result is that of one member but for the order of the sums, which is the same for two members and two
+/// batches.
+///
+/// The first member writes checkpoints; the others read them when a training is resumed, from the same
+/// directory. The callback is called by each, and if one breaks off, all do.
+///
+/// # Errors
+/// [`Error::Setting`] if a step has fewer batches than the group members; [`Error::Group`] if a member has
+/// [`Error::Setting`] if a step has fewer batches than the group members; [`Error::Group`] if a member has
+/// another model, other data or other settings, has left, or cannot use its checkpoints; otherwise as
+/// [`fit`].
+///
+/// # Examples
+/// ```no_run
+/// # use peft::{Batch, CausalLm, Error, FitConfig, Threads};
+/// /// Trains copies of a model on two threads, which might have a device each.
+/// fn tune<M: CausalLm>(models: [M; 2], batches: &[Batch]) -> Result<(), Error> {
+///     let config = FitConfig::new().with_accumulation(2);
+///     std::thread::scope(|scope| {
+///         let members = Threads::new(2).into_iter().zip(models);
+///         let threads: Vec<_> = members
+///             .map(|(member, mut model)| {
+///                 let config = &config;
+///                 scope.spawn(move || {
+///                     peft::fit_in(&mut model, batches, config, &member, |_, _| {}).map(drop)
+///                 })
+///             })
+///             .collect();
+///         let mut threads = threads.into_iter();
+///         threads.try_for_each(|thread| thread.join().expect("no panic"))
+///     })
+/// }
+/// ```
+pub fn fit_in<M: CausalLm, R: IntoControlFlow>(
+    model: &mut M,
+    batches: &[Batch],
+    config: &FitConfig,
+    group: &dyn Group,
+    on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
+) -> Result<FitReport> {
     let held_out = config
         .evaluation
         .as_ref()
@@ -167,7 +216,7 @@ pub fn fit<M: CausalLm, R: IntoControlFlow>(
             .unwrap_or_else(|| &held_out[at - batches.len()]);
         batch.of_targets(nll_of_output(model, x, batch)).sum()
     };
-    fit_with(model, batches, config, loss, on_step)
+    trainer::run(model, batches, config, group, loss, on_step)
 }
 
 /// Trains as [`fit`] does, on another loss.
@@ -259,5 +308,5 @@ pub fn fit_with<M: Blocks, R: IntoControlFlow>(
     loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
     on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
 ) -> Result<FitReport> {
-    trainer::run(model, batches, config, loss, on_step)
+    trainer::run(model, batches, config, &Alone, loss, on_step)
 }

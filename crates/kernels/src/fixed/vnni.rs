@@ -232,6 +232,10 @@ impl Slab<'_> {
     /// The processor has these instructions.
     #[inline(never)]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "loops over three indices of the sums"
+    )]
     fn sums<const L: usize, const R: usize, const C: usize, const STEP: usize>(
         &self,
     ) -> [[[__m512i; C]; L]; R] {

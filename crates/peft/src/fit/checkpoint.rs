@@ -107,62 +107,12 @@ impl<'a> Saver<'a> {
                 failed.get_or_insert(error);
                 continue;
             }
-            let values = self.read(&dir, number, parameters, progress, optimizer)?;
+            let to = (parameters, &mut *progress, &mut *optimizer);
+            let values = read(&dir, number, &self.training, to)?;
             self.newest = Some(number);
             return Ok(Some(values));
         }
         failed.map_or(Ok(None), |error| Err(error.into()))
-    }
-
-    /// Reads a checkpoint whose files have their sums.
-    fn read(
-        &self,
-        dir: &Path,
-        number: u64,
-        parameters: &Parameters,
-        progress: &mut Progress,
-        optimizer: &mut Optimizer,
-    ) -> Result<Values> {
-        let refuse = |file: &str, problem: String| tensor_files::Error::File {
-            path: dir.join(file),
-            problem,
-        };
-        let text = tensor_files::read(&dir.join(STATE))?;
-        let state: State<Identity> =
-            serde_json::from_slice(&text).map_err(|error| refuse(STATE, error.to_string()))?;
-        if state.format_version != FORMAT_VERSION {
-            let problem = format!(
-                "has the format version {}; this program reads {FORMAT_VERSION}",
-                state.format_version
-            );
-            return Err(refuse(STATE, problem).into());
-        }
-        let differences = state.training.differences(&self.training);
-        if !differences.is_empty() {
-            return Err(Error::OtherTraining {
-                path: dir.into(),
-                differences,
-            });
-        }
-        let text = tensor_files::read(&dir.join(STEPS))?;
-        let lines = text.split(|&byte| byte == b'\n');
-        let steps = lines.filter(|line| !line.is_empty()).map(|line| {
-            serde_json::from_slice(line).map_err(|error| refuse(STEPS, error.to_string()))
-        });
-        let steps: Vec<Step> = steps.collect::<Result<_, _>>()?;
-        if steps.len() as u64 != number {
-            let problem = format!("has {} steps, not {number}", steps.len());
-            return Err(refuse(STEPS, problem).into());
-        }
-        let mut file = TensorFile::open(&dir.join(TENSORS))?;
-        let (order, _) = file.words::<1>(ORDER)?;
-        let restored = progress.restore(steps, order, state.progress);
-        restored.map_err(|problem| refuse(TENSORS, problem))?;
-        optimizer.read(&mut file, &state.optimizer, parameters)?;
-        if progress.notes.has_best {
-            progress.best = Values::read(&mut file, BEST, parameters)?;
-        }
-        Ok(Values::read(&mut file, PARAMETERS, parameters)?)
     }
 
     /// Writes the checkpoint of the last step, if there is none, and removes those that are not kept.
@@ -215,6 +165,63 @@ impl<'a> Saver<'a> {
         }
         Ok(())
     }
+}
+
+/// The directory of the checkpoint of a step.
+pub(super) fn place(config: &Checkpoints, number: u64) -> PathBuf {
+    config.dir().join(format!("{PREFIX}{number}"))
+}
+
+/// Reads a checkpoint whose files have their sums: its parameters, and where the training is.
+///
+/// # Errors
+/// [`Error::OtherTraining`] if it is of another training than `training`, [`Error::File`] if it is damaged.
+pub(super) fn read(
+    dir: &Path,
+    number: u64,
+    training: &Identity,
+    (parameters, progress, optimizer): (&Parameters, &mut Progress, &mut Optimizer),
+) -> Result<Values> {
+    let refuse = |file: &str, problem: String| tensor_files::Error::File {
+        path: dir.join(file),
+        problem,
+    };
+    let text = tensor_files::read(&dir.join(STATE))?;
+    let state: State<Identity> =
+        serde_json::from_slice(&text).map_err(|error| refuse(STATE, error.to_string()))?;
+    if state.format_version != FORMAT_VERSION {
+        let problem = format!(
+            "has the format version {}; this program reads {FORMAT_VERSION}",
+            state.format_version
+        );
+        return Err(refuse(STATE, problem).into());
+    }
+    let differences = state.training.differences(training);
+    if !differences.is_empty() {
+        return Err(Error::OtherTraining {
+            path: dir.into(),
+            differences,
+        });
+    }
+    let text = tensor_files::read(&dir.join(STEPS))?;
+    let lines = text.split(|&byte| byte == b'\n');
+    let steps = lines
+        .filter(|line| !line.is_empty())
+        .map(|line| serde_json::from_slice(line).map_err(|error| refuse(STEPS, error.to_string())));
+    let steps: Vec<Step> = steps.collect::<Result<_, _>>()?;
+    if steps.len() as u64 != number {
+        let problem = format!("has {} steps, not {number}", steps.len());
+        return Err(refuse(STEPS, problem).into());
+    }
+    let mut file = TensorFile::open(&dir.join(TENSORS))?;
+    let (order, _) = file.words::<1>(ORDER)?;
+    let restored = progress.restore(steps, order, state.progress);
+    restored.map_err(|problem| refuse(TENSORS, problem))?;
+    optimizer.read(&mut file, &state.optimizer, parameters)?;
+    if progress.notes.has_best {
+        progress.best = Values::read(&mut file, BEST, parameters)?;
+    }
+    Ok(Values::read(&mut file, PARAMETERS, parameters)?)
 }
 
 /// One line of JSON for each step.

@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use quant_core::arithmetic;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::parameters::Parameters;
 use crate::evaluation::EvaluationSchedule;
-use crate::{Batch, Fingerprint, FitConfig, Linears};
+use crate::{Batch, Blocks, Checkpoints, Fingerprint, FitConfig, Weight};
 
 /// The settings that change no bit of the result.
 const WITHOUT_EFFECT: [&str; 3] = ["checkpoint_blocks", "epochs", "steps"];
@@ -68,12 +69,13 @@ impl fmt::Display for Data {
 
 impl Identity {
     /// That of the training of `n_steps` of a model as it is before the first step.
-    pub(super) fn of<M: Linears>(
+    pub(super) fn of<M: Blocks>(
         model: &M,
         parameters: &Parameters,
         batches: &[Batch],
         config: &FitConfig,
         n_steps: usize,
+        n_members: usize,
     ) -> Self {
         let adapters = model.linears().into_iter().filter_map(|(path, linear)| {
             let adapter = linear.adapter.as_ref()?;
@@ -82,6 +84,8 @@ impl Identity {
         let mut settings = object(config);
         settings.retain(|name, _| !WITHOUT_EFFECT.contains(&name.as_str()));
         settings.insert("steps".into(), n_steps.into());
+        settings.insert("members".into(), n_members.into());
+        settings.extend(computation(model, batches));
         let parameters = parameters.0.iter();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -97,6 +101,17 @@ impl Identity {
             }),
             settings,
         }
+    }
+
+    /// The SHA-256 of all of it, and of when checkpoints are written.
+    pub(super) fn sha256(&self, checkpoints: Option<&Checkpoints>) -> [u8; 32] {
+        let text = serde_json::to_vec(self).expect("numbers and text");
+        let saves = checkpoints.map(|of| (of.every, of.resume));
+        Sha256::new()
+            .chain_update(text)
+            .chain_update(format!("{saves:?}"))
+            .finalize()
+            .into()
     }
 
     /// In what `found` is another training than this one, in words.
@@ -152,6 +167,26 @@ impl Identity {
         differences.extend(changes(&self.settings, &found.settings));
         differences
     }
+}
+
+/// How a model computes: where, in which dtype and how accurately.
+fn computation<M: Blocks>(model: &M, batches: &[Batch]) -> Map<String, Value> {
+    let mut settings = Map::new();
+    let mut insert = |name: &str, value: String| settings.insert(name.into(), value.into());
+    if let Some(batch) = batches.first() {
+        let x = model.embed(batch.tokens(), &model.positions(batch.spans()));
+        insert("device", format!("{:?}", x.device()));
+        insert("dtype", format!("{:?}", x.dtype()));
+    }
+    let linears = model.linears();
+    let precisions = linears.iter().filter_map(|(_, of)| match of.weight() {
+        Weight::Quant(weight) => Some(format!("{:?}", weight.precision())),
+        Weight::Dense(_) => None,
+    });
+    let precisions: BTreeSet<String> = precisions.collect();
+    insert("precision", Vec::from_iter(precisions).join(", "));
+    insert("arithmetic", format!("{:?}", arithmetic()));
+    settings
 }
 
 /// Settings as they are in a file.

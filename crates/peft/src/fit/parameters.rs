@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use sha2::{Digest, Sha256};
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 use crate::trained::{Change, Look, change_trained, look_at_trained};
@@ -95,6 +96,16 @@ impl Values {
     /// The model with these values.
     pub(super) fn put_into<M: Module>(mut self, model: M) -> M {
         change_trained(model, &mut self)
+    }
+
+    /// The SHA-256 of their bits.
+    pub(super) fn sha256(&self) -> [u8; 32] {
+        let mut sha256 = Sha256::new();
+        for (path, values) in &self.0 {
+            sha256.update(path);
+            sha256.update(values.to_data().as_bytes());
+        }
+        sha256.finalize().into()
     }
 
     /// The tensors of a file, called by `part` and the path.

@@ -4,27 +4,31 @@ use std::cell::Cell;
 use std::path::PathBuf;
 
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
-use super::checkpoint::Saver;
+use super::checkpoint::{self, Saver};
 use super::gradients::{Totals, non_finite_parameter, origin, read, scale};
 use super::identity::Identity;
 use super::noise::Noise;
 use super::optimizer::Optimizer;
 use super::parameters::{Parameters, Values};
 use super::progress::Progress;
+use super::shared::{Membership, Shared, model_device};
 use crate::blocks::run_blocks;
 use crate::checkpointing::{backward_by_block, lowest_trained};
 use crate::step::finished;
 use crate::{
-    Batch, Blocks, Error, Evaluation, FitConfig, FitEnd, FitReport, FitWarning, IntoControlFlow,
-    Result, Step, Training, last_output, set_dropout,
+    Batch, Blocks, Checkpoints, Error, Evaluation, FitConfig, FitEnd, FitReport, FitWarning, Group,
+    IntoControlFlow, Result, Step, Training, last_output, set_dropout,
 };
 
 /// A training but for the model that is trained.
 struct Trainer<'a, L> {
     batches: &'a [Batch],
     config: &'a FitConfig,
+    shared: Shared<'a>,
+    /// Where what is shared is put.
+    device: Device,
     loss: L,
     n_steps: usize,
     /// The lowest part with a trained parameter, if blocks are checkpointed.
@@ -36,15 +40,33 @@ struct Trainer<'a, L> {
     warnings: Vec<FitWarning>,
 }
 
-/// [`fit_with`](crate::fit_with).
+/// [`fit_with`](crate::fit_with), and [`fit_in`](crate::fit_in).
 pub(super) fn run<M: Blocks, R: IntoControlFlow>(
     model: &mut M,
     batches: &[Batch],
     config: &FitConfig,
+    group: &dyn Group,
+    loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
+    on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
+) -> Result<FitReport> {
+    let mut membership = Membership {
+        group,
+        is_done: false,
+    };
+    let report = train(model, batches, config, group, loss, on_step)?;
+    membership.is_done = true;
+    Ok(report)
+}
+
+fn train<M: Blocks, R: IntoControlFlow>(
+    model: &mut M,
+    batches: &[Batch],
+    config: &FitConfig,
+    group: &dyn Group,
     loss: impl Fn(&M, Tensor<3>, usize) -> Tensor<1>,
     mut on_step: impl FnMut(&Step, &Training<'_, M>) -> R,
 ) -> Result<FitReport> {
-    let (mut trainer, mut tuned) = Trainer::start(model, batches, config, loss)?;
+    let (mut trainer, mut tuned) = Trainer::start(model, batches, config, group, loss)?;
     let first = trainer.progress.steps.len();
     let end = loop {
         if let Some(end) = trainer.end() {
@@ -55,7 +77,9 @@ pub(super) fn run<M: Blocks, R: IntoControlFlow>(
         let is_asked = Cell::new(false);
         let training = Training::new(&tuned, steps, &is_asked);
         let flow = on_step(&steps[steps.len() - 1], &training).into_control_flow();
-        if flow.is_break() || is_asked.get() || trainer.is_save_due() {
+        let shared = trainer.shared;
+        let is_break = shared.any(flow.is_break())?;
+        if shared.any(is_asked.get())? || is_break || trainer.is_save_due() {
             trainer.check_finite(&tuned)?;
             if let Err(error) = trainer.save(&tuned) {
                 // What was learned is not lost with the disk.
@@ -63,7 +87,7 @@ pub(super) fn run<M: Blocks, R: IntoControlFlow>(
                 return Err(error);
             }
         }
-        if flow.is_break() {
+        if is_break {
             break FitEnd::Callback;
         }
     };
@@ -81,9 +105,17 @@ impl<'a, L> Trainer<'a, L> {
         model: &M,
         batches: &'a [Batch],
         config: &'a FitConfig,
+        group: &'a dyn Group,
         loss: L,
     ) -> Result<(Self, M)> {
         config.check()?;
+        if group.size() > config.accumulation {
+            return Err(Error::Setting {
+                setting: "accumulation",
+                value: config.accumulation.to_string(),
+                expected: "a batch for each member of the group",
+            });
+        }
         if batches.is_empty() {
             return Err(Error::NoBatches);
         }
@@ -96,6 +128,8 @@ impl<'a, L> Trainer<'a, L> {
         let mut trainer = Self {
             batches,
             config,
+            shared: Shared { group },
+            device: model_device(&parameters),
             loss,
             n_steps: config.n_steps(batches.len())?,
             lowest: config.checkpoint_blocks.then(lowest),
@@ -113,20 +147,70 @@ impl<'a, L> Trainer<'a, L> {
             };
             trainer.warnings.extend((n_shared > 0).then_some(warning));
         }
-        if let Some(checkpoints) = &config.checkpoints {
+        let shared = trainer.shared;
+        if config.checkpoints.is_some() || shared.has_others() {
             let parameters = &trainer.parameters;
-            let training = Identity::of(model, parameters, batches, config, trainer.n_steps);
-            let mut saver = Saver::open(checkpoints, training, parameters)?;
-            let resumed = saver.resume(
+            let training = Identity::of(
+                model,
                 parameters,
-                &mut trainer.progress,
-                &mut trainer.optimizer,
-                &mut trainer.warnings,
-            )?;
-            tuned = resumed.unwrap_or_default().put_into(tuned);
-            trainer.saver = Some(saver);
+                batches,
+                config,
+                trainer.n_steps,
+                group.size(),
+            );
+            let others = "another base, other data or other settings";
+            shared.check_same(training.sha256(config.checkpoints.as_ref()), others)?;
+            if let Some(checkpoints) = &config.checkpoints {
+                let resumed = trainer.resume(checkpoints, training)?;
+                tuned = resumed.unwrap_or_default().put_into(tuned);
+            }
+            if shared.has_others() {
+                let start = Values::of(&tuned).sha256();
+                shared.check_same(start, "other parameters that train")?;
+            }
         }
         Ok((trainer, tuned))
+    }
+
+    /// Goes to the newest whole checkpoint, whose parameters it returns. One member has the directory open, and
+    /// the others read the checkpoint that it chooses.
+    fn resume(
+        &mut self,
+        checkpoints: &'a Checkpoints,
+        training: Identity,
+    ) -> Result<Option<Values>> {
+        let shared = self.shared;
+        if !shared.is_first() {
+            let [number, failed] = shared.numbers([0.0; 2])?;
+            if failed > 0.0 {
+                return Err(Error::Group {
+                    problem: "member 0 cannot use its checkpoints".into(),
+                });
+            }
+            if number == 0.0 {
+                return Ok(None);
+            }
+            let number = number as u64;
+            let dir = checkpoint::place(checkpoints, number);
+            let to = (&self.parameters, &mut self.progress, &mut self.optimizer);
+            return checkpoint::read(&dir, number, &training, to).map(Some);
+        }
+        let open = || {
+            let mut saver = Saver::open(checkpoints, training, &self.parameters)?;
+            let resumed = saver.resume(
+                &self.parameters,
+                &mut self.progress,
+                &mut self.optimizer,
+                &mut self.warnings,
+            )?;
+            self.saver = Some(saver);
+            Ok(resumed)
+        };
+        let resumed = open();
+        let number = self.progress.steps.len() as f32;
+        let failed = f32::from(u8::from(resumed.is_err()));
+        shared.numbers([number, failed])?;
+        resumed
     }
 
     /// Why there is no next step, if there is none.
@@ -147,7 +231,11 @@ impl<'a, L> Trainer<'a, L> {
         let index = self.progress.steps.len();
         let chosen = self.progress.choose(self.config.accumulation);
         let n_targets: usize = chosen.iter().map(|&at| self.batches[at].n_targets()).sum();
-        let (losses, mut gradients) = self.gradients(&mut tuned, &chosen, n_targets);
+        let (losses, gradients) = self.gradients(&mut tuned, &chosen, n_targets);
+        let losses = self.shared.losses(losses, &self.device, index + 1)?;
+        let (shared, parameters) = (self.shared, &self.parameters);
+        let gradients = shared.gradients(&tuned, parameters, gradients, index + 1)?;
+        let mut gradients = with_penalties(&tuned, gradients);
         let totals = Totals::read(&tuned, losses, &gradients, index + 1)?;
         let grad_norm = totals.grad_norm();
         let halved = 0.5f64.powi(self.progress.notes.n_skipped as i32);
@@ -178,30 +266,35 @@ impl<'a, L> Trainer<'a, L> {
         Ok(tuned)
     }
 
-    /// The loss of each of the batches over the targets of all, and the gradients of their sum with the
-    /// penalties of adapters.
+    /// The loss of each of the batches over the targets of all, of those that are this member's, and the
+    /// gradients of their sum.
     fn gradients<M: Blocks>(
         &mut self,
         tuned: &mut M,
         chosen: &[usize],
         n_targets: usize,
-    ) -> (Vec<Tensor<1>>, GradientsParams)
+    ) -> (Vec<Option<Tensor<1>>>, GradientsParams)
     where
         L: Fn(&M, Tensor<3>, usize) -> Tensor<1>,
     {
         let mut accumulated = GradientsAccumulator::new();
         let mut losses = Vec::new();
-        for &at in chosen {
+        for (place, &at) in chosen.iter().enumerate() {
             let batch = &self.batches[at];
-            set_dropout(tuned, self.progress.next_dropout());
+            let dropout = self.progress.next_dropout();
             let noise = Noise {
                 alpha: self.config.neftune_alpha,
                 seed: self.progress.next_noise(),
             };
+            if !self.shared.is_mine(place) {
+                losses.push(None);
+                continue;
+            }
+            set_dropout(tuned, dropout);
             let noise = |x| noise.add(x);
             let mut part = |x: Tensor<3>| {
                 let part = (self.loss)(tuned, x, at) / n_targets as f32;
-                losses.push(part.clone().inner());
+                losses.push(Some(part.clone().inner()));
                 part
             };
             let gradients = match self.lowest {
@@ -213,14 +306,6 @@ impl<'a, L> Trainer<'a, L> {
                     GradientsParams::from_grads(part.backward(), tuned)
                 }
             };
-            accumulated.accumulate(tuned, gradients);
-        }
-        let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
-            let adapter = linear.adapter.as_ref();
-            adapter.and_then(|adapter| adapter.ops().penalty())
-        });
-        if let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) {
-            let gradients = GradientsParams::from_grads(penalty.backward(), tuned);
             accumulated.accumulate(tuned, gradients);
         }
         (losses, accumulated.grads())
@@ -242,11 +327,14 @@ impl<'a, L> Trainer<'a, L> {
         set_dropout(&mut model, None);
         let held_out = evaluation.batches();
         let n_targets: usize = held_out.iter().map(Batch::n_targets).sum();
-        let losses = (self.batches.len()..).zip(held_out).map(|(at, batch)| {
-            let loss = (self.loss)(&model, last_output(&model, batch), at);
-            loss.inner() / n_targets as f32
+        let losses = held_out.iter().enumerate().map(|(place, batch)| {
+            let at = self.batches.len() + place;
+            let loss = || (self.loss)(&model, last_output(&model, batch), at);
+            let is_mine = self.shared.is_mine(place);
+            is_mine.then(|| loss().inner() / n_targets as f32)
         });
-        let loss: f64 = read(losses, step)?.into_iter().sum();
+        let losses = self.shared.losses(losses.collect(), &self.device, step)?;
+        let loss: f64 = read(losses.into_iter(), step)?.into_iter().sum();
         if !loss.is_finite() {
             return Err(self.non_finite("the loss on the held-out batches".into()));
         }
@@ -305,10 +393,17 @@ impl<'a, L> Trainer<'a, L> {
 
     /// Writes a checkpoint, if there are any.
     fn save<M: Blocks>(&mut self, tuned: &M) -> Result<()> {
-        let Some(saver) = &mut self.saver else {
-            return Ok(());
+        let saved = match &mut self.saver {
+            Some(saver) => saver.save(&Values::of(tuned), &self.progress, &self.optimizer),
+            None => Ok(()),
         };
-        saver.save(&Values::of(tuned), &self.progress, &self.optimizer)
+        let has_failed = self.shared.any(saved.is_err())?;
+        if saved.is_ok() && has_failed {
+            return Err(Error::Group {
+                problem: "member 0 cannot save a checkpoint".into(),
+            });
+        }
+        saved
     }
 
     fn report(self, end: FitEnd, resumed_from: Option<usize>) -> FitReport {
@@ -329,4 +424,22 @@ impl<'a, L> Trainer<'a, L> {
             warnings,
         }
     }
+}
+
+/// The gradients with those of the penalties of adapters.
+fn with_penalties<M: Blocks>(tuned: &M, gradients: GradientsParams) -> GradientsParams {
+    let of_adapters = tuned.linears().into_iter().filter_map(|(_, linear)| {
+        let adapter = linear.adapter.as_ref();
+        adapter.and_then(|adapter| adapter.ops().penalty())
+    });
+    let Some(penalty) = of_adapters.reduce(|sum, penalty| sum + penalty) else {
+        return gradients;
+    };
+    let mut sums = GradientsAccumulator::new();
+    sums.accumulate(tuned, gradients);
+    sums.accumulate(
+        tuned,
+        GradientsParams::from_grads(penalty.backward(), tuned),
+    );
+    sums.grads()
 }

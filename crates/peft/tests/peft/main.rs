@@ -9,6 +9,7 @@ mod certificates;
 mod evaluating;
 mod fingerprint;
 mod formats;
+mod groups;
 mod merging;
 mod model;
 mod optimizers;
