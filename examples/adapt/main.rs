@@ -22,9 +22,9 @@ use examples::optimizer::OptimizerName;
 use examples::outcome::{Result, exit, weights_bytes};
 use examples::progress::Bar;
 use examples::texts::{Cut, Source, Texts, fit_config, n_windows};
-use examples::{eprintln, interrupt, print, println, settings};
+use examples::{eprintln, group, interrupt, print, println, settings};
 use models::{Plan, Pretrained};
-use peft::{Adapter, Adapters, Certificate, PerLayer, Targets, TileMethod};
+use peft::{Adapter, Adapters, Certificate, Group, PerLayer, Targets, TileMethod};
 use serde::Serialize;
 
 use place::Place;
@@ -414,15 +414,16 @@ fn packed_base(args: &Args, source: &Path, plan: Plan, lm: &Pretrained) -> Resul
 fn main() -> ExitCode {
     exit(|| {
         let (args, settings) = settings::parse();
-        run(&args, settings)
+        group::among(|group| run(&args, settings, group))
     })
 }
 
-fn run(args: &Args, mut settings: settings::Settings) -> Result<()> {
+fn run(args: &Args, mut settings: settings::Settings, group: &dyn Group) -> Result<()> {
     // What settings, configurations and headers tell is checked before anything else is read.
     args.tune.check(args.lr.and_then(Rate::value))?;
     let scratch = interrupt::scratch()?;
-    let place = Place::open(args.out.as_deref(), scratch.path(), &settings, args.resume)?;
+    let out = args.out.as_deref();
+    let place = Place::open(out, scratch.path(), &settings, args.resume, group)?;
     let device = args.model.device.open();
     let source = args.model.dir(scratch.path())?;
     let stored = models::plan(&source, &PerLayer::default())?;
@@ -502,6 +503,7 @@ fn run(args: &Args, mut settings: settings::Settings) -> Result<()> {
         n_task_windows: n_windows(&texts.task),
         n_base_windows: n_windows(&texts.base),
         batch: args.tune.batch,
+        n_processes: group.size(),
         seed: args.seed,
         device: args.model.device.name.clone(),
         dtype: args.model.dtype.name.name(),
@@ -530,7 +532,10 @@ fn run(args: &Args, mut settings: settings::Settings) -> Result<()> {
                 done
             }
             None => {
-                let done = tune(args, base, &texts, &place, &device)?;
+                let Some(done) = tune(args, base, &texts, &place, group, &device)? else {
+                    // The first process does the rest.
+                    continue;
+                };
                 place.finish(&name, &done)?;
                 done
             }
@@ -540,6 +545,9 @@ fn run(args: &Args, mut settings: settings::Settings) -> Result<()> {
         report.runs.push(done.run);
         // A later failure does not lose this run.
         interrupt::uninterrupted(|| tensor_files::write_json(&json, &report))?;
+    }
+    if group.rank() > 0 {
+        return Ok(());
     }
     place.publish()?;
     interrupt::on_end("");

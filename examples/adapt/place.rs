@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use examples::interrupt;
 use examples::outcome::Result;
 use examples::settings::Settings;
+use peft::Group;
 use serde::{Deserialize, Serialize};
 use tensor_files::Partial;
 
@@ -23,8 +24,10 @@ const DONE: &str = "done";
 /// The directory in which results are written, and gets its name when all of them are there.
 pub(crate) struct Place {
     files: PathBuf,
-    /// None without `--out`: then the results are removed in the end.
+    /// None without `--out`, or in a process that is not the first: then the results are removed in the end.
     partial: Option<Partial>,
+    /// The notes on a run that is kept, which is that of the first process.
+    kept: Option<PathBuf>,
 }
 
 /// A base that is tuned, with its results among the files.
@@ -46,18 +49,21 @@ impl Place {
         scratch: &Path,
         settings: &Settings,
         resume: bool,
+        group: &dyn Group,
     ) -> Result<Self> {
-        let Some(out) = out else {
+        let Some(out) = out.filter(|_| group.rank() == 0) else {
             let files = scratch.join("results");
             fs::create_dir_all(&files)?;
             return Ok(Self {
                 files,
                 partial: None,
+                kept: out.map(Partial::notes_of).transpose()?,
             });
         };
         let partial = Partial::open(out)?;
         let place = Self {
             files: partial.files(),
+            kept: Some(partial.notes().into()),
             partial: Some(partial),
         };
         let notes = place.notes();
@@ -96,18 +102,16 @@ impl Place {
 
     /// Whether it is kept, so that a run can be resumed.
     pub(crate) fn is_kept(&self) -> bool {
-        self.partial.is_some()
+        self.kept.is_some()
     }
 
     fn notes(&self) -> PathBuf {
-        let notes = self.partial.as_ref().map(Partial::notes);
-        notes.unwrap_or(&self.files).into()
+        self.kept.as_ref().unwrap_or(&self.files).clone()
     }
 
     /// The directory of the checkpoints of a base, if it is kept.
     pub(crate) fn checkpoints(&self, name: &str) -> Option<PathBuf> {
-        let partial = self.partial.as_ref()?;
-        Some(partial.notes().join(CHECKPOINTS).join(name))
+        Some(self.kept.as_ref()?.join(CHECKPOINTS).join(name))
     }
 
     /// Whether there is something to go on from.
@@ -136,7 +140,9 @@ impl Place {
 
     /// Writes the settings as they are used, when the work begins.
     pub(crate) fn begin(&self, settings: &Settings) -> Result<()> {
-        interrupt::keep(&self.notes());
+        if let Some(notes) = &self.kept {
+            interrupt::keep(notes);
+        }
         let about = "The options as they were used: adapt --config FILE --out DIR repeats the run.";
         let path = self.files.join(SETTINGS);
         Ok(tensor_files::write(&path, settings.text(about).as_bytes())?)

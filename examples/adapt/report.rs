@@ -32,6 +32,8 @@ pub(crate) struct Report {
     pub(crate) n_task_windows: usize,
     pub(crate) n_base_windows: usize,
     pub(crate) batch: usize,
+    /// The processes that trained together, each with a batch of a step.
+    pub(crate) n_processes: usize,
     pub(crate) seed: u64,
     pub(crate) device: String,
     pub(crate) dtype: &'static str,

@@ -14,7 +14,7 @@ use examples::training::Watch;
 use examples::{eprintln, interrupt, memory, println};
 use models::{Plan, Pretrained};
 use peft::{
-    Adapters, Certificate, Checkpoints, Evaluation, FitConfig, FitEnd, FitReport, Linears,
+    Adapters, Certificate, Checkpoints, Evaluation, FitConfig, FitEnd, FitReport, Group, Linears,
     MergeConfig, OffGrid, PerLayer, Recipe,
 };
 use quant_core::{Format, Grid, Needs, NormalFloat, Quantizer, Rtn};
@@ -83,14 +83,16 @@ pub(crate) fn name(plan: &Plan) -> String {
     }
 }
 
-/// Quantizes, tunes, merges, saves, reloads and compares.
+/// Quantizes, tunes, merges, saves, reloads and compares. Of several processes, the first one saves, and the
+/// others have no result.
 pub(crate) fn tune(
     args: &Args,
     base: &Base,
     texts: &Texts,
     place: &Place,
+    group: &dyn Group,
     device: &Device,
-) -> Result<Done> {
+) -> Result<Option<Done>> {
     memory::reset_peak();
     let start = Instant::now();
     let Settings {
@@ -129,7 +131,12 @@ pub(crate) fn tune(
         let rate = place.rate(&name, || rate::choose(&lm.model, texts, &config))?;
         config = config.with_learning_rate(rate);
     }
-    let fitted = fit(args, base, &config, texts, place, &mut lm)?;
+    // A step has a batch for each process.
+    let config = config.with_accumulation(group.size());
+    let fitted = fit(args, base, &config, texts, place, group, &mut lm)?;
+    if group.rank() > 0 {
+        return Ok(None);
+    }
     if let Some(best) = fitted.best {
         println!(
             "{formats}: best evaluation after step {}: perplexity {:.3}",
@@ -218,10 +225,10 @@ pub(crate) fn tune(
         "{}: {error}task perplexity {:.3}, tuned {:.3}",
         run.formats, run.rounded.task, run.tuned.task
     );
-    Ok(Done {
+    Ok(Some(Done {
         run,
         refusal: refusal.map(|refusal| refusal.to_string()),
-    })
+    }))
 }
 
 /// Trains the adapters, with a bar, files, and checkpoints if they are kept.
@@ -231,6 +238,7 @@ fn fit(
     config: &FitConfig,
     texts: &Texts,
     place: &Place,
+    group: &dyn Group,
     lm: &mut Pretrained,
 ) -> Result<FitReport> {
     let name = name(&base.plan);
@@ -251,14 +259,18 @@ fn fit(
     let formats = formats(&base.plan);
     let mut watch = Watch::new(formats.clone(), args.tune.steps, &texts.train, Some(dir))?;
     let mut fit = || {
-        peft::fit(&mut lm.model, &texts.train, &config, |_, training| {
-            watch.step(training.steps())
-        })
+        peft::fit_in(
+            &mut lm.model,
+            &texts.train,
+            &config,
+            group,
+            |_, training| watch.step(training.steps()),
+        )
     };
     let fitted = if place.is_kept() {
         interrupt::on_end(&format!(
             "stopped; go on with\n{}",
-            outcome::resume_command()
+            outcome::resume_command(group.size())
         ));
         // A signal waits for the step, and for the checkpoint.
         interrupt::uninterrupted(fit)

@@ -6,6 +6,7 @@
 use std::fmt::Arguments;
 use std::io::{self, ErrorKind, Write};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::progress;
 
@@ -30,8 +31,18 @@ macro_rules! eprintln {
 
 static FAILED: OnceLock<io::Error> = OnceLock::new();
 
+static IS_SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Prints nothing to the standard output from now on.
+pub fn silence() {
+    IS_SILENT.store(true, Ordering::Relaxed);
+}
+
 /// Prints to the standard output, at once.
 pub fn print(text: Arguments) {
+    if IS_SILENT.load(Ordering::Relaxed) {
+        return;
+    }
     let printed = progress::hidden(|| {
         let mut out = io::stdout().lock();
         out.write_fmt(text).and_then(|()| out.flush())

@@ -11,6 +11,7 @@ mod doc;
 pub mod dtype;
 pub mod embedded;
 pub mod format;
+pub mod group;
 pub mod instructions;
 pub mod interrupt;
 pub mod memory;

@@ -100,12 +100,16 @@ pub fn weights_bytes(dir: &Path) -> tensor_files::Result<u64> {
     })
 }
 
-/// The command that goes on with this run, for a shell.
-pub fn resume_command() -> String {
+/// The command that goes on with this run of so many processes, for a shell.
+pub fn resume_command(n_processes: usize) -> String {
     let words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
     let mut words: Vec<String> = words.collect();
     if !words.iter().any(|word| word == "--resume") {
         words.push("--resume".into());
+    }
+    if n_processes > 1 {
+        let mpirun = ["mpirun".into(), "-np".into(), n_processes.to_string()];
+        words.splice(0..0, mpirun);
     }
     // The system has no arguments that cannot be quoted.
     shlex::try_join(words.iter().map(String::as_str)).unwrap_or_default()

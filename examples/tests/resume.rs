@@ -177,6 +177,47 @@ fn a_run_that_is_killed_and_interrupted_ends_as_one_that_is_not() {
     assert!(report["runs"][0]["resumed_from"].as_u64() >= Some(15));
 }
 
+/// Two processes of `mpirun`, one of which is killed: the job ends, and goes on to the same files.
+#[cfg(feature = "mpi")]
+#[test]
+fn a_job_goes_on_where_a_process_was_killed() {
+    let mpirun = |dir: &Path, options: &str| {
+        let mut command = Command::new("mpirun");
+        command
+            .current_dir(dir)
+            .args(["-np", "2", "--oversubscribe"])
+            .arg(program());
+        command
+            .args(OPTIONS.split(' '))
+            .args(options.split_whitespace());
+        // Where the tests are run by root.
+        command
+            .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+            .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+        command
+    };
+    let (_dir, dir) = place();
+    let text = done(mpirun(&dir, "--out whole"));
+    // The second process is silent.
+    assert_eq!(text.matches("report: ").count(), 1, "{text}");
+    let report = fs::read(dir.join("whole/report.json")).unwrap();
+    let report: Value = serde_json::from_slice(&report).unwrap();
+    assert_eq!(report["n_processes"], 2);
+
+    let job = at_step(mpirun(&dir, "--out out"), &dir, 5);
+    let children = format!("/proc/{0}/task/{0}/children", job.id());
+    let children = fs::read_to_string(children).unwrap();
+    let last = children.split_whitespace().last().unwrap();
+    let killed = Command::new("kill").args(["-s", "KILL", last]).status();
+    assert!(killed.unwrap().success());
+    let output = job.wait_with_output().unwrap();
+    assert!(!output.status.success(), "{}", said(&output));
+    assert!(dir.join("out.partial/checkpoints").exists() && !dir.join("out").exists());
+    let text = done(mpirun(&dir, "--out out --resume"));
+    assert!(text.contains("going on after step"), "{text}");
+    assert_same(&dir, "whole", "out");
+}
+
 /// The settings of a result repeat it, and a signal before the first step leaves nothing.
 #[test]
 fn settings_repeat_a_run() {

@@ -74,6 +74,16 @@ impl Partial {
         Ok(partial)
     }
 
+    /// The directory for the notes on `dir`, of a process that has it open: to read them.
+    ///
+    /// # Errors
+    /// [`Error::File`] if `dir` has no name of its own.
+    pub fn notes_of(dir: impl AsRef<Path>) -> Result<PathBuf> {
+        let (dir, mut place) = named(dir.as_ref())?;
+        place.push(SUFFIX);
+        Ok(dir.with_file_name(place))
+    }
+
     /// Refuses a directory that has something in it and that this program did not make.
     fn check_ours(&self) -> Result<()> {
         let path = self.notes();
