@@ -32,14 +32,18 @@ pub(crate) fn one(args: &Args, out: &Path, source: &Path, device: &Device) -> Re
         .with_resume(args.resume);
     let initializer = Initializer::new(&*method, &quantizer);
     let calibration = &windows.calibration;
-    let layers = stream::through_blocks("initializing", &plan, |on_step| {
-        models::initialize_to(source, out, &initializer, calibration, &settings, on_step)
-    })?;
-    interrupt::uninterrupted(|| Report::new(args, &layers).write(out))?;
     let saved = Saved::new(out);
-    saved.print();
-    let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
-    println!("{n_bytes} bytes in layers; peak memory: {}", memory::peak());
+    if args.resume && saved.base.is_dir() && saved.adapter.is_dir() {
+        println!("initialized before; going on with what follows");
+    } else {
+        let layers = stream::through_blocks("initializing", &plan, |on_step| {
+            models::initialize_to(source, out, &initializer, calibration, &settings, on_step)
+        })?;
+        interrupt::uninterrupted(|| Report::new(args, &layers).write(out))?;
+        saved.print();
+        let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
+        println!("{n_bytes} bytes in layers; peak memory: {}", memory::peak());
+    }
     if windows.eval.is_empty() && args.tune.steps == 0 {
         return Ok(());
     }

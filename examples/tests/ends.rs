@@ -174,6 +174,8 @@ fn an_initialization_that_is_killed_goes_on() {
     if !out.exists() {
         let output = run(init(&out));
         assert!(output.status.success(), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains("going on after"), "{said}");
         assert_eq!(names(dir.path()), ["out", "whole"]);
     }
     for part in ["adapter", "base"] {

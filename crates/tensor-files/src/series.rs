@@ -47,7 +47,10 @@ impl Series {
     /// [`Error::OutputBusy`] if it is open already, here or in another process, [`Error::File`] if it is
     /// no directory, [`Error::Io`] if it cannot be made or read.
     pub fn open(dir: impl AsRef<Path>, prefix: impl Into<String>) -> Result<Self> {
-        let (dir, name) = named(dir.as_ref())?;
+        let dir = dir.as_ref();
+        // A link to a directory elsewhere is followed.
+        let dir = dir.canonicalize().unwrap_or_else(|_| dir.into());
+        let (dir, name) = named(&dir)?;
         let series = Self {
             prefix: prefix.into(),
             staging: Staging::kept(&dir, &name)?,

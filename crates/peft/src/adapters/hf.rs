@@ -120,7 +120,7 @@ impl Adapters {
     /// The bases of the parts are not compared with it.
     ///
     /// # Errors
-    /// [`Error::NoAdapters`], [`Error::UnknownLayer`]; otherwise as [`Adapters::save_hf`].
+    /// [`Error::NoAdapters`], [`Error::UnknownLayer`], [`Error::AlreadyAdapted`] for a layer of two parts; otherwise as [`Adapters::save_hf`].
     ///
     /// # Examples
     /// ```no_run
@@ -137,8 +137,13 @@ impl Adapters {
         paths: &[String],
         dir: impl IntoOutput,
     ) -> Result<()> {
-        let parts = parts.into_iter().flat_map(|part| part.layers);
-        let layers: BTreeMap<String, Adapter> = parts.collect();
+        let mut layers: BTreeMap<String, Adapter> = BTreeMap::new();
+        for (path, adapter) in parts.into_iter().flat_map(|part| part.layers) {
+            if layers.contains_key(&path) {
+                return Err(Error::AlreadyAdapted { path });
+            }
+            layers.insert(path, adapter);
+        }
         if let Some(path) = layers.keys().find(|path| !paths.contains(path)) {
             return Err(Error::UnknownLayer { path: path.clone() });
         }

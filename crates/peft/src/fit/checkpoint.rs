@@ -1,6 +1,7 @@
 //! The checkpoints of a training: one directory for each, of which the last ones are kept.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,7 @@ const PREFIX: &str = "step-";
 const STATE: &str = "state.json";
 const STEPS: &str = "steps.jsonl";
 const TENSORS: &str = "state.safetensors";
+const FILES: [&str; 3] = [STATE, STEPS, TENSORS];
 const FORMAT_VERSION: u32 = 1;
 /// The names of the tensors of trained parameters begin with it.
 const PARAMETERS: &str = "parameters";
@@ -32,6 +34,11 @@ struct State<I> {
     progress: Stored,
     /// The steps that the optimizer has seen of each parameter.
     optimizer: BTreeMap<String, usize>,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    format_version: u32,
 }
 
 /// The checkpoints of one training, whose directory no other training uses meanwhile.
@@ -86,8 +93,8 @@ impl<'a> Saver<'a> {
     /// Goes to the newest whole checkpoint, whose parameters it returns; warns of those that are damaged.
     ///
     /// # Errors
-    /// [`Error::OtherTraining`] if it is of another training, [`Error::File`] if all are damaged, or the
-    /// format is not known.
+    /// [`Error::OtherTraining`] if it is of another training, [`Error::File`] if all are damaged, one cannot
+    /// be read, or the format is not known.
     pub(super) fn resume(
         &mut self,
         parameters: &Parameters,
@@ -98,7 +105,11 @@ impl<'a> Saver<'a> {
         let mut failed = None;
         for number in self.series.numbers()?.into_iter().rev() {
             let dir = self.series.path(number);
-            if let Err(error) = tensor_files::check_sums(&dir) {
+            if let Err(error) = check_whole(&dir) {
+                if !is_damage(&error) {
+                    // It may be whole.
+                    return Err(error.into());
+                }
                 warnings.push(FitWarning::Damaged {
                     path: dir,
                     problem: error.to_string(),
@@ -150,20 +161,43 @@ impl<'a> Saver<'a> {
         })?;
         self.newest = Some(number);
         self.damaged.remove(&number);
-        self.remove_old(progress.notes.best.map(|best| best.step as u64))
+        self.remove_old(progress.notes.best.map(|best| best.step as u64));
+        Ok(())
     }
 
-    /// Removes all but the last whole ones and the one of the step `best`.
-    fn remove_old(&mut self, best: Option<u64>) -> Result<()> {
-        let mut whole = self.series.numbers()?;
+    /// Removes all but the last whole ones and the one of the step `best`. What cannot be removed stays, and
+    /// is tried again after the next one.
+    fn remove_old(&mut self, best: Option<u64>) {
+        let mut whole = self.series.numbers().unwrap_or_default();
         whole.retain(|number| !self.damaged.contains(number));
         let n_old = whole.len().saturating_sub(self.config.keep);
         let old = whole.into_iter().take(n_old);
         let old = old.filter(|number| Some(*number) != best);
-        for number in old.chain(std::mem::take(&mut self.damaged)) {
-            self.series.remove(number)?;
+        for number in old.chain(self.damaged.iter().copied()) {
+            let _ = self.series.remove(number);
         }
-        Ok(())
+        self.damaged
+            .retain(|&number| self.series.path(number).exists());
+    }
+}
+
+/// Checks the files of a checkpoint against their sums.
+fn check_whole(dir: &Path) -> Result<(), tensor_files::Error> {
+    let unlisted = tensor_files::check_sums(dir)?;
+    match unlisted.iter().find(|name| FILES.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(name) => Err(tensor_files::Error::File {
+            path: dir.join(name),
+            problem: "has no sum".into(),
+        }),
+    }
+}
+
+/// Whether the error is of what a checkpoint holds, and not of reading it.
+fn is_damage(error: &tensor_files::Error) -> bool {
+    match error {
+        tensor_files::Error::Io { cause, .. } => cause.kind() == ErrorKind::NotFound,
+        _ => true,
     }
 }
 
@@ -187,15 +221,15 @@ pub(super) fn read(
         problem,
     };
     let text = tensor_files::read(&dir.join(STATE))?;
-    let state: State<Identity> =
-        serde_json::from_slice(&text).map_err(|error| refuse(STATE, error.to_string()))?;
-    if state.format_version != FORMAT_VERSION {
-        let problem = format!(
-            "has the format version {}; this program reads {FORMAT_VERSION}",
-            state.format_version
-        );
+    let damaged = |error: serde_json::Error| refuse(STATE, error.to_string());
+    // Before the rest, which another version may have otherwise.
+    let Version { format_version } = serde_json::from_slice(&text).map_err(damaged)?;
+    if format_version != FORMAT_VERSION {
+        let problem =
+            format!("has the format version {format_version}; this program reads {FORMAT_VERSION}");
         return Err(refuse(STATE, problem).into());
     }
+    let state: State<Identity> = serde_json::from_slice(&text).map_err(damaged)?;
     let differences = state.training.differences(training);
     if !differences.is_empty() {
         return Err(Error::OtherTraining {

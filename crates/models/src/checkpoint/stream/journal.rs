@@ -34,6 +34,7 @@ pub(super) struct Settings {
     pub(super) calibration: Vec<String>,
     pub(super) compute: String,
     pub(super) device: String,
+    pub(super) arithmetic: String,
 }
 
 impl Settings {
@@ -75,6 +76,7 @@ impl Settings {
             .or_else(calibration)
             .or_else(|| one("type of the activations", &self.compute, &other.compute))
             .or_else(|| one("device", &self.device, &other.device))
+            .or_else(|| one("arithmetic", &self.arithmetic, &other.arithmetic))
     }
 }
 
@@ -246,6 +248,11 @@ struct Content {
     parts: Vec<Part>,
 }
 
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
 /// The journal in the directory of a [`Partial`](tensor_files::Partial).
 pub(super) struct Journal {
     path: PathBuf,
@@ -301,13 +308,14 @@ impl Journal {
         };
         // Written here, and longer than a configuration where a model has many layers.
         let text = tensor_files::read(&self.path)?;
-        let found: Content =
-            serde_json::from_slice(&text).map_err(|error| refuse(error.to_string()))?;
-        if found.version != VERSION {
-            let version = found.version;
+        let damaged = |error: serde_json::Error| refuse(error.to_string());
+        // Before the rest, which another version may have otherwise.
+        let Version { version } = serde_json::from_slice(&text).map_err(damaged)?;
+        if version != VERSION {
             let problem = format!("has the version {version}; this program reads {VERSION}");
             return Err(refuse(problem).into());
         }
+        let found: Content = serde_json::from_slice(&text).map_err(damaged)?;
         let mut names = found.parts.iter().map(|part| &part.file).zip(files);
         if found.parts.len() > files.len() || names.any(|(found, file)| found != file) {
             return Err(refuse("lists other files than the model has".into()).into());

@@ -7,7 +7,7 @@ use peft::{
     Adapters, Batch, InitializedLayer, LayerShape, Linears, StageMethod, State, Streams, Weight,
     check_calibration,
 };
-use quant_core::{Needs, Quantizer};
+use quant_core::{Needs, Quantizer, arithmetic};
 use tensor_files::LazyTensor;
 
 use super::super::directory::Files;
@@ -179,6 +179,7 @@ impl<'a, T: StageMethod<Window> + ?Sized> Run<'a, T> {
             calibration: self.calibration.iter().map(Batch::sha256).collect(),
             compute: format!("{:?}", self.settings.compute),
             device: format!("{:?}", self.settings.device),
+            arithmetic: format!("{:?}", arithmetic()),
         })
     }
 
