@@ -99,7 +99,7 @@ fn draw_panel<'a>(area: &Area<'a>, panel: &Panel, steps: Range<f64>, is_last: bo
         .label_style(text(14))
         .axis_desc_style(text(15))
         .x_labels(10)
-        .y_labels(panel.height as usize / 45)
+        .y_labels(panel.height as usize / 34)
         .y_desc(panel.name)
         .x_label_formatter(&|step| format!("{step:.0}"))
         .y_label_formatter(&|value| label(*value));
