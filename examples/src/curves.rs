@@ -12,6 +12,8 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn<'a> =
     std::result::Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
+/// The largest magnitude that is drawn.
+const LARGEST: f64 = 1e100;
 const WIDTH: u32 = 900;
 const TITLE: u32 = 44;
 const TRAIN: RGBColor = RGBColor(0x4a, 0x78, 0xb5);
@@ -38,6 +40,7 @@ pub fn svg(title: &str, records: &[Record]) -> String {
         let points = records.iter();
         points
             .filter_map(|record| Some((record.step as f64, value(record)?)))
+            .filter(|(_, value)| value.abs() <= LARGEST)
             .collect::<Vec<_>>()
     };
     let panels = [
@@ -99,7 +102,7 @@ fn draw_panel<'a>(area: &Area<'a>, panel: &Panel, steps: Range<f64>, is_last: bo
         .label_style(text(14))
         .axis_desc_style(text(15))
         .x_labels(10)
-        .y_labels(panel.height as usize / 45)
+        .y_labels(panel.height as usize / 34)
         .y_desc(panel.name)
         .x_label_formatter(&|step| format!("{step:.0}"))
         .y_label_formatter(&|value| label(*value));
@@ -152,7 +155,6 @@ impl Panel {
     /// The axis: all values with some room.
     fn range(&self) -> Range<f64> {
         let values = self.points.iter().chain(&self.eval).map(|(_, y)| *y);
-        let values = values.filter(|value| value.is_finite());
         let none = (f64::INFINITY, f64::NEG_INFINITY);
         let (least, most) = values.fold(none, |(least, most), value| {
             (least.min(value), most.max(value))

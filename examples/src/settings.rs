@@ -38,7 +38,9 @@ pub fn parse<A: Parser>() -> (A, Settings) {
     parse_from(&words).unwrap_or_else(|error| {
         // There is no other place to say that it is closed.
         let _ = error.print();
-        if let Some(config) = config.filter(|_| error.use_stderr()) {
+        // An error of the file names it.
+        let is_told = !error.use_stderr() || error.kind() == ErrorKind::Io;
+        if let Some(config) = config.filter(|_| !is_told) {
             let config = config.display();
             eprintln!("\nThe options of `{config}` come before those of the command line.");
         }
@@ -54,7 +56,10 @@ fn parse_from<A: Parser>(words: &[OsString]) -> std::result::Result<(A, Settings
             let options = settings.options(&command, &words);
             options.map_err(|problem| format!("`{}`: {problem}", path.display()).into())
         });
-        let options = options.map_err(|error| command.error(ErrorKind::ValueValidation, error))?;
+        let refuse = |error: Box<dyn std::error::Error>| -> clap::Error {
+            clap::Error::raw(ErrorKind::Io, format!("{error}\n"))
+        };
+        let options = options.map_err(refuse)?;
         words.splice(1..1, options);
     }
     let matches = command.try_get_matches_from_mut(&words)?;
@@ -236,6 +241,7 @@ fn value(arg: &Arg, matches: &ArgMatches) -> Option<std::result::Result<Value, S
 /// What is said of a key that is no option, with the names that are most like it.
 fn unknown(command: &Command, key: &str) -> String {
     let names = command.get_arguments().filter_map(Arg::get_long);
+    let names = names.filter(|name| *name != CONFIG);
     let likeness = |name: &str| strsim::jaro_winkler(key, name);
     let mut names: Vec<&str> = names.filter(|name| likeness(name) > 0.7).collect();
     names.sort_by(|a, b| likeness(b).total_cmp(&likeness(a)));
