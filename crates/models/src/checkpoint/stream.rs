@@ -108,13 +108,15 @@ pub enum StreamStep<'a> {
 /// in the last bits.
 ///
 /// # Errors
-/// Before a weight is read: as [`plan`](crate::plan()) and [`Plan::check`](crate::Plan::check);
-/// [`StreamError::NothingToDo`]; as [`Batch::check`], [`peft::Error::NoCalibration`],
-/// [`peft::Error::RepeatedCalibration`]; [`CheckpointError::UnexpectedTensor`];
-/// [`tensor_files::Error::OutputExists`] and [`tensor_files::Error::OutputBusy`]; the other [`StreamError`]s.
+/// Before a weight is read: as [`plan`](crate::plan()) and [`Plan::check`](crate::Plan::check); as
+/// [`Batch::check`], [`peft::Error::NoCalibration`], [`peft::Error::RepeatedCalibration`];
+/// [`CheckpointError::UnexpectedTensor`](crate::CheckpointError::UnexpectedTensor);
+/// [`tensor_files::Error::OutputExists`] and [`tensor_files::Error::OutputBusy`];
+/// [`StreamError`](crate::StreamError).
 ///
-/// Later: [`peft::Error::Quant`] with the layer that its quantizer refuses, [`CheckpointError::CannotHold`]
-/// with the layers of a block whose values the format does not hold, [`tensor_files::Error::Io`] if a file
+/// Later: [`peft::Error::Quant`] with the layer that its quantizer refuses,
+/// [`CheckpointError::CannotHold`](crate::CheckpointError::CannotHold) with the layers of a block whose
+/// values the format does not hold, [`tensor_files::Error::Io`] if a file
 /// cannot be read or written. The blocks before are kept.
 ///
 /// # Examples
