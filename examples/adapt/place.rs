@@ -17,7 +17,7 @@ const SETTINGS: &str = "adapt.toml";
 /// The settings as they were given, among the notes.
 const GIVEN: &str = "given.toml";
 /// Options that a run may be resumed without, since they change no result.
-const UNCHANGING: [&str; 1] = ["checkpoint-every"];
+const UNCHANGING: [&str; 2] = ["checkpoint-blocks", "checkpoint-every"];
 const CHECKPOINTS: &str = "checkpoints";
 const DONE: &str = "done";
 

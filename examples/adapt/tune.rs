@@ -133,6 +133,7 @@ pub(crate) fn tune(
     }
     // A step has a batch for each process.
     let config = config.with_accumulation(group.size());
+    let config = config.with_checkpoint_blocks(args.tune.checkpoint_blocks);
     let fitted = fit(args, base, &config, texts, place, group, &mut lm)?;
     if group.rank() > 0 {
         return Ok(None);

@@ -394,6 +394,9 @@ fn tune(
     if steps == 0 {
         return Ok(());
     }
+    let fit = &fit
+        .clone()
+        .with_checkpoint_blocks(args.tune.checkpoint_blocks);
     let mut watch = Watch::new("tuning".into(), steps, &texts.train, None)?;
     peft::fit(model, &texts.train, fit, |_, training| {
         watch.step(training.steps())

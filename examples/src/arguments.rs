@@ -124,6 +124,9 @@ pub struct TuneArgs {
     /// Windows or rows in a batch; each optimizer step takes one batch
     #[arg(long, value_name = "N", default_value = "8", value_parser = at_least::<1>)]
     pub batch: usize,
+    /// Compute the activations of each block again for its gradients: less memory, for one more forward pass
+    #[arg(long)]
+    pub checkpoint_blocks: bool,
     /// The length of windows and rows.
     #[command(flatten)]
     pub cut: SeqLenArg,
