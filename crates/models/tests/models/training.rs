@@ -84,7 +84,8 @@ proptest! {
     fn the_precision_of_products_is_a_setting(config in configs(), seed in 0..100u64) {
         let mut model = Model::init(&config, seed, &Device::flex()).map(&mut Unround);
         let rtn = Rtn::new().with_group_size(16);
-        quantize_head(&mut model, &rtn).unwrap();
+        // Per channel: products with small groups are floats with either precision, where that is faster.
+        quantize_head(&mut model, &Rtn::new()).unwrap();
         let of_head = |model: &Model| logits(model, &PROBE, 1);
         let full = of_head(&model);
         peft::set_precision(&mut model, Precision::Fast);
