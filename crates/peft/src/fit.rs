@@ -173,10 +173,9 @@ pub fn fit<M: CausalLm, R: IntoControlFlow>(
 /// directory. The callback is called by each, and if one breaks off, all do.
 ///
 /// # Errors
-/// [`Error::Setting`] if a step has fewer batches than the group members; [`Error::Group`] if a member has
-/// [`Error::Setting`] if a step has fewer batches than the group members; [`Error::Group`] if a member has
-/// another model, other data or other settings, has left, or cannot use its checkpoints; otherwise as
-/// [`fit`].
+/// [`Error::Setting`](crate::Error::Setting) if a step has fewer batches than the group members;
+/// [`Error::Group`](crate::Error::Group) if a member has another model, other data or other settings, has
+/// left, or cannot use its checkpoints; otherwise as [`fit`].
 ///
 /// # Examples
 /// ```no_run
