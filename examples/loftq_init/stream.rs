@@ -4,9 +4,9 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use examples::outcome::Result;
-use examples::{interrupt, memory, println, stream, texts};
+use examples::{memory, println, stream, texts};
 use loftq::Initializer;
-use models::{Model, Streaming};
+use models::{Model, StreamStep, Streaming};
 use peft::{Adapters, PerLayer};
 
 use crate::methods::Settings;
@@ -36,10 +36,17 @@ pub(crate) fn one(args: &Args, out: &Path, source: &Path, device: &Device) -> Re
     if args.resume && saved.base.is_dir() && saved.adapter.is_dir() {
         println!("initialized before; going on with what follows");
     } else {
+        let mut reported = Ok(());
         let layers = stream::through_blocks("initializing", &plan, |on_step| {
+            let on_step = |step: StreamStep| {
+                if let StreamStep::Written { dir, layers } = step {
+                    reported = Report::new(args, layers).write(dir);
+                }
+                on_step(step);
+            };
             models::initialize_to(source, out, &initializer, calibration, &settings, on_step)
         })?;
-        interrupt::uninterrupted(|| Report::new(args, &layers).write(out))?;
+        reported?;
         saved.print();
         let n_bytes: usize = layers.iter().map(|layer| layer.report.n_bytes).sum();
         println!("{n_bytes} bytes in layers; peak memory: {}", memory::peak());

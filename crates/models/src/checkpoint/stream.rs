@@ -89,6 +89,13 @@ pub enum StreamStep<'a> {
         /// Its index, from 0.
         index: usize,
     },
+    /// All is on the disk, and gets its name next.
+    Written {
+        /// The directory for now. A file that is added to it is part of the result.
+        dir: &'a Path,
+        /// All layers, those of the runs before too.
+        layers: &'a [InitializedLayer],
+    },
 }
 
 /// Quantizes the model of a directory into a new directory, one block in memory at a time.
@@ -221,7 +228,11 @@ fn stream<T: StageMethod<Window> + ?Sized>(
     }
     run.finish(&place, journal.parts())?;
     let all = journal.parts().iter().flat_map(|part| &part.layers);
-    let reports = all.filter_map(Layer::report).collect();
+    let layers: Vec<InitializedLayer> = all.filter_map(Layer::report).collect();
+    on_step(StreamStep::Written {
+        dir: &place.files(),
+        layers: &layers,
+    });
     place.publish()?;
-    Ok(reports)
+    Ok(layers)
 }

@@ -82,6 +82,11 @@ impl Place {
         keep(&self.adapters(), adapters)
     }
 
+    /// The directory that becomes the result.
+    pub(super) fn files(&self) -> PathBuf {
+        self.partial.files()
+    }
+
     /// See [`Partial::require`].
     pub(super) fn require(&self, n_bytes: u64) -> Result<()> {
         Ok(self.partial.require(n_bytes)?)
