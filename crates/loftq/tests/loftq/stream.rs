@@ -205,16 +205,18 @@ fn check(
     adapters.save_hf(whole.join("adapter"), &lm.model).unwrap();
 
     let out = dense.out("streamed");
-    let (mut seen, mut blocks) = (Vec::new(), Vec::new());
+    let (mut seen, mut blocks, mut n_written) = (Vec::new(), Vec::new(), 0);
     let settings = streaming().with_format(format);
     let initializer = Initializer::new(method, recipe);
     let on_step = |step: StreamStep| match step {
         StreamStep::Initialized(layer) => seen.push(layer.clone()),
         StreamStep::Block { index } => blocks.push(index),
+        StreamStep::Written { layers, .. } => n_written = layers.len(),
         step => panic!("{step:?}"),
     };
     let found = initialize_to(&dense.dir, &out, &initializer, batches, &settings, on_step).unwrap();
     assert_eq!(found, seen, "{name}");
+    assert_eq!(n_written, seen.len(), "{name}");
     assert_eq!(blocks, [0, 1], "{name}");
     assert_eq!(timeless(found), timeless(expected), "{name}");
     assert!(

@@ -144,7 +144,7 @@ fn check(
     save_as(&lm, &whole, format).unwrap();
 
     let streamed = out.path().join("streamed");
-    let (mut seen, mut blocks) = (Vec::new(), Vec::new());
+    let (mut seen, mut blocks, mut n_written) = (Vec::new(), Vec::new(), 0);
     let found = quantize_to(
         dense,
         &streamed,
@@ -154,11 +154,16 @@ fn check(
         |step| match step {
             StreamStep::Quantized(layer) => seen.push(layer.clone()),
             StreamStep::Block { index } => blocks.push(index),
+            StreamStep::Written { dir, layers } => {
+                assert!(dir.ends_with("streamed.partial/files"));
+                n_written = layers.len();
+            }
             step => panic!("{step:?}"),
         },
     );
     let found = found.unwrap();
     assert_eq!(found, seen);
+    assert_eq!(n_written, seen.len());
     assert_eq!(
         blocks,
         (0..lm.model.config().num_hidden_layers()).collect::<Vec<_>>()
@@ -677,7 +682,8 @@ fn one_place_is_of_one_run() {
         },
     )
     .unwrap();
-    assert_eq!(refused, 24);
+    // Layers, blocks, and the end.
+    assert_eq!(refused, 25);
     let error = case.go_on().0.unwrap_err();
     assert!(
         matches!(error, Error::File(tensor_files::Error::OutputExists { .. })),
