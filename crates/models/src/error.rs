@@ -347,7 +347,7 @@ pub enum GenerationError {
     },
     /// A cache so long that `dynamic` rope scaling would change the keys in it.
     #[error(
-        "a cache for {max_len} tokens: beyond {max}, the `dynamic` rope scaling of the model rotates all keys again for each length, and cached keys cannot be; generate fewer tokens"
+        "a cache for {max_len} tokens: beyond {max}, the rope scaling of the model, `dynamic` or `longrope`, rotates all keys again, and cached keys cannot be; generate fewer tokens"
     )]
     DynamicRope {
         /// The largest number of tokens in the cache.

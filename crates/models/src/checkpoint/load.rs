@@ -218,7 +218,7 @@ impl Checkpoint {
                 continue;
             }
             if name == weight_name(HEAD) && shape.tie_word_embeddings {
-                let embedding = weight_name(&format!("{}.embed_tokens", shape.prefix));
+                let embedding = weight_name(&shape.embedding_path());
                 if self.tensors.sha256(&name)? == self.tensors.sha256(&embedding)? {
                     continue;
                 }

@@ -244,7 +244,7 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &(impl Recipe + ?Sized)) -> Result<Pl
 
 /// The bytes of the tensors beside the projections that are not small.
 fn copied(config: &Config, tensors: &mut Tensors) -> Vec<u64> {
-    let embedding = format!("{}.embed_tokens", config.prefix());
+    let embedding = config.shape().embedding_path();
     let names = [embedding.as_str(), HEAD].map(weight_name);
     let sizes = names.iter().filter_map(|name| tensors.n_bytes(name).ok());
     sizes.collect()

@@ -16,7 +16,7 @@ use super::super::load::Checkpoint;
 use super::super::tensors::Tensors;
 use crate::model::check_compute;
 use crate::norm::Norm;
-use crate::source::{HEAD, Shapes, weight_name};
+use crate::source::{HEAD, Shapes, Vector, weight_name};
 use crate::{Config, Model, Result, StreamError};
 
 /// The files of a model, which must stay as they are.
@@ -174,28 +174,35 @@ impl<'a> Inputs<'a> {
     /// The modules before the first block and after the last one, with their tensors.
     fn ends(&self) -> Vec<(String, Shapes)> {
         let shape = self.shape.shape();
-        let (prefix, hidden, vocab) = (shape.prefix, shape.hidden_size, shape.vocab_size);
+        let (hidden, vocab) = (shape.hidden_size, shape.vocab_size);
         let width = shape.embedding_width;
         let matrix = |path: String, rows, columns| {
             let name = weight_name(&path);
             (path, vec![(name, vec![rows, columns])])
         };
-        let mut ends = vec![matrix(format!("{prefix}.embed_tokens"), vocab, width)];
-        if let Some(n) = shape.position_rows {
-            ends.push(matrix(format!("{prefix}.embed_positions"), n, hidden));
+        let mut ends = vec![matrix(shape.embedding_path(), vocab, width)];
+        if let Some(learned) = shape.learned_positions {
+            ends.push(matrix(shape.positions_path(), learned.n_rows, hidden));
         }
         if width != hidden {
-            ends.push(matrix(format!("{prefix}.project_in"), hidden, width));
-            ends.push(matrix(format!("{prefix}.project_out"), width, hidden));
+            ends.push(matrix(shape.project_in_path(), hidden, width));
+            ends.push(matrix(shape.project_out_path(), width, hidden));
         }
-        if let Some(name) = shape.final_norm {
-            let path = format!("{prefix}.{name}");
+        if shape.has_final_norm {
+            let path = shape.norm_path();
             let kinds = Norm::kinds(shape.norm).into_iter();
             let tensors = kinds.map(|kind| (kind.name(&path), vec![hidden])).collect();
             ends.push((path, tensors));
         }
+        let mut head = Vec::new();
         if !shape.tie_word_embeddings {
-            ends.push(matrix(HEAD.into(), vocab, width));
+            head.push((weight_name(HEAD), vec![vocab, width]));
+        }
+        if shape.has_head_bias {
+            head.push((Vector::Bias.name(HEAD), vec![vocab]));
+        }
+        if !head.is_empty() {
+            ends.push((HEAD.into(), head));
         }
         ends
     }

@@ -1,24 +1,32 @@
 //! OPT (Zhang et al. 2022, arXiv:2205.01068), with norms before attention and MLP or after them.
 
-use std::path::Path;
-
 use burn::module::Module;
-use burn::tensor::{DType, Tensor, activation};
-use peft::{Identity, Linear, Spans};
-use serde::Deserialize;
+use burn::tensor::Tensor;
+use peft::{Identity, Linear};
 use serde_json::{Map, Value, json};
 
 use crate::Result;
-use crate::architecture::{Architecture, DecoderBlock, Parts, Shape, parts};
-use crate::attention::Attention;
-use crate::fields::{Fields, setters};
+use crate::activation::Activation;
+use crate::architecture::{
+    Architecture, DecoderBlock, LearnedPositions, ModelType, Names, Parts, Shape, parts,
+};
+use crate::attention::{Attention, Heads};
 use crate::kv_cache::KvCache;
 use crate::norm::{Norm, NormKind};
-use crate::positions::Positions;
+use crate::positions::{Positions, Reach};
+use crate::settings::{Settings, setters};
 use crate::source::Source;
 
 /// The row of the first token in the table of positions.
 const FIRST_ROW: usize = 2;
+
+const NAMES: Names = Names {
+    prefix: "model.decoder",
+    embedding: "embed_tokens",
+    positions: "embed_positions",
+    layers: "layers",
+    norm: "final_layer_norm",
+};
 
 /// The shape of an OPT.
 ///
@@ -51,28 +59,6 @@ pub struct OptConfig {
     pub layer_norm_elementwise_affine: bool,
     /// Whether the embedding is the head as well.
     pub tie_word_embeddings: bool,
-}
-
-/// The activation function of an MLP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// `max(x, 0)`.
-    Relu,
-    /// `x Φ(x)`.
-    Gelu,
-    /// The approximation of `Gelu` by the hyperbolic tangent (`gelu_new`).
-    GeluTanh,
-}
-
-impl Activation {
-    /// The name in a `config.json`.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Relu => "relu",
-            Self::Gelu => "gelu",
-            Self::GeluTanh => "gelu_new",
-        }
-    }
 }
 
 impl Default for OptConfig {
@@ -112,85 +98,36 @@ setters! {
     with_tie_word_embeddings tie_word_embeddings bool,
 }
 
-/// The settings of a `config.json`.
-#[derive(Deserialize)]
-struct Raw {
-    vocab_size: usize,
-    hidden_size: usize,
-    ffn_dim: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    #[serde(default = "default_positions")]
-    max_position_embeddings: usize,
-    word_embed_proj_dim: Option<usize>,
-    #[serde(default = "yes")]
-    do_layer_norm_before: bool,
-    #[serde(default, rename = "_remove_final_layer_norm")]
-    remove_final_layer_norm: bool,
-    activation_function: Option<String>,
-    #[serde(default = "yes")]
-    enable_bias: bool,
-    #[serde(default = "yes")]
-    layer_norm_elementwise_affine: bool,
-    #[serde(default = "yes")]
-    tie_word_embeddings: bool,
-}
-
-fn default_positions() -> usize {
-    2048
-}
-
-fn yes() -> bool {
-    true
-}
-
 impl OptConfig {
-    /// Reads and checks the `config.json` at `path`.
-    ///
-    /// # Errors
-    /// [`ConfigError::Setting`](crate::ConfigError::Setting) for a setting that is missing, out of range or not
-    /// supported.
-    pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
-        let fields = Fields { path };
-        let raw: Raw = fields.read(json)?;
-        let (heads, hidden) = (raw.num_attention_heads, raw.hidden_size);
-        let width = raw.word_embed_proj_dim.unwrap_or(hidden);
-        fields.check_sizes(&[
-            ("vocab_size", raw.vocab_size),
-            ("hidden_size", hidden),
-            ("ffn_dim", raw.ffn_dim),
-            ("num_attention_heads", heads),
-            ("max_position_embeddings", raw.max_position_embeddings),
-            ("word_embed_proj_dim", width),
-        ])?;
-        fields.check_layers(raw.num_hidden_layers)?;
+    fn read(settings: &Settings) -> Result<Self> {
+        settings.ignore(&["dropout", "attention_dropout", "layerdrop", "init_std"]);
+        let default = Self::default();
+        let (heads, hidden) = (
+            settings.size("num_attention_heads")?,
+            settings.size("hidden_size")?,
+        );
         if !hidden.is_multiple_of(heads) {
             let problem = format!("is {heads}, which does not divide the hidden size {hidden}");
-            return Err(fields.refuse("num_attention_heads", problem));
+            return Err(settings.refuse("num_attention_heads", problem));
         }
-        let activation = match raw.activation_function.as_deref().unwrap_or("relu") {
-            "relu" => Activation::Relu,
-            "gelu" => Activation::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
-            other => {
-                let problem = format!("is `{other}`; supported: relu, gelu, gelu_new");
-                return Err(fields.refuse("activation_function", problem));
-            }
-        };
+        let flag = |key: &str, default| settings.flag_or(key, default);
         Ok(Self {
-            vocab_size: raw.vocab_size,
+            vocab_size: settings.size("vocab_size")?,
             hidden_size: hidden,
-            ffn_dim: raw.ffn_dim,
-            num_hidden_layers: raw.num_hidden_layers,
+            ffn_dim: settings.size("ffn_dim")?,
+            num_hidden_layers: settings.layers("num_hidden_layers")?,
             num_attention_heads: heads,
-            max_position_embeddings: raw.max_position_embeddings,
-            word_embed_proj_dim: width,
-            do_layer_norm_before: raw.do_layer_norm_before,
-            remove_final_layer_norm: raw.remove_final_layer_norm,
-            activation,
-            enable_bias: raw.enable_bias,
-            layer_norm_elementwise_affine: raw.layer_norm_elementwise_affine,
-            tie_word_embeddings: raw.tie_word_embeddings,
+            max_position_embeddings: settings
+                .size_or("max_position_embeddings", default.max_position_embeddings)?,
+            word_embed_proj_dim: settings
+                .optional_size("word_embed_proj_dim")?
+                .unwrap_or(hidden),
+            do_layer_norm_before: flag("do_layer_norm_before", true)?,
+            remove_final_layer_norm: flag("_remove_final_layer_norm", false)?,
+            activation: settings.activation_or("activation_function", default.activation)?,
+            enable_bias: flag("enable_bias", true)?,
+            layer_norm_elementwise_affine: flag("layer_norm_elementwise_affine", true)?,
+            tie_word_embeddings: flag("tie_word_embeddings", true)?,
         })
     }
 
@@ -225,42 +162,54 @@ impl OptConfig {
 impl Architecture for OptConfig {
     type Block = OptBlock;
 
-    const MODEL_TYPES: &'static [&'static str] = &["opt"];
+    const MODEL_TYPES: &'static [ModelType<Self>] = &[ModelType {
+        name: "opt",
+        read: Self::read,
+    }];
 
     fn shape(&self) -> Shape {
-        let has_final_norm = self.do_layer_norm_before && !self.remove_final_layer_norm;
+        let max = self.max_position_embeddings;
+        let norm = NormKind::Layer {
+            affine: self.layer_norm_elementwise_affine,
+            eps: 1e-5,
+        };
         Shape {
-            prefix: "model.decoder",
-            vocab_size: self.vocab_size,
-            hidden_size: self.hidden_size,
             embedding_width: self.word_embed_proj_dim,
-            n_layers: self.num_hidden_layers,
             tie_word_embeddings: self.tie_word_embeddings,
-            norm: NormKind::Layer {
-                affine: self.layer_norm_elementwise_affine,
-            },
-            final_norm: has_final_norm.then_some("final_layer_norm"),
-            position_rows: Some(self.max_position_embeddings + FIRST_ROW),
-            max_positions: Some(self.max_position_embeddings),
-            max_cached: None,
-            max_seq_len: self.max_position_embeddings,
+            has_final_norm: self.do_layer_norm_before && !self.remove_final_layer_norm,
+            learned_positions: Some(LearnedPositions {
+                n_rows: max + FIRST_ROW,
+                first_row: FIRST_ROW,
+            }),
+            max_positions: Some(max),
+            ..Shape::new(
+                NAMES,
+                self.vocab_size,
+                self.hidden_size,
+                self.num_hidden_layers,
+                max,
+                norm,
+            )
         }
     }
 
     fn identity(&self) -> Identity {
         let affine = self.layer_norm_elementwise_affine;
-        let has_final_norm = self.shape().final_norm.is_some();
         Identity::default()
             .with_setting("architecture", "opt")
             .with_setting("num_attention_heads", self.num_attention_heads)
             .with_setting("do_layer_norm_before", self.do_layer_norm_before)
-            .with_setting("final_layer_norm", has_final_norm)
+            .with_setting("final_layer_norm", self.shape().has_final_norm)
             .with_setting("layer_norm_elementwise_affine", affine)
             .with_setting("activation_function", self.activation.name())
     }
 
-    fn positions(&self, spans: &Spans) -> Positions {
-        Positions::learned(spans.positions() + FIRST_ROW as i64, spans)
+    fn untie(&mut self) {
+        self.tie_word_embeddings = false;
+    }
+
+    fn reach(&self, _: usize) -> Reach {
+        Reach::default()
     }
 }
 
@@ -312,7 +261,7 @@ impl DecoderBlock for OptBlock {
                 k_proj,
                 v_proj,
                 o_proj,
-                head_dim,
+                heads: Heads::new(head_dim, parts.reach),
             },
             self_attn_layer_norm,
             fc1,
@@ -366,18 +315,6 @@ impl DecoderBlock for OptBlock {
                 let x = residual + self.fc2.forward(input);
                 (x.clone(), x)
             }
-        }
-    }
-}
-
-impl Activation {
-    fn apply(self, x: Tensor<3>) -> Tensor<3> {
-        // The functions have several steps, which round in `f32`.
-        let (dtype, wide) = (x.dtype(), |x: Tensor<3>| x.cast(DType::F32));
-        match self {
-            Self::Relu => activation::relu(x),
-            Self::Gelu => activation::gelu(wide(x)).cast(dtype),
-            Self::GeluTanh => activation::gelu_approximate(wide(x)).cast(dtype),
         }
     }
 }
