@@ -276,7 +276,7 @@ impl CausalLm for Model {
     fn head(&self) -> Head<'_> {
         match &self.lm_head {
             Some(head) => head.into(),
-            None => Head::Dense(self.embed_tokens.val().transpose()),
+            None => self.embed_tokens.val().transpose().into(),
         }
     }
 }

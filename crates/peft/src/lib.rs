@@ -104,7 +104,7 @@ pub use attach::{Attached, activate, attach, detach};
 pub use batch::{Batch, Spans};
 pub use blocks::{Blocks, last_output};
 pub use calibration::{Stage, Stages, State, Streams};
-pub use causal_lm::{CausalLm, Head, nll_of_output, token_nll};
+pub use causal_lm::{CausalLm, Head, HeadWeight, nll_of_output, token_nll};
 pub use certificate::{Certificate, MergedLayer, Probe};
 pub use checkpoints::Checkpoints;
 pub use error::{Error, Result};
