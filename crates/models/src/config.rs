@@ -319,7 +319,7 @@ impl Config {
         let identity = of!(Self, self, config => config.identity());
         let layers = 0..self.num_hidden_layers();
         let layers: Vec<Reach> = layers.map(|layer| self.reach(layer)).collect();
-        Reach::state(identity, &layers)
+        Reach::state(identity, &layers, self.max_seq_len())
     }
 
     fn reach(&self, layer: usize) -> Reach {

@@ -274,10 +274,13 @@ impl CausalLm for Model {
     }
 
     fn head(&self) -> Head<'_> {
-        match &self.lm_head {
+        let head: Head<'_> = match &self.lm_head {
             Some(head) => head.into(),
             None => self.embed_tokens.val().transpose().into(),
-        }
+        };
+        let bias = self.head_bias.as_ref().map(|bias| bias.val());
+        head.with_bias(bias)
+            .with_softcap(self.config.shape().logit_softcap)
     }
 }
 

@@ -13,26 +13,23 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    /// States the settings of the layers that differ in what they read.
-    pub(crate) fn state(mut identity: Identity, layers: &[Self]) -> Identity {
-        let first = &layers[0];
-        if let Some(rotary) = &first.rotary {
-            identity = rotary.state(identity, "");
-        }
-        if let Some(window) = first.window {
-            identity = identity.with_setting("sliding_window", window);
-        }
-        if layers.iter().all(|layer| layer == first) {
-            return identity;
-        }
-        for (index, layer) in layers.iter().enumerate() {
-            let window = layer.window.unwrap_or(0);
-            let of_layer = format!("layers.{index}.");
-            identity = identity.with_setting(format!("{of_layer}sliding_window"), window);
-            identity = match &layer.rotary {
-                Some(rotary) => rotary.state(identity, &of_layer),
-                None => identity.with_setting(format!("{of_layer}rope_type"), "none"),
+    /// States what layers read, of texts of up to `max_len` tokens: once if they are alike.
+    pub(crate) fn state(mut identity: Identity, layers: &[Self], max_len: usize) -> Identity {
+        let is_alike = layers.iter().all(|layer| *layer == layers[0]);
+        let stated = if is_alike { &layers[..1] } else { layers };
+        for (index, layer) in stated.iter().enumerate() {
+            let prefix = if is_alike {
+                String::new()
+            } else {
+                format!("layers.{index}.")
             };
+            // A longer window is none.
+            if let Some(window) = layer.window.filter(|&window| window < max_len) {
+                identity = identity.with_setting(format!("{prefix}sliding_window"), window);
+            }
+            if let Some(rotary) = &layer.rotary {
+                identity = rotary.state(identity, &prefix);
+            }
         }
         identity
     }

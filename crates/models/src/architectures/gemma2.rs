@@ -260,11 +260,8 @@ impl DecoderBlock for Gemma2Block {
             down_proj,
         ] = parts.linears()?;
         let config = parts.config;
-        let scores = Scores::new(config.query_pre_attn_scalar.powf(-0.5));
-        let scores = match config.attn_logit_softcapping {
-            Some(cap) => scores.with_softcap(cap),
-            None => scores,
-        };
+        let scores = Scores::new(config.query_pre_attn_scalar.powf(-0.5))
+            .with_softcap(config.attn_logit_softcapping);
         Ok(Self {
             input_layernorm,
             self_attn: Attention {

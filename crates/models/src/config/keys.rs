@@ -46,7 +46,11 @@ fn every_key_of_transformers_is_known() {
 }
 
 /// Where transformers refuses settings and this crate reads them: keys, and why.
-const MORE: [(&str, &str); 6] = [
+const MORE: [(&str, &str); 7] = [
+    (
+        "num_key_value_heads",
+        "a null is as many as those of the queries for every type",
+    ),
     ("use_cache", "no output depends on it"),
     (
         "head_dim",

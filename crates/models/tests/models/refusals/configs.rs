@@ -112,7 +112,6 @@ fn sizes_that_no_model_has_are_refused() {
 fn sizes_that_are_no_whole_numbers_are_refused() {
     for config in [llama("llama"), opt()] {
         let values = [
-            json!(24.0),
             json!(24.5),
             json!("24"),
             json!(-24),
@@ -121,18 +120,38 @@ fn sizes_that_are_no_whole_numbers_are_refused() {
             json!(true),
             Value::Null,
         ];
-        for value in values {
-            for setting in ["hidden_size", "vocab_size", "num_hidden_layers"] {
+        for setting in ["hidden_size", "vocab_size", "num_hidden_layers"] {
+            for value in &values {
                 let config = with(&config, &json!({setting: value}));
-                assert_refused(&config, "a setting", "cannot be read: invalid");
+                let part = format!("is {value}; it must be 1 to");
+                assert_refused(&config, setting, &part);
             }
-        }
-        for setting in ["hidden_size", "vocab_size", "num_attention_heads"] {
             let mut config = config.clone();
             config.as_object_mut().unwrap().remove(setting);
-            let part = format!("missing field `{setting}`");
-            assert_refused(&config, "a setting", &part);
+            assert_refused(&config, setting, "is missing");
         }
+        // A whole number that is written as a float is one.
+        let same = with(&config, &json!({"hidden_size": 24.0}));
+        assert_eq!(read(&same).unwrap(), read(&config).unwrap());
+    }
+}
+
+/// A null is no default where transformers has none, and the message names its key.
+#[test]
+fn a_null_is_refused_by_its_key() {
+    for setting in [
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "rms_norm_eps",
+        "hidden_act",
+        "rope_theta",
+    ] {
+        let config = with(&llama("llama"), &json!({setting: null}));
+        assert_refused(&config, setting, "is null; it must be");
+    }
+    for setting in ["head_dim", "num_key_value_heads", "rope_scaling"] {
+        read(&with(&llama("llama"), &json!({setting: null}))).unwrap();
     }
 }
 
@@ -184,18 +203,18 @@ fn a_llama_that_cannot_be_computed_is_refused() {
         (json!({"rope_theta": 0.5}), "rope_theta", "above 1"),
         (
             json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}),
-            "rope_theta",
+            "rope_parameters.rope_theta",
             "above 1",
         ),
         (
             json!({"rms_norm_eps": "1e-5"}),
-            "a setting",
-            "cannot be read",
+            "rms_norm_eps",
+            "it must be a number",
         ),
         (
             json!({"tie_word_embeddings": "true"}),
-            "a setting",
-            "cannot be read",
+            "tie_word_embeddings",
+            "it must be true or false",
         ),
     ];
     for (settings, setting, part) in rows {
@@ -209,39 +228,95 @@ fn a_rope_scaling_that_cannot_be_computed_is_refused() {
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
     let yarn = json!({"rope_type": "yarn", "factor": 4.0});
     let rows = [
-        (json!({"type": "linear", "factor": 0}), "factor 0"),
-        (json!({"type": "dynamic", "factor": -2.0}), "factor -2"),
-        (json!({"type": "linear", "factor": 1e39}), "factor 1"),
-        (json!({"rope_type": "longrope"}), "`longrope`"),
+        (json!({"type": "linear", "factor": 0}), "factor", "is 0;"),
+        (
+            json!({"type": "dynamic", "factor": -2.0}),
+            "factor",
+            "is -2;",
+        ),
+        (json!({"type": "linear", "factor": 1e39}), "factor", "is 1"),
+        (json!({"type": "linear"}), "factor", "is missing"),
+        (
+            json!({"rope_type": "longrope"}),
+            "short_factor",
+            "is missing",
+        ),
+        (json!({"rope_type": "ntk"}), "rope_type", "`ntk`; supported"),
+        (
+            json!({"rope_type": 7}),
+            "rope_type",
+            "is 7; it must be a text",
+        ),
+        (
+            json!({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}),
+            "short_factor",
+            "1 numbers for 3 pairs",
+        ),
+        (
+            json!({"rope_type": "longrope", "short_factor": [1, 0, 1], "long_factor": [1, 1, 1]}),
+            "short_factor",
+            "has 0;",
+        ),
+        (
+            json!({"rope_type": "default", "partial_rotary_factor": 0.7}),
+            "partial_rotary_factor",
+            "rotates 4 of 6 dimensions",
+        ),
         (
             json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
             "partial_rotary_factor",
+            "turn pairs",
         ),
         (
             with(&llama3, &json!({"high_freq_factor": 1.0})),
-            "not above low_freq_factor",
+            "high_freq_factor",
+            "not above the low_freq_factor",
         ),
         (
             with(&llama3, &json!({"low_freq_factor": null})),
-            "no low_freq_factor",
+            "low_freq_factor",
+            "is missing",
         ),
-        (with(&llama3, &json!({"factor": 0.0})), "factor 0"),
+        (with(&llama3, &json!({"factor": 0.0})), "factor", "is 0;"),
         (
             with(&llama3, &json!({"original_max_position_embeddings": 0})),
-            "original_max_position_embeddings 0",
+            "original_max_position_embeddings",
+            "is 0;",
         ),
-        (with(&yarn, &json!({"beta_fast": 0})), "beta_fast 0"),
-        (with(&yarn, &json!({"beta_slow": -1})), "beta_slow -1"),
+        (with(&yarn, &json!({"beta_fast": 0})), "beta_fast", "is 0;"),
+        (
+            with(&yarn, &json!({"beta_slow": -1})),
+            "beta_slow",
+            "is -1;",
+        ),
         (
             with(&yarn, &json!({"attention_factor": 0})),
-            "attention_factor 0",
+            "attention_factor",
+            "is 0;",
         ),
     ];
-    for (scaling, part) in rows {
-        for setting in ["rope_scaling", "rope_parameters"] {
-            let config = with(&llama("llama"), &json!({setting: scaling}));
-            assert_refused(&config, "rope_scaling", part);
+    for (scaling, key, part) in rows {
+        for object in ["rope_scaling", "rope_parameters"] {
+            let config = with(&llama("llama"), &json!({object: scaling}));
+            let at_the_top = part.contains("rotates 4");
+            let key = match at_the_top {
+                true => key.to_string(),
+                false => format!("{object}.{key}"),
+            };
+            assert_refused(&config, &key, part);
         }
+    }
+    for (setting, value) in [
+        ("is_causal", json!(false)),
+        ("is_encoder_decoder", json!(true)),
+        ("per_layer_config", json!({"0": {}})),
+        ("partial_rotary_factor", json!(0.7)),
+    ] {
+        assert_refused(
+            &with(&llama("llama"), &json!({setting: value})),
+            setting,
+            "",
+        );
     }
     for scaling in [llama3, yarn, Value::Null] {
         read(&with(&llama("llama"), &json!({"rope_scaling": scaling}))).unwrap();
@@ -257,14 +332,14 @@ fn an_opt_that_cannot_be_computed_is_refused() {
             "does not divide the hidden size 24",
         ),
         (
-            json!({"activation_function": "swish"}),
+            json!({"activation_function": "mish"}),
             "activation_function",
-            "`swish`; supported: relu",
+            "`mish`; supported: relu",
         ),
         (
             json!({"activation_function": 7}),
-            "a setting",
-            "cannot be read",
+            "activation_function",
+            "is 7; it must be the name",
         ),
     ];
     for (settings, setting, part) in rows {
@@ -312,50 +387,75 @@ fn an_opt_without_the_projections_of_its_embedding_is_refused() {
     assert_tensor(&refusal(dir.path()), positions, "[66, 64]");
 }
 
-/// Nothing outside of a window is seen, which is not computed; where all texts are shorter than it,
-/// or no layer has one, it is nothing.
 #[test]
-fn a_sliding_window_is_refused_where_it_would_be_noticed() {
+fn windows_that_are_not_as_the_layers_say_are_refused() {
     let (mistral, qwen2) = (llama("mistral"), llama("qwen2"));
     let of_qwen2 = |settings: Value| {
         let window = json!({"use_sliding_window": true, "sliding_window": 16});
         with(&with(&qwen2, &window), &settings)
     };
     let layers = |second: &str| json!({"layer_types": ["full_attention", second]});
-    for config in [
-        with(&mistral, &json!({"sliding_window": 31})),
-        with(&mistral, &json!({"sliding_window": 0})),
-        of_qwen2(json!({})),
-        of_qwen2(json!({"max_window_layers": 1})),
-        of_qwen2(json!({"max_window_layers": 0})),
-        of_qwen2(layers("sliding_attention")),
-    ] {
-        assert_refused(&config, "sliding_window", "texts may have 32 tokens");
+    assert_refused(
+        &with(&mistral, &json!({"sliding_window": 0})),
+        "sliding_window",
+        "is 0;",
+    );
+    let rows = [
+        (layers("chunked_attention"), "layer_types", "has `chunked"),
+        (
+            json!({"layer_types": ["full_attention"]}),
+            "layer_types",
+            "has 1 layers",
+        ),
+        (
+            json!({"layer_types": "full_attention"}),
+            "layer_types",
+            "a list of texts",
+        ),
+        (
+            with(
+                &layers("sliding_attention"),
+                &json!({"use_sliding_window": false}),
+            ),
+            "sliding_window",
+            "is not set",
+        ),
+    ];
+    for (settings, key, part) in rows {
+        assert_refused(&of_qwen2(settings), key, part);
     }
-    for config in [
-        with(&mistral, &json!({"sliding_window": null})),
-        with(&mistral, &json!({"sliding_window": 32})),
-        with(&mistral, &json!({"sliding_window": 4096})),
-        of_qwen2(json!({"use_sliding_window": false, "max_window_layers": 1})),
-        of_qwen2(json!({"max_window_layers": 2})),
-        of_qwen2(json!({"sliding_window": 32})),
-        of_qwen2(layers("full_attention")),
+    for (settings, windows) in [
+        (json!({"use_sliding_window": false}), None),
+        (json!({"max_window_layers": 2}), None),
+        (layers("full_attention"), None),
+        (json!({"max_window_layers": 0}), Some(16)),
+        (layers("sliding_attention"), Some(16)),
     ] {
-        read(&config).unwrap();
+        let Config::Llama(config) = read(&of_qwen2(settings)).unwrap() else {
+            panic!("Qwen2 is of LLaMA's family");
+        };
+        assert_eq!(config.sliding_window, windows);
     }
 }
 
-/// The default differs between versions of transformers, except for LLaMA.
+/// Each model type has the defaults of its own class in transformers.
 #[test]
-fn heads_of_keys_and_values_are_stated_except_by_llama() {
-    for model_type in ["mistral", "qwen2"] {
-        let config = with(&llama(model_type), &json!({"num_key_value_heads": null}));
-        assert_refused(&config, "num_key_value_heads", "is missing");
-    }
-    let config = with(&llama("llama"), &json!({"num_key_value_heads": null}));
+fn heads_of_keys_and_values_are_those_of_the_model_type() {
+    let mut config = llama("mistral");
+    config["num_attention_heads"] = json!(12);
+    config
+        .as_object_mut()
+        .unwrap()
+        .remove("num_key_value_heads");
+    assert_refused(
+        &config,
+        "num_key_value_heads",
+        "is 8, which does not divide the 12",
+    );
+    config["model_type"] = json!("llama");
     assert!(matches!(
         read(&config).unwrap(),
-        Config::Llama(config) if config.num_key_value_heads == 4
+        Config::Llama(config) if config.num_key_value_heads == 12
     ));
 }
 
