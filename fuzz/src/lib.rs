@@ -185,10 +185,11 @@ pub fn config(data: &[u8]) {
         return;
     };
     let small = |size: usize| size <= 32;
-    // An OPT has an embedding of each position, and embeddings of another width.
+    // Embeddings of each position, and those of another width.
     let others = match &config {
         Config::Opt(opt) => [opt.max_position_embeddings, opt.word_embed_proj_dim],
-        Config::Llama(_) => [0, 0],
+        Config::GptNeo(neo) => [neo.max_position_embeddings, 0],
+        _ => [0, 0],
     };
     let projections = || config.projections().into_iter().map(|(_, dims)| dims);
     if config.num_hidden_layers() <= 2

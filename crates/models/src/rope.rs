@@ -225,7 +225,7 @@ mod tests {
 
     use serde_json::{Value, json};
 
-    use crate::LlamaConfig;
+    use crate::Config;
 
     /// Against transformers' own functions: `tests/golden/rope.json`.
     #[test]
@@ -240,8 +240,10 @@ mod tests {
             });
             let settings = case["config"].as_object().unwrap().clone();
             config.as_object_mut().unwrap().extend(settings);
-            let config =
-                LlamaConfig::from_json(config.as_object().unwrap(), Path::new("rope")).unwrap();
+            let config = Config::from_json(config.as_object().unwrap(), Path::new("rope"));
+            let Ok(Config::Llama(config)) = config else {
+                panic!("{config:?}");
+            };
             let seq = case["seq"].as_u64().unwrap() as usize;
             let rotary = config.rotary();
             let found = rotary.frequencies(seq);

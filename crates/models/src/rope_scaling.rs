@@ -263,7 +263,7 @@ fn scaling(entry: &Settings, model: &OfModel, dims: usize) -> Result<RopeScaling
     let stated = entry.optional_size("original_max_position_embeddings")?;
     let original = model.original.or(stated).unwrap_or(max);
     // The ratio of the positions where no factor is stated.
-    let factor_or_ratio = || {
+    let factor_or_ratio = || -> Result<f64> {
         let factor = entry.optional_positive("factor")?;
         Ok(factor.unwrap_or(max as f64 / original as f64))
     };
@@ -317,7 +317,9 @@ fn yarn(entry: &Settings, factor: f64, original: usize) -> Result<RopeScaling> {
         Some((mscale, all)) => magnitude(mscale) / magnitude(all),
         None => magnitude(1.0),
     };
-    let or = |key: &str, default| Ok(entry.optional_positive(key)?.unwrap_or(default));
+    let or = |key: &str, default| -> Result<f64> {
+        Ok(entry.optional_positive(key)?.unwrap_or(default))
+    };
     let attention_factor = or("attention_factor", inferred)?;
     if !(attention_factor > 0.0 && (attention_factor as f32).is_normal()) {
         let problem = format!("gives the factor {attention_factor} of cosines");

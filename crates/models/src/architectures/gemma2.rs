@@ -70,6 +70,11 @@ setters! {
     with_final_logit_softcapping final_logit_softcapping impl Into<Option<f64>>,
 }
 
+/// Whether a layer has a window where nothing is stated.
+fn has_window(layer: usize) -> bool {
+    layer.is_multiple_of(2)
+}
+
 /// What `config.json` has for a Gemma where it is silent, in transformers' classes.
 pub(super) fn defaults(max_position_embeddings: usize) -> Defaults {
     Defaults {
@@ -82,11 +87,13 @@ pub(super) fn defaults(max_position_embeddings: usize) -> Defaults {
     }
 }
 
-/// Reads biases and windows: those of `layer_types`, or those that `has_window` has.
+/// Reads biases and windows: those of `layer_types`, or by the rule of the configuration. `usual` is that
+/// of a new model.
 pub(super) fn read_layers(
     llama: LlamaConfig,
     settings: &Settings,
-    has_window: impl Fn(usize) -> bool,
+    usual: impl Fn(usize) -> bool,
+    rule: impl Fn(usize) -> bool,
 ) -> Result<LlamaConfig> {
     settings.only("use_bidirectional_attention", false)?;
     let n_layers = llama.num_hidden_layers;
@@ -95,13 +102,14 @@ pub(super) fn read_layers(
         Some(_) => settings.optional_size("sliding_window")?,
     };
     let types = layer_types(settings, n_layers)?;
-    let types = types.unwrap_or_else(|| (0..n_layers).map(has_window).collect());
+    let types = types.unwrap_or_else(|| (0..n_layers).map(rule).collect());
+    let is_usual = (0..n_layers).all(|layer| types[layer] == usual(layer));
     let layers: Vec<LayerAttention> = types.into_iter().map(LayerAttention::sliding).collect();
     check_window(settings, window, &layers)?;
     let bias = settings.flag_or("attention_bias", false)?;
     Ok(llama
         .with_sliding_window(window)
-        .with_layer_attention(layers)
+        .with_layer_attention((!is_usual).then_some(layers))
         .with_attention_bias(bias)
         .with_attention_output_bias(bias))
 }
@@ -134,7 +142,7 @@ pub(super) fn shape(llama: &LlamaConfig, logit_softcap: Option<f64>) -> Shape {
 impl Gemma2Config {
     fn read(settings: &Settings) -> Result<Self> {
         let llama = LlamaConfig::read(settings, defaults(8192))?.read_rotary(settings, 10_000.0)?;
-        let llama = read_layers(llama, settings, |layer| layer.is_multiple_of(2))?;
+        let llama = read_layers(llama, settings, has_window, has_window)?;
         let cap = |key: &str, default: f64| match settings.get(key) {
             None => Ok(Some(default)),
             Some(_) => settings.optional_positive(key),
@@ -148,7 +156,7 @@ impl Gemma2Config {
     }
 
     fn layers(&self) -> Vec<LayerAttention> {
-        let every_other = |layer: usize| LayerAttention::sliding(layer.is_multiple_of(2));
+        let every_other = |layer: usize| LayerAttention::sliding(has_window(layer));
         let stated = self.llama.layer_attention.clone();
         stated.unwrap_or_else(|| (0..self.llama.num_hidden_layers).map(every_other).collect())
     }

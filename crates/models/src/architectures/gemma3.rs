@@ -86,17 +86,20 @@ setters! {
     with_final_logit_softcapping final_logit_softcapping impl Into<Option<f64>>,
 }
 
+/// Whether a layer has a window, of a rule by which one of `pattern` layers has none.
+fn has_window(layer: usize, pattern: usize) -> bool {
+    !(layer + 1).is_multiple_of(pattern)
+}
+
 impl Gemma3Config {
     fn read(settings: &Settings) -> Result<Self> {
-        // transformers has the setting, and computes nothing with it.
-        settings.ignore(&["attn_logit_softcapping"]);
+        // transformers has the settings, and computes nothing with them.
+        settings.ignore(&["attn_logit_softcapping", "_sliding_window_pattern"]);
         let llama = LlamaConfig::read(settings, gemma2::defaults(131_072))?;
-        let pattern = match settings.get("_sliding_window_pattern") {
-            Some(_) => settings.size("_sliding_window_pattern")?,
-            None => settings.size_or("sliding_window_pattern", PATTERN)?,
-        };
-        let has_window = |layer: usize| !(layer + 1).is_multiple_of(pattern);
-        let llama = gemma2::read_layers(llama, settings, has_window)?;
+        let pattern = settings.size_or("sliding_window_pattern", PATTERN)?;
+        let rule = |layer| has_window(layer, pattern);
+        let usual = |layer| has_window(layer, PATTERN);
+        let llama = gemma2::read_layers(llama, settings, usual, rule)?;
         let [global, local] = read_rotations(&llama, settings)?;
         Ok(Self {
             llama: llama.with_rotary(global),
@@ -108,7 +111,7 @@ impl Gemma3Config {
     }
 
     fn layers(&self) -> Vec<LayerAttention> {
-        let pattern = |layer: usize| LayerAttention::sliding(!(layer + 1).is_multiple_of(PATTERN));
+        let pattern = |layer: usize| LayerAttention::sliding(has_window(layer, PATTERN));
         let stated = self.llama.layer_attention.clone();
         stated.unwrap_or_else(|| (0..self.llama.num_hidden_layers).map(pattern).collect())
     }
@@ -140,7 +143,7 @@ impl Gemma3Config {
 fn read_rotations(llama: &LlamaConfig, settings: &Settings) -> Result<[Rotary; 2]> {
     let parameters = settings.object("rope_parameters")?;
     let parameters = parameters.unwrap_or_else(|| settings.nothing());
-    let of_type = |layer_type: &str| {
+    let of_type = |layer_type: &str| -> Result<Settings> {
         let entry = parameters.object(layer_type)?;
         Ok(entry.unwrap_or_else(|| settings.nothing()))
     };
@@ -152,7 +155,7 @@ fn read_rotations(llama: &LlamaConfig, settings: &Settings) -> Result<[Rotary; 2
         }
         global = scaling;
     }
-    let rotary = |entry: &Settings, beside: &str, default: f64| {
+    let rotary = |entry: &Settings, beside: &str, default: f64| -> Result<Rotary> {
         let theta = settings.number_or(beside, default)?;
         let rotary = rope_scaling::of_object(entry, &llama.of_model().with_theta(theta))?;
         rope_scaling::whole_heads(entry, rotary, llama.head_dim)

@@ -116,7 +116,8 @@ impl GptNeoConfig {
             num_heads,
             max_position_embeddings: settings.size_or("max_position_embeddings", 2048)?,
             window_size: settings.size_or("window_size", 256)?,
-            has_window: Some(attention_types(settings, num_layers)?),
+            has_window: Some(attention_types(settings, num_layers)?)
+                .filter(|stated| (0..num_layers).any(|layer| stated[layer] != by_default(layer))),
             activation: settings.activation_or("activation_function", Activation::GeluTanh)?,
             layer_norm_epsilon: settings.positive_or("layer_norm_epsilon", 1e-5)?,
             tie_word_embeddings: settings.flag_or("tie_word_embeddings", true)?,
@@ -126,7 +127,7 @@ impl GptNeoConfig {
     fn has_window(&self, layer: usize) -> bool {
         match &self.has_window {
             Some(layers) => layers[layer],
-            None => !layer.is_multiple_of(2),
+            None => by_default(layer),
         }
     }
 
@@ -163,6 +164,11 @@ impl GptNeoConfig {
             _ => unreachable!("an object was written above"),
         }
     }
+}
+
+/// Whether a layer has a window where nothing is stated.
+fn by_default(layer: usize) -> bool {
+    !layer.is_multiple_of(2)
 }
 
 /// Whether each layer has a window: `attention_types` is a list of lists of kinds, each with the number of

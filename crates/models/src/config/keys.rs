@@ -76,8 +76,10 @@ fn settings_mean_what_they_mean_in_transformers() {
         let of_type = &golden[model_type];
         let plain = base(of_type, model_type);
         for probe in of_type["probes"].as_array().unwrap() {
-            let (json, expected) = (&probe["json"], &probe["found"]);
-            let json = json.as_object().unwrap();
+            let expected = &probe["found"];
+            let mut json = probe["json"].as_object().unwrap().clone();
+            json.insert("model_type".into(), model_type.into());
+            let json = &json;
             let is_about = |(key, _): &(&str, &str)| json.get(*key) != plain.get(*key);
             let found = Config::from_json(json, Path::new(PATH));
             let refused = expected.get("refused").is_some();

@@ -17,7 +17,7 @@ use crate::source::{HEAD, Vector, weight_name};
 #[path = "../../tests/fixtures/architectures.rs"]
 mod fixtures;
 
-use fixtures::architectures;
+use fixtures::{SMALL, architectures};
 
 /// A source that fills each parameter with the index of its name.
 #[derive(Default)]
@@ -64,7 +64,7 @@ impl Source for Named {
 
 #[test]
 fn every_parameter_is_the_one_of_its_name() {
-    for config in architectures() {
+    for config in architectures(SMALL) {
         let mut source = Named::default();
         let Ok(model) = Model::build(config.clone(), &mut source);
         let mut n = 0;
@@ -109,7 +109,7 @@ fn every_parameter_is_the_one_of_its_name() {
 #[test]
 fn every_model_type_has_a_configuration_that_is_read_back() {
     let mut types = BTreeSet::new();
-    for config in architectures() {
+    for config in architectures(SMALL) {
         let json = config.to_json();
         types.insert(json["model_type"].as_str().unwrap().to_string());
         let read = Config::from_json(&json, Path::new("config.json")).unwrap();

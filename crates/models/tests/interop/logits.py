@@ -36,6 +36,12 @@ from transformers import (
 # 1e-6 where logits are about 1. A weight, a bias or a frequency that is off is far above.
 TOLERANCE = 1e-4
 
+# The implementation that has soft caps of scores.
+EAGER = "eager"
+
+# AutoTokenizer makes the tokenizers of these anew as BPE, whatever the files say; the one here is of words.
+REMADE = ["qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neo", "gptj"]
+
 
 def unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     """The codes in words of 32 bits, lowest first, along an axis."""
@@ -66,7 +72,7 @@ def from_gptq(directory: Path) -> PreTrainedModel:
             state[f"{layer}.weight"] = weight.T
         elif part not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=EAGER)
     found = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     assert found.missing_keys == tied and not found.unexpected_keys, found
@@ -95,7 +101,11 @@ def load(directory: Path, method: str | None) -> PreTrainedModel:
     if method == "gptq":
         return from_gptq(directory)
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", local_files_only=True, output_loading_info=True
+        directory,
+        dtype="auto",
+        attn_implementation=EAGER,
+        local_files_only=True,
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     tensors = {}
@@ -114,8 +124,7 @@ def load(directory: Path, method: str | None) -> PreTrainedModel:
 
 def check_tokenizer(directory: Path, model_type: str, text: str, tokens: list[int]) -> None:
     readers = [PreTrainedTokenizerFast]
-    # It makes a Qwen2's tokenizer anew as BPE, whatever the files say; this one is of words.
-    if model_type != "qwen2":
+    if model_type not in REMADE:
         readers.append(AutoTokenizer)
     for reader in readers:
         tokenizer = reader.from_pretrained(directory, local_files_only=True)

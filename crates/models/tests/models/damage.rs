@@ -116,7 +116,7 @@ fn configurations_that_make_no_model_are_refused() {
     says(
         "\"vocab_size\": 16",
         "\"vocab_size\": -1",
-        &["cannot be read"],
+        &["vocab_size is -1"],
     );
     says(
         "\"rms_norm_eps\": ",
@@ -131,12 +131,12 @@ fn configurations_that_make_no_model_are_refused() {
     says(
         "\"rope_scaling\": null",
         "\"rope_scaling\": {\"type\": \"su\", \"factor\": 2}",
-        &["type `su`"],
+        &["rope_scaling.short_factor is missing"],
     );
     says(
         "\"rope_scaling\": null",
         "\"rope_scaling\": {\"type\": \"linear\"}",
-        &["no factor"],
+        &["rope_scaling.factor is missing"],
     );
     says(
         "\"hidden_act\": \"silu\"",
@@ -149,7 +149,7 @@ fn configurations_that_make_no_model_are_refused() {
         &["`awq`"],
     );
     let both = "\"rope_scaling\": {\"type\": \"linear\", \"rope_type\": \"linear\"}";
-    says("\"rope_scaling\": null", both, &["no factor"]);
+    says("\"rope_scaling\": null", both, &["rope_scaling.factor is missing"]);
     says(
         "\"layers\": {",
         "\"layers\": {\"lm_tail\": {\"bits\": 4, \"group_size\": 8, \"grid\": \"affine\"},",

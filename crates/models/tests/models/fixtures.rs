@@ -22,7 +22,7 @@ mod architectures;
 #[path = "../fixtures/word_level.rs"]
 mod word_level;
 
-pub(crate) use architectures::{architectures, architectures_of, llama, opt};
+pub(crate) use architectures::{SMALL, Sizes, architectures, llama, opt};
 pub(crate) use word_level::write_tokenizer;
 
 /// A configuration of `n` cases, times `PROPTEST_CASES / 256` where that is set.
@@ -66,7 +66,7 @@ pub(crate) fn configs() -> impl Strategy<Value = Config> {
             Config::Opt(config)
         },
     );
-    prop_oneof![llamas, opts, prop::sample::select(architectures())]
+    prop_oneof![llamas, opts, prop::sample::select(architectures(SMALL))]
 }
 
 /// A directory with a tokenizer, and a model with it none of whose parameters is a round number.

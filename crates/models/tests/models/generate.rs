@@ -8,7 +8,7 @@ use peft::CausalLm;
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Rtn};
 
-use super::fixtures::{self, cases};
+use super::fixtures::{self, SMALL, Sizes, architectures, cases};
 
 const VOCAB: usize = 32;
 
@@ -62,7 +62,12 @@ fn configs() -> impl Strategy<Value = Config> {
             .with_tie_word_embeddings(tied);
         Config::Opt(config)
     });
-    let all = prop::sample::select(fixtures::architectures_of(VOCAB, 96));
+    let sizes = Sizes {
+        vocab: VOCAB,
+        positions: 96,
+        ..SMALL
+    };
+    let all = prop::sample::select(architectures(sizes));
     prop_oneof![llama, opt, all]
 }
 

@@ -18,7 +18,7 @@ proptest! {
     /// it, and tokens are looked up as before.
     #[test]
     fn a_packed_head_is_the_head_of_all_logits(
-        config in configs(),
+        config in configs().prop_filter("products alone", has_plain_head),
         quantizer in 0..3usize,
         seed in 0..100u64,
     ) {
@@ -47,6 +47,11 @@ proptest! {
             }
         }
     }
+}
+
+/// Whether logits are the products with the head, without a bias or a soft cap.
+fn has_plain_head(config: &Config) -> bool {
+    !matches!(config, Config::Gemma2(_) | Config::GptJ(_))
 }
 
 /// The input of the head for the probe.

@@ -454,10 +454,7 @@ fn runs_of_every_architecture_and_format_go_on() {
         (wide.into(), Box::new(double), bnb),
     ];
     for (config, quantizer, format) in cases {
-        let n_layers = match config {
-            Config::Llama(_) => 7,
-            Config::Opt(_) => 6,
-        };
+        let n_layers = config.projections().len() / config.num_hidden_layers();
         let case = Case::new(config, FloatType::F32, quantizer, format);
         for after in 0..3 {
             case.fail(n_layers * after);

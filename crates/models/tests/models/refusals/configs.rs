@@ -475,7 +475,11 @@ fn an_unknown_architecture_is_named_with_those_that_are_known() {
             ),
             "{error:?}"
         );
-        for part in [name, CONFIG, "supported: llama, mistral, qwen2, opt"] {
+        for part in [
+            name,
+            CONFIG,
+            "supported: llama, mistral, qwen2, smollm3, opt, qwen3, gemma2",
+        ] {
             assert!(error.to_string().contains(part), "{part}: {error}");
         }
     }
