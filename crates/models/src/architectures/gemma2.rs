@@ -39,7 +39,7 @@ pub struct Gemma2Config {
     /// Without [`LlamaConfig::layer_attention`] every other layer, from the first on, has a window.
     pub llama: LlamaConfig,
     /// Scores are divided by its square root.
-    pub query_pre_attn_scalar: f64,
+    pub query_pre_attn_scalar: usize,
     /// The soft cap of the scores.
     pub attn_logit_softcapping: Option<f64>,
     /// The soft cap of the logits.
@@ -55,7 +55,7 @@ impl Default for Gemma2Config {
             .with_tie_word_embeddings(true);
         Self {
             llama,
-            query_pre_attn_scalar: 256.0,
+            query_pre_attn_scalar: 256,
             attn_logit_softcapping: Some(50.0),
             final_logit_softcapping: Some(30.0),
         }
@@ -65,7 +65,7 @@ impl Default for Gemma2Config {
 setters! {
     Gemma2Config:
     with_llama llama LlamaConfig,
-    with_query_pre_attn_scalar query_pre_attn_scalar f64,
+    with_query_pre_attn_scalar query_pre_attn_scalar usize,
     with_attn_logit_softcapping attn_logit_softcapping impl Into<Option<f64>>,
     with_final_logit_softcapping final_logit_softcapping impl Into<Option<f64>>,
 }
@@ -149,7 +149,7 @@ impl Gemma2Config {
         };
         Ok(Self {
             llama,
-            query_pre_attn_scalar: settings.positive_or("query_pre_attn_scalar", 256.0)?,
+            query_pre_attn_scalar: settings.size_or("query_pre_attn_scalar", 256)?,
             attn_logit_softcapping: cap("attn_logit_softcapping", 50.0)?,
             final_logit_softcapping: cap("final_logit_softcapping", 30.0)?,
         })
@@ -268,7 +268,7 @@ impl DecoderBlock for Gemma2Block {
             down_proj,
         ] = parts.linears()?;
         let config = parts.config;
-        let scores = Scores::new(config.query_pre_attn_scalar.powf(-0.5))
+        let scores = Scores::new(1.0 / (config.query_pre_attn_scalar as f64).sqrt())
             .with_softcap(config.attn_logit_softcapping);
         Ok(Self {
             input_layernorm,

@@ -53,7 +53,7 @@ pub struct Gemma3Config {
     /// The scaling of the frequencies in layers with a window.
     pub rope_local_scaling: RopeScaling,
     /// Scores are divided by its square root.
-    pub query_pre_attn_scalar: f64,
+    pub query_pre_attn_scalar: usize,
     /// The soft cap of the logits.
     pub final_logit_softcapping: Option<f64>,
 }
@@ -71,7 +71,7 @@ impl Default for Gemma3Config {
             llama,
             rope_local_theta: THETAS[1],
             rope_local_scaling: RopeScaling::None,
-            query_pre_attn_scalar: 256.0,
+            query_pre_attn_scalar: 256,
             final_logit_softcapping: None,
         }
     }
@@ -82,7 +82,7 @@ setters! {
     with_llama llama LlamaConfig,
     with_rope_local_theta rope_local_theta f64,
     with_rope_local_scaling rope_local_scaling RopeScaling,
-    with_query_pre_attn_scalar query_pre_attn_scalar f64,
+    with_query_pre_attn_scalar query_pre_attn_scalar usize,
     with_final_logit_softcapping final_logit_softcapping impl Into<Option<f64>>,
 }
 
@@ -105,7 +105,7 @@ impl Gemma3Config {
             llama: llama.with_rotary(global),
             rope_local_theta: local.theta,
             rope_local_scaling: local.scaling,
-            query_pre_attn_scalar: settings.positive_or("query_pre_attn_scalar", 256.0)?,
+            query_pre_attn_scalar: settings.size_or("query_pre_attn_scalar", 256)?,
             final_logit_softcapping: settings.optional_positive("final_logit_softcapping")?,
         })
     }
@@ -282,7 +282,7 @@ impl DecoderBlock for Gemma3Block {
             v_proj,
             o_proj,
             heads: Heads {
-                scores: Scores::new(config.query_pre_attn_scalar.powf(-0.5)),
+                scores: Scores::new(1.0 / (config.query_pre_attn_scalar as f64).sqrt()),
                 ..Heads::new(config.llama.head_dim, parts.reach)
             },
         };

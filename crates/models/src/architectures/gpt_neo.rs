@@ -158,6 +158,9 @@ impl GptNeoConfig {
             "resid_dropout": 0.0,
             "embed_dropout": 0.0,
             "attention_dropout": 0.0,
+            "bos_token_id": null,
+            "eos_token_id": null,
+            "pad_token_id": null,
         });
         match json {
             Value::Object(map) => map,

@@ -126,6 +126,9 @@ impl GptJConfig {
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
+            "bos_token_id": null,
+            "eos_token_id": null,
+            "pad_token_id": null,
         });
         match json {
             Value::Object(map) => map,

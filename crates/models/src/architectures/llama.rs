@@ -266,6 +266,10 @@ impl LlamaConfig {
             "rope_theta": self.rope_theta,
             "rope_scaling": null,
             "tie_word_embeddings": self.tie_word_embeddings,
+            // The defaults of some model types are beyond a small vocabulary.
+            "bos_token_id": null,
+            "eos_token_id": null,
+            "pad_token_id": null,
         })
     }
 

@@ -90,7 +90,6 @@ impl Phi3Config {
             "sliding_window": llama.sliding_window,
             "original_max_position_embeddings": llama.max_position_embeddings,
             "partial_rotary_factor": self.rotary_dims as f64 / llama.head_dim as f64,
-            "pad_token_id": null,
         });
         with_settings(llama.common_json(), of_type)
     }

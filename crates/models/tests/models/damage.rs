@@ -140,8 +140,8 @@ fn configurations_that_make_no_model_are_refused() {
     );
     says(
         "\"hidden_act\": \"silu\"",
-        "\"hidden_act\": \"gelu\"",
-        &["`gelu`"],
+        "\"hidden_act\": \"mish\"",
+        &["`mish`"],
     );
     says(
         "\"quant_method\": \"quant-core\"",
@@ -149,7 +149,11 @@ fn configurations_that_make_no_model_are_refused() {
         &["`awq`"],
     );
     let both = "\"rope_scaling\": {\"type\": \"linear\", \"rope_type\": \"linear\"}";
-    says("\"rope_scaling\": null", both, &["rope_scaling.factor is missing"]);
+    says(
+        "\"rope_scaling\": null",
+        both,
+        &["rope_scaling.factor is missing"],
+    );
     says(
         "\"layers\": {",
         "\"layers\": {\"lm_tail\": {\"bits\": 4, \"group_size\": 8, \"grid\": \"affine\"},",
