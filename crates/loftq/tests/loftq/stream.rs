@@ -11,9 +11,10 @@ use loftq::{
     Rilq, init,
 };
 use models::{
-    CheckpointFormat, Config, Error, FloatType, GptqVersion, Model, OptConfig, Pretrained,
-    StreamError, StreamStep, Streaming, Window, initialize_to, load, load_verified, save_as,
-    save_dense,
+    CheckpointFormat, Config, Error, FloatType, Gemma2Config, Gemma3Config, GptJConfig,
+    GptNeoConfig, GptqVersion, LayerAttention, LlamaConfig, Model, OptConfig, Phi3Config,
+    Pretrained, Qwen3Config, StreamError, StreamStep, Streaming, Window, initialize_to, load,
+    load_verified, save_as, save_dense,
 };
 use peft::{Batch, LayerReport, LayerShape, Lora, PerLayer, Recipe, StageMethod, Streams};
 use quant_core::{Needs, NormalFloat, Optq, Order, Quantizer, Rtn};
@@ -21,8 +22,12 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::llama;
 
+#[path = "../../../models/tests/fixtures/architectures.rs"]
+mod architectures;
 #[path = "../../../models/tests/fixtures/word_level.rs"]
 mod word_level;
+
+use architectures::{Sizes, architectures};
 
 /// An initialization of whole models, and of their blocks.
 trait Method: Initialization<Model> + Initialization<Window> {}
@@ -252,6 +257,25 @@ fn a_streamed_initialization_is_the_saved_one() {
                     check(name, &dense, &*method, &quantizer, &batches, format);
                 }
             });
+        }
+    }
+}
+
+/// Every architecture.
+#[test]
+fn a_streamed_initialization_of_any_architecture_is_the_saved_one() {
+    let sizes = Sizes {
+        vocab: 48,
+        positions: 64,
+        hidden: 32,
+        inner: 40,
+        head_dim: 8,
+    };
+    for config in architectures(sizes) {
+        let dense = Dense::new(Model::init(config, 5, &Device::flex()), FloatType::F32);
+        for (name, method, quantizer) in methods() {
+            let format = CheckpointFormat::QuantCore;
+            check(name, &dense, &*method, &quantizer, &batches(), format);
         }
     }
 }
