@@ -17,7 +17,7 @@ use models::Generation;
 use peft::{Adapters, Linears};
 use quant_core::Rtn;
 
-/// Generate text with a LLaMA or an OPT, dense or quantized
+/// Generate text with a model, dense or quantized
 #[derive(Parser)]
 #[command(
     version,

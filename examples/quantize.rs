@@ -24,7 +24,7 @@ use peft::{Batch, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
 
-/// Quantize a LLaMA or an OPT and measure the loss of perplexity
+/// Quantize a model and measure the loss of perplexity
 ///
 /// Without options, the embedded model is quantized with several quantizers at 4, 3 and 2 bits, in groups
 /// of several sizes.
