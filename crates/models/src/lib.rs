@@ -43,6 +43,10 @@
 
 #![forbid(unsafe_code)]
 
+// Fixtures are those of the programs of tests, which name the crate.
+#[cfg(test)]
+extern crate self as models;
+
 mod activation;
 mod allocate;
 mod architecture;

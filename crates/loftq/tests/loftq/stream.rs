@@ -11,10 +11,9 @@ use loftq::{
     Rilq, init,
 };
 use models::{
-    CheckpointFormat, Config, Error, FloatType, Gemma2Config, Gemma3Config, GptJConfig,
-    GptNeoConfig, GptqVersion, LayerAttention, LlamaConfig, Model, OptConfig, Phi3Config,
-    Pretrained, Qwen3Config, StreamError, StreamStep, Streaming, Window, initialize_to, load,
-    load_verified, save_as, save_dense,
+    CheckpointFormat, Config, Error, FloatType, GptqVersion, Model, OptConfig, Pretrained,
+    StreamError, StreamStep, Streaming, Window, initialize_to, load, load_verified, save_as,
+    save_dense,
 };
 use peft::{Batch, LayerReport, LayerShape, Lora, PerLayer, Recipe, StageMethod, Streams};
 use quant_core::{Needs, NormalFloat, Optq, Order, Quantizer, Rtn};

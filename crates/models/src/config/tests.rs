@@ -7,10 +7,6 @@ use peft::{Linears, Stages, Weight};
 
 use super::*;
 use crate::Model;
-use crate::architectures::{
-    Gemma2Config, Gemma3Config, GptJConfig, GptNeoConfig, LayerAttention, LlamaConfig, OptConfig,
-    Phi3Config, Qwen3Config,
-};
 use crate::model::Table;
 use crate::source::{HEAD, Vector, weight_name};
 

@@ -6,10 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{
-    Activation, Config, Gemma2Config, Gemma3Config, GptJConfig, GptNeoConfig, LayerAttention,
-    LlamaConfig, Model, OptConfig, Phi3Config, Pretrained, Qwen3Config,
-};
+use models::{Activation, Config, Model, Pretrained};
 use peft::{CausalLm, Linears};
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Format, NormalFloat, Quantizer, Rtn};
