@@ -6,6 +6,7 @@ mod gpt_neo;
 mod gptj;
 mod layer_attention;
 mod llama;
+mod olmo2;
 mod opt;
 mod phi3;
 mod qwen3;
@@ -16,6 +17,7 @@ pub use gpt_neo::GptNeoConfig;
 pub use gptj::GptJConfig;
 pub use layer_attention::LayerAttention;
 pub use llama::LlamaConfig;
+pub use olmo2::Olmo2Config;
 pub use opt::OptConfig;
 pub use phi3::Phi3Config;
 pub use qwen3::Qwen3Config;
@@ -42,6 +44,8 @@ macro_rules! architectures {
             GptNeo $crate::GptNeoConfig;
             /// GPT-J.
             GptJ $crate::GptJConfig;
+            /// OLMo 2.
+            Olmo2 $crate::Olmo2Config;
         }
     };
 }

@@ -23,7 +23,7 @@ use crate::source::{Vector, weight_name};
 use crate::{Config, Generation, generate, load};
 
 /// Directories of this crate, with what each has that public models have.
-const DECODERS: [(&str, &str); 19] = [
+const DECODERS: [(&str, &str); 20] = [
     ("llama3", "Llama 3.2: frequencies of llama3, a tied head"),
     (
         "llama_gelu",
@@ -61,6 +61,10 @@ const DECODERS: [(&str, &str); 19] = [
     ("gpt_neo", "GPT-Neo: local layers"),
     ("gptj", "GPT-J: a part of each head is rotated"),
     ("gptj_whole", "GPT-J-like models that rotate whole heads"),
+    (
+        "olmo2",
+        "OLMo 2: norms behind attention and MLP, and of all queries",
+    ),
 ];
 
 /// The directories of this crate.

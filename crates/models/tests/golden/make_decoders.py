@@ -130,6 +130,7 @@ CASES = {
     ),
     "gptj": ("gptj", dict(J, rotary_dim=6)),
     "gptj_whole": ("gptj", dict(J, rotary_dim=16, activation_function="relu")),
+    "olmo2": ("olmo2", dict(LLAMA)),
 }
 
 

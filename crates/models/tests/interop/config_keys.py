@@ -44,6 +44,7 @@ BASES = {
     "gemma2": LLAMA,
     "gemma3_text": LLAMA,
     "phi3": LLAMA,
+    "olmo2": LLAMA,
     "gpt_neo": NEO,
     "gptj": J,
     "opt": OPT,
@@ -221,7 +222,7 @@ OWN = {
         {"max_position_embeddings": ABSENT},
     ],
 }
-ROTARY = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2"]
+ROTARY = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "olmo2"]
 
 
 def probes(model_type):
@@ -260,11 +261,11 @@ def meaning(config, model_type):
     if model_type not in ["gpt_neo", "gptj", "opt"]:
         layer_types = getattr(config, "layer_types", None)
         window = getattr(config, "sliding_window", None)
-        if model_type in ["llama"]:
+        if model_type in ["llama", "olmo2"]:
             window = None
         layers = []
         for layer, module in enumerate(model.model.layers):
-            kind = layer_types[layer] if layer_types and model_type not in ["llama", "mistral", "phi3"] else None
+            kind = layer_types[layer] if layer_types and model_type not in ["llama", "mistral", "phi3", "olmo2"] else None
             has_window = window is not None and kind in [None, "sliding_attention"]
             rotates = bool(getattr(module.self_attn, "use_rope", True))
             frequency, magnitude = frequencies(model, kind)

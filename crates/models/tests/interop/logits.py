@@ -40,7 +40,7 @@ TOLERANCE = 1e-4
 EAGER = "eager"
 
 # AutoTokenizer makes the tokenizers of these anew as BPE, whatever the files say; the one here is of words.
-REMADE = ["qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neo", "gptj"]
+REMADE = ["qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neo", "gptj", "olmo2"]
 
 
 def unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
