@@ -418,3 +418,73 @@ fn rows_that_are_refused() {
         "{error}"
     );
 }
+
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+#[cfg(not(feature = "parquet"))]
+#[test]
+fn parquet_is_a_feature() {
+    let error = read_records(&golden("rows_snappy.parquet")).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("build with the feature `parquet`"),
+        "{error}"
+    );
+}
+
+/// The rows are those that pyarrow wrote.
+#[cfg(feature = "parquet")]
+#[test]
+fn rows_of_parquet() {
+    let rows: Value = serde_json::from_slice(&std::fs::read(golden("rows.json")).unwrap()).unwrap();
+    for name in ["rows_snappy.parquet", "rows_none.parquet"] {
+        let records = read_records(&golden(name)).unwrap();
+        assert_eq!(
+            records.iter().map(|record| record.line).collect::<Vec<_>>(),
+            [1, 2, 3]
+        );
+        let found: Vec<_> = records
+            .into_iter()
+            .map(|record| Value::Object(record.fields))
+            .collect();
+        // As text, in which the order of keys counts.
+        assert_eq!(Value::Array(found).to_string(), rows.to_string());
+    }
+    let refused = [
+        (
+            "rows_zstd.parquet",
+            "of the codecs, Snappy is read; write the file with it",
+        ),
+        ("bytes.parquet", "`image` is of bytes, not of text"),
+    ];
+    for (name, expected) in refused {
+        let error = read_records(&golden(name)).unwrap_err().to_string();
+        assert!(
+            error.contains("line 1: ") && error.ends_with(expected),
+            "{error}"
+        );
+    }
+}
+
+/// Files of which any byte is another, or whose end is missing, are read or refused.
+#[cfg(feature = "parquet")]
+#[test]
+fn damaged_parquet() {
+    let whole = std::fs::read(golden("rows_snappy.parquet")).unwrap();
+    let (_dir, path) = file("data.parquet", &whole);
+    let mut n_refused = 0;
+    for at in 4..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x55;
+        for bytes in [&damaged, &whole[..at]] {
+            std::fs::write(&path, bytes).unwrap();
+            n_refused += usize::from(read_records(&path).is_err());
+        }
+    }
+    assert!(n_refused > whole.len());
+}
