@@ -299,7 +299,7 @@ fn with_line_feeds(source: &str) -> String {
 }
 
 /// Writes a value as Python's `str`.
-fn print(out: &mut Output, _: &State, value: &Value) -> Result<(), JinjaError> {
+fn print(out: &mut Output, _: &mut State, value: &Value) -> Result<(), JinjaError> {
     Ok(out.write_str(&text::text(value)?)?)
 }
 

@@ -151,7 +151,7 @@ fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
 }
 
 #[cfg(feature = "parquet")]
-use parquet::rows as of_parquet;
+use self::parquet::rows as of_parquet;
 
 #[cfg(not(feature = "parquet"))]
 fn of_parquet(path: &Path, _: usize) -> Result<Vec<(usize, Value)>> {

@@ -40,6 +40,22 @@ CONTEXT = {
     "text": "\x1c\u2003 It's \"quoted\" ǆ ß-word (x) [y] {z} <w>\x1f",
     "spaces": "\t a\x0bb\x0cc\x1cd\x85e\u2028f\r\ng\rh\n",
     "people": [{"name": "Bo", "age": 3}, {"name": "al", "age": 1}, {"name": "Cy", "age": 3}, {"name": "al"}],
+    "calls": [
+        {"role": "system", "content": " Use tools. "},
+        {"role": "user", "content": [{"type": "text", "text": "Weather? "}, {"type": "image"}]},
+        {
+            "role": "assistant",
+            "content": "<think>\nLook.\n</think>\n\nI look.",
+            "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"place": "Ghent", "days": 2}}},
+                {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": "{}"}},
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": "{\"t\": 19}"},
+        {"role": "tool", "tool_call_id": "c2", "content": "<tool_response>dry</tool_response>"},
+        {"role": "assistant", "content": "19 degrees.", "tool_calls": []},
+        {"role": "user", "content": "Thanks."},
+    ],
     "bos_token": "<s>",
     "eos_token": "</s>",
     "add_generation_prompt": True,
@@ -253,6 +269,240 @@ SOURCES = [
     "{{ loop is defined }}{{ range is defined }}{{ namespace is defined }}",
     "{{ ''.__class__ is defined }}",
     "{{ x.__class__ is defined }}{{ messages.__len__ is defined }}",
+]
+
+# Templates of the kinds that models have.
+SOURCES += [
+    # Tools with their schemas, a date, and the first message of the user.
+    """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if calls[0]['role'] == 'system' %}
+    {%- set system_message = calls[0]['content']|trim %}
+    {%- set turns = calls[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|system|>\\n\\n" }}
+{%- if tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{%- for t in tools %}
+    {{- t | tojson(indent=4) }}
+    {{- "\\n\\n" }}
+{%- endfor %}
+{{- system_message }}
+{%- for message in turns %}
+    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|' + message['role'] + '|>\\n\\n' }}{% if message.content is string %}{{ message['content'] | trim }}{% else %}{{ message.content | tojson }}{% endif %}
+    {%- elif 'tool_calls' in message and message.tool_calls|length >= 1 %}
+        {%- set tool_call = message.tool_calls[0].function %}
+        {{- '{"name": "' + tool_call.name + '", ' }}
+        {{- '"parameters": ' }}
+        {{- tool_call.arguments | tojson }}
+        {{- "}" }}
+        {%- for arg_name, arg_val in tool_call.arguments | items %}
+            {{- arg_name + '="' ~ arg_val ~ '"' }}
+            {%- if not loop.last %}
+                {{- ", " }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endfor %}
+""",
+    # Tool responses between turns, and what was thought before an answer.
+    """{%- set ns = namespace(multi_step_tool=true, last_query_index=calls|length - 1) %}
+{%- for forward_message in calls %}
+    {%- set index = (calls|length - 1) - loop.index0 %}
+    {%- set message = calls[index] %}
+    {%- set current_content = message.content if message.content is defined and message.content is string else '' %}
+    {%- set tool_start = '<tool_response>' %}
+    {%- set tool_start_length = tool_start|length %}
+    {%- set start_of_message = current_content[:tool_start_length] %}
+    {%- set tool_end = '</tool_response>' %}
+    {%- set start_pos = (current_content|length) - (tool_end|length) %}
+    {%- if start_pos < 0 %}
+        {%- set start_pos = 0 %}
+    {%- endif %}
+    {%- set end_of_message = current_content[start_pos:] %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(start_of_message == tool_start and end_of_message == tool_end) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{{- ns.last_query_index }}
+{%- for message in calls %}
+    {%- if message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- for tool_call in message.tool_calls %}
+            {%- if (loop.first and content) or (not loop.first) %}
+                {{- '\\n' }}
+            {%- endif %}
+            {%- if tool_call.function %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '<tool_call>\\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {%- if tool_call.arguments is string %}
+                {{- tool_call.arguments }}
+            {%- else %}
+                {{- tool_call.arguments | tojson }}
+            {%- endif %}
+            {{- '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.first or (calls[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\\n<tool_response>\\n' }}
+        {{- message.content }}
+        {{- '\\n</tool_response>' }}
+        {%- if loop.last or (calls[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+""",
+    # Roles that alternate, without the turns of tools, and schemas written key by key.
+    """{%- if calls[0]["role"] == "system" %}
+    {%- set system_message = calls[0]["content"] %}
+    {%- set loop_messages = calls[1:] %}
+{%- endif %}
+{%- set user_messages = loop_messages | selectattr("role", "equalto", "user") | list %}
+{%- set ns = namespace() %}
+{%- set ns.index = 0 %}
+{%- for message in loop_messages %}
+    {%- if not (message.role == "tool" or (message.tool_calls is defined and message.tool_calls is not none and message.tool_calls | length > 0)) %}
+        {%- set ns.index = ns.index + 1 %}
+    {%- endif %}
+{%- endfor %}
+{{- ns.index }}
+{%- for message in loop_messages | rejectattr("role", "equalto", "tool") | rejectattr("role", "equalto", "tool_results") | selectattr("tool_calls", "undefined") %}
+    {{- message.role }}
+{%- endfor %}
+{%- for message in loop_messages %}
+    {%- if message["role"] == "user" %}
+        {%- if tools is not none and (message == user_messages[-1]) %}
+            {{- "[AVAILABLE_TOOLS] [" }}
+            {%- for tool in tools %}
+                {%- set tool = tool.function %}
+                {{- '{"type": "function", "function": {' }}
+                {%- for key, val in tool.items() if key != "return" %}
+                    {%- if val is string %}
+                        {{- '"' + key + '": "' + val + '"' }}
+                    {%- else %}
+                        {{- '"' + key + '": ' + val|tojson }}
+                    {%- endif %}
+                    {%- if not loop.last %}
+                        {{- ", " }}
+                    {%- endif %}
+                {%- endfor %}
+                {{- "}}" }}
+            {%- endfor %}
+            {{- "[/AVAILABLE_TOOLS]" }}
+        {%- endif %}
+    {%- elif message["role"] == "tool" %}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content|string + ", " }}
+        {%- if not message.tool_call_id is defined or message.tool_call_id|length != 2 %}
+            {{- raise_exception("Tool call IDs should be alphanumeric strings with length 2!") }}
+        {%- endif %}
+        {{- '"call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+    {%- endif %}
+{%- endfor %}
+""",
+    # Content in parts, and a system's message before the first one.
+    """{%- if calls[0]['role'] == 'system' -%}
+    {%- if calls[0]['content'] is string -%}
+        {%- set first_user_prefix = calls[0]['content'] + '\\n\\n' -%}
+    {%- else -%}
+        {%- set first_user_prefix = calls[0]['content'][0]['text'] + '\\n\\n' -%}
+    {%- endif -%}
+    {%- set loop_messages = calls[1:] -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'assistant') -%}
+        {%- set role = "model" -%}
+    {%- else -%}
+        {%- set role = message['role'] -%}
+    {%- endif -%}
+    {{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}
+                {{ '<start_of_image>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("Invalid content type") }}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+""",
+    # Types of parameters, by macros that call each other.
+    """{%- macro type_of(spec, required, is_nullable=false) -%}
+    {%- if spec.type == "array" -%}
+        {{- type_of(spec['items'], required) + "[]" }}
+    {%- elif spec.type is defined and spec.type is iterable and spec.type is not string and spec.type is not mapping and spec.type[0] is defined -%}
+        {{- spec.type | join(" | ") }}
+    {%- elif spec.type == "string" -%}
+        {%- if spec.enum -%}
+            {{- '"' + spec.enum|join('" | "') + '"' -}}
+        {%- else -%}
+            {{- "string" }}{%- if is_nullable %}{{- " | null" }}{%- endif -%}
+        {%- endif -%}
+    {%- elif spec.type == "integer" -%}
+        {{- "number" }}
+    {%- elif spec.type == "object" -%}
+        {{- "{\\n" }}
+        {%- for name, property in spec.properties.items() -%}
+            {{- name -}}
+            {%- if name not in (spec.required or []) -%}
+                {{- "?" }}
+            {%- endif -%}
+            {{- ": " }}
+            {{- type_of(property, spec.required or []) }}
+            {%- if not loop.last -%}
+                {{- ", " }}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- "}" }}
+    {%- else -%}
+        {{- "any" }}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for tool in tools %}{%- set tool = tool.function %}
+{{- "// " + tool.description + "\\n" }}
+{{- "type " + tool.name + " = (_: " + type_of(tool.parameters, []) + ") => any;\\n" }}
+{%- endfor %}
+{{- type_of({"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}, []) }} {{ type_of({"type": ["string", "null"]}, []) }} {{ type_of({"type": "string"}, [], is_nullable=true) }} {{ type_of({}, []) }}
+""",
+    # Marks of what is generated, and a conversation without them.
+    "{% for m in calls %}{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' }}{% generation %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | map(attribute='function') | map(attribute='name') | join(', ') }}{% endif %}{{ eos_token + '\\n' }}{% endgeneration %}{% elif m.content is string %}{{ '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '\\n' }}{% endif %}{% endfor %}",
+    "{% if calls|length > 100 %}{{ raise_exception('x') }}{% endif %}{% set ns = namespace(is_first=false, prompt='', parts=[]) %}{% for m in calls %}{% if m['role'] == 'system' %}{% set ns.prompt = m['content'] %}{% endif %}{% set ns.parts = ns.parts + [m.role] %}{% endfor %}{{ bos_token }}{{ ns.prompt }}{{ ns.parts }}{{ ns.parts | unique | list | length }}{{ (ns.parts | join('')).count('a') }}",
 ]
 
 
