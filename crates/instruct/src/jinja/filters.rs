@@ -227,7 +227,7 @@ fn of_dictionary(
         let pairs = object.try_iter_pairs().into_iter().flatten();
         let values: Vec<Value> = pairs.map(item).collect();
         charge(state, values.len() as u64 * VALUE_BYTES)?;
-        Ok(Value::from_object(View { name, values }))
+        Ok::<_, Error>(Value::from_object(View { name, values }))
     };
     Some(match name {
         "keys" => from_args(args).and_then(|()| view("dict_keys", |(key, _)| key)),

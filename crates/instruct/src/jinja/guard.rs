@@ -152,7 +152,8 @@ impl Edits {
 
     /// The text of a string literal, which is spelled in another way if minijinja reads another.
     fn literal(&mut self, source: &str, span: Span) -> Result<String, String> {
-        let literal = &source[span.start_offset as usize + 1..span.end_offset as usize - 1];
+        let within = span.start_offset as usize + 1..(span.end_offset as usize).saturating_sub(1);
+        let literal = source.get(within).ok_or("a string does not end")?;
         let text = literals::unescaped(literal)?;
         if literal.contains('\\') {
             self.replace(span, literals::spelled(&text));

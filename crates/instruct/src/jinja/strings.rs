@@ -1,7 +1,7 @@
 //! Python's methods of strings, and what the filters of Jinja2 share with them.
 
 use minijinja::formatting::{FormatStyle, format};
-use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
+use minijinja::value::{Kwargs, Tuple, from_args};
 use minijinja::{Error, State, Value};
 
 use super::bounds::{VALUE_BYTES, charge, charge_format, charge_stripped, invalid};
@@ -548,15 +548,4 @@ fn swap_case(text: &str) -> String {
         swapped.chars().collect::<Vec<_>>()
     });
     swapped.collect()
-}
-
-/// What a value is called in the error of a method that strings do not have.
-pub(super) fn kind_of(value: &Value) -> &'static str {
-    match value.kind() {
-        ValueKind::String => "string",
-        ValueKind::Map => "dictionary",
-        ValueKind::Seq | ValueKind::Iterable => "list",
-        ValueKind::Number => "number",
-        _ => "value",
-    }
 }

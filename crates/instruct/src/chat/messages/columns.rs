@@ -46,7 +46,8 @@ impl<'a> Conversation<'a> {
         for (name, value) in &record.fields {
             let rank = NAMES.iter().position(|known| known == name);
             let turns = match rank {
-                Some(_) => parsed(record, name, value)?,
+                Some(0 | 1) => parsed(record, name, value)?,
+                Some(_) => parsed(record, name, value).unwrap_or(Cow::Borrowed(value)),
                 None => Cow::Borrowed(value),
             };
             let is_of_texts = rank.is_some();
