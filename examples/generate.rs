@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use clap::Parser;
 use examples::arguments::{GroupSize, ModelArgs};
+use examples::date::DateArg;
 use examples::outcome::{Result, exit};
 use examples::{eprintln, interrupt, memory, print, println};
 use instruct::Chat;
@@ -38,6 +39,8 @@ struct Args {
     /// Answer the prompt, in the chat template of the model
     #[arg(long)]
     chat: bool,
+    #[command(flatten)]
+    date: DateArg,
     /// Quantize the weights to this width first: 2, 3, 4, 8
     #[arg(long, value_name = "N")]
     bits: Option<usize>,
@@ -96,7 +99,7 @@ fn run(args: &Args) -> Result<()> {
 
     let prompt = if args.chat {
         let special = lm.special_tokens()?;
-        let chat = Chat::open(&source, &special)?;
+        let chat = Chat::open(&source, &special)?.with_now(args.date.or_now());
         // The template writes the special tokens itself.
         lm.encode(&chat.prompt(&args.prompt)?)?
     } else {

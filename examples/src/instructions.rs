@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 use instruct::{
-    Encoded, Limit, Record, Row, Template, TooLong, batch, count_duplicates, encode, pack,
+    Chat, Encoded, Limit, Record, Row, Template, TooLong, batch, count_duplicates, encode, pack,
     read_records,
 };
 use models::Pretrained;
 use peft::Batch;
 
+use crate::date::DateArg;
 use crate::outcome::Result;
 use crate::texts::{Cut, Texts, evaluation_batch};
 
@@ -37,6 +38,8 @@ pub struct Instructions {
     /// What to do with records of more than --seq-len tokens
     #[arg(long, value_enum, value_name = "NAME", default_value_t = Long::Cut, requires = "data")]
     too_long: Long,
+    #[command(flatten)]
+    date: DateArg,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -45,7 +48,7 @@ enum TemplateName {
     Alpaca,
     /// `Question: ..`, `Answer: ..`; fields `question`, `answer`
     Gsm8k,
-    /// Chat template of the model; field `messages` or `conversations`
+    /// Chat template of the model; field `messages`, `conversations` or another with turns
     Chat,
 }
 
@@ -112,7 +115,13 @@ impl Instructions {
             (Some(prompt), Some(completion), _) => Template::fields(prompt, completion)?,
             (_, _, Some(TemplateName::Alpaca)) => Template::alpaca(),
             (_, _, Some(TemplateName::Gsm8k)) => Template::gsm8k(),
-            (_, _, Some(TemplateName::Chat)) => Template::chat(lm.dir(), &special)?,
+            (_, _, Some(TemplateName::Chat)) => {
+                let chat = Chat::open(lm.dir(), &special)?;
+                Template::Chat(match self.date.given() {
+                    Some(now) => chat.with_now(now),
+                    None => chat,
+                })
+            }
             _ => unreachable!("checked to be there"),
         };
         let [train, eval] = self.records(data)?;

@@ -6,6 +6,7 @@ pub mod arguments;
 pub mod console;
 pub mod corpus;
 pub mod curves;
+pub mod date;
 pub mod device;
 mod doc;
 pub mod dtype;

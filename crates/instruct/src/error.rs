@@ -119,6 +119,12 @@ pub enum RecordError {
         /// The offset in the file in bytes, counted from 0.
         offset: usize,
     },
+    /// A row of a table that cannot be read.
+    #[error("{problem}")]
+    Row {
+        /// The reason.
+        problem: String,
+    },
     /// A record of more bytes than are read.
     #[error("the record has more than {max} bytes; put each record on a line of its own")]
     TooLarge {

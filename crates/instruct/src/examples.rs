@@ -125,9 +125,10 @@ impl fmt::Display for Encoded {
 /// Tokenizes the texts that a template renders from records.
 ///
 /// A text is tokenized as a whole, and a token belongs to the piece in which it begins: a token across
-/// the end of a prompt is not a target. Special tokens that a text spells out are encoded as such. A
-/// text from [`Template::Fields`] follows `bos` if the tokenizer adds it, and is followed by `eos`,
-/// which is a target; a chat template writes its own special tokens.
+/// the end of a prompt is not a target, but one of which a part is in a `generation` block of a chat
+/// template is. Special tokens that a text spells out are encoded as such. A text from
+/// [`Template::Fields`] follows `bos` if the tokenizer adds it, and is followed by `eos`, which is a
+/// target; a chat template writes its own special tokens.
 ///
 /// # Errors
 /// As [`Template::pieces`]; [`models::TextError::Tokenizer`]; [`models::TextError::MissingSpecial`] without
@@ -217,6 +218,8 @@ pub fn count_duplicates(train: &[Example], eval: &[Example]) -> usize {
 
 struct Encoder<'a> {
     tokenizer: &'a Tokenizer,
+    /// Whether a part of a token makes it a target, or only its beginning.
+    by_parts: bool,
     bos: Option<u32>,
     eos: Option<u32>,
 }
@@ -232,6 +235,7 @@ impl<'a> Encoder<'a> {
         }
         Ok(Self {
             tokenizer,
+            by_parts: template.marks_targets(),
             bos,
             eos,
         })
@@ -248,17 +252,27 @@ impl<'a> Encoder<'a> {
             }
         }
         let encoding = self.tokenizer.encode_with_starts(&text)?;
-        let begins_in_target = |&(_, start): &(u32, usize)| {
+        let ends = encoding.iter().skip(1).map(|&(_, start)| start);
+        let ends = ends.chain([text.len()]);
+        let is_target = encoding.iter().zip(ends).map(|(&(_, start), end)| {
             let at = targets.partition_point(|range| range.end <= start);
-            targets.get(at).is_some_and(|range| range.contains(&start))
-        };
+            // A token may have no bytes of its own.
+            let end = if self.by_parts {
+                end.max(start + 1)
+            } else {
+                start + 1
+            };
+            targets.get(at).is_some_and(|range| range.start < end)
+        });
         let bos = self.bos.into_iter();
         let tokens = bos.chain(encoding.iter().map(|&(token, _)| token));
-        let is_target = self.bos.map(|_| false).into_iter();
-        let is_target = is_target.chain(encoding.iter().map(begins_in_target));
+        let of_bos = self.bos.map(|_| false).into_iter();
         Ok(Example::new(
             tokens.chain(self.eos).collect(),
-            is_target.chain(self.eos.map(|_| true)).collect(),
+            of_bos
+                .chain(is_target)
+                .chain(self.eos.map(|_| true))
+                .collect(),
         ))
     }
 }

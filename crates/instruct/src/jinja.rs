@@ -2,21 +2,31 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::error::Error as _;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use jiff::civil::DateTime;
+use jiff::fmt::strtime;
 use minijinja::syntax::{SyntaxConfig, SyntaxConfigBuilder};
 use minijinja::value::ValueKind;
 use minijinja::{
-    AutoEscape, Environment, Error as JinjaError, ErrorKind, UndefinedBehavior, Value,
+    AutoEscape, Environment, Error as JinjaError, ErrorKind, Output, State, UndefinedBehavior,
+    Value,
 };
 use serde_json::Value as Json;
 
 use crate::{Error, RecordError};
 
 mod bounds;
+mod filters;
 mod guard;
+mod json;
+mod literals;
+mod marks;
+mod strings;
 #[cfg(test)]
 mod tests;
+mod text;
 
 /// The steps after which rendering is stopped, apart from one for each byte of what is rendered.
 ///
@@ -40,6 +50,13 @@ const HELD: &str = "|_h ";
 /// The same for an operand of `*`, which may not be a list.
 const SCALAR: &str = "|_s ";
 
+/// The same for an operand of `~`, which becomes its text.
+const TEXT: &str = "|_t ";
+/// What `%` behind a string becomes.
+const FORMAT: &str = "|_f(";
+/// The filter of what is in a `generation` block.
+const MARKED: &str = "_g";
+
 /// The function with which chat templates read the date.
 const CLOCK: &str = "strftime_now";
 
@@ -54,9 +71,17 @@ pub(crate) const NO_TEXT: &str = "has no text of its own";
 #[derive(Clone, Debug)]
 pub(crate) struct Templates {
     jinja: Environment<'static>,
-    used: BTreeMap<&'static str, HashSet<String>>,
+    parsed: BTreeMap<&'static str, Parsed>,
     /// Where the templates are, for errors.
     pub(crate) place: String,
+}
+
+/// What is known of a template without rendering it.
+#[derive(Clone, Debug)]
+struct Parsed {
+    used: HashSet<String>,
+    mentioned: HashSet<String>,
+    has_marks: bool,
 }
 
 impl Templates {
@@ -71,19 +96,19 @@ impl Templates {
                 let problem = format!("{} {NO_TEXT}", value.kind());
                 Err(JinjaError::new(ErrorKind::InvalidOperation, problem))
             }
-            _ => minijinja::escape_formatter(out, state, value),
+            _ => print(out, state, value),
         });
         Self::parse(jinja, sources)
     }
 
     /// A chat template, as in transformers (`utils/chat_template_utils.py`, 5.23).
     ///
-    /// `strftime_now` is not defined: with a clock, the tokens of a record would change from day to day.
-    /// The template of LLaMA 3.2 then falls back to a fixed date.
+    /// `strftime_now` is not defined before [`Templates::set_now`].
     pub(crate) fn for_chats(name: &'static str, source: &str) -> Result<Self, Error> {
         let mut jinja = plain();
         let mut syntax = SyntaxConfig::builder();
         jinja.set_syntax(built(syntax.trim_blocks(true).lstrip_blocks(true)));
+        jinja.set_formatter(print);
         jinja.add_function(
             "raise_exception",
             |message: String| -> Result<Value, JinjaError> {
@@ -97,28 +122,84 @@ impl Templates {
         mut jinja: Environment<'static>,
         sources: &[(&'static str, &str)],
     ) -> Result<Self, Error> {
-        let mut used = BTreeMap::new();
+        let mut parsed = BTreeMap::new();
         for &(name, source) in sources {
             let refuse = |guard::Refusal { line, problem }| Error::Template {
                 template: name,
                 line,
                 problem,
             };
-            let source = guard::guarded(source, jinja.syntax().clone()).map_err(refuse)?;
+            let source = with_line_feeds(source);
+            let guarded = guard::guarded(&source, jinja.syntax().clone()).map_err(refuse)?;
+            let source = guarded.source;
             let added = with_stack(|| -> Result<_, JinjaError> {
                 jinja.add_template_owned(name, source)?;
                 Ok(jinja.get_template(name)?.undeclared_variables(false))
             });
             let names = added.map_err(|problem| refuse(guard::Refusal { line: 1, problem }))?;
-            used.insert(name, names.map_err(|error| refuse((&error).into()))?);
+            let template = Parsed {
+                used: names.map_err(|error| refuse((&error).into()))?,
+                mentioned: guarded.mentioned,
+                has_marks: guarded.has_marks,
+            };
+            parsed.insert(name, template);
         }
         let place = "the template".into();
-        Ok(Self { jinja, used, place })
+        Ok(Self {
+            jinja,
+            parsed,
+            place,
+        })
+    }
+
+    /// Defines `strftime_now` as the formats of a time.
+    pub(crate) fn set_now(&mut self, now: DateTime) {
+        let formatted = move |format: &str| {
+            let text = strtime::format(format, now);
+            text.map_err(|error| {
+                let problem = format!("{CLOCK} cannot write `{format}`: {error}");
+                JinjaError::new(ErrorKind::InvalidOperation, problem)
+            })
+        };
+        self.jinja.add_function(CLOCK, formatted);
     }
 
     /// The variables that a template uses and does not set.
     pub(crate) fn used(&self, name: &str) -> &HashSet<String> {
-        &self.used[name]
+        &self.parsed[name].used
+    }
+
+    /// Whether a name or a string is in the tags of a template.
+    pub(crate) fn mentions(&self, name: &str, what: &str) -> bool {
+        self.parsed[name].mentioned.contains(what)
+    }
+
+    /// Whether a template has `generation` blocks.
+    pub(crate) fn has_marks(&self, name: &str) -> bool {
+        self.parsed[name].has_marks
+    }
+
+    /// Renders one of the templates, with the places of what is in its `generation` blocks.
+    ///
+    /// # Errors
+    /// As [`Templates::render`]; [`RecordError::Render`] if a block is cut apart.
+    pub(crate) fn render_marked(
+        &self,
+        template: &'static str,
+        context: Value,
+    ) -> Result<(String, Vec<Range<usize>>), RecordError> {
+        let refuse = |problem: &str| RecordError::Render {
+            template,
+            problem: problem.into(),
+        };
+        if self.has_marks(template) && marks::are_in(&context) {
+            return Err(refuse(marks::IN_TEXT));
+        }
+        let rendered = self.rendered(template, context)?;
+        match self.has_marks(template) {
+            true => marks::taken(&rendered).ok_or_else(|| refuse(marks::CUT)),
+            false => Ok((rendered, Vec::new())),
+        }
     }
 
     /// Renders one of the templates.
@@ -130,6 +211,10 @@ impl Templates {
         template: &'static str,
         context: Value,
     ) -> Result<String, RecordError> {
+        Ok(self.render_marked(template, context)?.0)
+    }
+
+    fn rendered(&self, template: &'static str, context: Value) -> Result<String, RecordError> {
         let size = bounds::Size::of(&context, u64::MAX);
         let size = size.map_err(|error| self.failure(template, &error, MAX_STEPS))?;
         let max_steps = MAX_STEPS.saturating_add(size.n_bytes);
@@ -161,7 +246,7 @@ impl Templates {
             problem = format!("more than {max_steps} steps (of an instruction or 64 bytes)");
         }
         if problem.contains(CLOCK) {
-            problem += ": templates cannot read the clock; write the date into the template";
+            problem += ": templates cannot read the clock; give the date";
         }
         if let Some((end, _)) = problem.char_indices().nth(MAX_PROBLEM) {
             problem.truncate(end);
@@ -197,6 +282,8 @@ fn plain() -> Environment<'static> {
     jinja.set_auto_escape_callback(|_| AutoEscape::None);
     jinja.set_recursion_limit(MAX_RECURSION);
     bounds::add_to(&mut jinja);
+    filters::add_to(&mut jinja);
+    jinja.add_filter(MARKED, marks::marked);
     // Errors then name the undefined variable.
     jinja.set_debug(true);
     jinja
@@ -206,7 +293,17 @@ fn built(syntax: &SyntaxConfigBuilder) -> SyntaxConfig {
     syntax.build().expect("the delimiters are Jinja's own")
 }
 
-/// Converts JSON to a value of a template; the keys of objects are sorted.
+/// The line ends that Jinja2 reads in a source.
+fn with_line_feeds(source: &str) -> String {
+    source.replace("\r\n", "\n").replace('\r', "\n")
+}
+
+/// Writes a value as Python's `str`.
+fn print(out: &mut Output, _: &mut State, value: &Value) -> Result<(), JinjaError> {
+    Ok(out.write_str(&text::text(value)?)?)
+}
+
+/// Converts JSON to a value of a template.
 pub(crate) fn value(json: &Json) -> Value {
     match json {
         Json::Null => Value::from(()),
@@ -221,8 +318,8 @@ pub(crate) fn value(json: &Json) -> Value {
         Json::Object(fields) => {
             let fields = fields
                 .iter()
-                .map(|(key, field)| (key.clone(), value(field)));
-            Value::from(fields.collect::<BTreeMap<String, Value>>())
+                .map(|(key, field)| (key.as_str(), value(field)));
+            Value::from_pairs(fields)
         }
     }
 }

@@ -1,15 +1,16 @@
-use std::cell::{Cell, RefCell};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::de::{Deserialize, DeserializeSeed, Deserializer, SeqAccess, Visitor};
-use serde_json::error::Category;
 use serde_json::{Map, Value};
 
 use crate::{Error, RecordError, Result};
 
+mod csv;
+mod json;
+#[cfg(feature = "parquet")]
+mod parquet;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +20,7 @@ pub const MAX_RECORD_BYTES: usize = 16 << 20;
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// First bytes of files that are not JSON, the kind of each, and what to do about it.
-const SIGNATURES: [(&[u8], &str, &str); 10] = [
+const SIGNATURES: [(&[u8], &str, &str); 9] = [
     (
         b"version https://git-lfs",
         "a Git LFS pointer",
@@ -32,11 +33,6 @@ const SIGNATURES: [(&[u8], &str, &str); 10] = [
     ),
     (b"<!doctype", "an HTML page", FETCH),
     (b"<html", "an HTML page", FETCH),
-    (
-        b"PAR1",
-        "a Parquet file",
-        "convert it to one JSON object per line",
-    ),
     (b"\x1f\x8b", "compressed with gzip", "unpack it"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it"),
     (b"PK\x03\x04", "a zip archive", "unpack it"),
@@ -45,14 +41,16 @@ const SIGNATURES: [(&[u8], &str, &str); 10] = [
 ];
 const FETCH: &str = "download the file itself: its address on Hugging Face and GitHub has `resolve` or `raw` in it, and may need a login";
 
-/// A JSON object with its place in a file.
+const PARQUET: &[u8] = b"PAR1";
+
+/// A JSON object, or a row of a table, with its place in a file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
-    /// The fields of the object.
+    /// The fields of the object, in the order of the file.
     pub fields: Map<String, Value>,
     /// The file.
     pub path: Arc<Path>,
-    /// The line on which it begins, counted from 1.
+    /// The line on which it begins, or its row in a Parquet file, counted from 1.
     pub line: usize,
 }
 
@@ -76,15 +74,16 @@ impl Record {
     }
 }
 
-/// Reads the records of a file: one JSON object per line, or a JSON array of objects.
+/// Reads the records of a file: one JSON object per line, a JSON array of objects, a table of texts
+/// (`.csv`, `.tsv`) whose first line names its columns, or, with the feature `parquet`, a Parquet file.
 ///
 /// A byte order mark, carriage returns before line feeds, and blank lines are accepted. At most
 /// [`MAX_RECORD_BYTES`] of a record are read.
 ///
 /// # Errors
 /// [`Error::NotRecords`] for a path that is not a file, and for a file in another format;
-/// [`Error::NoRecords`]; [`Error::Record`] with the first record that is not a JSON object or is too
-/// large; [`Error::File`] if the file cannot be read.
+/// [`Error::NoRecords`]; [`Error::Record`] with the first record that is not a JSON object or not a row
+/// of the table, or is too large; [`Error::File`] if the file cannot be read.
 ///
 /// # Examples
 /// ```
@@ -123,10 +122,15 @@ fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
     if let Some(&(_, found, advice)) = SIGNATURES.iter().find(begins) {
         return Err(not_records(path, found, advice));
     }
-    let values = if head.starts_with(b"[") {
-        array(file, path, start, max)?
+    let delimiter = path.extension().and_then(csv::delimiter);
+    let values = if head.starts_with(PARQUET) {
+        of_parquet(path, max)?
+    } else if let Some(delimiter) = delimiter {
+        csv::rows(file, path, delimiter, max)?
+    } else if head.starts_with(b"[") {
+        json::array(file, path, start, max)?
     } else {
-        lines(file, path, start, max)?
+        json::lines(file, path, start, max)?
     };
     if values.is_empty() {
         return Err(Error::NoRecords { path: path.into() });
@@ -144,6 +148,15 @@ fn read_up_to(path: &Path, max: usize) -> Result<Vec<Record>> {
         }
     };
     values.into_iter().map(record).collect()
+}
+
+#[cfg(feature = "parquet")]
+use self::parquet::rows as of_parquet;
+
+#[cfg(not(feature = "parquet"))]
+fn of_parquet(path: &Path, _: usize) -> Result<Vec<(usize, Value)>> {
+    let advice = "build with the feature `parquet`, or convert it to one JSON object per line";
+    Err(not_records(path, "a Parquet file", advice))
 }
 
 /// The kind of a value, with its article.
@@ -172,187 +185,6 @@ fn open(path: &Path) -> Result<BufReader<File>> {
     Ok(BufReader::new(file))
 }
 
-/// Reads the values of lines that are not blank, each with its line number.
-///
-/// The reader is at the byte `offset` of the file.
-fn lines(
-    mut file: impl BufRead,
-    path: &Path,
-    mut offset: usize,
-    max: usize,
-) -> Result<Vec<(usize, Value)>> {
-    let mut values = Vec::new();
-    let mut bytes = Vec::new();
-    for line in 1.. {
-        offset += bytes.len();
-        bytes.clear();
-        let mut bounded = file.by_ref().take(max as u64 + 1);
-        let n_read = bounded.read_until(b'\n', &mut bytes);
-        if n_read.map_err(|source| unread(path, source))? == 0 {
-            break;
-        }
-        if bytes.len() > max && !bytes.ends_with(b"\n") {
-            return Err(refuse(path, line, RecordError::TooLarge { max }));
-        }
-        let text = std::str::from_utf8(&bytes).map_err(|error| {
-            let column = error.valid_up_to() + 1;
-            let offset = offset + error.valid_up_to();
-            refuse(path, line, RecordError::NotUtf8 { column, offset })
-        })?;
-        let text = text.trim_ascii_end();
-        if text.is_empty() {
-            continue;
-        }
-        let value = serde_json::from_str(text);
-        values.push((line, value.map_err(|error| not_json(path, line, &error))?));
-    }
-    Ok(values)
-}
-
-/// Reads the values of an array, each with the line on which it begins.
-///
-/// The reader is at the byte `offset` of the file.
-fn array(file: impl Read, path: &Path, offset: usize, max: usize) -> Result<Vec<(usize, Value)>> {
-    let meter = Meter {
-        line: Cell::new(1),
-        column: Cell::new(0),
-        offset: Cell::new(offset),
-        char: RefCell::default(),
-        record: Cell::new(1),
-        n_bytes: Cell::new(0),
-        max,
-    };
-    let metered = Metered {
-        file,
-        meter: &meter,
-    };
-    let mut json = serde_json::Deserializer::from_reader(metered);
-    let values = (&mut json).deserialize_seq(Items { meter: &meter });
-    let values = values.and_then(|values| json.end().map(|()| values));
-    values.map_err(|error| match error.classify() {
-        Category::Io if meter.is_exceeded() => {
-            refuse(path, meter.record.get(), RecordError::TooLarge { max })
-        }
-        Category::Io if !meter.is_utf8() => {
-            let n_bytes = meter.char.borrow().len();
-            let column = meter.column.get() + 1 - n_bytes;
-            let offset = meter.offset.get() - n_bytes;
-            let problem = RecordError::NotUtf8 { column, offset };
-            refuse(path, meter.line.get(), problem)
-        }
-        Category::Io => unread(path, error.into()),
-        _ => not_json(path, error.line(), &error),
-    })
-}
-
-/// The position of a reader.
-struct Meter {
-    line: Cell<usize>,
-    /// Bytes of the line.
-    column: Cell<usize>,
-    /// Bytes of the file.
-    offset: Cell<usize>,
-    /// The last bytes, if they are not yet a character, or can never be one.
-    char: RefCell<Vec<u8>>,
-    /// The line on which the last record begins.
-    record: Cell<usize>,
-    /// Bytes read since the beginning of that record, or since its end.
-    n_bytes: Cell<usize>,
-    /// The limit of `n_bytes`.
-    max: usize,
-}
-
-impl Meter {
-    fn is_exceeded(&self) -> bool {
-        self.n_bytes.get() > self.max
-    }
-
-    fn is_utf8(&self) -> bool {
-        match std::str::from_utf8(&self.char.borrow()) {
-            Ok(_) => true,
-            Err(error) => error.error_len().is_none(),
-        }
-    }
-
-    fn count(&self, byte: u8) {
-        self.n_bytes.update(|n_bytes| n_bytes + 1);
-        self.offset.update(|offset| offset + 1);
-        self.column.update(|column| column + 1);
-        let mut char = self.char.borrow_mut();
-        char.push(byte);
-        if std::str::from_utf8(&char).is_err() {
-            return;
-        }
-        char.clear();
-        if byte == b'\n' {
-            self.line.update(|line| line + 1);
-            self.column.set(0);
-        }
-    }
-}
-
-/// A reader that fails as soon as a record is larger than the limit, or not UTF-8.
-struct Metered<'a, R> {
-    file: R,
-    meter: &'a Meter,
-}
-
-impl<R: Read> Read for Metered<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // One byte at a time, as serde_json requests them, so that the position is exact.
-        let n_bytes = buffer.len().min(1);
-        let n_read = self.file.read(&mut buffer[..n_bytes])?;
-        if let [byte, ..] = buffer[..n_read] {
-            self.meter.count(byte);
-        }
-        if self.meter.is_exceeded() {
-            return Err(io::Error::other("the record is too large"));
-        }
-        if !self.meter.is_utf8() {
-            return Err(io::Error::other("not UTF-8"));
-        }
-        Ok(n_read)
-    }
-}
-
-struct Items<'a> {
-    meter: &'a Meter,
-}
-
-impl<'de> Visitor<'de> for Items<'_> {
-    type Value = Vec<(usize, Value)>;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str("an array of objects")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-        let mut values = Vec::new();
-        while let Some(value) = seq.next_element_seed(Item { meter: self.meter })? {
-            values.push(value);
-        }
-        Ok(values)
-    }
-}
-
-struct Item<'a> {
-    meter: &'a Meter,
-}
-
-impl<'de> DeserializeSeed<'de> for Item<'_> {
-    type Value = (usize, Value);
-
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
-        // Exactly the first byte of the value has been read.
-        let line = self.meter.line.get();
-        self.meter.record.set(line);
-        self.meter.n_bytes.set(1);
-        let value = Value::deserialize(json)?;
-        self.meter.n_bytes.set(0);
-        Ok((line, value))
-    }
-}
-
 fn unread(path: &Path, cause: io::Error) -> Error {
     let path = path.into();
     tensor_files::Error::Io { path, cause }.into()
@@ -374,15 +206,4 @@ fn refuse(path: &Path, line: usize, problem: RecordError) -> Error {
         line,
         problem,
     }
-}
-
-fn not_json(path: &Path, line: usize, error: &serde_json::Error) -> Error {
-    let problem = error.to_string();
-    let place = format!(" at line {} column {}", error.line(), error.column());
-    let problem = RecordError::NotJson {
-        // serde_json counts 0 after the end of a line.
-        column: error.column().max(1),
-        problem: problem.strip_suffix(&place).unwrap_or(&problem).into(),
-    };
-    refuse(path, line, problem)
 }

@@ -82,6 +82,11 @@ impl Template {
         }
     }
 
+    /// Whether a token is a target as soon as a part of it is in a piece that is one.
+    pub(crate) fn marks_targets(&self) -> bool {
+        matches!(self, Self::Chat(chat) if chat.has_marks())
+    }
+
     /// Whether the rendered text includes the tokens that begin and end it.
     pub(crate) fn is_complete(&self) -> bool {
         matches!(self, Self::Chat(_))

@@ -205,8 +205,8 @@ fn messages_that_are_none() {
             "`messages` is a string, expected an array of messages",
         ),
         (
-            json!({"messages": ["a"]}),
-            "`messages[0]` is a string, expected an object",
+            json!({"messages": [1]}),
+            "`messages[0]` is a number, expected an object",
         ),
         (
             json!({"messages": [{"content": "a"}]}),
@@ -218,7 +218,31 @@ fn messages_that_are_none() {
         ),
         (
             json!({"conversations": [{"from": "tool", "value": "a"}]}),
-            "`conversations[0].from` is `tool`, expected `system`, `human` or `gpt`",
+            "`conversations[0].from` is `tool`, a turn of a tool, and the chat template has none",
+        ),
+        (
+            json!({"messages": [{"role": "function_call", "content": "a"}]}),
+            "`messages[0].role` is `function_call`, a turn of a tool, and the chat template has none",
+        ),
+        (
+            json!({"messages": "[1"}),
+            "`messages` is a string that is no JSON: EOF while parsing a list at line 1 column 2",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}),
+            "`messages[0].weight` is 0.5, expected 0 or 1",
+        ),
+        (
+            json!({"messages": [{"role": "system", "content": "a"}], "system": "b"}),
+            "`system` is not what the first message, which is the system's too, says",
+        ),
+        (
+            json!({"messages": [], "system": ["b"]}),
+            "`system` is an array, expected a string",
+        ),
+        (
+            json!({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}),
+            "`chosen` is a conversation, and so is `rejected`; name the one to learn `messages`",
         ),
         (
             json!({"conversations": [{"from": "gpt"}]}),
@@ -335,5 +359,144 @@ fn errors_of_a_template_name_its_file() {
         let error = Chat::open(dir.path(), &special()).and_then(|chat| chat.prompt("a"));
         let error = error.unwrap_err().to_string();
         assert!(error.ends_with(&expected), "{error}");
+    }
+}
+
+/// Rows that say the same by other names and in other columns.
+#[test]
+fn turns_are_told_by_their_keys() {
+    let turns = |role: &str, content: &str, [user, assistant]: [&str; 2]| {
+        json!([
+            {role: user, content: "Two plus two?"},
+            {role: assistant, content: "Four."},
+            {role: user, content: "É?"},
+            {role: assistant, content: "Ü!"},
+        ])
+    };
+    let names = ["user", "assistant"];
+    let rows = [
+        json!({"messages": turns("role", "content", names)}),
+        json!({"conversations": turns("role", "content", names)}),
+        json!({"messages": turns("from", "value", ["human", "gpt"])}),
+        json!({"id": 1, "dialog": turns("speaker", "text", ["Human", "Bot"])}),
+        json!({"tree": turns("role", "text", ["prompter", "assistant"]), "tags": ["a"]}),
+        json!({"messages": turns("role", "value", ["user", "model"])}),
+        json!({"conversation": turns("from", "content", ["human", "chatgpt"])}),
+        json!({"data": ["Two plus two?", "Four.", "É?", "Ü!"], "id": "0"}),
+        json!({"conversation": [{"human": "Two plus two?", "assistant": "Four."}, {"human": "É?", "assistant": "Ü!"}]}),
+        json!({"messages": turns("role", "content", names).to_string()}),
+        json!({"messages": turns("role", "content", names), "conversations": [], "data": "x", "tools": []}),
+    ];
+    for row in rows {
+        let expected = [
+            "<s>[INST] Two plus two? [/INST]",
+            " Four. </s>",
+            "<s>[INST] É? [/INST]",
+            " Ü! </s>",
+        ];
+        check(LLAMA_2, row, expected);
+    }
+}
+
+#[test]
+fn what_else_a_row_says_of_its_messages() {
+    let answer = json!({"role": "assistant", "content": "b"});
+    let said = |fields: Json| {
+        let template = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}";
+        pieces(template, fields).unwrap()
+    };
+    let system = json!({"messages": [{"role": "user", "content": "a"}, answer], "system": "s"});
+    let expected = [
+        ("system: s;user: a;".to_owned(), false),
+        ("assistant: b;".to_owned(), true),
+    ];
+    assert_eq!(said(system), expected);
+    for system in [json!(""), json!(null)] {
+        let fields = json!({"messages": [answer], "system": system});
+        assert_eq!(said(fields)[1].0, "assistant: b;");
+    }
+    // A conversation in two parts, of which the second is learned, and messages that are not.
+    let parts = json!({
+        "completion": [answer],
+        "prompt": [{"role": "user", "content": "a"}, answer, {"role": "user", "content": "c"}],
+    });
+    let expected = [
+        ("user: a;assistant: b;user: c;".to_owned(), false),
+        ("assistant: b;".to_owned(), true),
+    ];
+    assert_eq!(said(parts), expected);
+    for unlearned in [json!({"weight": 0}), json!({"train": false})] {
+        let mut first = answer.clone();
+        let fields = first.as_object_mut().unwrap();
+        fields.extend(unlearned.as_object().unwrap().clone());
+        let expected = [
+            ("assistant: b;".to_owned(), false),
+            ("assistant: b;".to_owned(), true),
+        ];
+        assert_eq!(said(json!({"messages": [first, answer]})), expected);
+    }
+}
+
+/// Compared with transformers, which gives the tools to the template and reasoning its other names.
+#[test]
+fn tools_where_the_template_has_them() {
+    let template = "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{% if m.role == 'tool' %}{{ m.content | tojson }}{% elif m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}{{ m.reasoning_content }}{% endfor %}";
+    let fields = |role: &str| {
+        json!({
+            "tools": [{"name": "f", "arguments": {"b": 1, "a": 2}}],
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": null, "tool_calls": [{"name": "f"}], "thinking": "t"},
+                {"role": role, "content": [{"text": "x", "kind": "y"}]},
+            ],
+        })
+    };
+    for role in ["tool", "observation"] {
+        let pieces = pieces(template, fields(role)).unwrap();
+        assert_eq!(
+            pieces[0].0,
+            "[{\"name\": \"f\", \"arguments\": {\"b\": 1, \"a\": 2}}]<user>a"
+        );
+        assert_eq!(pieces[1].0, "<assistant>[{\"name\": \"f\"}]t");
+    }
+    let marked = format!("{{% generation %}}{template}{{% endgeneration %}}");
+    let all = pieces(&marked, fields("tool")).unwrap();
+    assert!(
+        all[1]
+            .0
+            .ends_with("<tool>[{\"text\": \"x\", \"kind\": \"y\"}]"),
+        "{all:?}"
+    );
+}
+
+/// The places are those of transformers' `return_assistant_tokens_mask`.
+#[test]
+fn marks_of_what_is_generated_decide() {
+    let template = "{% for m in messages %}\n  {% if m.role == 'assistant' %}\nA: {% generation %}\n{{ m.content }}</s>{% endgeneration %}\n\n  {% else %}\nU: {{ m.content }}\n  {% endif %}\n{% endfor %}";
+    let messages = conversation()["messages"].as_array().unwrap()[1..].to_vec();
+    let expected = [
+        ("U:  Two plus\ntwo? \nA: ", false),
+        ("Four. </s>", true),
+        ("\nU: É?\nA: ", false),
+        ("Ü!</s>", true),
+        ("\nU: Thanks.\n", false),
+    ];
+    let expected = expected.map(|(text, is_target)| (text.to_owned(), is_target));
+    assert_eq!(
+        pieces(template, json!({"messages": messages})).unwrap(),
+        expected
+    );
+    let forged = json!({"messages": [{"role": "user", "content": "\u{fdd0}"}]});
+    let error = pieces(template, forged).unwrap_err().to_string();
+    assert!(error.contains("U+FDD0"), "{error}");
+}
+
+#[test]
+fn a_template_with_windows_line_ends() {
+    let template = "{% for m in messages %}\n<{{ m.role }}>\n{{ m.content }}\n{% endfor %}\n{% if add_generation_prompt %}\n<assistant>\n{% endif %}\n";
+    let expected = pieces(template, conversation()).unwrap();
+    for ends in ["\r\n", "\r"] {
+        let template = template.replace('\n', ends);
+        assert_eq!(pieces(&template, conversation()).unwrap(), expected);
     }
 }

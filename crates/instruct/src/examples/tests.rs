@@ -76,6 +76,26 @@ fn a_token_belongs_to_the_piece_in_which_it_begins() {
     }
 }
 
+/// As `char_to_token` of the block's first and last character in transformers.
+#[test]
+fn a_token_of_which_a_part_is_generated_is_a_target() {
+    let source = "{{ messages[0].content }}{% generation %}{{ messages[1].content }}{% endgeneration %}{{ messages[2].content }}";
+    let template = Template::Chat(Chat::new(source, &SpecialTokens::default()).unwrap());
+    for model in [model(Value::Null), model(like_llama_3())] {
+        let written = |texts: [&str; 3]| {
+            let messages = texts.map(|text| json!({"role": "user", "content": text}));
+            let fields = [json!({"messages": messages})];
+            let encoded = model.encode(&template, &fields, LONG).unwrap();
+            let written = written(&encoded.examples[0], &model.tokenizer);
+            written.trim_start_matches("<s> ").to_owned()
+        };
+        assert_eq!(written(["x: ", "b a", ":"]), "x : Ġb* Ġa* :");
+        assert_eq!(written([":n", "ow", " x"]), ": now* Ġx");
+        assert_eq!(written([":n", "o", "w"]), ": now*");
+        assert_eq!(written([":語", "語a", "語"]), ": è ª ŀ è* ª* ŀ* a* è ª ŀ");
+    }
+}
+
 #[test]
 fn offsets_are_in_bytes() {
     let model = model(Value::Null);

@@ -1,4 +1,5 @@
 use std::fs::File;
+use std::io::Read;
 
 use serde_json::json;
 
@@ -237,7 +238,7 @@ fn the_limit_of_a_record_is_exact() {
 fn a_record_of_an_array_that_does_not_end() {
     let path = Path::new("data.json");
     let bytes = io::Cursor::new(b"[{}, {\"a\": \"").chain(io::repeat(b'x'));
-    let error = array(bytes, path, 0, 1000).unwrap_err();
+    let error = json::array(bytes, path, 0, 1000).unwrap_err();
     assert!(
         matches!(
             error,
@@ -254,7 +255,7 @@ fn a_record_of_an_array_that_does_not_end() {
 #[test]
 fn files_that_are_something_else() {
     let lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n";
-    let cases: [(&[u8], &str); 7] = [
+    let cases: [(&[u8], &str); 6] = [
         (lfs.as_bytes(), "a Git LFS pointer"),
         (
             b"/annex/objects/SHA256E-s12--00.jsonl\n",
@@ -262,7 +263,6 @@ fn files_that_are_something_else() {
         ),
         (b"\n <!DOCTYPE html>\n<html>", "an HTML page"),
         (b"\xef\xbb\xbf<html lang=\"en\">", "an HTML page"),
-        (b"PAR1\x15\x04", "a Parquet file"),
         (b"\x1f\x8b\x08\x00", "compressed with gzip"),
         (b"\xff\xfe{\x00}\x00", "UTF-16"),
     ];
@@ -339,4 +339,152 @@ fn deep_nesting() {
             ..
         })
     ));
+}
+
+/// The keys of an object are in the order of the file.
+#[test]
+fn keys_keep_their_order() {
+    let records = read("{\"b\": {\"z\": 1, \"y\": 2}, \"a\": 3}").unwrap();
+    let keys: Vec<_> = records[0].fields.keys().collect();
+    assert_eq!(keys, ["b", "a"]);
+    assert_eq!(records[0].fields["b"].to_string(), "{\"z\":1,\"y\":2}");
+}
+
+fn table(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<(usize, Value)>> {
+    let (_dir, path) = file(name, content);
+    let records = read_records(&path)?.into_iter();
+    Ok(records
+        .map(|record| (record.line, Value::Object(record.fields)))
+        .collect())
+}
+
+/// Compared with `csv.DictReader` of Python.
+#[test]
+fn tables_of_texts() {
+    let content = "\u{feff}question,answer\r\n\"a, \"\"b\"\"\nc\",1\r\n\r\né, x \r\n";
+    let expected = [
+        (2, json!({"question": "a, \"b\"\nc", "answer": "1"})),
+        (5, json!({"question": "é", "answer": " x "})),
+    ];
+    assert_eq!(table("data.CSV", content).unwrap(), expected);
+    let tabs = table("data.tsv", "a\tb\n1,2\t\n").unwrap();
+    assert_eq!(tabs, [(2, json!({"a": "1,2", "b": ""}))]);
+    assert!(matches!(
+        table("a.csv", "a,b\n"),
+        Err(Error::NoRecords { .. })
+    ));
+}
+
+#[test]
+fn rows_that_are_refused() {
+    let cases: [(&[u8], usize, &str); 4] = [
+        (
+            b"a,b\n1,2\n3\n",
+            3,
+            "1 fields, but the first line names 2 columns",
+        ),
+        (
+            b"a,b\n\"1\n\",2\n3,4,5\n",
+            4,
+            "3 fields, but the first line names 2 columns",
+        ),
+        (b"a,a\n1,2\n", 1, "two columns are named `a`"),
+        (
+            b"a,b\n1,\xe9\n",
+            2,
+            "`b` is not UTF-8; save the file as UTF-8",
+        ),
+    ];
+    for (content, at_line, expected) in cases {
+        let error = table("data.csv", content).unwrap_err();
+        assert!(
+            matches!(&error, Error::Record { line, problem: RecordError::Row { problem }, .. }
+                if *line == at_line && problem == expected),
+            "{error}"
+        );
+    }
+    let open = [b"a\n1\n\"".as_slice(), &[b'x'; 50_000]].concat();
+    let (_dir, path) = file("data.csv", open);
+    let error = read_up_to(&path, 1000).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Record {
+                line: 3,
+                problem: RecordError::TooLarge { max: 1000 },
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
+#[cfg(not(feature = "parquet"))]
+#[test]
+fn parquet_is_a_feature() {
+    let error = read_records(&golden("rows_snappy.parquet")).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("build with the feature `parquet`"),
+        "{error}"
+    );
+}
+
+/// The rows are those that pyarrow wrote.
+#[cfg(feature = "parquet")]
+#[test]
+fn rows_of_parquet() {
+    let rows: Value = serde_json::from_slice(&std::fs::read(golden("rows.json")).unwrap()).unwrap();
+    for name in ["rows_snappy.parquet", "rows_none.parquet"] {
+        let records = read_records(&golden(name)).unwrap();
+        assert_eq!(
+            records.iter().map(|record| record.line).collect::<Vec<_>>(),
+            [1, 2, 3]
+        );
+        let found: Vec<_> = records
+            .into_iter()
+            .map(|record| Value::Object(record.fields))
+            .collect();
+        // As text, in which the order of keys counts.
+        assert_eq!(Value::Array(found).to_string(), rows.to_string());
+    }
+    let refused = [
+        (
+            "rows_zstd.parquet",
+            "of the codecs, Snappy is read; write the file with it",
+        ),
+        ("bytes.parquet", "`image` is of bytes, not of text"),
+    ];
+    for (name, expected) in refused {
+        let error = read_records(&golden(name)).unwrap_err().to_string();
+        assert!(
+            error.contains("line 1: ") && error.ends_with(expected),
+            "{error}"
+        );
+    }
+}
+
+/// Files of which any byte is another, or whose end is missing, are read or refused.
+#[cfg(feature = "parquet")]
+#[test]
+fn damaged_parquet() {
+    let whole = std::fs::read(golden("rows_snappy.parquet")).unwrap();
+    let (_dir, path) = file("data.parquet", &whole);
+    let mut n_refused = 0;
+    for at in 4..whole.len() {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x55;
+        for bytes in [&damaged, &whole[..at]] {
+            std::fs::write(&path, bytes).unwrap();
+            n_refused += usize::from(read_records(&path).is_err());
+        }
+    }
+    assert!(n_refused > whole.len());
 }
