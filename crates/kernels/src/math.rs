@@ -58,10 +58,10 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let beyond = (1.0 - 2.0 / (exp(2.0 * magnitude) + 1.0)).copysign(x);
     let square = x * x;
     let p = -5.704_988_7e-3;
-    let p = p * square + 2.063_908_9e-2;
+    let p = p * square + 2.063_909e-2;
     let p = p * square - 5.373_971_6e-2;
     let p = p * square + 1.333_144_2e-1;
-    let p = p * square - 3.333_328_2e-1;
+    let p = p * square - 3.333_328e-1;
     let near = p * square * x + x;
     // NaN is near.
     if magnitude > 0.625 { beyond } else { near }
