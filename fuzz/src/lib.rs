@@ -298,10 +298,12 @@ pub fn tokenizer(data: &[u8]) {
     let text = std::fs::read(text).unwrap_or_default();
     if let Ok(tokens) = tokenizer.encode(&String::from_utf8_lossy(&text)) {
         let _ = tokenizer.decode(&tokens);
-        let mut stream = tokenizer.stream();
-        let _ = tokens
-            .iter()
-            .try_for_each(|&token| stream.push(token).map(drop));
+        if let Ok(mut stream) = tokenizer.stream(&tokens[..tokens.len() / 3]) {
+            let _ = tokens
+                .iter()
+                .try_for_each(|&token| stream.push(token).map(drop));
+            let _ = stream.finish();
+        }
     }
     let _ = tokenizer.decode(&[0, 1, u32::MAX]);
 }

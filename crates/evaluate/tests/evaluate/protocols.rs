@@ -5,8 +5,9 @@ use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use evaluate::{
-    Bootstrap, ChoiceItem, Error, ScoredWindow, choices, compare, confidences, document_losses,
-    gsm8k, llama_cpp_perplexity, perplexity, score, target_loss, window_losses, word_losses,
+    AddBos, Bootstrap, ChoiceItem, Error, ScoredWindow, choices, compare, confidences,
+    document_losses, gsm8k, llama_cpp_perplexity, perplexity, score, target_loss, window_losses,
+    word_losses,
 };
 use models::{Generation, Pretrained, generate, load, quantize_head};
 use peft::{Batch, CausalLm};
@@ -152,14 +153,34 @@ fn perplexities_are_those_of_their_protocols() {
         let both = [losses(&lm, &window(0)), losses(&lm, &window(6))];
         let sum: f64 = both.iter().flat_map(|losses| &losses[3..]).sum();
         assert_near(found.unwrap().value.ln(), sum / 4.0);
-        // A document of seven tokens in windows of five, after token 1.
-        let document = ("a b  c", PROBE[..7].to_vec());
-        let found = word_losses(&lm.model, &[document], 1, 5, &device).unwrap();
-        let first = losses(&lm, &[&[1], &PROBE[..5]].concat());
-        let second = losses(&lm, &PROBE[1..7]);
-        let sum: f64 = first.iter().chain(&second[3..]).sum();
-        assert_near(found[0].log_likelihood, -sum);
-        assert_eq!((found[0].n_words, found[0].n_bytes), (3, 6));
+        // A document after token 1, as `add_bos_token` says.
+        let document = "w3 w1  w4\nw1 w5";
+        let plain = losses(&lm, &[1, 3, 1, 4, 1, 5]);
+        let with_bos = losses(&lm, &[1, 1, 3, 1, 4, 1, 5]);
+        for (add_bos, expected) in [
+            (AddBos::AsTokenizer, &plain),
+            (AddBos::Always, &with_bos),
+            (AddBos::Never, &plain),
+        ] {
+            let found = word_losses(&lm, &[document, "w1 w3"], add_bos).unwrap();
+            assert_near(found[0].log_likelihood, -expected.iter().sum::<f64>());
+            assert_eq!((found[0].n_words, found[0].n_bytes), (5, 15));
+            // The document begins with the token.
+            let stated = losses(&lm, &[1, 1, 3]);
+            assert_near(found[1].log_likelihood, -stated.iter().sum::<f64>());
+        }
+        // Longer than the model reads: the windows overlap by a token, and the last reads as many.
+        let max_len = lm.model.config().max_seq_len();
+        let ids: Vec<u32> = (0..max_len + 3)
+            .map(|at| 3 + (at * at % 7) as u32)
+            .collect();
+        let words: Vec<String> = ids.iter().map(|id| format!("w{id}")).collect();
+        let found = word_losses(&lm, &[&words.join(" ")], AddBos::AsTokenizer).unwrap();
+        let first = losses(&lm, &[&[1], &ids[..max_len]].concat());
+        let second = losses(&lm, &ids[2..]);
+        let sum: f64 = first.iter().chain(&second[max_len - 3..]).sum();
+        let off = found[0].log_likelihood + sum;
+        assert!(off.abs() < 1e-6 * sum, "{off} of {sum}");
         let found = document_losses(&lm.model, &[PROBE.to_vec()], 1, 5, &device).unwrap();
         let expected = losses(&lm, &[&[1], &PROBE[..4]].concat());
         assert_eq!(found[0].len(), 4);
