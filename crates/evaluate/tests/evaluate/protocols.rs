@@ -9,13 +9,21 @@ use evaluate::{
     document_losses, gsm8k, llama_cpp_perplexity, perplexity, score, target_loss, window_losses,
     word_losses,
 };
-use models::{Generation, Pretrained, generate, load, quantize_head};
+use models::{Generation, Pretrained, Tokenizer, generate, load, quantize_head};
 use peft::{Batch, CausalLm};
 use quant_core::Rtn;
 
 #[path = "../../../models/tests/fixtures/word_level.rs"]
 mod word_level;
 
+#[path = "../../../models/tests/fixtures/tokenizer.rs"]
+mod byte_level;
+
+#[path = "../../../models/tests/fixtures/scripted.rs"]
+mod scripted;
+
+use byte_level::{like_llama_3, write_byte_level};
+use scripted::write_scripted;
 use word_level::write_tokenizer;
 
 const PROBE: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
@@ -264,5 +272,64 @@ fn choices_and_answers_are_those_of_the_model() {
                 .len(),
             1
         );
+    }
+}
+
+/// The token that ends a text is that of the tokenizer, neither a stop token of the model nor a string of
+/// the protocol, and no part of a text without special tokens.
+#[test]
+fn an_answer_ends_at_the_end_token_of_the_tokenizer() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = Tokenizer::open(&write_byte_level(dir.path(), like_llama_3())).unwrap();
+    let id = |token: &str| tokenizer.token_to_id(token).unwrap();
+    let tokens = [":", "Ġ", "5", "<|im_start|>", "7", "8"].map(id);
+    let script: Vec<(u32, u32)> = tokens.windows(2).map(|pair| (pair[0], pair[1])).collect();
+    write_scripted(dir.path(), 269, &script, &[id("</s>")]);
+    let problem = gsm8k::Problem {
+        question: "2 + 3?".into(),
+        answer: "#### 5".into(),
+    };
+    for (eos, text, is_right) in [("<|im_start|>", " 5", true), ("</s>", " 578", false)] {
+        let special = format!(r#"{{"bos_token": "<s>", "eos_token": "{eos}"}}"#);
+        std::fs::write(dir.path().join("tokenizer_config.json"), special).unwrap();
+        let lm = load(dir.path(), &Device::flex()).unwrap();
+        let found = gsm8k::answers(&lm, &[], std::slice::from_ref(&problem), 5, |_| {}).unwrap();
+        assert_eq!(
+            (found[0].text.as_str(), found[0].flexible),
+            (text, is_right)
+        );
+    }
+    // Without one.
+    std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
+    let lm = load(dir.path(), &Device::flex()).unwrap();
+    let found = gsm8k::answers(&lm, &[], &[problem], 5, |_| {}).unwrap();
+    assert_eq!(found[0].text, " 578");
+}
+
+/// Bytes that are no character are no end of an evaluation.
+#[test]
+fn an_answer_may_have_bytes_that_are_no_character() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden/tokenizers/llama");
+    for file in ["tokenizer.model", "tokenizer_config.json"] {
+        std::fs::copy(golden.join(file), dir.path().join(file)).unwrap();
+    }
+    std::fs::write(dir.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+    let tokenizer = Tokenizer::read(dir.path()).unwrap().unwrap();
+    let last = *tokenizer.encode("Answer:").unwrap().last().unwrap();
+    let id = |token: &str| tokenizer.token_to_id(token).unwrap();
+    let bytes = ["<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁the", "4", "</s>"].map(id);
+    let mut script = vec![(last, bytes[0])];
+    script.extend(bytes.windows(2).map(|pair| (pair[0], pair[1])));
+    write_scripted(dir.path(), 425, &script, &[id("</s>")]);
+    let lm = load(dir.path(), &Device::flex()).unwrap();
+    let problem = gsm8k::Problem {
+        question: "2 + 2?".into(),
+        answer: "#### 4".into(),
+    };
+    let found = gsm8k::answers(&lm, &[], &[problem.clone(), problem], 20, |_| {}).unwrap();
+    for answer in found {
+        assert_eq!((answer.text.as_str(), answer.flexible), ("���� the4", true));
     }
 }

@@ -2,16 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use models::{ConfigError, Error, SpecialTokens, TextError, Tokenizer};
+use models::{ConfigError, Error, Generation, Pretrained, SpecialTokens, TextError, Tokenizer};
 use peft::Linears;
 use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::fixtures::{self, cases, pretrained};
+
+#[path = "../fixtures/scripted.rs"]
+mod scripted;
+
+use scripted::write_scripted;
 
 #[derive(Deserialize)]
 struct Reference {
@@ -295,6 +301,86 @@ fn pieces_come_as_soon_as_they_are_final() {
     );
 }
 
+/// A model that writes these tokens after the first, with one of the tokenizers.
+fn writes(name: &str, tokens: &[&str], stop: &[&str]) -> (tempfile::TempDir, Pretrained) {
+    let dir = copy(name);
+    let tokenizer = read(dir.path());
+    let id = |token: &&str| {
+        tokenizer
+            .token_to_id(token)
+            .unwrap_or_else(|| panic!("{token}"))
+    };
+    let ids: Vec<u32> = tokens.iter().map(id).collect();
+    let script: Vec<(u32, u32)> = ids.windows(2).map(|pair| (pair[0], pair[1])).collect();
+    let stop: Vec<u32> = stop.iter().map(id).collect();
+    write_scripted(dir.path(), 425, &script, &stop);
+    let lm = models::load(dir.path(), &Device::flex()).unwrap();
+    (dir, lm)
+}
+
+/// What a model writes after a prompt, in pieces.
+fn written(
+    lm: &Pretrained,
+    prompt: &[&str],
+    settings: &Generation,
+) -> (Vec<String>, String, usize) {
+    let id = |token: &&str| lm.tokenizer().unwrap().token_to_id(token).unwrap();
+    let prompt: Vec<u32> = prompt.iter().map(id).collect();
+    let mut pieces = Vec::new();
+    let found = lm.generate(&prompt, settings, |piece| {
+        pieces.push(piece.to_owned());
+        ControlFlow::Continue(())
+    });
+    let found = found.unwrap();
+    assert_eq!(pieces.concat(), found.text);
+    (pieces, found.text, found.tokens.len())
+}
+
+#[test]
+fn a_generation_goes_on_after_bytes_that_are_no_character() {
+    let tokens = [
+        "▁the", "<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁is", "▁a", "</s>", "▁dog",
+    ];
+    let (_dir, lm) = writes("llama", &tokens, &["</s>"]);
+    let settings = Generation::new(20);
+    let (pieces, _, n) = written(&lm, &["<s>", "▁the"], &settings);
+    assert_eq!((pieces, n), (vec!["���� is".to_owned(), " a".into()], 7));
+    // The last token completes no character.
+    let settings = Generation::new(2);
+    assert_eq!(written(&lm, &["▁the"], &settings).1, "��");
+    // The prompt has the first byte: the character is that of both, broken by what follows.
+    let settings = Generation::new(20);
+    assert_eq!(written(&lm, &["▁the", "<0xEC>"], &settings).1, "��� is a");
+    let tokens = ["ð", "Ł", "ĺ", "Ĥ", "a", "<extra>", "e"];
+    let (_dir, lm) = writes("gpt2", &tokens, &[]);
+    assert_eq!(
+        written(&lm, &["a", "ð", "Ł"], &Generation::new(3)).0,
+        ["😂", "a"]
+    );
+}
+
+#[test]
+fn a_generation_ends_at_each_of_several_tokens_and_strings() {
+    let tokens = ["Ġ", "a", "t", "e", "<|im_start|>", "o"];
+    for stop in ["t", "e"] {
+        let (_dir, lm) = writes("gpt2", &tokens, &["z", stop]);
+        let (_, text, _) = written(&lm, &["Ġ"], &Generation::new(20));
+        assert!(text.ends_with(stop), "{text}");
+    }
+    let (_dir, lm) = writes("gpt2", &tokens, &[]);
+    // In the text of several tokens, and in special tokens, which are no part of the text.
+    for (stop, expected, n) in [
+        ("te", "ate", 3),
+        ("e<|im_", "ate<|im_start|>", 4),
+        ("eo", "ate<|im_start|>o", 9),
+    ] {
+        let settings = Generation::new(9).with_stop_strings(["", stop]);
+        let (_, text, n_tokens) = written(&lm, &["Ġ"], &settings);
+        assert!(text.starts_with(expected), "{text}, not {expected}");
+        assert_eq!(n_tokens, n, "{stop}");
+    }
+}
+
 #[test]
 fn a_tokenizer_json_comes_first() {
     let dir = copy("gpt2");
@@ -318,10 +404,13 @@ fn a_tokenizer_json_comes_first() {
 
 #[test]
 fn a_model_without_tokenizer_json_is_saved_with_its_vocabulary() {
-    let (dir, _) = pretrained(fixtures::llama().with_vocab_size(425), 1);
-    fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
-    fs::remove_file(dir.path().join("tokenizer_config.json")).ok();
-    let bare = models::load(dir.path(), &Device::flex()).unwrap();
+    let (source, lm) = pretrained(fixtures::llama().with_vocab_size(425), 1);
+    let dir = source.path().join("model");
+    models::save(&lm, &dir).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::remove_file(dir.join(file)).unwrap();
+    }
+    let bare = models::load(&dir, &Device::flex()).unwrap();
     assert!(matches!(
         bare.tokenizer(),
         Err(Error::Text(TextError::NoTokenizer { .. }))
@@ -337,16 +426,16 @@ fn a_model_without_tokenizer_json_is_saved_with_its_vocabulary() {
             "added_tokens.json",
         ];
         for file in files.iter().chain(&all) {
-            fs::copy(golden().join(name).join(file), dir.path().join(file)).ok();
+            fs::copy(golden().join(name).join(file), dir.join(file)).ok();
         }
-        let lm = models::load(dir.path(), &Device::flex()).unwrap();
+        let lm = models::load(&dir, &Device::flex()).unwrap();
         let tokens = lm.encode_text("Hello, the world").unwrap();
         let out = tempfile::tempdir().unwrap();
         let out = out.path().join("saved");
         models::save(&lm, &out).unwrap();
         for file in files.iter().chain(&all[..2]) {
             let of = |dir: &Path| fs::read(dir.join(file)).unwrap();
-            assert_eq!(of(&out), of(dir.path()), "{file}");
+            assert_eq!(of(&out), of(&dir), "{file}");
         }
         let again = models::load(&out, &Device::flex()).unwrap();
         assert_eq!(again.encode_text("Hello, the world").unwrap(), tokens);
@@ -355,7 +444,7 @@ fn a_model_without_tokenizer_json_is_saved_with_its_vocabulary() {
         assert!(!identities.contains(&identity));
         identities.push(identity);
         for file in files.iter().chain(&all) {
-            fs::remove_file(dir.path().join(file)).ok();
+            fs::remove_file(dir.join(file)).ok();
         }
     }
 }
