@@ -16,7 +16,7 @@ use super::vocabularies::{Converted, Settings, Token};
 const MAX_BYTES: usize = 1 << 24;
 
 /// The most bytes that may begin a piece.
-const MAX_PIECES: usize = 1 << 22;
+const MAX_PIECES: usize = 1 << 21;
 
 #[derive(Clone, PartialEq, Message)]
 struct ModelProto {

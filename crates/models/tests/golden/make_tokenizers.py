@@ -1,9 +1,9 @@
-"""Makes `tokenizers`: vocabularies of Python tokenizers, with the tokens and texts of transformers.
+"""Makes `tokenizers`: small tokenizers, with the tokens and texts of transformers.
 
     make_tokenizers.py
 
 Needs sentencepiece, tokenizers and transformers. Each directory has the files of a model's tokenizer as
-they are published without a `tokenizer.json`, and `reference.json`: what `AutoTokenizer` makes of texts, and
+they are published, most without a `tokenizer.json`, and `reference.json`: what `AutoTokenizer` makes of texts, and
 of tokens.
 """
 
@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 HERE = Path(__file__).parent / "tokenizers"
@@ -51,6 +51,9 @@ FIXED = [
     "\u200b\ufeff\u00a0\u3000\u2028|\u0000|\ufffd",
     "日本語の 文章",
     "a<0x41>b<0xFF>",
+    "क्षि\u200cत्र ก็ 각 ꦏꦤ\ud7fb \U0001d4d0\U0001f3f4\U000e0067 \u0085x\u180e\u2003 y",
+    "’S ſ'ſ ＡＢＣ１２３ ²³ Ⅷ ᾳ ǅ İi ß\r\r\n\n \n x  \n",
+    "!?…—\u00ad\u202e.,;\u0600 @@#$%^&* 🏴\ufe0f",
 ]
 
 ALPHABET = (
@@ -200,6 +203,48 @@ def qwen2(d):
     return "qwen2", stated, None
 
 
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u0800-一가-\ud7ff]+"]
+
+
+def with_regexes(d, regexes, ignore_merges, *more):
+    """A `tokenizer.json` whose pre-tokenizer splits by expressions."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, *more, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380,
+        special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    bos = ("<|begin_of_text|>", 0)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{bos[0]} $A", pair="$A $B", special_tokens=[bos]),
+        ]
+    )
+    tokenizer.save(str(d / "tokenizer.json"))
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    stated = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True}
+    return "llama", stated | special, None
+
+
+def llama3(d):
+    return with_regexes(d, [LLAMA3], True)
+
+
+def deepseek(d):
+    return with_regexes(d, DEEPSEEK, False, pre_tokenizers.Digits(individual_digits=True))
+
+
 def reference(directory, rng):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     n = len(tokenizer)
@@ -230,7 +275,7 @@ def reference(directory, rng):
 def main():
     shutil.rmtree(HERE, ignore_errors=True)
     made = [llama, llama_legacy, llama_unstated, mistral, normalized, unigram, unigram_plain]
-    for make in [*made, gpt2, gpt2_prefix, opt, qwen2]:
+    for make in [*made, gpt2, gpt2_prefix, opt, qwen2, llama3, deepseek]:
         directory = HERE / make.__name__
         directory.mkdir(parents=True)
         model_type, stated, special = make(directory)

@@ -46,7 +46,7 @@ fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizers")
 }
 
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 13] = [
     "llama",
     "llama_legacy",
     "llama_unstated",
@@ -58,6 +58,8 @@ const NAMES: [&str; 11] = [
     "gpt2_prefix",
     "opt",
     "qwen2",
+    "llama3",
+    "deepseek",
 ];
 
 fn read(dir: &Path) -> Tokenizer {
