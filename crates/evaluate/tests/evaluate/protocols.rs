@@ -70,7 +70,7 @@ fn log_probabilities(lm: &Pretrained, ids: &[u32]) -> Vec<Vec<f64>> {
 
 /// The loss of each token after the first.
 fn losses(lm: &Pretrained, ids: &[u32]) -> Vec<f64> {
-    let all = log_probabilities(lm, ids);
+    let all = log_probabilities(lm, &ids[..ids.len() - 1]);
     let targets = ids[1..].iter().zip(all);
     targets
         .map(|(&target, row)| -row[target as usize])

@@ -20,16 +20,17 @@ pub(super) fn convert(
         Some((token.clone(), id))
     });
     let ids = ids.collect();
-    let (pre, specials): (_, &[&'static str]) = if settings.is_qwen2() {
-        ("qwen2", &["eos_token", "pad_token", "unk_token"])
+    let (pre, specials) = if settings.is_qwen2() {
+        ("qwen2", ["eos_token", "pad_token", "unk_token"])
     } else {
-        ("gpt-2", &["bos_token", "eos_token", "unk_token"])
+        ("gpt-2", ["bos_token", "eos_token", "unk_token"])
     };
     let pre = Pre::named(pre).expect("a name of the list");
     let mut pre_tokenizer = pre.pre_tokenizer();
     if settings.flag("add_prefix_space") == Some(true) {
-        let last = match pre_tokenizer["pretokenizers"].as_array_mut() {
-            Some(steps) => steps.last_mut().expect("steps"),
+        let n_steps = pre_tokenizer["pretokenizers"].as_array().map(Vec::len);
+        let last = match n_steps {
+            Some(n) => &mut pre_tokenizer["pretokenizers"][n - 1],
             None => &mut pre_tokenizer,
         };
         last["add_prefix_space"] = true.into();
@@ -48,10 +49,8 @@ pub(super) fn convert(
         json,
         vocab: ids,
         added: Vec::new(),
-        specials: specials
-            .iter()
-            .map(|&name| (name, END.to_owned()))
-            .collect(),
+        specials: specials.map(|name| (name, END.to_owned())).into(),
+        finds_raw: false,
         growth: None,
     }
 }

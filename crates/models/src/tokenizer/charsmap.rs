@@ -47,7 +47,9 @@ fn check_trie(trie: &[u32], replacements: &str) -> Option<f64> {
 
 /// Decodes base64 with padding.
 pub(super) fn decode(base64: &str) -> Result<Vec<u8>, String> {
-    base64::decode(base64).map_err(|_| "is not in base64".into())
+    let bytes = base64::decode(base64).ok();
+    let bytes = bytes.filter(|_| base64.len().is_multiple_of(4));
+    bytes.ok_or_else(|| "is not in base64".into())
 }
 
 /// Encodes in base64 with padding.

@@ -135,6 +135,7 @@ pub(super) fn convert(bytes: &[u8], settings: &Settings) -> Result<Converted> {
             .collect(),
         added: added.collect(),
         specials: specials.collect(),
+        finds_raw: !of_llama && model.normalizer.unwrap_or_default().add_dummy_prefix(),
         growth: Some(steps.growth),
         json: steps.json,
     })

@@ -26,13 +26,15 @@ impl Continuity {
     /// can change what was decoded before.
     pub(super) fn of<'a>(steps: impl Iterator<Item = &'a Value>) -> Self {
         let (mut is_fused, mut falls_back, mut is_changed) = (false, false, false);
+        let mut is_sequence = false;
         for step in steps {
             match step["type"].as_str() {
                 None if step.is_null() => {}
-                Some("Sequence") => {}
+                // The steps of one in another have another order.
+                Some("Sequence") if !is_sequence => is_sequence = true,
                 Some("ByteLevel" | "Fuse") => is_fused = true,
                 Some("ByteFallback") if !is_fused && !is_changed => falls_back = true,
-                Some("Metaspace") => is_changed = true,
+                Some("Metaspace") if step["replacement"] != "\u{fffd}" => is_changed = true,
                 // A space in place of a character.
                 Some("Replace") if step["content"] == " " && is_character(&step["pattern"]) => {}
                 Some("Strip") if step["content"] == " " && step["stop"] == 0 => {

@@ -67,17 +67,17 @@ impl Settings {
 
     /// The special tokens that have no name.
     fn extra(&self) -> Vec<Token> {
-        let lists = ["additional_special_tokens", "extra_special_tokens"];
-        let lists = lists.into_iter().filter_map(|name| self.stated.get(name));
-        let tokens = lists.filter_map(|(_, list)| list.as_array()).flatten();
-        tokens
-            .filter_map(|token| Token::read(token, true))
-            .collect()
+        let lists = EXTRA.into_iter();
+        let lists = lists.filter_map(|name| Some(self.stated.get(name)?.1));
+        lists.flat_map(tokens).collect()
     }
 
     /// The tokens that a configuration states with their ids, in the order of these: those of
     /// `tokenizer_config.json`, or else of `added_tokens.json`.
-    fn with_ids(&self, dir: &Path, special: &[Token]) -> Result<BTreeMap<u32, Token>> {
+    ///
+    /// Of `added_tokens.json`, tokens that have a name or that `tokenizer_config.json` lists are special; those
+    /// that `special_tokens_map.json` lists are not.
+    fn with_ids(&self, dir: &Path, named: &[Token]) -> Result<BTreeMap<u32, Token>> {
         const DECODER: &str = "added_tokens_decoder";
         let (name, stated) = match self.stated.config().get(DECODER) {
             Some(stated) => (TOKENIZER_CONFIG, stated.as_object().cloned()),
@@ -88,11 +88,16 @@ impl Settings {
             Error::from(ConfigError::setting(&path, key, problem.into()))
         };
         let stated = stated.ok_or_else(|| refuse(DECODER, "is not an object"))?;
+        let listed = EXTRA
+            .iter()
+            .filter_map(|name| self.stated.config().get(*name));
+        let listed: Vec<Token> = listed.flat_map(tokens).collect();
         let token = |(key, value): (String, Value)| {
             let (id, token) = if name == TOKENIZER_CONFIG {
                 (key.parse().ok(), Token::read(&value, false))
             } else {
-                let is_special = special.iter().any(|token| token.content == key);
+                let mut special = named.iter().chain(&listed);
+                let is_special = special.any(|token| token.content == key);
                 let token = Token::read(&json!({"content": key}), is_special);
                 (value.as_u64().and_then(|id| u32::try_from(id).ok()), token)
             };
@@ -110,6 +115,15 @@ impl Settings {
     }
 }
 
+/// The lists of special tokens that have no name.
+const EXTRA: [&str; 2] = ["additional_special_tokens", "extra_special_tokens"];
+
+/// The special tokens of a list.
+fn tokens(list: &Value) -> Vec<Token> {
+    let list = list.as_array().into_iter().flatten();
+    list.filter_map(|token| Token::read(token, true)).collect()
+}
+
 /// A `tokenizer.json` without added tokens, made of a vocabulary.
 pub(super) struct Converted {
     pub(super) json: Map<String, Value>,
@@ -119,6 +133,8 @@ pub(super) struct Converted {
     pub(super) added: Vec<Token>,
     /// The special tokens that a configuration need not state.
     pub(super) specials: Vec<(&'static str, String)>,
+    /// Whether added tokens are found in a text before it is normalized, whatever is stated.
+    pub(super) finds_raw: bool,
     /// The most by which a text grows, if it is known better than by the steps.
     pub(super) growth: Option<f64>,
 }
@@ -134,6 +150,7 @@ pub(super) struct Token {
     flags: [bool; 5],
 }
 
+const NORMALIZED: usize = 3;
 const FLAGS: [&str; 5] = ["single_word", "lstrip", "rstrip", "normalized", "special"];
 
 impl Token {
@@ -258,6 +275,7 @@ fn complete(converted: Converted, settings: &Settings, dir: &Path) -> Result<Par
         vocab,
         added,
         specials,
+        finds_raw,
         growth,
     } = converted;
     let special = |name: &str| match settings.stated.get(name) {
@@ -273,11 +291,12 @@ fn complete(converted: Converted, settings: &Settings, dir: &Path) -> Result<Par
     };
     let named: Vec<Token> = NAMES.into_iter().filter_map(special).collect();
     let extra = settings.extra();
-    let with_ids = settings.with_ids(dir, &[&named[..], &extra[..]].concat())?;
+    let with_ids = settings.with_ids(dir, &named)?;
     let others = named.into_iter().chain(extra).chain(added);
     let is_new = |token: &Token| !with_ids.values().any(|of| of.content == token.content);
     let others: Vec<Token> = others.filter(is_new).collect();
-    for (id, token) in with_ids {
+    for (id, mut token) in with_ids {
+        token.flags[NORMALIZED] &= !finds_raw;
         tokens.add(id, token);
     }
     for token in others {

@@ -234,7 +234,7 @@ proptest! {
         }
         // Characters that other tokens break.
         let at = mixed.index(all.len() + 1);
-        all.splice(at..at, tokens);
+        drop(all.splice(at..at, tokens));
         check_stream(&tokenizer, &all, n_context.index(all.len() + 1))?;
     }
 
@@ -271,15 +271,15 @@ fn pieces_come_as_soon_as_they_are_final() {
         pieces
     };
     // A whole character, a broken one, and a word: all bytes of the run become replacement characters.
-    let broken = ["<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁is"];
+    let broken = ["<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁in"];
     assert_eq!(
         pieces("llama", &["<s>", "▁the"], &broken),
-        ["", "", "", "", "���� is", ""]
+        ["", "", "", "", "���� in", ""]
     );
-    let whole = ["<0xEC>", "<0x84>", "</s>", "<0xAC>", "▁is"];
+    let whole = ["<0xEC>", "<0x84>", "</s>", "<0xAC>", "▁in"];
     assert_eq!(
         pieces("llama", &["▁the"], &whole),
-        ["", "", "", "", "섬 is", ""]
+        ["", "", "", "", "섬 in", ""]
     );
     assert_eq!(pieces("llama", &["▁the"], &whole[..2]), ["", "", "��"]);
     // The prompt ends in the character; the space before a text is no part of it.
@@ -341,18 +341,18 @@ fn written(
 #[test]
 fn a_generation_goes_on_after_bytes_that_are_no_character() {
     let tokens = [
-        "▁the", "<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁is", "▁a", "</s>", "▁dog",
+        "▁the", "<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁in", "▁a", "</s>", "▁do",
     ];
     let (_dir, lm) = writes("llama", &tokens, &["</s>"]);
     let settings = Generation::new(20);
     let (pieces, _, n) = written(&lm, &["<s>", "▁the"], &settings);
-    assert_eq!((pieces, n), (vec!["���� is".to_owned(), " a".into()], 7));
+    assert_eq!((pieces, n), (vec!["���� in".to_owned(), " a".into()], 7));
     // The last token completes no character.
     let settings = Generation::new(2);
     assert_eq!(written(&lm, &["▁the"], &settings).1, "��");
     // The prompt has the first byte: the character is that of both, broken by what follows.
     let settings = Generation::new(20);
-    assert_eq!(written(&lm, &["▁the", "<0xEC>"], &settings).1, "��� is a");
+    assert_eq!(written(&lm, &["▁the", "<0xEC>"], &settings).1, "��� in a");
     let tokens = ["ð", "Ł", "ĺ", "Ĥ", "a", "<extra>", "e"];
     let (_dir, lm) = writes("gpt2", &tokens, &[]);
     assert_eq!(
@@ -386,6 +386,7 @@ fn a_generation_ends_at_each_of_several_tokens_and_strings() {
 #[test]
 fn a_tokenizer_json_comes_first() {
     let dir = copy("gpt2");
+    fs::remove_file(dir.path().join("added_tokens.json")).unwrap();
     fixtures::write_tokenizer(&dir.path().join("tokenizer.json"), 4);
     assert_eq!(read(dir.path()).encode("w1 w3").unwrap(), [1, 3]);
     fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
