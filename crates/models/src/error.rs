@@ -283,7 +283,9 @@ pub enum TextError {
         problem: String,
     },
     /// A model without a tokenizer.
-    #[error("`{dir}` has no `tokenizer.json`, which texts need; add the one of the model")]
+    #[error(
+        "`{dir}` has no tokenizer, which texts need; add the model's `tokenizer.json`, `tokenizer.model`, or `vocab.json` with `merges.txt`"
+    )]
     NoTokenizer {
         /// The directory.
         dir: PathBuf,

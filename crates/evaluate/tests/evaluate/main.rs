@@ -2,6 +2,7 @@
 
 mod allocation;
 mod heads;
+mod interop;
 mod protocols;
 mod refusals;
 mod trained;

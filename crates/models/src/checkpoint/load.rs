@@ -8,7 +8,7 @@ use peft::{Certificate, Linears, Weight};
 use serde_json::{Map, Value};
 use tensor_files::{FloatType, Floats};
 
-use super::directory::{CERTIFICATE, CONFIG, TOKENIZER, carried, stop_tokens, tokenizer_digest};
+use super::directory::{CERTIFICATE, CONFIG, carried, stop_tokens, tokenizer_digest};
 use super::format::LayerFormat;
 use super::gguf;
 use super::kind::CheckpointFormat;
@@ -82,12 +82,7 @@ pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Re
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
     let quantization = config.remove("quantization_config");
     let shape = Config::from_json(&config, &config_path)?;
-    let tokenizer = dir.join(TOKENIZER);
-    let tokenizer = if tensor_files::is_there(&tokenizer) {
-        Some(Tokenizer::open(&tokenizer)?)
-    } else {
-        None
-    };
+    let tokenizer = Tokenizer::read(dir)?;
     let stated = (&config, config_path.as_path());
     let mut model = match gguf::load(dir, quantization.as_ref(), stated, &shape, device)? {
         Some(model) => model,

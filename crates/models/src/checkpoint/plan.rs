@@ -13,7 +13,7 @@ use peft::{Linear, Method, Recipe, Weight, check_paths};
 use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde_json::{Map, Value};
 
-use super::directory::{CONFIG, TOKENIZER};
+use super::directory::CONFIG;
 use super::format::{LayerFormat, Layers, PackedLayer, quant_error};
 use super::formats::undeclared_tensor;
 use super::kind::CheckpointFormat;
@@ -104,7 +104,7 @@ impl Plan {
     /// # Errors
     /// [`TextError::SeqLen`] for windows that are longer than the model was trained for;
     /// [`TextError::ShortText`] for a text shorter than a window; [`TextError::NoTokenizer`]; as
-    /// [`Tokenizer::open`] and [`Tokenizer::encode`].
+    /// [`Tokenizer::read`] and [`Tokenizer::encode`].
     pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
         Windows::new(self.tokenizer(seq_len)?.encode(text)?, seq_len)
     }
@@ -130,12 +130,10 @@ impl Plan {
         if !(2..=max).contains(&seq_len) {
             return Err(TextError::SeqLen { seq_len, max }.into());
         }
-        let tokenizer = self.dir.join(TOKENIZER);
-        if !tensor_files::is_there(&tokenizer) {
+        Tokenizer::read(&self.dir)?.ok_or_else(|| {
             let dir = self.dir.clone();
-            return Err(TextError::NoTokenizer { dir }.into());
-        }
-        Tokenizer::open(&tokenizer)
+            TextError::NoTokenizer { dir }.into()
+        })
     }
 
     /// Whether a projection is packed.

@@ -25,4 +25,5 @@ mod smollm2;
 mod stream;
 mod tasks;
 mod texts;
+mod tokenizers;
 mod training;

@@ -14,16 +14,16 @@ enum Step {
 }
 
 /// A pre-tokenizer of byte-level BPE.
-pub(super) struct Pre {
+pub(crate) struct Pre {
     /// Its names in GGUF, of which the first is written.
     names: &'static [&'static str],
     steps: &'static [Step],
     /// Whether texts are normalized to NFC.
     nfc: bool,
     /// Whether a word that is a token is not merged.
-    pub(super) ignore_merges: bool,
+    pub(crate) ignore_merges: bool,
     /// Whether a text begins with the token that begins texts, unless the file says otherwise.
-    pub(super) adds_bos: bool,
+    pub(crate) adds_bos: bool,
 }
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -74,22 +74,22 @@ const ALL: [Pre; 5] = [
 
 impl Pre {
     /// The pre-tokenizer of a name.
-    pub(super) fn named(name: &str) -> Option<&'static Self> {
+    pub(crate) fn named(name: &str) -> Option<&'static Self> {
         ALL.iter().find(|pre| pre.names.contains(&name))
     }
 
     /// The names of all pre-tokenizers.
-    pub(super) fn all_names() -> String {
+    pub(crate) fn all_names() -> String {
         let names: Vec<&str> = ALL.iter().flat_map(|pre| pre.names).copied().collect();
         names.join(", ")
     }
 
-    pub(super) fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.names[0]
     }
 
     /// The `normalizer` of a `tokenizer.json`.
-    pub(super) fn normalizer(&self) -> Value {
+    pub(crate) fn normalizer(&self) -> Value {
         if self.nfc {
             json!({"type": "NFC"})
         } else {
@@ -98,7 +98,7 @@ impl Pre {
     }
 
     /// The `pre_tokenizer` of a `tokenizer.json`.
-    pub(super) fn pre_tokenizer(&self) -> Value {
+    pub(crate) fn pre_tokenizer(&self) -> Value {
         let bytes = |use_regex: bool| {
             json!({
                 "type": "ByteLevel",
@@ -130,7 +130,7 @@ impl Pre {
     }
 
     /// The pre-tokenizer of a `tokenizer.json`, if it is one of them.
-    pub(super) fn of(tokenizer: &Value) -> Option<&'static Self> {
+    pub(crate) fn of(tokenizer: &Value) -> Option<&'static Self> {
         let normalizer = &tokenizer["normalizer"];
         ALL.iter().find(|pre| {
             let pre_tokenizer = &tokenizer["pre_tokenizer"];
