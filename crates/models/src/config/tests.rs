@@ -6,8 +6,8 @@ use peft::{Linears, Stages, Weight};
 
 use super::*;
 use crate::Model;
-use crate::model::Table;
 use crate::source::{HEAD, Vector, weight_name};
+use peft::Table;
 
 /// A source that fills each parameter with the index of its name.
 #[derive(Default)]
