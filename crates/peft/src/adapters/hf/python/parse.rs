@@ -168,12 +168,12 @@ impl<'a> Parser<'a> {
                 }
             }
             self.rest = rest;
-            self.skip_ignored()?;
+            self.skip_ignored();
         }
     }
 
     /// In verbose expressions, skips spaces and comments.
-    fn skip_ignored(&mut self) -> Result<(), String> {
+    fn skip_ignored(&mut self) {
         while self.verbose {
             match self.rest.peek() {
                 Some(' ' | '\t' | '\n' | '\r' | '\u{b}' | '\u{c}') => {
@@ -183,7 +183,6 @@ impl<'a> Parser<'a> {
                 _ => break,
             }
         }
-        Ok(())
     }
 
     fn alternatives(&mut self) -> Result<Width, String> {
@@ -199,7 +198,7 @@ impl<'a> Parser<'a> {
         let mut width = Width::default();
         let mut last = Last::Nothing;
         loop {
-            self.skip_ignored()?;
+            self.skip_ignored();
             let Some(&c) = self.rest.peek() else {
                 return Ok(width);
             };
@@ -247,7 +246,7 @@ impl<'a> Parser<'a> {
             '+' => Some((1, UNLIMITED)),
             '{' => {
                 let mut rest = self.rest.clone();
-                let mut digits = |rest: &mut Peekable<Chars>| -> String {
+                let digits = |rest: &mut Peekable<Chars>| -> String {
                     std::iter::from_fn(|| rest.next_if(char::is_ascii_digit)).collect()
                 };
                 let least = digits(&mut rest);
