@@ -182,7 +182,7 @@ fn run(args: &Args) -> Result<()> {
     }
     for (dir, name) in args.adapters.iter().zip(&names[args.model.len()..]) {
         let mut adapted = reference.clone();
-        let adapters = Adapters::open(dir, &adapted.model)?;
+        let adapters = Adapters::open_with_base(dir, &mut adapted.model)?;
         peft::activate(&mut adapted.model, &adapters)?;
         others.push((name, adapted));
     }

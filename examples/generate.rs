@@ -94,7 +94,7 @@ fn run(args: &Args) -> Result<()> {
         models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
     }
     if let Some(adapters) = &args.adapters {
-        let adapters = Adapters::open(adapters, &lm.model)?;
+        let adapters = Adapters::open_with_base(adapters, &mut lm.model)?;
         peft::activate(&mut lm.model, &adapters)?;
     }
 

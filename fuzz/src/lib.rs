@@ -242,8 +242,11 @@ pub fn peft(data: &[u8]) {
     let Some(dir) = write(&ADAPTER_FILES, data) else {
         return;
     };
-    for base in [packed_model(), dense_model()] {
-        let Ok(adapters) = Adapters::load_hf(&dir, &base) else {
+    for mut base in [packed_model(), dense_model()] {
+        if Adapters::load(&dir, &device()).is_ok() {
+            continue;
+        }
+        let Ok(adapters) = Adapters::open_with_base(&dir, &mut base) else {
             continue;
         };
         let of = |adapters: &Adapters| {

@@ -1,6 +1,6 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
-use peft::{Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Weight};
+use peft::{Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Table, Weight};
 use tensor_files::FloatType;
 
 use crate::config::{Block, Config};
@@ -208,12 +208,6 @@ fn dtype(float: FloatType) -> DType {
     }
 }
 
-/// A parameter that is stored as it is in memory.
-pub(crate) enum Table<'a> {
-    Vector(&'a Param<Tensor<1>>),
-    Matrix(&'a Param<Tensor<2>>),
-}
-
 impl Blocks for Model {
     type Positions = Positions;
 
@@ -325,6 +319,24 @@ impl Linears for Model {
             &mut self.lm_head,
         ];
         others.into_iter().flatten().collect()
+    }
+
+    fn tables(&self) -> Vec<(String, Table<'_>)> {
+        self.tables()
+    }
+
+    fn tied(&self) -> Option<[String; 2]> {
+        let embedding = format!("{}.embed_tokens", self.config.prefix());
+        let is_tied = self.lm_head.is_none();
+        is_tied.then(|| [weight_name(&embedding), weight_name(HEAD)])
+    }
+
+    fn untie(&mut self) {
+        if self.lm_head.is_none() {
+            let embedding = self.embed_tokens.val().without_autodiff();
+            self.lm_head = Some(Weight::frozen(embedding.transpose()));
+            self.config.untie();
+        }
     }
 
     fn identity(&self) -> Identity {

@@ -120,7 +120,7 @@ pub use group::Mpi;
 pub use group::{Alone, Group, Threads};
 pub use layer_report::{InitializedLayer, LayerError, LayerReport};
 pub use linear::{Linear, Weight};
-pub use linears::{Linears, set_dropout, set_precision};
+pub use linears::{Linears, Table, set_dropout, set_precision};
 pub use merge::{MergeConfig, OffGrid, merge, merge_probed, merge_with};
 pub use parameter_group::ParameterGroup;
 pub use recipe::{PerLayer, Recipe, check_calibration, check_paths, check_recipe};

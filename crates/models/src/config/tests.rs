@@ -7,8 +7,8 @@ use peft::{Linears, Stages, Weight};
 
 use super::*;
 use crate::Model;
-use crate::model::Table;
 use crate::source::{HEAD, Vector, weight_name};
+use peft::Table;
 
 #[path = "../../tests/fixtures/architectures.rs"]
 mod fixtures;

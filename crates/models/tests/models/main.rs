@@ -17,6 +17,7 @@ mod head;
 mod interop;
 mod kill;
 mod merge;
+mod peft_directories;
 mod plan;
 mod quantize;
 mod refusals;
