@@ -265,15 +265,6 @@ fn within(args: &Args, name: Name, group_size: GroupSize, source: &Path) -> Resu
         .iter()
         .map(|&bits| checked_plan(args, &quantizer(bits), source));
     let plans: Vec<Plan> = plans.collect::<Result<_>>()?;
-    if let [first, second, ..] = bits[..] {
-        // Layers of two widths, which some formats do not hold.
-        let mut mixed = PerLayer::default();
-        for (at, layer) in plans[0].layers.iter().enumerate() {
-            let bits = if at == 0 { first } else { second };
-            mixed.0.insert(layer.path.clone(), quantizer(bits));
-        }
-        checked_plan(args, &mixed, source)?;
-    }
     let weights = plans[0]
         .layers
         .iter()

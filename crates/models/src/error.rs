@@ -104,7 +104,7 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
         /// Advice for the weights that the directory has, if any.
-        hint: &'static str,
+        hint: String,
     },
     /// A file of weights that is in the index and not in the directory.
     #[error("`{index}` names the shard `{shard}`, which is missing; download it again")]
@@ -144,11 +144,23 @@ pub enum CheckpointError {
         /// The output of the first such zero-point.
         output: usize,
     },
-    /// A packed head in a format that only packs projections.
+    /// A quantization that is stated of a model whose weights are all dense.
     #[error(
-        "`{path}` has `{tensor}`: the head is quantized, but only projections can be in a checkpoint of this format"
+        "`{path}` states a quantization ({method}), but all weights beside it are dense: {advice} to use them as they are"
     )]
-    PackedHead {
+    StaleQuantization {
+        /// The configuration.
+        path: PathBuf,
+        /// The method that it states.
+        method: String,
+        /// What is to be done.
+        advice: &'static str,
+    },
+    /// Packed weights whose format nothing states.
+    #[error(
+        "`{path}` has a packed tensor `{tensor}`, and neither `config.json`, as its `quantization_config`, nor `quantize_config.json` states how it is packed; add the configuration that came with the weights"
+    )]
+    UnstatedQuantization {
         /// The file.
         path: PathBuf,
         /// The tensor.

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use super::directory::CONFIG;
 use super::format::{LayerFormat, Layers, PackedLayer, quant_error};
-use super::formats::undeclared_tensor;
+use super::formats::{Weights, open};
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
 use crate::source::{HEAD, weight_name};
@@ -216,9 +216,12 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &(impl Recipe + ?Sized)) -> Result<Pl
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    let packed = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
+    let quantization = config.remove("quantization_config");
     let config = Config::from_json(&config, &config_path)?;
-    let mut tensors = Tensors::open(dir)?;
+    let Weights {
+        mut tensors,
+        format: packed,
+    } = open(dir, quantization, &config)?;
     let (paths, dims): (Vec<_>, Vec<_>) = config.projections().into_iter().unzip();
     check_paths(recipe, &paths)?;
     let (mut layers, mut problems) = (Vec::new(), Vec::new());
@@ -258,10 +261,6 @@ fn planned(
     let quantizer = recipe.quantizer(path);
     let stored = match packed {
         Some(format) => format.format(tensors, path, dims),
-        // What is packed without a configuration cannot be read.
-        None if undeclared_tensor(tensors, path).is_some() => {
-            return Err("is quantized already, and no `quantization_config` says how".into());
-        }
         None => Ok(None),
     };
     let stored = stored.map_err(|error| error.to_string())?;

@@ -17,6 +17,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -50,13 +51,23 @@ def unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     return codes.flatten(0, 1).movedim(0, axis)
 
 
+def bits_of(layer: str, rules: dict[str, dict], bits: int) -> int:
+    """The width of a packed layer, by the first of GPTQModel's rules that matches its path."""
+    for rule, settings in rules.items():
+        if re.match(rule.removeprefix("+:").removeprefix("-:"), layer):
+            assert not rule.startswith("-:"), f"{layer} is left out"
+            bits = settings.get("bits", bits)
+            break
+    assert 32 % bits == 0, "3-bit codes cross words"
+    return bits
+
+
 def from_gptq(directory: Path) -> PreTrainedModel:
     """A dense model of the weights in a GPTQ directory, which transformers has no reader for."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     quantization = config.quantization_config
     del config.quantization_config
-    bits = quantization["bits"]
-    assert 32 % bits == 0, "3-bit codes cross words"
+    rules = quantization.get("dynamic", {})
     stored_less = {"gptq": 1, "gptq_v2": 0}[quantization["checkpoint_format"]]
     tensors = {}
     for shard in sorted(directory.glob("*.safetensors")):
@@ -65,6 +76,7 @@ def from_gptq(directory: Path) -> PreTrainedModel:
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part == "qweight":
+            bits = bits_of(layer, rules, quantization["bits"])
             group = tensors[f"{layer}.g_idx"].long()
             zeros = unpack(tensors[f"{layer}.qzeros"], bits, 1) + stored_less
             scales = tensors[f"{layer}.scales"].float()

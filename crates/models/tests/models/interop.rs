@@ -17,7 +17,7 @@ use models::{
     CheckpointFormat, Config, LlamaConfig, Model, Pretrained, Streaming, load, quantize_to, save,
     save_as, save_dense,
 };
-use peft::{Batch, CausalLm, FitConfig, MergeConfig, Method, Peqa, Tile};
+use peft::{Batch, CausalLm, FitConfig, Linears, MergeConfig, Method, Peqa, PerLayer, Tile};
 use quant_core::{NormalFloat, Optq, Quantizer, Rtn};
 use tensor_files::{FloatType, LazyTensor, write_tensors};
 
@@ -51,12 +51,14 @@ fn shapes() -> Vec<(String, Config)> {
     all
 }
 
-const WAYS: [(&str, Write); 12] = [
+const WAYS: [(&str, Write); 14] = [
     ("saved", |lm, dir| save(lm, dir).unwrap()),
     ("f32", |lm, dir| dense(lm, dir, FloatType::F32)),
     ("f16", |lm, dir| dense(lm, dir, FloatType::F16)),
     ("bf16", |lm, dir| dense(lm, dir, FloatType::Bf16)),
-    ("gptq_v1", |lm, dir| packed(lm, dir, &rtn(), Gptq(V1))),
+    ("gptq_v1", |lm, dir| {
+        packed(lm, dir, &rtn().with_symmetric(true), Gptq(V1));
+    }),
     ("gptq_v2", |lm, dir| packed(lm, dir, &rtn(), Gptq(V2))),
     ("nf4", |lm, dir| packed(lm, dir, &nf4(), Bitsandbytes)),
     ("gptq_v2_tuned", |lm, dir| {
@@ -64,8 +66,8 @@ const WAYS: [(&str, Write); 12] = [
         tuned(lm, dir, &rtn(), &peqa, Gptq(V2));
         assert!(lm.certificate.as_ref().unwrap().is_exact());
     }),
-    ("gptq_v1_rounded", |lm, dir| {
-        tuned(lm, dir, &rtn(), &Tile::qa_hira(), Gptq(V1));
+    ("gptq_v2_rounded", |lm, dir| {
+        tuned(lm, dir, &rtn(), &Tile::qa_hira(), Gptq(V2));
         assert_eq!(lm.certificate.as_ref().unwrap().kind(), "rounded");
     }),
     ("nf4_tuned", |lm, dir| {
@@ -77,6 +79,33 @@ const WAYS: [(&str, Write); 12] = [
         let settings = Streaming::new(&Device::flex()).with_format(Gptq(V2));
         let calibration = [Batch::new(tokens(lm)).unwrap()];
         quantize_to(lm.dir(), dir, &optq, &calibration, &settings, |_| {}).unwrap();
+    }),
+    ("gptq_v2_by_layer", |lm, dir| {
+        let widths = |(at, path): (usize, &String)| {
+            let bits = [2, 4, 8][at % 3];
+            let rtn = rtn().with_bits(bits).with_symmetric(bits == 8);
+            (path.clone(), Box::new(rtn) as Box<dyn Quantizer>)
+        };
+        let paths: Vec<String> = lm
+            .model
+            .linears()
+            .into_iter()
+            .map(|(path, _)| path)
+            .collect();
+        // The last projection stays dense.
+        let quantized = paths.iter().enumerate().take(paths.len() - 1);
+        let recipe = PerLayer(quantized.map(widths).collect());
+        models::quantize(&mut lm.model, &recipe, &[], |_| {}).unwrap();
+        models::quantize_head(&mut lm.model, &rtn().with_bits(8)).unwrap();
+        save_as(lm, dir, Gptq(V2)).unwrap();
+    }),
+    ("nf4_head", |lm, dir| {
+        models::quantize(&mut lm.model, &nf4(), &[], |_| {}).unwrap();
+        // The embedding of an OPT may be narrower.
+        let head = models::quantize_head(&mut lm.model, &nf4());
+        head.or_else(|_| models::quantize_head(&mut lm.model, &nf4().with_block_size(32)))
+            .unwrap();
+        save_as(lm, dir, Bitsandbytes).unwrap();
     }),
     ("unpacked", |lm, dir| {
         models::quantize(&mut lm.model, &nf4(), &[], |_| {}).unwrap();

@@ -149,12 +149,11 @@ fn tuned_models_leave_in_the_format_of_their_base() {
         &'a dyn Method,
         &'a str,
     );
-    let cases: [Case; 8] = [
+    let cases: [Case; 7] = [
         ("f16", Gptq(V2), &rtn, &f16, "exact"),
         ("symmetric", Gptq(V1), &symmetric, &f16, "exact"),
         ("f32", Gptq(V2), &rtn, &peqa, "rounded"),
         ("zeros", Gptq(V2), &rtn, &zeros, "rounded"),
-        ("tiles", Gptq(V1), &rtn, &qa_hira, "rounded"),
         ("tiles", Gptq(V2), &rtn, &qa_hira, "rounded"),
         ("nf4", Bitsandbytes, &nf4, &peqa, "exact"),
         (

@@ -449,7 +449,7 @@ fn runs_of_every_architecture_and_format_go_on() {
         (wide.clone().into(), Box::new(halves), v2),
         (narrow.into(), Box::new(nf), bnb),
         (llama(), Box::new(halves), v2),
-        (llama(), Box::new(regrouped), v1),
+        (llama(), Box::new(regrouped.with_symmetric(true)), v1),
         (llama(), Box::new(nf), bnb),
         (wide.into(), Box::new(double), bnb),
     ];
@@ -596,7 +596,7 @@ fn another_run_does_not_go_on() {
     );
     let gptq = settings
         .clone()
-        .with_format(CheckpointFormat::Gptq(GptqVersion::V1));
+        .with_format(CheckpointFormat::Gptq(GptqVersion::V2));
     let f16 = case.quantizer.with_f16_scales(true);
     let narrow = run(&f16, &case.batches, &gptq);
     assert!(

@@ -10,10 +10,9 @@ use serde_json::{Map, Value};
 use tensor_files::FloatType;
 
 use super::super::directory::{CONFIG, carried, stop_tokens};
+use super::super::formats::open;
 use super::super::gptq;
-use super::super::kind::CheckpointFormat;
 use super::super::load::Checkpoint;
-use super::super::tensors::Tensors;
 use crate::model::check_compute;
 use crate::norm::Norm;
 use crate::source::{HEAD, Shapes, Vector, weight_name};
@@ -81,9 +80,9 @@ impl<'a> Inputs<'a> {
     /// The tensors: a file that vanished or was cut since is found now.
     pub(super) fn checkpoint(&self) -> Result<Checkpoint> {
         let mut config: Map<String, Value> = tensor_files::read_json(&self.dir.join(CONFIG))?;
-        let format = CheckpointFormat::open(self.dir, config.remove("quantization_config"))?;
-        let tensors = Tensors::open(self.dir)?;
-        Ok(Checkpoint::new(tensors, format, self.device))
+        let quantization = config.remove("quantization_config");
+        let weights = open(self.dir, quantization, &self.shape)?;
+        Ok(Checkpoint::new(weights, self.device))
     }
 
     /// A model that can embed tokens, and do nothing else.
@@ -122,7 +121,7 @@ impl<'a> Inputs<'a> {
 
     /// Checks that tensors have these SHA-256.
     pub(super) fn check_sums(&self, sums: &BTreeMap<String, String>) -> Result<()> {
-        let mut tensors = Tensors::open(self.dir)?;
+        let mut tensors = self.checkpoint()?.tensors;
         for (name, sum) in sums {
             if tensors.sha256(name)? != *sum {
                 let path = tensors.path(name);
@@ -154,18 +153,12 @@ impl<'a> Inputs<'a> {
                 known.insert(name.clone());
             }
         }
-        if !self.shape.tie_word_embeddings() {
-            checkpoint.check_head()?;
-        }
         let paths: Vec<String> = modules.into_iter().map(|(path, _)| path).collect();
         checkpoint.check_paths(&paths, &self.dir.join(CONFIG))?;
         let names = checkpoint.tensors.names().into_iter();
         let is_known = |name: &String| {
-            let full = [name.clone(), format!("model.{name}")];
-            full.iter().any(|name| {
-                let is_part = |path: &String| name.starts_with(path) && !name.ends_with(".bias");
-                known.contains(name) || packed.iter().any(is_part)
-            })
+            let is_part = |path: &String| name.starts_with(path) && !name.ends_with(".bias");
+            known.contains(name) || packed.iter().any(is_part)
         };
         let leftovers = names.filter(|name| !is_known(name)).collect();
         checkpoint.check_leftovers(&self.shape, leftovers)

@@ -556,17 +556,22 @@ fn a_quantization_that_is_not_known_is_refused() {
     for (quantization, part) in [
         (json!({"quant_method": "fp8"}), "`fp8`"),
         (json!({"quant_method": "compressed-tensors"}), "supported: "),
-        (json!({"bits": 4, "group_size": 128}), "method ``"),
-        (json!({"quant_method": 4}), "method ``"),
-        (json!("gptq"), "method ``"),
-        (json!([]), "method ``"),
+        (json!({"bits": 4, "group_size": 128}), "is missing"),
+        (json!({"quant_method": 4}), "is 4, not a text"),
+        (json!("gptq"), "is \"gptq\", not an object"),
+        (json!([]), "is [], not an object"),
     ] {
-        let error = changed(|config, _| config["quantization_config"] = quantization);
+        let error = changed(|config, all| {
+            config["quantization_config"] = quantization;
+            // Dense weights would not be those of it.
+            let first = "model.layers.0.self_attn.q_proj.weight";
+            all.get_mut(first).unwrap().0 = safetensors::Dtype::I16;
+        });
         let error = error.unwrap_err();
         let is_said = matches!(
             &error,
             Error::Config(models::ConfigError::Setting { setting, problem, .. })
-                if setting == "quantization_config" && problem.contains(part)
+                if setting.starts_with("quantization_config") && problem.contains(part)
         );
         assert!(is_said, "{part}: {error}");
     }
