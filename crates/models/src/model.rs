@@ -326,7 +326,7 @@ impl Linears for Model {
     }
 
     fn tied(&self) -> Option<[String; 2]> {
-        let embedding = format!("{}.embed_tokens", self.config.prefix());
+        let embedding = self.config.shape().embedding_path();
         let is_tied = self.lm_head.is_none();
         is_tied.then(|| [weight_name(&embedding), weight_name(HEAD)])
     }

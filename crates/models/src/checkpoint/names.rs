@@ -111,7 +111,7 @@ mod tests {
         let llama = LlamaConfig::default();
         let found = known(
             &["layers.0.a.weight", "lm_head.weight", "norm.weight"],
-            &Config::from(llama),
+            Config::from(llama),
         );
         let expected = [
             ("lm_head.weight", "lm_head.weight"),
@@ -129,7 +129,7 @@ mod tests {
         let opt = OptConfig::default();
         let found = known(
             &["decoder.a", "decoder.b", "layers.0.a", "model.decoder.a"],
-            &Config::from(opt),
+            Config::from(opt),
         );
         let expected = [
             ("decoder.a", "decoder.a"),

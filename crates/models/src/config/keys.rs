@@ -8,10 +8,10 @@ use serde_json::{Map, Value};
 
 use super::Config;
 use crate::Model;
-use crate::model::Table;
 use crate::positions::Reach;
 use crate::settings::Settings;
 use crate::source::Random;
+use peft::Table;
 
 const PATH: &str = "config.json";
 
@@ -21,7 +21,7 @@ fn golden() -> Map<String, Value> {
 }
 
 /// A configuration of a model type, which each probe has.
-fn base<'a>(of_type: &'a Value, model_type: &str) -> Map<String, Value> {
+fn base(of_type: &Value, model_type: &str) -> Map<String, Value> {
     let probe = of_type["probes"][0]["json"].as_object().unwrap();
     let mut json = probe.clone();
     json.insert("model_type".into(), model_type.into());

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use models::{Model, Pretrained};
 use peft::{Adapter, Adapters, CausalLm, Error, Fingerprint, Linears, Lora};
@@ -214,10 +213,7 @@ fn edited(
 #[test]
 fn state_dicts_are_read() {
     let renamings: [fn(&str) -> String; 4] = [
-        |name| {
-            name.replace(".weight", ".default.weight")
-                .replace("lora_", "lora_")
-        },
+        |name| name.replace(".weight", ".default.weight"),
         |name| format!("_orig_mod.{name}"),
         |name| name.replace("base_model.model.", "base_model.model._orig_mod."),
         |name| name.replace(".lora", "._fsdp_wrapped_module.lora"),

@@ -17,8 +17,9 @@ const HEAD: &str = "lm_head.weight";
 /// The name of the embedding.
 fn embedding(config: &Config) -> &'static str {
     match config {
-        Config::Llama(_) => "model.embed_tokens.weight",
         Config::Opt(_) => "model.decoder.embed_tokens.weight",
+        Config::GptNeo(_) | Config::GptJ(_) => "transformer.wte.weight",
+        _ => "model.embed_tokens.weight",
     }
 }
 

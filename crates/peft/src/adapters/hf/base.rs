@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use burn::module::{Module, ModuleMapper, Param, ParamId};
+use burn::module::{ModuleMapper, Param, ParamId};
 use burn::tensor::{Tensor, TensorData};
 
 use crate::adapter::{floats, tensor};
@@ -14,6 +14,7 @@ use crate::{Adapter, Linears, Result, Table, Weight};
 use tensor_files::TensorFile;
 
 /// A parameter of a model, under the name that it has in Hugging Face's files.
+#[expect(clippy::large_enum_variant, reason = "handles are small, and few")]
 pub(super) enum Parameter {
     Vector(Tensor<1>),
     /// As it is in files.
@@ -320,7 +321,7 @@ impl ModuleMapper for Tables {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         match self.0.remove(&param.id) {
             Some(data) => param.map(|old| {
-                let dtype = data.dtype;
+                let dtype = data.dtype();
                 Tensor::from_data(data, (&old.device(), dtype))
             }),
             None => param,
