@@ -82,7 +82,7 @@ pub(super) fn files(
     let bos = tokens.id(metadata, SPECIAL[0].0)?;
     let adds_bos = metadata.get(ADD_BOS, Value::as_bool)?.unwrap_or(adds_bos);
     if let Some(bos) = bos.filter(|_| adds_bos) {
-        // Of as many tokens as a file can have.
+        // The key holds 32 bits.
         let bos = (bos as u32, tokens.texts[bos].clone());
         tokenizer["post_processor"] = parts::template(Some(bos), None);
     }
