@@ -69,11 +69,13 @@ impl<'a> Settings<'a> {
         self.read(key, "a text", Value::as_str)
     }
 
-    /// A whole number, which some programs write as a text.
+    /// A whole number, which some programs write as a text or with a fraction of 0.
     pub(super) fn whole(&self, key: &str) -> Result<Option<i64>> {
+        let whole =
+            |value: f64| (value.fract() == 0.0 && value.abs() < 1e9).then_some(value as i64);
         self.read(key, "a whole number", |value| match value {
             Value::String(text) => text.trim().parse().ok(),
-            value => value.as_i64(),
+            value => value.as_i64().or_else(|| value.as_f64().and_then(whole)),
         })
     }
 

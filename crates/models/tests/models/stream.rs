@@ -767,9 +767,9 @@ fn refusals_leave_nothing() {
         matches!(error, Error::Checkpoint(CheckpointError::CannotHold { .. })),
         "{error}"
     );
-    let head = Rtn::new();
+    let head = NormalFloat::new().with_block_size(8);
     let error = run(&Rtn::new().with_group_size(8), &[], &gptq.with_head(&head));
-    assert_says(error, &["lm_head"]);
+    assert_says(error, &["lm_head", "uniform"]);
     let none = PerLayer::default();
     let error = quantize_to(&case.dense, &case.out, &none, &[], &settings, |_| {}).unwrap_err();
     assert!(

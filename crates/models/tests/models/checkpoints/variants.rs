@@ -130,7 +130,7 @@ fn zero_points_in_the_middle_tell_their_version() {
 fn settings_may_be_spelled_in_other_ways() {
     let dir = changed(GPTQ, |settings, _| {
         settings["bits"] = json!("4");
-        settings["group_size"] = json!("32");
+        settings["group_size"] = json!(32.0);
         settings["quant_method"] = json!("GPTQ");
         settings["checkpoint_format"] = json!("GPTQ");
         settings["is_marlin_format"] = json!(false);

@@ -605,13 +605,23 @@ fn a_gptq_checkpoint_of_no_known_width_or_group_is_refused() {
         ("bits", json!(1), "bits is 1"),
         ("bits", json!(16), "bits is 16"),
         ("bits", json!(u64::MAX), "bits is 18446744073709551615"),
-        ("bits", json!(-4), "cannot be read"),
-        ("bits", json!(4.0), "cannot be read"),
+        ("bits", json!(-4), "bits is -4; supported"),
+        ("bits", json!(4.5), "bits is 4.5, not a whole number"),
+        ("bits", json!([4]), "bits is [4], not a whole number"),
         ("group_size", json!(-32), "group_size is -32"),
         ("group_size", json!(i64::MIN), "group_size is -9223"),
-        ("group_size", json!(32.0), "cannot be read"),
-        ("group_size", json!("32"), "cannot be read"),
-        ("group_size", json!(u64::MAX), "cannot be read"),
+        ("group_size", json!(32.5), "group_size is 32.5, not a whole"),
+        (
+            "group_size",
+            json!(1e300),
+            "group_size is 1e300, not a whole",
+        ),
+        ("group_size", json!("many"), "group_size is \"many\", not"),
+        (
+            "group_size",
+            json!(u64::MAX),
+            "group_size is 18446744073709551615",
+        ),
     ] {
         let error = refused(setting, value);
         assert!(
