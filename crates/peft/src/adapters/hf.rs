@@ -15,7 +15,6 @@ mod config;
 mod lora;
 mod names;
 mod patterns;
-mod python;
 mod read;
 
 use names::SHARED_PREFIX;

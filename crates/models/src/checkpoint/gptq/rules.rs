@@ -4,16 +4,11 @@
 //! layers out; after `+:`, or nothing, its value states the settings in which they differ. The first that
 //! matches decides; those that leave out come first.
 
-use std::collections::HashSet;
-use std::fmt;
 use std::path::Path;
 
-use fancy_regex::Regex;
-use serde::de::{IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use peft::PythonRegex;
 use serde_json::{Map, Value, json};
 
-use super::super::directory::CONFIG;
 use super::super::settings::Settings;
 use super::config::{Stated, group_size_in_json};
 use crate::Result;
@@ -25,7 +20,7 @@ const CHANGE: &str = "+:";
 pub(super) struct Rule {
     /// The key in the configuration.
     pub(super) key: String,
-    regex: Regex,
+    regex: PythonRegex,
     /// The settings that differ; `None` if the layers are left out.
     pub(super) stated: Option<Stated>,
 }
@@ -35,11 +30,10 @@ impl Rule {
     fn new(key: &str, stated: Stated) -> Result<Self, String> {
         let left_out = key.strip_prefix(LEAVE_OUT);
         let pattern = left_out.unwrap_or(key.strip_prefix(CHANGE).unwrap_or(key));
-        // As Python's `match` does.
-        let regex = Regex::new(&format!(r"\A(?:{pattern})"));
+        let regex = PythonRegex::prefix(pattern);
         Ok(Self {
             key: key.into(),
-            regex: regex.map_err(|error| format!("is no expression to be matched: {error}"))?,
+            regex: regex.map_err(|problem| format!("is no expression to be matched: {problem}"))?,
             stated: left_out.is_none().then_some(stated),
         })
     }
@@ -54,8 +48,7 @@ impl Rule {
 
     /// Whether the rule is for the layer at a path, or the problem with telling.
     pub(super) fn matches(&self, path: &str) -> Result<bool, String> {
-        let found = self.regex.is_match(path);
-        found.map_err(|error| format!("cannot be matched with `{path}`: {error}"))
+        self.regex.is_match(path)
     }
 }
 
@@ -70,13 +63,13 @@ pub(super) fn rules(settings: &Settings, path: &Path) -> Result<Vec<Rule>> {
         }
     };
     let mut rules = Vec::new();
-    for key in ordered(json, path)? {
+    for (key, value) in json {
         let name = format!("dynamic.`{key}`");
         let none = Value::Object(Map::new());
-        let value = json.get(&key).filter(|value| !value.is_null());
+        let value = Some(value).filter(|value| !value.is_null());
         let of_rule = settings.name(&name);
         let of_rule = Settings::new(value.unwrap_or(&none), path, &of_rule)?;
-        let rule = Rule::new(&key, Stated::read(&of_rule)?);
+        let rule = Rule::new(key, Stated::read(&of_rule)?);
         rules.push(rule.map_err(|problem| settings.refuse(&name, problem))?);
     }
     rules.sort_by_key(|rule| rule.stated.is_some());
@@ -107,59 +100,4 @@ pub(super) fn rules_in_json(rules: &[Rule]) -> Value {
         (rule.key.clone(), Value::Object(json))
     });
     rules.collect()
-}
-
-/// The keys of the rules in the order of their file, which [`Map`] does not keep.
-fn ordered(json: &Map<String, Value>, path: &Path) -> Result<Vec<String>> {
-    if json.len() < 2 {
-        return Ok(json.keys().cloned().collect());
-    }
-    let found = if path.ends_with(CONFIG) {
-        let file: InConfig = tensor_files::read_json(path)?;
-        file.quantization_config
-    } else {
-        tensor_files::read_json(path)?
-    };
-    let mut known = HashSet::new();
-    let keys = found.dynamic.0.into_iter();
-    Ok(keys.filter(|key| known.insert(key.clone())).collect())
-}
-
-/// `config.json`, if it has rules.
-#[derive(Deserialize)]
-struct InConfig {
-    quantization_config: Ordered,
-}
-
-/// A configuration that has rules.
-#[derive(Deserialize)]
-struct Ordered {
-    dynamic: Keys,
-}
-
-/// The keys of an object, in order.
-struct Keys(Vec<String>);
-
-impl<'de> Deserialize<'de> for Keys {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Entries;
-
-        impl<'de> Visitor<'de> for Entries {
-            type Value = Keys;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("rules")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Keys, A::Error> {
-                let mut keys = Vec::new();
-                while let Some((key, IgnoredAny)) = map.next_entry()? {
-                    keys.push(key);
-                }
-                Ok(Keys(keys))
-            }
-        }
-
-        deserializer.deserialize_map(Entries)
-    }
 }

@@ -6,10 +6,10 @@ use serde_json::{Map, Value, json};
 
 use super::lora;
 use super::patterns::{Chosen, Patterns, is_end};
-use super::python::escaped;
 use crate::adapter::hf::{HfConfig, HfFormat, HfKey, HfLayer, HfRole, hf_number, read_config};
 use crate::adapter::vera;
 use crate::adapters::PEFT_TYPE;
+use crate::python_regex::escaped;
 use crate::targets::last_name;
 use crate::{Error, Result};
 

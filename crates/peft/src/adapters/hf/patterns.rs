@@ -1,13 +1,9 @@
 //! The layers that a configuration of PEFT targets, and the ranks that its patterns give them.
 
-use std::collections::BTreeMap;
-use std::fmt;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
-use serde_json::Value;
-
-use super::python::PythonRegex;
+use crate::PythonRegex;
 
 /// The keys by which layers are chosen.
 #[derive(Default, Deserialize)]
@@ -18,8 +14,9 @@ pub(super) struct Chosen {
     layers_to_transform: Option<Layers>,
     layers_pattern: Option<Names>,
     modules_to_save: Option<Vec<String>>,
-    rank_pattern: Option<Ordered>,
-    alpha_pattern: Option<Ordered>,
+    // Objects keep the order of the file, as in Python: the first pattern that matches decides.
+    rank_pattern: Option<Map<String, Value>>,
+    alpha_pattern: Option<Map<String, Value>>,
 }
 
 /// A list of the ends of paths, or one regular expression for whole paths.
@@ -35,42 +32,6 @@ enum Names {
 enum Layers {
     One(i64),
     Some(Vec<i64>),
-}
-
-/// An object with its keys in the order of the file, as Python reads it: a key that occurs again keeps
-/// its place and gets the later value.
-#[derive(Default)]
-struct Ordered(Vec<(String, Value)>);
-
-impl<'de> Deserialize<'de> for Ordered {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Pairs;
-
-        impl<'de> Visitor<'de> for Pairs {
-            type Value = Ordered;
-
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object of patterns")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ordered, A::Error> {
-                let mut pairs: Vec<(String, Value)> = Vec::new();
-                let mut places = BTreeMap::new();
-                while let Some((key, value)) = map.next_entry::<String, Value>()? {
-                    match places.get(&key) {
-                        Some(&at) => pairs[at] = (key, value),
-                        None => {
-                            places.insert(key.clone(), pairs.len());
-                            pairs.push((key, value));
-                        }
-                    }
-                }
-                Ok(Ordered(pairs))
-            }
-        }
-
-        deserializer.deserialize_map(Pairs)
-    }
 }
 
 /// The targeted layers, with their ranks and alphas.
@@ -162,9 +123,9 @@ impl Patterns {
             let patterns: Result<Vec<_>, String> = patterns.collect();
             patterns.map_err(named(key))
         };
-        let each = |key: &'static str, patterns: Option<Ordered>| {
+        let each = |key: &'static str, patterns: Option<Map<String, Value>>| {
             let (names, values): (Vec<_>, Vec<_>) =
-                patterns.unwrap_or_default().0.into_iter().unzip();
+                patterns.unwrap_or_default().into_iter().unzip();
             let names = names.iter().map(|name| expressions::of_key(name)).collect();
             let pairs = regexes(key, names)?.into_iter().zip(values);
             Ok::<_, String>(pairs.collect())

@@ -1,4 +1,4 @@
-//! Regular expressions of Python's module `re`, in which configurations of PEFT choose layers.
+//! Regular expressions of Python's module `re`, in which configurations of other programs choose layers.
 //!
 //! An expression is parsed by the rules of Python 3.11 and written again for `fancy-regex`, which
 //! understands other escapes, classes and flags under the same signs. What Python rejects is rejected,
@@ -14,8 +14,16 @@ mod parse;
 use parse::Parser;
 
 /// A regular expression of Python, matched from the start of a text.
+///
+/// # Examples
+/// ```
+/// let layers = peft::PythonRegex::prefix(r"model\.layers\.(?!0\.)")?;
+/// assert!(layers.is_match("model.layers.1.mlp.up_proj")?);
+/// assert!(!layers.is_match("model.layers.0.mlp.up_proj")?);
+/// # Ok::<(), String>(())
+/// ```
 #[derive(Debug)]
-pub(super) struct PythonRegex {
+pub struct PythonRegex {
     regex: Regex,
     /// The numbers of the groups with names.
     groups: BTreeMap<String, usize>,
@@ -24,12 +32,18 @@ pub(super) struct PythonRegex {
 impl PythonRegex {
     /// An expression for [`is_match`](Self::is_match) as in `re.match`: what follows the match is not
     /// looked at.
-    pub(super) fn prefix(pattern: &str) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// What Python does not accept, and what cannot be matched here, by name.
+    pub fn prefix(pattern: &str) -> Result<Self, String> {
         Self::new(pattern, "")
     }
 
     /// An expression for [`is_match`](Self::is_match) as in `re.fullmatch`.
-    pub(super) fn whole(pattern: &str) -> Result<Self, String> {
+    ///
+    /// # Errors
+    /// As [`PythonRegex::prefix`].
+    pub fn whole(pattern: &str) -> Result<Self, String> {
         Self::new(pattern, r"\z")
     }
 
@@ -47,7 +61,10 @@ impl PythonRegex {
     }
 
     /// Whether the text matches from its start.
-    pub(super) fn is_match(&self, text: &str) -> Result<bool, String> {
+    ///
+    /// # Errors
+    /// If the expression needs more steps than are taken.
+    pub fn is_match(&self, text: &str) -> Result<bool, String> {
         let found = self.regex.is_match(text);
         found.map_err(|error| unmatched(text, &error))
     }
@@ -56,7 +73,7 @@ impl PythonRegex {
     ///
     /// # Panics
     /// If there is no such group.
-    pub(super) fn group<'t>(&self, text: &'t str, name: &str) -> Result<Option<&'t str>, String> {
+    pub(crate) fn group<'t>(&self, text: &'t str, name: &str) -> Result<Option<&'t str>, String> {
         let captures = self.regex.captures(text);
         let captures = captures.map_err(|error| unmatched(text, &error))?;
         let group = self.groups[name];
@@ -70,7 +87,7 @@ fn unmatched(path: &str, error: &fancy_regex::Error) -> String {
 }
 
 /// A pattern that matches a text alone.
-pub(super) fn escaped(text: &str) -> String {
+pub(crate) fn escaped(text: &str) -> String {
     let mut pattern = String::new();
     for c in text.chars() {
         if !c.is_ascii_alphanumeric() && c != '_' && c.is_ascii() {
