@@ -21,7 +21,6 @@ mod packing;
 mod parameters;
 mod plan;
 mod save;
-mod settings;
 mod shards;
 mod stream;
 mod tensors;

@@ -1,4 +1,4 @@
-//! The settings of a `config.json`.
+//! The settings of a `config.json`, and of other objects of a file.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -37,6 +37,42 @@ impl<'a> Settings<'a> {
         }
     }
 
+    /// The settings of an object that is at the key `within` of its file, which may be empty.
+    pub(crate) fn within(json: &'a Value, path: &'a Path, within: &str) -> Result<Self> {
+        match json {
+            Value::Object(json) => Ok(Self {
+                within: match within {
+                    "" => String::new(),
+                    within => format!("{within}."),
+                },
+                ..Self::new(json, path)
+            }),
+            other => {
+                let problem = format!("is {}; it must be an object of settings", short(other));
+                let name = if within.is_empty() {
+                    "the file"
+                } else {
+                    within
+                };
+                Err(ConfigError::setting(path, name, problem).into())
+            }
+        }
+    }
+
+    /// The name of a setting, with the keys that lead to it.
+    pub(crate) fn name(&self, key: &str) -> String {
+        format!("{}{key}", self.within)
+    }
+
+    /// Refuses settings of other names than these.
+    pub(crate) fn check_known(&self, known: &[&str]) -> Result<()> {
+        let mut keys = self.json.keys();
+        match keys.find(|key| !known.contains(&key.as_str())) {
+            None => Ok(()),
+            Some(key) => Err(self.refuse(key, "is not known to this program")),
+        }
+    }
+
     /// An object without a setting, in place of one that is not there.
     pub(crate) fn nothing(&self) -> Settings<'a> {
         static NOTHING: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
@@ -50,8 +86,7 @@ impl<'a> Settings<'a> {
 
     /// An error about a setting.
     pub(crate) fn refuse(&self, key: &str, problem: impl Into<String>) -> Error {
-        let key = format!("{}{key}", self.within);
-        ConfigError::setting(self.path, &key, problem.into()).into()
+        ConfigError::setting(self.path, &self.name(key), problem.into()).into()
     }
 
     /// The value of a key, which may be `null`.
@@ -60,9 +95,14 @@ impl<'a> Settings<'a> {
         self.json.get(key)
     }
 
+    /// The value of a key, if it is another than `null`.
+    pub(crate) fn value(&self, key: &str) -> Option<&'a Value> {
+        self.get(key).filter(|value| !value.is_null())
+    }
+
     /// Whether the key is there with another value than `null`.
     pub(crate) fn has(&self, key: &str) -> bool {
-        self.get(key).is_some_and(|value| !value.is_null())
+        self.value(key).is_some()
     }
 
     fn read<T>(
@@ -197,6 +237,21 @@ impl<'a> Settings<'a> {
     pub(crate) fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         let flag = self.read(key, "true or false", Value::as_bool)?;
         Ok(flag.unwrap_or(default))
+    }
+
+    /// `true`, `false` or `null`.
+    pub(crate) fn optional_flag(&self, key: &str) -> Result<Option<bool>> {
+        self.read_or_null(key, "true or false", Value::as_bool)
+    }
+
+    /// A whole number that may be negative or `null`. Some programs write it as a text.
+    pub(crate) fn optional_whole(&self, key: &str) -> Result<Option<i64>> {
+        let of_float =
+            |value: f64| (value.fract() == 0.0 && value.abs() < 1e9).then_some(value as i64);
+        self.read_or_null(key, "a whole number", |value| match value {
+            Value::String(text) => text.trim().parse().ok(),
+            value => value.as_i64().or_else(|| value.as_f64().and_then(of_float)),
+        })
     }
 
     /// A text that may be `null`.

@@ -30,9 +30,9 @@ use tensor_files::{FloatType, LazyTensor};
 use super::format::{LayerFormat, Layers, PackedLayer, Refusals, double_scales, quant_error};
 use super::packing::{pack, transpose};
 use super::parameters::read;
-use super::settings::Settings;
 use super::tensors::{Stored, Tensors};
 use crate::Result;
+use crate::settings::Settings;
 use crate::source::HEAD;
 
 pub(super) const METHOD: &str = "bitsandbytes";
@@ -122,7 +122,7 @@ impl State {
 
 impl Bitsandbytes {
     pub(super) fn open(json: &Value, config: &Path) -> Result<Self> {
-        let settings = Settings::new(json, config, "quantization_config")?;
+        let settings = Settings::within(json, config, "quantization_config")?;
         if is_set(&settings, "load_in_8bit")? {
             let problem = "is true; of bitsandbytes' formats, those of 4 bits are read";
             return Err(settings.refuse("load_in_8bit", problem));
@@ -131,7 +131,7 @@ impl Bitsandbytes {
             let problem = "is not true; of bitsandbytes' formats, those of 4 bits are read";
             return Err(settings.refuse("load_in_4bit", problem));
         }
-        let storage = match settings.text("bnb_4bit_quant_storage")? {
+        let storage = match settings.optional_text("bnb_4bit_quant_storage")? {
             None => None,
             Some(name) => {
                 let name = name.strip_prefix("torch.").unwrap_or(name);
@@ -211,7 +211,7 @@ pub(super) fn is_stated(settings: &Settings) -> Result<bool> {
 
 fn is_set(settings: &Settings, key: &str) -> Result<bool> {
     let older = format!("_{key}");
-    Ok(settings.flag(key)? == Some(true) || settings.flag(&older)? == Some(true))
+    Ok(settings.optional_flag(key)? == Some(true) || settings.optional_flag(&older)? == Some(true))
 }
 
 /// The layers whose formats bitsandbytes cannot hold, whatever their values.

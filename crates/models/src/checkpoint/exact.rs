@@ -24,9 +24,9 @@ use tensor_files::LazyTensor;
 
 use super::format::{LayerFormat, Layers, double_scales, quant_error, refuse_config};
 use super::parameters::floats;
-use super::settings::Settings;
 use super::tensors::Tensors;
 use crate::Result;
+use crate::settings::Settings;
 
 pub(super) const METHOD: &str = "quant-core";
 const VERSION: u32 = 1;
@@ -49,9 +49,9 @@ struct Layer {
 
 impl Exact {
     pub(super) fn open(json: &Value, config: &Path) -> Result<Self> {
-        let settings = Settings::new(json, config, "quantization_config")?;
+        let settings = Settings::within(json, config, "quantization_config")?;
         settings.check_known(&["quant_method", "format_version", "layers"])?;
-        match settings.whole("format_version")? {
+        match settings.optional_whole("format_version")? {
             Some(version) if version == i64::from(VERSION) => {}
             Some(version) => {
                 let problem = format!("is {version}; this program reads {VERSION}");

@@ -12,8 +12,8 @@ use super::format::{LayerFormat, Layers, Refusals, refuse_config};
 use super::gguf;
 use super::gptq::{self, Gptq};
 use super::kind::{CheckpointFormat, GptqVersion};
-use super::settings::Settings;
 use super::tensors::Tensors;
+use crate::settings::Settings;
 use crate::source::{HEAD, weight_name};
 use crate::{CheckpointError, Config, Result};
 
@@ -152,8 +152,8 @@ pub(super) fn open(dir: &Path, embedded: Option<Value>, shape: &Config) -> Resul
 
 /// The method of a `quantization_config`. Older ones of bitsandbytes do not state it.
 fn method(json: &Value, config: &Path) -> Result<String> {
-    let settings = Settings::new(json, config, "quantization_config")?;
-    if let Some(method) = settings.text("quant_method")? {
+    let settings = Settings::within(json, config, "quantization_config")?;
+    if let Some(method) = settings.optional_text("quant_method")? {
         return Ok(method.to_lowercase());
     }
     if bitsandbytes::is_stated(&settings)? {

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::super::directory::CONFIG;
 use super::super::kind::GptqVersion;
-use super::super::settings::Settings;
 use super::rules::{Rule, rules, rules_in_json};
 use super::{CONFIG_FILE, METHOD, Symmetry};
+use crate::settings::Settings;
 use crate::{ConfigError, Result};
 
 /// The settings of a layer.
@@ -46,7 +46,7 @@ pub(super) struct Stated {
 
 impl Stated {
     pub(super) fn read(settings: &Settings) -> Result<Self> {
-        let bits = match settings.whole("bits")? {
+        let bits = match settings.optional_whole("bits")? {
             Some(bits @ (2 | 3 | 4 | 8)) => Some(bits as usize),
             Some(bits) => {
                 let problem = format!("is {bits}; supported: 2, 3, 4, 8");
@@ -54,7 +54,7 @@ impl Stated {
             }
             None => None,
         };
-        let group_size = match settings.whole("group_size")? {
+        let group_size = match settings.optional_whole("group_size")? {
             None => None,
             Some(-1) => Some(None),
             Some(size) => match usize::try_from(size) {
@@ -65,7 +65,7 @@ impl Stated {
                 }
             },
         };
-        let pack_dtype = settings.text("pack_dtype")?;
+        let pack_dtype = settings.optional_text("pack_dtype")?;
         // The tensors state the same.
         if let Some(dtype) = pack_dtype.filter(|d| !["int8", "int16", "int32", "int64"].contains(d))
         {
@@ -75,8 +75,8 @@ impl Stated {
         Ok(Self {
             bits,
             group_size,
-            sym: settings.flag("sym")?,
-            desc_act: settings.flag("desc_act")?,
+            sym: settings.optional_flag("sym")?,
+            desc_act: settings.optional_flag("desc_act")?,
         })
     }
 
@@ -160,8 +160,10 @@ pub(in super::super) fn config_files(
 
 impl ConfigFile {
     fn new(json: &Value, path: PathBuf, within: &str) -> Result<Self> {
-        let settings = Settings::new(json, &path, within)?;
-        let method = settings.text("quant_method")?.map(str::to_lowercase);
+        let settings = Settings::within(json, &path, within)?;
+        let method = settings
+            .optional_text("quant_method")?
+            .map(str::to_lowercase);
         if let Some(method) = method.filter(|method| method != METHOD) {
             let problem = format!("is `{method}`; this file is for {METHOD}");
             return Err(settings.refuse("quant_method", problem));
@@ -174,10 +176,13 @@ impl ConfigFile {
             symmetric: Symmetry::Unstated,
             desc_act: false,
         });
-        if settings.flag("is_marlin_format")? == Some(true) {
+        if settings.optional_flag("is_marlin_format")? == Some(true) {
             return Err(settings.refuse("is_marlin_format", "is true, which is not supported"));
         }
-        if let Some(rotation) = settings.text("rotation")?.filter(|name| !name.is_empty()) {
+        if let Some(rotation) = settings
+            .optional_text("rotation")?
+            .filter(|name| !name.is_empty())
+        {
             // Inputs of layers are rotated, too.
             let problem = format!("is `{rotation}`, which is not supported");
             return Err(settings.refuse("rotation", problem));
@@ -187,9 +192,11 @@ impl ConfigFile {
             layers,
             rules: rules(&settings, &path)?,
             version: version(&settings)?,
-            lm_head: settings.flag("lm_head")? == Some(true),
+            lm_head: settings.optional_flag("lm_head")? == Some(true),
             is_by_gptqmodel: settings.value("meta").is_some_and(is_by_gptqmodel),
-            base_name: settings.text("model_file_base_name")?.map(str::to_string),
+            base_name: settings
+                .optional_text("model_file_base_name")?
+                .map(str::to_string),
             path,
         })
     }
@@ -231,7 +238,7 @@ impl ConfigFile {
 fn version(settings: &Settings) -> Result<Option<GptqVersion>> {
     let mut version = None;
     for setting in ["checkpoint_format", "format"] {
-        let Some(name) = settings.text(setting)? else {
+        let Some(name) = settings.optional_text(setting)? else {
             continue;
         };
         let stated = match name.to_lowercase().as_str() {

@@ -9,9 +9,9 @@ use std::path::Path;
 use peft::PythonRegex;
 use serde_json::{Map, Value, json};
 
-use super::super::settings::Settings;
 use super::config::{Stated, group_size_in_json};
 use crate::Result;
+use crate::settings::Settings;
 
 const LEAVE_OUT: &str = "-:";
 const CHANGE: &str = "+:";
@@ -68,7 +68,7 @@ pub(super) fn rules(settings: &Settings, path: &Path) -> Result<Vec<Rule>> {
         let none = Value::Object(Map::new());
         let value = Some(value).filter(|value| !value.is_null());
         let of_rule = settings.name(&name);
-        let of_rule = Settings::new(value.unwrap_or(&none), path, &of_rule)?;
+        let of_rule = Settings::within(value.unwrap_or(&none), path, &of_rule)?;
         let rule = Rule::new(key, Stated::read(&of_rule)?);
         rules.push(rule.map_err(|problem| settings.refuse(&name, problem))?);
     }

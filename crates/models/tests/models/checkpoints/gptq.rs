@@ -47,7 +47,10 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
     assert_says(config("bits", json!(5)), &["bits is 5"]);
     assert_says(config("bits", json!("four")), &["bits is \"four\""]);
     assert_says(config("bits", Value::Null), &["bits is missing"]);
-    assert_says(config("sym", json!("yes")), &["sym is \"yes\", not true"]);
+    assert_says(
+        config("sym", json!("yes")),
+        &["sym is \"yes\"; it must be true"],
+    );
     assert_says(config("desc_act", json!(1)), &["desc_act is 1, not true"]);
     assert_says(config("dynamic", json!([])), &["dynamic is []"]);
     assert_says(

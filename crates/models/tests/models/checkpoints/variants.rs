@@ -301,7 +301,7 @@ fn load_in_4bit_states_bitsandbytes() {
     let dir = changed(NF4, |settings, _| settings["load_in_4bit"] = json!("yes"));
     assert_says(
         refused(dir.path()),
-        &["load_in_4bit is \"yes\", not true or false"],
+        &["load_in_4bit is \"yes\"; it must be true or false"],
     );
 }
 

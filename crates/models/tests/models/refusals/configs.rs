@@ -405,8 +405,8 @@ fn a_quantization_that_is_not_known_is_refused() {
         (json!({"quant_method": "fp8"}), "`fp8`"),
         (json!({"quant_method": "compressed-tensors"}), "supported: "),
         (json!({"bits": 4, "group_size": 128}), "is missing"),
-        (json!({"quant_method": 4}), "is 4, not a text"),
-        (json!("gptq"), "is \"gptq\", not an object"),
+        (json!({"quant_method": 4}), "is 4; it must be a text"),
+        (json!("gptq"), "is \"gptq\"; it must be an object"),
         (json!([]), "is [], not an object"),
     ] {
         let error = changed(|config, all| {
@@ -454,8 +454,8 @@ fn a_gptq_checkpoint_of_no_known_width_or_group_is_refused() {
         ("bits", json!(16), "bits is 16"),
         ("bits", json!(u64::MAX), "bits is 18446744073709551615"),
         ("bits", json!(-4), "bits is -4; supported"),
-        ("bits", json!(4.5), "bits is 4.5, not a whole number"),
-        ("bits", json!([4]), "bits is [4], not a whole number"),
+        ("bits", json!(4.5), "bits is 4.5; it must be a whole number"),
+        ("bits", json!([4]), "bits is [4]; it must be a whole number"),
         ("group_size", json!(-32), "group_size is -32"),
         ("group_size", json!(i64::MIN), "group_size is -9223"),
         ("group_size", json!(32.5), "group_size is 32.5, not a whole"),
