@@ -165,7 +165,7 @@ fn heads_are_untied_where_they_differ() {
 #[test]
 fn adapters_of_a_packed_head_are_added_to_it() {
     let mut model = base_of("lora_ends").model;
-    let rtn = Rtn::new().with_bits(8).with_group_size(8);
+    let rtn = Rtn::new().with_bits(4).with_group_size(8);
     models::quantize_head(&mut model, &rtn).unwrap();
     let adapters = Adapters::open_with_base(case_dir("lora_ends"), &mut model).unwrap();
     peft::activate(&mut model, &adapters).unwrap();

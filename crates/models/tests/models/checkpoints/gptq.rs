@@ -51,7 +51,10 @@ fn gptq_checkpoints_that_cannot_be_read_right_are_refused() {
         config("sym", json!("yes")),
         &["sym is \"yes\"; it must be true"],
     );
-    assert_says(config("desc_act", json!(1)), &["desc_act is 1, not true"]);
+    assert_says(
+        config("desc_act", json!(1)),
+        &["desc_act is 1; it must be true"],
+    );
     assert_says(config("dynamic", json!([])), &["dynamic is []"]);
     assert_says(
         config("rotation", json!("hadamard")),

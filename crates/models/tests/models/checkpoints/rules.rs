@@ -181,7 +181,7 @@ fn rules_that_cannot_be_followed_are_refused_by_their_keys() {
             &["dynamic.`a`.group_size is 0"],
         ),
         (r#"{ "a": { "sym": 1 } }"#, &["dynamic.`a`.sym is 1"]),
-        (r#"{ "a": 8 }"#, &["dynamic.`a` is 8, not an object"]),
+        (r#"{ "a": 8 }"#, &["dynamic.`a` is 8; it must be an object"]),
         (r#"[ "a" ]"#, &["dynamic is [\"a\"], not an object"]),
         (
             r#"{ "-:.*k_proj": {} }"#,

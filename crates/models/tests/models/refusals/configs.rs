@@ -407,7 +407,7 @@ fn a_quantization_that_is_not_known_is_refused() {
         (json!({"bits": 4, "group_size": 128}), "is missing"),
         (json!({"quant_method": 4}), "is 4; it must be a text"),
         (json!("gptq"), "is \"gptq\"; it must be an object"),
-        (json!([]), "is [], not an object"),
+        (json!([]), "is []; it must be an object"),
     ] {
         let error = changed(|config, all| {
             config["quantization_config"] = quantization;
@@ -458,11 +458,15 @@ fn a_gptq_checkpoint_of_no_known_width_or_group_is_refused() {
         ("bits", json!([4]), "bits is [4]; it must be a whole number"),
         ("group_size", json!(-32), "group_size is -32"),
         ("group_size", json!(i64::MIN), "group_size is -9223"),
-        ("group_size", json!(32.5), "group_size is 32.5, not a whole"),
+        (
+            "group_size",
+            json!(32.5),
+            "group_size is 32.5; it must be a whole",
+        ),
         (
             "group_size",
             json!(1e300),
-            "group_size is 1e300, not a whole",
+            "group_size is 1e300; it must be a whole",
         ),
         ("group_size", json!("many"), "group_size is \"many\", not"),
         (

@@ -443,7 +443,7 @@ fn a_file_that_asks_for_too_much_is_refused() {
         ),
         (
             with(&word_level(), "/model/vocab/a", json!(3)),
-            "model: vocab: `a` and `hello` have the same id 3",
+            "model: vocab: `hello` and `a` have the same id 3",
         ),
         (
             with(

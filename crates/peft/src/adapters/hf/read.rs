@@ -245,7 +245,7 @@ impl Reader<'_> {
             if changes.weight(path).is_none() {
                 return Err(Error::UnknownLayer { path: path.clone() });
             }
-            if !self.directory.targets(path)? {
+            if !self.directory.targets(path)? && !self.is_tied_to_target(path, &linears, changes)? {
                 let problem = format!("is of layer `{path}`, which `{CONFIG}` does not target");
                 let tensor = tensors.values().next().map_or("", String::as_str);
                 return Err(self.file.refuse(tensor, problem).into());
@@ -281,6 +281,25 @@ impl Reader<'_> {
             }
         }
         Ok(layers)
+    }
+
+    /// Whether PEFT gives a matrix beside the projections the adapter of another one, as it does to the head
+    /// of a tied model (`ensure_weight_tying`).
+    fn is_tied_to_target(
+        &self,
+        path: &str,
+        linears: &BTreeMap<String, &Linear>,
+        changes: &Changes,
+    ) -> Result<bool> {
+        if !self.directory.base.ensure_weight_tying || linears.contains_key(path) {
+            return Ok(false);
+        }
+        for other in changes.matrices() {
+            if !linears.contains_key(other) && self.directory.targets(other)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn adapter(
