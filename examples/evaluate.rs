@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{ArgGroup, Parser};
 use evaluate::{
-    Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
+    AddBos, Bootstrap, CALIBRATION_BINS, ChoiceItem, Estimate, Measurement, Report, bits_per_byte,
     byte_perplexity, calibration_error, choices, compare, confidences, gsm8k, llama_cpp_perplexity,
     window_losses, word_losses, word_perplexity,
 };
@@ -76,6 +76,10 @@ struct Args {
     #[arg(long, value_name = "TEXT", default_value = "<|endoftext|>",
           value_parser = NonEmptyStringValueParser::new())]
     separator: String,
+    /// Whether the documents of the protocol `word` begin with the token that begins texts [default: as the
+    /// tokenizer does it]
+    #[arg(long, value_name = "BOOL")]
+    add_bos_token: Option<bool>,
     /// Multiple-choice questions, JSONL: context (or query, question), choices, answer
     #[arg(long, value_name = "FILE", requires = "model")]
     choices: Option<PathBuf>,
@@ -110,6 +114,16 @@ struct Data {
     choices: Option<Vec<ChoiceItem>>,
     problems: Option<Vec<gsm8k::Problem>>,
     shots: Vec<gsm8k::Problem>,
+}
+
+impl Args {
+    fn add_bos(&self) -> AddBos {
+        match self.add_bos_token {
+            None => AddBos::AsTokenizer,
+            Some(true) => AddBos::Always,
+            Some(false) => AddBos::Never,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -168,7 +182,7 @@ fn run(args: &Args) -> Result<()> {
     }
     for (dir, name) in args.adapters.iter().zip(&names[args.model.len()..]) {
         let mut adapted = reference.clone();
-        let adapters = Adapters::open(dir, &adapted.model)?;
+        let adapters = Adapters::open_with_base(dir, &mut adapted.model)?;
         peft::activate(&mut adapted.model, &adapters)?;
         others.push((name, adapted));
     }
@@ -253,6 +267,10 @@ fn settings(
         ("dtype", Some(args.dtype.name.name().into())),
         ("text", of_text(path(&args.text))),
         ("separator", of_text(format!("{:?}", args.separator))),
+        (
+            "add-bos-token",
+            args.add_bos_token.and_then(|add| of_text(add.to_string())),
+        ),
         ("seq-len", of_text(args.cut.seq_len.to_string())),
         ("n-ctx", of_text(n_ctx.to_string())),
         (
@@ -445,17 +463,20 @@ impl Measured<'_> {
         let documents = text.split(&self.args.separator);
         let documents = documents.filter(|document| !document.trim().is_empty());
         let documents = documents.take(self.args.limit);
-        let documents = documents
-            .map(|document| Ok((document, lm.encode(document)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let (prefix, max_len) = (lm.first_token()?, lm.model.config().max_seq_len());
-        let scored = word_losses(&lm.model, &documents, prefix, max_len, &lm.model.device())?;
+        let documents: Vec<&str> = documents.collect();
+        let add_bos = self.args.add_bos();
+        let scored = word_losses(lm, &documents, add_bos)?;
+        let protocol = match add_bos {
+            AddBos::AsTokenizer => "word",
+            AddBos::Always => "word, add_bos_token=true",
+            AddBos::Never => "word, add_bos_token=false",
+        };
         let words = word_perplexity(&scored, &self.bootstrap)?;
         let bytes = byte_perplexity(&scored, &self.bootstrap)?;
         let bits = bits_per_byte(&scored, &self.bootstrap)?;
-        column.add("word", "word perplexity", words, "documents", true);
-        column.add("word", "byte perplexity", bytes, "documents", true);
-        column.add("word", "bits per byte", bits, "documents", true);
+        column.add(protocol, "word perplexity", words, "documents", true);
+        column.add(protocol, "byte perplexity", bytes, "documents", true);
+        column.add(protocol, "bits per byte", bits, "documents", true);
         Ok(())
     }
 

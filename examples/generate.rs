@@ -18,7 +18,7 @@ use models::Generation;
 use peft::{Adapters, Linears};
 use quant_core::Rtn;
 
-/// Generate text with a LLaMA or an OPT, dense or quantized
+/// Generate text with a model, dense or quantized
 #[derive(Parser)]
 #[command(
     version,
@@ -81,7 +81,8 @@ fn run(args: &Args) -> Result<()> {
         .with_temperature(args.temperature)
         .with_top_k(args.top_k)
         .with_top_p(args.top_p)
-        .with_seed(args.seed);
+        .with_seed(args.seed)
+        .with_stop_strings(&args.stop);
     settings.check()?;
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
@@ -93,7 +94,7 @@ fn run(args: &Args) -> Result<()> {
         models::quantize(&mut lm.model, &rtn, &[], |_| {})?;
     }
     if let Some(adapters) = &args.adapters {
-        let adapters = Adapters::open(adapters, &lm.model)?;
+        let adapters = Adapters::open_with_base(adapters, &mut lm.model)?;
         peft::activate(&mut lm.model, &adapters)?;
     }
 
@@ -107,20 +108,13 @@ fn run(args: &Args) -> Result<()> {
     };
     let start = Instant::now();
     let mut first = None;
-    let mut text = String::new();
     let written = lm.generate(&prompt, &settings, |piece| {
         if first.is_none() && !args.chat {
             print!("{}", args.prompt);
         }
         first.get_or_insert_with(|| start.elapsed());
-        text += piece;
         print!("{piece}");
-        let mut stops = args.stop.iter().filter(|stop| !stop.is_empty());
-        if stops.any(|stop| text.contains(stop)) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
+        ControlFlow::Continue(())
     })?;
     println!();
     let n_bytes: usize = (lm.model.linears().iter())

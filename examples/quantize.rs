@@ -24,7 +24,7 @@ use peft::{Batch, PerLayer};
 use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 use tensor_files::Output;
 
-/// Quantize a LLaMA or an OPT and measure the loss of perplexity
+/// Quantize a model and measure the loss of perplexity
 ///
 /// Without options, the embedded model is quantized with several quantizers at 4, 3 and 2 bits, in groups
 /// of several sizes.
@@ -265,15 +265,6 @@ fn within(args: &Args, name: Name, group_size: GroupSize, source: &Path) -> Resu
         .iter()
         .map(|&bits| checked_plan(args, &quantizer(bits), source));
     let plans: Vec<Plan> = plans.collect::<Result<_>>()?;
-    if let [first, second, ..] = bits[..] {
-        // Layers of two widths, which some formats do not hold.
-        let mut mixed = PerLayer::default();
-        for (at, layer) in plans[0].layers.iter().enumerate() {
-            let bits = if at == 0 { first } else { second };
-            mixed.0.insert(layer.path.clone(), quantizer(bits));
-        }
-        checked_plan(args, &mixed, source)?;
-    }
     let weights = plans[0]
         .layers
         .iter()

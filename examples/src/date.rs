@@ -1,7 +1,7 @@
 //! The date that chat templates read.
 
 use clap::Args;
-use jiff::Zoned;
+use jiff::ZonedDateTime;
 use jiff::civil::{Date, DateTime};
 
 /// The option of a program that gives the date.
@@ -20,6 +20,7 @@ impl DateArg {
 
     /// The time that is given, or else now.
     pub fn or_now(self) -> DateTime {
-        self.given().unwrap_or_else(|| Zoned::now().datetime())
+        self.given()
+            .unwrap_or_else(|| ZonedDateTime::now().datetime())
     }
 }

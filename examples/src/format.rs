@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub enum FormatName {
     /// Format of this workspace, which holds every model exactly
     QuantCore,
-    /// GPTQ v1, whose zero-points are stored less one
+    /// GPTQ v1, for symmetric quantizers
     Gptq,
     /// GPTQ v2
     GptqV2,

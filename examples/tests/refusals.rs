@@ -127,7 +127,7 @@ fn what_headers_and_texts_tell_is_refused_before_weights_are_read() {
             "--allow-rounding",
         ),
         (
-            format!("{adapt} --method peqa-zeros --format gptq"),
+            format!("{adapt} --method peqa-zeros --format gptq-v2"),
             "--allow-rounding",
         ),
         (format!("{adapt} --method qa-lora --rank 200"), "rank 200"),

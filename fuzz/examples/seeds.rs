@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use evaluate::{Bootstrap, Measurement, Report};
 use fuzz::{
-    ADAPTER_FILES, CHECKPOINT_FILES, INDEX_FILES, SEPARATOR, TASK_FILES, TOKENIZER_FILES, fixtures,
-    tensors_text,
+    ADAPTER_FILES, CHECKPOINT_FILES, INDEX_FILES, SEPARATOR, TASK_FILES, TOKENIZER_FILES,
+    VOCABULARY_FILES, fixtures, tensors_text,
 };
 use models::{CheckpointFormat, Config, GptqVersion, Model, Pretrained};
 use peft::{Adapters, Bayesian, Lora, Method, Peqa, TaskPack, Tile, Vera};
@@ -203,6 +203,22 @@ fn main() -> Result<()> {
         assert_eq!(parts.len(), TOKENIZER_FILES.len());
         seeds.write("tokenizer", name, &parts)?;
     }
+    let text = "a abb  c A b".as_bytes();
+    let golden =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/models/tests/golden/tokenizers");
+    for name in ["llama", "unigram_plain"] {
+        let model = fs::read(golden.join(name).join("tokenizer.model"))?;
+        let stated = fs::read(golden.join(name).join("tokenizer_config.json"))?;
+        let parts: [&[u8]; 6] = [&model, b"", b"", b"", &stated, text];
+        assert_eq!(parts.len(), VOCABULARY_FILES.len());
+        seeds.write("vocabulary", name, &parts)?;
+    }
+    let vocab = br#"{"a": 0, "b": 1, "ab": 2, "abb": 3}"#;
+    let merges = b"#version: 0.2\na b\nab b\n";
+    let stated =
+        br#"{"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "add_bos_token": true}"#;
+    let parts: [&[u8]; 6] = [b"", vocab, merges, br#"{"<s>": 4}"#, stated, text];
+    seeds.write("vocabulary", "bytes", &parts)?;
     for (name, template) in [("llama2", LLAMA2), ("chatml", CHATML)] {
         seeds.write("template", name, &[template.as_bytes(), RECORD.as_bytes()])?;
     }

@@ -60,8 +60,20 @@ pub const TOKENIZER_FILES: [&str; 4] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "text",
+    TEXT,
 ];
+
+/// The files of the target `vocabulary`, the last of which is a text to encode.
+pub const VOCABULARY_FILES: [&str; 6] = [
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    TEXT,
+];
+
+const TEXT: &str = "text";
 
 fn device() -> Device {
     Device::flex()
@@ -185,10 +197,11 @@ pub fn config(data: &[u8]) {
         return;
     };
     let small = |size: usize| size <= 32;
-    // An OPT has an embedding of each position, and embeddings of another width.
+    // Embeddings of each position, and those of another width.
     let others = match &config {
         Config::Opt(opt) => [opt.max_position_embeddings, opt.word_embed_proj_dim],
-        Config::Llama(_) => [0, 0],
+        Config::GptNeo(neo) => [neo.max_position_embeddings, 0],
+        _ => [0, 0],
     };
     let projections = || config.projections().into_iter().map(|(_, dims)| dims);
     if config.num_hidden_layers() <= 2
@@ -229,8 +242,11 @@ pub fn peft(data: &[u8]) {
     let Some(dir) = write(&ADAPTER_FILES, data) else {
         return;
     };
-    for base in [packed_model(), dense_model()] {
-        let Ok(adapters) = Adapters::load_hf(&dir, &base) else {
+    for mut base in [packed_model(), dense_model()] {
+        if Adapters::load(&dir, &device()).is_ok() {
+            continue;
+        }
+        let Ok(adapters) = Adapters::open_with_base(&dir, &mut base) else {
             continue;
         };
         let of = |adapters: &Adapters| {
@@ -286,22 +302,32 @@ fn let_tokenizers_panic() {
 
 /// A tokenizer with its configurations, and a text.
 pub fn tokenizer(data: &[u8]) {
+    read_tokenizer(&TOKENIZER_FILES, data);
+}
+
+/// The vocabularies of a Python tokenizer with its configurations, and a text.
+pub fn vocabulary(data: &[u8]) {
+    read_tokenizer(&VOCABULARY_FILES, data);
+}
+
+fn read_tokenizer(files: &[&str], data: &[u8]) {
     let_tokenizers_panic();
-    let Some(dir) = write(&TOKENIZER_FILES, data) else {
+    let Some(dir) = write(files, data) else {
         return;
     };
-    let [file, .., text] = TOKENIZER_FILES.map(|name| dir.join(name));
-    let Ok(tokenizer) = Tokenizer::open(&file) else {
+    let Ok(Some(tokenizer)) = Tokenizer::read(&dir) else {
         return;
     };
     let _ = SpecialTokens::read(&dir, &tokenizer);
-    let text = std::fs::read(text).unwrap_or_default();
+    let text = std::fs::read(dir.join(TEXT)).unwrap_or_default();
     if let Ok(tokens) = tokenizer.encode(&String::from_utf8_lossy(&text)) {
         let _ = tokenizer.decode(&tokens);
-        let mut stream = tokenizer.stream();
-        let _ = tokens
-            .iter()
-            .try_for_each(|&token| stream.push(token).map(drop));
+        if let Ok(mut stream) = tokenizer.stream(&tokens[..tokens.len() / 3]) {
+            let _ = tokens
+                .iter()
+                .try_for_each(|&token| stream.push(token).map(drop));
+            let _ = stream.finish();
+        }
     }
     let _ = tokenizer.decode(&[0, 1, u32::MAX]);
 }

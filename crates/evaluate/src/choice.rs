@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::refuse;
+use crate::harness::{AddBos, encode};
 use crate::rolling::ScoredWindow;
 use crate::score::score;
 use crate::whitespace::split_trailing;
@@ -163,7 +164,7 @@ pub fn choices(lm: &Pretrained, items: &[ChoiceItem]) -> Result<Vec<ChoiceScore>
     let mut windows = Vec::new();
     for item in items {
         for continuation in item.continuations() {
-            let encode = |text: &str| Ok(lm.encode_text(text)?);
+            let encode = |text: &str| encode(lm, text, AddBos::default());
             let prefix = || Ok(lm.first_token()?);
             let (context, continuation) =
                 encode_pair(&item.context, &continuation, prefix, encode)?;

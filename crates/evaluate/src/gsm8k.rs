@@ -1,7 +1,7 @@
 //! GSM8K as in the task `gsm8k` of lm-evaluation-harness, version 3.
 //!
-//! A model continues [`prompt`] or [`few_shot_prompt`] greedily, and [`cut`] ends the text at the first
-//! of [`STOPS`]. [`strict`] and [`flexible`] extract an answer, which [`is_correct`] compares with the
+//! A model continues [`prompt`] or [`few_shot_prompt`] greedily, until its text has one of [`STOPS`] or the
+//! tokenizer's end-of-sequence token, and [`cut`] ends it there. [`strict`] and [`flexible`] extract an answer, which [`is_correct`] compares with the
 //! reference. [`answers`] does all of it.
 //!
 //! Cobbe et al. 2021, arXiv:2110.14168; `lm_eval/tasks/gsm8k/gsm8k.yaml`.
@@ -16,11 +16,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::error::refuse;
+use crate::harness::{AddBos, encode};
 
 #[cfg(test)]
 mod tests;
 
-/// The strings that end a generated text, beside the model's end-of-sequence token.
+/// The strings that end a generated text, beside the end-of-sequence token of the tokenizer and the stop
+/// tokens of the model.
 pub const STOPS: [&str; 3] = ["Question:", "</s>", "<|im_end|>"];
 
 /// A question and its solution, which ends with the answer after `#### `.
@@ -69,10 +71,13 @@ pub struct Answer {
 /// Generates a model's answers of at most `max_new_tokens` tokens, after solved examples.
 ///
 /// A prompt follows `bos` if the tokenizer adds it. The beginning of a prompt that leaves too few
-/// positions for the answer is dropped, as by the harness. `on_answer` is called after each answer.
+/// positions for the answer is dropped, as by the harness. The text is that of the new tokens alone,
+/// without special tokens; those that are stops are found before. `on_answer` is called after each answer.
+///
+/// Source: `HFLM.generate_until` in `lm_eval/models/huggingface.py` 0.4.13, for batches of one.
 ///
 /// # Errors
-/// As [`Pretrained::encode_text`] and [`Pretrained::generate`].
+/// As [`Pretrained::special_tokens`], [`Pretrained::encode`] and [`Pretrained::generate`].
 pub fn answers(
     lm: &Pretrained,
     examples: &[Problem],
@@ -80,23 +85,22 @@ pub fn answers(
     max_new_tokens: usize,
     mut on_answer: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>> {
-    let settings = Generation::new(max_new_tokens);
+    let tokenizer = lm.tokenizer()?;
+    let mut stops = STOPS.map(String::from).to_vec();
+    if let Some(eos) = lm.special_tokens()?.eos {
+        stops.push(tokenizer.decode_with_special(&[eos.id])?);
+    }
+    let settings = Generation::new(max_new_tokens).with_stop_strings(&stops);
     let max_len = lm.model.config().max_seq_len();
     let mut answers = Vec::new();
     for problem in problems {
-        let prompt = lm.encode_text(&few_shot_prompt(examples, &problem.question))?;
+        let prompt = few_shot_prompt(examples, &problem.question);
+        let prompt = encode(lm, &prompt, AddBos::default())?;
         let room = max_len.saturating_sub(max_new_tokens).max(1);
         let prompt = &prompt[prompt.len().saturating_sub(room)..];
-        let mut text = String::new();
-        lm.generate(prompt, &settings, |piece| {
-            text += piece;
-            if cut(&text, &STOPS).len() < text.len() {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })?;
-        let text = cut(&text, &STOPS).to_string();
+        let new = lm.generate(prompt, &settings, |_| ControlFlow::Continue(()))?;
+        let text = tokenizer.decode(&new.tokens)?;
+        let text = cut(&text, &stops).to_string();
         let answer = Answer {
             strict: is_correct(strict(&text), &problem.answer),
             flexible: is_correct(flexible(&text), &problem.answer),
@@ -109,8 +113,9 @@ pub fn answers(
 }
 
 /// Cuts a text at the first of the stops; empty stops are ignored.
-pub fn cut<'a>(text: &'a str, stops: &[&str]) -> &'a str {
-    let stops = stops.iter().filter(|stop| !stop.is_empty());
+pub fn cut<'a>(text: &'a str, stops: &[impl AsRef<str>]) -> &'a str {
+    let stops = stops.iter().map(AsRef::as_ref);
+    let stops = stops.filter(|stop: &&str| !stop.is_empty());
     stops.fold(text, |text, stop| {
         text.split_once(stop).map_or(text, |(before, _)| before)
     })

@@ -45,6 +45,7 @@ mod agreement;
 mod choice;
 mod error;
 pub mod gsm8k;
+mod harness;
 mod perplexity;
 mod report;
 mod rolling;
@@ -55,6 +56,7 @@ mod whitespace;
 pub use agreement::{Comparison, compare, confidences};
 pub use choice::{ChoiceItem, ChoiceScore, choices, encode_pair};
 pub use error::{Error, Result};
+pub use harness::AddBos;
 pub use perplexity::{
     Perplexity, document_losses, llama_cpp_perplexity, perplexity, target_loss, window_losses,
     word_losses,

@@ -1,7 +1,9 @@
 use burn::tensor::Device;
+use models::Pretrained;
 use peft::{Batch, CausalLm, token_nll};
 use serde::{Deserialize, Serialize};
 
+use crate::harness::{AddBos, encode};
 use crate::rolling::{ScoredDocument, ScoredWindow, llama_cpp_windows, rolling_windows};
 use crate::score::score;
 use crate::statistics::{Bootstrap, Estimate};
@@ -159,26 +161,30 @@ pub fn llama_cpp_perplexity<M: CausalLm>(
 
 /// The rolling log-likelihoods of documents, as in lm-evaluation-harness.
 ///
-/// Each document is a text with its tokens. The first token is predicted from `prefix`, and the model
-/// reads at most `max_len` tokens: see [`rolling_windows`].
+/// The first token of a document is predicted from [`Pretrained::first_token`], and the model reads at most
+/// as many tokens as it was trained for: see [`rolling_windows`]. By default, that is with
+/// [`AddBos::AsTokenizer`], a tokenizer that adds the token that begins texts adds it to each document,
+/// where it is predicted as all others are.
+///
+/// Source: `HFLM.loglikelihood_rolling` in `lm_eval/models/huggingface.py` 0.4.13.
 ///
 /// # Errors
-/// As [`rolling_windows`] and [`score`].
-pub fn word_losses<M: CausalLm>(
-    model: &M,
-    documents: &[(&str, Vec<u32>)],
-    prefix: u32,
-    max_len: usize,
-    device: &Device,
+/// As [`Pretrained::encode`], [`Pretrained::first_token`] and [`score`].
+pub fn word_losses(
+    lm: &Pretrained,
+    documents: &[&str],
+    add_bos: AddBos,
 ) -> Result<Vec<ScoredDocument>> {
+    let (prefix, max_len) = (lm.first_token()?, lm.model.config().max_seq_len());
     let (mut windows, mut ends) = (Vec::new(), Vec::new());
-    for (_, tokens) in documents {
-        windows.extend(rolling_windows(tokens, prefix, max_len)?);
+    for text in documents {
+        let tokens = encode(lm, text, add_bos)?;
+        windows.extend(rolling_windows(&tokens, prefix, max_len)?);
         ends.push(windows.len());
     }
-    let losses = score(model, &windows, device)?;
+    let losses = score(&lm.model, &windows, &lm.model.device())?;
     let mut start = 0;
-    let scored = documents.iter().zip(ends).map(|((text, _), end)| {
+    let scored = documents.iter().zip(ends).map(|(text, end)| {
         let loss: f64 = losses[start..end].iter().flatten().sum();
         start = end;
         ScoredDocument::new(text, -loss)

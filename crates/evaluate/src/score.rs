@@ -1,5 +1,4 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kernels::linear_cross_entropy;
 use peft::{CausalLm, Spans};
 
 use crate::rolling::ScoredWindow;
@@ -73,7 +72,7 @@ fn token_losses<M: CausalLm>(model: &M, read: Tensor<2, Int>, targets: Tensor<2,
     let x = model.norm(x);
     let width = x.dims()[2];
     let x = x.reshape([n * seq, width]);
-    let losses = linear_cross_entropy(x, model.head().to_dense(), targets.reshape([n * seq]));
+    let losses = model.head().nll(x, targets.reshape([n * seq]));
     let losses = losses.into_data().convert::<f32>().try_into_vec();
     losses.expect("converted to f32")
 }

@@ -9,10 +9,12 @@ mod autodiff;
 mod composed;
 #[cfg(feature = "flex")]
 mod flex;
+mod scores;
 mod starts;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use scores::Scores;
 use starts::Starts;
 
 /// Attention and its gradients, composed from burn's primitive operations unless overridden.
@@ -33,28 +35,29 @@ pub(crate) trait AttentionOps: Backend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         #[extension_type] starts: Starts<Self>,
-        scale: f64,
+        scores: Scores,
     ) -> FloatTensor<Self> {
-        Self::causal_attention_forward(q, k, v, starts, scale).0
+        Self::causal_attention_forward(q, k, v, starts, scores).0
     }
 
-    /// The output, and the log-sum-exp of the scaled scores of each query, `[batch, heads, seq_q]`, in
-    /// `F32` where `q` is of 16 bits.
+    /// The output, and the log-sum-exp of the scores of each query, `[batch, heads, seq_q]`, in `F32` where
+    /// `q` is of 16 bits.
     #[fusion(default)]
     fn causal_attention_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         #[extension_type] starts: Starts<Self>,
-        scale: f64,
+        scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed::forward::<Self>(q, k, v, starts, scale)
+        composed::forward::<Self>(q, k, v, starts, scores)
     }
 
     /// The gradients for `q`, `k` and `v`, from the inputs and results of the forward pass.
     ///
-    /// With the probabilities `p = exp(scale q kᵀ - lse)` and `dp = dy vᵀ`:
-    /// `ds = p (dp - Σ dy y) scale`, `dq = ds k`, `dk = dsᵀ q`, `dv = pᵀ dy`.
+    /// With the scores `s`, the probabilities `p = exp(s - lse)` and `dp = dy vᵀ`:
+    /// `ds = p (dp - Σ dy y) scale`, times `1 - (s / cap)²` if scores are capped, `dq = ds k`, `dk = dsᵀ q`,
+    /// `dv = pᵀ dy`.
     #[allow(
         clippy::too_many_arguments,
         reason = "inputs and results of the forward pass; not `expect`, because the macro copies this to functions that the lint accepts"
@@ -68,9 +71,9 @@ pub(crate) trait AttentionOps: Backend {
         y: FloatTensor<Self>,
         lse: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        scale: f64,
+        scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed::backward::<Self>(q, k, v, starts, y, lse, dy, scale)
+        composed::backward::<Self>(q, k, v, starts, y, lse, dy, scores)
     }
 }
 
@@ -81,6 +84,8 @@ impl AttentionOps for burn::backend::NdArray {}
 impl AttentionOps for burn_cubecl::CubeBackend {}
 
 /// Causal attention, `softmax(scale · q kᵀ) v`, differentiable in `q`, `k` and `v`.
+///
+/// `scores` is the scale, or [`Scores`] with a soft cap, which is applied before the mask.
 ///
 /// The queries are the last `seq_q` of `seq_k` positions. Query `i` attends to the keys
 /// `starts[i] ..= seq_k - seq_q + i`, or `0 ..= seq_k - seq_q + i` without `starts`: packed segments and
@@ -99,7 +104,7 @@ impl AttentionOps for burn_cubecl::CubeBackend {}
 ///
 /// # Panics
 /// If the shapes are not these, `kv_heads` does not divide `heads`, there are fewer keys than queries,
-/// `heads` or `dim` is 0, the dtypes of `q`, `k` and `v` differ, or `scale` is not positive; on the CPU also if a start is negative.
+/// `heads` or `dim` is 0, the dtypes of `q`, `k` and `v` differ, or the scale is not positive; on the CPU also if a start is negative.
 ///
 /// # Examples
 /// ```
@@ -119,8 +124,9 @@ pub fn causal_attention(
     k: Tensor<4>,
     v: Tensor<4>,
     starts: Option<Tensor<2, Int>>,
-    scale: f64,
+    scores: impl Into<Scores>,
 ) -> Tensor<4> {
+    let scores = scores.into();
     let ([batch, seq_q, heads, dim], [_, seq_k, kv_heads, _]) = (q.dims(), k.dims());
     let of_keys = [batch, seq_k, kv_heads, dim];
     assert_eq!(k.dims(), of_keys, "the shape of the keys");
@@ -131,6 +137,7 @@ pub fn causal_attention(
     );
     assert!(seq_q <= seq_k, "{seq_q} queries, but {seq_k} keys");
     assert!(heads * dim > 0, "{heads} heads of dimension {dim}");
+    let scale = scores.scale;
     assert!(scale > 0.0, "a scale of {scale} is not positive");
     assert_same("k", k.dtype(), "q", q.dtype());
     assert_same("v", v.dtype(), "q", q.dtype());
@@ -142,5 +149,5 @@ pub fn causal_attention(
         None => Starts::First,
     };
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, starts, scale))
+    Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, starts, scores))
 }

@@ -19,7 +19,10 @@
 //! | [`matmul`] | `y = x · w` with a dense weight of any dtype |
 //! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | SwiGLU, RMSNorm and rotary position embeddings |
 //! | [`causal_attention`] | attention without a matrix of scores, for grouped queries and a KV cache |
+//! | [`Scores`] | the scale and the soft cap of its scores |
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
+//! | [`OutputHead`] | the weight, the bias and the soft cap of its logits |
+//! | [`softcap`] | `cap · tanh(x / cap)` |
 //! | [`group_ranges`], [`clip_search`] | the ranges of groups, from which grids are made |
 //! | [`encode`] | the codes nearest to a weight on a grid |
 //! | [`add_gram`] | `sum + xᵀ · x`, which OPTQ learns from |
@@ -98,24 +101,26 @@ mod pack;
 mod quant_matmul;
 mod rope;
 mod shared;
+mod softcap;
 #[cfg(all(test, feature = "flex"))]
 mod testing;
 mod threads;
 
 pub use activation::silu_mul;
 pub use arithmetic::{Arithmetic, UnsupportedArithmetic, arithmetic, set_arithmetic};
-pub use attention::causal_attention;
+pub use attention::{Scores, causal_attention};
 pub use encode::{
     ClipLoss, Feedback, Influence, ZeroPoint, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,
 };
 pub use gram::add_gram;
 pub use layout::{Layout, Levels, TABLE, TILE};
-pub use loss::linear_cross_entropy;
+pub use loss::{OutputHead, linear_cross_entropy};
 pub use low_rank::add_low_rank;
 pub use matmul::matmul;
 pub use norm::rms_norm;
 pub use pack::{columns_to_tiles, pack, tiles_to_columns, unpack};
 pub use quant_matmul::{Precision, dequantize, quant_matmul};
 pub use rope::rotate_half;
+pub use softcap::softcap;
 pub use threads::among_threads;

@@ -10,14 +10,19 @@ mod autodiff;
 mod composed;
 #[cfg(feature = "flex")]
 mod flex;
+mod head;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use head::OutputHead;
+use head::{Bias, Head};
+
 /// The loss and its gradients, composed from burn's primitive operations unless overridden.
 ///
-/// The hidden states `x` are `[rows, hidden]`, the head is `[hidden, vocab]` and the targets are `[rows]`.
-/// The probabilities of a row are `p = exp(x · head - lse)`. The head may be of another dtype than `x`;
-/// losses are `F32` where `x` is of 16 bits.
+/// The hidden states `x` are `[rows, hidden]`, the weight of the head is `[hidden, vocab]` and the targets
+/// are `[rows]`. The probabilities of a row are `p = exp(logits - lse)`, and the gradient of its loss for
+/// what is capped is `d = (p - onehot(target)) (1 - (logits / cap)²)`, without the last factor if there is
+/// no cap. The head may be of another dtype than `x`; losses are `F32` where `x` is of 16 bits.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -30,7 +35,7 @@ pub(crate) trait LossOps: Backend {
     #[fusion(default)]
     fn linear_cross_entropy(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        #[extension_type] head: Head<Self>,
         targets: IntTensor<Self>,
     ) -> FloatTensor<Self> {
         Self::linear_cross_entropy_forward(x, head, targets).0
@@ -40,7 +45,7 @@ pub(crate) trait LossOps: Backend {
     #[fusion(default)]
     fn linear_cross_entropy_forward(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        #[extension_type] head: Head<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (nll, lse, _) = composed::forward::<Self>(x, head, targets, false);
@@ -49,28 +54,27 @@ pub(crate) trait LossOps: Backend {
 
     /// [`LossOps::linear_cross_entropy_forward`], and the gradient of each row's loss for its `x`.
     ///
-    /// The gradient, `(p - onehot(target)) · headᵀ`: `[rows, hidden]`, in the dtype of `x`, comes from the
-    /// same logits.
+    /// The gradient, `d · weightᵀ`: `[rows, hidden]`, in the dtype of `x`, comes from the same logits.
     #[fusion(default)]
     fn linear_cross_entropy_with_dx(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        #[extension_type] head: Head<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
         (nll, lse, dx.expect("the gradient is requested"))
     }
 
-    /// The gradient for the head, `xᵀ · ((p - onehot(target)) dnll)`: `[hidden, vocab]`, in the dtype of
-    /// the head.
+    /// The gradients for the weight of the head, `xᵀ · (d dnll)`, and for its bias, the sum of `d dnll`
+    /// over the rows, if it has one; each in its dtype.
     #[fusion(default)]
     fn linear_cross_entropy_dhead(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        #[extension_type] head: Head<Self>,
         targets: IntTensor<Self>,
         lse: FloatTensor<Self>,
         dnll: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
+    ) -> (FloatTensor<Self>, Bias<Self>) {
         composed::dhead::<Self>(x, head, targets, lse, dnll)
     }
 }
@@ -81,17 +85,19 @@ impl LossOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl LossOps for burn_cubecl::CubeBackend {}
 
-/// The cross-entropy of each target under `softmax(x · head)`, differentiable in `x` and `head`.
+/// The cross-entropy of each target under `softmax(logits)`, differentiable in `x` and the head.
+///
+/// The logits are `x · head`; an [`OutputHead`] may have a bias and a soft cap, too.
 ///
 /// It is the negative log-likelihood in nats. At most 16 MiB of logits are in memory at a time, or one
 /// row; on a device of CubeCL, or 1024 rows, so that the head is read less often. The gradient of `x`, if it is needed, is computed together with the loss, and backward
-/// multiplies it by the gradient of the loss; that of the head computes the logits again. The head may
-/// be a transposed embedding, which is not copied on the CPU, and of another dtype than `x`: see
+/// multiplies it by the gradient of the loss; that of the head computes the logits again. The weight
+/// may be a transposed embedding, which is not copied on the CPU, and of another dtype than `x`: see
 /// [`matmul`](crate::matmul).
 ///
 /// # Shapes
 /// - `x`: `[rows, hidden]`
-/// - `head`: `[hidden, vocab]`
+/// - `head`: `[hidden, vocab]`, with a bias of `[vocab]`
 /// - `targets`: `[rows]`, each in `0 .. vocab`
 /// - result: `[rows]`, in `F32` where `x` is of 16 bits
 ///
@@ -111,14 +117,28 @@ impl LossOps for burn_cubecl::CubeBackend {}
 /// let nll = linear_cross_entropy(x, head, targets).into_scalar::<f32>();
 /// assert!((nll - 4f32.ln()).abs() < 1e-6);
 /// ```
-pub fn linear_cross_entropy(x: Tensor<2>, head: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    let ([rows, hidden], [inputs, _]) = (x.dims(), head.dims());
+pub fn linear_cross_entropy(
+    x: Tensor<2>,
+    head: impl Into<OutputHead>,
+    targets: Tensor<1, Int>,
+) -> Tensor<1> {
+    let head = head.into();
+    let ([rows, hidden], [inputs, vocab]) = (x.dims(), head.weight.dims());
     assert_eq!(hidden, inputs, "the inputs of the head");
     assert_eq!(targets.dims(), [rows], "the number of targets");
     assert!(rows > 0, "there are no rows");
-    Tensor::from_dispatch(Dispatch::linear_cross_entropy(
-        x.into_dispatch(),
-        head.into_dispatch(),
-        targets.into_dispatch(),
-    ))
+    let bias = match head.bias {
+        Some(bias) => {
+            assert_eq!(bias.dims(), [vocab], "the shape of the bias of the head");
+            Bias::Each(bias.into_dispatch())
+        }
+        None => Bias::Absent,
+    };
+    let head = Head {
+        weight: head.weight.into_dispatch(),
+        bias,
+        softcap: head.softcap,
+    };
+    let (x, targets) = (x.into_dispatch(), targets.into_dispatch());
+    Tensor::from_dispatch(Dispatch::linear_cross_entropy(x, head, targets))
 }

@@ -48,6 +48,25 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+/// `tanh x` within 2 ulp.
+///
+/// Below 0.625 a polynomial, beyond it `1 - 2 / (e²ˣ + 1)`, as in `tanhf` of Cephes (Moshier), whose
+/// coefficients these are.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    let magnitude = x.abs();
+    let beyond = (1.0 - 2.0 / (exp(2.0 * magnitude) + 1.0)).copysign(x);
+    let square = x * x;
+    let p = -5.704_988_7e-3;
+    let p = p * square + 2.063_909e-2;
+    let p = p * square - 5.373_971_6e-2;
+    let p = p * square + 1.333_144_2e-1;
+    let p = p * square - 3.333_328e-1;
+    let near = p * square * x + x;
+    // NaN is near.
+    if magnitude > 0.625 { beyond } else { near }
+}
+
 /// The sum of the lanes, in a fixed order.
 #[inline(always)]
 pub(crate) fn sum(mut lanes: [f32; LANES]) -> f32 {
@@ -113,17 +132,25 @@ pub(crate) fn larger(a: f32, b: f32) -> f32 {
 /// Replaces each value by `e^(value - shift)` and returns their sum.
 #[inline(always)]
 pub(crate) fn exp_sum(values: &mut [f32], shift: f32) -> f32 {
+    exp_sum_times(values, shift, |_| 1.0)
+}
+
+/// Replaces each value by `e^(value - shift) factor(value)` and returns the sum of the exponentials.
+#[inline(always)]
+pub(crate) fn exp_sum_times(values: &mut [f32], shift: f32, factor: impl Fn(f32) -> f32) -> f32 {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
     let mut sums = [0.0; LANES];
     for chunk in chunks {
         for lane in 0..LANES {
-            chunk[lane] = exp(chunk[lane] - shift);
-            sums[lane] += chunk[lane];
+            let exp = exp(chunk[lane] - shift);
+            sums[lane] += exp;
+            chunk[lane] = exp * factor(chunk[lane]);
         }
     }
     for (value, sum) in rest.iter_mut().zip(&mut sums) {
-        *value = exp(*value - shift);
-        *sum += *value;
+        let exp = exp(*value - shift);
+        *sum += exp;
+        *value = exp * factor(*value);
     }
     sum(sums)
 }
@@ -160,17 +187,28 @@ mod tests {
         }
     }
 
-    /// Every 97th float: all binades, both signs, subnormal results and overflow.
-    #[test]
-    fn exp_is_within_one_ulp_in_every_instruction_set() {
+    by_instruction_set! {
+        fn tanh_each(values: &mut [f32]) = tanh_each_body
+    }
+
+    #[inline(always)]
+    fn tanh_each_body<I: Isa>(values: &mut [f32]) {
+        for value in values {
+            *value = tanh(*value);
+        }
+    }
+
+    /// The largest error in ulp over every 97th float: all binades, both signs, subnormal results and
+    /// overflow. The bits are the same in every instruction set.
+    fn worst_ulp(each: fn(&mut [f32]), portable: fn(f32) -> f32, exact: fn(f64) -> f64) -> f64 {
         let all: Vec<u32> = (0..=u32::MAX / 97).map(|k| k * 97).collect();
         let mut worst = 0.0f64;
         for bits in all.chunks(1 << 20) {
             let mut found: Vec<f32> = bits.iter().map(|&bits| f32::from_bits(bits)).collect();
-            exp_each(&mut found);
+            each(&mut found);
             for (&bits, &found) in bits.iter().zip(&found) {
                 let x = f32::from_bits(bits);
-                let portable = exp(x);
+                let portable = portable(x);
                 if x.is_nan() {
                     assert!(found.is_nan() && portable.is_nan());
                     continue;
@@ -180,13 +218,14 @@ mod tests {
                     portable.to_bits(),
                     "instruction sets at {x}"
                 );
-                let expected = f64::from(x).exp();
+                let expected = exact(f64::from(x));
                 let nearest = expected as f32;
                 if !nearest.is_finite() || nearest == 0.0 {
                     assert_eq!(found, nearest, "at {x}");
                     continue;
                 }
-                let ulp = f64::from(nearest.next_up()) - f64::from(nearest);
+                let magnitude = nearest.abs();
+                let ulp = f64::from(magnitude.next_up()) - f64::from(magnitude);
                 let ulp = if ulp.is_finite() {
                     ulp
                 } else {
@@ -195,7 +234,29 @@ mod tests {
                 worst = worst.max((f64::from(found) - expected).abs() / ulp);
             }
         }
+        worst
+    }
+
+    #[test]
+    fn exp_is_within_one_ulp_in_every_instruction_set() {
+        let worst = worst_ulp(exp_each, exp, f64::exp);
         assert!(worst <= 1.0, "{worst} ulp");
+    }
+
+    #[test]
+    fn tanh_is_within_two_ulp_in_every_instruction_set() {
+        let worst = worst_ulp(tanh_each, tanh, f64::tanh);
+        assert!(worst <= 2.0, "{worst} ulp");
+    }
+
+    #[test]
+    fn tanh_of_the_limits() {
+        assert_eq!(tanh(f32::INFINITY), 1.0);
+        assert_eq!(tanh(f32::MIN), -1.0);
+        assert_eq!(tanh(-0.0).to_bits(), (-0.0f32).to_bits());
+        let tiny = f32::from_bits(1);
+        assert_eq!(tanh(tiny), tiny);
+        assert!(tanh(f32::NAN).is_nan());
     }
 
     #[test]
@@ -225,6 +286,9 @@ mod tests {
             );
             let mut ones = vec![3.0; n];
             assert_eq!(exp_sum(&mut ones, 3.0), n as f32);
+            let mut halves = vec![3.0; n];
+            let sum = exp_sum_times(&mut halves, 3.0, |value| value / 6.0);
+            assert_eq!((sum, halves), (n as f32, vec![0.5; n]));
         }
     }
 }

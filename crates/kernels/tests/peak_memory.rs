@@ -4,7 +4,8 @@ mod counting;
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use kernels::{
-    Layout, Levels, Precision, causal_attention, linear_cross_entropy, matmul, pack, quant_matmul,
+    Layout, Levels, OutputHead, Precision, Scores, causal_attention, linear_cross_entropy, matmul,
+    pack, quant_matmul,
 };
 
 /// The peak of allocated bytes during a second run of `step`, above those before it.
@@ -80,18 +81,26 @@ fn a_loss_keeps_one_slab_of_logits() {
     let uniform = Distribution::Uniform(-1.0, 1.0);
     let x = Tensor::<2>::random([600, 32], uniform, &device).require_grad();
     let embedding = Tensor::<2>::random([40_000, 32], uniform, &device).require_grad();
+    let bias = Tensor::<1>::random([40_000], uniform, &device).require_grad();
     let targets = Tensor::<1, Int>::arange(0..600, &device);
-    let above = peak_of(|| {
-        let head = embedding.clone().transpose();
-        let nll = linear_cross_entropy(x.clone(), head, targets.clone());
-        let grads = nll.sum().backward();
-        assert!(x.grad(&grads).is_some() && embedding.grad(&grads).is_some());
-    });
-    let gradients = (600 + 40_000) * 32 * size_of::<f32>();
-    assert!(
-        above < (17 << 20) + 2 * gradients,
-        "{above} bytes above the parameters"
-    );
+    for capped in [false, true] {
+        let above = peak_of(|| {
+            let head = OutputHead::new(embedding.clone().transpose());
+            let head = match capped {
+                true => head.with_bias(bias.clone()).with_softcap(2.0),
+                false => head,
+            };
+            let nll = linear_cross_entropy(x.clone(), head, targets.clone());
+            let grads = nll.sum().backward();
+            assert!(x.grad(&grads).is_some() && embedding.grad(&grads).is_some());
+            assert_eq!(bias.grad(&grads).is_some(), capped);
+        });
+        let gradients = (600 + 40_000) * 32 * size_of::<f32>();
+        assert!(
+            above < (17 << 20) + 2 * gradients,
+            "{above} bytes above the parameters"
+        );
+    }
 }
 
 /// The scores of all heads are 64 MiB.
@@ -101,16 +110,18 @@ fn attention_keeps_no_scores() {
         let uniform = Distribution::Uniform(-1.0, 1.0);
         Tensor::<4>::random([1, 2048, 4, 8], uniform, &device).require_grad()
     });
-    let above = peak_of(|| {
-        let y = causal_attention(q.clone(), k.clone(), v.clone(), None, 0.5);
-        let grads = y.sum().backward();
-        assert!([&q, &k, &v].iter().all(|t| t.grad(&grads).is_some()));
-    });
-    let values = 2048 * 4 * 8 * size_of::<f32>();
-    assert!(
-        above < 12 * values,
-        "{above} bytes beside {values} of values"
-    );
+    for scores in [Scores::new(0.5), Scores::new(0.5).with_softcap(1.0)] {
+        let above = peak_of(|| {
+            let y = causal_attention(q.clone(), k.clone(), v.clone(), None, scores);
+            let grads = y.sum().backward();
+            assert!([&q, &k, &v].iter().all(|t| t.grad(&grads).is_some()));
+        });
+        let values = 2048 * 4 * 8 * size_of::<f32>();
+        assert!(
+            above < 12 * values,
+            "{above} bytes beside {values} of values"
+        );
+    }
 }
 
 /// A product widens a panel of 4 MiB or of 256 columns at a time, and the loss one of 16 MiB of the head.

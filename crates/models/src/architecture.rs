@@ -1,33 +1,44 @@
 //! The interface of an architecture: the shape of a model, and the parts and stages of a block.
 //!
 //! An architecture is a configuration that implements [`Architecture`] and a block that implements
-//! [`DecoderBlock`], in one file. `config.rs` lists the architectures.
+//! [`DecoderBlock`], in one file of `architectures/`. `architectures.rs` lists them.
 
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use peft::{Identity, Linear, Spans};
+use peft::{Identity, Linear};
 
+use crate::Result;
 use crate::kv_cache::KvCache;
 use crate::norm::{Norm, NormKind};
-use crate::positions::Positions;
+use crate::positions::{Positions, Reach};
+use crate::settings::Settings;
 use crate::source::{Shapes, Source, Vector, linear, weight_name};
 
+/// A value of `model_type` in `config.json`, and the reader of the other settings.
+pub(crate) struct ModelType<C> {
+    pub(crate) name: &'static str,
+    pub(crate) read: fn(&Settings) -> Result<C>,
+}
+
 /// The configuration of an architecture.
-pub(crate) trait Architecture: Sized {
+pub(crate) trait Architecture: Sized + 'static {
     type Block: DecoderBlock<Config = Self>;
 
-    /// The values of `model_type` in `config.json`.
-    const MODEL_TYPES: &'static [&'static str];
+    /// The model types whose models are of this architecture.
+    const MODEL_TYPES: &'static [ModelType<Self>];
 
     fn shape(&self) -> Shape;
 
     /// The settings that the outputs depend on and that parameters and their shapes do not show, with
-    /// each default stated.
+    /// each default stated. [`Reach::state`] adds those of the positions.
     fn identity(&self) -> Identity;
 
-    /// The positions of the tokens of sequences.
-    fn positions(&self, spans: &Spans) -> Positions;
+    /// Gives the model a head that is not the embedding.
+    fn untie(&mut self);
+
+    /// The tokens that those of a layer attend to, and their positions.
+    fn reach(&self, layer: usize) -> Reach;
 
     /// The projections of a block.
     fn projections(&self) -> Vec<Projection> {
@@ -56,16 +67,31 @@ pub(crate) trait Architecture: Sized {
         projections.chain(norms).collect()
     }
 
-    /// Builds the block at `path`.
+    /// The different [`Architecture::reach`] of the layers, in the order of their first layers.
+    fn reaches(&self) -> Vec<Reach> {
+        let mut all = Vec::new();
+        for layer in 0..self.shape().n_layers {
+            let reach = self.reach(layer);
+            if !all.contains(&reach) {
+                all.push(reach);
+            }
+        }
+        all
+    }
+
+    /// Builds a block.
     fn build_block<S: Source>(
         &self,
-        path: String,
+        layer: usize,
         source: &mut S,
     ) -> Result<Self::Block, S::Error> {
-        let config = self;
+        let reach = self.reach(layer);
+        let is_its = |other: &Reach| *other == reach;
+        let reach = self.reaches().iter().position(is_its);
         Self::Block::build(Parts {
-            config,
-            path,
+            config: self,
+            path: self.shape().block_path(layer),
+            reach: reach.expect("that of a layer"),
             source,
         })
     }
@@ -74,20 +100,24 @@ pub(crate) trait Architecture: Sized {
 /// The parts of a model around its blocks.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
-    /// The first part of the names of all tensors but the head's.
-    pub(crate) prefix: &'static str,
+    pub(crate) names: Names,
     pub(crate) vocab_size: usize,
     /// The width of the residual stream.
     pub(crate) hidden_size: usize,
     /// The width of the embedding and of the head, which are projected if it is not `hidden_size`.
     pub(crate) embedding_width: usize,
+    /// The factor of embeddings.
+    pub(crate) embedding_scale: Option<f64>,
     pub(crate) n_layers: usize,
     pub(crate) tie_word_embeddings: bool,
     pub(crate) norm: NormKind,
-    /// The name of the norm before the head.
-    pub(crate) final_norm: Option<&'static str>,
-    /// Rows of the table of learned positions.
-    pub(crate) position_rows: Option<usize>,
+    /// Whether there is a norm before the head.
+    pub(crate) has_final_norm: bool,
+    /// Whether the head has a bias.
+    pub(crate) has_head_bias: bool,
+    /// The soft cap of the logits.
+    pub(crate) logit_softcap: Option<f64>,
+    pub(crate) learned_positions: Option<LearnedPositions>,
     /// The longest text that the model can compute, in tokens.
     pub(crate) max_positions: Option<usize>,
     /// The longest text that a KV cache can hold, in tokens, if longer ones would change the keys.
@@ -96,10 +126,89 @@ pub(crate) struct Shape {
     pub(crate) max_seq_len: usize,
 }
 
+/// The names of the parts around the blocks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Names {
+    /// The first part of the names of all tensors but the head's.
+    pub(crate) prefix: &'static str,
+    pub(crate) embedding: &'static str,
+    /// The embedding of learned positions.
+    pub(crate) positions: &'static str,
+    pub(crate) layers: &'static str,
+    /// The norm before the head.
+    pub(crate) norm: &'static str,
+}
+
+/// A table of embeddings of positions.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LearnedPositions {
+    pub(crate) n_rows: usize,
+    /// The row of the first token of a text.
+    pub(crate) first_row: usize,
+}
+
 impl Shape {
+    /// A shape of the sizes, without what only some architectures have: no factor of embeddings, no learned
+    /// positions, no bias or soft cap of the logits.
+    pub(crate) fn new(
+        names: Names,
+        vocab_size: usize,
+        hidden_size: usize,
+        n_layers: usize,
+        max_seq_len: usize,
+        norm: NormKind,
+    ) -> Self {
+        Self {
+            names,
+            vocab_size,
+            hidden_size,
+            embedding_width: hidden_size,
+            embedding_scale: None,
+            n_layers,
+            tie_word_embeddings: false,
+            norm,
+            has_final_norm: true,
+            has_head_bias: false,
+            logit_softcap: None,
+            learned_positions: None,
+            max_positions: None,
+            max_cached: None,
+            max_seq_len,
+        }
+    }
+
+    fn path(&self, name: &str) -> String {
+        format!("{}.{name}", self.names.prefix)
+    }
+
+    /// The path of the embedding.
+    pub(crate) fn embedding_path(&self) -> String {
+        self.path(self.names.embedding)
+    }
+
+    /// The path of the embedding of learned positions.
+    pub(crate) fn positions_path(&self) -> String {
+        self.path(self.names.positions)
+    }
+
+    /// The path of the projection from the embedding to the width of the blocks.
+    pub(crate) fn project_in_path(&self) -> String {
+        self.path("project_in")
+    }
+
+    /// The path of the projection to the width of the head.
+    pub(crate) fn project_out_path(&self) -> String {
+        self.path("project_out")
+    }
+
+    /// The path of the norm before the head.
+    pub(crate) fn norm_path(&self) -> String {
+        self.path(self.names.norm)
+    }
+
     /// The path of a block.
     pub(crate) fn block_path(&self, layer: usize) -> String {
-        format!("{}.layers.{layer}", self.prefix)
+        format!("{}.{}.{layer}", self.names.prefix, self.names.layers)
     }
 }
 
@@ -236,6 +345,8 @@ pub(crate) use parts;
 pub(crate) struct Parts<'a, B: DecoderBlock, S> {
     pub(crate) config: &'a B::Config,
     path: String,
+    /// The index of the layer's reach among all of the architecture.
+    pub(crate) reach: usize,
     source: &'a mut S,
 }
 

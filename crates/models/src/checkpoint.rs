@@ -16,6 +16,7 @@ mod golden;
 mod gptq;
 mod kind;
 mod load;
+mod names;
 mod packing;
 mod parameters;
 mod plan;

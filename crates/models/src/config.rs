@@ -1,4 +1,4 @@
-//! The list of architectures. A new one adds a line to each list of this file.
+//! The shape of a model, and its blocks, of any of the [`architectures`](crate::architectures).
 
 use std::ops::Range;
 use std::path::Path;
@@ -9,73 +9,137 @@ use peft::{Identity, Linear, Spans};
 use serde_json::{Map, Value};
 
 use crate::architecture::{Architecture, DecoderBlock, Projection, Shape};
-use crate::fields::Fields;
+use crate::architectures::architectures;
 use crate::kv_cache::KvCache;
-use crate::llama::{LlamaBlock, LlamaConfig};
 use crate::norm::Norm;
-use crate::opt::{OptBlock, OptConfig};
-use crate::positions::Positions;
+use crate::positions::{Positions, Reach};
+use crate::settings::Settings;
 use crate::source::{Shapes, Source};
 use crate::{ConfigError, Result};
 
 #[cfg(test)]
+mod keys;
+#[cfg(test)]
 mod tests;
 
-/// The shape of a model of one of the architectures, from Hugging Face's `config.json`.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Config {
-    /// LLaMA, Mistral, Qwen2.
-    Llama(LlamaConfig),
-    /// OPT.
-    Opt(OptConfig),
+/// The block of an architecture.
+type BlockOf<C> = <C as Architecture>::Block;
+
+/// Defines what has a case for each architecture.
+macro_rules! define {
+    ([] $($(#[$doc:meta])* $name:ident $config:ty;)+) => {
+        /// The shape of a model of one of the architectures, from Hugging Face's `config.json`.
+        #[derive(Clone, Debug, PartialEq)]
+        #[non_exhaustive]
+        pub enum Config {
+            $($(#[$doc])* $name($config),)+
+        }
+
+        /// A block of one of the architectures.
+        #[derive(Module, Debug)]
+        #[expect(
+            clippy::large_enum_variant,
+            reason = "all blocks of a model are of one variant"
+        )]
+        pub(crate) enum Block {
+            $($name(BlockOf<$config>),)+
+        }
+
+        impl Config {
+            /// Reads the settings of a model type, if it is one of an architecture.
+            fn read(model_type: &str, settings: &Settings) -> Option<Result<Self>> {
+                $(
+                    let mut of_architecture = <$config>::MODEL_TYPES.iter();
+                    if let Some(found) = of_architecture.find(|of| of.name == model_type) {
+                        return Some((found.read)(settings).map(Self::$name));
+                    }
+                )+
+                None
+            }
+
+            /// The model types of all architectures.
+            pub(crate) fn model_types() -> Vec<&'static str> {
+                let mut all = Vec::new();
+                $(all.extend(<$config>::MODEL_TYPES.iter().map(|of| of.name));)+
+                all
+            }
+        }
+
+        impl Block {
+            /// Builds the block of a layer.
+            pub(crate) fn build<S: Source>(
+                config: &Config,
+                layer: usize,
+                source: &mut S,
+            ) -> Result<Self, S::Error> {
+                match config {
+                    $(Config::$name(config) => config.build_block(layer, source).map(Self::$name),)+
+                }
+            }
+        }
+
+        $(
+            impl From<$config> for Config {
+                fn from(config: $config) -> Self {
+                    Self::$name(config)
+                }
+            }
+
+            impl From<&$config> for Config {
+                fn from(config: &$config) -> Self {
+                    Self::$name(config.clone())
+                }
+            }
+        )+
+    };
 }
 
-/// A block of one of the architectures.
-#[derive(Module, Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "all blocks of a model are of one variant"
-)]
-pub(crate) enum Block {
-    Llama(LlamaBlock),
-    Opt(OptBlock),
-}
+architectures!(define);
 
-/// Evaluates an expression on the configuration or the block of any architecture.
-macro_rules! of {
-    ($enum:ident, $value:expr, $of:ident => $result:expr) => {
+/// See [`of`].
+macro_rules! match_each {
+    (
+        [$enum:ident, $value:expr, $of:ident => $result:expr]
+        $($(#[$doc:meta])* $name:ident $config:ty;)+
+    ) => {
         match $value {
-            $enum::Llama($of) => $result,
-            $enum::Opt($of) => $result,
+            $($enum::$name($of) => $result,)+
         }
     };
 }
 
-/// The reader of each architecture.
-const READERS: [(&[&str], Reader); 2] = [
-    (LlamaConfig::MODEL_TYPES, |json, path| {
-        LlamaConfig::from_json(json, path).map(Config::Llama)
-    }),
-    (OptConfig::MODEL_TYPES, |json, path| {
-        OptConfig::from_json(json, path).map(Config::Opt)
-    }),
+/// Evaluates an expression on the configuration or the block of any architecture.
+macro_rules! of {
+    ($($arguments:tt)*) => {
+        architectures!(match_each $($arguments)*)
+    };
+}
+
+/// The settings of a `config.json` that no output depends on: of training, of generation, of other tasks
+/// and of programs.
+const WITHOUT_EFFECT: &[&str] = &[
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "model_type",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
 ];
 
-type Reader = fn(&Map<String, Value>, &Path) -> Result<Config>;
-
 impl Block {
-    /// Builds the block at `path`.
-    pub(crate) fn build<S: Source>(
-        config: &Config,
-        path: String,
-        source: &mut S,
-    ) -> Result<Self, S::Error> {
-        match config {
-            Config::Llama(config) => config.build_block(path, source).map(Self::Llama),
-            Config::Opt(config) => config.build_block(path, source).map(Self::Opt),
-        }
-    }
-
     /// The projections of each stage.
     pub(crate) fn stages(&self) -> Vec<Range<usize>> {
         of!(Self, self, block => block.stages())
@@ -154,28 +218,36 @@ impl Config {
     /// # Ok::<(), models::Error>(())
     /// ```
     pub fn from_json(json: &Map<String, Value>, path: &Path) -> Result<Self> {
-        let model_type = json.get("model_type").and_then(Value::as_str);
+        Self::from_settings(&Settings::new(json, path), path)
+    }
+
+    fn from_settings(settings: &Settings, path: &Path) -> Result<Self> {
+        let model_type = settings.get("model_type").and_then(Value::as_str);
         let model_type = model_type.unwrap_or_default();
         let has_code =
             |code: &Value| !code.is_null() && code.as_object().is_none_or(|code| !code.is_empty());
-        if json.get("auto_map").is_some_and(has_code) {
+        if settings.get("auto_map").is_some_and(has_code) {
             let problem = format!(
                 "names code that comes with the model, which is not run here; if the model is a plain `{model_type}`, remove the key"
             );
-            return Err(Fields { path }.refuse("auto_map", problem));
+            return Err(settings.refuse("auto_map", problem));
         }
-        let reads = |(model_types, _): &&(&[&str], Reader)| model_types.contains(&model_type);
-        match READERS.iter().find(reads) {
-            Some((_, read)) => read(json, path),
-            None => {
-                let error = ConfigError::Architecture {
-                    path: path.into(),
-                    model_type: model_type.into(),
-                    supported: READERS.map(|(types, _)| types.join(", ")).join(", "),
-                };
-                Err(error.into())
-            }
+        settings.ignore(WITHOUT_EFFECT);
+        // What transformers reads for every model type.
+        settings.only("is_causal", true)?;
+        settings.only("is_encoder_decoder", false)?;
+        if settings.has("per_layer_config") {
+            let problem = "has settings of single layers, which are not supported";
+            return Err(settings.refuse("per_layer_config", problem));
         }
+        Self::read(model_type, settings).unwrap_or_else(|| {
+            let error = ConfigError::Architecture {
+                path: path.into(),
+                model_type: model_type.into(),
+                supported: Self::model_types().join(", "),
+            };
+            Err(error.into())
+        })
     }
 
     /// The `config.json` of a new model of this shape.
@@ -228,14 +300,9 @@ impl Config {
     /// of a dense model has.
     pub(crate) fn block_modules(&self) -> impl Iterator<Item = (String, Shapes)> {
         (0..self.shape().n_layers).flat_map(move |layer| {
-            let path = self.block_path(layer);
+            let path = self.shape().block_path(layer);
             of!(Self, self, config => config.modules(&path))
         })
-    }
-
-    /// The first part of the names of all tensors but the head's.
-    pub(crate) fn prefix(&self) -> &'static str {
-        self.shape().prefix
     }
 
     /// The path of a block.
@@ -247,43 +314,30 @@ impl Config {
         of!(Self, self, config => config.shape())
     }
 
-    /// See [`Architecture::identity`].
+    /// The settings that the outputs depend on and that parameters and their shapes do not show.
     pub(crate) fn identity(&self) -> Identity {
-        of!(Self, self, config => config.identity())
+        let identity = of!(Self, self, config => config.identity());
+        let layers = 0..self.num_hidden_layers();
+        let layers: Vec<Reach> = layers.map(|layer| self.reach(layer)).collect();
+        Reach::state(identity, &layers, self.max_seq_len())
     }
 
+    fn reach(&self, layer: usize) -> Reach {
+        of!(Self, self, config => config.reach(layer))
+    }
+
+    /// The positions of the tokens of sequences.
     pub(crate) fn positions(&self, spans: &Spans) -> Positions {
-        of!(Self, self, config => config.positions(spans))
+        let reaches = of!(Self, self, config => config.reaches());
+        let learned = self.shape().learned_positions;
+        let rows = learned.map(|learned| spans.positions() + learned.first_row as i64);
+        Positions::new(&reaches, rows, spans)
     }
 
     /// Gives the model a head that is not the embedding.
     pub(crate) fn untie(&mut self) {
-        of!(Self, self, config => config.tie_word_embeddings = false);
+        of!(Self, self, config => config.untie());
     }
-}
-
-/// Converts the configuration of an architecture, by value or by reference.
-macro_rules! from {
-    ($($config:ident => $variant:ident,)+) => {
-        $(
-            impl From<$config> for Config {
-                fn from(config: $config) -> Self {
-                    Self::$variant(config)
-                }
-            }
-
-            impl From<&$config> for Config {
-                fn from(config: &$config) -> Self {
-                    Self::$variant(config.clone())
-                }
-            }
-        )+
-    };
-}
-
-from! {
-    LlamaConfig => Llama,
-    OptConfig => Opt,
 }
 
 impl From<&Config> for Config {

@@ -104,7 +104,7 @@ pub enum CheckpointError {
         /// The directory.
         dir: PathBuf,
         /// Advice for the weights that the directory has, if any.
-        hint: &'static str,
+        hint: String,
     },
     /// A file of weights that is in the index and not in the directory.
     #[error("`{index}` names the shard `{shard}`, which is missing; download it again")]
@@ -144,11 +144,23 @@ pub enum CheckpointError {
         /// The output of the first such zero-point.
         output: usize,
     },
-    /// A packed head in a format that only packs projections.
+    /// A quantization that is stated of a model whose weights are all dense.
     #[error(
-        "`{path}` has `{tensor}`: the head is quantized, but only projections can be in a checkpoint of this format"
+        "`{path}` states a quantization ({method}), but all weights beside it are dense: {advice} to use them as they are"
     )]
-    PackedHead {
+    StaleQuantization {
+        /// The configuration.
+        path: PathBuf,
+        /// The method that it states.
+        method: String,
+        /// What is to be done.
+        advice: &'static str,
+    },
+    /// Packed weights whose format nothing states.
+    #[error(
+        "`{path}` has a packed tensor `{tensor}`, and neither `config.json`, as its `quantization_config`, nor `quantize_config.json` states how it is packed; add the configuration that came with the weights"
+    )]
+    UnstatedQuantization {
         /// The file.
         path: PathBuf,
         /// The tensor.
@@ -283,7 +295,9 @@ pub enum TextError {
         problem: String,
     },
     /// A model without a tokenizer.
-    #[error("`{dir}` has no `tokenizer.json`, which texts need; add the one of the model")]
+    #[error(
+        "`{dir}` has no tokenizer, which texts need; add the model's `tokenizer.json`, `tokenizer.model`, or `vocab.json` with `merges.txt`"
+    )]
     NoTokenizer {
         /// The directory.
         dir: PathBuf,
@@ -347,7 +361,7 @@ pub enum GenerationError {
     },
     /// A cache so long that `dynamic` rope scaling would change the keys in it.
     #[error(
-        "a cache for {max_len} tokens: beyond {max}, the `dynamic` rope scaling of the model rotates all keys again for each length, and cached keys cannot be; generate fewer tokens"
+        "a cache for {max_len} tokens: beyond {max}, the rope scaling of the model, `dynamic` or `longrope`, rotates all keys again, and cached keys cannot be; generate fewer tokens"
     )]
     DynamicRope {
         /// The largest number of tokens in the cache.

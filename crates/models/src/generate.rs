@@ -142,6 +142,7 @@ pub struct Generation {
     top_p: f64,
     seed: u64,
     stop: Vec<u32>,
+    stop_strings: Vec<String>,
 }
 
 impl Default for Generation {
@@ -160,6 +161,7 @@ impl Generation {
             top_p: 1.0,
             seed: 0,
             stop: Vec::new(),
+            stop_strings: Vec::new(),
         }
     }
 
@@ -191,6 +193,20 @@ impl Generation {
     pub fn with_stop(mut self, stop: impl IntoIterator<Item = u32>) -> Self {
         self.stop = stop.into_iter().collect();
         self
+    }
+
+    /// Sets the strings that end the text of [`Pretrained::generate`](crate::Pretrained::generate), none by
+    /// default. They are found in the text of the new tokens with special tokens, as by transformers; empty
+    /// ones are ignored.
+    pub fn with_stop_strings<S: Into<String>>(mut self, stop: impl IntoIterator<Item = S>) -> Self {
+        let stop = stop.into_iter().map(S::into);
+        self.stop_strings = stop.filter(|stop| !stop.is_empty()).collect();
+        self
+    }
+
+    /// The strings that end the text.
+    pub(crate) fn stop_strings(&self) -> &[String] {
+        &self.stop_strings
     }
 
     /// The tokens that end the text.

@@ -1,4 +1,4 @@
-//! LLaMA and OPT models to quantize, adapt, generate with and save.
+//! Decoders to quantize, adapt, generate with and save: LLaMA and its relatives, and OPT.
 //!
 //! | item | |
 //! |---|---|
@@ -43,30 +43,37 @@
 
 #![forbid(unsafe_code)]
 
+// Fixtures are those of the programs of tests, which name the crate.
+#[cfg(test)]
+extern crate self as models;
+
+mod activation;
 mod allocate;
 mod architecture;
+mod architectures;
 mod attention;
 mod checkpoint;
 mod config;
 mod error;
-mod fields;
 mod generate;
 mod kv_cache;
-mod llama;
+mod mlp;
 mod model;
 mod norm;
-mod opt;
 mod positions;
 mod pretrained;
 mod quantize;
 mod rope;
 mod rope_scaling;
+mod settings;
 mod source;
 mod special_tokens;
 mod stages;
 mod tokenizer;
 
+pub use activation::Activation;
 pub use allocate::{Allocation, AllocationStep, Assignment, quantize_within, sensitivities};
+pub use architectures::*;
 pub use checkpoint::{
     CheckpointFormat, GgufLayer, GgufReport, GgufType, GptqVersion, Plan, PlannedLayer, Rounding,
     StreamStep, Streaming, check_format, initialize_to, load, load_as, load_verified, plan,
@@ -77,9 +84,7 @@ pub use error::{
     CheckpointError, ConfigError, Error, GenerationError, Result, StreamError, TextError,
 };
 pub use generate::{Cache, Generation, generate};
-pub use llama::LlamaConfig;
 pub use model::Model;
-pub use opt::{Activation, OptConfig};
 pub use positions::Positions;
 pub use pretrained::{Continuation, Pretrained};
 pub use quantize::{quantize, quantize_head};

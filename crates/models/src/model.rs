@@ -1,12 +1,12 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
-use peft::{Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Weight};
+use peft::{Blocks, CausalLm, Head, Identity, Linear, Linears, Spans, Table, Weight};
 use tensor_files::FloatType;
 
 use crate::config::{Block, Config};
 use crate::norm::Norm;
 use crate::positions::Positions;
-use crate::source::{HEAD, Random, Source, weight_name};
+use crate::source::{HEAD, Random, Source, Vector, weight_name};
 use crate::{ConfigError, Result};
 
 #[cfg(test)]
@@ -43,6 +43,8 @@ pub struct Model {
     pub(crate) project_out: Option<Weight>,
     /// `[width, vocab]`; the embedding if there is none.
     pub(crate) lm_head: Option<Weight>,
+    /// `[vocab]`, if the head has a bias.
+    pub(crate) head_bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
     pub(crate) config: Config,
     /// The type of the activations, which is read where tokens are embedded.
@@ -56,21 +58,24 @@ pub struct Model {
 impl Model {
     pub(crate) fn build<S: Source>(config: Config, source: &mut S) -> Result<Self, S::Error> {
         let shape = config.shape();
-        let (prefix, hidden, width) = (shape.prefix, shape.hidden_size, shape.embedding_width);
+        let (hidden, width) = (shape.hidden_size, shape.embedding_width);
         let mut model = Self::embedding(config, source)?;
         // Before the blocks: the largest of matrices is in memory twice while it is read.
         if !shape.tie_word_embeddings {
             model.lm_head = Some(source.head([width, shape.vocab_size])?);
         }
+        if shape.has_head_bias {
+            model.head_bias = Some(source.vector(HEAD, Vector::Bias, shape.vocab_size)?);
+        }
         if width != hidden {
-            let path = format!("{prefix}.project_out");
+            let path = shape.project_out_path();
             model.project_out = Some(source.weight(&path, [hidden, width])?);
         }
         model.layers = (0..shape.n_layers)
-            .map(|layer| Block::build(&model.config, shape.block_path(layer), source))
+            .map(|layer| Block::build(&model.config, layer, source))
             .collect::<Result<_, _>>()?;
-        if let Some(name) = shape.final_norm {
-            let path = format!("{prefix}.{name}");
+        if shape.has_final_norm {
+            let path = shape.norm_path();
             model.norm = Some(Norm::build(shape.norm, &path, hidden, source)?);
         }
         Ok(model)
@@ -120,45 +125,48 @@ impl Model {
     /// The parameters besides projections and other weights, with the names of their tensors.
     pub(crate) fn tables(&self) -> Vec<(String, Table<'_>)> {
         let shape = self.config.shape();
-        let prefix = shape.prefix;
         let embeddings = [
-            ("embed_tokens", Some(&self.embed_tokens)),
-            ("embed_positions", self.embed_positions.as_ref()),
+            (shape.embedding_path(), Some(&self.embed_tokens)),
+            (shape.positions_path(), self.embed_positions.as_ref()),
         ];
-        let embeddings = embeddings.into_iter().filter_map(|(name, table)| {
-            let path = format!("{prefix}.{name}");
-            Some((weight_name(&path), Table::Matrix(table?)))
-        });
-        let norm = shape.final_norm.zip(self.norm.as_ref());
-        let norm = norm.map(|(name, norm)| (format!("{prefix}.{name}"), norm));
-        let norm = norm
+        let embeddings = embeddings
             .into_iter()
-            .flat_map(|(path, norm)| norm_tables(path, norm));
+            .filter_map(|(path, table)| Some((weight_name(&path), Table::Matrix(table?))));
+        let bias = self.head_bias.iter();
+        let bias = bias.map(|bias| (Vector::Bias.name(HEAD), Table::Vector(bias)));
+        let norm = self.norm.iter();
+        let norm = norm.flat_map(|norm| norm_tables(shape.norm_path(), norm));
         let blocks = self.layers.iter().enumerate();
         let of_blocks = blocks.flat_map(|(layer, block)| block.tables(&shape.block_path(layer)));
-        embeddings.chain(norm).chain(of_blocks).collect()
+        embeddings
+            .chain(bias)
+            .chain(norm)
+            .chain(of_blocks)
+            .collect()
     }
 
     /// A model of this configuration that can embed tokens, and do nothing else.
     pub(crate) fn embedding<S: Source>(config: Config, source: &mut S) -> Result<Self, S::Error> {
         let shape = config.shape();
-        let (prefix, hidden, vocab) = (shape.prefix, shape.hidden_size, shape.vocab_size);
-        let width = shape.embedding_width;
+        let (hidden, width) = (shape.hidden_size, shape.embedding_width);
         Ok(Self {
-            embed_tokens: source.table(&format!("{prefix}.embed_tokens"), [vocab, width])?,
-            embed_positions: match shape.position_rows {
-                Some(n) => Some(source.table(&format!("{prefix}.embed_positions"), [n, hidden])?),
+            embed_tokens: source.table(&shape.embedding_path(), [shape.vocab_size, width])?,
+            embed_positions: match shape.learned_positions {
+                Some(learned) => {
+                    Some(source.table(&shape.positions_path(), [learned.n_rows, hidden])?)
+                }
                 None => None,
             },
             project_in: if width == hidden {
                 None
             } else {
-                Some(source.weight(&format!("{prefix}.project_in"), [width, hidden])?)
+                Some(source.weight(&shape.project_in_path(), [width, hidden])?)
             },
             layers: Vec::new(),
             norm: None,
             project_out: None,
             lm_head: None,
+            head_bias: None,
             config,
             compute: FloatType::F32,
             tokenizer: None,
@@ -200,12 +208,6 @@ fn dtype(float: FloatType) -> DType {
     }
 }
 
-/// A parameter that is stored as it is in memory.
-pub(crate) enum Table<'a> {
-    Vector(&'a Param<Tensor<1>>),
-    Matrix(&'a Param<Tensor<2>>),
-}
-
 impl Blocks for Model {
     type Positions = Positions;
 
@@ -234,6 +236,10 @@ impl Blocks for Model {
             x.reshape([batch, seq, width])
         };
         let x = rows(&self.embed_tokens, tokens);
+        let x = match self.config.shape().embedding_scale {
+            Some(scale) => x * scale,
+            None => x,
+        };
         let x = match &self.project_in {
             Some(weight) => weight.matmul(x),
             None => x,
@@ -262,10 +268,13 @@ impl CausalLm for Model {
     }
 
     fn head(&self) -> Head<'_> {
-        match &self.lm_head {
+        let head: Head<'_> = match &self.lm_head {
             Some(head) => head.into(),
-            None => Head::Dense(self.embed_tokens.val().transpose()),
-        }
+            None => self.embed_tokens.val().transpose().into(),
+        };
+        let bias = self.head_bias.as_ref().map(|bias| bias.val());
+        head.with_bias(bias)
+            .with_softcap(self.config.shape().logit_softcap)
     }
 }
 
@@ -291,10 +300,10 @@ impl Linears for Model {
     }
 
     fn other_weights(&self) -> Vec<(String, &Weight)> {
-        let prefix = self.config.prefix();
+        let shape = self.config.shape();
         let others = [
-            (format!("{prefix}.project_in"), &self.project_in),
-            (format!("{prefix}.project_out"), &self.project_out),
+            (shape.project_in_path(), &self.project_in),
+            (shape.project_out_path(), &self.project_out),
             (HEAD.into(), &self.lm_head),
         ];
         let others = others.into_iter();
@@ -310,6 +319,24 @@ impl Linears for Model {
             &mut self.lm_head,
         ];
         others.into_iter().flatten().collect()
+    }
+
+    fn tables(&self) -> Vec<(String, Table<'_>)> {
+        self.tables()
+    }
+
+    fn tied(&self) -> Option<[String; 2]> {
+        let embedding = self.config.shape().embedding_path();
+        let is_tied = self.lm_head.is_none();
+        is_tied.then(|| [weight_name(&embedding), weight_name(HEAD)])
+    }
+
+    fn untie(&mut self) {
+        if self.lm_head.is_none() {
+            let embedding = self.embed_tokens.val().without_autodiff();
+            self.lm_head = Some(Weight::frozen(embedding.transpose()));
+            self.config.untie();
+        }
     }
 
     fn identity(&self) -> Identity {

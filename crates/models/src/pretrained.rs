@@ -34,9 +34,10 @@ pub struct Pretrained {
 /// The text that a model generated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuation {
-    /// The text, without special tokens.
+    /// The text of the prompt and the tokens, less that of the prompt: see [`TextStream`](crate::TextStream).
+    /// Special tokens are no part of it; a string that ended it is.
     pub text: String,
-    /// All tokens, including the one that ended the text.
+    /// All new tokens, including the one that ended the text.
     pub tokens: Vec<u32>,
 }
 
@@ -72,12 +73,13 @@ impl Pretrained {
         carried.entry(TOKENIZER_CONFIG).or_insert(class.to_vec());
         let config = model.config().to_json();
         model.tokenizer = tokenizer_digest(&carried);
+        let opened = Tokenizer::open(tokenizer)?;
         Ok(Self {
             stop_tokens: stop_tokens(dir, &config, &carried, model.config().vocab_size())?,
             special: OnceLock::new(),
             config,
             model,
-            tokenizer: Some(Tokenizer::open(tokenizer)?),
+            tokenizer: Some(opened),
             certificate: None,
             dir: dir.into(),
             carried,
@@ -200,7 +202,8 @@ impl Pretrained {
         &self.stop_tokens
     }
 
-    /// Continues a text, up to one of the [`Pretrained::stop_tokens`].
+    /// Continues a text, up to one of the [`Pretrained::stop_tokens`] or of the settings' stop tokens and
+    /// strings.
     ///
     /// `on_text` is called with each new piece of text, and may end the text.
     ///
@@ -214,34 +217,45 @@ impl Pretrained {
     ) -> Result<Continuation> {
         let stop = settings.stop().iter().chain(self.stop_tokens());
         let settings = settings.clone().with_stop(stop.copied());
-        let mut stream = self.tokenizer()?.stream();
-        if let Some(&last) = prompt.last() {
-            // The text of the next token may depend on it, such as a space before a word.
-            stream.push(last)?;
-        }
-        let (mut text, mut failed) = (String::new(), None);
-        let tokens = generate(&self.model, prompt, &settings, |token| {
-            if settings.stop().contains(&token) {
-                return ControlFlow::Break(());
-            }
-            match stream.push(token) {
-                Ok(piece) => {
-                    text += &piece;
-                    if piece.is_empty() {
-                        ControlFlow::Continue(())
-                    } else {
-                        on_text(&piece)
-                    }
-                }
-                Err(error) => {
-                    failed = Some(error);
-                    ControlFlow::Break(())
-                }
+        let tokenizer = self.tokenizer()?;
+        let mut stream = tokenizer.stream(prompt)?;
+        let (mut text, mut new) = (String::new(), Vec::new());
+        let mut is_ended = false;
+        let mut push = |token| -> Result<bool> {
+            let piece = stream.push(token)?;
+            text += &piece;
+            is_ended = !piece.is_empty() && on_text(&piece).is_break();
+            new.push(token);
+            Ok(is_ended || self.is_stopped(&new, &settings)?)
+        };
+        let mut failed = None;
+        let tokens = generate(&self.model, prompt, &settings, |token| match push(token) {
+            Ok(false) => ControlFlow::Continue(()),
+            Ok(true) => ControlFlow::Break(()),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
             }
         })?;
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(Continuation { text, tokens }),
+        if let Some(error) = failed {
+            return Err(error);
         }
+        let rest = stream.finish()?;
+        text += &rest;
+        if !(rest.is_empty() || is_ended) {
+            // There is nothing left to end.
+            let _ = on_text(&rest);
+        }
+        Ok(Continuation { text, tokens })
+    }
+
+    /// Whether the text of new tokens has one of the strings that end it.
+    fn is_stopped(&self, new: &[u32], settings: &Generation) -> Result<bool> {
+        let stops = settings.stop_strings();
+        if stops.is_empty() {
+            return Ok(false);
+        }
+        let text = self.tokenizer()?.decode_with_special(new)?;
+        Ok(stops.iter().any(|stop| text.contains(stop)))
     }
 }

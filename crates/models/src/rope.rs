@@ -1,17 +1,18 @@
 //! Rotary position embeddings (Su et al. 2021, arXiv:2104.09864) in Hugging Face's order: dimensions
-//! `i` and `i + head_dim / 2` are a pair.
+//! `i` and `i + n / 2` of the first `n` of a head are a pair.
 
 use std::f64::consts::PI;
 
 use burn::tensor::{Device, Tensor, TensorData};
-use peft::Spans;
+use peft::{Identity, Spans};
 
 use crate::rope_scaling::RopeScaling;
 
 /// The settings of a rotary embedding.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Rotary {
-    pub(crate) head_dim: usize,
+    /// The dimensions of a head that are rotated: the first ones.
+    pub(crate) dims: usize,
     /// The base of the frequencies.
     pub(crate) theta: f64,
     pub(crate) scaling: RopeScaling,
@@ -21,7 +22,7 @@ pub(crate) struct Rotary {
 
 /// The cosines and sines of the positions of tokens.
 ///
-/// Each table is `[seq, head_dim]` if it is that of all sequences, otherwise `[batch * seq, head_dim]`.
+/// Each table is `[seq, dims]` if it is that of all sequences, otherwise `[batch * seq, dims]`.
 #[derive(Clone, Debug)]
 pub(crate) struct Rope {
     cos: Tensor<2>,
@@ -31,10 +32,12 @@ pub(crate) struct Rope {
 impl Rope {
     pub(crate) fn new(rotary: &Rotary, spans: &Spans) -> Self {
         let seq = spans.seq();
-        let is_dynamic = matches!(rotary.scaling, RopeScaling::Dynamic { .. });
+        let alike = rotary.scaling.longest_alike(rotary.max_positions);
         let longest = match spans.starts() {
-            // The only scaling that depends on the lengths of the documents.
-            Some(_) if is_dynamic => spans.positions().max().into_scalar::<i64>() as usize + 1,
+            // The frequencies depend on the lengths of the documents.
+            Some(_) if alike.is_some_and(|alike| seq > alike) => {
+                spans.positions().max().into_scalar::<i64>() as usize + 1
+            }
             _ => seq,
         };
         let frequencies = rotary.frequencies(longest);
@@ -85,28 +88,34 @@ impl Rope {
 
     /// Rotates queries or keys, `[batch, seq, heads, head_dim]`.
     pub(crate) fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        let dims @ [batch, seq, heads, dim] = x.dims();
-        let x = if self.cos.dims()[0] == seq {
+        let [batch, seq, heads, dim] = x.dims();
+        let [rows, rotated] = self.cos.dims();
+        if rotated < dim {
+            let first = self.apply(x.clone().narrow(3, 0, rotated));
+            return Tensor::cat(vec![first, x.narrow(3, rotated, dim - rotated)], 3);
+        }
+        let of_rows = if rows == seq {
             x
         } else {
             x.reshape([1, batch * seq, heads, dim])
         };
-        kernels::rotate_half(x, self.cos.clone(), self.sin.clone()).reshape(dims)
+        let y = kernels::rotate_half(of_rows, self.cos.clone(), self.sin.clone());
+        y.reshape([batch, seq, heads, dim])
     }
 }
 
 impl Rotary {
     /// The angle per position of each pair of dimensions, for a text of `seq` tokens.
     pub(crate) fn frequencies(&self, seq: usize) -> Vec<f32> {
-        let dim = self.head_dim;
+        let dim = self.dims;
         let plain = |theta: f64| {
             (0..dim / 2).map(move |pair| 1.0 / theta.powf((2 * pair) as f64 / dim as f64))
         };
         let theta = self.theta;
-        let values: Vec<f64> = match self.scaling {
+        let values: Vec<f64> = match &self.scaling {
             RopeScaling::None => plain(theta).collect(),
-            RopeScaling::Linear { factor } => plain(theta).map(|f| f / factor).collect(),
-            RopeScaling::Dynamic { factor } => {
+            &RopeScaling::Linear { factor } => plain(theta).map(|f| f / factor).collect(),
+            &RopeScaling::Dynamic { factor } => {
                 let max = self.max_positions;
                 let ratio = seq.max(max) as f64 / max as f64;
                 let growth = factor * ratio - (factor - 1.0);
@@ -118,7 +127,7 @@ impl Rotary {
                 };
                 plain(theta * growth.powf(exponent)).collect()
             }
-            RopeScaling::Llama3 {
+            &RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
@@ -137,7 +146,7 @@ impl Rotary {
                     }
                 })
                 .collect(),
-            RopeScaling::Yarn {
+            &RopeScaling::Yarn {
                 factor,
                 beta_fast,
                 beta_slow,
@@ -166,18 +175,47 @@ impl Rotary {
                     })
                     .collect()
             }
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                original,
+                ..
+            } => {
+                let factors = if seq > *original {
+                    long_factor
+                } else {
+                    short_factor
+                };
+                plain(theta)
+                    .zip(factors)
+                    .map(|(f, factor)| f / factor)
+                    .collect()
+            }
         };
         values.into_iter().map(|f| f as f32).collect()
     }
 
     /// The factor of cosines and sines.
-    fn magnitude(&self) -> f64 {
+    pub(crate) fn magnitude(&self) -> f64 {
         match self.scaling {
             RopeScaling::Yarn {
+                attention_factor, ..
+            }
+            | RopeScaling::LongRope {
                 attention_factor, ..
             } => attention_factor,
             _ => 1.0,
         }
+    }
+
+    /// States the settings, each under its name after `prefix`.
+    pub(crate) fn state(&self, identity: Identity, prefix: &str) -> Identity {
+        let theta = ("rope_theta", self.theta.to_string());
+        let settings = self.scaling.settings(self.max_positions);
+        let all = [theta].into_iter().chain(settings);
+        all.fold(identity, |identity, (name, value)| {
+            identity.with_setting(format!("{prefix}{name}"), value)
+        })
     }
 }
 
@@ -187,7 +225,7 @@ mod tests {
 
     use serde_json::{Value, json};
 
-    use crate::LlamaConfig;
+    use crate::Config;
 
     /// Against transformers' own functions: `tests/golden/rope.json`.
     #[test]
@@ -202,8 +240,10 @@ mod tests {
             });
             let settings = case["config"].as_object().unwrap().clone();
             config.as_object_mut().unwrap().extend(settings);
-            let config =
-                LlamaConfig::from_json(config.as_object().unwrap(), Path::new("rope")).unwrap();
+            let config = Config::from_json(config.as_object().unwrap(), Path::new("rope"));
+            let Ok(Config::Llama(config)) = config else {
+                panic!("{config:?}");
+            };
             let seq = case["seq"].as_u64().unwrap() as usize;
             let rotary = config.rotary();
             let found = rotary.frequencies(seq);

@@ -1,12 +1,9 @@
-use peft::Identity;
-use serde::Deserialize;
-use serde_json::{Map, Value};
-
 use crate::Result;
-use crate::fields::Fields;
+use crate::rope::Rotary;
+use crate::settings::Settings;
 
 /// The scaling of the frequencies of a rotary embedding for longer texts, as in transformers.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// No scaling.
     None,
@@ -47,28 +44,67 @@ pub enum RopeScaling {
         /// Whether the ramp begins and ends at whole dimensions.
         truncate: bool,
     },
+    /// Each frequency is divided by a factor of its own, for texts longer than `original` by another
+    /// (LongRoPE, Ding et al. 2024, arXiv:2402.13753).
+    LongRope {
+        /// The divisors for texts of up to `original` tokens, one for each pair of dimensions.
+        short_factor: Vec<f64>,
+        /// The divisors for longer texts.
+        long_factor: Vec<f64>,
+        /// The factor of cosines and sines.
+        attention_factor: f64,
+        /// Positions before the model was extended.
+        original: usize,
+    },
 }
 
 impl RopeScaling {
-    /// States the scaling of a model with so many positions, each setting as it is used.
-    pub(crate) fn state(self, identity: Identity, max_positions: usize) -> Identity {
-        let of_type = |name: &str| identity.clone().with_setting("rope_type", name);
+    /// The longest text whose frequencies are those of every shorter one, in tokens, if there is a limit.
+    pub(crate) fn longest_alike(&self, max_positions: usize) -> Option<usize> {
         match self {
-            Self::None => of_type("default"),
-            Self::Linear { factor } => of_type("linear").with_setting("rope_factor", factor),
-            Self::Dynamic { factor } => of_type("dynamic")
-                .with_setting("rope_factor", factor)
-                .with_setting("max_position_embeddings", max_positions),
+            Self::Dynamic { .. } => Some(max_positions),
+            Self::LongRope { original, .. } => Some(*original),
+            _ => None,
+        }
+    }
+
+    /// The longest text of a model with so many positions, in tokens.
+    pub(crate) fn max_seq_len(&self, max_positions: usize) -> usize {
+        match self {
+            Self::None | Self::Llama3 { .. } | Self::LongRope { .. } => max_positions,
+            // Files differ in whether the positions are those before or after scaling.
+            Self::Linear { factor } | Self::Dynamic { factor } | Self::Yarn { factor, .. } => {
+                max_positions.max((max_positions as f64 * factor) as usize)
+            }
+        }
+    }
+
+    /// The settings of the scaling of a model with so many positions, each as it is used.
+    pub(crate) fn settings(&self, max_positions: usize) -> Vec<(&'static str, String)> {
+        let (name, settings): (_, Vec<(_, String)>) = match self {
+            Self::None => ("default", Vec::new()),
+            Self::Linear { factor } => ("linear", vec![("rope_factor", factor.to_string())]),
+            Self::Dynamic { factor } => (
+                "dynamic",
+                vec![
+                    ("rope_factor", factor.to_string()),
+                    ("max_position_embeddings", max_positions.to_string()),
+                ],
+            ),
             Self::Llama3 {
                 factor,
                 low_freq_factor,
                 high_freq_factor,
                 original,
-            } => of_type("llama3")
-                .with_setting("rope_factor", factor)
-                .with_setting("low_freq_factor", low_freq_factor)
-                .with_setting("high_freq_factor", high_freq_factor)
-                .with_setting("original_max_position_embeddings", original),
+            } => (
+                "llama3",
+                vec![
+                    ("rope_factor", factor.to_string()),
+                    ("low_freq_factor", low_freq_factor.to_string()),
+                    ("high_freq_factor", high_freq_factor.to_string()),
+                    ("original_max_position_embeddings", original.to_string()),
+                ],
+            ),
             Self::Yarn {
                 factor,
                 attention_factor,
@@ -76,166 +112,263 @@ impl RopeScaling {
                 beta_slow,
                 original,
                 truncate,
-            } => of_type("yarn")
-                .with_setting("rope_factor", factor)
-                .with_setting("attention_factor", attention_factor)
-                .with_setting("beta_fast", beta_fast)
-                .with_setting("beta_slow", beta_slow)
-                .with_setting("original_max_position_embeddings", original)
-                .with_setting("truncate", truncate),
-        }
+            } => (
+                "yarn",
+                vec![
+                    ("rope_factor", factor.to_string()),
+                    ("attention_factor", attention_factor.to_string()),
+                    ("beta_fast", beta_fast.to_string()),
+                    ("beta_slow", beta_slow.to_string()),
+                    ("original_max_position_embeddings", original.to_string()),
+                    ("truncate", truncate.to_string()),
+                ],
+            ),
+            Self::LongRope {
+                short_factor,
+                long_factor,
+                attention_factor,
+                original,
+            } => (
+                "longrope",
+                vec![
+                    ("short_factor", format!("{short_factor:?}")),
+                    ("long_factor", format!("{long_factor:?}")),
+                    ("attention_factor", attention_factor.to_string()),
+                    ("original_max_position_embeddings", original.to_string()),
+                ],
+            ),
+        };
+        let mut all = vec![("rope_type", name.to_string())];
+        all.extend(settings);
+        all
     }
 }
 
-/// The settings of a rotary embedding in a `config.json`, in both of transformers' spellings.
-#[derive(Deserialize)]
-struct Raw {
-    rope_theta: Option<f64>,
-    rope_scaling: Option<Entry>,
-    rope_parameters: Option<Entry>,
+/// What a rotary embedding depends on beside its own object of settings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OfModel {
+    pub(crate) head_dim: usize,
+    pub(crate) max_positions: usize,
+    /// The base of the frequencies where the object states none.
+    pub(crate) theta: f64,
+    /// The part of each head that is rotated where the object states none.
+    pub(crate) partial: f64,
+    /// The positions before the model was extended, which have priority over those of the object.
+    pub(crate) original: Option<usize>,
 }
 
-#[derive(Deserialize)]
-struct Entry {
-    rope_type: Option<String>,
-    /// The older name of `rope_type`; some files have both.
-    r#type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<usize>,
-    attention_factor: Option<f64>,
-    beta_fast: Option<f64>,
-    beta_slow: Option<f64>,
-    mscale: Option<f64>,
-    mscale_all_dim: Option<f64>,
-    truncate: Option<bool>,
-    partial_rotary_factor: Option<f64>,
+impl OfModel {
+    /// Whole heads of a model whose `config.json` states nothing beside the object.
+    pub(crate) fn new(head_dim: usize, max_positions: usize) -> Self {
+        Self {
+            head_dim,
+            max_positions,
+            theta: 10_000.0,
+            partial: 1.0,
+            original: None,
+        }
+    }
+
+    pub(crate) fn with_theta(mut self, theta: f64) -> Self {
+        self.theta = theta;
+        self
+    }
 }
 
-/// Reads the base of the frequencies and their scaling from a `config.json`.
+/// Reads the rotary embedding of all layers of a model, in both of transformers' spellings:
+/// `rope_scaling` with `rope_theta` beside it, and `rope_parameters`.
+///
+/// As in transformers, `rope_scaling` has priority where both are there, and
+/// `original_max_position_embeddings` beside them over that in them.
 ///
 /// # Errors
-/// [`ConfigError::Setting`](crate::ConfigError::Setting) for a scaling that is unknown or incomplete, or two that
-/// differ.
-pub(crate) fn read(
-    fields: &Fields,
-    json: &Map<String, Value>,
-    max_positions: usize,
-) -> Result<(f64, RopeScaling)> {
-    let raw: Raw = fields.read(json)?;
-    for rope in ["rope_parameters", "rope_scaling"] {
-        let by_layer = |rope: &Map<String, Value>| rope.values().any(Value::is_object);
-        let rope_json = json.get(rope).and_then(Value::as_object);
-        if rope_json.is_some_and(by_layer) {
-            let problem = "differs between layers, which is not supported";
-            return Err(fields.refuse(rope, problem.into()));
-        }
+/// [`ConfigError::Setting`](crate::ConfigError::Setting) for a scaling that is unknown or incomplete.
+pub(crate) fn read(settings: &Settings, mut model: OfModel) -> Result<Rotary> {
+    const ORIGINAL: &str = "original_max_position_embeddings";
+    let parameters = settings.object("rope_parameters")?;
+    let scaling = settings.object("rope_scaling")?;
+    let entry = scaling.filter(|scaling| !scaling.is_empty()).or(parameters);
+    let states_theta = |entry: &Settings| entry.get("rope_theta").is_some();
+    // Files that state it in the object may have a null beside it.
+    let beside = settings.get("rope_theta").is_some();
+    if beside && !entry.as_ref().is_some_and(states_theta) {
+        model.theta = theta(settings, model.theta)?;
     }
-    if let (Some(first), Some(second)) = (
-        json.get("rope_parameters").filter(|rope| !rope.is_null()),
-        json.get("rope_scaling").filter(|rope| !rope.is_null()),
-    ) && first != second
-    {
-        let problem = "differs from rope_parameters; keep the one that is right";
-        return Err(fields.refuse("rope_scaling", problem.into()));
+    if let Some(partial) = settings.optional_positive("partial_rotary_factor")? {
+        model.partial = partial;
     }
-    let rope = raw.rope_parameters.as_ref().or(raw.rope_scaling.as_ref());
-    let theta = rope
-        .and_then(|rope| rope.rope_theta)
-        .or(raw.rope_theta)
-        .unwrap_or(10_000.0);
-    if !(theta.is_finite() && theta > 1.0) {
-        let problem = format!("is {theta}; it must be above 1");
-        return Err(fields.refuse("rope_theta", problem));
+    if settings.get(ORIGINAL).is_some() {
+        model.original = Some(settings.size(ORIGINAL)?);
     }
-    let scaling = match rope {
-        Some(rope) => rope
-            .scaling(max_positions)
-            .map_err(|problem| fields.refuse("rope_scaling", problem))?,
-        None => RopeScaling::None,
-    };
-    Ok((theta, scaling))
+    match entry {
+        Some(entry) => of_object(&entry, &model),
+        None => of_object(&settings.nothing(), &model),
+    }
 }
 
-impl Entry {
-    fn scaling(&self, max_positions: usize) -> Result<RopeScaling, String> {
-        if self
-            .partial_rotary_factor
-            .is_some_and(|factor| factor != 1.0)
-        {
-            return Err("has a partial_rotary_factor, which is not supported".into());
-        }
-        let need = |name: &str, value: Option<f64>| match value {
-            // Tables of angles are in f32.
-            Some(value) if value > 0.0 && (value as f32).is_normal() => Ok(value),
-            Some(value) => Err(format!(
-                "has {name} {value}; it must be positive and within the range of f32"
-            )),
-            None => Err(format!("has no {name}")),
-        };
-        let original = self
-            .original_max_position_embeddings
-            .unwrap_or(max_positions);
-        if original == 0 {
-            return Err("has original_max_position_embeddings 0".into());
-        }
-        let factor = || need("factor", self.factor);
-        match self
-            .rope_type
-            .as_deref()
-            .or(self.r#type.as_deref())
-            .unwrap_or("default")
-        {
-            "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear { factor: factor()? }),
-            "dynamic" => Ok(RopeScaling::Dynamic { factor: factor()? }),
-            "llama3" => {
-                let low_freq_factor = need("low_freq_factor", self.low_freq_factor)?;
-                let high_freq_factor = need("high_freq_factor", self.high_freq_factor)?;
-                if high_freq_factor <= low_freq_factor {
-                    return Err("has a high_freq_factor that is not above low_freq_factor".into());
-                }
-                Ok(RopeScaling::Llama3 {
-                    factor: factor()?,
-                    low_freq_factor,
-                    high_freq_factor,
-                    original,
-                })
-            }
-            "yarn" => {
-                let factor = match self.factor {
-                    Some(_) => factor()?,
-                    None => max_positions as f64 / original as f64,
-                };
-                let magnitude = |scale: f64| {
-                    if factor <= 1.0 {
-                        1.0
-                    } else {
-                        0.1 * scale * factor.ln() + 1.0
-                    }
-                };
-                let scales = self.mscale.zip(self.mscale_all_dim);
-                let inferred = match scales.filter(|&(a, b)| a != 0.0 && b != 0.0) {
-                    Some((mscale, all)) => magnitude(mscale) / magnitude(all),
-                    None => magnitude(1.0),
-                };
-                Ok(RopeScaling::Yarn {
-                    factor,
-                    attention_factor: need(
-                        "attention_factor",
-                        Some(self.attention_factor.unwrap_or(inferred)),
-                    )?,
-                    beta_fast: need("beta_fast", Some(self.beta_fast.unwrap_or(32.0)))?,
-                    beta_slow: need("beta_slow", Some(self.beta_slow.unwrap_or(1.0)))?,
-                    original,
-                    truncate: self.truncate.unwrap_or(true),
-                })
-            }
-            other => Err(format!(
-                "has the type `{other}`; supported: default, linear, dynamic, llama3, yarn"
-            )),
+/// Refuses a rotation of a part of each head.
+pub(crate) fn whole_heads(settings: &Settings, rotary: Rotary, head_dim: usize) -> Result<Rotary> {
+    if rotary.dims == head_dim {
+        return Ok(rotary);
+    }
+    let dims = rotary.dims;
+    let problem = format!("rotates {dims} of {head_dim} dimensions, which is not supported");
+    Err(settings.refuse("partial_rotary_factor", problem))
+}
+
+fn theta(settings: &Settings, default: f64) -> Result<f64> {
+    let theta = settings.number_or("rope_theta", default)?;
+    if theta.is_finite() && theta > 1.0 {
+        return Ok(theta);
+    }
+    let problem = format!("is {theta}; it must be above 1");
+    Err(settings.refuse("rope_theta", problem))
+}
+
+/// Reads a rotary embedding from its object of settings.
+pub(crate) fn of_object(entry: &Settings, model: &OfModel) -> Result<Rotary> {
+    for layer_type in ["full_attention", "sliding_attention"] {
+        if entry.has(layer_type) {
+            let problem = "has a rotation of its own, which is not supported";
+            return Err(entry.refuse(layer_type, problem));
         }
     }
+    let partial = entry.optional_positive("partial_rotary_factor")?;
+    let dims = (model.head_dim as f64 * partial.unwrap_or(model.partial)) as usize;
+    if dims == 0 || dims > model.head_dim || !dims.is_multiple_of(2) {
+        let head_dim = model.head_dim;
+        let problem = format!("rotates {dims} of {head_dim} dimensions; rotations turn pairs");
+        return Err(entry.refuse("partial_rotary_factor", problem));
+    }
+    Ok(Rotary {
+        dims,
+        theta: theta(entry, model.theta)?,
+        scaling: scaling(entry, model, dims)?,
+        max_positions: model.max_positions,
+    })
+}
+
+fn scaling(entry: &Settings, model: &OfModel, dims: usize) -> Result<RopeScaling> {
+    // The older name of `rope_type`; some files have both.
+    let older = entry.optional_text("type")?;
+    let rope_type = entry
+        .optional_text("rope_type")?
+        .or(older)
+        .unwrap_or("default");
+    let need = |key: &str| match entry.optional_positive(key)? {
+        Some(number) => Ok(number),
+        None => Err(entry.refuse(key, format!("is missing, which `{rope_type}` needs"))),
+    };
+    let max = model.max_positions;
+    let stated = entry.optional_size("original_max_position_embeddings")?;
+    let original = model.original.or(stated).unwrap_or(max);
+    // The ratio of the positions where no factor is stated.
+    let factor_or_ratio = || -> Result<f64> {
+        let factor = entry.optional_positive("factor")?;
+        Ok(factor.unwrap_or(max as f64 / original as f64))
+    };
+    match rope_type {
+        "default" => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear {
+            factor: need("factor")?,
+        }),
+        "dynamic" => Ok(RopeScaling::Dynamic {
+            factor: need("factor")?,
+        }),
+        "llama3" => {
+            let low_freq_factor = need("low_freq_factor")?;
+            let high_freq_factor = need("high_freq_factor")?;
+            if high_freq_factor <= low_freq_factor {
+                let problem = format!(
+                    "is {high_freq_factor}, which is not above the low_freq_factor {low_freq_factor}"
+                );
+                return Err(entry.refuse("high_freq_factor", problem));
+            }
+            Ok(RopeScaling::Llama3 {
+                factor: need("factor")?,
+                low_freq_factor,
+                high_freq_factor,
+                original,
+            })
+        }
+        "yarn" => yarn(entry, factor_or_ratio()?, original),
+        // `su` is what Phi-3's first files call it.
+        "longrope" | "su" => long_rope(entry, factor_or_ratio()?, original, dims),
+        other => {
+            let problem = format!(
+                "is `{other}`; supported: default, linear, dynamic, llama3, yarn, longrope"
+            );
+            Err(entry.refuse("rope_type", problem))
+        }
+    }
+}
+
+fn yarn(entry: &Settings, factor: f64, original: usize) -> Result<RopeScaling> {
+    let magnitude = |scale: f64| {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * scale * factor.ln() + 1.0
+        }
+    };
+    let mscale = entry.optional_number("mscale")?;
+    let scales = mscale.zip(entry.optional_number("mscale_all_dim")?);
+    let inferred = match scales.filter(|&(a, b)| a != 0.0 && b != 0.0) {
+        Some((mscale, all)) => magnitude(mscale) / magnitude(all),
+        None => magnitude(1.0),
+    };
+    let or = |key: &str, default| -> Result<f64> {
+        Ok(entry.optional_positive(key)?.unwrap_or(default))
+    };
+    let attention_factor = or("attention_factor", inferred)?;
+    if !(attention_factor > 0.0 && (attention_factor as f32).is_normal()) {
+        let problem = format!("gives the factor {attention_factor} of cosines");
+        return Err(entry.refuse("mscale", problem));
+    }
+    Ok(RopeScaling::Yarn {
+        factor,
+        attention_factor,
+        beta_fast: or("beta_fast", 32.0)?,
+        beta_slow: or("beta_slow", 1.0)?,
+        original,
+        truncate: entry.flag_or("truncate", true)?,
+    })
+}
+
+fn long_rope(entry: &Settings, factor: f64, original: usize, dims: usize) -> Result<RopeScaling> {
+    let factors = |key: &str| {
+        let Some(factors) = entry.optional_numbers(key)? else {
+            return Err(entry.refuse(key, "is missing, which `longrope` needs"));
+        };
+        let n = dims / 2;
+        if factors.len() != n {
+            let problem = format!("has {} numbers for {n} pairs of dimensions", factors.len());
+            return Err(entry.refuse(key, problem));
+        }
+        let is_usable = |factor: &f64| *factor > 0.0 && (*factor as f32).is_normal();
+        match factors.iter().find(|factor| !is_usable(factor)) {
+            Some(factor) => {
+                let problem = format!("has {factor}; factors must be positive numbers of f32");
+                Err(entry.refuse(key, problem))
+            }
+            None => Ok(factors),
+        }
+    };
+    let inferred = if factor <= 1.0 {
+        1.0
+    } else {
+        (1.0 + factor.ln() / (original as f64).ln()).sqrt()
+    };
+    let stated = entry.optional_positive("attention_factor")?;
+    let attention_factor = stated.unwrap_or(inferred);
+    if !attention_factor.is_finite() {
+        let problem = format!("is {original}, of which no factor of cosines can be computed");
+        return Err(entry.refuse("original_max_position_embeddings", problem));
+    }
+    Ok(RopeScaling::LongRope {
+        short_factor: factors("short_factor")?,
+        long_factor: factors("long_factor")?,
+        attention_factor,
+        original,
+    })
 }

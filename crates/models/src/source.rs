@@ -30,6 +30,8 @@ pub(crate) trait Source {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Vector {
     NormWeight,
+    /// The weight of a norm, less one.
+    NormOffset,
     Bias,
 }
 
@@ -37,7 +39,7 @@ impl Vector {
     /// The name of the tensor of the module at `path`.
     pub(crate) fn name(self, path: &str) -> String {
         match self {
-            Self::NormWeight => weight_name(path),
+            Self::NormWeight | Self::NormOffset => weight_name(path),
             Self::Bias => format!("{path}.bias"),
         }
     }
@@ -96,7 +98,7 @@ impl Source for Random {
     ) -> Result<Param<Tensor<1>>, Self::Error> {
         let value = match kind {
             Vector::NormWeight => 1.0,
-            Vector::Bias => 0.0,
+            Vector::NormOffset | Vector::Bias => 0.0,
         };
         Ok(Param::from_tensor(Tensor::full([len], value, &self.device)))
     }

@@ -1,4 +1,4 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -44,15 +44,7 @@ impl SpecialTokens {
     /// [`ConfigError::Disagreement`] if `tokenizer.json` adds another token than `bos`;
     /// [`ConfigError::Setting`] for a file that is not such a configuration.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let config_path = dir.join(TOKENIZER_CONFIG);
-        let map_path = dir.join(SPECIAL_TOKENS_MAP);
-        let config = read_config(&config_path)?;
-        let map = if config.contains_key("added_tokens_decoder") {
-            Map::new()
-        } else {
-            read_config(&map_path)?
-        };
-        Self::of((&config_path, &config), (&map_path, &map), tokenizer)
+        Self::of(&Stated::read(dir)?, tokenizer)
     }
 
     /// The special tokens that a `tokenizer_config.json` states by itself.
@@ -61,20 +53,22 @@ impl SpecialTokens {
         path: &Path,
         tokenizer: &Tokenizer,
     ) -> Result<Self> {
-        Self::of((path, config), (path, &Map::new()), tokenizer)
+        let stated = Stated {
+            config: (path.into(), config.clone()),
+            map: (path.into(), Map::new()),
+        };
+        Self::of(&stated, tokenizer)
     }
 
-    fn of(
-        (config_path, config): (&Path, &Map<String, Value>),
-        (map_path, map): (&Path, &Map<String, Value>),
-        tokenizer: &Tokenizer,
-    ) -> Result<Self> {
-        let token = |name| {
-            let (path, value) = match map.get(name) {
-                Some(value) => (map_path, value),
-                None => (config_path, config.get(name).unwrap_or(&Value::Null)),
-            };
-            special_token(path, name, value, tokenizer)
+    fn of(stated: &Stated, tokenizer: &Tokenizer) -> Result<Self> {
+        let token = |name| match (stated.get(name), tokenizer.special(name)) {
+            (Some((path, value)), _) => special_token(path, name, value, tokenizer),
+            // It is added to the vocabulary if it is not in it.
+            (None, Some(text)) => Ok(tokenizer.token_to_id(text).map(|id| SpecialToken {
+                text: text.into(),
+                id,
+            })),
+            (None, None) => Ok(None),
         };
         let mut special = Self {
             bos: token("bos_token")?,
@@ -83,7 +77,7 @@ impl SpecialTokens {
             unk: token("unk_token")?,
             add_bos: false,
         };
-        special.settle_bos(config_path, tokenizer)?;
+        special.settle_bos(&stated.config.0, tokenizer)?;
         Ok(special)
     }
 
@@ -167,6 +161,8 @@ fn special_token(
 ) -> Result<Option<SpecialToken>> {
     let text = match value {
         Value::Null => return Ok(None),
+        // Of some conversions of LLaMA.
+        Value::String(text) if text.is_empty() => return Ok(None),
         Value::String(text) => Some(text.as_str()),
         other => other.get("content").and_then(Value::as_str),
     };
@@ -185,8 +181,42 @@ fn special_token(
     Ok(Some(SpecialToken { text, id }))
 }
 
+/// The files of a directory that state special tokens.
+pub(crate) struct Stated {
+    config: (PathBuf, Map<String, Value>),
+    map: (PathBuf, Map<String, Value>),
+}
+
+impl Stated {
+    pub(crate) fn read(dir: &Path) -> Result<Self> {
+        let (config_path, map_path) = (dir.join(TOKENIZER_CONFIG), dir.join(SPECIAL_TOKENS_MAP));
+        let config = read_config(&config_path)?;
+        let map = if config.contains_key("added_tokens_decoder") {
+            Map::new()
+        } else {
+            read_config(&map_path)?
+        };
+        Ok(Self {
+            config: (config_path, config),
+            map: (map_path, map),
+        })
+    }
+
+    /// `tokenizer_config.json`.
+    pub(crate) fn config(&self) -> &Map<String, Value> {
+        &self.config.1
+    }
+
+    /// What the files state under a name, and the file that does.
+    pub(crate) fn get(&self, name: &str) -> Option<(&Path, &Value)> {
+        [&self.map, &self.config]
+            .into_iter()
+            .find_map(|(path, json)| Some((path.as_path(), json.get(name)?)))
+    }
+}
+
 /// Reads a configuration, which is empty if the file does not exist.
-fn read_config(path: &Path) -> Result<Map<String, Value>> {
+pub(crate) fn read_config(path: &Path) -> Result<Map<String, Value>> {
     if !tensor_files::is_there(path) {
         return Ok(Map::new());
     }

@@ -101,7 +101,7 @@ impl Window {
         source: &mut S,
     ) -> Result<Self> {
         Ok(Self {
-            block: Block::build(config, config.block_path(index), source)?,
+            block: Block::build(config, index, source)?,
             config: config.clone(),
             index,
         })

@@ -5,13 +5,21 @@ use peft::Batch;
 use rand::seq::SliceRandom;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
+use crate::checkpoint::directory::{TOKENIZER, TOKENIZER_CONFIG};
+use crate::special_tokens::read_config;
 use crate::{Result, TextError};
 
+mod byte_level;
 mod charsmap;
 mod library;
 mod limits;
+pub(crate) mod parts;
+pub(crate) mod pre;
+mod sentence_piece;
+mod stream;
+mod vocabularies;
 
-/// The tokenizer of a model, from its `tokenizer.json`.
+/// The tokenizer of a model, from its `tokenizer.json` or the vocabulary of a Python tokenizer.
 ///
 /// Truncation, padding and the `dropout` of a BPE model, which files may ask for, are ignored: the
 /// tokens of a text are all of it, and always the same.
@@ -24,9 +32,32 @@ mod limits;
 pub struct Tokenizer {
     library: library::Library,
     path: PathBuf,
+    /// The special tokens that a configuration need not state.
+    specials: Vec<(&'static str, String)>,
 }
 
 impl Tokenizer {
+    /// Reads the tokenizer of a model's directory, if it has one: `tokenizer.json`, or else
+    /// `tokenizer.model` of SentencePiece, or `vocab.json` with `merges.txt`.
+    ///
+    /// Those without a `tokenizer.json` are converted as by transformers, by what
+    /// `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and `config.json` state.
+    ///
+    /// # Errors
+    /// As [`tensor_files::read`] and [`Tokenizer::from_bytes`]; [`ConfigError`](crate::ConfigError) for
+    /// one of those configurations that is none.
+    pub fn read(dir: &Path) -> Result<Option<Self>> {
+        let path = dir.join(TOKENIZER);
+        if !tensor_files::is_there(&path) {
+            return vocabularies::read(dir);
+        }
+        let mut tokenizer = Self::open(&path)?;
+        let config = read_config(&dir.join(TOKENIZER_CONFIG))?;
+        let cleans_up = config.get(vocabularies::CLEAN_UP) == Some(&true.into());
+        tokenizer.library = tokenizer.library.cleaned_up(cleans_up);
+        Ok(Some(tokenizer))
+    }
+
     /// Reads a `tokenizer.json`.
     ///
     /// # Errors
@@ -59,7 +90,11 @@ impl Tokenizer {
     pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Self> {
         let path = path.to_owned();
         match library::Library::new(bytes) {
-            Ok(library) => Ok(Self { library, path }),
+            Ok(library) => Ok(Self {
+                library,
+                path,
+                specials: Vec::new(),
+            }),
             Err(problem) => Err(TextError::Tokenizer { path, problem }.into()),
         }
     }
@@ -80,12 +115,16 @@ impl Tokenizer {
         self.refused(self.library.encode_with_starts(text))
     }
 
-    /// Decodes tokens one after the other.
-    pub fn stream(&self) -> TextStream<'_> {
-        TextStream {
-            library: self.library.stream(),
+    /// Decodes tokens one after the other, which follow those of a context.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn stream(&self, context: &[u32]) -> Result<TextStream<'_>> {
+        let library = self.refused(stream::Stream::new(&self.library, context))?;
+        Ok(TextStream {
+            library,
             tokenizer: self,
-        }
+        })
     }
 
     /// The id of a token.
@@ -108,7 +147,26 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::Tokenizer`] if the tokenizer refuses the tokens.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        self.refused(self.library.decode(tokens))
+        self.refused(self.library.decode(tokens, true))
+    }
+
+    /// As [`Tokenizer::decode`], with special tokens.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_with_special(&self, tokens: &[u32]) -> Result<String> {
+        self.refused(self.library.decode(tokens, false))
+    }
+
+    /// The special token of a name that a configuration need not state.
+    pub(crate) fn special(&self, name: &str) -> Option<&str> {
+        let special = self.specials.iter().find(|(of, _)| *of == name);
+        special.map(|(_, token)| token.as_str())
+    }
+
+    /// Its `tokenizer.json`, without a post-processor.
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        self.library.to_json()
     }
 
     /// The tokens that the tokenizer adds before a text.
@@ -125,19 +183,33 @@ impl Tokenizer {
 }
 
 /// A decoder of tokens one after the other, made by [`Tokenizer::stream`].
+///
+/// The pieces together are the text of all tokens less that of the context: what follows it, or what
+/// follows the beginning that both have, if a character begins in the context and ends after it. A piece
+/// is returned when no later token can change it: not while a character is incomplete, nor, where bytes
+/// have tokens of their own, before the end of a run of them, since one that is no character makes all of
+/// them replacement characters. If the decoder of a tokenizer can change any of its text, the last piece
+/// is all of it.
 pub struct TextStream<'a> {
-    library: library::Stream<'a>,
+    library: stream::Stream<'a>,
     tokenizer: &'a Tokenizer,
 }
 
 impl TextStream<'_> {
-    /// Decodes one more token. Returns an empty string while a character is incomplete.
+    /// Decodes one more token. Returns an empty string while the text of it can change.
     ///
     /// # Errors
     /// [`TextError::Tokenizer`] if the tokenizer refuses the token.
     pub fn push(&mut self, token: u32) -> Result<String> {
-        let piece = self.tokenizer.refused(self.library.push(token))?;
-        Ok(piece.unwrap_or_default())
+        self.tokenizer.refused(self.library.push(token))
+    }
+
+    /// The rest of the text, with a replacement character for each incomplete one.
+    ///
+    /// # Errors
+    /// [`TextError::Tokenizer`] if the tokenizer refuses the tokens.
+    pub fn finish(self) -> Result<String> {
+        self.tokenizer.refused(self.library.finish())
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) use checks::{check_shape, quantized};
 use hf::HfLayer;
 pub(crate) use lora::LoraSettings;
 use peqa::PeqaSettings;
-pub(crate) use tensors::{Shared, Source, floats, trained};
+pub(crate) use tensors::{Shared, Source, floats, tensor, trained};
 pub(crate) use tile::TileSettings;
 use vera::VeraSettings;
 

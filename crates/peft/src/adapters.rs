@@ -16,6 +16,8 @@ const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 /// The key of PEFT's configurations that names the type of adapter.
 const PEFT_TYPE: &str = "peft_type";
+/// The key of configurations of this crate that names the version of their format.
+const FORMAT_VERSION: &str = "format_version";
 
 /// The adapters of one task, with the fingerprint of their base.
 ///
@@ -198,27 +200,48 @@ impl Adapters {
     /// # }
     /// ```
     pub fn open(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
-        let path = dir.as_ref().join(CONFIG);
-        let config: Map<String, Value> = tensor_files::read_json(&path)?;
-        if config.contains_key(PEFT_TYPE) {
-            return Self::load_hf(dir, model);
+        match Kind::of(dir.as_ref())? {
+            Kind::Peft => Self::load_hf(dir, model),
+            Kind::Own => Self::load(dir, &device_of(model)),
         }
-        if !config.contains_key("format_version") {
-            let problem = "is no configuration of adapters: it has neither `format_version`, as those of this program, nor `peft_type`, as PEFT's";
-            let problem = problem.into();
-            return Err(tensor_files::Error::File { path, problem }.into());
+    }
+
+    /// Reads a directory as [`Adapters::open`] does, and gives `model` the parameters of its base that
+    /// a directory of PEFT holds.
+    ///
+    /// They are those of `modules_to_save` and of embeddings that were saved, biases (`bias` = `all`),
+    /// and trained tokens, in the dtype of the model. LoRA on the embedding, on the head and on others
+    /// of [`Linears::other_weights`] and [`Linears::tables`] is added to their weights, in `f32`; a packed
+    /// one becomes dense. Where PEFT trained a head apart from the embedding that it was, it becomes a
+    /// weight of its own. The adapters are those of the changed base, which is to be saved with them.
+    ///
+    /// # Errors
+    /// As [`Adapters::open`], but for [`Error::OtherParameters`]. The model is unchanged then.
+    ///
+    /// # Examples
+    /// ```no_run
+    /// # fn tuned(model: &mut impl peft::Linears) -> Result<(), peft::Error> {
+    /// let task = peft::Adapters::open_with_base("Llama-2-7b-lora-with-head", model)?;
+    /// peft::activate(model, &task)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn open_with_base<M: Linears>(dir: impl AsRef<Path>, model: &mut M) -> Result<Self> {
+        match Kind::of(dir.as_ref())? {
+            Kind::Peft => Self::load_hf_with_base(dir.as_ref(), model),
+            Kind::Own => Self::load(dir, &device_of(model)),
         }
-        let device = model.linears().first().map(|(_, of)| of.weight.device());
-        Self::load(dir, &device.unwrap_or_default())
     }
 
     /// Reads a directory onto `device`.
     ///
     /// # Errors
-    /// [`Error::File`] if a file is missing or damaged, or the tensors are not those that the
-    /// configuration lists; [`Error::Setting`] for a setting out of its range.
+    /// [`Error::OtherDirectory`] for a directory of PEFT; [`Error::File`] if a file is missing or
+    /// damaged, or the tensors are not those that the configuration lists; [`Error::Setting`] for a
+    /// setting out of its range.
     pub fn load(dir: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let config_path = dir.as_ref().join(CONFIG);
+        Kind::Own.check(&config_path, &tensor_files::read_json(&config_path)?)?;
         let config: Config = tensor_files::read_json(&config_path)?;
         let version = (config.base).check_version(FORMAT_VERSIONS, config.format_version);
         version.map_err(|problem| {
@@ -246,6 +269,61 @@ impl Adapters {
             layers,
         })
     }
+}
+
+/// Whose format a directory has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Own,
+    Peft,
+}
+
+impl Kind {
+    fn of(dir: &Path) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        Self::of_config(&path, &tensor_files::read_json(&path)?)
+    }
+
+    fn of_config(path: &Path, config: &Map<String, Value>) -> Result<Self> {
+        if config.contains_key(PEFT_TYPE) {
+            return Ok(Self::Peft);
+        }
+        if config.contains_key(FORMAT_VERSION) {
+            return Ok(Self::Own);
+        }
+        let path = path.to_path_buf();
+        let problem = format!(
+            "is no configuration of adapters: it has neither `{FORMAT_VERSION}`, as those of this program, nor `{PEFT_TYPE}`, as PEFT's"
+        );
+        Err(tensor_files::Error::File { path, problem }.into())
+    }
+
+    /// Checks that a configuration is of this kind.
+    fn check(self, path: &Path, config: &Map<String, Value>) -> Result<()> {
+        let found = Self::of_config(path, config)?;
+        if found == self {
+            return Ok(());
+        }
+        let path = path.to_path_buf();
+        Err(match found {
+            Self::Own => Error::OtherDirectory {
+                path,
+                format: "this program",
+                function: "Adapters::load",
+            },
+            Self::Peft => Error::OtherDirectory {
+                path,
+                format: "PEFT",
+                function: "Adapters::load_hf",
+            },
+        })
+    }
+}
+
+/// The device of a model.
+fn device_of(model: &impl Linears) -> Device {
+    let device = model.linears().first().map(|(_, of)| of.weight.device());
+    device.unwrap_or_default()
 }
 
 /// The tensors of a directory by their names; shared tensors occur once.

@@ -119,6 +119,29 @@ pub enum Error {
         /// The layer.
         path: String,
     },
+    /// A directory of adapters in the other of the two formats.
+    #[error(
+        "`{path}` is a configuration of adapters of {format}: read it with `{function}`, or with `Adapters::open`, which reads both formats"
+    )]
+    OtherDirectory {
+        /// The configuration.
+        path: PathBuf,
+        /// Whose format it has.
+        format: &'static str,
+        /// The function that reads it.
+        function: &'static str,
+    },
+    /// Parameters of the base in a file of PEFT that are not those of the model.
+    #[error(
+        "`{path}` has parameters of the base that differ from those of the model: {}; read it with `Adapters::open_with_base`, which gives them to the model",
+        listed(parameters)
+    )]
+    OtherParameters {
+        /// The file.
+        path: PathBuf,
+        /// The names of the parameters.
+        parameters: Vec<String>,
+    },
     /// An adapter that PEFT's files cannot hold.
     #[error("the adapter of layer `{path}` cannot be written for PEFT: {problem}")]
     NotForPeft {
@@ -411,14 +434,18 @@ pub enum Error {
 }
 
 /// The first parameters of a list, and how many more there are.
-fn trainable(parameters: &[String]) -> String {
+fn listed(parameters: &[String]) -> String {
     let named = parameters.iter().take(3).map(|name| format!("`{name}`"));
     let named = named.collect::<Vec<_>>().join(", ");
     match parameters.len() {
-        1 => format!("{named} is trainable"),
-        2 | 3 => format!("{named} are trainable"),
-        n => format!("{named} and {} more parameters are trainable", n - 3),
+        0..=3 => named,
+        n => format!("{named} and {} more parameters", n - 3),
     }
+}
+
+fn trainable(parameters: &[String]) -> String {
+    let verb = if parameters.len() == 1 { "is" } else { "are" };
+    format!("{} {verb} trainable", listed(parameters))
 }
 
 /// Where a training was well.

@@ -105,7 +105,7 @@ mod trainer;
 ///     }
 ///
 ///     fn head(&self) -> Head<'_> {
-///         Head::Dense(self.embedding.val().transpose())
+///         self.embedding.val().transpose().into()
 ///     }
 /// }
 ///

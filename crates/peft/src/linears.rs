@@ -1,7 +1,17 @@
-use burn::module::Module;
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
 use quant_core::Precision;
 
 use crate::{Identity, Linear, Weight};
+
+/// A parameter of [`Linears::tables`].
+#[derive(Clone, Copy, Debug)]
+pub enum Table<'a> {
+    /// Such as the weight of a norm.
+    Vector(&'a Param<Tensor<1>>),
+    /// Such as an embedding, `[rows, columns]`.
+    Matrix(&'a Param<Tensor<2>>),
+}
 
 /// A model that lists its projections, so that they can be quantized, adapted and merged.
 ///
@@ -25,6 +35,23 @@ pub trait Linears: Module {
     fn other_weights_mut(&mut self) -> Vec<&mut Weight> {
         Vec::new()
     }
+
+    /// Parameters beside the projections and the other weights, such as those of embeddings and norms,
+    /// with the names of their tensors in Hugging Face's files.
+    ///
+    /// A directory of PEFT can replace them: [`Adapters::open_with_base`](crate::Adapters::open_with_base).
+    fn tables(&self) -> Vec<(String, Table<'_>)> {
+        Vec::new()
+    }
+
+    /// The names of the tensors of the embedding and of the head, if these are one parameter.
+    fn tied(&self) -> Option<[String; 2]> {
+        None
+    }
+
+    /// Gives the head a weight of its own, equal to the embedding, if these are one parameter: the last
+    /// of the other weights then.
+    fn untie(&mut self) {}
 
     /// What the outputs depend on besides the parameters, such as the number of heads.
     ///

@@ -117,6 +117,20 @@ impl TensorFile {
         Some(&self.metadata.info(name)?.shape)
     }
 
+    /// The dtype of a tensor as the format names it, such as `BF16`, from the header.
+    pub fn dtype(&self, name: &str) -> Option<String> {
+        Some(format!("{:?}", self.metadata.info(name)?.dtype))
+    }
+
+    /// The bytes and the shape of a tensor as the file has them, whatever its dtype.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::Tensor`] for another number of dimensions.
+    pub fn stored<const D: usize>(&mut self, name: &str) -> Result<(Vec<u8>, [usize; D])> {
+        let (_, shape, bytes) = self.read(name)?;
+        Ok((bytes, shape))
+    }
+
     /// The values and the shape of a tensor of `f32`, `f16` or `bf16`, row by row, in `f32`.
     ///
     /// # Errors

@@ -5,16 +5,25 @@ use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use evaluate::{
-    Bootstrap, ChoiceItem, Error, ScoredWindow, choices, compare, confidences, document_losses,
-    gsm8k, llama_cpp_perplexity, perplexity, score, target_loss, window_losses, word_losses,
+    AddBos, Bootstrap, ChoiceItem, Error, ScoredWindow, choices, compare, confidences,
+    document_losses, gsm8k, llama_cpp_perplexity, perplexity, score, target_loss, window_losses,
+    word_losses,
 };
-use models::{Generation, Pretrained, generate, load, quantize_head};
+use models::{Generation, Pretrained, Tokenizer, generate, load, quantize_head};
 use peft::{Batch, CausalLm};
 use quant_core::Rtn;
 
 #[path = "../../../models/tests/fixtures/word_level.rs"]
 mod word_level;
 
+#[path = "../../../models/tests/fixtures/tokenizer.rs"]
+mod byte_level;
+
+#[path = "../../../models/tests/fixtures/scripted.rs"]
+mod scripted;
+
+use byte_level::{like_llama_3, write_byte_level};
+use scripted::write_scripted;
 use word_level::write_tokenizer;
 
 const PROBE: [u32; 12] = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8];
@@ -61,7 +70,7 @@ fn log_probabilities(lm: &Pretrained, ids: &[u32]) -> Vec<Vec<f64>> {
 
 /// The loss of each token after the first.
 fn losses(lm: &Pretrained, ids: &[u32]) -> Vec<f64> {
-    let all = log_probabilities(lm, ids);
+    let all = log_probabilities(lm, &ids[..ids.len() - 1]);
     let targets = ids[1..].iter().zip(all);
     targets
         .map(|(&target, row)| -row[target as usize])
@@ -152,14 +161,34 @@ fn perplexities_are_those_of_their_protocols() {
         let both = [losses(&lm, &window(0)), losses(&lm, &window(6))];
         let sum: f64 = both.iter().flat_map(|losses| &losses[3..]).sum();
         assert_near(found.unwrap().value.ln(), sum / 4.0);
-        // A document of seven tokens in windows of five, after token 1.
-        let document = ("a b  c", PROBE[..7].to_vec());
-        let found = word_losses(&lm.model, &[document], 1, 5, &device).unwrap();
-        let first = losses(&lm, &[&[1], &PROBE[..5]].concat());
-        let second = losses(&lm, &PROBE[1..7]);
-        let sum: f64 = first.iter().chain(&second[3..]).sum();
-        assert_near(found[0].log_likelihood, -sum);
-        assert_eq!((found[0].n_words, found[0].n_bytes), (3, 6));
+        // A document after token 1, as `add_bos_token` says.
+        let document = "w3 w1  w4\nw1 w5";
+        let plain = losses(&lm, &[1, 3, 1, 4, 1, 5]);
+        let with_bos = losses(&lm, &[1, 1, 3, 1, 4, 1, 5]);
+        for (add_bos, expected) in [
+            (AddBos::AsTokenizer, &plain),
+            (AddBos::Always, &with_bos),
+            (AddBos::Never, &plain),
+        ] {
+            let found = word_losses(&lm, &[document, "w1 w3"], add_bos).unwrap();
+            assert_near(found[0].log_likelihood, -expected.iter().sum::<f64>());
+            assert_eq!((found[0].n_words, found[0].n_bytes), (5, 15));
+            // The document begins with the token.
+            let stated = losses(&lm, &[1, 1, 3]);
+            assert_near(found[1].log_likelihood, -stated.iter().sum::<f64>());
+        }
+        // Longer than the model reads: the windows overlap by a token, and the last reads as many.
+        let max_len = lm.model.config().max_seq_len();
+        let ids: Vec<u32> = (0..max_len + 3)
+            .map(|at| 3 + (at * at % 7) as u32)
+            .collect();
+        let words: Vec<String> = ids.iter().map(|id| format!("w{id}")).collect();
+        let found = word_losses(&lm, &[&words.join(" ")], AddBos::AsTokenizer).unwrap();
+        let first = losses(&lm, &[&[1], &ids[..max_len]].concat());
+        let second = losses(&lm, &ids[2..]);
+        let sum: f64 = first.iter().chain(&second[max_len - 3..]).sum();
+        let off = found[0].log_likelihood + sum;
+        assert!(off.abs() < 1e-6 * sum, "{off} of {sum}");
         let found = document_losses(&lm.model, &[PROBE.to_vec()], 1, 5, &device).unwrap();
         let expected = losses(&lm, &[&[1], &PROBE[..4]].concat());
         assert_eq!(found[0].len(), 4);
@@ -243,5 +272,64 @@ fn choices_and_answers_are_those_of_the_model() {
                 .len(),
             1
         );
+    }
+}
+
+/// The token that ends a text is that of the tokenizer, neither a stop token of the model nor a string of
+/// the protocol, and no part of a text without special tokens.
+#[test]
+fn an_answer_ends_at_the_end_token_of_the_tokenizer() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = Tokenizer::open(&write_byte_level(dir.path(), like_llama_3())).unwrap();
+    let id = |token: &str| tokenizer.token_to_id(token).unwrap();
+    let tokens = [":", "Ġ", "5", "<|im_start|>", "7", "8"].map(id);
+    let script: Vec<(u32, u32)> = tokens.windows(2).map(|pair| (pair[0], pair[1])).collect();
+    write_scripted(dir.path(), 269, &script, &[id("</s>")]);
+    let problem = gsm8k::Problem {
+        question: "2 + 3?".into(),
+        answer: "#### 5".into(),
+    };
+    for (eos, text, is_right) in [("<|im_start|>", " 5", true), ("</s>", " 578", false)] {
+        let special = format!(r#"{{"bos_token": "<s>", "eos_token": "{eos}"}}"#);
+        std::fs::write(dir.path().join("tokenizer_config.json"), special).unwrap();
+        let lm = load(dir.path(), &Device::flex()).unwrap();
+        let found = gsm8k::answers(&lm, &[], std::slice::from_ref(&problem), 5, |_| {}).unwrap();
+        assert_eq!(
+            (found[0].text.as_str(), found[0].flexible),
+            (text, is_right)
+        );
+    }
+    // Without one.
+    std::fs::remove_file(dir.path().join("tokenizer_config.json")).unwrap();
+    let lm = load(dir.path(), &Device::flex()).unwrap();
+    let found = gsm8k::answers(&lm, &[], &[problem], 5, |_| {}).unwrap();
+    assert_eq!(found[0].text, " 578");
+}
+
+/// Bytes that are no character are no end of an evaluation.
+#[test]
+fn an_answer_may_have_bytes_that_are_no_character() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tests/golden/tokenizers/llama");
+    for file in ["tokenizer.model", "tokenizer_config.json"] {
+        std::fs::copy(golden.join(file), dir.path().join(file)).unwrap();
+    }
+    std::fs::write(dir.path().join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+    let tokenizer = Tokenizer::read(dir.path()).unwrap().unwrap();
+    let last = *tokenizer.encode("Answer:").unwrap().last().unwrap();
+    let id = |token: &str| tokenizer.token_to_id(token).unwrap();
+    let bytes = ["<0xEC>", "<0x84>", "<0xAC>", "<0xE1>", "▁the", "4", "</s>"].map(id);
+    let mut script = vec![(last, bytes[0])];
+    script.extend(bytes.windows(2).map(|pair| (pair[0], pair[1])));
+    write_scripted(dir.path(), 425, &script, &[id("</s>")]);
+    let lm = load(dir.path(), &Device::flex()).unwrap();
+    let problem = gsm8k::Problem {
+        question: "2 + 2?".into(),
+        answer: "#### 4".into(),
+    };
+    let found = gsm8k::answers(&lm, &[], &[problem.clone(), problem], 20, |_| {}).unwrap();
+    for answer in found {
+        assert_eq!((answer.text.as_str(), answer.flexible), ("���� the4", true));
     }
 }

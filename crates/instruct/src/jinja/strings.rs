@@ -58,7 +58,7 @@ fn property(text: &str, name: &str, args: &[Value]) -> Option<Result<Value, Erro
         "isalpha" => all(char::is_alphabetic),
         "isalnum" => all(char::is_alphanumeric),
         "isnumeric" => all(char::is_numeric),
-        "isdecimal" => all(|char| char.to_digit(10).is_some()),
+        "isdecimal" => all(|char| char.is_ascii_digit()),
         "isdigit" => all(|char| {
             matches!(char, '²' | '³' | '¹' | '⁰' | '⁴'..='⁹' | '₀'..='₉') || char.is_ascii_digit()
         }),
@@ -419,7 +419,7 @@ fn expand_tabs(state: &State, text: &str, args: &[Value]) -> Result<Value, Error
         state,
         (text.matches('\t').count() as u64).saturating_mul(size as u64),
     )?;
-    let (mut expanded, mut column) = (String::new(), 0);
+    let (mut expanded, mut column) = (String::new(), 0_usize);
     for char in text.chars() {
         match char {
             '\t' => {

@@ -10,8 +10,8 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 
-use super::AttentionOps;
 use super::starts::Starts;
+use super::{AttentionOps, Scores};
 
 #[derive(Debug)]
 struct CausalAttention;
@@ -24,7 +24,7 @@ struct State<B: AttentionOps> {
     starts: Starts<B>,
     y: FloatTensor<B>,
     lse: FloatTensor<B>,
-    scale: f64,
+    scores: Scores,
 }
 
 /// The parents are queries, keys and values.
@@ -40,9 +40,9 @@ impl<B: AttentionOps> Backward<B, 3> for CausalAttention {
             starts,
             y,
             lse,
-            scale,
+            scores,
         } = ops.state;
-        let (dq, dk, dv) = B::causal_attention_backward(q, k, v, starts, y, lse, dy, scale);
+        let (dq, dk, dv) = B::causal_attention_backward(q, k, v, starts, y, lse, dy, scores);
         for (parent, gradient) in ops.parents.into_iter().zip([dq, dk, dv]) {
             if let Some(parent) = parent {
                 grads.register::<B>(parent.id, gradient);
@@ -57,7 +57,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         starts: Starts<Self>,
-        scale: f64,
+        scores: Scores,
     ) -> FloatTensor<Self> {
         // The same integer tensor, as one of the inner backend.
         let starts = match starts {
@@ -77,7 +77,7 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
                     k.clone(),
                     v.clone(),
                     starts.clone(),
-                    scale,
+                    scores,
                 );
                 let state = State {
                     q,
@@ -86,11 +86,11 @@ impl<B: AttentionOps, C: CheckpointStrategy> AttentionOps for Autodiff<B, C> {
                     starts,
                     y: y.clone(),
                     lse,
-                    scale,
+                    scores,
                 };
                 prep.finish(state, y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, k, v, starts, scale)),
+            OpsKind::UnTracked(prep) => prep.finish(B::causal_attention(q, k, v, starts, scores)),
         }
     }
 }

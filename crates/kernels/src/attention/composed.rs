@@ -8,8 +8,10 @@ use std::ops::Range;
 use burn::backend::{Backend, TensorMetadata, get_device_settings, tensor::FloatTensor};
 use burn::tensor::Shape;
 
+use super::Scores;
 use super::starts::Starts;
 use crate::dtype::{cast, widened};
+use crate::softcap::times_slope;
 
 /// The sizes of a call.
 struct Sizes {
@@ -71,22 +73,30 @@ impl Sizes {
         Shape::new([self.batch, self.heads, self.seq_q, self.seq_k])
     }
 
-    /// The scaled scores, [`Sizes::of_scores`], of the results of [`Sizes::stack`] and
-    /// [`Sizes::by_head`], in `F32` where `q` is of 16 bits; `-inf` where a key is masked.
+    /// The scores, [`Sizes::of_scores`], of the results of [`Sizes::stack`] and [`Sizes::by_head`], in
+    /// `F32` where `q` is of 16 bits.
     fn scores<B: Backend>(
         &self,
         q: FloatTensor<B>,
         k: FloatTensor<B>,
-        starts: Starts<B>,
-        scale: f64,
+        scores: Scores,
     ) -> FloatTensor<B> {
-        let device = q.device();
+        let Scores { scale, softcap } = scores;
         let scores = widened::<B>(B::float_matmul(q, B::float_transpose(k)));
         let scores = B::float_mul_scalar(scores, scale.into());
         let scores = B::float_reshape(scores, self.of_scores());
+        match softcap {
+            Some(cap) => cap.apply::<B>(scores),
+            None => scores,
+        }
+    }
+
+    /// The scores with `-inf` where a key is masked.
+    fn masked<B: Backend>(&self, scores: FloatTensor<B>, starts: Starts<B>) -> FloatTensor<B> {
         if self.seq_q == 1 && matches!(starts, Starts::First) {
             return scores;
         }
+        let device = scores.device();
         let settings = get_device_settings::<B>(&device);
         let positions = |range: Range<usize>, shape| {
             let range = range.start as i64..range.end as i64;
@@ -124,11 +134,11 @@ pub(super) fn forward<B: Backend>(
     k: FloatTensor<B>,
     v: FloatTensor<B>,
     starts: Starts<B>,
-    scale: f64,
+    scores: Scores,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
     let (q, k) = (sizes.stack::<B>(q), sizes.by_head::<B>(k));
-    let scores = sizes.scores::<B>(q, k, starts, scale);
+    let scores = sizes.masked::<B>(sizes.scores::<B>(q, k, scores), starts);
     let most = B::float_max_dim(scores.clone(), 3);
     let p = B::float_exp(B::float_sub(scores, most.clone()));
     let sum = B::float_sum_dim(p.clone(), 3);
@@ -152,7 +162,7 @@ pub(super) fn backward<B: Backend>(
     y: FloatTensor<B>,
     lse: FloatTensor<B>,
     dy: FloatTensor<B>,
-    scale: f64,
+    scores: Scores,
 ) -> (FloatTensor<B>, FloatTensor<B>, FloatTensor<B>) {
     let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
     let (q, y, dy) = (
@@ -161,16 +171,21 @@ pub(super) fn backward<B: Backend>(
         sizes.stack::<B>(dy),
     );
     let (k, v) = (sizes.by_head::<B>(k), sizes.by_head::<B>(v));
-    let scores = sizes.scores::<B>(q.clone(), k.clone(), starts, scale);
+    let Scores { scale, softcap } = scores;
+    let scores = sizes.scores::<B>(q.clone(), k.clone(), scores);
+    let slope = softcap.map(|cap| cap.slope::<B>(scores.clone()));
+    let scores = sizes.masked::<B>(scores, starts);
     let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
     let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
-    let p = B::float_reshape(p, sizes.stacked(sizes.seq_k));
+    let stacked = |t| B::float_reshape(t, sizes.stacked(sizes.seq_k));
+    let p = stacked(p);
 
     let delta = B::float_mul(widened::<B>(dy.clone()), widened::<B>(y));
     let delta = B::float_sum_dim(delta, 2);
     let dp = widened::<B>(B::float_matmul(dy.clone(), B::float_transpose(v)));
     let ds = B::float_mul(p.clone(), B::float_sub(dp, delta));
     let ds = B::float_mul_scalar(ds, scale.into());
+    let ds = times_slope::<B>(ds, slope.map(stacked));
     let (p, ds) = (cast::<B>(p, dtype), cast::<B>(ds, dtype));
     let dk = B::float_matmul(B::float_transpose(ds.clone()), q);
     let dv = B::float_matmul(B::float_transpose(p), dy);

@@ -9,7 +9,7 @@ use burn::backend::{DType, Flex, TensorMetadata, flex::FlexTensor, tensor::Float
 use rayon::prelude::*;
 
 use super::starts::Starts;
-use super::{AttentionOps, composed};
+use super::{AttentionOps, Scores, composed};
 use crate::dense::multiply_add;
 use crate::host::{all_native, contiguous, floats, integers, rounded, tensor, widened};
 use crate::isa::{Isa, by_instruction_set};
@@ -17,6 +17,7 @@ use crate::math;
 use crate::matrix::Matrix;
 use crate::memory::zeroed;
 use crate::shared::Shared;
+use crate::softcap::{Softcap, cap_each};
 
 mod block;
 
@@ -28,14 +29,14 @@ impl AttentionOps for Flex {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         starts: Starts<Self>,
-        scale: f64,
+        scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !all_native([&q, &k, &v]) {
-            return composed::forward::<Self>(q, k, v, starts, scale);
+            return composed::forward::<Self>(q, k, v, starts, scores);
         }
         let dtype = q.dtype();
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
-        let call = Call::new(&q, &k, &v, starts, scale);
+        let call = Call::new(&q, &k, &v, starts, scores);
         let (y, lse) = match call.seq_q {
             1 => call.one_query(),
             _ => call.forward(),
@@ -52,15 +53,15 @@ impl AttentionOps for Flex {
         y: FloatTensor<Self>,
         lse: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        scale: f64,
+        scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !all_native([&q, &k, &v, &y, &lse, &dy]) {
-            return composed::backward::<Self>(q, k, v, starts, y, lse, dy, scale);
+            return composed::backward::<Self>(q, k, v, starts, y, lse, dy, scores);
         }
         let dtype = q.dtype();
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
         let (y, dy, lse) = (whole_heads(y), whole_heads(dy), contiguous(lse));
-        let call = Call::new(&q, &k, &v, starts, scale);
+        let call = Call::new(&q, &k, &v, starts, scores);
         let [dq, dk, dv] = call.backward(&Heads::of(&y), &Heads::of(&dy), floats(&lse));
         let gradient = |d, of: &FlexTensor| rounded(tensor(d, of.shape()), dtype);
         (gradient(dq, &q), gradient(dk, &k), gradient(dv, &v))
@@ -153,6 +154,7 @@ struct Call<'a> {
     /// The first key that each query of each sequence attends to; `None` for the first of the sequence.
     starts: Option<Vec<usize>>,
     scale: f32,
+    softcap: Option<Softcap>,
     batch: usize,
     seq_q: usize,
     seq_k: usize,
@@ -167,7 +169,7 @@ impl<'a> Call<'a> {
         k: &'a FlexTensor,
         v: &'a FlexTensor,
         starts: Starts<Flex>,
-        scale: f64,
+        scores: Scores,
     ) -> Self {
         let [batch, seq_q, heads, dim] = q.shape().dims();
         let [_, seq_k, kv_heads, _] = k.shape().dims();
@@ -185,7 +187,8 @@ impl<'a> Call<'a> {
             k: Heads::of(k),
             v: Heads::of(v),
             starts,
-            scale: scale as f32,
+            scale: scores.scale as f32,
+            softcap: scores.softcap,
             batch,
             seq_q,
             seq_k,
@@ -243,6 +246,14 @@ impl<'a> Call<'a> {
         }
     }
 
+    /// Writes the scores of the keys of a block, `[keys, dim]`, not masked; `queries` are scaled.
+    fn scores(&self, block: &Block, keys: Matrix, queries: &[Lanes], out: &mut [Lanes]) {
+        self.products(block, keys, queries, out);
+        if let Some(cap) = self.softcap {
+            cap_each(out[..block.n_keys].as_flattened_mut(), cap);
+        }
+    }
+
     /// The output and the log-sum-exps.
     fn forward(&self) -> (Vec<f32>, Vec<f32>) {
         let (dim, width) = (self.dim, self.heads * self.dim);
@@ -273,7 +284,7 @@ impl<'a> Call<'a> {
                 for block in self.blocks(batch, queries) {
                     let k = self.k.rows(batch, block.keys, block.n_keys, kv_head);
                     let v = self.v.rows(batch, block.keys, block.n_keys, kv_head);
-                    self.products(&block, k, q, scores);
+                    self.scores(&block, k, q, scores);
                     let mut shrink = [1.0; QUERIES];
                     softmax(block, scores, &mut most, &mut sum, &mut shrink);
                     if !block.is_first {
@@ -389,9 +400,10 @@ impl<'a> Call<'a> {
                             } = block;
                             let k = self.k.rows(batch, keys, n_keys, kv_head);
                             let v = self.v.rows(batch, keys, n_keys, kv_head);
-                            self.products(&block, k, columns_q, p);
+                            self.scores(&block, k, columns_q, p);
                             self.products(&block, v, columns_dy, ds);
-                            gradient(block, self.scale, &lse_lanes, &delta, p, ds);
+                            let (scale, cap) = (self.scale, self.softcap);
+                            gradient(block, scale, cap, &lse_lanes, &delta, p, ds);
                             let at_q = (batch * self.seq_q + queries) * q_width + head * dim;
                             let at_k = (batch * self.seq_k + keys) * k_width + kv_head * dim;
                             // SAFETY: `rows` has checked the matrices; the gradients have the
@@ -455,7 +467,14 @@ fn attend_body<I: Isa>(
         }
     }
     for (scores, lse) in scores.chunks_exact_mut(n_keys).zip(lse) {
-        let most = math::scale_max(scores, call.scale);
+        let most = match call.softcap {
+            Some(cap) => {
+                math::scale(scores, call.scale);
+                cap_each(scores, cap);
+                math::scale_max(scores, 1.0)
+            }
+            None => math::scale_max(scores, call.scale),
+        };
         let sum = math::exp_sum(scores, most);
         math::scale(scores, 1.0 / sum);
         *lse = most + sum.ln();

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
 use super::starts::Starts;
-use super::{AttentionOps, causal_attention, composed};
+use super::{AttentionOps, Scores, causal_attention, composed};
 use crate::testing::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -56,8 +56,19 @@ impl Sizes {
         1.5 / (self.dim as f64).sqrt()
     }
 
+    fn scores(&self, cap: Option<f64>) -> Scores {
+        Scores::new(self.scale()).with_softcap(cap)
+    }
+
     /// The output and the log-sum-exps in `f64`.
-    fn reference(&self, q: &[f64], k: &[f64], v: &[f64], scale: f64) -> (Vec<f64>, Vec<f64>) {
+    fn reference(
+        &self,
+        q: &[f64],
+        k: &[f64],
+        v: &[f64],
+        cap: Option<f64>,
+        scale: f64,
+    ) -> (Vec<f64>, Vec<f64>) {
         let (heads, dim) = (self.kv_heads * self.group, self.dim);
         let mut y = vec![0.0; q.len()];
         let mut lse = Vec::new();
@@ -73,7 +84,11 @@ impl Sizes {
             let n = self.seq_k - self.seq_q + i + 1;
             let exp: Vec<f64> = (first..n)
                 .map(|j| (0..dim).map(|d| q[row + d] * k[key(j) + d]).sum::<f64>())
-                .map(|score| (score * scale).exp())
+                .map(|product| match cap {
+                    Some(cap) => cap * (product * scale / cap).tanh(),
+                    None => product * scale,
+                })
+                .map(f64::exp)
                 .collect();
             let sum: f64 = exp.iter().sum();
             lse.push(sum.ln());
@@ -117,6 +132,11 @@ fn large() -> impl Strategy<Value = Sizes> {
     )
 }
 
+/// From a cap that most scores reach to none.
+fn caps() -> impl Strategy<Value = Option<f64>> {
+    prop::sample::select(vec![Some(0.25), Some(2.0), Some(50.0), None])
+}
+
 fn small() -> impl Strategy<Value = Sizes> {
     sizes(1..5usize, 0..4usize, 1..4usize)
 }
@@ -140,23 +160,25 @@ fn as_views([q, k, v, dy]: [Tensor<4>; 4]) -> [Tensor<4>; 4] {
 }
 
 /// Output, log-sum-exps and gradients.
-fn native(sizes: &Sizes, t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
+fn native(sizes: &Sizes, t: &[Tensor<4>; 4], scores: impl Into<Scores>) -> Vec<Vec<f32>> {
+    let scores = scores.into();
     let [q, k, v, dy] = t.each_ref().map(primitive);
     let starts = sizes.primitive_starts();
     let (y, lse) =
-        Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), starts.clone(), scale);
+        Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), starts.clone(), scores);
     let (y_, lse_) = (y.clone(), lse.clone());
-    let (dq, dk, dv) = Flex::causal_attention_backward(q, k, v, starts, y_, lse_, dy, scale);
+    let (dq, dk, dv) = Flex::causal_attention_backward(q, k, v, starts, y_, lse_, dy, scores);
     [y, lse, dq, dk, dv].map(primitive_values).to_vec()
 }
 
-fn by_composition(sizes: &Sizes, t: &[Tensor<4>; 4], scale: f64) -> Vec<Vec<f32>> {
+fn by_composition(sizes: &Sizes, t: &[Tensor<4>; 4], scores: impl Into<Scores>) -> Vec<Vec<f32>> {
+    let scores = scores.into();
     let [q, k, v, dy] = t.each_ref().map(primitive);
     let starts = sizes.primitive_starts();
     let (y, lse) =
-        composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), starts.clone(), scale);
+        composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), starts.clone(), scores);
     let (y_, lse_) = (y.clone(), lse.clone());
-    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, starts, y_, lse_, dy, scale);
+    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, starts, y_, lse_, dy, scores);
     [y, lse, dq, dk, dv].map(primitive_values).to_vec()
 }
 
@@ -164,15 +186,19 @@ proptest! {
     #![proptest_config(cases_of(24))]
 
     #[test]
-    fn small_calls_agree_with_f64_and_its_differences(sizes in small(), seed: u64) {
+    fn small_calls_agree_with_f64_and_its_differences(
+        sizes in small(),
+        cap in caps(),
+        seed: u64,
+    ) {
         let t = tensors(&sizes, seed);
         let [q, k, v, dy] = t.each_ref().map(values);
         let [dq, dk, dv, ddy] = [&q, &k, &v, &dy].map(|t| doubles(t));
         let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
-            let y = sizes.reference(q, k, v, sizes.scale()).0;
+            let y = sizes.reference(q, k, v, cap, sizes.scale()).0;
             y.iter().zip(&ddy).map(|(y, dy)| y * dy).sum()
         };
-        let (y, lse) = sizes.reference(&dq, &dk, &dv, sizes.scale());
+        let (y, lse) = sizes.reference(&dq, &dk, &dv, cap, sizes.scale());
         let expected = [
             y,
             lse,
@@ -180,7 +206,8 @@ proptest! {
             slopes(&k, |k| loss(&dq, k, &dv)),
             slopes(&v, |v| loss(&dq, &dk, v)),
         ];
-        for found in [native(&sizes, &t, sizes.scale()), by_composition(&sizes, &t, sizes.scale())] {
+        let scores = sizes.scores(cap);
+        for found in [native(&sizes, &t, scores), by_composition(&sizes, &t, scores)] {
             for (found, expected) in found.iter().zip(&expected) {
                 assert_close(found, expected, 1e-5);
             }
@@ -188,15 +215,20 @@ proptest! {
     }
 
     #[test]
-    fn large_calls_agree_with_f64_and_the_composition(sizes in large(), views: bool, seed: u64) {
+    fn large_calls_agree_with_f64_and_the_composition(
+        sizes in large(),
+        cap in caps(),
+        views: bool,
+        seed: u64,
+    ) {
         let mut t = tensors(&sizes, seed);
         let [q, k, v] = [&t[0], &t[1], &t[2]].map(|t| doubles(&values(t)));
-        let (y, lse) = sizes.reference(&q, &k, &v, sizes.scale());
-        let composed = by_composition(&sizes, &t, sizes.scale());
+        let (y, lse) = sizes.reference(&q, &k, &v, cap, sizes.scale());
+        let composed = by_composition(&sizes, &t, sizes.scores(cap));
         if views {
             t = as_views(t);
         }
-        let found = native(&sizes, &t, sizes.scale());
+        let found = native(&sizes, &t, sizes.scores(cap));
         assert_close(&found[0], &y, 2e-6);
         assert_close(&found[1], &lse, 2e-6);
         for (found, composed) in found.iter().zip(&composed) {
@@ -205,12 +237,17 @@ proptest! {
     }
 
     #[test]
-    fn backward_gives_the_gradients_of_each_parent(sizes in small(), seed: u64) {
+    fn backward_gives_the_gradients_of_each_parent(
+        sizes in small(),
+        cap in caps(),
+        seed: u64,
+    ) {
         let t = tensors(&sizes, seed);
-        let expected = native(&sizes, &t, sizes.scale());
+        let scores = sizes.scores(cap);
+        let expected = native(&sizes, &t, scores);
         let [q, k, v, dy] = t;
         let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
-        let y = causal_attention(q.clone(), k.clone(), v.clone(), sizes.starts(), sizes.scale());
+        let y = causal_attention(q.clone(), k.clone(), v.clone(), sizes.starts(), scores);
         let grads = (y * dy.autodiff()).sum().backward();
         for (leaf, expected) in [q, k, v].iter().zip(&expected[2..]) {
             prop_assert_eq!(bits(&values(&leaf.grad(&grads).unwrap())), bits(expected));
@@ -265,16 +302,12 @@ fn decoding_agrees_with_a_whole_sequence() {
         segment: 0,
     };
     let [q, k, v, _] = tensors(&sizes, 9);
-    let whole = causal_attention(
-        q.clone(),
-        k.clone(),
-        v.clone(),
-        sizes.starts(),
-        sizes.scale(),
-    );
-    let expected = doubles(&values(&whole.narrow(1, 299, 1)));
-    let one = causal_attention(q.narrow(1, 299, 1), k, v, sizes.starts(), sizes.scale());
-    assert_close(&values(&one), &expected, 2e-6);
+    for cap in [None, Some(0.25)] {
+        let run = |q| causal_attention(q, k.clone(), v.clone(), sizes.starts(), sizes.scores(cap));
+        let expected = doubles(&values(&run(q.clone()).narrow(1, 299, 1)));
+        let one = run(q.clone().narrow(1, 299, 1));
+        assert_close(&values(&one), &expected, 2e-6);
+    }
 }
 
 /// Whole numbers, whose scores are exact: up to 1600, beyond the range of `exp` in `f32`.
@@ -293,13 +326,48 @@ fn large_scores_do_not_overflow() {
     let t = [(q * 20.0).round(), (k * 20.0).round(), v, dy];
     let [q, k, v] = [&t[0], &t[1], &t[2]].map(|t| doubles(&values(t)));
     let scale = 0.5;
-    let (y, lse) = sizes.reference(&q, &k, &v, scale);
-    assert!(lse.iter().any(|&lse| lse > 100.0));
-    let found = native(&sizes, &t, scale);
-    assert_close(&found[0], &y, 1e-6);
-    assert_close(&found[1], &lse, 1e-6);
-    for (found, composed) in found.iter().zip(&by_composition(&sizes, &t, scale)) {
-        assert_close(found, &doubles(composed), 1e-5);
+    for cap in [None, Some(50.0)] {
+        let scores = Scores::new(scale).with_softcap(cap);
+        let (y, lse) = sizes.reference(&q, &k, &v, cap, scale);
+        let largest = lse.iter().copied().fold(0.0, f64::max);
+        match cap {
+            Some(cap) => assert!(largest > 0.99 * cap && largest < cap + 140f64.ln()),
+            None => assert!(largest > 100.0),
+        }
+        let found = native(&sizes, &t, scores);
+        assert_close(&found[0], &y, if cap.is_some() { 1e-5 } else { 1e-6 });
+        assert_close(&found[1], &lse, 1e-6);
+        for (found, composed) in found.iter().zip(&by_composition(&sizes, &t, scores)) {
+            assert_close(found, &doubles(composed), 1e-5);
+        }
+    }
+}
+
+/// A cap far above the scores changes nothing but roundings; one of almost 0 makes all scores 0.
+#[test]
+fn caps_are_approached() {
+    let sizes = Sizes {
+        batch: 1,
+        seq_q: 70,
+        seq_k: 70,
+        kv_heads: 1,
+        group: 2,
+        dim: 8,
+        segment: 0,
+    };
+    let t = tensors(&sizes, 12);
+    let uncapped = native(&sizes, &t, sizes.scale());
+    let high = native(&sizes, &t, sizes.scores(Some(1e6)));
+    for (found, expected) in high.iter().zip(&uncapped) {
+        assert_close(found, &doubles(expected), 1e-5);
+    }
+    // The mean of the values up to the query.
+    let low = native(&sizes, &t, sizes.scores(Some(1e-9)));
+    let v = values(&t[2]);
+    for (i, y) in low[0].chunks_exact(8).enumerate() {
+        let n = i / 2 + 1;
+        let means = (0..8).map(|d| (0..n).map(|j| f64::from(v[j * 8 + d])).sum::<f64>() / n as f64);
+        assert_close(y, &means.collect::<Vec<_>>(), 1e-6);
     }
 }
 
@@ -315,24 +383,26 @@ fn other_dtypes_take_the_composed_operations() {
         segment: 0,
     };
     let t = tensors(&sizes, 7);
-    let [q, k, v, dy] = t.each_ref().map(|t| doubles(&values(t)));
-    let leaves = [&t[0], &t[1], &t[2]].map(|t| leaf(&wide(t)));
-    let [tq, tk, tv] = leaves.clone();
-    let y = causal_attention(tq, tk, tv, sizes.starts(), sizes.scale());
-    let grads = (y.clone() * wide(&t[3]).autodiff()).sum().backward();
-    let expected = sizes.reference(&q, &k, &v, sizes.scale()).0;
-    assert_close(&wide_values(y.inner()), &expected, 1e-14);
-    let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
-        let y = sizes.reference(q, k, v, sizes.scale()).0;
-        y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
-    };
-    let expected = [
-        slopes(&values(&t[0]), |q| loss(q, &k, &v)),
-        slopes(&values(&t[1]), |k| loss(&q, k, &v)),
-        slopes(&values(&t[2]), |v| loss(&q, &k, v)),
-    ];
-    for (leaf, expected) in leaves.iter().zip(&expected) {
-        assert_close(&wide_values(leaf.grad(&grads).unwrap()), expected, 1e-7);
+    for cap in [None, Some(0.25)] {
+        let [q, k, v, dy] = t.each_ref().map(|t| doubles(&values(t)));
+        let leaves = [&t[0], &t[1], &t[2]].map(|t| leaf(&wide(t)));
+        let [tq, tk, tv] = leaves.clone();
+        let y = causal_attention(tq, tk, tv, sizes.starts(), sizes.scores(cap));
+        let grads = (y.clone() * wide(&t[3]).autodiff()).sum().backward();
+        let expected = sizes.reference(&q, &k, &v, cap, sizes.scale()).0;
+        assert_close(&wide_values(y.inner()), &expected, 1e-14);
+        let loss = |q: &[f64], k: &[f64], v: &[f64]| -> f64 {
+            let y = sizes.reference(q, k, v, cap, sizes.scale()).0;
+            y.iter().zip(&dy).map(|(y, dy)| y * dy).sum()
+        };
+        let expected = [
+            slopes(&values(&t[0]), |q| loss(q, &k, &v)),
+            slopes(&values(&t[1]), |k| loss(&q, k, &v)),
+            slopes(&values(&t[2]), |v| loss(&q, &k, v)),
+        ];
+        for (leaf, expected) in leaves.iter().zip(&expected) {
+            assert_close(&wide_values(leaf.grad(&grads).unwrap()), expected, 1e-7);
+        }
     }
 }
 
@@ -349,7 +419,9 @@ fn the_number_of_threads_changes_no_bit() {
             segment: 40,
         };
         let t = tensors(&sizes, 11);
-        assert_same_on_any_threads(|| native(&sizes, &t, sizes.scale()));
+        for cap in [None, Some(0.25)] {
+            assert_same_on_any_threads(|| native(&sizes, &t, sizes.scores(cap)));
+        }
     }
 }
 
@@ -358,13 +430,16 @@ fn the_number_of_threads_changes_no_bit() {
 #[test]
 fn probabilities_are_wide_in_16_bits() {
     let mut random = Random::new(4);
-    for dtype in [DType::BF16, DType::F16] {
+    let capped = Scores::new(0.5).with_softcap(0.5);
+    let all = [Scores::new(0.5), capped].map(|of| [(DType::BF16, of), (DType::F16, of)]);
+    for (dtype, scores) in all.into_iter().flatten() {
         let mut half = |shape: [usize; 4]| random.tensor::<4>(shape).cast(dtype);
         let (q, k) = (half([1, 3, 2, 8]), half([1, 700, 1, 8]));
         let (v, dy) = (half([1, 700, 1, 8]) + 1.0, half([1, 3, 2, 8]));
         let in_f64 = |t: &Tensor<4>| primitive(&wide(t));
         let first = || Starts::First;
-        let (y, lse) = composed::forward::<Flex>(in_f64(&q), in_f64(&k), in_f64(&v), first(), 0.5);
+        let (y, lse) =
+            composed::forward::<Flex>(in_f64(&q), in_f64(&k), in_f64(&v), first(), scores);
         let expected = composed::backward::<Flex>(
             in_f64(&q),
             in_f64(&k),
@@ -373,11 +448,12 @@ fn probabilities_are_wide_in_16_bits() {
             y.clone(),
             lse.clone(),
             in_f64(&dy),
-            0.5,
+            scores,
         );
         let [q, k, v, dy] = [&q, &k, &v, &dy].map(primitive);
-        let native = Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), first(), 0.5);
-        let others = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), first(), 0.5);
+        let native =
+            Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), first(), scores);
+        let others = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), first(), scores);
         let of_native = Flex::causal_attention_backward(
             q.clone(),
             k.clone(),
@@ -386,7 +462,7 @@ fn probabilities_are_wide_in_16_bits() {
             native.0.clone(),
             native.1.clone(),
             dy.clone(),
-            0.5,
+            scores,
         );
         let of_others = composed::backward::<Flex>(
             q,
@@ -396,7 +472,7 @@ fn probabilities_are_wide_in_16_bits() {
             others.0.clone(),
             others.1.clone(),
             dy,
-            0.5,
+            scores,
         );
         let unit = match dtype {
             DType::F16 => 2f64.powi(-11),

@@ -10,7 +10,9 @@ use burn::backend::{
 };
 use burn::tensor::{IndexingUpdateOp, Shape, Slice};
 
+use super::head::{Bias, Head};
 use crate::dtype::{cast, widened};
+use crate::softcap::times_slope;
 
 /// The number of logits in memory at a time: 16 MiB of `f32`.
 pub(super) const SLICE: usize = 4 << 20;
@@ -22,61 +24,76 @@ const ROWS: usize = 1024;
 /// The losses, the log-sum-exps and, if `with_dx`, the gradients of the losses for `x`.
 pub(super) fn forward<B: Backend>(
     x: FloatTensor<B>,
-    head: FloatTensor<B>,
+    head: Head<B>,
     targets: IntTensor<B>,
     with_dx: bool,
 ) -> (FloatTensor<B>, FloatTensor<B>, Option<FloatTensor<B>>) {
     let dtype = x.dtype();
-    let head = cast::<B>(head, dtype);
+    let head = head.cast(dtype);
     let (mut nll, mut lse, mut dx) = (Vec::new(), Vec::new(), Vec::new());
-    for rows in chunks::<B>(&x, &head) {
+    for rows in chunks::<B>(&x, &head.weight) {
         let n = rows.len();
-        let logits = widened::<B>(B::float_matmul(rows_of::<B>(&x, &rows), head.clone()));
+        let logits = head.logits(rows_of::<B>(&x, &rows));
         let targets = targets_of::<B>(&targets, &rows);
         let most = B::float_max_dim(logits.clone(), 1);
         let exp = B::float_exp(B::float_sub(logits.clone(), most.clone()));
         let sum = B::float_sum_dim(exp.clone(), 1);
         let of_rows = B::float_add(B::float_log(sum.clone()), most);
+        let slope = head.slope(&logits).filter(|_| with_dx);
         let of_target = B::float_gather(1, logits, targets.clone());
         let flat = |t| B::float_reshape(t, Shape::new([n]));
         nll.push(flat(B::float_sub(of_rows.clone(), of_target)));
         lse.push(flat(of_rows));
         if with_dx {
-            let p = less_target::<B>(B::float_div(exp, sum), targets);
-            let p = cast::<B>(p, dtype);
-            dx.push(B::float_matmul(p, B::float_transpose(head.clone())));
+            let d = less_target::<B>(B::float_div(exp, sum), targets);
+            let d = cast::<B>(times_slope::<B>(d, slope), dtype);
+            dx.push(B::float_matmul(d, B::float_transpose(head.weight.clone())));
         }
     }
     let dx = with_dx.then(|| B::float_cat(dx, 0));
     (B::float_cat(nll, 0), B::float_cat(lse, 0), dx)
 }
 
-/// The gradient for the head, `[hidden, vocab]`.
+/// The gradients for the weight of the head, `[hidden, vocab]`, and for its bias.
 pub(super) fn dhead<B: Backend>(
     x: FloatTensor<B>,
-    head: FloatTensor<B>,
+    head: Head<B>,
     targets: IntTensor<B>,
     lse: FloatTensor<B>,
     dnll: FloatTensor<B>,
-) -> FloatTensor<B> {
-    let dtype = head.dtype();
-    let head = cast::<B>(head, x.dtype());
-    let mut dhead = B::float_zeros(head.shape(), &head.device(), lse.dtype().into());
-    for rows in chunks::<B>(&x, &head) {
+) -> (FloatTensor<B>, Bias<B>) {
+    let dtype = head.weight.dtype();
+    let head = head.cast(x.dtype());
+    let zeros = |shape| B::float_zeros(shape, &x.device(), lse.dtype().into());
+    let mut dweight = zeros(head.weight.shape());
+    let mut dbias = match &head.bias {
+        Bias::Each(bias) => Some(zeros(bias.shape())),
+        Bias::Absent => None,
+    };
+    for rows in chunks::<B>(&x, &head.weight) {
         let column = |t: &FloatTensor<B>| {
             let t = B::float_slice(t.clone(), &[Slice::from(rows.clone())]);
             B::float_reshape(t, Shape::new([rows.len(), 1]))
         };
         let x = rows_of::<B>(&x, &rows);
-        let logits = widened::<B>(B::float_matmul(x.clone(), head.clone()));
+        let logits = head.logits(x.clone());
+        let slope = head.slope(&logits);
         let p = B::float_exp(B::float_sub(logits, column(&lse)));
-        let p = less_target::<B>(p, targets_of::<B>(&targets, &rows));
-        let dlogits = B::float_mul(p, column(&dnll));
-        let dlogits = cast::<B>(dlogits, x.dtype());
-        let part = widened::<B>(B::float_matmul(B::float_transpose(x), dlogits));
-        dhead = B::float_add(dhead, part);
+        let d = less_target::<B>(p, targets_of::<B>(&targets, &rows));
+        let d = B::float_mul(times_slope::<B>(d, slope), column(&dnll));
+        if let Some(sum) = dbias {
+            let part = B::float_reshape(B::float_sum_dim(d.clone(), 0), sum.shape());
+            dbias = Some(B::float_add(sum, part));
+        }
+        let d = cast::<B>(d, x.dtype());
+        let part = widened::<B>(B::float_matmul(B::float_transpose(x), d));
+        dweight = B::float_add(dweight, part);
     }
-    cast::<B>(dhead, dtype)
+    let dbias = match (dbias, head.bias) {
+        (Some(dbias), Bias::Each(bias)) => Bias::Each(cast::<B>(dbias, bias.dtype())),
+        _ => Bias::Absent,
+    };
+    (cast::<B>(dweight, dtype), dbias)
 }
 
 /// The ranges of rows whose logits are computed at a time.

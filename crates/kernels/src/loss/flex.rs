@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use super::LossOps;
 use super::composed::{self, SLICE};
+use super::head::{Bias, Head};
 use crate::at_rest::{AtRest, at_rest};
 use crate::dense::product;
 use crate::host::{all_native, contiguous, floats, integers, rounded, tensor, widened};
@@ -22,6 +23,7 @@ use crate::isa::{Isa, by_instruction_set};
 use crate::math;
 use crate::matrix::Matrix;
 use crate::memory::zeroed;
+use crate::softcap::{Softcap, cap_each};
 
 /// The largest number of rows of a slab, for which the head is read once.
 const ROWS: usize = 1024;
@@ -31,14 +33,14 @@ const COLUMNS: usize = 256;
 impl LossOps for Flex {
     fn linear_cross_entropy_forward(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        head: Head<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_native([&x, &head]) {
+        if !all_native([&x]) || !head.is_native() {
             let (nll, lse, _) = composed::forward::<Self>(x, head, targets, false);
             return (nll, lse);
         }
-        let (x, head) = (widened(x), at_rest(head));
+        let (x, head) = (widened(x), Native::of(head));
         let call = Call::new(&x, &head, targets);
         let (nll, lse) = call.forward(None);
         (tensor(nll, [call.rows]), tensor(lse, [call.rows]))
@@ -46,15 +48,15 @@ impl LossOps for Flex {
 
     fn linear_cross_entropy_with_dx(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        head: Head<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        if !all_native([&x, &head]) {
+        if !all_native([&x]) || !head.is_native() {
             let (nll, lse, dx) = composed::forward::<Self>(x, head, targets, true);
             return (nll, lse, dx.expect("the gradient is requested"));
         }
         let dtype = x.dtype();
-        let (x, head) = (widened(x), at_rest(head));
+        let (x, head) = (widened(x), Native::of(head));
         let call = Call::new(&x, &head, targets);
         let mut dx = zeroed(call.rows * call.hidden);
         let (nll, lse) = call.forward(Some(&mut dx));
@@ -67,19 +69,60 @@ impl LossOps for Flex {
 
     fn linear_cross_entropy_dhead(
         x: FloatTensor<Self>,
-        head: FloatTensor<Self>,
+        head: Head<Self>,
         targets: IntTensor<Self>,
         lse: FloatTensor<Self>,
         dnll: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
-        if !all_native([&x, &head, &lse, &dnll]) {
+    ) -> (FloatTensor<Self>, Bias<Self>) {
+        if !all_native([&x, &lse, &dnll]) || !head.is_native() {
             return composed::dhead::<Self>(x, head, targets, lse, dnll);
         }
         let (x, lse, dnll) = (widened(x), contiguous(lse), contiguous(dnll));
-        let dtype = head.dtype();
-        let head = at_rest(head);
+        let dtype = head.weight.dtype();
+        let of_bias = match &head.bias {
+            Bias::Each(bias) => Some(bias.dtype()),
+            Bias::Absent => None,
+        };
+        let head = Native::of(head);
         let call = Call::new(&x, &head, targets);
-        rounded(call.dhead(floats(&lse), floats(&dnll)), dtype)
+        let (dweight, dbias) = call.dhead(floats(&lse), floats(&dnll));
+        let dbias = match of_bias {
+            Some(dtype) => Bias::Each(rounded(tensor(dbias, [call.vocab]), dtype)),
+            None => Bias::Absent,
+        };
+        (rounded(dweight, dtype), dbias)
+    }
+}
+
+impl Head<Flex> {
+    /// Whether the weight and the bias are of dtypes in which native code computes.
+    fn is_native(&self) -> bool {
+        let bias_is_native = match &self.bias {
+            Bias::Each(bias) => all_native([bias]),
+            Bias::Absent => true,
+        };
+        all_native([&self.weight]) && bias_is_native
+    }
+}
+
+/// A head whose values native code reads.
+struct Native {
+    weight: FlexTensor,
+    /// In `F32`.
+    bias: Option<FlexTensor>,
+    softcap: Option<Softcap>,
+}
+
+impl Native {
+    fn of(head: Head<Flex>) -> Self {
+        Self {
+            weight: at_rest(head.weight),
+            bias: match head.bias {
+                Bias::Each(bias) => Some(widened(bias)),
+                Bias::Absent => None,
+            },
+            softcap: head.softcap,
+        }
     }
 }
 
@@ -87,7 +130,9 @@ impl LossOps for Flex {
 struct Call<'a> {
     x: &'a [f32],
     /// `[hidden, vocab]`.
-    head: AtRest<'a>,
+    weight: AtRest<'a>,
+    bias: Option<&'a [f32]>,
+    softcap: Option<Softcap>,
     targets: Vec<usize>,
     rows: usize,
     hidden: usize,
@@ -115,15 +160,17 @@ struct Row {
 }
 
 impl<'a> Call<'a> {
-    fn new(x: &'a FlexTensor, head: &'a FlexTensor, targets: FlexTensor) -> Self {
-        let [hidden, vocab] = head.shape().dims();
+    fn new(x: &'a FlexTensor, head: &'a Native, targets: FlexTensor) -> Self {
+        let [hidden, vocab] = head.weight.shape().dims();
         let targets = integers(targets);
         if let Some(target) = targets.iter().find(|&&target| target >= vocab) {
             panic!("target {target} is not in the vocabulary of {vocab} tokens");
         }
         Self {
             x: floats(x),
-            head: AtRest::of(head),
+            weight: AtRest::of(&head.weight),
+            bias: head.bias.as_ref().map(floats),
+            softcap: head.softcap,
             targets,
             rows: x.shape()[0],
             hidden,
@@ -147,7 +194,7 @@ impl<'a> Call<'a> {
         starts.map(|start| start..self.rows.min(start + ROWS))
     }
 
-    /// The columns of a slab in parts, for each of which the head is in `f32`: 16 MiB at most, or
+    /// The columns of a slab in parts, for each of which the weight is in `f32`: 16 MiB at most, or
     /// [`COLUMNS`] columns.
     fn panels(&self, columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         let width = (SLICE / self.hidden.max(1) / COLUMNS).max(1) * COLUMNS;
@@ -155,7 +202,7 @@ impl<'a> Call<'a> {
         starts.map(move |start| start..columns.end.min(start + width))
     }
 
-    /// Writes `x · head` in a slab, row by row.
+    /// Writes the logits of a slab, row by row.
     fn logits(&self, slab: &Slab, panel: &mut Vec<f32>, logits: &mut [f32]) {
         let x = Matrix::new(
             self.x[slab.rows.start * self.hidden..].as_ptr(),
@@ -167,11 +214,23 @@ impl<'a> Call<'a> {
         assert!(slab.columns.end <= self.vocab);
         for columns in self.panels(slab.columns.clone()) {
             let dims = [slab.rows.len(), self.hidden, columns.len()];
-            let logits = &mut logits[columns.start - first..];
-            let head = self.head.panel(columns, panel);
-            // SAFETY: the rows lie within `x` and the columns within the head.
-            unsafe { product(dims, x, head, logits, width, false) }
+            let products = &mut logits[columns.start - first..];
+            let weight = self.weight.panel(columns, panel);
+            // SAFETY: the rows lie within `x` and the columns within the weight.
+            unsafe { product(dims, x, weight, products, width, false) }
         }
+        let bias = self.bias.map(|bias| &bias[slab.columns.clone()]);
+        if bias.is_none() && self.softcap.is_none() {
+            return;
+        }
+        logits.par_chunks_exact_mut(width).for_each(|logits| {
+            if let Some(bias) = bias {
+                math::add_scaled(logits, 1.0, bias);
+            }
+            if let Some(cap) = self.softcap {
+                cap_each(logits, cap);
+            }
+        });
     }
 
     /// The losses and the log-sum-exps; the gradients of the losses are written into `dx`.
@@ -199,7 +258,9 @@ impl<'a> Call<'a> {
                 logits
                     .par_chunks_exact_mut(width)
                     .zip(&mut known)
-                    .for_each(|(logits, row)| exponentials(logits, slab.columns.start, row));
+                    .for_each(|(logits, row)| {
+                        exponentials(logits, slab.columns.start, self.softcap, row);
+                    });
                 if let Some(dx) = dx.as_deref_mut() {
                     let first = slab.columns.start == 0;
                     if !first {
@@ -213,9 +274,9 @@ impl<'a> Call<'a> {
                         let add = columns.start > 0;
                         let exponentials = Matrix::new(logits[at..].as_ptr(), width, 1);
                         let dims = [rows.len(), columns.len(), self.hidden];
-                        let head = self.head.panel(columns, &mut panel).transpose();
-                        // SAFETY: the columns lie within the slab and within the head.
-                        unsafe { product(dims, exponentials, head, dx, self.hidden, add) }
+                        let weight = self.weight.panel(columns, &mut panel).transpose();
+                        // SAFETY: the columns lie within the slab and within the weight.
+                        unsafe { product(dims, exponentials, weight, dx, self.hidden, add) }
                     }
                 }
             }
@@ -233,18 +294,21 @@ impl<'a> Call<'a> {
         (nll, lse)
     }
 
-    /// Turns the sum of the columns of the head, weighted by exponentials, into the gradient of a loss.
+    /// Turns the sum of the columns of the weight, weighted by exponentials and slopes of the cap, into the
+    /// gradient of a loss.
     fn finish(&self, dx: &mut [f32], row: &Row) {
+        let slope = self.softcap.map_or(1.0, |cap| cap.slope_at(row.of_target));
         for (i, dx) in dx.iter_mut().enumerate() {
-            *dx = *dx / row.sum - self.head.at(i, row.target);
+            *dx = *dx / row.sum - slope * self.weight.at(i, row.target);
         }
     }
 
-    /// The gradient for the head, in the memory order of the head.
-    fn dhead(&self, lse: &[f32], dnll: &[f32]) -> FlexTensor {
+    /// The gradients for the weight, in its memory order, and for the bias, empty if there is none.
+    fn dhead(&self, lse: &[f32], dnll: &[f32]) -> (FlexTensor, Vec<f32>) {
         assert!(lse.len() == self.rows && dnll.len() == self.rows);
-        let transposed = self.head.is_by_columns();
-        let mut dhead = zeroed(self.hidden * self.vocab);
+        let transposed = self.weight.is_by_columns();
+        let mut dweight = zeroed(self.hidden * self.vocab);
+        let mut dbias = zeroed(self.bias.map_or(0, <[f32]>::len));
         let (mut logits, mut panel) = (Vec::new(), Vec::new());
         for rows in self.chunks() {
             let x = Matrix::new(self.x[rows.start * self.hidden..].as_ptr(), self.hidden, 1);
@@ -256,49 +320,76 @@ impl<'a> Call<'a> {
                     .par_chunks_exact_mut(width)
                     .zip(rows.clone().into_par_iter())
                     .for_each(|(logits, row)| {
-                        gradient(logits, lse[row], dnll[row]);
-                        if slab.columns.contains(&self.targets[row]) {
-                            logits[self.targets[row] - first] -= dnll[row];
-                        }
+                        let target = self.targets[row].checked_sub(first);
+                        let target = target.filter(|&at| at < width);
+                        gradient(logits, target, self.softcap, lse[row], dnll[row]);
                     });
+                if self.bias.is_some() {
+                    add_rows(&logits, width, &mut dbias[slab.columns.clone()]);
+                }
                 let dlogits = Matrix::new(logits.as_ptr(), width, 1);
                 let add = rows.start > 0;
                 // SAFETY: `x` has these rows, and the logits are `[rows, width]`.
                 unsafe {
                     if transposed {
                         let dims = [width, rows.len(), self.hidden];
-                        let dhead = &mut dhead[first * self.hidden..];
-                        product(dims, dlogits.transpose(), x, dhead, self.hidden, add);
+                        let dweight = &mut dweight[first * self.hidden..];
+                        product(dims, dlogits.transpose(), x, dweight, self.hidden, add);
                     } else {
                         let dims = [self.hidden, rows.len(), width];
-                        let dhead = &mut dhead[first..];
-                        product(dims, x.transpose(), dlogits, dhead, self.vocab, add);
+                        let dweight = &mut dweight[first..];
+                        product(dims, x.transpose(), dlogits, dweight, self.vocab, add);
                     }
                 }
             }
         }
-        if transposed {
-            tensor(dhead, [self.vocab, self.hidden]).transpose(0, 1)
+        let dweight = if transposed {
+            tensor(dweight, [self.vocab, self.hidden]).transpose(0, 1)
         } else {
-            tensor(dhead, [self.hidden, self.vocab])
-        }
+            tensor(dweight, [self.hidden, self.vocab])
+        };
+        (dweight, dbias)
     }
 }
 
+/// Adds the rows of a matrix of `width` columns to `sums`, each column in the order of the rows.
+fn add_rows(rows: &[f32], width: usize, sums: &mut [f32]) {
+    let tasks = sums.par_chunks_mut(COLUMNS).enumerate();
+    tasks.for_each(|(task, sums)| {
+        for row in rows.chunks_exact(width) {
+            math::add_scaled(sums, 1.0, &row[task * COLUMNS..]);
+        }
+    });
+}
+
 by_instruction_set! {
-    /// Turns the logits from token `first` on into exponentials relative to the largest logit so far.
-    fn exponentials(logits: &mut [f32], first: usize, row: &mut Row) = exponentials_body
+    /// Turns the logits from token `first` on into exponentials relative to the largest logit so far, times
+    /// the slopes of the cap.
+    fn exponentials(
+        logits: &mut [f32],
+        first: usize,
+        softcap: Option<Softcap>,
+        row: &mut Row,
+    ) = exponentials_body
 }
 
 #[inline(always)]
-fn exponentials_body<I: Isa>(logits: &mut [f32], first: usize, row: &mut Row) {
+fn exponentials_body<I: Isa>(
+    logits: &mut [f32],
+    first: usize,
+    softcap: Option<Softcap>,
+    row: &mut Row,
+) {
     if let Some(&logit) = row.target.checked_sub(first).and_then(|at| logits.get(at)) {
         row.of_target = logit;
     }
     let before = row.most;
     let largest = math::scale_max(logits, 1.0);
     row.most = if largest > before { largest } else { before };
-    let added = math::exp_sum(logits, row.most);
+    let added = match softcap {
+        Some(cap) => math::exp_sum_times(logits, row.most, |logit| cap.slope_at(logit)),
+        None => math::exp_sum(logits, row.most),
+    };
     row.shrink = if row.most == before {
         1.0
     } else {
@@ -308,13 +399,44 @@ fn exponentials_body<I: Isa>(logits: &mut [f32], first: usize, row: &mut Row) {
 }
 
 by_instruction_set! {
-    /// Turns logits into probabilities times the gradient of the loss.
-    fn gradient(logits: &mut [f32], lse: f32, dnll: f32) = gradient_body
+    /// Turns logits, of which the one at `target` is the target's, into the gradient of what is capped.
+    fn gradient(
+        logits: &mut [f32],
+        target: Option<usize>,
+        softcap: Option<Softcap>,
+        lse: f32,
+        dnll: f32,
+    ) = gradient_body
 }
 
 #[inline(always)]
-fn gradient_body<I: Isa>(logits: &mut [f32], lse: f32, dnll: f32) {
-    for logit in logits {
-        *logit = math::exp(*logit - lse) * dnll;
+fn gradient_body<I: Isa>(
+    logits: &mut [f32],
+    target: Option<usize>,
+    softcap: Option<Softcap>,
+    lse: f32,
+    dnll: f32,
+) {
+    match softcap {
+        Some(cap) => gradient_by(logits, target, |logit| cap.slope_at(logit), lse, dnll),
+        None => gradient_by(logits, target, |_| 1.0, lse, dnll),
+    }
+}
+
+/// [`gradient`], where `slope` is the derivative of a logit for what is capped.
+#[inline(always)]
+fn gradient_by(
+    logits: &mut [f32],
+    target: Option<usize>,
+    slope: impl Fn(f32) -> f32,
+    lse: f32,
+    dnll: f32,
+) {
+    let of_target = target.map(|at| (at, slope(logits[at])));
+    for logit in logits.iter_mut() {
+        *logit = math::exp(*logit - lse) * dnll * slope(*logit);
+    }
+    if let Some((at, slope)) = of_target {
+        logits[at] -= dnll * slope;
     }
 }

@@ -138,6 +138,7 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
         let others = |model: &Model| {
             let head = model
                 .head()
+                .weight()
                 .to_dense()
                 .into_data()
                 .try_into_vec::<f32>()

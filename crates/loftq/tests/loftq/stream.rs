@@ -21,8 +21,12 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::llama;
 
+#[path = "../../../models/tests/fixtures/architectures.rs"]
+mod architectures;
 #[path = "../../../models/tests/fixtures/word_level.rs"]
 mod word_level;
+
+use architectures::{Sizes, architectures};
 
 /// An initialization of whole models, and of their blocks.
 trait Method: Initialization<Model> + Initialization<Window> {}
@@ -252,6 +256,25 @@ fn a_streamed_initialization_is_the_saved_one() {
                     check(name, &dense, &*method, &quantizer, &batches, format);
                 }
             });
+        }
+    }
+}
+
+/// Every architecture.
+#[test]
+fn a_streamed_initialization_of_any_architecture_is_the_saved_one() {
+    let sizes = Sizes {
+        vocab: 48,
+        positions: 64,
+        hidden: 32,
+        inner: 40,
+        head_dim: 8,
+    };
+    for config in architectures(sizes) {
+        let dense = Dense::new(Model::init(config, 5, &Device::flex()), FloatType::F32);
+        for (name, method, quantizer) in methods() {
+            let format = CheckpointFormat::QuantCore;
+            check(name, &dense, &*method, &quantizer, &batches(), format);
         }
     }
 }

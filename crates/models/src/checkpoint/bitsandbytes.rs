@@ -5,7 +5,7 @@
 //!
 //! | tensor | type, shape | |
 //! |---|---|---|
-//! | `PATH.weight` | `U8 [n / 2, 1]`, rounded up | codes, the first of two in the high half |
+//! | `PATH.weight` | `U8 [n / 2, 1]`, rounded up | codes, the first of two in the high half; or these bytes as numbers of another type (`bnb_4bit_quant_storage`) |
 //! | `PATH.weight.absmax` | `F32 [n_blocks]` | or `U8`, where they are double-quantized |
 //! | `PATH.weight.quant_map` | `F32 [16]` | the levels |
 //! | `PATH.weight.nested_absmax` | `F32` | one for each `nested_blocksize` codes of scales |
@@ -23,22 +23,29 @@ use quant_core::{
     DoubleQuant, DoubleScales, Format, Grid, Layout, Parts, QuantTensor, ScaleLevels, Scales,
     scale_levels,
 };
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
-use super::format::{
-    LayerFormat, Layers, PackedLayer, Refusals, double_scales, quant_error, refuse_config,
-};
+use super::format::{LayerFormat, Layers, PackedLayer, Refusals, double_scales, quant_error};
 use super::packing::{pack, transpose};
 use super::parameters::read;
-use super::tensors::Tensors;
+use super::tensors::{Stored, Tensors};
 use crate::Result;
+use crate::settings::Settings;
 use crate::source::HEAD;
 
 pub(super) const METHOD: &str = "bitsandbytes";
 
 const TYPES: [(&str, Grid); 2] = [("nf4", Grid::NormalFloat), ("fp4", Grid::Float4)];
+/// The types of tensors that may hold codes, as configurations name them and as safetensors does.
+const STORAGE: [(&str, &str); 5] = [
+    ("uint8", "U8"),
+    ("int8", "I8"),
+    ("float16", "F16"),
+    ("bfloat16", "BF16"),
+    ("float32", "F32"),
+];
 /// The number of scales that share a nested `absmax`. The kernels of bitsandbytes support no other.
 const NESTED_BLOCK: usize = 256;
 const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
@@ -47,12 +54,13 @@ pub(super) struct Bitsandbytes {
     quant_type: &'static str,
     is_double: bool,
     dtype: String,
+    /// The dtype of the tensors of codes in safetensors, if it is stated.
+    storage: Option<&'static str>,
     /// The modules that readers must leave dense, if they would not by themselves.
     dense: Option<Vec<String>>,
 }
 
 /// `quant_state`, without the tensors.
-#[derive(Deserialize)]
 struct StateFields {
     quant_type: String,
     blocksize: usize,
@@ -60,6 +68,27 @@ struct StateFields {
     nested_blocksize: Option<usize>,
     nested_dtype: Option<String>,
     nested_offset: Option<f64>,
+}
+
+impl StateFields {
+    fn parse(text: &[u8]) -> Result<Self, String> {
+        let json: Map<String, Value> =
+            serde_json::from_slice(text).map_err(|error| format!("cannot be read: {error}"))?;
+        Ok(Self {
+            quant_type: field(&json, "quant_type")?,
+            blocksize: field(&json, "blocksize")?,
+            shape: field(&json, "shape")?,
+            nested_blocksize: field(&json, "nested_blocksize")?,
+            nested_dtype: field(&json, "nested_dtype")?,
+            nested_offset: field(&json, "nested_offset")?,
+        })
+    }
+}
+
+fn field<T: DeserializeOwned>(json: &Map<String, Value>, key: &str) -> Result<T, String> {
+    let value = json.get(key).unwrap_or(&Value::Null);
+    let read = serde_json::from_value(value.clone());
+    read.map_err(|_| format!("has the {key} {value}, which cannot be read"))
 }
 
 /// The settings of a layer.
@@ -93,31 +122,34 @@ impl State {
 
 impl Bitsandbytes {
     pub(super) fn open(json: &Value, config: &Path) -> Result<Self> {
-        let refuse = |problem: &str| Err(refuse_config(config, problem.into()));
-        let is = |setting: &str| {
-            let names = [setting.to_string(), format!("_{setting}")];
-            names.iter().any(|name| json[name] == Value::Bool(true))
-        };
-        if is("load_in_8bit") {
-            return refuse("has load_in_8bit; of bitsandbytes' formats, those of 4 bits are read");
+        let settings = Settings::within(json, config, "quantization_config")?;
+        if is_set(&settings, "load_in_8bit")? {
+            let problem = "is true; of bitsandbytes' formats, those of 4 bits are read";
+            return Err(settings.refuse("load_in_8bit", problem));
         }
-        if !is("load_in_4bit") {
-            return refuse(
-                "has no load_in_4bit; of bitsandbytes' formats, those of 4 bits are read",
-            );
+        if !is_set(&settings, "load_in_4bit")? {
+            let problem = "is not true; of bitsandbytes' formats, those of 4 bits are read";
+            return Err(settings.refuse("load_in_4bit", problem));
         }
-        match json["bnb_4bit_quant_storage"].as_str() {
-            None | Some("uint8") => {}
-            Some(other) => {
-                let problem = format!("has bnb_4bit_quant_storage `{other}`; supported: uint8");
-                return refuse(&problem);
+        let storage = match settings.optional_text("bnb_4bit_quant_storage")? {
+            None => None,
+            Some(name) => {
+                let name = name.strip_prefix("torch.").unwrap_or(name);
+                let known = STORAGE.iter().find(|(known, _)| *known == name);
+                let Some((_, dtype)) = known else {
+                    let supported = STORAGE.map(|(known, _)| known).join(", ");
+                    let problem = format!("is `{name}`; supported: {supported}");
+                    return Err(settings.refuse("bnb_4bit_quant_storage", problem));
+                };
+                Some(*dtype)
             }
-        }
+        };
         // Each layer states the rest.
         Ok(Self {
             quant_type: TYPES[0].0,
             is_double: false,
             dtype: String::new(),
+            storage,
             dense: None,
         })
     }
@@ -128,22 +160,64 @@ impl Bitsandbytes {
         let dtype = config.get("dtype").or(config.get("torch_dtype"));
         let dtype = dtype.and_then(Value::as_str);
         let dtype = dtype.filter(|dtype| ["float16", "bfloat16"].contains(dtype));
-        let mut formats = layers.packed.iter().map(|layer| layer.format);
+        let packed = layers.packed.iter().chain(&layers.head);
+        let mut formats = packed.map(|layer| layer.format);
         let first = formats.clone().find_map(|format| type_of(format).ok());
+        // Readers leave the head dense unless they are told which modules are.
+        let head = layers.head.is_none().then(|| HEAD.to_string());
+        let is_told = !layers.dense.is_empty() || head.is_none();
         Self {
             quant_type: first.unwrap_or(TYPES[0].0),
             is_double: formats.any(|format| format.double_quant().is_some()),
             dtype: dtype.unwrap_or("float32").into(),
-            dense: (!layers.dense.is_empty())
-                .then(|| layers.dense.iter().cloned().chain([HEAD.into()]).collect()),
+            storage: None,
+            dense: is_told.then(|| layers.dense.iter().cloned().chain(head).collect()),
         }
+    }
+
+    /// Checks the tensor of the `n` codes of a layer, two to a byte, whose dtype may be another one.
+    fn check_codes(&self, stored: &Stored, n: usize) -> Result<(), String> {
+        let found = stored.dtype.as_str();
+        let size = match found {
+            "U8" | "I8" => 1,
+            "F16" | "BF16" => 2,
+            "F32" => 4,
+            _ => {
+                return Err(format!(
+                    "is {found}, not U8, or BF16, F16 or F32 with the bytes in it"
+                ));
+            }
+        };
+        if let Some(expected) = self.storage.filter(|&expected| expected != found) {
+            return Err(format!(
+                "is {found}, but `bnb_4bit_quant_storage` is that of {expected}: numbers were converted that stand for bytes, or the configuration is of another model"
+            ));
+        }
+        let expected = [n.div_ceil(2) / size, 1];
+        if stored.shape == expected && stored.bytes.len() == n.div_ceil(2) {
+            return Ok(());
+        }
+        let shape = stored.shape;
+        Err(format!(
+            "has the shape {shape:?}, the configuration asks for {expected:?}"
+        ))
     }
 }
 
+/// Whether a configuration states that weights are packed, under either of two names.
+pub(super) fn is_stated(settings: &Settings) -> Result<bool> {
+    Ok(is_set(settings, "load_in_4bit")? || is_set(settings, "load_in_8bit")?)
+}
+
+fn is_set(settings: &Settings, key: &str) -> Result<bool> {
+    let older = format!("_{key}");
+    Ok(settings.optional_flag(key)? == Some(true) || settings.optional_flag(&older)? == Some(true))
+}
+
 /// The layers whose formats bitsandbytes cannot hold, whatever their values.
-pub(super) fn refusals(layers: &[PackedLayer]) -> Refusals {
+pub(super) fn refusals<'a>(layers: impl Iterator<Item = &'a PackedLayer>) -> Refusals {
     let mut common = None;
-    let refusals = layers.iter().filter_map(|layer| {
+    let refusals = layers.filter_map(|layer| {
         let reason = reason_against_format(layer, &mut common)?;
         Some((layer.path.clone(), reason))
     });
@@ -286,9 +360,7 @@ fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<(
 /// Reads the settings of a layer, `[d_in, d_out]`, from the tensor that has them.
 fn state(tensors: &mut Tensors, name: &str, [d_in, d_out]: [usize; 2]) -> Result<State> {
     let text = tensors.text(name)?;
-    let parsed = serde_json::from_slice::<StateFields>(&text);
-    let parsed = parsed.map_err(|error| format!("cannot be read: {error}"));
-    let state = parsed.and_then(|fields| {
+    let state = StateFields::parse(&text).and_then(|fields| {
         let type_of_name = |quant_type: &str| name.ends_with(&format!("__{quant_type}"));
         let known = TYPES
             .into_iter()
@@ -377,7 +449,10 @@ impl LayerFormat for Bitsandbytes {
         check_levels(tensors, &name(".quant_map"), &levels(&layout))?;
 
         let n = d_in * d_out;
-        let bytes = tensors.bytes(&name(""), [n.div_ceil(2), 1])?;
+        let stored = tensors.stored(&name(""))?;
+        let checked = self.check_codes(&stored, n);
+        checked.map_err(|problem| tensors.refuse(&name(""), problem))?;
+        let bytes = stored.bytes;
         let codes = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
         let codes: Vec<u8> = codes.take(n).collect();
         let columns = pack(&transpose(&codes, [d_out, d_in]), d_out, 4);

@@ -14,6 +14,11 @@ pub(crate) const TOKENIZER: &str = "tokenizer.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub(crate) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 pub(crate) const GENERATION: &str = "generation_config.json";
+pub(crate) const ADDED_TOKENS: &str = "added_tokens.json";
+/// The vocabularies of Python tokenizers.
+pub(crate) const SENTENCE_PIECE: &str = "tokenizer.model";
+pub(crate) const VOCAB: &str = "vocab.json";
+pub(crate) const MERGES: &str = "merges.txt";
 pub(crate) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// The certificate of a merged model.
 pub(super) const CERTIFICATE: &str = "certificate.json";
@@ -24,11 +29,10 @@ const CARRIED: [&str; 9] = [
     TOKENIZER_CONFIG,
     SPECIAL_TOKENS_MAP,
     CHAT_TEMPLATE,
-    "added_tokens.json",
-    // The vocabularies of Python tokenizers.
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+    ADDED_TOKENS,
+    SENTENCE_PIECE,
+    VOCAB,
+    MERGES,
     GENERATION,
 ];
 
@@ -91,7 +95,8 @@ pub(crate) fn carried(dir: &Path) -> Result<BTreeMap<&'static str, Vec<u8>>> {
 
 /// The digest of the files that decide which tokens a text has; none if there is no tokenizer.
 pub(crate) fn tokenizer_digest(carried: &BTreeMap<&'static str, Vec<u8>>) -> Option<String> {
-    if !carried.contains_key(TOKENIZER) {
+    let has = |name: &str| carried.contains_key(name);
+    if !(has(TOKENIZER) || has(SENTENCE_PIECE) || (has(VOCAB) && has(MERGES))) {
         return None;
     }
     let files = carried.iter().filter(|(name, _)| **name != GENERATION);

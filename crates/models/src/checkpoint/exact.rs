@@ -26,13 +26,13 @@ use super::format::{LayerFormat, Layers, double_scales, quant_error, refuse_conf
 use super::parameters::floats;
 use super::tensors::Tensors;
 use crate::Result;
+use crate::settings::Settings;
 
 pub(super) const METHOD: &str = "quant-core";
 const VERSION: u32 = 1;
 
 /// `quantization_config` in `config.json`.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Serialize)]
 pub(super) struct Exact {
     quant_method: String,
     format_version: u32,
@@ -48,19 +48,34 @@ struct Layer {
 }
 
 impl Exact {
-    pub(super) fn open(json: Value, config: &Path) -> Result<Self> {
-        let refuse = |problem| Err(refuse_config(config, problem));
-        let found: Self = match serde_json::from_value(json) {
-            Ok(found) => found,
-            Err(error) => return refuse(format!("cannot be read: {error}")),
-        };
-        if found.format_version != VERSION {
-            let version = found.format_version;
-            return refuse(format!(
-                "has the version {version}; this program reads {VERSION}"
-            ));
+    pub(super) fn open(json: &Value, config: &Path) -> Result<Self> {
+        let settings = Settings::within(json, config, "quantization_config")?;
+        settings.check_known(&["quant_method", "format_version", "layers"])?;
+        match settings.optional_whole("format_version")? {
+            Some(version) if version == i64::from(VERSION) => {}
+            Some(version) => {
+                let problem = format!("is {version}; this program reads {VERSION}");
+                return Err(settings.refuse("format_version", problem));
+            }
+            None => return Err(settings.refuse("format_version", "is missing")),
         }
-        Ok(found)
+        let Some(Value::Object(layers)) = settings.value("layers") else {
+            return Err(settings.refuse("layers", "is no object with the format of each layer"));
+        };
+        let layers = layers.iter().map(|(path, json)| {
+            let layer = serde_json::from_value(json.clone()).map_err(|error| {
+                settings.refuse(
+                    &format!("layers.`{path}`"),
+                    format!("cannot be read: {error}"),
+                )
+            });
+            Ok((path.clone(), layer?))
+        });
+        Ok(Self {
+            quant_method: METHOD.into(),
+            format_version: VERSION,
+            layers: layers.collect::<Result<_>>()?,
+        })
     }
 
     pub(super) fn for_layers(layers: &Layers) -> Self {
@@ -84,10 +99,6 @@ impl LayerFormat for Exact {
     fn packed_tensor(&self, _: &Tensors, path: &str) -> Option<String> {
         let is_packed = self.layers.contains_key(path);
         is_packed.then(|| format!("{path}.qweight"))
-    }
-
-    fn packs_head(&self) -> bool {
-        true
     }
 
     fn check_paths(&self, layers: &[String], config: &Path) -> Result<()> {

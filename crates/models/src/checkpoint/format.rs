@@ -15,11 +15,6 @@ pub(super) trait LayerFormat {
     /// The name of one of the tensors of the layer at `path`, if it is packed.
     fn packed_tensor(&self, tensors: &Tensors, path: &str) -> Option<String>;
 
-    /// Whether the head may be packed, and not only projections.
-    fn packs_head(&self) -> bool {
-        false
-    }
-
     /// Checks the layers of the configuration against those of the model.
     fn check_paths(&self, _layers: &[String], _config: &Path) -> Result<()> {
         Ok(())

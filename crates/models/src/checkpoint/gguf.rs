@@ -20,7 +20,6 @@ mod blocks;
 mod layers;
 mod load;
 mod names;
-mod pre;
 mod save;
 mod shape;
 mod source;

@@ -9,20 +9,29 @@
 //!
 //! `w = scales (q - zeros)`. Version 1 stores `zeros - 1`, version 2 `zeros`.
 
-use std::path::{Path, PathBuf};
+mod config;
+mod rules;
+mod words;
+mod zeros;
+
+use std::path::PathBuf;
 
 use burn::tensor::Device;
 use quant_core::{Format, Grid, Parts, QuantTensor};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tensor_files::{FloatType, LazyTensor};
 
-use super::directory::CONFIG;
+use self::config::LayerSettings;
+pub(super) use self::config::{ConfigFile, base_names, config_files};
+use self::rules::Rule;
+use self::words::{check_shape, column_words, row_words, word_bytes};
+pub(super) use self::zeros::{Wrapping, Zeros};
 use super::format::{LayerFormat, Layers, PackedLayer, Refusals, quant_error};
 use super::kind::GptqVersion;
-use super::packing::{pack, transpose, unpack};
+use super::packing::{pack, unpack};
 use super::parameters::read;
 use super::tensors::Tensors;
+use crate::source::HEAD;
 use crate::{CheckpointError, ConfigError, Error, Result};
 
 pub(super) const METHOD: &str = "gptq";
@@ -30,15 +39,15 @@ pub(super) const METHOD: &str = "gptq";
 pub(super) const CONFIG_FILE: &str = "quantize_config.json";
 
 pub(super) struct Gptq {
-    bits: usize,
-    group_size: Option<usize>,
-    symmetric: Symmetry,
+    /// The settings of layers for which there is no rule.
+    layers: LayerSettings,
+    rules: Vec<Rule>,
+    /// Whether the head may be packed.
+    lm_head: bool,
     version: GptqVersion,
-    wrapping: Wrapping,
-    /// Whether layers may have their inputs in another order; of a model to be written, whether one has.
-    desc_act: bool,
-    /// The projections that are not packed, of a model to be written.
-    dense: Vec<String>,
+    is_by_gptqmodel: bool,
+    /// The configuration that was read.
+    config: PathBuf,
 }
 
 /// Whether all zero-points are the middle of the codes.
@@ -49,141 +58,163 @@ enum Symmetry {
     Unstated,
 }
 
-/// The result of storing a zero-point of 0 minus one.
-///
-/// GPTQModel subtracts a word of ones from a packed word, so that the field borrows from the next;
-/// 3-bit codes, which cross words, it subtracts one by one. AutoGPTQ subtracts first and packs the
-/// wrapped integers with OR, which sets all higher fields of the word. Others mask each field.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Wrapping {
-    /// The field borrows from the next one of its word.
-    Words,
-    /// The field wraps to the highest code.
-    Fields,
-    /// The program that wrote the checkpoint is not known.
-    Unknown,
-}
-
-/// The settings of a configuration.
-#[derive(Deserialize)]
-struct Settings {
-    bits: Option<u64>,
-    group_size: Option<i64>,
-    sym: Option<bool>,
-    desc_act: Option<bool>,
-    quant_method: Option<String>,
-    checkpoint_format: Option<String>,
-    /// The name of `checkpoint_format` in GPTQModel.
-    format: Option<String>,
-    is_marlin_format: Option<bool>,
-    pack_dtype: Option<String>,
-    meta: Option<Value>,
-}
-
 impl Gptq {
-    /// Reads `quantization_config` in `config.json`, `quantize_config.json`, or both if they agree.
-    pub(super) fn open(dir: &Path, embedded: Option<Value>) -> Result<Self> {
-        let mut found = Vec::new();
-        if let Some(json) = embedded {
-            found.push(ConfigFile::new(json, dir.join(CONFIG))?);
+    /// Reads the configurations of a directory, which agree, with its tensors.
+    pub(super) fn open(files: Vec<ConfigFile>, tensors: &mut Tensors) -> Result<Self> {
+        let stated = files.iter().find_map(|file| file.version);
+        let is_by_gptqmodel = files.iter().any(|file| file.is_by_gptqmodel);
+        let lm_head = files.iter().any(|file| file.lm_head);
+        let mut files = files.into_iter();
+        let first = files.next().expect("a configuration at least");
+        let (layers, rules) = files.fold((first.layers, first.rules), |(layers, rules), other| {
+            let rules = if rules.is_empty() { other.rules } else { rules };
+            (other.stated.or(layers), rules)
+        });
+        let mut format = Self {
+            layers,
+            rules,
+            lm_head,
+            version: stated.unwrap_or(GptqVersion::V1),
+            is_by_gptqmodel,
+            config: first.path,
+        };
+        if stated.is_none() {
+            let path = format.config.clone();
+            let version = format.version_of_zeros(tensors)?;
+            format.version = version.ok_or(CheckpointError::GptqVersion { path })?;
         }
-        let path = dir.join(CONFIG_FILE);
-        if tensor_files::is_there(&path) {
-            found.push(ConfigFile::new(tensor_files::read_json(&path)?, path)?);
+        Ok(format)
+    }
+
+    /// The version that the zero-points of all symmetric layers have in common: as those are the middle of the
+    /// codes, only one is right.
+    fn version_of_zeros(&self, tensors: &mut Tensors) -> Result<Option<GptqVersion>> {
+        let mut common = None;
+        for name in tensors.names() {
+            let Some(path) = name.strip_suffix(".qzeros") else {
+                continue;
+            };
+            let layer = self.layer(path)?;
+            let Some(layer) = layer.filter(|layer| layer.symmetric == Symmetry::Yes) else {
+                continue;
+            };
+            let stored = tensors.peek(&name)?;
+            let n_groups = stored.shape[0];
+            let words = row_words(&stored).map_err(|problem| tensors.refuse(&name, problem))?;
+            if words.is_empty() {
+                return Ok(None);
+            }
+            let version = zeros::version_of_middles(&words, n_groups, layer.bits);
+            if version.is_none() || common.is_some_and(|common| Some(common) != version) {
+                return Ok(None);
+            }
+            common = version;
         }
-        if let [first, second] = &found[..] {
-            first.check_agrees(second)?;
-        }
-        let path = || found[0].path.clone();
-        let is_symmetric = |sym| found.iter().any(|file| file.settings.sym == Some(sym));
-        let version = found.iter().find_map(|file| file.version);
-        Ok(Self {
-            bits: found[0].bits,
-            group_size: found[0].group_size,
-            symmetric: if is_symmetric(false) {
-                Symmetry::No
-            } else if is_symmetric(true) {
-                Symmetry::Yes
-            } else {
-                Symmetry::Unstated
-            },
-            version: version.ok_or_else(|| CheckpointError::GptqVersion { path: path() })?,
-            wrapping: if !found.iter().any(ConfigFile::is_by_gptqmodel) {
-                Wrapping::Unknown
-            } else if found[0].bits == 3 {
-                Wrapping::Fields
-            } else {
-                Wrapping::Words
-            },
-            desc_act: found
-                .iter()
-                .any(|file| file.settings.desc_act == Some(true)),
-            dense: Vec::new(),
-        })
+        Ok(common)
     }
 
     /// The format of layers that [`refusals`] does not list.
     pub(super) fn for_layers(layers: &Layers, version: GptqVersion) -> Self {
-        let format = common_layer(&layers.packed).map(|layer| layer.format);
-        Self {
-            bits: format.map_or(4, |format| format.bits()),
-            group_size: format.and_then(|format| format.group_size()),
-            symmetric: if format.is_some_and(|format| format.grid() == Grid::Symmetric) {
-                Symmetry::Yes
-            } else {
-                Symmetry::No
-            },
-            version,
-            wrapping: Wrapping::Unknown,
-            desc_act: layers.packed.iter().any(|layer| layer.has_order),
-            dense: layers.dense.clone(),
-        }
-    }
-
-    /// Unpacks the zero-points in `qzeros`, `[n_groups, d_out]`.
-    ///
-    /// Fails with the group and the output of a zero-point that is ambiguous.
-    pub(super) fn zeros(&self, qzeros: &[u32], n_groups: usize) -> Result<Vec<u8>, (usize, usize)> {
-        let bits = self.bits;
-        let n_words = qzeros.len() / n_groups;
-        let d_out = n_words * 32 / bits;
-        let fields = |words: &[u32]| {
-            let fields = unpack(&transpose(words, [n_groups, n_words]), n_groups, bits);
-            transpose(&fields, [d_out, n_groups])
-        };
-        let highest = u8::MAX >> (8 - bits);
-        if self.version == GptqVersion::V2 {
-            return Ok(fields(qzeros));
-        }
-        if self.wrapping == Wrapping::Words {
-            let ones = u32::MAX / u32::from(highest);
-            let whole: Vec<u32> = qzeros.iter().map(|word| word.wrapping_add(ones)).collect();
-            return Ok(fields(&whole));
-        }
-        let stored = fields(qzeros);
-        if self.wrapping == Wrapping::Unknown {
-            // A zero-point of 0 is stored as the highest code, whoever wrote it, unless the field
-            // before it borrowed, of which the first in a word is again the highest code. So
-            // without that code nothing wrapped; and at the end of a word there is nothing that it
-            // could have changed. Anywhere else the fields after it depend on the writer.
-            let ends_word = |o: usize| o * bits % 32 + bits >= 32;
-            let mut all = stored.iter().enumerate();
-            if let Some((at, _)) =
-                all.find(|&(at, &code)| code == highest && !ends_word(at % d_out))
-            {
-                return Err((at / d_out, at % d_out));
+        let all = layers.packed.iter().chain(&layers.head);
+        let mut settings: Vec<(LayerSettings, usize)> = Vec::new();
+        for layer in all.clone() {
+            let of_layer = settings_of(layer.format);
+            match settings.iter_mut().find(|(known, _)| *known == of_layer) {
+                Some((_, n)) => *n += 1,
+                None => settings.push((of_layer, 1)),
             }
         }
-        let zeros = stored.iter().map(|code| code.wrapping_add(1) & highest);
-        Ok(zeros.collect())
+        // The first of those that most layers have.
+        let most = settings.iter().rev().max_by_key(|(_, n)| *n);
+        let none = LayerSettings {
+            bits: 4,
+            group_size: None,
+            symmetric: Symmetry::No,
+            desc_act: false,
+        };
+        let common = most.map_or(none, |(common, _)| *common);
+        let changed = all.clone().filter_map(|layer| {
+            let stated = settings_of(layer.format).unlike(common)?;
+            Some(Rule::of_layer(&layer.path, Some(stated)))
+        });
+        let left_out = layers.dense.iter();
+        let left_out = left_out.map(|path| Rule::of_layer(path, None));
+        Self {
+            layers: LayerSettings {
+                desc_act: all.clone().any(|layer| layer.has_order),
+                ..common
+            },
+            rules: left_out.chain(changed).collect(),
+            lm_head: layers.head.is_some(),
+            version,
+            is_by_gptqmodel: false,
+            config: PathBuf::new(),
+        }
     }
 
-    /// Packs `zeros`, `[n_groups, d_out]`, into `qzeros`.
-    fn qzeros(&self, zeros: &[u8], [n_groups, d_out]: [usize; 2]) -> Vec<u32> {
-        let less = u8::from(self.version == GptqVersion::V1);
-        let stored: Vec<u8> = zeros.iter().map(|zero| zero - less).collect();
-        let words = pack(&transpose(&stored, [n_groups, d_out]), n_groups, self.bits);
-        transpose(&words, [words.len() / n_groups, n_groups])
+    /// The settings of the layer at a path, unless a rule leaves it out.
+    fn layer(&self, path: &str) -> Result<Option<LayerSettings>> {
+        match self.rule(path)? {
+            None => Ok(Some(self.layers)),
+            Some(rule) => Ok(rule.stated.map(|stated| stated.or(self.layers))),
+        }
+    }
+
+    /// The first rule for the layer at a path.
+    fn rule(&self, path: &str) -> Result<Option<&Rule>> {
+        for rule in &self.rules {
+            let matches = rule.matches(path);
+            if matches.map_err(|problem| self.refuse(rule, problem))? {
+                return Ok(Some(rule));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The settings of a packed layer.
+    fn packed_layer(&self, path: &str, qweight: &str) -> Result<LayerSettings> {
+        if path == HEAD && !self.lm_head {
+            let problem =
+                format!("is not true, but there is a packed head, `{qweight}`: state `true`");
+            return Err(ConfigError::setting(&self.config, "lm_head", problem).into());
+        }
+        if let Some(layer) = self.layer(path)? {
+            return Ok(layer);
+        }
+        let rule = self.rule(path)?.expect("a rule leaves the layer out");
+        let problem = format!("leaves out `{path}`, but there is a packed tensor `{qweight}`");
+        Err(self.refuse(rule, problem))
+    }
+
+    fn refuse(&self, rule: &Rule, problem: String) -> Error {
+        let setting = format!("dynamic.`{}`", rule.key);
+        ConfigError::setting(&self.config, &setting, problem).into()
+    }
+
+    /// The representation of the zero-points of a layer whose words have so many bytes.
+    fn zeros(&self, bits: usize, word_bytes: usize) -> Zeros {
+        Zeros {
+            bits,
+            version: self.version,
+            wrapping: match (self.is_by_gptqmodel, bits) {
+                (false, _) => Wrapping::Unknown,
+                (true, 3) => Wrapping::Fields,
+                (true, _) => Wrapping::Words(word_bytes),
+            },
+        }
+    }
+}
+
+/// The settings of layers of a format.
+fn settings_of(format: Format) -> LayerSettings {
+    LayerSettings {
+        bits: format.bits(),
+        group_size: format.group_size(),
+        symmetric: match format.grid() {
+            Grid::Symmetric => Symmetry::Yes,
+            _ => Symmetry::No,
+        },
+        desc_act: false,
     }
 }
 
@@ -214,149 +245,20 @@ fn input_order(groups: &[u32], group_size: usize) -> Result<Option<Vec<u32>>, St
     Ok(Some(order))
 }
 
-/// A file with a configuration.
-struct ConfigFile {
-    path: PathBuf,
-    settings: Settings,
-    bits: usize,
-    group_size: Option<usize>,
-    version: Option<GptqVersion>,
-}
-
-impl ConfigFile {
-    fn new(json: Value, path: PathBuf) -> Result<Self> {
-        let refuse = |setting: &str, problem: String| {
-            Error::from(ConfigError::setting(&path, setting, problem))
-        };
-        let settings: Settings = serde_json::from_value(json)
-            .map_err(|error| refuse("quantization_config", format!("cannot be read: {error}")))?;
-        if let Some(method) = settings.quant_method.as_deref().filter(|&m| m != METHOD) {
-            return Err(refuse(
-                "quant_method",
-                format!("is `{method}`; this file is for {METHOD}"),
-            ));
-        }
-        let bits = match settings.bits {
-            Some(bits @ (2 | 3 | 4 | 8)) => bits as usize,
-            Some(bits) => {
-                let problem = format!("is {bits}; supported: 2, 3, 4, 8");
-                return Err(refuse("bits", problem));
-            }
-            None => return Err(refuse("bits", "is missing".into())),
-        };
-        let group_size = match settings.group_size {
-            Some(-1) => None,
-            Some(size) => match usize::try_from(size) {
-                Ok(size @ 1..) => Some(size),
-                _ => {
-                    let problem = format!("is {size}; it must be positive, or -1 for one group");
-                    return Err(refuse("group_size", problem));
-                }
-            },
-            None => return Err(refuse("group_size", "is missing".into())),
-        };
-        if settings.is_marlin_format == Some(true) {
-            return Err(refuse("is_marlin_format", "is not supported".into()));
-        }
-        if let Some(dtype) = settings.pack_dtype.as_deref().filter(|&d| d != "int32") {
-            let problem = format!("is `{dtype}`; supported: int32");
-            return Err(refuse("pack_dtype", problem));
-        }
-        let mut version = None;
-        let named = [
-            ("checkpoint_format", &settings.checkpoint_format),
-            ("format", &settings.format),
-        ];
-        for (setting, name) in named {
-            let Some(name) = name else { continue };
-            let stated = match name.as_str() {
-                "gptq" => GptqVersion::V1,
-                "gptq_v2" => GptqVersion::V2,
-                other => {
-                    let problem = format!("is `{other}`; supported: gptq, gptq_v2");
-                    return Err(refuse(setting, problem));
-                }
-            };
-            if version.is_some_and(|version| version != stated) {
-                let problem = format!(
-                    "is `{name}`, but `checkpoint_format` is another; correct one of the two"
-                );
-                return Err(refuse(setting, problem));
-            }
-            version = Some(stated);
-        }
-        Ok(Self {
-            path,
-            settings,
-            bits,
-            group_size,
-            version,
-        })
-    }
-
-    fn check_agrees(&self, other: &Self) -> Result<()> {
-        let group = |file: &Self| file.settings.group_size.unwrap_or(-1).to_string();
-        let mut settings = vec![
-            ("bits", self.bits.to_string(), other.bits.to_string()),
-            ("group_size", group(self), group(other)),
-        ];
-        // A file that states no version leaves it to the other one.
-        if let Some((first, second)) = self.version.zip(other.version) {
-            let name = |version| name(version).to_string();
-            settings.push(("checkpoint_format", name(first), name(second)));
-        }
-        for (setting, in_first, in_second) in settings {
-            if in_first != in_second {
-                let error = ConfigError::Disagreement {
-                    first: self.path.clone(),
-                    second: other.path.clone(),
-                    setting,
-                    in_first,
-                    in_second,
-                };
-                return Err(error.into());
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether GPTQModel wrote the checkpoint, by `meta.quantizer`: names with versions, or one.
-    fn is_by_gptqmodel(&self) -> bool {
-        let quantizer = self.settings.meta.as_ref().map(|meta| &meta["quantizer"]);
-        let is = |value: &Value| value.as_str().is_some_and(|s| s.starts_with("gptqmodel:"));
-        quantizer.is_some_and(|found| match found {
-            Value::Array(all) => all.iter().any(is),
-            one => is(one),
-        })
-    }
-}
-
-/// The name of a version in `checkpoint_format`.
-fn name(version: GptqVersion) -> &'static str {
-    match version {
-        GptqVersion::V1 => "gptq",
-        GptqVersion::V2 => "gptq_v2",
-    }
-}
-
-/// The layers whose formats a GPTQ checkpoint cannot hold, whatever their values.
-pub(super) fn refusals(layers: &[PackedLayer]) -> Refusals {
-    let common = common_layer(layers);
-    let reasons = layers.iter().map(|layer| {
-        let reasons = reasons_against_format(layer, common);
+/// The layers whose formats a GPTQ checkpoint of this version cannot hold, whatever their values.
+pub(super) fn refusals<'a>(
+    layers: impl Iterator<Item = &'a PackedLayer>,
+    version: GptqVersion,
+) -> Refusals {
+    let reasons = layers.map(|layer| {
+        let reasons = reasons_against_format(layer, version);
         (layer.path.clone(), reasons.join("; "))
     });
     reasons.filter(|(_, reasons)| !reasons.is_empty()).collect()
 }
 
-/// The first layer whose grid GPTQ has: the others must have its format.
-fn common_layer(layers: &[PackedLayer]) -> Option<&PackedLayer> {
-    let mut layers = layers.iter();
-    layers.find(|layer| !layer.format.grid().is_codebook())
-}
-
 /// The reasons why a GPTQ checkpoint cannot hold weights of a format.
-fn reasons_against_format(layer: &PackedLayer, common: Option<&PackedLayer>) -> Vec<String> {
+fn reasons_against_format(layer: &PackedLayer, version: GptqVersion) -> Vec<String> {
     let &PackedLayer {
         format,
         dims: [d_in, d_out],
@@ -367,10 +269,9 @@ fn reasons_against_format(layer: &PackedLayer, common: Option<&PackedLayer>) -> 
         return vec![format!("is {format}, and GPTQ's grids are uniform")];
     }
     let mut reasons = Vec::new();
-    if let Some(first) = common.filter(|first| first.format != format) {
+    if format.grid() == Grid::Affine && version == GptqVersion::V1 {
         reasons.push(format!(
-            "is {format}, `{}` is {}, and there is one format for all",
-            first.path, first.format
+            "is {format}, and GPTQModel loads such layers of version 1 from no other program"
         ));
     }
     let group_size = format.group_size().unwrap_or(d_in);
@@ -391,7 +292,7 @@ fn reasons_against_format(layer: &PackedLayer, common: Option<&PackedLayer>) -> 
 
 /// The reasons why a GPTQ checkpoint cannot hold the values of a weight; none for one that is refused for
 /// its format.
-pub(super) fn reasons_against_values(weight: &QuantTensor, version: GptqVersion) -> Vec<String> {
+pub(super) fn reasons_against_values(weight: &QuantTensor) -> Vec<String> {
     if weight.format().grid().is_codebook() {
         return Vec::new();
     }
@@ -418,15 +319,11 @@ pub(super) fn reasons_against_values(weight: &QuantTensor, version: GptqVersion)
         let highest = ((1 << bits) - 1) as f32;
         let fractional = count(&|z| z.fract() != 0.0 || (z == 0.0 && z.is_sign_negative()));
         let outside = count(&|z| !(0.0..=highest).contains(&z));
-        let at_zero = count(&|z| z == 0.0);
         if fractional > 0 {
             reasons.push(format!("has {fractional} zeros that are not whole"));
         }
         if outside > 0 {
             reasons.push(format!("has {outside} zeros outside of 0 to {highest}"));
-        }
-        if at_zero > 0 && version == GptqVersion::V1 {
-            reasons.push(format!("has {at_zero} zeros of 0, which v1 cannot store"));
         }
     }
     reasons
@@ -445,14 +342,15 @@ impl LayerFormat for Gptq {
     /// Where the configuration does not state `sym`, an affine grid, although the zeros may turn out to
     /// be those of a symmetric one.
     fn format(&self, tensors: &mut Tensors, path: &str, _: [usize; 2]) -> Result<Option<Format>> {
-        if self.packed_tensor(tensors, path).is_none() {
+        let Some(qweight) = self.packed_tensor(tensors, path) else {
             return Ok(None);
-        }
-        let grid = match self.symmetric {
+        };
+        let layer = self.packed_layer(path, &qweight)?;
+        let grid = match layer.symmetric {
             Symmetry::Yes => Grid::Symmetric,
             Symmetry::No | Symmetry::Unstated => Grid::Affine,
         };
-        let format = Format::new(self.bits, self.group_size, grid);
+        let format = Format::new(layer.bits, layer.group_size, grid);
         Ok(Some(format.map_err(quant_error(path))?))
     }
 
@@ -467,8 +365,9 @@ impl LayerFormat for Gptq {
             return Ok(None);
         };
         let quant = quant_error(path);
-        let ([d_in, d_out], bits) = (dims, self.bits);
-        let affine = Format::new(bits, self.group_size, Grid::Affine).map_err(&quant)?;
+        let layer = self.packed_layer(path, &qweight)?;
+        let ([d_in, d_out], bits) = (dims, layer.bits);
+        let affine = Format::new(bits, layer.group_size, Grid::Affine).map_err(&quant)?;
         let layout = affine.layout(dims).map_err(&quant)?;
         for (n, what) in [(d_in, "inputs"), (d_out, "outputs")] {
             if !n.checked_mul(bits).is_some_and(|n| n.is_multiple_of(32)) {
@@ -476,12 +375,19 @@ impl LayerFormat for Gptq {
                 return Err(tensors.refuse(&qweight, problem));
             }
         }
-        let mut columns = tensors.words(&qweight, [d_in * bits / 32, d_out])?;
+        let stored = tensors.stored(&qweight)?;
+        let checked = check_shape(&stored, [d_in * bits / 32, d_out], 0);
+        let columns = checked.and_then(|()| column_words(&stored));
+        let mut columns = columns.map_err(|problem| tensors.refuse(&qweight, problem))?;
         let grid @ [n_groups, _] = layout.grid_shape();
         let scales = tensors.floats(&format!("{path}.scales"), grid)?;
         let qzeros_name = format!("{path}.qzeros");
-        let qzeros = tensors.words(&qzeros_name, [n_groups, d_out * bits / 32])?;
-        let zeros = self.zeros(&qzeros, n_groups);
+        let stored = tensors.stored(&qzeros_name)?;
+        let checked = check_shape(&stored, [n_groups, d_out * bits / 32], 1);
+        let words = checked.and_then(|()| Ok((row_words(&stored)?, word_bytes(&stored)?)));
+        let words = words.map_err(|problem| tensors.refuse(&qzeros_name, problem));
+        let (qzeros, word_bytes) = words?;
+        let zeros = self.zeros(bits, word_bytes).unpack(&qzeros, n_groups);
         let zeros = zeros.map_err(|(group, output)| CheckpointError::WrappedZeros {
             path: tensors.path(&qzeros_name),
             tensor: qzeros_name.clone(),
@@ -493,7 +399,7 @@ impl LayerFormat for Gptq {
             let groups = tensors.words(&g_idx, [d_in])?;
             let order = input_order(&groups, layout.group_size());
             order.map_err(|problem| tensors.refuse(&g_idx, problem))?
-        } else if self.desc_act {
+        } else if layer.desc_act {
             let path = tensors.path(&qweight);
             let tensor = g_idx;
             return Err(tensor_files::Error::MissingTensor { path, tensor }.into());
@@ -509,14 +415,14 @@ impl LayerFormat for Gptq {
 
         let middle = 1 << (bits - 1);
         let other = zeros.iter().find(|&&zero| zero != middle);
-        if let (Symmetry::Yes, Some(zero)) = (self.symmetric, other) {
+        if let (Symmetry::Yes, Some(zero)) = (layer.symmetric, other) {
             let problem = format!(
                 "has a zero-point of {zero}, but `sym` is true, which makes all of them {middle}: `checkpoint_format` is the wrong one, or `sym`"
             );
             return Err(tensors.refuse(&qzeros_name, problem));
         }
-        let (format, zeros) = if self.symmetric != Symmetry::No && other.is_none() {
-            let format = Format::new(bits, self.group_size, Grid::Symmetric);
+        let (format, zeros) = if layer.symmetric != Symmetry::No && other.is_none() {
+            let format = Format::new(bits, layer.group_size, Grid::Symmetric);
             (format.map_err(&quant)?, None)
         } else {
             (affine, Some(zeros.into_iter().map(f32::from).collect()))
@@ -532,7 +438,7 @@ impl LayerFormat for Gptq {
 
     fn tensors<'a>(&self, path: &str, weight: &'a QuantTensor) -> Vec<(String, LazyTensor<'a>)> {
         let name = |part: &str| format!("{path}.{part}");
-        let (bits, [d_in, d_out]) = (self.bits, weight.dims());
+        let (bits, [d_in, d_out]) = (weight.format().bits(), weight.dims());
         let (grid, group_size) = (weight.layout().grid_shape(), weight.layout().group_size());
         let qweight = move || match weight.input_order() {
             None => weight.columns(),
@@ -542,7 +448,7 @@ impl LayerFormat for Gptq {
             Some(zeros) => read(zeros).into_iter().map(|zero| zero as u8).collect(),
             None => vec![1 << (bits - 1); grid[0] * d_out],
         };
-        let qzeros = self.qzeros(&zeros, grid);
+        let qzeros = self.zeros(bits, 4).pack(&zeros, grid);
         let g_idx = move || {
             let mut groups = vec![0; d_in];
             let order = weight.input_order();
@@ -570,28 +476,7 @@ impl LayerFormat for Gptq {
     }
 
     fn config(&self) -> Value {
-        let version = name(self.version);
-        let mut config = json!({
-            "bits": self.bits,
-            "group_size": self.group_size.map_or(-1, |size| size as i64),
-            "desc_act": self.desc_act,
-            "sym": self.symmetric == Symmetry::Yes,
-            "lm_head": false,
-            "quant_method": METHOD,
-            "checkpoint_format": version,
-            "format": version,
-            "pack_dtype": "int32",
-            "meta": { "quantizer": [concat!("quant-core:", env!("CARGO_PKG_VERSION"))] },
-        });
-        if !self.dense.is_empty() {
-            // GPTQModel's rules for layers: a `-:` before an expression leaves out what it matches.
-            let rules = self.dense.iter().map(|path| {
-                let expression = path.replace('.', "\\.");
-                (format!("-:^{expression}$"), json!({}))
-            });
-            config["dynamic"] = rules.collect();
-        }
-        config
+        config::in_json(self.layers, &self.rules, self.version, self.lm_head)
     }
 
     fn config_file(&self) -> Option<&'static str> {

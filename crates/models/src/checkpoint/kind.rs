@@ -21,7 +21,7 @@ pub enum CheckpointFormat {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GptqVersion {
     /// Zero-points are stored minus one, as by AutoGPTQ (`"checkpoint_format": "gptq"`), which cannot
-    /// represent 0.
+    /// represent 0. Written for symmetric layers alone: GPTQModel loads others only if it wrote them.
     V1,
     /// Zero-points are stored unchanged (`"checkpoint_format": "gptq_v2"`).
     V2,

@@ -8,12 +8,14 @@ use peft::{Certificate, Linears, Weight};
 use serde_json::{Map, Value};
 use tensor_files::{FloatType, Floats};
 
-use super::directory::{CERTIFICATE, CONFIG, TOKENIZER, carried, stop_tokens, tokenizer_digest};
+use super::directory::{CERTIFICATE, CONFIG, carried, stop_tokens, tokenizer_digest};
 use super::format::LayerFormat;
+use super::formats::{Weights, open};
 use super::gguf;
-use super::kind::CheckpointFormat;
+use super::names::is_buffer;
 use super::packing::transpose;
 use super::tensors::Tensors;
+use crate::architecture::Shape;
 use crate::model::check_compute;
 use crate::source::{HEAD, Source, Vector, weight_name};
 use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer};
@@ -36,10 +38,12 @@ use crate::{CheckpointError, Config, Error, Model, Pretrained, Result, Tokenizer
 /// not checked against the model: see [`load_verified`](crate::load_verified).
 ///
 /// # Errors
-/// If a file is missing, damaged or does not fit the configuration. Errors of GPTQ's format are
-/// [`CheckpointError::GptqVersion`] if the representation of zero-points is not stated,
-/// [`ConfigError::Disagreement`](crate::ConfigError::Disagreement) if `config.json` and
-/// `quantize_config.json` differ, and [`CheckpointError::WrappedZeros`].
+/// If a file is missing, damaged or does not fit the configuration.
+/// [`CheckpointError::StaleQuantization`] if a quantization is stated and all weights are dense,
+/// [`CheckpointError::UnstatedQuantization`] for packed weights without a configuration. Errors of GPTQ's
+/// format are [`CheckpointError::GptqVersion`] if neither the configuration nor the zero-points tell the
+/// representation of zero-points, [`ConfigError::Disagreement`](crate::ConfigError::Disagreement) if
+/// `config.json` and `quantize_config.json` differ, and [`CheckpointError::WrappedZeros`].
 ///
 /// # Examples
 /// ```no_run
@@ -82,12 +86,7 @@ pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Re
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
     let quantization = config.remove("quantization_config");
     let shape = Config::from_json(&config, &config_path)?;
-    let tokenizer = dir.join(TOKENIZER);
-    let tokenizer = if tensor_files::is_there(&tokenizer) {
-        Some(Tokenizer::open(&tokenizer)?)
-    } else {
-        None
-    };
+    let tokenizer = Tokenizer::read(dir)?;
     let stated = (&config, config_path.as_path());
     let mut model = match gguf::load(dir, quantization.as_ref(), stated, &shape, device)? {
         Some(model) => model,
@@ -122,8 +121,7 @@ fn safetensors(
     shape: Config,
     device: &Device,
 ) -> Result<Model> {
-    let format = CheckpointFormat::open(dir, quantization)?;
-    let mut checkpoint = Checkpoint::new(Tensors::open(dir)?, format, device);
+    let mut checkpoint = Checkpoint::new(open(dir, quantization, &shape)?, device);
     let model = Model::build(shape, &mut checkpoint)?;
     let linears = model.linears().into_iter().map(|(path, _)| path);
     let others = model.other_weights().into_iter().map(|(path, _)| path);
@@ -142,27 +140,12 @@ pub(super) struct Checkpoint {
 }
 
 impl Checkpoint {
-    pub(super) fn new(
-        tensors: Tensors,
-        format: Option<Box<dyn LayerFormat>>,
-        device: &Device,
-    ) -> Self {
+    pub(super) fn new(weights: Weights, device: &Device) -> Self {
         Self {
-            tensors,
-            format,
+            tensors: weights.tensors,
+            format: weights.format,
             device: device.clone(),
         }
-    }
-
-    /// Refuses a packed head in a format that only packs projections.
-    pub(super) fn check_head(&mut self) -> Result<()> {
-        if let Some(format) = self.format.as_ref().filter(|format| !format.packs_head())
-            && let Some(tensor) = format.packed_tensor(&self.tensors, HEAD)
-        {
-            let path = self.tensors.path(&tensor);
-            return Err(CheckpointError::PackedHead { path, tensor }.into());
-        }
-        Ok(())
     }
 
     /// Checks the layers of the format's configuration, in the file `config`, against those of a model.
@@ -210,38 +193,43 @@ impl Checkpoint {
         config: &Config,
         leftovers: Vec<String>,
     ) -> Result<()> {
-        let paths = config.projections().into_iter();
-        let biases: HashSet<String> = paths.map(|(path, _)| Vector::Bias.name(&path)).collect();
         let shape = config.shape();
+        let modules = config.block_modules().map(|(path, _)| path);
+        let norm = shape.has_final_norm.then(|| shape.norm_path());
+        let modules = modules.chain(norm).chain([HEAD.to_string()]);
+        let biases: HashSet<String> = modules.map(|path| Vector::Bias.name(&path)).collect();
+        let of_head = format!("{HEAD}.");
         for name in leftovers {
-            if name.ends_with(".rotary_emb.inv_freq") {
+            if is_buffer(&name) {
                 continue;
             }
-            if name == weight_name(HEAD) && shape.tie_word_embeddings {
-                let embedding = weight_name(&format!("{}.embed_tokens", shape.prefix));
-                if self.tensors.sha256(&name)? == self.tensors.sha256(&embedding)? {
-                    continue;
-                }
-                // The same values may be of two types.
-                let dims = [shape.vocab_size, shape.embedding_width];
-                let head = self.tensors.floats(&name, dims)?;
-                if head == self.tensors.floats(&embedding, dims)? {
+            // AutoGPTQ writes a bias of zeros for layers without a bias.
+            if biases.contains(&name) && self.tensors.vector(&name)?.iter().all(|&b| b == 0.0) {
+                continue;
+            }
+            if name.starts_with(&of_head) && shape.tie_word_embeddings {
+                if name == weight_name(HEAD) && self.is_embedding(&name, &shape)? {
                     continue;
                 }
                 let problem = "is another matrix than the embedding, but `tie_word_embeddings` is true: correct the one that is wrong";
                 return Err(self.tensors.refuse(&name, problem.into()));
             }
-            // AutoGPTQ writes a bias of zeros for layers without a bias.
-            if biases.contains(&name) {
-                let bias = self.tensors.vector(&name)?;
-                if bias.iter().all(|&value| value == 0.0) {
-                    continue;
-                }
-            }
             let path = self.tensors.path(&name);
-            return Err(CheckpointError::UnexpectedTensor { path, tensor: name }.into());
+            let tensor = self.tensors.name_in_file(&name);
+            return Err(CheckpointError::UnexpectedTensor { path, tensor }.into());
         }
         Ok(())
+    }
+
+    /// Whether a tensor has the values of the embedding, in the same type or in another.
+    fn is_embedding(&mut self, name: &str, shape: &Shape) -> Result<bool> {
+        let embedding = weight_name(&shape.embedding_path());
+        if self.tensors.sha256(name)? == self.tensors.sha256(&embedding)? {
+            return Ok(true);
+        }
+        let dims = [shape.vocab_size, shape.embedding_width];
+        let values = self.tensors.floats(name, dims)?;
+        Ok(values == self.tensors.floats(&embedding, dims)?)
     }
 }
 
@@ -271,7 +259,6 @@ impl Source for Checkpoint {
     }
 
     fn head(&mut self, dims: [usize; 2]) -> Result<Weight> {
-        self.check_head()?;
         self.weight(HEAD, dims)
     }
 }

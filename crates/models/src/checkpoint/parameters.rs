@@ -1,13 +1,12 @@
 //! The parameters of a model as Hugging Face stores them.
 
 use burn::tensor::Tensor;
-use peft::{Linear, Linears, Weight};
+use peft::{Linear, Linears, Table, Weight};
 use quant_core::QuantTensor;
 use serde_json::{Map, Value};
 use tensor_files::{FloatType, LazyTensor};
 
 use super::packing::transpose;
-use crate::model::Table;
 use crate::source::{Vector, weight_name};
 use crate::{Model, Result};
 

@@ -13,9 +13,9 @@ use peft::{Linear, Method, Recipe, Weight, check_paths};
 use quant_core::{Format, Grid, Parts, QuantTensor};
 use serde_json::{Map, Value};
 
-use super::directory::{CONFIG, TOKENIZER};
+use super::directory::CONFIG;
 use super::format::{LayerFormat, Layers, PackedLayer, quant_error};
-use super::formats::undeclared_tensor;
+use super::formats::{Weights, open};
 use super::kind::CheckpointFormat;
 use super::tensors::Tensors;
 use crate::source::{HEAD, weight_name};
@@ -104,7 +104,7 @@ impl Plan {
     /// # Errors
     /// [`TextError::SeqLen`] for windows that are longer than the model was trained for;
     /// [`TextError::ShortText`] for a text shorter than a window; [`TextError::NoTokenizer`]; as
-    /// [`Tokenizer::open`] and [`Tokenizer::encode`].
+    /// [`Tokenizer::read`] and [`Tokenizer::encode`].
     pub fn windows(&self, text: &str, seq_len: usize) -> Result<Windows> {
         Windows::new(self.tokenizer(seq_len)?.encode(text)?, seq_len)
     }
@@ -130,12 +130,10 @@ impl Plan {
         if !(2..=max).contains(&seq_len) {
             return Err(TextError::SeqLen { seq_len, max }.into());
         }
-        let tokenizer = self.dir.join(TOKENIZER);
-        if !tensor_files::is_there(&tokenizer) {
+        Tokenizer::read(&self.dir)?.ok_or_else(|| {
             let dir = self.dir.clone();
-            return Err(TextError::NoTokenizer { dir }.into());
-        }
-        Tokenizer::open(&tokenizer)
+            TextError::NoTokenizer { dir }.into()
+        })
     }
 
     /// Whether a projection is packed.
@@ -218,9 +216,12 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &(impl Recipe + ?Sized)) -> Result<Pl
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    let packed = CheckpointFormat::open(dir, config.remove("quantization_config"))?;
+    let quantization = config.remove("quantization_config");
     let config = Config::from_json(&config, &config_path)?;
-    let mut tensors = Tensors::open(dir)?;
+    let Weights {
+        mut tensors,
+        format: packed,
+    } = open(dir, quantization, &config)?;
     let (paths, dims): (Vec<_>, Vec<_>) = config.projections().into_iter().unzip();
     check_paths(recipe, &paths)?;
     let (mut layers, mut problems) = (Vec::new(), Vec::new());
@@ -244,7 +245,7 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &(impl Recipe + ?Sized)) -> Result<Pl
 
 /// The bytes of the tensors beside the projections that are not small.
 fn copied(config: &Config, tensors: &mut Tensors) -> Vec<u64> {
-    let embedding = format!("{}.embed_tokens", config.prefix());
+    let embedding = config.shape().embedding_path();
     let names = [embedding.as_str(), HEAD].map(weight_name);
     let sizes = names.iter().filter_map(|name| tensors.n_bytes(name).ok());
     sizes.collect()
@@ -260,10 +261,6 @@ fn planned(
     let quantizer = recipe.quantizer(path);
     let stored = match packed {
         Some(format) => format.format(tensors, path, dims),
-        // What is packed without a configuration cannot be read.
-        None if undeclared_tensor(tensors, path).is_some() => {
-            return Err("is quantized already, and no `quantization_config` says how".into());
-        }
         None => Ok(None),
     };
     let stored = stored.map_err(|error| error.to_string())?;

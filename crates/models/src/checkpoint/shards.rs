@@ -7,10 +7,10 @@ use serde::Deserialize;
 use serde_json::json;
 use tensor_files::TensorFile;
 
-use super::directory::WEIGHTS;
 use crate::{CheckpointError, Result};
 
-pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// The name of the weights without its extension.
+const MODEL: &str = "model";
 
 /// The files of weights.
 pub(super) struct Shards {
@@ -37,27 +37,45 @@ pub(super) fn write_index(dir: &Path, shards: &[String]) -> Result<()> {
         "metadata": { "total_size": total_size },
         "weight_map": weight_map,
     });
-    Ok(tensor_files::write_json(&dir.join(INDEX), &index)?)
+    Ok(tensor_files::write_json(
+        &dir.join(index_name(MODEL)),
+        &index,
+    )?)
+}
+
+fn weights_name(base: &str) -> String {
+    format!("{base}.safetensors")
+}
+
+fn index_name(base: &str) -> String {
+    format!("{base}.safetensors.index.json")
 }
 
 impl Shards {
-    pub(super) fn open(dir: &Path) -> Result<Self> {
-        if tensor_files::is_there(&dir.join(WEIGHTS)) {
-            return Self::of_file(&dir.join(WEIGHTS));
+    /// Opens the weights of a directory: `model.safetensors` or its shards, unless there are some of one of
+    /// the names `first`, or there are none but those of one of the names `last`.
+    pub(super) fn open(dir: &Path, first: &[String], last: &[String]) -> Result<Self> {
+        let model = [MODEL.to_string()];
+        for base in first.iter().chain(&model).chain(last) {
+            // A configuration must not lead out of its directory.
+            if !is_file_name(base) {
+                continue;
+            }
+            let weights = dir.join(weights_name(base));
+            if tensor_files::is_there(&weights) {
+                return Self::of_file(&weights);
+            }
+            let index = dir.join(index_name(base));
+            if tensor_files::is_there(&index) {
+                return Self::of_index(dir, index);
+            }
         }
-        let index_path = dir.join(INDEX);
-        if !tensor_files::is_there(&index_path) {
-            let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
-            let is_pickled = |name: &&str| tensor_files::is_there(&dir.join(name));
-            let hint = if pickled.iter().any(is_pickled) {
-                "; it has a pickled `pytorch_model.bin`: convert it to safetensors first"
-            } else {
-                ""
-            };
-            let dir = dir.into();
-            return Err(CheckpointError::NoWeights { dir, hint }.into());
-        }
+        let hint = hint(dir);
+        let dir = dir.into();
+        Err(CheckpointError::NoWeights { dir, hint }.into())
+    }
 
+    fn of_index(dir: &Path, index_path: PathBuf) -> Result<Self> {
         let index: Index = tensor_files::read_json(&index_path)?;
         if index.weight_map.is_empty() {
             let problem = "lists no tensors".into();
@@ -94,7 +112,9 @@ impl Shards {
                 .into_iter()
                 .find(|name| shards.of_tensor.get(name) != Some(&at));
             if let Some(tensor) = unlisted {
-                let problem = format!("is not listed for this file in `{INDEX}`");
+                let index = index_path.file_name().unwrap_or_default();
+                let index = index.to_string_lossy();
+                let problem = format!("is not listed for this file in `{index}`");
                 return Err(file.refuse(&tensor, problem).into());
             }
         }
@@ -133,21 +153,9 @@ impl Shards {
         names
     }
 
-    pub(super) fn contains(&self, tensor: &str) -> bool {
-        self.of_tensor.contains_key(self.stored(tensor))
-    }
-
-    /// The name of a tensor in its file, which lacks the first part in a model that was saved without
-    /// its head.
-    pub(super) fn stored<'a>(&self, tensor: &'a str) -> &'a str {
-        let is_there = |name: &&str| self.of_tensor.contains_key(*name);
-        let short = tensor.strip_prefix("model.").filter(is_there);
-        short.filter(|_| !is_there(&tensor)).unwrap_or(tensor)
-    }
-
     /// The file with a tensor.
     pub(super) fn file(&mut self, tensor: &str) -> Result<&mut TensorFile> {
-        match self.of_tensor.get(self.stored(tensor)) {
+        match self.of_tensor.get(tensor) {
             Some(&at) => Ok(&mut self.files[at]),
             None => {
                 let path = self
@@ -164,7 +172,7 @@ impl Shards {
 
 fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
     // An index must not lead out of its directory.
-    if Path::new(shard).file_name() != Some(shard.as_ref()) || shard.contains(['/', '\\', '\0']) {
+    if !is_file_name(shard) {
         return Err(tensor_files::Error::File {
             path: index.into(),
             problem: format!("names a shard {shard:?}, which is not the name of a file beside it"),
@@ -180,4 +188,31 @@ fn open_shard(dir: &Path, index: &Path, shard: &str) -> Result<TensorFile> {
         return Err(error.into());
     }
     Ok(TensorFile::open(&path)?)
+}
+
+fn is_file_name(name: &str) -> bool {
+    Path::new(name).file_name() == Some(name.as_ref()) && !name.contains(['/', '\\', '\0'])
+}
+
+/// Advice for the weights that a directory has, under other names or in other formats.
+fn hint(dir: &Path) -> String {
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+    let is_pickled = |name: &&str| tensor_files::is_there(&dir.join(name));
+    if pickled.iter().any(is_pickled) {
+        return "; it has a pickled `pytorch_model.bin`: convert it to safetensors first".into();
+    }
+    let names = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut others: Vec<String> = names
+        .filter(|name| name.ends_with(".safetensors"))
+        .collect();
+    others.sort();
+    match &others[..] {
+        [] => String::new(),
+        [one] => format!(
+            "; it has `{one}`: if these are the weights, rename the file to `{}`",
+            weights_name(MODEL)
+        ),
+        [first, ..] => format!("; it has `{first}` and others like it, and no index of them"),
+    }
 }

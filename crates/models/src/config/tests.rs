@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 
 use burn::module::Param;
@@ -6,8 +7,13 @@ use peft::{Linears, Stages, Weight};
 
 use super::*;
 use crate::Model;
-use crate::model::Table;
 use crate::source::{HEAD, Vector, weight_name};
+use peft::Table;
+
+#[path = "../../tests/fixtures/architectures.rs"]
+mod fixtures;
+
+use fixtures::{SMALL, architectures};
 
 /// A source that fills each parameter with the index of its name.
 #[derive(Default)]
@@ -52,38 +58,9 @@ impl Source for Named {
     }
 }
 
-/// The smallest models of every architecture, with all of its parts.
-fn configs() -> [Config; 3] {
-    let llama = LlamaConfig::default()
-        .with_vocab_size(8)
-        .with_hidden_size(6)
-        .with_intermediate_size(10)
-        .with_num_hidden_layers(2)
-        .with_num_attention_heads(4)
-        .with_num_key_value_heads(2)
-        .with_head_dim(2)
-        .with_attention_bias(true)
-        .with_attention_output_bias(true)
-        .with_mlp_bias(true);
-    let opt = OptConfig::default()
-        .with_vocab_size(8)
-        .with_hidden_size(6)
-        .with_ffn_dim(10)
-        .with_num_hidden_layers(2)
-        .with_num_attention_heads(3)
-        .with_max_position_embeddings(4)
-        .with_word_embed_proj_dim(6);
-    let projected = opt
-        .clone()
-        .with_word_embed_proj_dim(5)
-        .with_do_layer_norm_before(false)
-        .with_tie_word_embeddings(false);
-    [llama.into(), opt.into(), projected.into()]
-}
-
 #[test]
 fn every_parameter_is_the_one_of_its_name() {
-    for config in configs() {
+    for config in architectures(SMALL) {
         let mut source = Named::default();
         let Ok(model) = Model::build(config.clone(), &mut source);
         let mut n = 0;
@@ -126,13 +103,16 @@ fn every_parameter_is_the_one_of_its_name() {
 }
 
 #[test]
-fn every_architecture_has_a_configuration() {
-    for (model_types, _) in READERS {
-        let is_read = |config: &Config| {
-            let json = config.to_json();
-            let model_type = json["model_type"].as_str();
-            model_type.is_some_and(|model_type| model_types.contains(&model_type))
-        };
-        assert!(configs().iter().any(is_read), "none of {model_types:?}");
+fn every_model_type_has_a_configuration_that_is_read_back() {
+    let mut types = BTreeSet::new();
+    for config in architectures(SMALL) {
+        let json = config.to_json();
+        types.insert(json["model_type"].as_str().unwrap().to_string());
+        let read = Config::from_json(&json, Path::new("config.json")).unwrap();
+        assert_eq!(read.to_json(), json);
+        // What is computed is the same, whether it is stated for each layer or by a rule.
+        assert_eq!(read.identity(), config.identity());
     }
+    let known = Config::model_types().into_iter().map(String::from);
+    assert_eq!(types, known.collect());
 }

@@ -1,12 +1,11 @@
 //! The characters that SentencePiece's normalizer replaces.
 
-/// Checks a `precompiled_charsmap`, and returns the number of bytes of its longest replacement.
+/// Checks a `precompiled_charsmap`, and returns the most by which it multiplies the bytes of a text.
 ///
 /// It has the number of bytes of a trie (u32), the trie (a double array of u32, all little-endian),
 /// and the replacements, each with a NUL at its end. The crate `tokenizers` allocates the trie before
 /// it has read it, and follows its indices unchecked.
-pub(super) fn longest_replacement(base64: &str) -> Result<usize, String> {
-    let bytes = decode(base64).ok_or("is not in base64")?;
+pub(super) fn growth(bytes: &[u8]) -> Result<f64, String> {
     let (n_bytes, rest) = bytes.split_first_chunk().ok_or("is cut off")?;
     let n_bytes = u32::from_le_bytes(*n_bytes) as usize / 4 * 4;
     let (trie, replacements) = rest.split_at_checked(n_bytes).ok_or_else(|| {
@@ -16,17 +15,17 @@ pub(super) fn longest_replacement(base64: &str) -> Result<usize, String> {
     let replacements = str::from_utf8(replacements).map_err(|error| error.to_string())?;
     let (units, _) = trie.as_chunks();
     let trie: Vec<u32> = units.iter().map(|&unit| u32::from_le_bytes(unit)).collect();
-    check_trie(&trie, replacements).ok_or("has an index out of range")?;
-    let longest = replacements.split('\0').map(str::len).max();
-    Ok(longest.unwrap_or_default())
+    let growth = check_trie(&trie, replacements);
+    growth.ok_or_else(|| "has an index out of range".into())
 }
 
 /// Visits all nodes of a trie, and checks that what a byte of a text selects is there.
-fn check_trie(trie: &[u32], replacements: &str) -> Option<()> {
+fn check_trie(trie: &[u32], replacements: &str) -> Option<f64> {
     let children = |unit: u32| (unit as usize >> 10) << ((unit & (1 << 9)) >> 6);
     let mut is_known = vec![false; trie.len()];
-    let mut nodes = vec![children(*trie.first()?)];
-    while let Some(node) = nodes.pop() {
+    let mut nodes = vec![(children(*trie.first()?), 1.0)];
+    let mut growth: f64 = 1.0;
+    while let Some((node, n_bytes)) = nodes.pop() {
         for byte in 1..=255 {
             let at = node ^ byte;
             let unit = *trie.get(at)?;
@@ -37,42 +36,23 @@ fn check_trie(trie: &[u32], replacements: &str) -> Option<()> {
             let child = at ^ children(unit);
             if unit & (1 << 8) != 0 {
                 let value = trie.get(child)? & !(1 << 31);
-                replacements.get(value as usize..)?;
+                let replacement = replacements.get(value as usize..)?.split('\0').next();
+                growth = growth.max(replacement.map_or(0, str::len) as f64 / n_bytes);
             }
-            nodes.push(child);
+            nodes.push((child, n_bytes + 1.0));
         }
     }
-    Some(())
+    Some(growth)
 }
 
 /// Decodes base64 with padding.
-fn decode(base64: &str) -> Option<Vec<u8>> {
-    let digit = |byte: u8| match byte {
-        b'A'..=b'Z' => Some(byte - b'A'),
-        b'a'..=b'z' => Some(byte - b'a' + 26),
-        b'0'..=b'9' => Some(byte - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
-    };
-    let digits = base64.trim_end_matches('=');
-    let n_padding = base64.len() - digits.len();
-    if !base64.len().is_multiple_of(4) || n_padding > 2 {
-        return None;
-    }
-    let mut bytes = Vec::with_capacity(base64.len() / 4 * 3);
-    for digits in digits.as_bytes().chunks(4) {
-        let mut bits = 0_u32;
-        for at in 0..4 {
-            let digit = digits.get(at).map_or(Some(0), |&byte| digit(byte))?;
-            bits = bits << 6 | u32::from(digit);
-        }
-        let bits = bits.to_be_bytes();
-        let (decoded, rest) = bits.split_at(digits.len());
-        if rest.iter().any(|&byte| byte != 0) {
-            return None;
-        }
-        bytes.extend(&decoded[1..]);
-    }
-    Some(bytes)
+pub(super) fn decode(base64: &str) -> Result<Vec<u8>, String> {
+    let bytes = base64::decode(base64).ok();
+    let bytes = bytes.filter(|_| base64.len().is_multiple_of(4));
+    bytes.ok_or_else(|| "is not in base64".into())
+}
+
+/// Encodes in base64 with padding.
+pub(super) fn encode(bytes: &[u8]) -> String {
+    base64::encode(bytes)
 }

@@ -12,12 +12,13 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use tokenizers::{
-    AddedToken, DecodeStream, DecoderWrapper, Encoding, ModelWrapper, NormalizerWrapper,
-    PaddingParams, PostProcessor, PostProcessorWrapper, PreTokenizerWrapper, Token,
-    TokenizerBuilder, TruncationParams,
+    AddedToken, DecoderWrapper, Encoding, Model, ModelWrapper, NormalizerWrapper, PaddingParams,
+    PostProcessor, PostProcessorWrapper, PreTokenizerWrapper, Token, TokenizerBuilder,
+    TruncationParams,
 };
 
 use super::limits;
+use super::stream::Continuity;
 
 /// The stack of the thread that reads a file: for a file of the depth that `limits` allows, with much
 /// to spare.
@@ -34,21 +35,38 @@ pub(super) struct Library {
     post_processor: Option<PostProcessorWrapper>,
     /// The most by which a text can grow on its way to the model.
     growth: f64,
+    /// Whether spaces before punctuation are removed from a decoded text.
+    cleans_up: bool,
+    continuity: Continuity,
 }
 
 impl Library {
     /// Reads a `tokenizer.json`.
     pub(super) fn new(bytes: &[u8]) -> Result<Self> {
-        thread::scope(|scope| {
-            let reader = thread::Builder::new().stack_size(STACK);
-            let reader = reader.spawn_scoped(scope, || Self::build(bytes));
-            let reader = reader.map_err(|error| format!("no thread can be started: {error}"))?;
-            reader.join().unwrap_or_else(|panic| Err(message(&*panic)))
-        })
+        in_thread(|| Self::build(limits::parse(bytes)?, None))
     }
 
-    fn build(bytes: &[u8]) -> Result<Self> {
-        let (mut file, growth) = limits::parse(bytes)?;
+    /// Builds the tokenizer of an object that a `tokenizer.json` would have, in which a text grows by
+    /// `growth` at most, if that is known.
+    pub(super) fn of(json: Map<String, Value>, growth: Option<f64>) -> Result<Self> {
+        in_thread(|| Self::build(json, growth))
+    }
+
+    /// Removes spaces before punctuation from decoded texts, as transformers does for all models but BPE.
+    pub(super) fn cleaned_up(mut self, cleans_up: bool) -> Self {
+        let is_bpe = matches!(self.inner.get_model(), ModelWrapper::BPE(_));
+        self.cleans_up = cleans_up && !is_bpe;
+        if self.cleans_up {
+            self.continuity = Continuity::Nothing;
+        }
+        self
+    }
+
+    fn build(mut file: Map<String, Value>, growth: Option<f64>) -> Result<Self> {
+        let limits::Checked {
+            growth: most,
+            continuity,
+        } = limits::check(&file)?;
         if file.get("version").is_some_and(|version| version != "1.0") {
             return Err("version: is not \"1.0\"".into());
         }
@@ -83,7 +101,9 @@ impl Library {
         Ok(Self {
             inner,
             post_processor,
-            growth,
+            growth: growth.map_or(most, |growth| most.min(growth)),
+            cleans_up: false,
+            continuity,
         })
     }
 
@@ -123,14 +143,45 @@ impl Library {
         }
     }
 
-    /// The text of some tokens.
-    pub(super) fn decode(&self, tokens: &[u32]) -> Result<String> {
-        caught(|| self.inner.decode(tokens, true))
+    /// The text of some tokens, without special tokens if `skips_special`.
+    pub(super) fn decode(&self, tokens: &[u32], skips_special: bool) -> Result<String> {
+        let text = caught(|| self.inner.decode(tokens, skips_special))?;
+        Ok(if self.cleans_up {
+            cleaned_up(&text)
+        } else {
+            text
+        })
     }
 
-    /// A decoder of tokens one after the other.
-    pub(super) fn stream(&self) -> Stream<'_> {
-        Stream(self.inner.decode_stream(true))
+    /// The `tokenizer.json`, without a post-processor.
+    pub(super) fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&self.inner).expect("what was read can be written")
+    }
+
+    /// What can still change in a decoded text.
+    pub(super) fn continuity(&self) -> Continuity {
+        self.continuity
+    }
+
+    /// Whether a token is part of a text: in the vocabulary, and not special.
+    pub(super) fn has_text(&self, id: u32) -> bool {
+        let is_special = |token: &str| self.inner.get_added_vocabulary().is_special_token(token);
+        self.decoded(id).is_some_and(|token| !is_special(&token))
+    }
+
+    /// Whether a token stands for a byte, such as `<0x0A>`.
+    pub(super) fn is_byte(&self, id: u32) -> bool {
+        let token = self.decoded(id).unwrap_or_default();
+        let hex = token
+            .strip_prefix("<0x")
+            .and_then(|token| token.strip_suffix('>'));
+        hex.is_some_and(|hex| hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok())
+    }
+
+    /// The token of an id, as decoders get it.
+    fn decoded(&self, id: u32) -> Option<String> {
+        let added = self.inner.get_added_vocabulary().simple_id_to_token(id);
+        added.or_else(|| self.inner.get_model().id_to_token(id))
     }
 
     /// The id of a token.
@@ -144,23 +195,24 @@ impl Library {
     }
 }
 
-/// A decoder of tokens one after the other.
-pub(super) struct Stream<'a>(
-    DecodeStream<
-        'a,
-        ModelWrapper,
-        NormalizerWrapper,
-        PreTokenizerWrapper,
-        PostProcessorWrapper,
-        DecoderWrapper,
-    >,
-);
-
-impl Stream<'_> {
-    /// Decodes one more token, if it completes a character.
-    pub(super) fn push(&mut self, token: u32) -> Result<Option<String>> {
-        caught(|| self.0.step(token))
-    }
+/// A text without spaces before punctuation.
+///
+/// Source: `clean_up_tokenization` in `transformers/tokenization_utils_base.py`.
+fn cleaned_up(text: &str) -> String {
+    let patterns = [
+        (" .", "."),
+        (" ?", "?"),
+        (" !", "!"),
+        (" ,", ","),
+        (" ' ", "'"),
+        (" n't", "n't"),
+        (" 'm", "'m"),
+        (" 's", "'s"),
+        (" 've", "'ve"),
+        (" 're", "'re"),
+    ];
+    let replace = |text: String, (from, to): (&str, &str)| text.replace(from, to);
+    patterns.into_iter().fold(text.to_owned(), replace)
 }
 
 #[derive(Deserialize)]
@@ -182,6 +234,16 @@ type Parts = tokenizers::TokenizerImpl<
 fn with_added(mut parts: Parts, added: &[Added]) -> tokenizers::Result<tokenizers::Tokenizer> {
     parts.add_tokens(added.iter().map(|added| added.token.clone()))?;
     Ok(parts.into())
+}
+
+/// Calls a reader in a thread with a stack for deep files.
+fn in_thread<T: Send>(read: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    thread::scope(|scope| {
+        let reader = thread::Builder::new().stack_size(STACK);
+        let reader = reader.spawn_scoped(scope, read);
+        let reader = reader.map_err(|error| format!("no thread can be started: {error}"))?;
+        reader.join().unwrap_or_else(|panic| Err(message(&*panic)))
+    })
 }
 
 /// Takes a part of a file, if the file has it.

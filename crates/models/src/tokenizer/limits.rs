@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::charsmap;
 use super::library::{Result, within};
+use super::stream::Continuity;
 
 /// The largest file. Those of vocabularies of 260 thousand tokens have 35 MB.
 const MAX_BYTES: usize = 100_000_000;
@@ -62,10 +63,15 @@ const MAX_GROWN: f64 = (1u64 << 28) as f64;
 /// A growth that costs no more than other tokenizers do, whatever the text.
 const PLAIN_GROWTH: f64 = 64.0;
 
-/// Parses a file, and checks what its parts ask for.
-///
-/// Returns the growth of a text with the parts.
-pub(super) fn parse(bytes: &[u8]) -> Result<(Map<String, Value>, f64)> {
+/// What the parts of a file are known for.
+pub(super) struct Checked {
+    /// The most by which normalizers and pre-tokenizers multiply the bytes of a text.
+    pub(super) growth: f64,
+    pub(super) continuity: Continuity,
+}
+
+/// Parses a file within the limits of its size.
+pub(super) fn parse(bytes: &[u8]) -> Result<Map<String, Value>> {
     let n = bytes.len();
     if n > MAX_BYTES {
         return Err(format!("has {n} bytes; at most {MAX_BYTES} are read"));
@@ -77,10 +83,12 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Map<String, Value>, f64)> {
             "has up to {n_values} values; at most {MAX_VALUES} are read"
         ));
     }
-    let file = serde_json::from_slice(bytes);
-    let file: Map<String, Value> =
-        file.map_err(|error| format!("is not a JSON object: {error}"))?;
-    for (name, part) in &file {
+    serde_json::from_slice(bytes).map_err(|error| format!("is not a JSON object: {error}"))
+}
+
+/// Checks what the parts of a file ask for.
+pub(super) fn check(file: &Map<String, Value>) -> Result<Checked> {
+    for (name, part) in file {
         within(name, check_sizes(part, 1))?;
     }
     let part = |name| file.get(name).unwrap_or(&Value::Null);
@@ -106,6 +114,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Map<String, Value>, f64)> {
         "decoder",
         check_growth("a token", of_token, MAX_DECODER_GROWTH),
     )?;
+    let continuity = Continuity::of(decoders.iter().map(|(_, step)| *step));
     let all = [normalizers, pre_tokenizers, decoders].concat();
     check_regexes(all.iter().map(|(_, step)| *step))?;
     let mut template = None;
@@ -117,7 +126,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<(Map<String, Value>, f64)> {
             }
         }
     }
-    Ok((file, growth))
+    Ok(Checked { growth, continuity })
 }
 
 /// Checks that a text of `n_bytes` stays within bounds where its file makes it longer.
@@ -336,10 +345,9 @@ fn normalizer_growth(step: &Value) -> Result<f64> {
         let map = step["precompiled_charsmap"]
             .as_str()
             .ok_or("is not a string");
-        let longest = map
-            .map_err(String::from)
-            .and_then(charsmap::longest_replacement);
-        growth *= within("precompiled_charsmap", longest)?.max(1) as f64;
+        let of_map = map.map_err(String::from).and_then(charsmap::decode);
+        let of_map = of_map.and_then(|map| charsmap::growth(&map));
+        growth *= within("precompiled_charsmap", of_map)?;
     }
     // A text may be a single byte between two added tokens.
     growth *= 1.0 + text(step, "prepend").len() as f64;

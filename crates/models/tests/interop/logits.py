@@ -17,6 +17,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,6 +37,12 @@ from transformers import (
 # 1e-6 where logits are about 1. A weight, a bias or a frequency that is off is far above.
 TOLERANCE = 1e-4
 
+# The implementation that has soft caps of scores.
+EAGER = "eager"
+
+# AutoTokenizer makes the tokenizers of these anew as BPE, whatever the files say; the one here is of words.
+REMADE = ["qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neo", "gptj", "olmo2"]
+
 
 def unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     """The codes in words of 32 bits, lowest first, along an axis."""
@@ -44,13 +51,23 @@ def unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     return codes.flatten(0, 1).movedim(0, axis)
 
 
+def bits_of(layer: str, rules: dict[str, dict], bits: int) -> int:
+    """The width of a packed layer, by the first of GPTQModel's rules that matches its path."""
+    for rule, settings in rules.items():
+        if re.match(rule.removeprefix("+:").removeprefix("-:"), layer):
+            assert not rule.startswith("-:"), f"{layer} is left out"
+            bits = settings.get("bits", bits)
+            break
+    assert 32 % bits == 0, "3-bit codes cross words"
+    return bits
+
+
 def from_gptq(directory: Path) -> PreTrainedModel:
     """A dense model of the weights in a GPTQ directory, which transformers has no reader for."""
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
     quantization = config.quantization_config
     del config.quantization_config
-    bits = quantization["bits"]
-    assert 32 % bits == 0, "3-bit codes cross words"
+    rules = quantization.get("dynamic", {})
     stored_less = {"gptq": 1, "gptq_v2": 0}[quantization["checkpoint_format"]]
     tensors = {}
     for shard in sorted(directory.glob("*.safetensors")):
@@ -59,6 +76,7 @@ def from_gptq(directory: Path) -> PreTrainedModel:
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part == "qweight":
+            bits = bits_of(layer, rules, quantization["bits"])
             group = tensors[f"{layer}.g_idx"].long()
             zeros = unpack(tensors[f"{layer}.qzeros"], bits, 1) + stored_less
             scales = tensors[f"{layer}.scales"].float()
@@ -66,7 +84,7 @@ def from_gptq(directory: Path) -> PreTrainedModel:
             state[f"{layer}.weight"] = weight.T
         elif part not in ("qzeros", "scales", "g_idx"):
             state[name] = tensor.float()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=EAGER)
     found = model.load_state_dict(state, strict=False)
     tied = ["lm_head.weight"] if config.tie_word_embeddings else []
     assert found.missing_keys == tied and not found.unexpected_keys, found
@@ -95,7 +113,11 @@ def load(directory: Path, method: str | None) -> PreTrainedModel:
     if method == "gptq":
         return from_gptq(directory)
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", local_files_only=True, output_loading_info=True
+        directory,
+        dtype="auto",
+        attn_implementation=EAGER,
+        local_files_only=True,
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     tensors = {}
@@ -114,8 +136,7 @@ def load(directory: Path, method: str | None) -> PreTrainedModel:
 
 def check_tokenizer(directory: Path, model_type: str, text: str, tokens: list[int]) -> None:
     readers = [PreTrainedTokenizerFast]
-    # It makes a Qwen2's tokenizer anew as BPE, whatever the files say; this one is of words.
-    if model_type != "qwen2":
+    if model_type not in REMADE:
         readers.append(AutoTokenizer)
     for reader in readers:
         tokenizer = reader.from_pretrained(directory, local_files_only=True)

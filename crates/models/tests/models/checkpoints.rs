@@ -3,7 +3,10 @@
 mod bitsandbytes;
 mod golden;
 mod gptq;
+mod names;
 mod round_trips;
+mod rules;
+mod variants;
 
 use std::fs;
 use std::path::Path;
@@ -105,6 +108,24 @@ fn round_to_gptq(model: &mut Model) {
             format
         });
     }
+}
+
+/// Scales that `f16` holds, of the head.
+fn round_head(model: &mut Model) {
+    let mut others = model.other_weights_mut().into_iter();
+    let head = others.next().expect("a head");
+    let Weight::Quant(weight) = &*head else {
+        panic!("the head is dense");
+    };
+    let mut parts = weight.to_parts();
+    if let Scales::Float(scales) = &mut parts.scales {
+        for scale in scales {
+            *scale = half::f16::from_f32(*scale).to_f32();
+        }
+    }
+    let (format, dims) = (weight.format(), weight.dims());
+    let rounded = QuantTensor::from_parts(parts, format, dims, &Device::flex()).unwrap();
+    *head = Weight::Quant(rounded);
 }
 
 /// The inputs backwards, in pairs.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use models::{Activation, Config, LlamaConfig, Model, OptConfig, Pretrained};
+use models::{Activation, Config, Model, Pretrained};
 use peft::{CausalLm, Linears};
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Format, NormalFloat, Quantizer, Rtn};
@@ -14,9 +14,12 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use tempfile::TempDir;
 
+#[path = "../fixtures/architectures.rs"]
+mod architectures;
 #[path = "../fixtures/word_level.rs"]
 mod word_level;
 
+pub(crate) use architectures::{SMALL, Sizes, architectures, llama, opt};
 pub(crate) use word_level::write_tokenizer;
 
 /// A configuration of `n` cases, times `PROPTEST_CASES / 256` where that is set.
@@ -24,32 +27,8 @@ pub(crate) fn cases(n: u32) -> ProptestConfig {
     ProptestConfig::with_cases((ProptestConfig::default().cases * n / 256).max(1))
 }
 
-/// A LLaMA of two blocks with 16 tokens and 32 positions, whose heads are wider than its stream.
-pub(crate) fn llama() -> LlamaConfig {
-    LlamaConfig::default()
-        .with_vocab_size(16)
-        .with_hidden_size(24)
-        .with_intermediate_size(20)
-        .with_num_hidden_layers(2)
-        .with_num_attention_heads(4)
-        .with_num_key_value_heads(2)
-        .with_head_dim(8)
-        .with_max_position_embeddings(32)
-}
-
-/// An OPT of the same sizes.
-pub(crate) fn opt() -> OptConfig {
-    OptConfig::default()
-        .with_vocab_size(16)
-        .with_hidden_size(24)
-        .with_ffn_dim(20)
-        .with_num_hidden_layers(2)
-        .with_num_attention_heads(4)
-        .with_max_position_embeddings(32)
-        .with_word_embed_proj_dim(24)
-}
-
-/// LLaMAs, Qwen2 among them, and OPTs of both styles.
+/// Models of every architecture; LLaMAs, Qwen2 among them, and OPTs of both styles with all their
+/// switches.
 pub(crate) fn configs() -> impl Strategy<Value = Config> {
     let n_kv = prop::sample::select(vec![1, 2, 4]);
     let llamas = (n_kv, any::<bool>(), any::<bool>(), any::<bool>());
@@ -84,7 +63,7 @@ pub(crate) fn configs() -> impl Strategy<Value = Config> {
             Config::Opt(config)
         },
     );
-    prop_oneof![llamas, opts]
+    prop_oneof![llamas, opts, prop::sample::select(architectures(SMALL))]
 }
 
 /// A directory with a tokenizer, and a model with it none of whose parameters is a round number.

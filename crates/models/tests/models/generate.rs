@@ -8,7 +8,7 @@ use peft::CausalLm;
 use proptest::prelude::*;
 use quant_core::{NormalFloat, Rtn};
 
-use super::fixtures::{self, cases};
+use super::fixtures::{self, SMALL, Sizes, architectures, cases};
 
 const VOCAB: usize = 32;
 
@@ -47,7 +47,7 @@ fn ropes() -> impl Strategy<Value = RopeScaling> {
     ])
 }
 
-/// LLaMAs with every rope scaling, and OPTs of both styles.
+/// LLaMAs with every rope scaling, OPTs of both styles, and models of every architecture.
 fn configs() -> impl Strategy<Value = Config> {
     let llama = (prop::sample::select(vec![1, 2, 4]), ropes());
     let llama = llama.prop_map(|(n_kv, rope)| Config::Llama(config(n_kv, rope)));
@@ -62,7 +62,13 @@ fn configs() -> impl Strategy<Value = Config> {
             .with_tie_word_embeddings(tied);
         Config::Opt(config)
     });
-    prop_oneof![llama, opt]
+    let sizes = Sizes {
+        vocab: VOCAB,
+        positions: 96,
+        ..SMALL
+    };
+    let all = prop::sample::select(architectures(sizes));
+    prop_oneof![llama, opt, all]
 }
 
 /// Random weights, large enough for attention to matter: dense, or packed in one of two formats,

@@ -71,8 +71,9 @@ fn a_format_that_cannot_hold_the_plan_is_refused() {
     ];
     let rtn = Rtn::new().with_group_size(8).with_f16_scales(true);
     let nf = NormalFloat::new().with_block_size(32);
-    let quantizers: [(&dyn Quantizer, [bool; 4]); 3] = [
-        (&rtn, [true, true, true, false]),
+    let quantizers: [(&dyn Quantizer, [bool; 4]); 4] = [
+        (&rtn, [true, false, true, false]),
+        (&rtn.with_symmetric(true), [true, true, true, false]),
         // Of 40 inputs, a group is left over.
         (&rtn.with_group_size(16), [true, false, false, false]),
         (&nf, [true, false, false, false]),
@@ -115,13 +116,14 @@ fn packed_layers_are_found_without_a_declared_format() {
         let weights = "model.safetensors";
         fs::write(dir.path().join(weights), read(weights)).unwrap();
         let error = plan(dir.path(), &Rtn::new()).unwrap_err();
-        let Error::Checkpoint(CheckpointError::Plan { layers }) = &error else {
+        let Error::Checkpoint(CheckpointError::UnstatedQuantization { tensor, .. }) = &error else {
             panic!("{error}");
         };
-        let found = layers
-            .iter()
-            .all(|(_, why)| why == "is quantized already, and no `quantization_config` says how");
-        assert!(found, "{error}");
+        assert!(tensor.starts_with("model.layers.0.self_attn.q_proj."));
+        assert!(
+            error.to_string().contains("quantize_config.json"),
+            "{error}"
+        );
     }
 }
 

@@ -4,6 +4,7 @@
 mod configs;
 mod directories;
 mod headers;
+mod positions;
 mod tokenizers;
 mod tokens;
 #[cfg(unix)]

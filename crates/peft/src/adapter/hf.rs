@@ -1,6 +1,6 @@
 //! The description of an adapter in the files of Hugging Face's PEFT, to write and to read it.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor};
@@ -23,12 +23,12 @@ pub(crate) struct HfFormat {
     pub(crate) peft_type: &'static str,
     /// The key of `α`, where patterns may give a layer its own rank and `α`.
     pub(crate) alpha_key: Option<&'static str>,
-    /// Keys that are read, beside those of every type.
-    pub(crate) read_keys: &'static [&'static str],
-    /// Keys that do not change what an adapter computes, beside those of every type.
-    pub(crate) ignored_keys: &'static [&'static str],
+    /// The keys of its configurations, beside those of every type.
+    pub(crate) keys: &'static [HfKey],
     /// Names of the tensors of a layer, after its path.
     pub(crate) tensors: &'static [&'static str],
+    /// Other names of some of them, those of embeddings, with the first.
+    pub(crate) aliases: &'static [(&'static str, &'static str)],
     /// Names of the tensors of the whole model, after `base_model.`.
     pub(crate) shared: &'static [&'static str],
     /// The configuration that PEFT writes, beside the keys of every type.
@@ -36,6 +36,40 @@ pub(crate) struct HfFormat {
     /// Checks a configuration, reads the tensors of the whole model onto a device, and returns the
     /// reader of its layers.
     pub(crate) reader: fn(&HfConfig, &mut TensorFile, &Device) -> Result<HfReader, HfError>,
+}
+
+/// A key of a configuration.
+pub(crate) struct HfKey {
+    pub(crate) name: &'static str,
+    pub(crate) role: HfRole,
+}
+
+/// What is done with a key.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum HfRole {
+    /// The outputs depend on it.
+    Read,
+    /// The outputs do not depend on it, for this reason.
+    Ignored(&'static str),
+    /// Any value but the default is refused, for this reason.
+    Refused(&'static str),
+}
+
+impl HfKey {
+    pub(crate) const fn read(name: &'static str) -> Self {
+        let role = HfRole::Read;
+        Self { name, role }
+    }
+
+    pub(crate) const fn ignored(name: &'static str, reason: &'static str) -> Self {
+        let role = HfRole::Ignored(reason);
+        Self { name, role }
+    }
+
+    pub(crate) const fn refused(name: &'static str, reason: &'static str) -> Self {
+        let role = HfRole::Refused(reason);
+        Self { name, role }
+    }
 }
 
 /// Why a directory cannot be read.
@@ -114,8 +148,8 @@ pub(crate) struct HfSource<'a> {
     /// The rank and the `α` that patterns give this layer.
     pub(crate) rank: Option<usize>,
     pub(crate) alpha: Option<f32>,
-    /// The tensors that the file has for it: some of [`HfFormat::tensors`].
-    pub(crate) tensors: BTreeSet<&'static str>,
+    /// The tensors that the file has for it, some of [`HfFormat::tensors`], with their names there.
+    pub(crate) tensors: BTreeMap<&'static str, String>,
     pub(crate) file: &'a mut TensorFile,
 }
 
@@ -124,7 +158,8 @@ impl HfSource<'_> {
     pub(crate) const PREFIX: &'static str = "base_model.model.";
 
     fn name(&self, tensor: &str) -> String {
-        format!("{}{}.{tensor}", Self::PREFIX, self.path)
+        let name = self.tensors.get(tensor).cloned();
+        name.unwrap_or_else(|| format!("{}{}.{tensor}", Self::PREFIX, self.path))
     }
 
     /// The factor of this name, transposed to `[d_in, d_out]`.

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::checks::{check_count, check_dtype, check_positive, check_product, check_shape};
 use super::dropout::Dropout;
 use super::hf::{
-    HfConfig, HfError, HfFormat, HfLayer, HfReader, hf_number, hf_vector, read_config,
+    HfConfig, HfError, HfFormat, HfKey, HfLayer, HfReader, hf_number, hf_vector, read_config,
 };
 use super::tensors::{
     Shared, Source, bounded, floats, low_rank_sum, stored, tensor, trained, uniform,
@@ -294,9 +294,16 @@ const LAMBDA_D: &str = "vera_lambda_d";
 pub(crate) const HF_FORMAT: HfFormat = HfFormat {
     peft_type: "VERA",
     alpha_key: None,
-    read_keys: &["bias", "save_projection", "vera_dropout"],
-    ignored_keys: &["d_initial", "init_weights", "projection_prng_key"],
+    keys: &[
+        HfKey::read("bias"),
+        HfKey::read("save_projection"),
+        HfKey::read("vera_dropout"),
+        HfKey::ignored("d_initial", "what the vectors began with"),
+        HfKey::ignored("init_weights", "what the vectors began with"),
+        HfKey::ignored("projection_prng_key", "the factors are in the file"),
+    ],
     tensors: &[LAMBDA_B, LAMBDA_D],
+    aliases: &[],
     shared: &["vera_A", "vera_B"],
     config: || {
         json!({

@@ -1,21 +1,24 @@
 //! Directories of Hugging Face's PEFT, both ways, as its version 0.21.2 writes and reads them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::{Adapters, CONFIG, TENSORS};
-use crate::adapter::hf::{HfError, HfFormat, HfLayer, HfSource, hf_factor};
-use crate::{Adapter, Error, Fingerprint, Linear, Linears, Result};
-use tensor_files::{IntoOutput, LazyTensor, TensorFile};
+use crate::adapter::hf::{HfLayer, HfSource, hf_factor};
+use crate::{Adapter, Error, Fingerprint, Linears, Result};
+use tensor_files::{IntoOutput, LazyTensor};
 
+mod base;
 mod config;
 mod lora;
+mod names;
 mod patterns;
+mod read;
 
-/// The prefix of tensors of the whole model.
-const SHARED_PREFIX: &str = "base_model.";
+use names::SHARED_PREFIX;
+use read::read;
 
 impl Adapters {
     /// Reads a directory that PEFT wrote, for `model`: LoRA, rsLoRA, DoRA, QA-LoRA and VeRA.
@@ -25,75 +28,36 @@ impl Adapters {
     /// and the product of DoRA with the weight drops none. VeRA is read with its random factors
     /// (`save_projection=True`), which only PyTorch could draw again.
     ///
+    /// Parameters of the base in the file, such as those of `modules_to_save`, must be those of the model;
+    /// [`Adapters::open_with_base`] takes others.
+    ///
     /// # Errors
+    /// [`Error::OtherDirectory`] for a directory of [`Adapters::save`].
     /// [`tensor_files::Error::File`] for an unknown key, by its name: another type of adapter, a setting
     /// that changes the outputs of an adapter, an initialization that changed the base (PiSSA, OLoRA,
-    /// …), a value out of its range. [`Error::UnknownLayer`],
+    /// …), a value out of its range, a pattern that Python would not accept. [`Error::UnknownLayer`],
     /// [`tensor_files::Error::MissingTensor`], [`tensor_files::Error::Tensor`] or [`Error::Shape`] if
     /// the tensors do not fit configuration and model, [`Error::Tiles`] if
     /// groups do not divide a layer, [`Error::NoBias`] if a layer has no bias for a trained one,
-    /// [`Error::NotF32`] for a dense layer of another dtype.
+    /// [`Error::NotF32`] for a dense layer of another dtype, [`Error::OtherParameters`] for parameters
+    /// of the base that are not the model's.
     pub fn load_hf(dir: impl AsRef<Path>, model: &impl Linears) -> Result<Self> {
-        let path = dir.as_ref().join(CONFIG);
-        let refuse = |problem: String| {
-            Error::from(tensor_files::Error::File {
-                path: path.clone(),
-                problem,
-            })
-        };
-        let config = tensor_files::read_json(&path)?;
-        let format = config::format(&config).map_err(&refuse)?;
-        let patterns = config::patterns(&config).map_err(&refuse)?;
+        let (layers, changes) = read(dir.as_ref(), model)?;
+        let parameters = changes.names();
+        if !parameters.is_empty() {
+            let path = dir.as_ref().join(TENSORS);
+            return Err(Error::OtherParameters { path, parameters });
+        }
+        Ok(Self {
+            base: Fingerprint::of(model),
+            layers,
+        })
+    }
 
-        let linears: BTreeMap<String, &Linear> = model.linears().into_iter().collect();
-        let targets: Vec<_> = linears
-            .iter()
-            .filter(|(path, _)| patterns.targets(path))
-            .collect();
-        let Some((_, first)) = targets.first() else {
-            return Err(refuse("targets no layer of the model".into()));
-        };
-        let mut file = TensorFile::open(&dir.as_ref().join(TENSORS))?;
-        let reader = (format.reader)(&config, &mut file, &first.weight.device());
-        let reader = reader.map_err(|error| match error {
-            HfError::Config(problem) => refuse(problem),
-            HfError::Other(error) => error,
-        })?;
-        let mut tensors: BTreeMap<String, BTreeSet<&'static str>> = BTreeMap::new();
-        for name in file.names() {
-            if is_shared(format, &name) {
-                continue;
-            }
-            let (path, tensor) = layer_tensor(format, &name).ok_or_else(|| {
-                let problem = format!("is no tensor of an adapter of type {}", format.peft_type);
-                file.refuse(&name, problem)
-            })?;
-            if !linears.contains_key(path) {
-                return Err(Error::UnknownLayer { path: path.into() });
-            }
-            tensors.entry(path.into()).or_default().insert(tensor);
-        }
-        for (path, _) in targets {
-            tensors.entry(path.clone()).or_default();
-        }
-        let mut layers = BTreeMap::new();
-        for (path, tensors) in tensors {
-            let linear = linears[&path];
-            let mut source = HfSource {
-                path: &path,
-                linear,
-                rank: patterns.rank(&path).map_err(&refuse)?,
-                alpha: patterns.alpha(&path).map_err(&refuse)?,
-                tensors,
-                file: &mut file,
-            };
-            let adapter = reader(&mut source).map_err(|error| match error {
-                Error::Setting { .. } => refuse(format!("for layer `{path}`, {error}")),
-                other => other,
-            })?;
-            adapter.check(&path, linear)?;
-            layers.insert(path, adapter);
-        }
+    /// Reads a directory that PEFT wrote, and gives `model` the parameters of the base in it.
+    pub(super) fn load_hf_with_base<M: Linears>(dir: &Path, model: &mut M) -> Result<Self> {
+        let (layers, changes) = read(dir, model)?;
+        changes.apply(model);
         Ok(Self {
             base: Fingerprint::of(model),
             layers,
@@ -102,6 +66,9 @@ impl Adapters {
 
     /// Writes a new directory for PEFT, whole or not at all. `model` is the base, whose layers the
     /// configuration names.
+    ///
+    /// Parameters of the base that [`Adapters::open_with_base`] changed are not among the adapters: PEFT
+    /// needs the changed base too.
     ///
     /// # Errors
     /// [`Error::OtherBase`]; [`Error::NotForPeft`] if PEFT has no such adapter, or not in one
@@ -167,20 +134,6 @@ fn write(layers: &BTreeMap<String, Adapter>, paths: &[String], dir: impl IntoOut
         tensor_files::write_tensors(&dir.join(TENSORS), all_tensors(layers))?;
         tensor_files::write_json(&dir.join(CONFIG), &Value::Object(config))
     })?)
-}
-
-fn is_shared(format: &HfFormat, name: &str) -> bool {
-    let name = name.strip_prefix(SHARED_PREFIX);
-    name.is_some_and(|name| format.shared.contains(&name))
-}
-
-/// The path of the layer that a tensor belongs to, and its name in the layer.
-fn layer_tensor<'a>(format: &HfFormat, name: &'a str) -> Option<(&'a str, &'static str)> {
-    let name = name.strip_prefix(HfSource::PREFIX)?;
-    format.tensors.iter().find_map(|tensor| {
-        let path = name.strip_suffix(tensor)?.strip_suffix('.')?;
-        Some((path, *tensor))
-    })
 }
 
 /// The tensors of a directory under PEFT's names.

@@ -1,7 +1,10 @@
 //! Directories of adapters, and adapters that are switched.
 
-use burn::tensor::Device;
-use peft::{Adapters, Bayesian, Error, Linear, Lora, Method, Targets, Tile, Vera, Weight};
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use peft::{
+    Adapter, Adapters, Bayesian, Error, Linear, Linears, Lora, Method, Targets, Tile, Vera, Weight,
+};
 use proptest::prelude::*;
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
@@ -255,5 +258,70 @@ fn factors_whose_product_is_infinite_are_refused() {
         let is_named = matches!(&error, Error::Overflow { path, .. } if path == "mlp.up");
         assert!(is_named, "{at}: {error:?}");
         with(1e15).unwrap();
+    }
+}
+
+/// Paths of layers that are ends of others, or that are no patterns for themselves alone.
+const ODD_PATHS: [&str; 7] = [
+    "proj",
+    "block.proj",
+    "block.1.proj",
+    "block.11.proj",
+    "block.1xproj",
+    "a+b.(up)",
+    "a+b.up",
+];
+
+#[derive(Module, Debug)]
+struct Odd {
+    layers: Vec<Linear>,
+}
+
+impl Linears for Odd {
+    fn linears(&self) -> Vec<(String, &Linear)> {
+        let paths = ODD_PATHS.map(String::from).into_iter();
+        paths.zip(&self.layers).collect()
+    }
+
+    fn linears_mut(&mut self) -> Vec<(String, &mut Linear)> {
+        let paths = ODD_PATHS.map(String::from).into_iter();
+        paths.zip(&mut self.layers).collect()
+    }
+}
+
+/// What is written for PEFT has each layer's rank and alpha, and no layer more, whatever the paths.
+#[test]
+fn patterns_that_are_written_match_one_layer_each() {
+    let device = Device::flex();
+    let linear = || Linear::new(Weight::frozen(Tensor::ones([8, 8], &device)), None);
+    let base = Odd {
+        layers: ODD_PATHS.iter().map(|_| linear()).collect(),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    for adapted in 1..1u32 << ODD_PATHS.len() {
+        let is_adapted = |at: usize| adapted >> at & 1 == 1;
+        let mut model = base.clone();
+        for (at, linear) in model.layers.iter_mut().enumerate() {
+            if is_adapted(at) {
+                let method = Lora::new(1 + at).with_alpha(1.0 + at as f32);
+                let adapter = method.init(ODD_PATHS[at], linear).unwrap();
+                let weight = linear.weight().clone();
+                linear
+                    .replace(ODD_PATHS[at], weight, Some(adapter))
+                    .unwrap();
+            }
+        }
+        let adapters = Adapters::of(&model).unwrap();
+        let path = dir.path().join(format!("{adapted}"));
+        adapters.save_hf(&path, &base).unwrap();
+        let read = Adapters::load_hf(&path, &base).unwrap();
+        let of = |adapters: &Adapters| -> Vec<(String, usize, f32)> {
+            let layers = adapters.layers().map(|(path, adapter)| match adapter {
+                Adapter::Lora(lora) => (path.to_string(), lora.rank(), lora.alpha()),
+                other => panic!("{other:?}"),
+            });
+            layers.collect()
+        };
+        assert_eq!(of(&read), of(&adapters), "{adapted:b}");
     }
 }

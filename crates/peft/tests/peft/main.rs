@@ -10,6 +10,7 @@ mod evaluating;
 mod fingerprint;
 mod formats;
 mod groups;
+mod head;
 mod merging;
 mod model;
 mod optimizers;

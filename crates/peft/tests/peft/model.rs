@@ -67,7 +67,7 @@ impl CausalLm for Bigram {
     }
 
     fn head(&self) -> Head<'_> {
-        Head::Dense(self.embedding.val().transpose())
+        self.embedding.val().transpose().into()
     }
 }
 

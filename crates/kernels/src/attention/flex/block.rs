@@ -2,6 +2,7 @@
 
 use crate::isa::{Isa, by_instruction_set};
 use crate::math;
+use crate::softcap::Softcap;
 
 /// The number of queries in a block.
 pub(super) const QUERIES: usize = 64;
@@ -86,10 +87,11 @@ fn softmax_body<I: Isa>(
 }
 
 by_instruction_set! {
-    /// Turns scores into probabilities, and `dp` into the gradient of the scores.
+    /// Turns scores into probabilities, and `dp` into the gradient of the products of queries and keys.
     pub(super) fn gradient(
         block: Block,
         scale: f32,
+        softcap: Option<Softcap>,
         lse: &Lanes,
         delta: &Lanes,
         scores: &mut [Lanes],
@@ -101,6 +103,26 @@ by_instruction_set! {
 fn gradient_body<I: Isa>(
     block: Block,
     scale: f32,
+    softcap: Option<Softcap>,
+    lse: &Lanes,
+    delta: &Lanes,
+    scores: &mut [Lanes],
+    dp: &mut [Lanes],
+) {
+    match softcap {
+        Some(cap) => {
+            let slope = |score| cap.slope_at(score) * scale;
+            gradient_by(block, slope, lse, delta, scores, dp);
+        }
+        None => gradient_by(block, |_| scale, lse, delta, scores, dp),
+    }
+}
+
+/// [`gradient`], where `slope` is the derivative of a score for its product.
+#[inline(always)]
+fn gradient_by(
+    block: Block,
+    slope: impl Fn(f32) -> f32,
     lse: &Lanes,
     delta: &Lanes,
     scores: &mut [Lanes],
@@ -109,8 +131,9 @@ fn gradient_body<I: Isa>(
     let rows = scores[..block.n_keys].iter_mut().zip(dp);
     for (j, (p, dp)) in rows.enumerate() {
         for i in 0..QUERIES {
+            let slope = slope(p[i]);
             p[i] = math::exp(p[i] - lse[i]);
-            dp[i] = p[i] * (dp[i] - delta[i]) * scale;
+            dp[i] = p[i] * (dp[i] - delta[i]) * slope;
         }
         let masked = block.masked(j);
         p[..masked].fill(0.0);

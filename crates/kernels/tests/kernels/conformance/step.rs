@@ -4,7 +4,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use kernels::{causal_attention, linear_cross_entropy, matmul, rms_norm, rotate_half, silu_mul};
+use kernels::{
+    OutputHead, Scores, causal_attention, linear_cross_entropy, matmul, rms_norm, rotate_half,
+    silu_mul, softcap,
+};
 
 use super::on::{On, Uniform};
 
@@ -15,7 +18,7 @@ pub(super) type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
 pub(super) type Case<'a> = (&'a str, &'a [[usize; 4]], Operation);
 
 pub(super) fn conform(on: &On) {
-    let all: [Case; 9] = [
+    let all: [Case; 12] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
@@ -77,6 +80,30 @@ pub(super) fn conform(on: &On) {
                     t[0].clone().reshape([6, 20]),
                     t[1].clone().reshape([20, 70]),
                 );
+                linear_cross_entropy(x, head, targets).reshape([1, 1, 1, 6])
+            },
+        ),
+        (
+            "causal_attention with a soft cap",
+            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
+            |t| {
+                let scores = Scores::new(0.35).with_softcap(0.5);
+                causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), None, scores)
+            },
+        ),
+        // Up to 50 times the cap, where quotients of exponentials overflow.
+        ("softcap", &[[2, 3, 5, 7]], |t| {
+            softcap(t[0].clone() * 100.0, 2.0)
+        }),
+        (
+            "linear_cross_entropy with a bias and a soft cap",
+            &[[1, 1, 6, 20], [1, 1, 20, 70], [1, 1, 1, 70]],
+            |t| {
+                let targets = Tensor::<1, Int>::arange(0..6, &t[0].device().inner()) * 11;
+                let head = OutputHead::new(t[1].clone().reshape([20, 70]))
+                    .with_bias(t[2].clone().reshape([70]))
+                    .with_softcap(2.0);
+                let x = t[0].clone().reshape([6, 20]);
                 linear_cross_entropy(x, head, targets).reshape([1, 1, 1, 6])
             },
         ),

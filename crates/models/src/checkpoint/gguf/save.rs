@@ -317,13 +317,15 @@ fn write(
 
 /// The metadata of the tokenizer of a model; none if it has no tokenizer.
 fn of_tokenizer(lm: &Pretrained) -> Result<Vec<(String, Value)>> {
-    let Some(json) = lm.carried.get(TOKENIZER) else {
-        return Ok(Vec::new());
+    let json = match (lm.carried.get(TOKENIZER), &lm.tokenizer) {
+        (Some(json), _) => json.clone(),
+        (None, Some(tokenizer)) => tokenizer.to_json(),
+        (None, None) => return Ok(Vec::new()),
     };
-    let path = lm.dir.join(TOKENIZER);
+    let path = lm.tokenizer()?.path().to_owned();
     let refuse = |problem: String| ConfigError::setting(&path, "the tokenizer", problem);
     let tokenizer: Map<String, Json> =
-        serde_json::from_slice(json).map_err(|error| refuse(error.to_string()))?;
+        serde_json::from_slice(&json).map_err(|error| refuse(error.to_string()))?;
     let special = lm.special_tokens()?;
     let of = |token: &Option<crate::SpecialToken>| token.as_ref().map(|token| token.id);
     let special_ids = [

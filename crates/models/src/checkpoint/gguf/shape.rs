@@ -8,7 +8,7 @@ use serde_json::{Map, Value as Json, json};
 use tensor_files::gguf::Value;
 
 use super::names::Architecture;
-use crate::{ConfigError, Error, LlamaConfig, Result, RopeScaling};
+use crate::{Activation, ConfigError, Error, LlamaConfig, Result, RopeScaling};
 
 const ARCHITECTURE: &str = "general.architecture";
 
@@ -253,7 +253,19 @@ pub(super) fn metadata(
         let problem = format!("is {}, which f32 does not hold", config.rope_theta);
         return Err(("rope_theta", problem));
     }
+    if config.hidden_act != Activation::Silu {
+        let problem = format!(
+            "is {:?}, and the format's models have SiLU",
+            config.hidden_act
+        );
+        return Err(("hidden_act", problem));
+    }
     if let Some(window) = config.sliding_window {
+        // llama.cpp computes none in these architectures.
+        if window < config.max_position_embeddings {
+            let problem = format!("is {window}, which llama.cpp does not compute here");
+            return Err(("sliding_window", problem));
+        }
         values.push(size("attention.sliding_window", window));
     }
     let factors = match config.rope_scaling {
@@ -269,7 +281,7 @@ pub(super) fn metadata(
             high_freq_factor: HIGH_FREQ_FACTOR,
             original: ORIGINAL_POSITIONS,
         } => Some(llama3_factors(config.head_dim, config.rope_theta, factor)),
-        other => {
+        ref other => {
             let problem = format!("is {other:?}, which is not written to GGUF");
             return Err(("rope_scaling", problem));
         }

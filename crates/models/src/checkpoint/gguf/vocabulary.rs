@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde_json::{Map, Value as Json, json};
 use tensor_files::gguf::{Array, Value};
 
-use super::pre::Pre;
 use super::shape::Metadata;
 use crate::Result;
 use crate::checkpoint::directory::{CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG};
+use crate::tokenizer::parts::{self, Piece, SPACE};
+use crate::tokenizer::pre::Pre;
 
 const MODEL: &str = "tokenizer.ggml.model";
 const PRE: &str = "tokenizer.ggml.pre";
@@ -39,12 +40,6 @@ mod token_type {
     pub(super) const USER_DEFINED: i32 = 4;
     pub(super) const BYTE: i32 = 6;
 }
-
-/// The longest piece of SentencePiece, in bytes: each of its cuts is looked up.
-const MAX_PIECE: usize = 512;
-
-/// The space of SentencePiece.
-const SPACE: &str = "\u{2581}";
 
 /// The files of the tokenizer of a model: its `tokenizer.json`, `tokenizer_config.json` and chat template;
 /// none if the file has no tokenizer. The tokens that end texts are put into `config`.
@@ -87,7 +82,9 @@ pub(super) fn files(
     let bos = tokens.id(metadata, SPECIAL[0].0)?;
     let adds_bos = metadata.get(ADD_BOS, Value::as_bool)?.unwrap_or(adds_bos);
     if let Some(bos) = bos.filter(|_| adds_bos) {
-        tokenizer["post_processor"] = with_bos(&tokens.texts[bos], bos);
+        // The key holds 32 bits.
+        let bos = (bos as u32, tokens.texts[bos].clone());
+        tokenizer["post_processor"] = parts::template(Some(bos), None);
     }
     tokenizer["version"] = "1.0".into();
     tokenizer["added_tokens"] = tokens.added();
@@ -101,19 +98,6 @@ pub(super) fn files(
 
 fn bytes(json: &Json) -> Vec<u8> {
     serde_json::to_vec(json).expect("strings and numbers")
-}
-
-/// The post-processor that begins a text with a token.
-fn with_bos(bos: &str, id: usize) -> Json {
-    let special = json!({"SpecialToken": {"id": bos, "type_id": 0}});
-    let sequence = |id: &str, of: u8| json!({"Sequence": {"id": id, "type_id": of}});
-    let second = json!({"SpecialToken": {"id": bos, "type_id": 1}});
-    json!({
-        "type": "TemplateProcessing",
-        "single": [special, sequence("A", 0)],
-        "pair": [special, sequence("A", 0), second, sequence("B", 1)],
-        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
-    })
 }
 
 /// The vocabulary of a file.
@@ -209,12 +193,7 @@ fn byte_level(metadata: &Metadata, tokens: &Tokens) -> Result<(Json, bool)> {
     let tokenizer = json!({
         "normalizer": pre.normalizer(),
         "pre_tokenizer": pre.pre_tokenizer(),
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": true,
-            "trim_offsets": true,
-            "use_regex": true,
-        },
+        "decoder": parts::byte_level(),
         "model": {
             "type": "BPE",
             "unk_token": null,
@@ -235,28 +214,17 @@ fn sentence_piece(metadata: &Metadata, tokens: &Tokens) -> Result<(Json, bool)> 
         _ => None,
     })?;
     check_length(metadata, SCORES, scores.len(), tokens.texts.len())?;
-    if let Some(text) = tokens.texts.iter().find(|text| text.len() > MAX_PIECE) {
-        let n = text.len();
-        let problem = format!("has a token of {n} bytes; at most {MAX_PIECE}");
-        return Err(metadata.refuse(TOKENS, problem));
-    }
     let adds_space = metadata.get(ADD_SPACE, Value::as_bool)?.unwrap_or(true);
     let unknown = tokens.id(metadata, SPECIAL[3].0)?;
-    let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
-    let mut normalizers = vec![spaces];
-    let mut decoders = vec![
-        json!({"type": "Replace", "pattern": {"String": SPACE}, "content": " "}),
-        json!({"type": "ByteFallback"}),
-        json!({"type": "Fuse"}),
-    ];
+    let mut normalizers = vec![parts::replace(" ", SPACE)];
     if adds_space {
         normalizers.insert(0, json!({"type": "Prepend", "prepend": SPACE}));
-        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
     }
+    let merges = merges(tokens, scores).map_err(|problem| metadata.refuse(TOKENS, problem))?;
     let tokenizer = json!({
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": null,
-        "decoder": {"type": "Sequence", "decoders": decoders},
+        "decoder": parts::sentence_piece_decoder(true, adds_space),
         "model": {
             "type": "BPE",
             "unk_token": unknown.map(|id| &tokens.texts[id]),
@@ -264,39 +232,25 @@ fn sentence_piece(metadata: &Metadata, tokens: &Tokens) -> Result<(Json, bool)> 
             "byte_fallback": true,
             "ignore_merges": false,
             "vocab": tokens.vocab(),
-            "merges": merges(tokens, scores),
+            "merges": merges,
         },
     });
     Ok((tokenizer, true))
 }
 
-/// The pairs of pieces that make a piece, the highest score first, as transformers orders them.
-fn merges(tokens: &Tokens, scores: &[f32]) -> Vec<[String; 2]> {
-    let is_piece = |id: usize| {
+/// The merges of the pieces.
+fn merges<'a>(tokens: &Tokens<'a>, scores: &[f32]) -> Result<Vec<[&'a str; 2]>, String> {
+    let is_piece = |id: &usize| {
         matches!(
-            tokens.types[id],
+            tokens.types[*id],
             token_type::NORMAL | token_type::USER_DEFINED
         )
     };
-    let pieces = (0..tokens.texts.len()).filter(|&id| is_piece(id));
-    let ids: HashMap<&str, usize> = pieces
-        .clone()
-        .map(|id| (tokens.texts[id].as_str(), id))
-        .collect();
-    let mut merges = Vec::new();
-    for id in pieces {
-        let text = tokens.texts[id].as_str();
-        let cuts = text.char_indices().skip(1).map(|(at, _)| text.split_at(at));
-        let pairs = cuts.filter_map(|(a, b)| Some((*ids.get(a)?, *ids.get(b)?)));
-        let mut pairs: Vec<_> = pairs.collect();
-        pairs.sort_unstable();
-        merges.extend(pairs.into_iter().map(|pair| (scores[id], pair)));
-    }
-    merges.sort_by(|(a, _), (b, _)| b.total_cmp(a));
-    merges
-        .into_iter()
-        .map(|(_, (a, b))| [tokens.texts[a].clone(), tokens.texts[b].clone()])
-        .collect()
+    let pieces = (0..tokens.texts.len()).filter(is_piece).map(|id| Piece {
+        text: tokens.texts[id].as_str(),
+        score: scores[id],
+    });
+    parts::merges(pieces)
 }
 
 /// A tokenizer that the format does not hold.
@@ -386,13 +340,15 @@ pub(super) fn metadata(
         values.push((MODEL.into(), text("llama")));
         values.push((PRE.into(), text("default")));
         values.push((SCORES.into(), Value::Array(Array::F32(scores))));
-        let adds_space = tokenizer["normalizer"].to_string().contains("\"Prepend\"");
-        let is_metaspace = tokenizer["pre_tokenizer"]["type"] == "Metaspace";
-        if is_metaspace {
+        let is_of_model = tokenizer["normalizer"] == parts::sentence_piece_normalizer()
+            && tokenizer["pre_tokenizer"] == parts::sentence_piece_prefix();
+        if !(is_of_model || tokenizer["pre_tokenizer"].is_null()) {
             return Err(unwritable(
-                "its pre-tokenizer is a Metaspace; only that of SentencePiece by a normalizer is written",
+                "its pre-tokenizer is none of SentencePiece; only a space before a text is written",
             ));
         }
+        let prepends = tokenizer["normalizer"].to_string().contains("\"Prepend\"");
+        let adds_space = is_of_model || prepends;
         values.push((ADD_SPACE.into(), Value::Bool(adds_space)));
     } else {
         let pre = Pre::of(tokenizer).ok_or_else(|| {

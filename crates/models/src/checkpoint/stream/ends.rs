@@ -8,7 +8,7 @@ use super::super::load::Checkpoint;
 use crate::Result;
 use crate::config::Config;
 use crate::norm::Norm;
-use crate::source::{HEAD, Source, weight_name};
+use crate::source::{HEAD, Source, Vector, weight_name};
 
 /// The tensors of a part, and the weights among them that may be packed.
 #[derive(Default)]
@@ -27,17 +27,16 @@ impl End {
     /// The embeddings, and the projection behind them.
     pub(super) fn first(config: &Config, checkpoint: &mut Checkpoint) -> Result<Self> {
         let shape = config.shape();
-        let (prefix, hidden, width) = (shape.prefix, shape.hidden_size, shape.embedding_width);
+        let (hidden, width) = (shape.hidden_size, shape.embedding_width);
         let mut end = Self::default();
-        let tokens = weight_name(&format!("{prefix}.embed_tokens"));
+        let tokens = weight_name(&shape.embedding_path());
         end.copy(tokens, [shape.vocab_size, width], checkpoint)?;
-        if let Some(n) = shape.position_rows {
-            let positions = weight_name(&format!("{prefix}.embed_positions"));
-            end.copy(positions, [n, hidden], checkpoint)?;
+        if let Some(learned) = shape.learned_positions {
+            let positions = weight_name(&shape.positions_path());
+            end.copy(positions, [learned.n_rows, hidden], checkpoint)?;
         }
         if width != hidden {
-            let path = format!("{prefix}.project_in");
-            end.weight(path, [width, hidden], checkpoint)?;
+            end.weight(shape.project_in_path(), [width, hidden], checkpoint)?;
         }
         Ok(end)
     }
@@ -49,23 +48,25 @@ impl End {
         quantizer: Option<&dyn Quantizer>,
     ) -> Result<Self> {
         let shape = config.shape();
-        let (prefix, hidden, width) = (shape.prefix, shape.hidden_size, shape.embedding_width);
+        let (hidden, width) = (shape.hidden_size, shape.embedding_width);
         let mut end = Self::default();
-        if let Some(name) = shape.final_norm {
-            let path = format!("{prefix}.{name}");
+        if shape.has_final_norm {
+            let path = shape.norm_path();
             for kind in Norm::kinds(shape.norm) {
                 end.copy(kind.name(&path), [hidden], checkpoint)?;
             }
         }
         if width != hidden {
-            let path = format!("{prefix}.project_out");
-            end.weight(path, [hidden, width], checkpoint)?;
+            end.weight(shape.project_out_path(), [hidden, width], checkpoint)?;
+        }
+        if shape.has_head_bias {
+            end.copy(Vector::Bias.name(HEAD), [shape.vocab_size], checkpoint)?;
         }
         let dims = [width, shape.vocab_size];
         match quantizer {
             Some(quantizer) => {
                 let mut head = if shape.tie_word_embeddings {
-                    let path = format!("{prefix}.embed_tokens");
+                    let path = shape.embedding_path();
                     let table = checkpoint.table(&path, [shape.vocab_size, width])?;
                     Weight::frozen(table.val().transpose())
                 } else {

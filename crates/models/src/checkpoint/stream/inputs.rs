@@ -10,13 +10,12 @@ use serde_json::{Map, Value};
 use tensor_files::FloatType;
 
 use super::super::directory::{CONFIG, carried, stop_tokens};
+use super::super::formats::open;
 use super::super::gptq;
-use super::super::kind::CheckpointFormat;
 use super::super::load::Checkpoint;
-use super::super::tensors::Tensors;
 use crate::model::check_compute;
 use crate::norm::Norm;
-use crate::source::{HEAD, Shapes, weight_name};
+use crate::source::{HEAD, Shapes, Vector, weight_name};
 use crate::{Config, Model, Result, StreamError};
 
 /// The files of a model, which must stay as they are.
@@ -81,9 +80,9 @@ impl<'a> Inputs<'a> {
     /// The tensors: a file that vanished or was cut since is found now.
     pub(super) fn checkpoint(&self) -> Result<Checkpoint> {
         let mut config: Map<String, Value> = tensor_files::read_json(&self.dir.join(CONFIG))?;
-        let format = CheckpointFormat::open(self.dir, config.remove("quantization_config"))?;
-        let tensors = Tensors::open(self.dir)?;
-        Ok(Checkpoint::new(tensors, format, self.device))
+        let quantization = config.remove("quantization_config");
+        let weights = open(self.dir, quantization, &self.shape)?;
+        Ok(Checkpoint::new(weights, self.device))
     }
 
     /// A model that can embed tokens, and do nothing else.
@@ -122,7 +121,7 @@ impl<'a> Inputs<'a> {
 
     /// Checks that tensors have these SHA-256.
     pub(super) fn check_sums(&self, sums: &BTreeMap<String, String>) -> Result<()> {
-        let mut tensors = Tensors::open(self.dir)?;
+        let mut tensors = self.checkpoint()?.tensors;
         for (name, sum) in sums {
             if tensors.sha256(name)? != *sum {
                 let path = tensors.path(name);
@@ -154,18 +153,12 @@ impl<'a> Inputs<'a> {
                 known.insert(name.clone());
             }
         }
-        if !self.shape.tie_word_embeddings() {
-            checkpoint.check_head()?;
-        }
         let paths: Vec<String> = modules.into_iter().map(|(path, _)| path).collect();
         checkpoint.check_paths(&paths, &self.dir.join(CONFIG))?;
         let names = checkpoint.tensors.names().into_iter();
         let is_known = |name: &String| {
-            let full = [name.clone(), format!("model.{name}")];
-            full.iter().any(|name| {
-                let is_part = |path: &String| name.starts_with(path) && !name.ends_with(".bias");
-                known.contains(name) || packed.iter().any(is_part)
-            })
+            let is_part = |path: &String| name.starts_with(path) && !name.ends_with(".bias");
+            known.contains(name) || packed.iter().any(is_part)
         };
         let leftovers = names.filter(|name| !is_known(name)).collect();
         checkpoint.check_leftovers(&self.shape, leftovers)
@@ -174,28 +167,35 @@ impl<'a> Inputs<'a> {
     /// The modules before the first block and after the last one, with their tensors.
     fn ends(&self) -> Vec<(String, Shapes)> {
         let shape = self.shape.shape();
-        let (prefix, hidden, vocab) = (shape.prefix, shape.hidden_size, shape.vocab_size);
+        let (hidden, vocab) = (shape.hidden_size, shape.vocab_size);
         let width = shape.embedding_width;
         let matrix = |path: String, rows, columns| {
             let name = weight_name(&path);
             (path, vec![(name, vec![rows, columns])])
         };
-        let mut ends = vec![matrix(format!("{prefix}.embed_tokens"), vocab, width)];
-        if let Some(n) = shape.position_rows {
-            ends.push(matrix(format!("{prefix}.embed_positions"), n, hidden));
+        let mut ends = vec![matrix(shape.embedding_path(), vocab, width)];
+        if let Some(learned) = shape.learned_positions {
+            ends.push(matrix(shape.positions_path(), learned.n_rows, hidden));
         }
         if width != hidden {
-            ends.push(matrix(format!("{prefix}.project_in"), hidden, width));
-            ends.push(matrix(format!("{prefix}.project_out"), width, hidden));
+            ends.push(matrix(shape.project_in_path(), hidden, width));
+            ends.push(matrix(shape.project_out_path(), width, hidden));
         }
-        if let Some(name) = shape.final_norm {
-            let path = format!("{prefix}.{name}");
+        if shape.has_final_norm {
+            let path = shape.norm_path();
             let kinds = Norm::kinds(shape.norm).into_iter();
             let tensors = kinds.map(|kind| (kind.name(&path), vec![hidden])).collect();
             ends.push((path, tensors));
         }
+        let mut head = Vec::new();
         if !shape.tie_word_embeddings {
-            ends.push(matrix(HEAD.into(), vocab, width));
+            head.push((weight_name(HEAD), vec![vocab, width]));
+        }
+        if shape.has_head_bias {
+            head.push((Vector::Bias.name(HEAD), vec![vocab]));
+        }
+        if !head.is_empty() {
+            ends.push((HEAD.into(), head));
         }
         ends
     }

@@ -12,6 +12,7 @@ use tensor_files::LazyTensor;
 
 use super::super::directory::Files;
 use super::super::format::{Layers, PackedLayer, quant_error};
+use super::super::formats::Weights;
 use super::super::kind::CheckpointFormat;
 use super::super::load::Checkpoint;
 use super::super::parameters::{Parameter, linear_parameters, state_head, table_parameters};
@@ -201,7 +202,11 @@ impl<'a, T: StageMethod<Window> + ?Sized> Run<'a, T> {
             .settings
             .format
             .for_layers(&layers([part]), &self.inputs.config);
-        let mut packed = Checkpoint::new(tensors, Some(format), &self.settings.device);
+        let weights = Weights {
+            tensors,
+            format: Some(format),
+        };
+        let mut packed = Checkpoint::new(weights, &self.settings.device);
         let mut packed = Window::build(self.shape(), block, &mut packed)?;
         if !part.adapters.is_empty() {
             let adapters = Adapters::load(part.adapters_dir(place), &self.settings.device)?;

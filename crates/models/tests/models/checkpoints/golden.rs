@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
 use super::*;
-use crate::fixtures::{reference_tokens, shared, values};
+use crate::fixtures::{head_format, reference_tokens, shared, values};
 
 fn floats(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     let (twos, _) = bytes.as_chunks::<2>();
@@ -95,6 +95,28 @@ fn logits_are_those_of_the_numbers_in_the_files() {
 #[test]
 fn logits_are_those_of_the_programs_that_packed_them() {
     check_logits(golden);
+}
+
+/// Bytes stored as bf16, and a head that is packed.
+#[test]
+fn logits_are_those_of_what_bitsandbytes_dequantizes() {
+    let dir = golden("llama_nf4_head");
+    let lm = load(&dir, &Device::flex()).unwrap();
+    assert!(parts(&lm.model).iter().all(|(_, packed)| packed.is_some()));
+    let head = head_format(&lm.model).unwrap();
+    assert_eq!((head.bits(), head.group_size()), (4, Some(64)));
+    let differ = logits_differ_by(&lm.model, &dir, "logits").unwrap();
+    assert!(differ <= 1e-5, "logits differ by {differ}");
+    // Written back with its bytes, as uint8.
+    let out = tempfile::tempdir().unwrap();
+    save_as(&lm, out.path().join("out"), Bitsandbytes).unwrap();
+    let (before, after) = (tensors(&dir), tensors(&out.path().join("out")));
+    for (tensor, (_, _, bytes)) in &before {
+        if tensor.contains("_proj.") || tensor.contains("lm_head.") {
+            assert!(bytes == &after[tensor].2, "{tensor}");
+        }
+    }
+    assert_eq!(after["lm_head.weight"].0, Dtype::U8);
 }
 
 /// All checks on the directories beside the project.

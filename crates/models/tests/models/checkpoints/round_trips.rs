@@ -3,19 +3,19 @@
 use burn::tensor::{Tensor, TensorData};
 use models::CheckpointFormat::{Bitsandbytes, Gptq, QuantCore};
 use models::GptqVersion::{V1, V2};
-use peft::CausalLm;
+use peft::{CausalLm, PerLayer};
 use proptest::prelude::*;
 use quant_core::{DoubleQuant, Grid, NormalFloat, Rtn};
 use safetensors::Dtype;
 use serde_json::json;
 
 use super::*;
-use crate::fixtures::{cases, values};
+use crate::fixtures::{cases, head_format, values};
 
 proptest! {
     #![proptest_config(cases(24))]
 
-    /// A model is the same through version 1, version 2 and the exact format, in any order.
+    /// A model is the same through version 1, if it is symmetric, version 2 and the exact format.
     #[test]
     fn gptq_gives_the_model_back(
         bits in prop::sample::select(vec![2, 3, 4, 8]),
@@ -39,12 +39,13 @@ proptest! {
                 });
             }
         }
-        let lm = reads_back(&dir, &lm, Gptq(V1));
-        let v1 = tensors(&dir.path().join("GPTQ v1"));
-        let lm = reads_back(&dir, &lm, Gptq(V2));
+        let first = Gptq(if symmetric { V1 } else { V2 });
+        let lm = reads_back(&dir, &lm, first);
+        let once = tensors(&dir.path().join(first.to_string()));
+        let lm = if symmetric { reads_back(&dir, &lm, Gptq(V2)) } else { lm };
         let lm = reads_back(&dir, &lm, QuantCore);
-        save_as(&lm, dir.path().join("again"), Gptq(V1)).unwrap();
-        prop_assert!(v1 == tensors(&dir.path().join("again")));
+        save_as(&lm, dir.path().join("again"), first).unwrap();
+        prop_assert!(once == tensors(&dir.path().join("again")));
     }
 
     /// So it is through bitsandbytes' format, with rows that blocks straddle and without.
@@ -185,33 +186,51 @@ fn projections_that_are_dense_stay_so() {
     }
 }
 
-/// Whose projections each of the formats holds.
+/// A head that is packed in the format of the projections, or in another one that the file format has.
 #[test]
-fn heads_are_packed_in_the_exact_format_alone() {
-    let rtn = Rtn::new().with_group_size(8);
+fn heads_are_packed_in_every_format() {
+    let symmetric = Rtn::new().with_group_size(8).with_symmetric(true);
+    let affine = Rtn::new().with_bits(8).with_group_size(32);
     let nf4 = NormalFloat::new().with_block_size(32);
-    let cases: [(CheckpointFormat, &dyn Quantizer, &str); 3] = [
-        (Gptq(V1), &rtn, "4-bit affine"),
-        (Gptq(V2), &rtn, "4-bit affine"),
-        (Bitsandbytes, &nf4, "4-bit normal float"),
+    let cases: [(CheckpointFormat, &dyn Quantizer, &dyn Quantizer, &str); 4] = [
+        (
+            Gptq(V1),
+            &symmetric,
+            &symmetric.with_bits(8),
+            r#""lm_head": true"#,
+        ),
+        (Gptq(V2), &symmetric, &affine, r#""+:^lm_head$": {"#),
+        (QuantCore, &affine, &nf4, r#""lm_head": {"#),
+        (Bitsandbytes, &nf4, &nf4, r#""llm_int8_skip_modules": []"#),
     ];
-    for (format, quantizer, name) in cases {
+    for (format, quantizer, of_head, stated) in cases {
         for tied in [true, false] {
-            let mut config = config(32, 64);
-            config.tie_word_embeddings = tied;
+            // A vocabulary that fills words of 32 bits.
+            let config = config(32, 64)
+                .with_vocab_size(32)
+                .with_tie_word_embeddings(tied);
             let (dir, mut lm) = quantized(&config, quantizer);
+            models::quantize_head(&mut lm.model, of_head).unwrap();
             if format != Bitsandbytes {
                 round_to_gptq(&mut lm.model);
+                round_head(&mut lm.model);
             }
-            reads_back(&dir, &lm, format);
-            models::quantize_head(&mut lm.model, quantizer).unwrap();
-            let (layers, instead) = cannot_hold(&lm, format);
-            let [(path, reason)] = &layers[..] else {
-                panic!("{layers:?}");
-            };
-            assert_eq!((path.as_str(), instead.as_str()), ("lm_head", "quant-core"));
-            assert_says(reason, &[name, "only projections"]);
-            reads_back(&dir, &lm, QuantCore);
+            let again = reads_back(&dir, &lm, format);
+            assert_eq!(head_format(&again.model), head_format(&lm.model));
+            let config = dir.path().join(format.to_string()).join("config.json");
+            assert_says(fs::read_to_string(config).unwrap(), &[stated]);
+            let planned = models::plan(dir.path().join(format.to_string()), &PerLayer::default());
+            assert_eq!(planned.unwrap().layers.len(), 7);
         }
     }
+    // A format has its reasons against a head as against any layer.
+    let (_dir, mut lm) = quantized(&config(32, 64), &symmetric);
+    round_to_gptq(&mut lm.model);
+    models::quantize_head(&mut lm.model, &nf4).unwrap();
+    let (layers, instead) = cannot_hold(&lm, Gptq(V2));
+    let [(path, reason)] = &layers[..] else {
+        panic!("{layers:?}");
+    };
+    assert_eq!((path.as_str(), instead.as_str()), ("lm_head", "quant-core"));
+    assert_says(reason, &["4-bit normal float", "uniform"]);
 }

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// A configuration of one of LLaMA's shape.
-fn llama(model_type: &str) -> Value {
+pub(super) fn llama(model_type: &str) -> Value {
     json!({
         "model_type": model_type,
         "vocab_size": 16,
@@ -45,7 +45,7 @@ fn opt() -> Value {
 }
 
 /// A configuration with some of its settings replaced.
-fn with(config: &Value, settings: &Value) -> Value {
+pub(super) fn with(config: &Value, settings: &Value) -> Value {
     let mut config = config.clone();
     for (setting, value) in settings.as_object().unwrap() {
         config[setting] = value.clone();
@@ -53,12 +53,12 @@ fn with(config: &Value, settings: &Value) -> Value {
     config
 }
 
-fn read(config: &Value) -> Result<Config, Error> {
+pub(super) fn read(config: &Value) -> Result<Config, Error> {
     Config::from_json(config.as_object().unwrap(), Path::new(CONFIG))
 }
 
 #[track_caller]
-fn assert_refused(config: &Value, name: &str, part: &str) {
+pub(super) fn assert_refused(config: &Value, name: &str, part: &str) {
     let error = read(config).unwrap_err();
     let Error::Config(models::ConfigError::Setting {
         setting, problem, ..
@@ -112,7 +112,6 @@ fn sizes_that_no_model_has_are_refused() {
 fn sizes_that_are_no_whole_numbers_are_refused() {
     for config in [llama("llama"), opt()] {
         let values = [
-            json!(24.0),
             json!(24.5),
             json!("24"),
             json!(-24),
@@ -121,18 +120,38 @@ fn sizes_that_are_no_whole_numbers_are_refused() {
             json!(true),
             Value::Null,
         ];
-        for value in values {
-            for setting in ["hidden_size", "vocab_size", "num_hidden_layers"] {
+        for setting in ["hidden_size", "vocab_size", "num_hidden_layers"] {
+            for value in &values {
                 let config = with(&config, &json!({setting: value}));
-                assert_refused(&config, "a setting", "cannot be read: invalid");
+                let part = format!("is {value}; it must be 1 to");
+                assert_refused(&config, setting, &part);
             }
-        }
-        for setting in ["hidden_size", "vocab_size", "num_attention_heads"] {
             let mut config = config.clone();
             config.as_object_mut().unwrap().remove(setting);
-            let part = format!("missing field `{setting}`");
-            assert_refused(&config, "a setting", &part);
+            assert_refused(&config, setting, "is missing");
         }
+        // A whole number that is written as a float is one.
+        let same = with(&config, &json!({"hidden_size": 24.0}));
+        assert_eq!(read(&same).unwrap(), read(&config).unwrap());
+    }
+}
+
+/// A null is no default where transformers has none, and the message names its key.
+#[test]
+fn a_null_is_refused_by_its_key() {
+    for setting in [
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+        "rms_norm_eps",
+        "hidden_act",
+        "rope_theta",
+    ] {
+        let config = with(&llama("llama"), &json!({setting: null}));
+        assert_refused(&config, setting, "is null; it must be");
+    }
+    for setting in ["head_dim", "num_key_value_heads", "rope_scaling"] {
+        read(&with(&llama("llama"), &json!({setting: null}))).unwrap();
     }
 }
 
@@ -184,67 +203,22 @@ fn a_llama_that_cannot_be_computed_is_refused() {
         (json!({"rope_theta": 0.5}), "rope_theta", "above 1"),
         (
             json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}),
-            "rope_theta",
+            "rope_parameters.rope_theta",
             "above 1",
         ),
         (
             json!({"rms_norm_eps": "1e-5"}),
-            "a setting",
-            "cannot be read",
+            "rms_norm_eps",
+            "it must be a number",
         ),
         (
             json!({"tie_word_embeddings": "true"}),
-            "a setting",
-            "cannot be read",
+            "tie_word_embeddings",
+            "it must be true or false",
         ),
     ];
     for (settings, setting, part) in rows {
         assert_refused(&with(&llama("llama"), &settings), setting, part);
-    }
-}
-
-#[test]
-fn a_rope_scaling_that_cannot_be_computed_is_refused() {
-    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
-    let yarn = json!({"rope_type": "yarn", "factor": 4.0});
-    let rows = [
-        (json!({"type": "linear", "factor": 0}), "factor 0"),
-        (json!({"type": "dynamic", "factor": -2.0}), "factor -2"),
-        (json!({"type": "linear", "factor": 1e39}), "factor 1"),
-        (json!({"rope_type": "longrope"}), "`longrope`"),
-        (
-            json!({"rope_type": "default", "partial_rotary_factor": 0.5}),
-            "partial_rotary_factor",
-        ),
-        (
-            with(&llama3, &json!({"high_freq_factor": 1.0})),
-            "not above low_freq_factor",
-        ),
-        (
-            with(&llama3, &json!({"low_freq_factor": null})),
-            "no low_freq_factor",
-        ),
-        (with(&llama3, &json!({"factor": 0.0})), "factor 0"),
-        (
-            with(&llama3, &json!({"original_max_position_embeddings": 0})),
-            "original_max_position_embeddings 0",
-        ),
-        (with(&yarn, &json!({"beta_fast": 0})), "beta_fast 0"),
-        (with(&yarn, &json!({"beta_slow": -1})), "beta_slow -1"),
-        (
-            with(&yarn, &json!({"attention_factor": 0})),
-            "attention_factor 0",
-        ),
-    ];
-    for (scaling, part) in rows {
-        for setting in ["rope_scaling", "rope_parameters"] {
-            let config = with(&llama("llama"), &json!({setting: scaling}));
-            assert_refused(&config, "rope_scaling", part);
-        }
-    }
-    for scaling in [llama3, yarn, Value::Null] {
-        read(&with(&llama("llama"), &json!({"rope_scaling": scaling}))).unwrap();
     }
 }
 
@@ -257,14 +231,14 @@ fn an_opt_that_cannot_be_computed_is_refused() {
             "does not divide the hidden size 24",
         ),
         (
-            json!({"activation_function": "swish"}),
+            json!({"activation_function": "mish"}),
             "activation_function",
-            "`swish`; supported: relu",
+            "`mish`; supported: relu",
         ),
         (
             json!({"activation_function": 7}),
-            "a setting",
-            "cannot be read",
+            "activation_function",
+            "is 7; it must be the name",
         ),
     ];
     for (settings, setting, part) in rows {
@@ -312,50 +286,24 @@ fn an_opt_without_the_projections_of_its_embedding_is_refused() {
     assert_tensor(&refusal(dir.path()), positions, "[66, 64]");
 }
 
-/// Nothing outside of a window is seen, which is not computed; where all texts are shorter than it,
-/// or no layer has one, it is nothing.
+/// Each model type has the defaults of its own class in transformers.
 #[test]
-fn a_sliding_window_is_refused_where_it_would_be_noticed() {
-    let (mistral, qwen2) = (llama("mistral"), llama("qwen2"));
-    let of_qwen2 = |settings: Value| {
-        let window = json!({"use_sliding_window": true, "sliding_window": 16});
-        with(&with(&qwen2, &window), &settings)
-    };
-    let layers = |second: &str| json!({"layer_types": ["full_attention", second]});
-    for config in [
-        with(&mistral, &json!({"sliding_window": 31})),
-        with(&mistral, &json!({"sliding_window": 0})),
-        of_qwen2(json!({})),
-        of_qwen2(json!({"max_window_layers": 1})),
-        of_qwen2(json!({"max_window_layers": 0})),
-        of_qwen2(layers("sliding_attention")),
-    ] {
-        assert_refused(&config, "sliding_window", "texts may have 32 tokens");
-    }
-    for config in [
-        with(&mistral, &json!({"sliding_window": null})),
-        with(&mistral, &json!({"sliding_window": 32})),
-        with(&mistral, &json!({"sliding_window": 4096})),
-        of_qwen2(json!({"use_sliding_window": false, "max_window_layers": 1})),
-        of_qwen2(json!({"max_window_layers": 2})),
-        of_qwen2(json!({"sliding_window": 32})),
-        of_qwen2(layers("full_attention")),
-    ] {
-        read(&config).unwrap();
-    }
-}
-
-/// The default differs between versions of transformers, except for LLaMA.
-#[test]
-fn heads_of_keys_and_values_are_stated_except_by_llama() {
-    for model_type in ["mistral", "qwen2"] {
-        let config = with(&llama(model_type), &json!({"num_key_value_heads": null}));
-        assert_refused(&config, "num_key_value_heads", "is missing");
-    }
-    let config = with(&llama("llama"), &json!({"num_key_value_heads": null}));
+fn heads_of_keys_and_values_are_those_of_the_model_type() {
+    let mut config = llama("mistral");
+    config["num_attention_heads"] = json!(12);
+    config
+        .as_object_mut()
+        .unwrap()
+        .remove("num_key_value_heads");
+    assert_refused(
+        &config,
+        "num_key_value_heads",
+        "is 8, which does not divide the 12",
+    );
+    config["model_type"] = json!("llama");
     assert!(matches!(
         read(&config).unwrap(),
-        Config::Llama(config) if config.num_key_value_heads == 4
+        Config::Llama(config) if config.num_key_value_heads == 12
     ));
 }
 
@@ -375,7 +323,11 @@ fn an_unknown_architecture_is_named_with_those_that_are_known() {
             ),
             "{error:?}"
         );
-        for part in [name, CONFIG, "supported: llama, mistral, qwen2, opt"] {
+        for part in [
+            name,
+            CONFIG,
+            "supported: llama, mistral, qwen2, smollm3, opt, qwen3, gemma2",
+        ] {
             assert!(error.to_string().contains(part), "{part}: {error}");
         }
     }
@@ -452,17 +404,22 @@ fn a_quantization_that_is_not_known_is_refused() {
     for (quantization, part) in [
         (json!({"quant_method": "fp8"}), "`fp8`"),
         (json!({"quant_method": "compressed-tensors"}), "supported: "),
-        (json!({"bits": 4, "group_size": 128}), "method ``"),
-        (json!({"quant_method": 4}), "method ``"),
-        (json!("gptq"), "method ``"),
-        (json!([]), "method ``"),
+        (json!({"bits": 4, "group_size": 128}), "is missing"),
+        (json!({"quant_method": 4}), "is 4; it must be a text"),
+        (json!("gptq"), "is \"gptq\"; it must be an object"),
+        (json!([]), "is [], not an object"),
     ] {
-        let error = changed(|config, _| config["quantization_config"] = quantization);
+        let error = changed(|config, all| {
+            config["quantization_config"] = quantization;
+            // Dense weights would not be those of it.
+            let first = "model.layers.0.self_attn.q_proj.weight";
+            all.get_mut(first).unwrap().0 = safetensors::Dtype::I16;
+        });
         let error = error.unwrap_err();
         let is_said = matches!(
             &error,
             Error::Config(models::ConfigError::Setting { setting, problem, .. })
-                if setting == "quantization_config" && problem.contains(part)
+                if setting.starts_with("quantization_config") && problem.contains(part)
         );
         assert!(is_said, "{part}: {error}");
     }
@@ -496,13 +453,23 @@ fn a_gptq_checkpoint_of_no_known_width_or_group_is_refused() {
         ("bits", json!(1), "bits is 1"),
         ("bits", json!(16), "bits is 16"),
         ("bits", json!(u64::MAX), "bits is 18446744073709551615"),
-        ("bits", json!(-4), "cannot be read"),
-        ("bits", json!(4.0), "cannot be read"),
+        ("bits", json!(-4), "bits is -4; supported"),
+        ("bits", json!(4.5), "bits is 4.5; it must be a whole number"),
+        ("bits", json!([4]), "bits is [4]; it must be a whole number"),
         ("group_size", json!(-32), "group_size is -32"),
         ("group_size", json!(i64::MIN), "group_size is -9223"),
-        ("group_size", json!(32.0), "cannot be read"),
-        ("group_size", json!("32"), "cannot be read"),
-        ("group_size", json!(u64::MAX), "cannot be read"),
+        ("group_size", json!(32.5), "group_size is 32.5, not a whole"),
+        (
+            "group_size",
+            json!(1e300),
+            "group_size is 1e300, not a whole",
+        ),
+        ("group_size", json!("many"), "group_size is \"many\", not"),
+        (
+            "group_size",
+            json!(u64::MAX),
+            "group_size is 18446744073709551615",
+        ),
     ] {
         let error = refused(setting, value);
         assert!(

@@ -189,7 +189,7 @@ fn use_all(tokenizer: &Tokenizer, texts: &[&str]) -> Vec<String> {
     for tokens in [&[], &tokens[..1], &tokens[..]] {
         tokenizer.decode(tokens).err().map(problem_of);
     }
-    let mut stream = tokenizer.stream();
+    let mut stream = tokenizer.stream(&[]).unwrap();
     let failed = tokens.iter().find_map(|&token| stream.push(token).err());
     failed.map(problem_of);
     problems

@@ -5,74 +5,88 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value, json};
 
 use super::lora;
-use super::patterns::Patterns;
-use crate::adapter::hf::{HfConfig, HfFormat, HfLayer, hf_number, read_config};
+use super::patterns::{Chosen, Patterns, is_end};
+use crate::adapter::hf::{HfConfig, HfFormat, HfKey, HfLayer, HfRole, hf_number, read_config};
 use crate::adapter::vera;
+use crate::adapters::PEFT_TYPE;
+use crate::python_regex::escaped;
 use crate::targets::last_name;
 use crate::{Error, Result};
 
 /// The types of adapters that are read and written.
 const FORMATS: [&HfFormat; 2] = [&lora::FORMAT, &vera::HF_FORMAT];
 
-/// Keys of every type of adapter that are read.
-const READ: [&str; 5] = [
-    "layers_pattern",
-    "layers_to_transform",
-    "peft_type",
-    "r",
-    "target_modules",
+/// Keys of every type of adapter.
+const KEYS: [HfKey; 13] = [
+    HfKey::read("layers_pattern"),
+    HfKey::read("layers_to_transform"),
+    HfKey::read("modules_to_save"),
+    HfKey::read("peft_type"),
+    HfKey::read("r"),
+    HfKey::read("target_modules"),
+    HfKey::read("task_type"),
+    HfKey::ignored("auto_mapping", "the class of the base in Python"),
+    HfKey::ignored(
+        "base_model_name_or_path",
+        "where the base was; the model at hand is the base",
+    ),
+    HfKey::ignored("fan_in_fan_out", "PEFT turns it off for linear layers"),
+    HfKey::ignored("inference_mode", "whether the adapter was to be trained"),
+    HfKey::ignored("peft_version", "formats are told apart by their keys"),
+    HfKey::ignored("revision", "where the base was"),
 ];
 
-/// Keys that do not change what an adapter computes: where it comes from, and how a weight is
-/// stored.
-const IGNORED: [&str; 8] = [
-    "auto_mapping",
-    "base_model_name_or_path",
-    "fan_in_fan_out",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
-];
+/// The keys of the configurations of a type.
+fn keys(format: &'static HfFormat) -> impl Iterator<Item = &'static HfKey> {
+    KEYS.iter().chain(format.keys)
+}
 
 /// The type of adapter that a configuration states, none of whose keys is unknown here.
 pub(super) fn format(config: &HfConfig) -> Result<&'static HfFormat, String> {
-    let format = match config.get("peft_type").and_then(Value::as_str) {
-        Some(name) => FORMATS
-            .into_iter()
-            .find(|format| format.peft_type == name)
-            .ok_or_else(|| {
-                let known = FORMATS.map(|format| format.peft_type).join(" and ");
-                format!("peft_type is {name}; only {known} can be read")
-            })?,
-        None => return Err("has no peft_type: it is not a configuration of PEFT; for a directory of this program, use `Adapters::load`".into()),
-    };
-    let known = |key: &str| {
-        let mut lists = [&READ[..], &IGNORED, format.read_keys, format.ignored_keys].into_iter();
-        lists.any(|keys| keys.contains(&key))
-    };
+    let name = config.get(PEFT_TYPE).and_then(Value::as_str);
+    let name = name.ok_or_else(|| format!("has no name of a type of adapter in `{PEFT_TYPE}`"))?;
+    let format = FORMATS.into_iter().find(|format| format.peft_type == name);
+    let format = format.ok_or_else(|| {
+        let known = FORMATS.map(|format| format.peft_type).join(" and ");
+        format!("{PEFT_TYPE} is {name}; only {known} can be read")
+    })?;
     for (key, value) in config {
-        let neutral = match value {
-            Value::Null => true,
-            Value::Bool(on) => !on,
-            Value::Array(values) => values.is_empty(),
-            Value::Object(values) => values.is_empty(),
-            Value::String(text) => text.is_empty(),
-            Value::Number(_) => false,
-        };
-        if !known(key) && !neutral {
-            return Err(format!(
-                "`{key}` is {value}, which this program cannot honour"
-            ));
+        let known = keys(format).find(|known| known.name == key);
+        let refuse = |reason: &str| Err(format!("`{key}` is {value}: {reason}"));
+        match known.map(|known| known.role) {
+            Some(HfRole::Read | HfRole::Ignored(_)) => (),
+            Some(HfRole::Refused(_)) | None if is_neutral(value) => (),
+            Some(HfRole::Refused(reason)) => {
+                return refuse(&format!("{reason}, which this program does not do"));
+            }
+            None => return refuse("the key is unknown to this program"),
         }
     }
-    Ok(format)
+    match config.get("task_type").and_then(Value::as_str) {
+        Some(task @ ("SEQ_CLS" | "TOKEN_CLS" | "QUESTION_ANS")) => Err(format!(
+            "task_type is {task}: the adapter is for a model with a head of classes or spans, not for one that predicts tokens"
+        )),
+        _ => Ok(format),
+    }
 }
 
-/// The layers that a configuration chooses.
-pub(super) fn patterns(config: &HfConfig) -> Result<Patterns, String> {
-    Patterns::new(read_config(config)?)
+/// Whether a value turns a setting off.
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(on) => !on,
+        Value::Array(values) => values.is_empty(),
+        Value::Object(values) => values.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Number(_) => false,
+    }
+}
+
+/// The layers that a configuration chooses; `bytes` are its text, for the order of its patterns.
+pub(super) fn patterns(config: &HfConfig, bytes: &[u8]) -> Result<Patterns, String> {
+    read_config::<Chosen>(config)?;
+    let chosen = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    Patterns::new(chosen)
 }
 
 /// The configuration of adapters of layers of a model whose layers are at `paths`.
@@ -109,27 +123,17 @@ pub(super) fn written(layers: &[(&str, HfLayer)], paths: &[String]) -> Result<Hf
                         .into(),
             });
         }
+        // A path as it is would match others: it is a pattern for the ends of paths.
+        let pattern = || format!("^{}", escaped(path));
         if layer.rank != rank {
-            ranks.insert(path.to_string(), json!(layer.rank));
+            ranks.insert(pattern(), json!(layer.rank));
         }
         if layer.alpha != alpha {
-            alphas.insert(path.to_string(), hf_number(layer.alpha));
+            alphas.insert(pattern(), hf_number(layer.alpha));
         }
     }
 
-    let adapted: BTreeSet<&str> = layers.iter().map(|(path, _)| *path).collect();
-    let is_whole = |name: &str| {
-        let mut named = paths.iter().filter(|path| last_name(path) == name);
-        named.all(|path| adapted.contains(path.as_str()))
-    };
-    let targets: BTreeSet<&str> = adapted
-        .iter()
-        .map(|path| match last_name(path) {
-            name if is_whole(name) => name,
-            _ => path,
-        })
-        .collect();
-
+    let targets = targets(layers, paths);
     let mut config = object(json!({
         "auto_mapping": null,
         "base_model_name_or_path": null,
@@ -160,6 +164,28 @@ pub(super) fn written(layers: &[(&str, HfLayer)], paths: &[String]) -> Result<Hf
     Ok(config)
 }
 
+/// The layers that have adapters, among those at `paths`: the ends of their paths, or a pattern where an
+/// end of one is that of another layer.
+fn targets(layers: &[(&str, HfLayer)], paths: &[String]) -> Value {
+    let adapted: BTreeSet<&str> = layers.iter().map(|(path, _)| *path).collect();
+    let names_only_adapted = |name: &str| {
+        let mut named = paths.iter().filter(|path| is_end(path, name));
+        named.all(|path| adapted.contains(path.as_str()))
+    };
+    let ends: BTreeSet<&str> = adapted
+        .iter()
+        .map(|path| match last_name(path) {
+            name if names_only_adapted(name) => name,
+            _ => path,
+        })
+        .collect();
+    if ends.iter().all(|end| names_only_adapted(end)) {
+        return json!(ends);
+    }
+    let paths: Vec<String> = adapted.into_iter().map(escaped).collect();
+    json!(format!("(?:{})", paths.join("|")))
+}
+
 fn object(value: Value) -> HfConfig {
     match value {
         Value::Object(object) => object,
@@ -169,7 +195,58 @@ fn object(value: Value) -> HfConfig {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+
+    /// Each field of PEFT's configurations (`tests/golden/make_fields.py`) has its place in the lists.
+    #[test]
+    fn the_keys_are_those_of_peft() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/fields.json");
+        let fields: BTreeMap<String, BTreeMap<String, Value>> =
+            tensor_files::read_json(&path).unwrap();
+        for format in FORMATS {
+            let fields = &fields[format.peft_type];
+            let of_peft: Vec<&str> = fields.keys().map(String::as_str).collect();
+            let mut listed: Vec<&str> = keys(format).map(|key| key.name).collect();
+            listed.sort_unstable();
+            assert_eq!(listed, of_peft);
+            for key in keys(format) {
+                let is_refused = matches!(key.role, HfRole::Refused(_));
+                let default = &fields[key.name];
+                assert!(!is_refused || is_neutral(default), "{}", key.name);
+            }
+            // The default configuration is read.
+            let mut config: HfConfig = fields.clone().into_iter().collect();
+            config.insert(PEFT_TYPE.into(), format.peft_type.into());
+            assert!(super::format(&config).is_ok());
+        }
+    }
+
+    #[test]
+    fn keys_that_are_refused_are_named_with_the_reason() {
+        for format in FORMATS {
+            for key in keys(format) {
+                let HfRole::Refused(reason) = key.role else {
+                    continue;
+                };
+                let mut config = HfConfig::new();
+                config.insert(PEFT_TYPE.into(), format.peft_type.into());
+                for value in [json!(true), json!([1]), json!({"a": 1}), json!(1)] {
+                    config.insert(key.name.into(), value);
+                    let error = super::format(&config).err().unwrap();
+                    assert!(
+                        error.contains(key.name) && error.contains(reason),
+                        "{error}"
+                    );
+                }
+                for value in [Value::Null, json!(false), json!({}), json!([])] {
+                    config.insert(key.name.into(), value);
+                    assert!(super::format(&config).is_ok(), "{}", key.name);
+                }
+            }
+        }
+    }
 
     #[test]
     fn numbers_are_written_as_python_writes_them() {

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::adapter::hf::{HfConfig, HfError, HfFormat, HfReader, HfSource, read_config};
+use crate::adapter::hf::{HfConfig, HfError, HfFormat, HfKey, HfReader, HfSource, read_config};
 use crate::adapter::lora::{HF_A as A, HF_B as B, HF_BIAS as BIAS, HF_MAGNITUDE};
 use crate::adapter::{LoraSettings, TileSettings};
 use crate::adapters::CONFIG;
@@ -15,31 +15,83 @@ use tensor_files::TensorFile;
 /// The norms of DoRA: PEFT writes the first name, and reads both.
 const MAGNITUDES: [&str; 2] = [HF_MAGNITUDE, "lora_magnitude_vector.weight"];
 
+const KEYS: [HfKey; 29] = [
+    HfKey::read("alpha_pattern"),
+    HfKey::read("bias"),
+    HfKey::read("ensure_weight_tying"),
+    HfKey::read("exclude_modules"),
+    HfKey::read("init_lora_weights"),
+    HfKey::read("lora_alpha"),
+    HfKey::read("lora_dropout"),
+    HfKey::read("qalora_group_size"),
+    HfKey::read("rank_pattern"),
+    HfKey::read("trainable_token_indices"),
+    HfKey::read("use_dora"),
+    HfKey::read("use_qalora"),
+    HfKey::read("use_rslora"),
+    HfKey::ignored(
+        "corda_config",
+        "of an initialization, which `init_lora_weights` names",
+    ),
+    HfKey::ignored(
+        "eva_config",
+        "of an initialization, which `init_lora_weights` names",
+    ),
+    HfKey::ignored(
+        "loftq_config",
+        "of an initialization, which `init_lora_weights` names",
+    ),
+    HfKey::ignored(
+        "lora_ga_config",
+        "of an initialization, which `init_lora_weights` names",
+    ),
+    HfKey::ignored(
+        "megatron_core",
+        "the name of a module, which `megatron_config` puts to use",
+    ),
+    HfKey::ignored("runtime_config", "where weights are kept while PEFT runs"),
+    HfKey::ignored(
+        "velora_config",
+        "of the backward pass, which stores fewer activations",
+    ),
+    HfKey::refused(
+        "alora_invocation_tokens",
+        "an activated LoRA adapts the tokens after an invocation alone",
+    ),
+    HfKey::refused(
+        "arrow_config",
+        "Arrow chooses among adapters for each token",
+    ),
+    HfKey::refused("kasa_config", "KaSA truncates the weights of the base"),
+    HfKey::refused(
+        "layer_replication",
+        "it builds a model of repeated layers, which the base is not",
+    ),
+    HfKey::refused(
+        "lora_bias",
+        "the factor `lora_B` has a bias, which is added to the output",
+    ),
+    HfKey::refused(
+        "megatron_config",
+        "layers of Megatron are divided among processes",
+    ),
+    HfKey::refused(
+        "monteclora_config",
+        "MonteCLoRA draws samples of the factors",
+    ),
+    HfKey::refused(
+        "target_parameters",
+        "it adapts parameters that are no layer, such as those of experts",
+    ),
+    HfKey::refused("use_bdlora", "the factors of BD-LoRA are block-diagonal"),
+];
+
 pub(super) const FORMAT: HfFormat = HfFormat {
     peft_type: "LORA",
     alpha_key: Some("lora_alpha"),
-    read_keys: &[
-        "alpha_pattern",
-        "bias",
-        "exclude_modules",
-        "init_lora_weights",
-        "lora_alpha",
-        "lora_dropout",
-        "qalora_group_size",
-        "rank_pattern",
-        "use_dora",
-        "use_qalora",
-        "use_rslora",
-    ],
-    ignored_keys: &[
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-    ],
+    keys: &KEYS,
     tensors: &[A, B, MAGNITUDES[0], MAGNITUDES[1], BIAS],
+    aliases: &[("lora_embedding_A", A), ("lora_embedding_B", B)],
     shared: &[],
     config: || {
         json!({
@@ -98,14 +150,29 @@ impl Default for LoraConfig {
     }
 }
 
+/// Initializations that leave the base as it is.
+const KEEPS_BASE: [&str; 4] = ["eva", "gaussian", "mica", "orthogonal"];
+
+/// Whether an initialization takes what it puts into the factors from the weights of the base.
+fn changes_base(name: &str) -> bool {
+    let name = name.to_lowercase();
+    let families = ["corda", "loftq", "lora_ga", "olora", "pissa"];
+    families.iter().any(|family| name.starts_with(family))
+}
+
 impl LoraConfig {
     fn check(&self) -> Result<(), String> {
         match &self.init_lora_weights {
-            Value::Bool(_) => (),
-            Value::String(name) if ["gaussian", "eva", "orthogonal"].contains(&name.as_str()) => (),
+            Value::Null | Value::Bool(_) => (),
+            Value::String(name) if KEEPS_BASE.contains(&&name.to_lowercase()[..]) => (),
+            Value::String(name) if changes_base(name) => {
+                return Err(format!(
+                    "init_lora_weights is \"{name}\", which changed the base: convert the adapter to a plain LoRA in PEFT (`save_pretrained` with `path_initial_model_for_weight_conversion`), or save the changed base and merge into it"
+                ));
+            }
             other => {
                 return Err(format!(
-                    "init_lora_weights is {other}, which changed the base: convert the adapter to a plain LoRA in PEFT, and save it again"
+                    "init_lora_weights is {other}, which PEFT 0.21.2 does not know"
                 ));
             }
         }
@@ -143,7 +210,7 @@ impl LoraConfig {
         let (a, b) = (factor(A, 1)?, factor(B, 0)?);
         let magnitudes: Vec<&str> = MAGNITUDES
             .into_iter()
-            .filter(|name| source.tensors.contains(name))
+            .filter(|name| source.tensors.contains_key(name))
             .collect();
         match (self.use_dora, &magnitudes[..]) {
             (false, []) | (true, [] | [_]) => (),
@@ -155,7 +222,7 @@ impl LoraConfig {
                 return Err(source.refuse(name, "occurs under two names".into()));
             }
         }
-        let has_bias = source.tensors.contains(BIAS);
+        let has_bias = source.tensors.contains_key(BIAS);
         let bias = has_bias.then(|| source.vector(BIAS)).transpose()?;
         // PEFT takes QA-LoRA for LoRA on layers that are not GPTQ's.
         let d_in = source.linear.weight().dims()[0];
