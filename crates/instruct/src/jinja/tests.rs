@@ -48,7 +48,7 @@ fn constructs_are_those_of_jinja() {
 }
 
 /// What Jinja2 renders and is refused here, with a part of the error.
-const REFUSED: [(&str, &str); 12] = [
+const REFUSED: [(&str, &str); 17] = [
     (
         "{{ '{}'.format(1e20) }}",
         "with an exponent is not supported",
@@ -56,6 +56,20 @@ const REFUSED: [(&str, &str); 12] = [
     (
         "{{ '%s %s' | format('a', 1e20) }}",
         "with an exponent is not supported",
+    ),
+    ("{{ '{!r}'.format('a') }}", "found '!'"),
+    ("{{ '%r' % 'a' }}", "invalid conversion type 'r'"),
+    (
+        "{% for k, v in ['a', 'b'] | groupby(0) %}{{ k }}{{ v }}{% endfor %}",
+        "value is not a string",
+    ),
+    (
+        "{% macro m(a) %}{{ a }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m(1, 2, d=5) }}",
+        "too many arguments",
+    ),
+    (
+        "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}{{ c.current }}{% set j = joiner(', ') %}{{ j() }}a{{ j() }}b",
+        "cycler is unknown",
     ),
     ("{{ 'abc'.encode('utf-8') }}", "encode"),
     ("{{ 'ßX'.casefold() }}", "casefold"),
