@@ -23,6 +23,7 @@ mod guard;
 mod json;
 mod literals;
 mod marks;
+mod numbers;
 mod strings;
 #[cfg(test)]
 mod tests;
@@ -96,6 +97,8 @@ impl Templates {
                 let problem = format!("{} {NO_TEXT}", value.kind());
                 Err(JinjaError::new(ErrorKind::InvalidOperation, problem))
             }
+            // A strict one is an error.
+            ValueKind::Undefined => minijinja::escape_formatter(out, state, value),
             _ => print(out, state, value),
         });
         Self::parse(jinja, sources)

@@ -179,7 +179,7 @@ fn table() -> Vec<(String, &'static str)> {
         (format!("{long}{{% for i in range(10000) %}}{{% if s is eq s %}}{{% endif %}}{{% endfor %}}"), LIMIT),
         (format!("{long}{{% for i in range(10000) %}}{{% if 1 is in [s] %}}{{% endif %}}{{% endfor %}}"), LIMIT),
         (format!("{long}{{% for i in range(10000) %}}{{% if {{s: 1}}[s] %}}{{% endif %}}{{% endfor %}}"), LIMIT),
-        (format!("{long}{{{{ s.split('')|length }}}}"), "not empty"),
+        (format!("{long}{{{{ s.split('')|length }}}}"), "a separator that is not empty"),
         (format!("{long}{{{{ s|list|length }}}}"), TEXT),
         (format!("{long}{{{{ s[::-1]|length }}}}"), TEXT),
         (format!("{long}{{{{ ('\n' * 100000).splitlines()|length }}}}"), LIMIT),

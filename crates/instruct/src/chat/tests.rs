@@ -127,7 +127,8 @@ fn whitespace_and_marks() {
     // Compared with transformers.
     let expected = [
         ("U: Two plus\ntwo? \n".to_owned(), false),
-        ("A:Four. False\n".to_owned(), true),
+        ("A:Four. ".to_owned(), true),
+        ("False\n".to_owned(), false),
     ];
     let fields = json!({"messages": conversation()["messages"].as_array().unwrap()[1..3]});
     assert_eq!(pieces(template, fields).unwrap(), expected);

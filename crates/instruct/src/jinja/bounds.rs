@@ -3,7 +3,7 @@
 use minijinja::value::ValueKind;
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
-use super::text::{View, text};
+use super::text::{View, has_exponent, text};
 
 /// The deepest nesting of values. A record's JSON nests at most 128 levels deep.
 const MAX_DEPTH: usize = 150;
@@ -172,6 +172,11 @@ pub(super) fn charge_format(state: &State, text: &str, args: &[Value]) -> Result
     // A number that does not fit is refused by the formatter.
     let widths = widths.map(|width| width.parse().unwrap_or(0u64));
     let widths = widths.fold(0u64, u64::saturating_add);
+    if args.iter().any(has_exponent) {
+        return Err(invalid(
+            "a format of a number that is printed with an exponent is not supported",
+        ));
+    }
     let n_bytes = n_bytes.saturating_mul(n_fields).saturating_add(widths);
     charge(state, n_bytes)
 }

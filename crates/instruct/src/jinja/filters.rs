@@ -7,19 +7,16 @@ use minijinja::value::{
     DynObject, Kwargs, Rest, StringInput, Tuple, ValueKind, ValueOrKwargs, from_args,
 };
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
-use minijinja_contrib::globals::{cycler, joiner};
 
 use super::bounds::{VALUE_BYTES, charge, charge_format, checked, invalid};
 use super::text::{View, text};
-use super::{FORMAT, json, strings};
+use super::{FORMAT, json, numbers, strings};
 
 /// Adds them to an environment, and removes what has no bound; chat templates use none of that.
 pub(super) fn add_to(jinja: &mut Environment) {
     jinja.remove_global("debug");
     jinja.remove_filter("pprint");
     jinja.remove_filter("chain");
-    jinja.add_function("cycler", |items: Rest<Value>| cycler(items.0));
-    jinja.add_function("joiner", joiner);
     jinja.add_filter(
         "tojson",
         |state: &State, value: &Value, args: Rest<ValueOrKwargs>| {
@@ -41,6 +38,14 @@ pub(super) fn add_to(jinja: &mut Environment) {
         },
     );
     add_texts(jinja);
+    jinja.add_filter("int", numbers::int);
+    jinja.add_filter("float", numbers::float);
+    // An attribute of a dictionary is none of its items.
+    jinja.add_filter("attr", |value: &Value, name: &Value| match value.kind() {
+        ValueKind::Map => Ok(Value::UNDEFINED),
+        _ => filters::attr(value, name),
+    });
+    jinja.add_filter("dictsort", dict_sort);
     jinja.add_filter("indent", indent);
     jinja.add_filter("join", join);
     jinja.add_filter("wordcount", |state: &State, value: &Value| {
@@ -121,6 +126,21 @@ fn input<'v>(state: &State, value: &'v Value) -> Result<Cow<'v, str>, Error> {
 fn formatted(state: &State, text: &str, args: &[Value]) -> Result<String, Error> {
     charge_format(state, text, args)?;
     format(FormatStyle::Printf, text, args)
+}
+
+/// Sorts the items of a dictionary: `case_sensitive`, `by`, `reverse`.
+fn dict_sort(state: &State, value: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (case, by, reverse, named): (Option<Value>, Option<Value>, Option<Value>, Kwargs) =
+        from_args(&args)?;
+    let mut given = Vec::new();
+    for (name, value) in [("case_sensitive", case), ("by", by), ("reverse", reverse)] {
+        let value = value.map_or_else(|| named.get(name), |value| Ok(Some(value)))?;
+        given.extend(value.map(|value: Value| (name, value)));
+    }
+    named.assert_all_used()?;
+    checked(state, value)?;
+    filters::dictsort(value, given.into_iter().collect())
 }
 
 /// Joins the texts of values, or of an attribute of each.

@@ -81,7 +81,13 @@ pub(super) fn guarded(source: &str, syntax: SyntaxConfig) -> Result<Guarded, Ref
         };
         last = span;
         match token {
-            Token::TemplateData(_) | Token::VariableStart | Token::BlockStart => tag.clear(),
+            Token::TemplateData(_) => {
+                tag.clear();
+                if begins_raw(source, span) {
+                    edits.insert(span.start_offset, "\n");
+                }
+            }
+            Token::VariableStart | Token::BlockStart => tag.clear(),
             Token::VariableEnd => edits.operands(&tag, State::Operand, VALUE, false),
             Token::BlockEnd => {
                 if let Err(problem) = edits.statement(&tag) {
@@ -114,6 +120,19 @@ pub(super) fn guarded(source: &str, syntax: SyntaxConfig) -> Result<Guarded, Ref
         has_marks: edits.has_marks,
         source: edits.applied(source),
         mentioned,
+    })
+}
+
+/// Whether a text begins behind `raw` and a line end, which Jinja2 keeps and minijinja removes.
+fn begins_raw(source: &str, text: Span) -> bool {
+    let tag = source[..text.start_offset as usize].strip_suffix("%}\n");
+    let tag = tag.and_then(|before| before.trim_ascii_end().strip_suffix("raw"));
+    tag.is_some_and(|before| {
+        let before = before.trim_ascii_end();
+        before
+            .strip_suffix(['-', '+'])
+            .unwrap_or(before)
+            .ends_with("{%")
     })
 }
 

@@ -158,29 +158,32 @@ fn split_method(state: &State, text: &str, from_end: bool, args: &[Value]) -> Re
     Ok(pieces.into_iter().map(Value::from).collect())
 }
 
-/// Splits at runs of whitespace, at most `most` times.
+/// Splits at runs of whitespace, at most `most` times, and leaves the whitespace at the other end of what
+/// is left then.
 fn words(text: &str, most: usize, from_end: bool) -> Vec<&str> {
     let mut pieces = Vec::new();
-    let mut rest = text.trim_matches(is_space);
-    while !rest.is_empty() && pieces.len() < most {
-        let at = if from_end {
-            rest.rfind(is_space)
+    let mut rest = text;
+    loop {
+        rest = if from_end {
+            rest.trim_end_matches(is_space)
         } else {
-            rest.find(is_space)
+            rest.trim_start_matches(is_space)
         };
-        let Some(at) = at else { break };
-        if from_end {
-            let (before, word) = rest.split_at(at);
-            pieces.push(word.trim_start_matches(is_space));
-            rest = before.trim_end_matches(is_space);
-        } else {
-            let (word, after) = rest.split_at(at);
-            pieces.push(word);
-            rest = after.trim_start_matches(is_space);
+        if rest.is_empty() {
+            break;
         }
-    }
-    if !rest.is_empty() {
-        pieces.push(rest);
+        let end = match rest.find(is_space) {
+            _ if pieces.len() == most => None,
+            _ if from_end => rest.char_indices().rfind(|&(_, char)| is_space(char)),
+            end => end.map(|at| (at, ' ')),
+        };
+        let (piece, others) = match end {
+            None => (rest, ""),
+            Some((at, space)) if from_end => (&rest[at + space.len_utf8()..], &rest[..at]),
+            Some((at, _)) => rest.split_at(at),
+        };
+        pieces.push(piece);
+        rest = others;
     }
     if from_end {
         pieces.reverse();

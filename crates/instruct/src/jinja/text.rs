@@ -99,6 +99,27 @@ fn separate(at: usize, out: &mut String) {
     }
 }
 
+/// Whether a value is or has a float that Python prints with an exponent, and the formats of the engine
+/// without one.
+pub(super) fn has_exponent(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => {
+            f64::try_from(value.clone()).is_ok_and(|value| float(value).contains('e'))
+        }
+        ValueKind::Seq => value
+            .try_iter()
+            .is_ok_and(|mut items| items.any(|item| has_exponent(&item))),
+        ValueKind::Map => {
+            let pairs = value.as_object().and_then(DynObject::try_iter_pairs);
+            pairs
+                .into_iter()
+                .flatten()
+                .any(|(_, value)| has_exponent(&value))
+        }
+        _ => false,
+    }
+}
+
 /// Appends `repr(text)`.
 fn quote(text: &str, out: &mut String) {
     let quote = match text.contains('\'') && !text.contains('"') {

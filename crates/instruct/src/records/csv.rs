@@ -1,12 +1,12 @@
 //! Records as tables of texts, separated by commas or tabs (RFC 4180).
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::path::Path;
 
-use csv::{ByteRecord, ErrorKind, ReaderBuilder};
+use csv::{ByteRecord, ErrorKind, Position, ReaderBuilder};
 use serde_json::{Map, Value};
 
 use super::{refuse, unread};
@@ -29,10 +29,10 @@ pub(super) fn rows(
     delimiter: u8,
     max: usize,
 ) -> Result<Vec<(usize, Value)>> {
-    let n_read = Cell::new(0);
+    let recent = RefCell::new(Recent::default());
     let bounded = Bounded {
         file,
-        n_read: &n_read,
+        recent: &recent,
         max,
     };
     let mut reader = ReaderBuilder::new()
@@ -54,17 +54,15 @@ pub(super) fn rows(
     let mut rows = Vec::new();
     let mut row = ByteRecord::new();
     loop {
-        n_read.set(0);
-        let line = usize::try_from(reader.position().line()).unwrap_or(usize::MAX);
+        let at = reader.position().clone();
+        let line = recent.borrow_mut().line(&at);
         if !reader
             .read_byte_record(&mut row)
             .map_err(|error| refused(error, line))?
         {
             return Ok(rows);
         }
-        let line = row
-            .position()
-            .map_or(line, |at| usize::try_from(at.line()).unwrap_or(line));
+        let line = recent.borrow_mut().line(&at);
         if row.as_slice().len() > max {
             return Err(refuse(path, line, RecordError::TooLarge { max }));
         }
@@ -98,11 +96,8 @@ fn refusal(path: &Path, line: usize, max: usize, error: csv::Error) -> Error {
         }
         ErrorKind::Io(cause) => unread(path, cause),
         ErrorKind::UnequalLengths {
-            pos,
-            expected_len,
-            len,
+            expected_len, len, ..
         } => {
-            let line = pos.map_or(line, |pos| usize::try_from(pos.line()).unwrap_or(line));
             let problem = format!("{len} fields, but the first line names {expected_len} columns");
             refuse(path, line, RecordError::Row { problem })
         }
@@ -113,11 +108,35 @@ fn refusal(path: &Path, line: usize, max: usize, error: csv::Error) -> Error {
     }
 }
 
+/// The bytes that were read since a row began, with the place of the first.
+#[derive(Default)]
+struct Recent {
+    bytes: Vec<u8>,
+    start: u64,
+}
+
+impl Recent {
+    /// The line of a row that begins behind a place, and behind the line ends there; what is before it is
+    /// forgotten.
+    fn line(&mut self, at: &Position) -> usize {
+        let n_done = usize::try_from(at.byte().saturating_sub(self.start)).unwrap_or(usize::MAX);
+        self.bytes.drain(..n_done.min(self.bytes.len()));
+        self.start = at.byte();
+        let ends = self
+            .bytes
+            .iter()
+            .take_while(|&byte| matches!(byte, b'\r' | b'\n'));
+        let n_lines = ends.filter(|&&byte| byte == b'\n').count();
+        usize::try_from(at.line())
+            .unwrap_or(usize::MAX)
+            .saturating_add(n_lines)
+    }
+}
+
 /// A reader that fails where a row goes on for too long.
 struct Bounded<'a, R> {
     file: R,
-    /// The bytes that were read since the last row.
-    n_read: &'a Cell<usize>,
+    recent: &'a RefCell<Recent>,
     max: usize,
 }
 
@@ -127,12 +146,13 @@ struct TooLarge;
 
 impl<R: Read> Read for Bounded<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut recent = self.recent.borrow_mut();
         // A row has at most two bytes for one of its texts, and its quotes and separators.
-        if self.n_read.get() > self.max.saturating_mul(4) {
+        if recent.bytes.len() > self.max.saturating_mul(4) {
             return Err(io::Error::other(TooLarge));
         }
         let n_read = self.file.read(buffer)?;
-        self.n_read.set(self.n_read.get() + n_read);
+        recent.bytes.extend_from_slice(&buffer[..n_read]);
         Ok(n_read)
     }
 }
