@@ -253,7 +253,7 @@ impl Config {
     /// The `config.json` of a new model of this shape.
     ///
     /// # Panics
-    /// As [`LlamaConfig::to_json`].
+    /// As [`LlamaConfig::to_json`](crate::LlamaConfig::to_json).
     pub fn to_json(&self) -> Map<String, Value> {
         of!(Self, self, config => config.to_json())
     }

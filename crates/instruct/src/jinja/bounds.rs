@@ -1,7 +1,7 @@
 //! The sizes of values, and what is charged for what is made of them before it is made.
 
 use minijinja::value::ValueKind;
-use minijinja::{Environment, Error, ErrorKind, State, Value};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, Value};
 
 use super::text::{View, has_exponent, text};
 
@@ -38,6 +38,10 @@ pub(super) fn add_to(jinja: &mut Environment) {
     jinja.add_filter(named(super::TEXT), |state: &State, value: &Value| {
         refuse_namespace(value)?;
         let value = checked(state, value)?;
+        // Refused where it is used, with its name.
+        if value.is_undefined() && state.undefined_behavior() == UndefinedBehavior::Strict {
+            return Ok(value);
+        }
         Ok::<_, Error>(Value::from(&*text(&value)?))
     });
 }

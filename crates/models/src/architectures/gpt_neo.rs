@@ -124,7 +124,7 @@ impl GptNeoConfig {
         })
     }
 
-    fn has_window(&self, layer: usize) -> bool {
+    fn slides(&self, layer: usize) -> bool {
         match &self.has_window {
             Some(layers) => layers[layer],
             None => by_default(layer),
@@ -134,7 +134,7 @@ impl GptNeoConfig {
     /// The `config.json` of a new model of this shape.
     pub fn to_json(&self) -> Map<String, Value> {
         let layers = (0..self.num_layers).map(|layer| {
-            let name = if self.has_window(layer) {
+            let name = if self.slides(layer) {
                 "local"
             } else {
                 "global"
@@ -258,7 +258,7 @@ impl Architecture for GptNeoConfig {
 
     fn reach(&self, layer: usize) -> Reach {
         Reach {
-            window: self.has_window(layer).then_some(self.window_size),
+            window: self.slides(layer).then_some(self.window_size),
             rotary: None,
         }
     }
