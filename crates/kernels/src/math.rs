@@ -55,7 +55,7 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn tanh(x: f32) -> f32 {
     let magnitude = x.abs();
-    let beyond = (1.0 - 2.0 / (exp(2.0 * magnitude) + 1.0)).copysign(x);
+    let beyond = 1.0 - 2.0 / (exp(2.0 * magnitude) + 1.0);
     let square = x * x;
     let p = -5.704_988_7e-3;
     let p = p * square + 2.063_909e-2;
@@ -63,8 +63,9 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let p = p * square + 1.333_144_2e-1;
     let p = p * square - 3.333_328e-1;
     let near = p * square * x + x;
-    // NaN is near.
-    if magnitude > 0.625 { beyond } else { near }
+    // NaN is near, and so is a negative zero, which the sum makes positive.
+    let y = if magnitude > 0.625 { beyond } else { near };
+    y.copysign(x)
 }
 
 /// The sum of the lanes, in a fixed order.
