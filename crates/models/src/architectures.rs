@@ -1,5 +1,6 @@
 //! The architectures: each has a file, a line in the list and a `mod`.
 
+mod gated;
 mod gemma2;
 mod gemma3;
 mod gpt_neo;

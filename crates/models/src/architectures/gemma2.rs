@@ -7,11 +7,12 @@ use kernels::Scores;
 use peft::Identity;
 use serde_json::{Map, Value, json};
 
+use super::gated::gated_parts;
 use super::layer_attention::{LayerAttention, check_window, layer_types};
 use super::llama::{Defaults, LlamaConfig, NAMES, with_settings};
 use crate::Result;
 use crate::activation::Activation;
-use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape, parts};
+use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape};
 use crate::attention::{Attention, Heads};
 use crate::kv_cache::KvCache;
 use crate::mlp::GatedMlp;
@@ -118,7 +119,7 @@ pub(super) fn read_layers(
 pub(super) fn to_json(llama: &LlamaConfig, layers: &[LayerAttention]) -> Map<String, Value> {
     let of_gemma = json!({
         "hidden_activation": llama.hidden_act.name(),
-        "attention_bias": llama.attention_bias,
+        "attention_bias": llama.has_attention_biases(),
         "sliding_window": llama.sliding_window,
         "layer_types": layers.iter().map(|layer| layer.name()).collect::<Vec<_>>(),
     });
@@ -164,7 +165,8 @@ impl Gemma2Config {
     /// The `config.json` of a new model of this shape.
     ///
     /// # Panics
-    /// If there is a rope scaling.
+    /// If there is a rope scaling, or there are biases of some projections of the attention alone, or of the
+    /// MLP.
     pub fn to_json(&self) -> Map<String, Value> {
         let of_type = json!({
             "architectures": ["Gemma2ForCausalLM"],
@@ -223,32 +225,15 @@ pub(crate) struct Gemma2Block {
 impl DecoderBlock for Gemma2Block {
     type Config = Gemma2Config;
 
-    parts! {
-        config =>
+    gated_parts! {
+        config => config.llama,
+        attention: self_attn,
+        mlp: mlp,
         norms:
             "input_layernorm" input_layernorm [config.llama.hidden_size],
             "post_attention_layernorm" post_attention_layernorm [config.llama.hidden_size],
             "pre_feedforward_layernorm" pre_feedforward_layernorm [config.llama.hidden_size],
             "post_feedforward_layernorm" post_feedforward_layernorm [config.llama.hidden_size],
-        projections:
-            0 "self_attn.q_proj" self_attn.q_proj
-                [config.llama.hidden_size, config.llama.query_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.k_proj" self_attn.k_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.v_proj" self_attn.v_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            1 "self_attn.o_proj" self_attn.o_proj
-                [config.llama.query_width(), config.llama.hidden_size],
-                bias config.llama.attention_bias,
-            2 "mlp.gate_proj" mlp.gate_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            2 "mlp.up_proj" mlp.up_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            3 "mlp.down_proj" mlp.down_proj
-                [config.llama.intermediate_size, config.llama.hidden_size], bias false,
     }
 
     fn build<S: Source>(mut parts: Parts<Self, S>) -> Result<Self, S::Error> {
@@ -258,38 +243,20 @@ impl DecoderBlock for Gemma2Block {
             pre_feedforward_layernorm,
             post_feedforward_layernorm,
         ] = parts.norms()?;
-        let [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            gate_proj,
-            up_proj,
-            down_proj,
-        ] = parts.linears()?;
         let config = parts.config;
         let scores = Scores::new(1.0 / (config.query_pre_attn_scalar as f64).sqrt())
             .with_softcap(config.attn_logit_softcapping);
+        let heads = Heads {
+            scores,
+            ..Heads::new(config.llama.head_dim, parts.reach)
+        };
+        let (self_attn, mlp) = parts.attention_and_mlp(heads, config.llama.hidden_act)?;
         Ok(Self {
             input_layernorm,
-            self_attn: Attention {
-                q_proj,
-                k_proj,
-                v_proj,
-                o_proj,
-                heads: Heads {
-                    scores,
-                    ..Heads::new(config.llama.head_dim, parts.reach)
-                },
-            },
+            self_attn,
             post_attention_layernorm,
             pre_feedforward_layernorm,
-            mlp: GatedMlp {
-                gate_proj,
-                up_proj,
-                down_proj,
-                activation: config.llama.hidden_act,
-            },
+            mlp,
             post_feedforward_layernorm,
         })
     }

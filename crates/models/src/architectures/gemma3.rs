@@ -7,13 +7,14 @@ use kernels::Scores;
 use peft::Identity;
 use serde_json::{Map, Value, json};
 
+use super::gated::gated_parts;
 use super::gemma2;
 use super::layer_attention::LayerAttention;
 use super::llama::{LlamaConfig, with_settings};
 use crate::Result;
 use crate::activation::Activation;
-use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape, parts};
-use crate::attention::{Attention, Heads, NormedAttention};
+use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape};
+use crate::attention::{Heads, NormedAttention};
 use crate::kv_cache::KvCache;
 use crate::mlp::GatedMlp;
 use crate::norm::Norm;
@@ -119,7 +120,8 @@ impl Gemma3Config {
     /// The `config.json` of a new model of this shape.
     ///
     /// # Panics
-    /// If there is a rope scaling.
+    /// If there is a rope scaling, or there are biases of some projections of the attention alone, or of the
+    /// MLP.
     pub fn to_json(&self) -> Map<String, Value> {
         assert_eq!(
             self.rope_local_scaling,
@@ -227,8 +229,10 @@ pub(crate) struct Gemma3Block {
 impl DecoderBlock for Gemma3Block {
     type Config = Gemma3Config;
 
-    parts! {
-        config =>
+    gated_parts! {
+        config => config.llama,
+        attention: self_attn.attention,
+        mlp: mlp,
         norms:
             "input_layernorm" input_layernorm [config.llama.hidden_size],
             "self_attn.q_norm" self_attn.q_norm [config.llama.head_dim],
@@ -236,25 +240,6 @@ impl DecoderBlock for Gemma3Block {
             "post_attention_layernorm" post_attention_layernorm [config.llama.hidden_size],
             "pre_feedforward_layernorm" pre_feedforward_layernorm [config.llama.hidden_size],
             "post_feedforward_layernorm" post_feedforward_layernorm [config.llama.hidden_size],
-        projections:
-            0 "self_attn.q_proj" self_attn.attention.q_proj
-                [config.llama.hidden_size, config.llama.query_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.k_proj" self_attn.attention.k_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.v_proj" self_attn.attention.v_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            1 "self_attn.o_proj" self_attn.attention.o_proj
-                [config.llama.query_width(), config.llama.hidden_size],
-                bias config.llama.attention_bias,
-            2 "mlp.gate_proj" mlp.gate_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            2 "mlp.up_proj" mlp.up_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            3 "mlp.down_proj" mlp.down_proj
-                [config.llama.intermediate_size, config.llama.hidden_size], bias false,
     }
 
     fn build<S: Source>(mut parts: Parts<Self, S>) -> Result<Self, S::Error> {
@@ -266,26 +251,12 @@ impl DecoderBlock for Gemma3Block {
             pre_feedforward_layernorm,
             post_feedforward_layernorm,
         ] = parts.norms()?;
-        let [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            gate_proj,
-            up_proj,
-            down_proj,
-        ] = parts.linears()?;
         let config = parts.config;
-        let attention = Attention {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            heads: Heads {
-                scores: Scores::new(1.0 / (config.query_pre_attn_scalar as f64).sqrt()),
-                ..Heads::new(config.llama.head_dim, parts.reach)
-            },
+        let heads = Heads {
+            scores: Scores::new(1.0 / (config.query_pre_attn_scalar as f64).sqrt()),
+            ..Heads::new(config.llama.head_dim, parts.reach)
         };
+        let (attention, mlp) = parts.attention_and_mlp(heads, config.llama.hidden_act)?;
         Ok(Self {
             input_layernorm,
             self_attn: NormedAttention {
@@ -295,12 +266,7 @@ impl DecoderBlock for Gemma3Block {
             },
             post_attention_layernorm,
             pre_feedforward_layernorm,
-            mlp: GatedMlp {
-                gate_proj,
-                up_proj,
-                down_proj,
-                activation: config.llama.hidden_act,
-            },
+            mlp,
             post_feedforward_layernorm,
         })
     }

@@ -6,10 +6,11 @@ use burn::tensor::Tensor;
 use peft::Identity;
 use serde_json::{Map, Value, json};
 
+use super::gated::gated_parts;
 use super::layer_attention::LayerAttention;
 use crate::Result;
 use crate::activation::Activation;
-use crate::architecture::{Architecture, DecoderBlock, ModelType, Names, Parts, Shape, parts};
+use crate::architecture::{Architecture, DecoderBlock, ModelType, Names, Parts, Shape};
 use crate::attention::{Attention, Heads};
 use crate::kv_cache::KvCache;
 use crate::mlp::GatedMlp;
@@ -305,6 +306,19 @@ impl LlamaConfig {
         }
     }
 
+    /// Whether the projections of the attention have biases, of model types that have them all or none.
+    ///
+    /// # Panics
+    /// If some have and others have not, or the MLP has biases.
+    pub(super) fn has_attention_biases(&self) -> bool {
+        assert_eq!(
+            (self.attention_bias, self.mlp_bias),
+            (self.attention_output_bias, false),
+            "biases of some projections of the attention alone, or of the MLP"
+        );
+        self.attention_bias
+    }
+
     pub(super) fn query_width(&self) -> usize {
         self.num_attention_heads * self.head_dim
     }
@@ -403,55 +417,24 @@ pub(crate) struct LlamaBlock {
 impl DecoderBlock for LlamaBlock {
     type Config = LlamaConfig;
 
-    parts! {
-        config =>
+    gated_parts! {
+        config => config,
+        attention: self_attn,
+        mlp: mlp,
         norms:
             "input_layernorm" input_layernorm [config.hidden_size],
             "post_attention_layernorm" post_attention_layernorm [config.hidden_size],
-        projections:
-            0 "self_attn.q_proj" self_attn.q_proj
-                [config.hidden_size, config.query_width()], bias config.attention_bias,
-            0 "self_attn.k_proj" self_attn.k_proj
-                [config.hidden_size, config.key_width()], bias config.attention_bias,
-            0 "self_attn.v_proj" self_attn.v_proj
-                [config.hidden_size, config.key_width()], bias config.attention_bias,
-            1 "self_attn.o_proj" self_attn.o_proj
-                [config.query_width(), config.hidden_size], bias config.attention_output_bias,
-            2 "mlp.gate_proj" mlp.gate_proj
-                [config.hidden_size, config.intermediate_size], bias config.mlp_bias,
-            2 "mlp.up_proj" mlp.up_proj
-                [config.hidden_size, config.intermediate_size], bias config.mlp_bias,
-            3 "mlp.down_proj" mlp.down_proj
-                [config.intermediate_size, config.hidden_size], bias config.mlp_bias,
     }
 
     fn build<S: Source>(mut parts: Parts<Self, S>) -> Result<Self, S::Error> {
         let [input_layernorm, post_attention_layernorm] = parts.norms()?;
-        let [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            gate_proj,
-            up_proj,
-            down_proj,
-        ] = parts.linears()?;
+        let heads = Heads::new(parts.config.head_dim, parts.reach);
+        let (self_attn, mlp) = parts.attention_and_mlp(heads, parts.config.hidden_act)?;
         Ok(Self {
             input_layernorm,
-            self_attn: Attention {
-                q_proj,
-                k_proj,
-                v_proj,
-                o_proj,
-                heads: Heads::new(parts.config.head_dim, parts.reach),
-            },
+            self_attn,
             post_attention_layernorm,
-            mlp: GatedMlp {
-                gate_proj,
-                up_proj,
-                down_proj,
-                activation: parts.config.hidden_act,
-            },
+            mlp,
         })
     }
 

@@ -5,9 +5,10 @@ use burn::tensor::Tensor;
 use peft::Identity;
 use serde_json::{Map, Value, json};
 
+use super::gated::gated_parts;
 use super::llama::{Defaults, LlamaConfig, with_settings};
 use crate::Result;
-use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape, parts};
+use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape};
 use crate::attention::{Attention, Heads};
 use crate::kv_cache::KvCache;
 use crate::mlp::GatedMlp;
@@ -59,15 +60,10 @@ impl Olmo2Config {
     /// MLP.
     pub fn to_json(&self) -> Map<String, Value> {
         let llama = &self.llama;
-        assert_eq!(
-            (llama.attention_bias, llama.mlp_bias),
-            (llama.attention_output_bias, false),
-            "biases of some projections of the attention alone, or of the MLP"
-        );
         let of_type = json!({
             "architectures": ["Olmo2ForCausalLM"],
             "model_type": "olmo2",
-            "attention_bias": llama.attention_bias,
+            "attention_bias": llama.has_attention_biases(),
         });
         with_settings(llama.common_json(), of_type)
     }
@@ -111,32 +107,15 @@ pub(crate) struct Olmo2Block {
 impl DecoderBlock for Olmo2Block {
     type Config = Olmo2Config;
 
-    parts! {
-        config =>
+    gated_parts! {
+        config => config.llama,
+        attention: self_attn,
+        mlp: mlp,
         norms:
             "self_attn.q_norm" q_norm [config.llama.query_width()],
             "self_attn.k_norm" k_norm [config.llama.key_width()],
             "post_attention_layernorm" post_attention_layernorm [config.llama.hidden_size],
             "post_feedforward_layernorm" post_feedforward_layernorm [config.llama.hidden_size],
-        projections:
-            0 "self_attn.q_proj" self_attn.q_proj
-                [config.llama.hidden_size, config.llama.query_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.k_proj" self_attn.k_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.v_proj" self_attn.v_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            1 "self_attn.o_proj" self_attn.o_proj
-                [config.llama.query_width(), config.llama.hidden_size],
-                bias config.llama.attention_bias,
-            2 "mlp.gate_proj" mlp.gate_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            2 "mlp.up_proj" mlp.up_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            3 "mlp.down_proj" mlp.down_proj
-                [config.llama.intermediate_size, config.llama.hidden_size], bias false,
     }
 
     fn build<S: Source>(mut parts: Parts<Self, S>) -> Result<Self, S::Error> {
@@ -146,33 +125,15 @@ impl DecoderBlock for Olmo2Block {
             post_attention_layernorm,
             post_feedforward_layernorm,
         ] = parts.norms()?;
-        let [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            gate_proj,
-            up_proj,
-            down_proj,
-        ] = parts.linears()?;
         let llama = &parts.config.llama;
+        let heads = Heads::new(llama.head_dim, parts.reach);
+        let (self_attn, mlp) = parts.attention_and_mlp(heads, llama.hidden_act)?;
         Ok(Self {
-            self_attn: Attention {
-                q_proj,
-                k_proj,
-                v_proj,
-                o_proj,
-                heads: Heads::new(llama.head_dim, parts.reach),
-            },
+            self_attn,
             q_norm,
             k_norm,
             post_attention_layernorm,
-            mlp: GatedMlp {
-                gate_proj,
-                up_proj,
-                down_proj,
-                activation: llama.hidden_act,
-            },
+            mlp,
             post_feedforward_layernorm,
         })
     }

@@ -5,11 +5,12 @@ use burn::tensor::Tensor;
 use peft::Identity;
 use serde_json::{Map, Value, json};
 
+use super::gated::gated_parts;
 use super::llama::qwen2::{windows, windows_to_json};
 use super::llama::{Defaults, LlamaConfig, with_settings};
 use crate::Result;
-use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape, parts};
-use crate::attention::{Attention, Heads, NormedAttention};
+use crate::architecture::{Architecture, DecoderBlock, ModelType, Parts, Shape};
+use crate::attention::{Heads, NormedAttention};
 use crate::kv_cache::KvCache;
 use crate::mlp::GatedMlp;
 use crate::norm::Norm;
@@ -64,18 +65,12 @@ impl Qwen3Config {
     /// If there is a rope scaling, or the biases are not those of all projections of the attention or of none.
     pub fn to_json(&self) -> Map<String, Value> {
         let llama = &self.llama;
-        let biases = (llama.attention_bias, llama.mlp_bias);
-        assert_eq!(
-            biases,
-            (llama.attention_output_bias, false),
-            "biases of some projections of the attention alone, or of the MLP"
-        );
         let layers = llama.layer_attention.as_deref();
         let windows = windows_to_json(llama.sliding_window, layers, llama.num_hidden_layers);
         let of_type = json!({
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
-            "attention_bias": llama.attention_bias,
+            "attention_bias": llama.has_attention_biases(),
         });
         let json = with_settings(llama.common_json(), windows);
         with_settings(json.into(), of_type)
@@ -118,53 +113,22 @@ pub(crate) struct Qwen3Block {
 impl DecoderBlock for Qwen3Block {
     type Config = Qwen3Config;
 
-    parts! {
-        config =>
+    gated_parts! {
+        config => config.llama,
+        attention: self_attn.attention,
+        mlp: mlp,
         norms:
             "input_layernorm" input_layernorm [config.llama.hidden_size],
             "self_attn.q_norm" self_attn.q_norm [config.llama.head_dim],
             "self_attn.k_norm" self_attn.k_norm [config.llama.head_dim],
             "post_attention_layernorm" post_attention_layernorm [config.llama.hidden_size],
-        projections:
-            0 "self_attn.q_proj" self_attn.attention.q_proj
-                [config.llama.hidden_size, config.llama.query_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.k_proj" self_attn.attention.k_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            0 "self_attn.v_proj" self_attn.attention.v_proj
-                [config.llama.hidden_size, config.llama.key_width()],
-                bias config.llama.attention_bias,
-            1 "self_attn.o_proj" self_attn.attention.o_proj
-                [config.llama.query_width(), config.llama.hidden_size],
-                bias config.llama.attention_bias,
-            2 "mlp.gate_proj" mlp.gate_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            2 "mlp.up_proj" mlp.up_proj
-                [config.llama.hidden_size, config.llama.intermediate_size], bias false,
-            3 "mlp.down_proj" mlp.down_proj
-                [config.llama.intermediate_size, config.llama.hidden_size], bias false,
     }
 
     fn build<S: Source>(mut parts: Parts<Self, S>) -> Result<Self, S::Error> {
         let [input_layernorm, q_norm, k_norm, post_attention_layernorm] = parts.norms()?;
-        let [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            gate_proj,
-            up_proj,
-            down_proj,
-        ] = parts.linears()?;
         let llama = &parts.config.llama;
-        let attention = Attention {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            heads: Heads::new(llama.head_dim, parts.reach),
-        };
+        let heads = Heads::new(llama.head_dim, parts.reach);
+        let (attention, mlp) = parts.attention_and_mlp(heads, llama.hidden_act)?;
         Ok(Self {
             input_layernorm,
             self_attn: NormedAttention {
@@ -173,12 +137,7 @@ impl DecoderBlock for Qwen3Block {
                 k_norm,
             },
             post_attention_layernorm,
-            mlp: GatedMlp {
-                gate_proj,
-                up_proj,
-                down_proj,
-                activation: llama.hidden_act,
-            },
+            mlp,
         })
     }
 
