@@ -14,7 +14,7 @@ pub enum Error {
     #[error(transparent)]
     Peft(#[from] peft::Error),
     /// A path or a file that does not hold JSON records.
-    #[error("`{path}` is {found}, expected JSON records; {advice}")]
+    #[error("`{path}` is {found}, expected records; {advice}")]
     NotRecords {
         /// The path.
         path: PathBuf,
@@ -24,7 +24,7 @@ pub enum Error {
         advice: &'static str,
     },
     /// A file without records.
-    #[error("`{path}` has no records; expected one JSON object per line, or an array of objects")]
+    #[error("`{path}` has no records; expected one JSON object per line, an array of objects, or a table with rows")]
     NoRecords {
         /// The file.
         path: PathBuf,
@@ -126,7 +126,7 @@ pub enum RecordError {
         problem: String,
     },
     /// A record of more bytes than are read.
-    #[error("the record has more than {max} bytes; put each record on a line of its own")]
+    #[error("the record has more than {max} bytes")]
     TooLarge {
         /// The limit in bytes.
         max: usize,

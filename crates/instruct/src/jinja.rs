@@ -248,7 +248,7 @@ impl Templates {
         if is_limit && error.detail().is_none() {
             problem = format!("more than {max_steps} steps (of an instruction or 64 bytes)");
         }
-        if problem.contains(CLOCK) {
+        if error.kind() == ErrorKind::UnknownFunction && problem.contains(CLOCK) {
             problem += ": templates cannot read the clock; give the date";
         }
         if let Some((end, _)) = problem.char_indices().nth(MAX_PROBLEM) {

@@ -253,9 +253,16 @@ impl Config {
     /// The `config.json` of a new model of this shape.
     ///
     /// # Panics
-    /// As [`LlamaConfig::to_json`](crate::LlamaConfig::to_json).
+    /// If no `config.json` has this shape, such as one with a rope scaling, or with biases or windows that the
+    /// model type does not have.
     pub fn to_json(&self) -> Map<String, Value> {
-        of!(Self, self, config => config.to_json())
+        let json = of!(Self, self, config => config.to_json());
+        let read = Self::from_json(&json, Path::new("config.json")).expect("the shape of a model");
+        assert!(
+            read.identity() == self.identity() && read.block_modules().eq(self.block_modules()),
+            "no config.json has this shape"
+        );
+        json
     }
 
     /// The number of tokens of the vocabulary.
@@ -318,8 +325,9 @@ impl Config {
     pub(crate) fn identity(&self) -> Identity {
         let identity = of!(Self, self, config => config.identity());
         let layers = 0..self.num_hidden_layers();
-        let layers: Vec<Reach> = layers.map(|layer| self.reach(layer)).collect();
-        Reach::state(identity, &layers, self.max_seq_len())
+        let max_len = self.max_seq_len();
+        let layers = layers.map(|layer| self.reach(layer).within(max_len));
+        Reach::state(identity, &layers.collect::<Vec<_>>())
     }
 
     fn reach(&self, layer: usize) -> Reach {

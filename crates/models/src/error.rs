@@ -359,14 +359,14 @@ pub enum GenerationError {
         /// The largest number of tokens in the cache.
         max_len: usize,
     },
-    /// A cache so long that `dynamic` rope scaling would change the keys in it.
+    /// A cache so long that the rope scaling, `dynamic` or `longrope`, would change the keys in it.
     #[error(
         "a cache for {max_len} tokens: beyond {max}, the rope scaling of the model, `dynamic` or `longrope`, rotates all keys again, and cached keys cannot be; generate fewer tokens"
     )]
     DynamicRope {
         /// The largest number of tokens in the cache.
         max_len: usize,
-        /// The longest text without scaling.
+        /// The longest text whose rotations no longer one changes.
         max: usize,
     },
     /// Logits that are NaN or infinite.

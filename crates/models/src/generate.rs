@@ -49,8 +49,8 @@ impl Model {
     ///
     /// # Errors
     /// [`peft::Error::TooLong`] for more than [`Blocks::max_positions`]; [`GenerationError::DynamicRope`]
-    /// if `dynamic` rope scaling takes effect below `max_len`, since it rotates all keys again for each
-    /// length.
+    /// if a `dynamic` or `longrope` scaling changes rotations below `max_len`, since it rotates all keys
+    /// again.
     pub fn cache(&self, max_len: usize) -> Result<Cache> {
         if let Some(max) = self.max_positions().filter(|&max| max_len > max) {
             return Err(peft::Error::TooLong { len: max_len, max }.into());

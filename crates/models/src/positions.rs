@@ -13,18 +13,25 @@ pub(crate) struct Reach {
 }
 
 impl Reach {
-    /// States what layers read, of texts of up to `max_len` tokens: once if they are alike.
-    pub(crate) fn state(mut identity: Identity, layers: &[Self], max_len: usize) -> Identity {
+    /// What is read of texts of up to `max_len` tokens: a longer window is none.
+    pub(crate) fn within(self, max_len: usize) -> Self {
+        Self {
+            window: self.window.filter(|&window| window < max_len),
+            ..self
+        }
+    }
+
+    /// States what layers read: once if they are alike.
+    pub(crate) fn state(mut identity: Identity, layers: &[Self]) -> Identity {
         let is_alike = layers.iter().all(|layer| *layer == layers[0]);
-        let stated = if is_alike { &layers[..1] } else { layers };
-        for (index, layer) in stated.iter().enumerate() {
+        let n_stated = if is_alike { 1 } else { layers.len() };
+        for (index, layer) in layers.iter().enumerate().take(n_stated) {
             let prefix = if is_alike {
                 String::new()
             } else {
                 format!("layers.{index}.")
             };
-            // A longer window is none.
-            if let Some(window) = layer.window.filter(|&window| window < max_len) {
+            if let Some(window) = layer.window {
                 identity = identity.with_setting(format!("{prefix}sliding_window"), window);
             }
             if let Some(rotary) = &layer.rotary {

@@ -1,6 +1,6 @@
 use crate::Result;
 use crate::rope::Rotary;
-use crate::settings::Settings;
+use crate::settings::{Settings, is_positive};
 
 /// The scaling of the frequencies of a rotary embedding for longer texts, as in transformers.
 #[derive(Clone, Debug, PartialEq)]
@@ -321,7 +321,7 @@ fn yarn(entry: &Settings, factor: f64, original: usize) -> Result<RopeScaling> {
         Ok(entry.optional_positive(key)?.unwrap_or(default))
     };
     let attention_factor = or("attention_factor", inferred)?;
-    if !(attention_factor > 0.0 && (attention_factor as f32).is_normal()) {
+    if !is_positive(attention_factor) {
         let problem = format!("gives the factor {attention_factor} of cosines");
         return Err(entry.refuse("mscale", problem));
     }
@@ -345,8 +345,7 @@ fn long_rope(entry: &Settings, factor: f64, original: usize, dims: usize) -> Res
             let problem = format!("has {} numbers for {n} pairs of dimensions", factors.len());
             return Err(entry.refuse(key, problem));
         }
-        let is_usable = |factor: &f64| *factor > 0.0 && (*factor as f32).is_normal();
-        match factors.iter().find(|factor| !is_usable(factor)) {
+        match factors.iter().find(|&&factor| !is_positive(factor)) {
             Some(factor) => {
                 let problem = format!("has {factor}; factors must be positive numbers of f32");
                 Err(entry.refuse(key, problem))

@@ -13,6 +13,9 @@ use crate::{ConfigError, Error, Result};
 /// The most blocks of a model: each block has a list of names.
 const MAX_LAYERS: usize = 10_000;
 
+/// The widest matrix: what is computed of its sizes stays far within 64 bits.
+const MAX_WIDTH: usize = 1 << 28;
+
 /// The settings of a `config.json`, or of an object in it, with its path for errors.
 ///
 /// A setting that is not there has its default. One that is `null` is so only where the configuration
@@ -141,6 +144,27 @@ impl<'a> Settings<'a> {
         }
     }
 
+    /// The size of a matrix.
+    pub(crate) fn width(&self, key: &str) -> Result<usize> {
+        let width = self.size(key)?;
+        self.check_width(key, width)
+    }
+
+    /// The size of a matrix that may be `null`.
+    pub(crate) fn optional_width(&self, key: &str) -> Result<Option<usize>> {
+        let width = self.optional_size(key)?;
+        width.map(|width| self.check_width(key, width)).transpose()
+    }
+
+    /// Checks the size of a matrix that follows from a setting.
+    pub(crate) fn check_width(&self, key: &str, width: usize) -> Result<usize> {
+        if width <= MAX_WIDTH {
+            return Ok(width);
+        }
+        let problem = format!("makes a matrix of width {width}; the widest has {MAX_WIDTH}");
+        Err(self.refuse(key, problem))
+    }
+
     /// A size that has a default.
     pub(crate) fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         Ok(self.read(key, &a_size(), size)?.unwrap_or(default))
@@ -149,6 +173,18 @@ impl<'a> Settings<'a> {
     /// A size that may be `null`.
     pub(crate) fn optional_size(&self, key: &str) -> Result<Option<usize>> {
         self.read_or_null(key, &a_size(), size)
+    }
+
+    /// A size that may be `null`, with a default where it is not there.
+    pub(crate) fn optional_size_or(
+        &self,
+        key: &str,
+        default: impl Into<Option<usize>>,
+    ) -> Result<Option<usize>> {
+        match self.get(key) {
+            None => Ok(default.into()),
+            Some(_) => self.optional_size(key),
+        }
     }
 
     /// A number of at least 0.
@@ -225,8 +261,16 @@ impl<'a> Settings<'a> {
         }
     }
 
+    /// A positive number of the range of `f32` that may be `null`, with a default where it is not there.
+    pub(crate) fn optional_positive_or(&self, key: &str, default: f64) -> Result<Option<f64>> {
+        match self.get(key) {
+            None => Ok(Some(default)),
+            Some(_) => self.optional_positive(key),
+        }
+    }
+
     fn check_positive(&self, key: &str, number: f64) -> Result<f64> {
-        if number > 0.0 && (number as f32).is_normal() {
+        if is_positive(number) {
             return Ok(number);
         }
         let problem = format!("is {number}; it must be positive and within the range of f32");
@@ -322,6 +366,11 @@ impl<'a> Settings<'a> {
         let unknown = self.json.keys().filter(|&key| !known.contains(key));
         unknown.cloned().collect()
     }
+}
+
+/// Whether a number is positive in `f32` too, in which it is computed with.
+pub(crate) fn is_positive(number: f64) -> bool {
+    number > 0.0 && (number as f32).is_normal()
 }
 
 /// A value as text, cut to a few words.

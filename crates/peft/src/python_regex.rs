@@ -13,7 +13,8 @@ mod parse;
 
 use parse::Parser;
 
-/// A regular expression of Python, matched from the start of a text.
+/// A regular expression of Python, matched from the start of a text of printable ASCII, as paths are: of
+/// line ends and of other letters the engines differ.
 ///
 /// # Examples
 /// ```

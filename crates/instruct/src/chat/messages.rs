@@ -240,13 +240,14 @@ fn message(
     Ok((role.clone(), with_reasoning(fields.collect())))
 }
 
-/// Gives the assistant's reasoning the names that templates have for it, as transformers does.
+/// Gives the reasoning of a message the names that templates have for it, as transformers does.
 fn with_reasoning(mut fields: Map<String, Json>) -> Map<String, Json> {
     let mut reasoning = REASONING_FIELDS.iter().filter_map(|&name| fields.get(name));
     let Some(reasoning) = reasoning.find(|value| !value.is_null()).cloned() else {
         return fields;
     };
     fields.insert("reasoning_content".into(), reasoning.clone());
+    // As there, one that is null stays.
     let thinking = fields.shift_remove("thinking").unwrap_or(reasoning);
     [("thinking".into(), thinking)]
         .into_iter()

@@ -80,6 +80,11 @@ fn no_args(args: &[Value]) -> Result<(), Error> {
     from_args(args)
 }
 
+/// The ends of lines in Python, with `\r\n`.
+const LINE_ENDS: [char; 10] = [
+    '\n', '\r', '\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\u{85}', '\u{2028}', '\u{2029}',
+];
+
 /// Whether Python takes a character for whitespace: the separators of ASCII are.
 pub(super) fn is_space(char: char) -> bool {
     char.is_whitespace() || matches!(char, '\x1c'..='\x1f')
@@ -193,18 +198,12 @@ fn words(text: &str, most: usize, from_end: bool) -> Vec<&str> {
 
 /// The lines of a text, each with its end.
 pub(super) fn lines(text: &str) -> impl Iterator<Item = &str> {
-    let is_end = |char: char| {
-        matches!(
-            char,
-            '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
-        )
-    };
     let mut rest = text;
     std::iter::from_fn(move || {
         if rest.is_empty() {
             return None;
         }
-        let end = match rest.find(is_end) {
+        let end = match rest.find(LINE_ENDS) {
             Some(at) if rest[at..].starts_with("\r\n") => at + 2,
             Some(at) => at + rest[at..].chars().next().map_or(0, char::len_utf8),
             None => rest.len(),
@@ -217,12 +216,9 @@ pub(super) fn lines(text: &str) -> impl Iterator<Item = &str> {
 
 /// A line without its end.
 pub(super) fn without_end(line: &str) -> &str {
-    let ends = [
-        '\n', '\r', '\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\u{85}', '\u{2028}', '\u{2029}',
-    ];
     match line.strip_suffix("\r\n") {
         Some(line) => line,
-        None => line.strip_suffix(ends).unwrap_or(line),
+        None => line.strip_suffix(LINE_ENDS).unwrap_or(line),
     }
 }
 

@@ -324,4 +324,7 @@ fn there_is_no_clock() {
     );
     let llama_3_2 = "{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{%- else %}26 Jul 2024{%- endif %}";
     assert_eq!(chat(llama_3_2).unwrap(), "26 Jul 2024");
+    // Not where the name is in another error.
+    let raised = chat("{{ raise_exception('no strftime_now') }}").unwrap_err();
+    assert!(!raised.contains("give the date"), "{raised}");
 }

@@ -98,10 +98,7 @@ pub(super) fn read_layers(
 ) -> Result<LlamaConfig> {
     settings.only("use_bidirectional_attention", false)?;
     let n_layers = llama.num_hidden_layers;
-    let window = match settings.get("sliding_window") {
-        None => Some(4096),
-        Some(_) => settings.optional_size("sliding_window")?,
-    };
+    let window = settings.optional_size_or("sliding_window", 4096)?;
     let types = layer_types(settings, n_layers)?;
     let types = types.unwrap_or_else(|| (0..n_layers).map(rule).collect());
     let is_usual = (0..n_layers).all(|layer| types[layer] == usual(layer));
@@ -116,12 +113,17 @@ pub(super) fn read_layers(
 }
 
 /// The settings of a Gemma beside those that all model types have.
-pub(super) fn to_json(llama: &LlamaConfig, layers: &[LayerAttention]) -> Map<String, Value> {
+pub(super) fn to_json(
+    llama: &LlamaConfig,
+    has_window: impl Fn(usize) -> bool + Copy,
+) -> Map<String, Value> {
+    let layers = 0..llama.num_hidden_layers;
+    let layers = layers.map(|layer| llama.attention(layer, has_window).name());
     let of_gemma = json!({
         "hidden_activation": llama.hidden_act.name(),
         "attention_bias": llama.has_attention_biases(),
         "sliding_window": llama.sliding_window,
-        "layer_types": layers.iter().map(|layer| layer.name()).collect::<Vec<_>>(),
+        "layer_types": layers.collect::<Vec<_>>(),
     });
     with_settings(llama.common_json(), of_gemma)
 }
@@ -144,22 +146,13 @@ impl Gemma2Config {
     fn read(settings: &Settings) -> Result<Self> {
         let llama = LlamaConfig::read(settings, defaults(8192))?.read_rotary(settings, 10_000.0)?;
         let llama = read_layers(llama, settings, has_window, has_window)?;
-        let cap = |key: &str, default: f64| match settings.get(key) {
-            None => Ok(Some(default)),
-            Some(_) => settings.optional_positive(key),
-        };
+        let cap = |key: &str, default| settings.optional_positive_or(key, default);
         Ok(Self {
             llama,
             query_pre_attn_scalar: settings.size_or("query_pre_attn_scalar", 256)?,
             attn_logit_softcapping: cap("attn_logit_softcapping", 50.0)?,
             final_logit_softcapping: cap("final_logit_softcapping", 30.0)?,
         })
-    }
-
-    fn layers(&self) -> Vec<LayerAttention> {
-        let every_other = |layer: usize| LayerAttention::sliding(has_window(layer));
-        let stated = self.llama.layer_attention.clone();
-        stated.unwrap_or_else(|| (0..self.llama.num_hidden_layers).map(every_other).collect())
     }
 
     /// The `config.json` of a new model of this shape.
@@ -175,7 +168,7 @@ impl Gemma2Config {
             "attn_logit_softcapping": self.attn_logit_softcapping,
             "final_logit_softcapping": self.final_logit_softcapping,
         });
-        with_settings(to_json(&self.llama, &self.layers()).into(), of_type)
+        with_settings(to_json(&self.llama, has_window).into(), of_type)
     }
 }
 
@@ -206,7 +199,8 @@ impl Architecture for Gemma2Config {
 
     fn reach(&self, layer: usize) -> Reach {
         Reach {
-            window: (self.llama.sliding_window).filter(|_| self.layers()[layer].has_window),
+            window: (self.llama.sliding_window)
+                .filter(|_| self.llama.attention(layer, has_window).has_window),
             rotary: Some(self.llama.rotary()),
         }
     }

@@ -9,7 +9,6 @@ use serde_json::{Map, Value, json};
 
 use super::gated::gated_parts;
 use super::gemma2;
-use super::layer_attention::LayerAttention;
 use super::llama::{LlamaConfig, with_settings};
 use crate::Result;
 use crate::activation::Activation;
@@ -92,6 +91,11 @@ fn has_window(layer: usize, pattern: usize) -> bool {
     !(layer + 1).is_multiple_of(pattern)
 }
 
+/// Whether a layer has a window where nothing is stated.
+fn is_usual(layer: usize) -> bool {
+    has_window(layer, PATTERN)
+}
+
 impl Gemma3Config {
     fn read(settings: &Settings) -> Result<Self> {
         // transformers has the settings, and computes nothing with them.
@@ -99,8 +103,7 @@ impl Gemma3Config {
         let llama = LlamaConfig::read(settings, gemma2::defaults(131_072))?;
         let pattern = settings.size_or("sliding_window_pattern", PATTERN)?;
         let rule = |layer| has_window(layer, pattern);
-        let usual = |layer| has_window(layer, PATTERN);
-        let llama = gemma2::read_layers(llama, settings, usual, rule)?;
+        let llama = gemma2::read_layers(llama, settings, is_usual, rule)?;
         let [global, local] = read_rotations(&llama, settings)?;
         Ok(Self {
             llama: llama.with_rotary(global),
@@ -109,12 +112,6 @@ impl Gemma3Config {
             query_pre_attn_scalar: settings.size_or("query_pre_attn_scalar", 256)?,
             final_logit_softcapping: settings.optional_positive("final_logit_softcapping")?,
         })
-    }
-
-    fn layers(&self) -> Vec<LayerAttention> {
-        let pattern = |layer: usize| LayerAttention::sliding(has_window(layer, PATTERN));
-        let stated = self.llama.layer_attention.clone();
-        stated.unwrap_or_else(|| (0..self.llama.num_hidden_layers).map(pattern).collect())
     }
 
     /// The `config.json` of a new model of this shape.
@@ -135,7 +132,7 @@ impl Gemma3Config {
             "final_logit_softcapping": self.final_logit_softcapping,
             "rope_local_base_freq": self.rope_local_theta,
         });
-        let json = gemma2::to_json(&self.llama, &self.layers());
+        let json = gemma2::to_json(&self.llama, is_usual);
         with_settings(json.into(), of_type)
     }
 }
@@ -145,6 +142,11 @@ impl Gemma3Config {
 fn read_rotations(llama: &LlamaConfig, settings: &Settings) -> Result<[Rotary; 2]> {
     let parameters = settings.object("rope_parameters")?;
     let parameters = parameters.unwrap_or_else(|| settings.nothing());
+    if parameters.has("rope_type") || parameters.has("rope_theta") {
+        let problem =
+            "is one rotation; there is one for full_attention and one for sliding_attention";
+        return Err(settings.refuse("rope_parameters", problem));
+    }
     let of_type = |layer_type: &str| -> Result<Settings> {
         let entry = parameters.object(layer_type)?;
         Ok(entry.unwrap_or_else(|| settings.nothing()))
@@ -199,7 +201,10 @@ impl Architecture for Gemma3Config {
     }
 
     fn reach(&self, layer: usize) -> Reach {
-        let (global, has_window) = (self.llama.rotary(), self.layers()[layer].has_window);
+        let (global, has_window) = (
+            self.llama.rotary(),
+            self.llama.attention(layer, is_usual).has_window,
+        );
         let rotary = if has_window {
             Rotary {
                 theta: self.rope_local_theta,

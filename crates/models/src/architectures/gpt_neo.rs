@@ -99,7 +99,7 @@ impl GptNeoConfig {
             // Made of `attention_types`.
             "attention_layers",
         ]);
-        let hidden_size = settings.size("hidden_size")?;
+        let hidden_size = settings.width("hidden_size")?;
         let num_layers = settings.layers_named(&["num_layers", "num_hidden_layers"])?;
         let num_heads = settings.size_named(&["num_heads", "num_attention_heads"])?;
         if !hidden_size.is_multiple_of(num_heads) {
@@ -107,9 +107,9 @@ impl GptNeoConfig {
                 format!("is {num_heads}, which does not divide the hidden size {hidden_size}");
             return Err(settings.refuse("num_heads", problem));
         }
-        let inner = settings.optional_size("intermediate_size")?;
+        let inner = settings.optional_width("intermediate_size")?;
         Ok(Self {
-            vocab_size: settings.size("vocab_size")?,
+            vocab_size: settings.width("vocab_size")?,
             hidden_size,
             intermediate_size: inner.unwrap_or(4 * hidden_size),
             num_layers,

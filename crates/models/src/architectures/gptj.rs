@@ -81,6 +81,7 @@ impl GptJConfig {
     fn read(settings: &Settings) -> Result<Self> {
         settings.ignore(&["resid_pdrop", "embd_pdrop", "attn_pdrop"]);
         let n_embd = settings.size_named(&["n_embd", "hidden_size"])?;
+        settings.check_width("n_embd", n_embd)?;
         let n_head = settings.size_named(&["n_head", "num_attention_heads"])?;
         if !n_embd.is_multiple_of(n_head) {
             let problem = format!("is {n_head}, which does not divide the width {n_embd}");
@@ -95,9 +96,9 @@ impl GptJConfig {
         }
         let positions = ["n_positions", "max_position_embeddings"];
         Ok(Self {
-            vocab_size: settings.size("vocab_size")?,
+            vocab_size: settings.width("vocab_size")?,
             n_embd,
-            n_inner: settings.optional_size("n_inner")?.unwrap_or(4 * n_embd),
+            n_inner: settings.optional_width("n_inner")?.unwrap_or(4 * n_embd),
             n_layer: settings.layers_named(&["n_layer", "num_hidden_layers"])?,
             n_head,
             n_positions: settings.size_named_or(&positions, 2048)?,

@@ -174,20 +174,17 @@ impl LlamaConfig {
     pub(super) fn read(settings: &Settings, defaults: Defaults) -> Result<Self> {
         settings.ignore(&["attention_dropout"]);
         let (hidden, heads) = (
-            settings.size("hidden_size")?,
+            settings.width("hidden_size")?,
             settings.size("num_attention_heads")?,
         );
-        let or_default = |key: &str, default| match settings.get(key) {
-            None => Ok(default),
-            Some(_) => settings.optional_size(key),
-        };
-        let kv_heads = or_default("num_key_value_heads", defaults.num_key_value_heads)?;
+        let kv_heads =
+            settings.optional_size_or("num_key_value_heads", defaults.num_key_value_heads)?;
         let kv_heads = kv_heads.unwrap_or(heads);
         if !heads.is_multiple_of(kv_heads) {
             let problem = format!("is {kv_heads}, which does not divide the {heads} heads");
             return Err(settings.refuse("num_key_value_heads", problem));
         }
-        let head_dim = or_default("head_dim", defaults.head_dim)?;
+        let head_dim = settings.optional_size_or("head_dim", defaults.head_dim)?;
         if head_dim.is_none() && !hidden.is_multiple_of(heads) {
             let problem = format!("is {heads}, which does not divide the hidden size {hidden}");
             return Err(settings.refuse("num_attention_heads", problem));
@@ -197,12 +194,13 @@ impl LlamaConfig {
             let problem = format!("is {head_dim}; rotary embeddings turn pairs");
             return Err(settings.refuse("head_dim", problem));
         }
+        settings.check_width("head_dim", heads.saturating_mul(head_dim))?;
         let (key, activation) = defaults.activation;
         let max = defaults.max_position_embeddings;
         Ok(Self {
-            vocab_size: settings.size("vocab_size")?,
+            vocab_size: settings.width("vocab_size")?,
             hidden_size: hidden,
-            intermediate_size: settings.size("intermediate_size")?,
+            intermediate_size: settings.width("intermediate_size")?,
             num_hidden_layers: settings.layers("num_hidden_layers")?,
             num_attention_heads: heads,
             num_key_value_heads: kv_heads,
@@ -295,6 +293,17 @@ impl LlamaConfig {
             }),
             _ => panic!("no model type has these biases and windows"),
         }
+    }
+
+    /// The attention of a layer; where none is stated, a rotating one with a window if it is usual.
+    pub(super) fn attention(
+        &self,
+        layer: usize,
+        has_window: impl Fn(usize) -> bool,
+    ) -> LayerAttention {
+        let usual = || LayerAttention::sliding(has_window(layer));
+        let stated = self.layer_attention.as_ref();
+        stated.map_or_else(usual, |layers| layers[layer])
     }
 
     pub(crate) fn rotary(&self) -> Rotary {
@@ -396,9 +405,7 @@ impl Architecture for LlamaConfig {
     }
 
     fn reach(&self, layer: usize) -> Reach {
-        let layers = self.layer_attention.as_ref();
-        let of_layer = layers.and_then(|layers| layers.get(layer)).copied();
-        let attention = of_layer.unwrap_or(LayerAttention::SLIDING);
+        let attention = self.attention(layer, |_| true);
         Reach {
             window: self.sliding_window.filter(|_| attention.has_window),
             rotary: attention.has_rope.then(|| self.rotary()),

@@ -104,7 +104,7 @@ impl OptConfig {
         let default = Self::default();
         let (heads, hidden) = (
             settings.size("num_attention_heads")?,
-            settings.size("hidden_size")?,
+            settings.width("hidden_size")?,
         );
         if !hidden.is_multiple_of(heads) {
             let problem = format!("is {heads}, which does not divide the hidden size {hidden}");
@@ -112,15 +112,15 @@ impl OptConfig {
         }
         let flag = |key: &str, default| settings.flag_or(key, default);
         Ok(Self {
-            vocab_size: settings.size("vocab_size")?,
+            vocab_size: settings.width("vocab_size")?,
             hidden_size: hidden,
-            ffn_dim: settings.size("ffn_dim")?,
+            ffn_dim: settings.width("ffn_dim")?,
             num_hidden_layers: settings.layers("num_hidden_layers")?,
             num_attention_heads: heads,
             max_position_embeddings: settings
                 .size_or("max_position_embeddings", default.max_position_embeddings)?,
             word_embed_proj_dim: settings
-                .optional_size("word_embed_proj_dim")?
+                .optional_width("word_embed_proj_dim")?
                 .unwrap_or(hidden),
             do_layer_norm_before: flag("do_layer_norm_before", true)?,
             remove_final_layer_norm: flag("_remove_final_layer_norm", false)?,

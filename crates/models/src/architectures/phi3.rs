@@ -89,9 +89,23 @@ impl Phi3Config {
             "model_type": "phi3",
             "sliding_window": llama.sliding_window,
             "original_max_position_embeddings": llama.max_position_embeddings,
-            "partial_rotary_factor": self.rotary_dims as f64 / llama.head_dim as f64,
+            "partial_rotary_factor": self.partial(),
         });
         with_settings(llama.common_json(), of_type)
+    }
+
+    /// The part of a head that is rotated, whose product with its width is cut to a whole number.
+    fn partial(&self) -> f64 {
+        let head_dim = self.llama.head_dim as f64;
+        if self.rotary_dims == self.llama.head_dim {
+            return 1.0;
+        }
+        let quotient = self.rotary_dims as f64 / head_dim;
+        if (quotient * head_dim) as usize == self.rotary_dims {
+            quotient
+        } else {
+            (self.rotary_dims as f64 + 0.5) / head_dim
+        }
     }
 
     /// The widths of the queries, the keys and the values.

@@ -84,7 +84,7 @@ pub fn load_as(dir: impl AsRef<Path>, device: &Device, compute: FloatType) -> Re
     }
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    let quantization = config.remove("quantization_config");
+    let quantization = config.shift_remove("quantization_config");
     let shape = Config::from_json(&config, &config_path)?;
     let tokenizer = Tokenizer::read(dir)?;
     let stated = (&config, config_path.as_path());

@@ -216,7 +216,7 @@ pub fn plan(dir: impl AsRef<Path>, recipe: &(impl Recipe + ?Sized)) -> Result<Pl
     let dir = dir.as_ref();
     let config_path = dir.join(CONFIG);
     let mut config: Map<String, Value> = tensor_files::read_json(&config_path)?;
-    let quantization = config.remove("quantization_config");
+    let quantization = config.shift_remove("quantization_config");
     let config = Config::from_json(&config, &config_path)?;
     let Weights {
         mut tensors,

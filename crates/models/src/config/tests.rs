@@ -6,8 +6,8 @@ use burn::tensor::{Device, Tensor};
 use peft::{Linears, Stages, Weight};
 
 use super::*;
-use crate::Model;
 use crate::source::{HEAD, Vector, weight_name};
+use crate::{Gemma2Config, LlamaConfig, Model, Olmo2Config, Phi3Config};
 use peft::Table;
 
 #[path = "../../tests/fixtures/architectures.rs"]
@@ -115,4 +115,40 @@ fn every_model_type_has_a_configuration_that_is_read_back() {
     }
     let known = Config::model_types().into_iter().map(String::from);
     assert_eq!(types, known.collect());
+}
+
+/// A part of a head is written so that its product with the width is cut to the same dimensions.
+#[test]
+fn the_rotated_part_of_a_head_is_read_back() {
+    for head_dim in (2..=256).step_by(2) {
+        for rotary_dims in (2..=head_dim).step_by(2) {
+            let llama = LlamaConfig::default()
+                .with_num_hidden_layers(1)
+                .with_head_dim(head_dim);
+            let config = Phi3Config::default()
+                .with_llama(llama)
+                .with_rotary_dims(rotary_dims);
+            let read = Config::from_json(&config.to_json(), Path::new("config.json"));
+            assert_eq!(read.unwrap(), config.into());
+        }
+    }
+}
+
+/// A window that reaches all tokens is none.
+#[test]
+fn a_window_longer_than_texts_changes_no_identity() {
+    let gemma = Gemma2Config::default();
+    let windowed = |window: Option<usize>| {
+        let llama = gemma.llama.clone().with_sliding_window(window);
+        Config::from(gemma.clone().with_llama(llama)).identity()
+    };
+    assert_eq!(windowed(Some(4096)), windowed(None));
+    assert_ne!(windowed(Some(4095)), windowed(None));
+}
+
+#[test]
+#[should_panic(expected = "no config.json has this shape")]
+fn a_shape_that_no_model_type_has_is_not_written() {
+    let llama = LlamaConfig::default().with_sliding_window(5);
+    Config::from(Olmo2Config::from(llama)).to_json();
 }

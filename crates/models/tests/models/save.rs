@@ -11,6 +11,7 @@ use models::{
 use peft::{Adapters, Linear, Linears, Lora, Weight};
 use proptest::prelude::*;
 use quant_core::Rtn;
+use serde_json::{Map, Value};
 use tempfile::TempDir;
 use tensor_files::{FloatType, Output};
 
@@ -51,6 +52,34 @@ proptest! {
             prop_assert_eq!(fs::read(out.join(name)).unwrap(), fs::read(twice.join(name)).unwrap());
         }
     }
+}
+
+/// Settings keep their order, wherever the quantization was among them.
+#[test]
+fn settings_are_written_in_their_order() {
+    let (dir, mut lm) = pretrained(llama(), 1);
+    quantize(&mut lm.model, &Rtn::new().with_group_size(4), &[], |_| {}).unwrap();
+    let packed = dir.path().join("packed");
+    save(&lm, &packed).unwrap();
+    let path = packed.join("config.json");
+    let read = |path| -> Map<String, Value> { tensor_files::read_json(path).unwrap() };
+    let mut config = read(&path);
+    let quantization = config.shift_remove("quantization_config").unwrap();
+    config.shift_insert(1, "quantization_config".into(), quantization);
+    fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+
+    let dense = dir.path().join("dense");
+    save_dense(
+        &load(&packed, &Device::flex()).unwrap(),
+        &dense,
+        FloatType::F32,
+    )
+    .unwrap();
+    config.shift_remove("quantization_config");
+    let written = read(&dense.join("config.json"));
+    let expected: Vec<&String> = config.keys().collect();
+    let kept = written.keys().filter(|key| config.contains_key(*key));
+    assert_eq!(kept.collect::<Vec<_>>(), expected);
 }
 
 #[test]

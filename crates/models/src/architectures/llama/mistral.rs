@@ -21,10 +21,7 @@ fn read(settings: &Settings) -> Result<LlamaConfig> {
         ..Defaults::default()
     };
     let config = LlamaConfig::read(settings, defaults)?.read_rotary(settings, 10_000.0)?;
-    let window = match settings.get("sliding_window") {
-        None => Some(WINDOW),
-        Some(_) => settings.optional_size("sliding_window")?,
-    };
+    let window = settings.optional_size_or("sliding_window", WINDOW)?;
     Ok(config.with_sliding_window(window))
 }
 

@@ -33,10 +33,7 @@ pub(in crate::architectures) fn windows(
     settings: &Settings,
     n_layers: usize,
 ) -> Result<(Option<usize>, Option<Vec<LayerAttention>>)> {
-    let window = match settings.get("sliding_window") {
-        None => Some(4096),
-        Some(_) => settings.optional_size("sliding_window")?,
-    };
+    let window = settings.optional_size_or("sliding_window", 4096)?;
     let uses_it = settings.flag_or("use_sliding_window", false)?;
     let window = window.filter(|_| uses_it);
     let first = settings.count_or("max_window_layers", 28)?;

@@ -56,7 +56,7 @@ impl<'a> Inputs<'a> {
     ) -> Result<Self> {
         check_compute(compute, device)?;
         let mut config: Map<String, Value> = tensor_files::read_json(&dir.join(CONFIG))?;
-        config.remove("quantization_config");
+        config.shift_remove("quantization_config");
         let carried = carried(dir)?;
         stop_tokens(dir, &config, &carried, shape.vocab_size())?;
         let mut inputs = Self {
@@ -80,7 +80,7 @@ impl<'a> Inputs<'a> {
     /// The tensors: a file that vanished or was cut since is found now.
     pub(super) fn checkpoint(&self) -> Result<Checkpoint> {
         let mut config: Map<String, Value> = tensor_files::read_json(&self.dir.join(CONFIG))?;
-        let quantization = config.remove("quantization_config");
+        let quantization = config.shift_remove("quantization_config");
         let weights = open(self.dir, quantization, &self.shape)?;
         Ok(Checkpoint::new(weights, self.device))
     }

@@ -156,3 +156,31 @@ fn windows_that_are_not_as_the_layers_say_are_refused() {
         assert_eq!(config.sliding_window, windows);
     }
 }
+
+/// Widths whose sums and products do not fit 64 bits.
+#[test]
+fn matrices_wider_than_any_model_are_refused() {
+    let most = u32::MAX;
+    for model_type in ["llama", "phi3"] {
+        let heads =
+            json!({"num_attention_heads": most, "num_key_value_heads": most, "head_dim": most - 1});
+        assert_refused(
+            &with(&llama(model_type), &heads),
+            "head_dim",
+            "makes a matrix of width",
+        );
+        for key in ["hidden_size", "intermediate_size", "vocab_size"] {
+            let config = with(&llama(model_type), &json!({key: most - 3, "head_dim": 8}));
+            assert_refused(&config, key, "makes a matrix of width 4294967292");
+        }
+    }
+}
+
+#[test]
+fn one_rotation_for_both_kinds_of_layers_is_refused() {
+    let config = with(
+        &llama("gemma3_text"),
+        &json!({"rope_parameters": {"rope_type": "default"}}),
+    );
+    assert_refused(&config, "rope_parameters", "is one rotation");
+}

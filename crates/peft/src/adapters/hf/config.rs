@@ -82,11 +82,9 @@ fn is_neutral(value: &Value) -> bool {
     }
 }
 
-/// The layers that a configuration chooses; `bytes` are its text, for the order of its patterns.
-pub(super) fn patterns(config: &HfConfig, bytes: &[u8]) -> Result<Patterns, String> {
-    read_config::<Chosen>(config)?;
-    let chosen = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-    Patterns::new(chosen)
+/// The layers that a configuration chooses.
+pub(super) fn patterns(config: &HfConfig) -> Result<Patterns, String> {
+    Patterns::new(read_config::<Chosen>(config)?)
 }
 
 /// The configuration of adapters of layers of a model whose layers are at `paths`.
@@ -161,6 +159,8 @@ pub(super) fn written(layers: &[(&str, HfLayer)], paths: &[String]) -> Result<Hf
         set("rank_pattern", ranks.into());
         set("alpha_pattern", alphas.into());
     }
+    // As PEFT writes them, but for the patterns, of which the first that matches decides.
+    config.sort_keys();
     Ok(config)
 }
 

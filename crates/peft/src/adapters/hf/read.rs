@@ -92,18 +92,16 @@ impl BaseConfig {
 impl Directory {
     fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG);
-        let bytes = tensor_files::read_config(&path)?;
+        let mut config: HfConfig = tensor_files::read_json(&path)?;
         let refuse = |problem: String| {
             let path = path.clone();
             Error::from(tensor_files::Error::File { path, problem })
         };
-        let mut config: HfConfig =
-            serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
         Kind::Peft.check(&path, &config)?;
         // Nothing is said by a key that is null.
         config.retain(|_, value| !value.is_null());
         let format = config::format(&config).map_err(&refuse)?;
-        let patterns = config::patterns(&config, &bytes).map_err(&refuse)?;
+        let patterns = config::patterns(&config).map_err(&refuse)?;
         if !patterns.has_targets() {
             let problem = "target_modules is null: PEFT chooses layers by the type of the model then; list them";
             return Err(refuse(problem.into()));
