@@ -24,7 +24,9 @@ pub enum Error {
         advice: &'static str,
     },
     /// A file without records.
-    #[error("`{path}` has no records; expected one JSON object per line, an array of objects, or a table with rows")]
+    #[error(
+        "`{path}` has no records; expected one JSON object per line, an array of objects, or a table with rows"
+    )]
     NoRecords {
         /// The file.
         path: PathBuf,

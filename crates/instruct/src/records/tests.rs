@@ -275,9 +275,7 @@ fn files_that_are_something_else() {
     }
     let error = read(lfs).unwrap_err().to_string();
     assert!(
-        error.ends_with(
-            "data.jsonl` is a Git LFS pointer, expected records; run `git lfs pull`"
-        )
+        error.ends_with("data.jsonl` is a Git LFS pointer, expected records; run `git lfs pull`")
     );
 }
 
