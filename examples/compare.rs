@@ -13,13 +13,14 @@ use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::format::FormatName;
+use examples::forms::{Form, forms};
 use examples::method::MethodName;
-use examples::outcome::{self, Result, exit, weights_bytes, write_files};
+use examples::outcome::{Result, exit, weights_bytes, write_files};
 use examples::table::{self, number};
 use examples::texts::{Cut, Perplexities, Source, Texts, fit_config};
 use examples::{interrupt, memory, println};
 use models::{Model, Pretrained};
-use peft::{Adapters, Certificate, Method, OffGrid, Targets};
+use peft::{Certificate, Method, Targets};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use quant_core::{Format, Quantizer};
@@ -250,81 +251,26 @@ fn tune(
     peft::fit(&mut adapted, &texts.train, &fit, |_, _| {})?;
     let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
     let rounded = texts.perplexities(&lm.model)?;
-    let row = |merge: &str, kept, n_bytes, retention, certificate| Row {
+    let dir = scratch.join(format!("{bits}-{}", method.name()));
+    let measure = |model: &Model| texts.perplexities(model);
+    let probe = &texts.task[0];
+    let forms = forms(&lm, &adapted, &quantizer, probe, &dir, device, measure)
+        .map_err(|error| format!("{}: {error}", method.name()))?;
+    let row = |form: Form<Perplexities>| Row {
         method: method.name(),
         format: quantizer.format().expect("checked at the start"),
         rank,
         n_trainable,
         rounded,
-        kept,
-        n_bytes,
+        kept: form.kept,
+        n_bytes: form.n_bytes,
         peak_bytes,
         seconds,
-        merge: merge.into(),
-        retention,
-        certificate,
+        merge: form.merge,
+        retention: form.retention,
+        certificate: form.certificate,
     };
-    let tuned = texts.probe(&adapted);
-    let dir = |kind: &str| scratch.join(format!("{bits}-{}-{kind}", method.name()));
-
-    let ways = [
-        ("codes", OffGrid::Refuse),
-        ("dense", OffGrid::Dense),
-        ("rounded", OffGrid::Round(&quantizer)),
-    ];
-    let mut rows = Vec::new();
-    for (kind, off_grid) in ways {
-        let mut merged = lm.clone();
-        merged.model = adapted.clone();
-        let dir = dir(kind);
-        match peft::merge_probed(&mut merged.model, off_grid, &texts.task[0]) {
-            Ok(certificate) => {
-                merged.certificate = Some(certificate.clone());
-                models::save(&merged, &dir)?;
-                let reloaded = models::load_verified(&dir, device)?;
-                let probe = certificate.probe.as_ref();
-                let retention = probe.map_or(f64::NAN, |probe| probe.retention);
-                let is_dense = certificate
-                    .layers
-                    .iter()
-                    .all(|layer| layer.format.is_none());
-                let merge = if is_dense {
-                    "dense"
-                } else {
-                    certificate.kind()
-                };
-                let kept = texts.perplexities(&reloaded.model)?;
-                let n_bytes = weights_bytes(&dir)?;
-                let is_kept = kind == "codes";
-                rows.push(row(merge, kept, n_bytes, retention, Some(certificate)));
-                if is_kept {
-                    // The merged model is packed: the other forms have no advantage.
-                    break;
-                }
-            }
-            Err(peft::Error::MergeIntoPacked { .. }) => {
-                let beside = dir.join("adapters");
-                Adapters::of(&adapted)?.save(&beside)?;
-                let base = dir.join("base");
-                models::save(&lm, &base)?;
-                let mut reloaded = models::load(&base, device)?;
-                let adapters = Adapters::load(&beside, device)?;
-                peft::activate(&mut reloaded.model, &adapters)?;
-                if outcome::bits(&texts.probe(&reloaded.model)) != outcome::bits(&tuned) {
-                    return Err(format!(
-                        "{}: the logits of the reloaded model are not the tuned model's",
-                        method.name()
-                    )
-                    .into());
-                }
-                let kept = texts.perplexities(&reloaded.model)?;
-                let n_bytes = weights_bytes(&base)? + weights_bytes(&beside)?;
-                rows.push(row("beside", kept, n_bytes, 1.0, None));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(rows)
+    Ok(forms.into_iter().map(row).collect())
 }
 
 fn markdown(report: &Report) -> String {

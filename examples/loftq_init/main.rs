@@ -5,7 +5,6 @@
 //! `cargo run --release --example loftq_init` does the first with the embedded model; `-- --help` lists
 //! the options for other models.
 
-mod methods;
 mod saved;
 mod stream;
 
@@ -18,6 +17,9 @@ use clap::{Parser, ValueEnum};
 use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
+use examples::initialization::{
+    GridName, InitName, InitPresetName, InitSettings, lq_lora, narrower,
+};
 use examples::outcome::{Result, exit, max_difference};
 use examples::progress::Bar;
 use examples::stream::initialized;
@@ -30,7 +32,6 @@ use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
 use quant_core::{Quantizer, allocate};
 use tensor_files::Output;
 
-use methods::{GridName, Name, PresetName, Settings, lq_lora, narrower};
 use saved::{Saved, save};
 
 /// Initialize LoRA adapters so that they compensate the quantization error
@@ -63,12 +64,12 @@ struct Args {
     eval: Option<PathBuf>,
     /// Initializations, one or several
     #[arg(long, value_enum, value_name = "NAME,..", value_delimiter = ',',
-          default_values_t = Name::value_variants().to_vec())]
-    method: Vec<Name>,
+          default_values_t = InitName::value_variants().to_vec())]
+    method: Vec<InitName>,
     /// Base, initialization and training of a paper, of which --lr changes the rate
     #[arg(long, value_enum, value_name = "NAME",
           conflicts_with_all = ["method", "bits", "group_size", "grid", "average_bits", "rank", "alpha"])]
-    preset: Option<PresetName>,
+    preset: Option<InitPresetName>,
     /// Widths; 4, 3 and 2 by default.
     #[command(flatten)]
     bits: BitsArg,
@@ -109,7 +110,7 @@ struct Args {
 
 impl Args {
     /// The method of the preset, or the ones that were asked for.
-    fn names(&self) -> Vec<Name> {
+    fn names(&self) -> Vec<InitName> {
         match self.preset {
             Some(preset) => vec![preset.name()],
             None => self.method.clone(),
@@ -130,29 +131,30 @@ impl Args {
         let names = names.filter(|name| name.fits(self.grid));
         let bases = pairs(&widths, &self.group_size);
         let bases: Vec<(usize, GroupSize)> = bases.map(|(&bits, &size)| (bits, size)).collect();
-        let each = |name: &Name| {
+        let each = |name: &InitName| {
             let bases = bases.iter();
-            let quantizers = bases.map(|&(bits, size)| name.quantizer(self, bits, size));
+            let quantizers =
+                bases.map(|&(bits, size)| name.quantizer(self.grid, bits, size, self.format));
             quantizers.collect::<Vec<_>>()
         };
         names.flat_map(each).collect()
     }
 
     /// The settings for one base.
-    fn settings(&self, config: &Config) -> Settings {
+    fn settings(&self, config: &Config) -> InitSettings {
         let (steps, seed) = (self.tune.steps, self.seed[0]);
         if let Some(preset) = self.preset {
             let settings = preset.settings();
             let rate = self.lr.unwrap_or(settings.fit.learning_rate());
             let fit = settings.fit.with_learning_rate(rate).with_seed(seed);
-            return Settings {
+            return InitSettings {
                 fit: fit.with_steps(steps),
                 ..settings
             };
         }
         let name = self.method[0];
-        Settings {
-            quantizer: name.quantizer(self, self.widths()[0], self.group_size[0]),
+        InitSettings {
+            quantizer: name.quantizer(self.grid, self.widths()[0], self.group_size[0], self.format),
             method: name.method(self.lora(seed), config),
             fit: fit_config(self.learning_rate(config), steps, seed),
         }
@@ -174,12 +176,12 @@ impl Args {
     fn is_by_block(&self) -> bool {
         self.out.is_some()
             && self.format != FormatName::Gguf
-            && self.names().into_iter().all(Name::is_by_block)
+            && self.names().into_iter().all(InitName::is_by_block)
     }
 
     /// Refuses a model without the texts that are needed.
     fn check_texts(&self) -> Result<()> {
-        let calibrated = self.names().into_iter().any(Name::is_calibrated);
+        let calibrated = self.names().into_iter().any(InitName::is_calibrated);
         let refuse = |option: &str, why: &str| Err(format!("{why}: add {option}").into());
         match (&self.model.model, self.is_by_block()) {
             (None, _) => Ok(()),
@@ -235,7 +237,7 @@ impl Texts {
 /// The results of one initialization.
 #[derive(Clone, Debug)]
 struct Run {
-    method: Name,
+    method: InitName,
     bits: usize,
     group_size: GroupSize,
     /// Perplexity after the initialization.
@@ -253,7 +255,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let single = args.names().len() == 1 && args.seed.len() == 1;
     let several = args.preset.is_none() && args.widths().len() * args.group_size.len() > 1;
-    if args.average_bits.is_some() && (args.method != [Name::LqLora] || !single) {
+    if args.average_bits.is_some() && (args.method != [InitName::LqLora] || !single) {
         return Err("--average-bits needs --method lq-lora and one --seed".into());
     }
     if !args.names().iter().any(|method| method.fits(args.grid)) {
@@ -267,7 +269,7 @@ fn run(args: &Args) -> Result<()> {
     if args.preset.is_some() && !single {
         return Err("--preset needs one --seed".into());
     }
-    let learns_ranges = |name: &Name| matches!(name, Name::Apiq | Name::ApiqBlock);
+    let learns_ranges = |name: &InitName| matches!(name, InitName::Apiq | InitName::ApiqBlock);
     if args.format.f16_scales() && args.names().iter().any(learns_ranges) {
         let format = args.format.format();
         return Err(format!("ApiQ learns scales in f32, which {format} does not hold").into());
@@ -323,7 +325,7 @@ fn one(args: &Args, output: Option<Output>, stored: &Plan, device: &Device) -> R
     let source = &stored.dir;
     let mut lm = models::load_as(source, device, args.model.dtype.float())?;
     let texts = Texts::new(args, stored, args.seed[0], device)?;
-    let Settings {
+    let InitSettings {
         quantizer,
         method,
         fit,
@@ -418,7 +420,9 @@ fn tune(
 fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<PerLayer> {
     let widths = args.widths();
     let quantizers: Vec<Box<dyn Quantizer>> = pairs(&widths, &args.group_size)
-        .map(|(&bits, &group_size)| Name::LqLora.quantizer(args, bits, group_size))
+        .map(|(&bits, &group_size)| {
+            InitName::LqLora.quantizer(args.grid, bits, group_size, args.format)
+        })
         .collect();
     let method = lq_lora(args.lora(args.seed[0]));
     let candidates: Vec<&dyn Quantizer> = quantizers.iter().map(Box::as_ref).collect();
@@ -434,7 +438,7 @@ fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<Per
         let (bits, group_size) = pairs(&widths, &args.group_size)
             .nth(choice)
             .expect("one of the candidates");
-        let quantizer = Name::LqLora.quantizer(args, *bits, *group_size);
+        let quantizer = InitName::LqLora.quantizer(args.grid, *bits, *group_size, args.format);
         recipe.0.insert(path.clone(), quantizer);
     }
     Ok(recipe)
@@ -445,7 +449,7 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
     let clock = Instant::now();
     let widths = args.widths();
     let lm = models::load_as(&stored.dir, device, args.model.dtype.float())?;
-    let methods: Vec<Name> = (args.method.iter().copied())
+    let methods: Vec<InitName> = (args.method.iter().copied())
         .filter(|method| method.fits(args.grid))
         .collect();
     let n_runs = args.seed.len() * widths.len() * args.group_size.len() * methods.len();
@@ -458,7 +462,7 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
         full = texts::perplexity("evaluating", &lm.model, &texts.eval)?;
         for (&bits, &group_size) in pairs(&widths, &args.group_size) {
             for &method in &methods {
-                let quantizer = method.quantizer(args, bits, group_size);
+                let quantizer = method.quantizer(args.grid, bits, group_size, args.format);
                 let calibration = if method.is_calibrated() {
                     &texts.calibration[..]
                 } else {

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use burn::tensor::Device;
+use examples::initialization::InitSettings;
 use examples::outcome::Result;
 use examples::{memory, println, stream, texts};
 use loftq::Initializer;
 use models::{Model, StreamStep, Streaming};
 use peft::{Adapters, PerLayer};
 
-use crate::methods::Settings;
 use crate::saved::{Report, Saved};
 use crate::{Args, Texts, tune};
 
@@ -17,7 +17,7 @@ use crate::{Args, Texts, tune};
 /// written.
 pub(crate) fn one(args: &Args, out: &Path, source: &Path, device: &Device) -> Result<()> {
     let stored = models::plan(source, &PerLayer::default())?;
-    let Settings {
+    let InitSettings {
         quantizer,
         method,
         fit,

@@ -3,11 +3,14 @@
 use std::fmt::Write as _;
 
 /// Formats rows as a table with right-aligned columns; the first row is the header.
-pub fn markdown<const N: usize>(rows: &[[String; N]]) -> String {
-    let widths: [usize; N] = std::array::from_fn(|column| {
+pub fn markdown<R: AsRef<[String]>>(rows: &[R]) -> String {
+    let rows: Vec<&[String]> = rows.iter().map(AsRef::as_ref).collect();
+    let n_columns = rows.first().map_or(0, |header| header.len());
+    let widths = (0..n_columns).map(|column| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.max().unwrap_or(0)
     });
+    let widths: Vec<usize> = widths.collect();
     let mut text = String::new();
     for (at, row) in rows.iter().enumerate() {
         for (cell, width) in row.iter().zip(&widths) {

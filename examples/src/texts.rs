@@ -8,6 +8,7 @@ use evaluate::{target_loss, window_losses};
 use models::{Plan, Pretrained, Windows};
 use peft::{Batch, CausalLm, FitConfig};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::corpus::{self, Dialect};
 use crate::instructions::Instructions;
@@ -186,11 +187,14 @@ fn target_perplexity(name: &'static str, model: &impl CausalLm, batches: &[Batch
     Ok((sum / n_targets as f64).exp())
 }
 
-/// Reads a text file.
+/// Reads a text file, or the documents of a `.jsonl` file, its fields `text`, with an empty line between two.
 ///
 /// # Errors
-/// If it cannot be read, or is not UTF-8.
+/// If it cannot be read, is not UTF-8, or a record has no text.
 pub fn read(path: &Path) -> Result<String> {
+    if path.extension().is_some_and(|of| of == "jsonl") {
+        return documents(path);
+    }
     let refuse = |problem: String| format!("`{}`: {problem}", path.display());
     let bytes = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
     let text = String::from_utf8(bytes).map_err(|error| {
@@ -202,6 +206,25 @@ pub fn read(path: &Path) -> Result<String> {
         ))
     });
     Ok(text?)
+}
+
+fn documents(path: &Path) -> Result<String> {
+    let mut all = String::new();
+    for record in instruct::read_records(path)? {
+        let Some(Value::String(text)) = record.fields.get("text") else {
+            return Err(format!(
+                "`{}`, line {}: no text in the field `text`",
+                path.display(),
+                record.line
+            )
+            .into());
+        };
+        if !all.is_empty() {
+            all.push_str("\n\n");
+        }
+        all.push_str(text);
+    }
+    Ok(all)
 }
 
 /// Checks that the text of an option of the program fills a window, before the model is loaded.

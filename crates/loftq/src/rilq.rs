@@ -7,8 +7,8 @@
 
 use burn::tensor::{DType, Tensor};
 use peft::{
-    Adapters, Batch, CausalLm, FitConfig, LayerError, LayerShape, Lora, Recipe, Schedule, Stages,
-    Streams, check_recipe, fit_with, last_output, nll_of_output,
+    Adapters, Batch, CausalLm, Evaluation, FitConfig, LayerError, LayerShape, Lora, Recipe,
+    Schedule, Stages, Streams, check_recipe, fit_with, last_output, nll_of_output,
 };
 use quant_core::Needs;
 
@@ -57,8 +57,8 @@ impl<L: LayerMethod> Rilq<L> {
         self
     }
 
-    /// The settings of the tuning. There is no evaluation on held-out batches, for which the dense model has no
-    /// hidden states.
+    /// The settings of the tuning. An [`Evaluation`] measures the same loss on its held-out batches; the paper
+    /// ends by it, after every 25 steps with a patience of 5.
     pub fn with_fit(mut self, fit: FitConfig) -> Self {
         self.fit = fit;
         self
@@ -103,12 +103,15 @@ impl<M: Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         if calibration.is_empty() {
             return Err(peft::Error::NoCalibration.into());
         }
-        for batch in calibration {
+        let held_out = self.fit.evaluation().map_or(&[][..], Evaluation::batches);
+        // The held-out batches are counted on after those of the training.
+        let batches: Vec<&Batch> = calibration.iter().chain(held_out).collect();
+        for batch in &batches {
             batch.check(model)?;
         }
         let teacher = model.clone();
-        let hidden = |batch: &Batch| teacher.norm(last_output(&teacher, batch));
-        let targets: Vec<Tensor<3>> = calibration.iter().map(hidden).collect();
+        let hidden = |batch: &&Batch| teacher.norm(last_output(&teacher, batch));
+        let targets: Vec<Tensor<3>> = batches.iter().map(hidden).collect();
         let mut student = model.clone();
         let mut layers = self
             .first
@@ -119,7 +122,7 @@ impl<M: Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             .map(|(target, batch)| batch.of_text(target.clone()))
             .map(|target| target.cast(DType::F32).square().mean().into_scalar::<f32>())
             .sum::<f32>()
-            / targets.len() as f32;
+            / calibration.len() as f32;
         let loss = |model: &M, x: Tensor<3>, at: usize| {
             let [n, seq, hidden] = x.dims();
             let predicting = |x: Tensor<3>| x.slice([0..n, 0..seq - 1, 0..hidden]);
@@ -127,7 +130,7 @@ impl<M: Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
             let difference = wide(model.norm(predicting(x.clone())));
             let difference = difference - wide(predicting(targets[at].clone()));
             let square = difference.square().mean_dim(2).squeeze_dim::<2>(2) / scale;
-            let (share, batch) = (self.cross_entropy, &calibration[at]);
+            let (share, batch) = (self.cross_entropy, batches[at]);
             let of_tokens = if share == 0.0 {
                 square
             } else {
@@ -138,8 +141,7 @@ impl<M: Stages, L: LayerMethod> Initialization<M> for Rilq<L> {
         // Only the adapters are trained here, even of a model whose other parameters train.
         let mut tuned = student.clone();
         peft::freeze_base(&mut tuned);
-        let fit = self.fit.clone().with_evaluation(None);
-        fit_with(&mut tuned, calibration, &fit, loss, |_, _| {})?;
+        fit_with(&mut tuned, calibration, &self.fit, loss, |_, _| {})?;
         peft::activate(&mut student, &Adapters::of(&tuned)?)?;
 
         // On the inputs that come through the tuned layers.

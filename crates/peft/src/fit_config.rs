@@ -274,6 +274,11 @@ impl FitConfig {
         self.learning_rate
     }
 
+    /// The evaluation on held-out batches.
+    pub fn evaluation(&self) -> Option<&Evaluation> {
+        self.evaluation.as_ref()
+    }
+
     /// Checks the settings, as [`fit`](crate::fit()) does before the first step.
     ///
     /// # Errors

@@ -1,50 +1,53 @@
-//! The initializations that `loftq_init` knows, with their bases.
+//! The initializations of adapters that the examples know, with their bases.
 
 use clap::ValueEnum;
-use examples::arguments::GroupSize;
 use loftq::{Apiq, ApiqBlock, Initialization, Loftq, LqLora, Pissa, Qera, Rilq, presets};
 use models::{Config, Model, Window};
 use peft::{FitConfig, Lora};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn};
 
-use crate::Args;
+use crate::arguments::GroupSize;
+use crate::format::FormatName;
 
 /// An initialization of a model in memory, or of one block after the other.
-pub(crate) trait Method: Initialization<Model> + Initialization<Window> {}
+pub trait InitMethod: Initialization<Model> + Initialization<Window> {}
 
-impl<T: Initialization<Model> + Initialization<Window>> Method for T {}
+impl<T: Initialization<Model> + Initialization<Window>> InitMethod for T {}
 
 /// A base, an initialization and the training after it.
-pub(crate) struct Settings {
-    pub(crate) quantizer: Box<dyn Quantizer>,
-    pub(crate) method: Box<dyn Method>,
-    pub(crate) fit: FitConfig,
+pub struct InitSettings {
+    /// The quantizer of the base.
+    pub quantizer: Box<dyn Quantizer>,
+    /// The initialization.
+    pub method: Box<dyn InitMethod>,
+    /// The training, for one epoch.
+    pub fit: FitConfig,
 }
 
 /// The settings of a paper, with their sources in the documentation of `loftq::presets`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum PresetName {
+pub enum InitPresetName {
     /// LoftQ (arXiv:2310.08659): NF4 in blocks of 64, rank 64, 5 rounds, 3e-4
     Loftq,
     /// ApiQ by block (arXiv:2402.05147): 2 bits in groups of 64, rank 64, 3e-4
     Apiq,
 }
 
-impl PresetName {
+impl InitPresetName {
     /// The method of the preset.
-    pub(crate) fn name(self) -> Name {
+    pub fn name(self) -> InitName {
         match self {
-            Self::Loftq => Name::Loftq,
-            Self::Apiq => Name::ApiqBlock,
+            Self::Loftq => InitName::Loftq,
+            Self::Apiq => InitName::ApiqBlock,
         }
     }
 
     /// The settings of the preset.
-    pub(crate) fn settings(self) -> Settings {
+    pub fn settings(self) -> InitSettings {
         match self {
             Self::Loftq => {
                 let preset = presets::loftq();
-                Settings {
+                InitSettings {
                     quantizer: Box::new(preset.quantizer),
                     method: Box::new(preset.method),
                     fit: preset.fit,
@@ -52,7 +55,7 @@ impl PresetName {
             }
             Self::Apiq => {
                 let preset = presets::apiq();
-                Settings {
+                InitSettings {
                     quantizer: Box::new(preset.quantizer),
                     method: Box::new(preset.method),
                     fit: preset.fit,
@@ -66,12 +69,13 @@ impl PresetName {
 ///
 /// Default rates are those of the embedded models times a power of it, which is chosen so that the rate
 /// at width 4096 is about the published one.
-pub(crate) fn narrower(config: &Config) -> f64 {
+pub fn narrower(config: &Config) -> f64 {
     (128.0 / config.hidden_size() as f64).min(1.0)
 }
 
+/// An initialization.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Name {
+pub enum InitName {
     /// QLoRA: adapters that start at zero
     Qlora,
     /// LoftQ: alternates quantization and a decomposition of the residual
@@ -92,8 +96,9 @@ pub(crate) enum Name {
     Rilq,
 }
 
-impl Name {
-    pub(crate) fn title(self) -> &'static str {
+impl InitName {
+    /// Its published name.
+    pub fn title(self) -> &'static str {
         match self {
             Self::Qlora => "QLoRA",
             Self::Loftq => "LoftQ",
@@ -107,7 +112,8 @@ impl Name {
         }
     }
 
-    pub(crate) fn method(self, lora: Lora, config: &Config) -> Box<dyn Method> {
+    /// Returns the initialization of these adapters for a model.
+    pub fn method(self, lora: Lora, config: &Config) -> Box<dyn InitMethod> {
         // Ranges learn twice as fast as published: there are few calibration windows. The published rate
         // of the factors is 5e-4.
         let (of_ranges, narrower) = (1e-2, narrower(config));
@@ -133,15 +139,17 @@ impl Name {
         }
     }
 
-    pub(crate) fn quantizer(
+    /// Returns the quantizer of its base, whose weights are saved in `format`.
+    pub fn quantizer(
         self,
-        args: &Args,
+        grid: GridName,
         bits: usize,
         GroupSize(group_size): GroupSize,
+        format: FormatName,
     ) -> Box<dyn Quantizer> {
-        let symmetric = args.grid == GridName::Symmetric;
-        let f16 = args.format.f16_scales();
-        match (args.grid, self) {
+        let symmetric = grid == GridName::Symmetric;
+        let f16 = format.f16_scales();
+        match (grid, self) {
             (GridName::Nf, _) => {
                 let nf = NormalFloat::new().with_bits(bits);
                 Box::new(nf.with_block_size(group_size))
@@ -159,28 +167,30 @@ impl Name {
     }
 
     /// Whether the method has this grid.
-    pub(crate) fn fits(self, grid: GridName) -> bool {
+    pub fn fits(self, grid: GridName) -> bool {
         let uniform = matches!(self, Self::Cloq | Self::Apiq | Self::ApiqBlock);
         grid != GridName::Nf || !uniform
     }
 
     /// Whether the method looks at one block at a time.
-    pub(crate) fn is_by_block(self) -> bool {
+    pub fn is_by_block(self) -> bool {
         !matches!(self, Self::LqLora | Self::Rilq)
     }
 
     /// Whether the method needs calibration data.
-    pub(crate) fn is_calibrated(self) -> bool {
+    pub fn is_calibrated(self) -> bool {
         !matches!(self, Self::Qlora | Self::Loftq | Self::Pissa)
     }
 }
 
-pub(crate) fn lq_lora(lora: Lora) -> LqLora {
+/// LQ-LoRA, weighted by the Fisher information.
+pub fn lq_lora(lora: Lora) -> LqLora {
     LqLora::new(lora).with_fisher(true)
 }
 
+/// The grid of a base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum GridName {
+pub enum GridName {
     /// Uniform, with zero-points
     Affine,
     /// Uniform, without zero-points

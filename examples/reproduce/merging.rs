@@ -1,0 +1,201 @@
+//! Merges: what is left of each method's adapters in a model of few bits.
+
+use std::fs;
+
+use examples::format::FormatName;
+use examples::forms::forms;
+use examples::method::MethodName;
+use examples::outcome::Result;
+use models::Model;
+use peft::{Error, Method, Targets};
+use serde::{Deserialize, Serialize};
+
+use crate::claim::{Claim, Pair};
+use crate::lab::{Lab, Losses, Training, Tuned};
+use crate::report::{Bar, Section, Table, spread};
+
+const METHODS: [MethodName; 7] = [
+    MethodName::Peqa,
+    MethodName::PeqaZeros,
+    MethodName::QaLora,
+    MethodName::QaHira,
+    MethodName::QaBLora,
+    MethodName::Lora,
+    MethodName::QBara,
+];
+
+/// The part of the steps of a tuning that are taken before a merge.
+const SHARE: usize = 2;
+
+/// A tuned model, and the forms in which it is kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Merged {
+    tuned: Tuned,
+    kept: Vec<Kept>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Kept {
+    merge: String,
+    retention: f64,
+    losses: Losses,
+    n_bytes: u64,
+}
+
+pub(crate) fn run(lab: &Lab) -> Result<Section> {
+    let dense = lab.dense()?;
+    let bits = lab.args.widths()[0];
+    let cells = METHODS.map(|method| {
+        let name = format!("merge-{}", method.name());
+        Ok((
+            method,
+            lab.run.cell(&name, || cell(lab, method, bits, &name))?,
+        ))
+    });
+    let cells: Vec<(MethodName, Merged)> = cells.into_iter().collect::<Result<_>>()?;
+    let mut table = Table::new(&[
+        "method",
+        "trainable",
+        "rate",
+        "kept as",
+        "held out",
+        "other text",
+        "retention",
+        "bytes",
+    ]);
+    let mut bars = Vec::new();
+    for (method, Merged { tuned, kept }) in &cells {
+        for kept in kept {
+            table.row([
+                method.name(),
+                tuned.n_trainable.to_string(),
+                format!("{:.1e}", tuned.learning_rate),
+                kept.merge.clone(),
+                spread(&[kept.losses.perplexity()]),
+                spread(&kept.losses.drift().into_iter().collect::<Vec<_>>()),
+                format!("{:.6}", kept.retention),
+                kept.n_bytes.to_string(),
+            ]);
+            bars.push(Bar::new(
+                format!("{}: {}", method.name(), kept.merge),
+                &[&kept.losses],
+            ));
+        }
+    }
+    let of = |name: MethodName| {
+        let found = cells.iter().find(|(method, _)| *method == name);
+        &found.expect("one of the methods").1
+    };
+    let retention = |name: MethodName, merge: &[&str]| {
+        let kept = &of(name).kept;
+        let kept = kept
+            .iter()
+            .find(|kept| merge.contains(&kept.merge.as_str()));
+        kept.map_or(f64::NAN, |kept| kept.retention)
+    };
+    let merging = [
+        MethodName::Peqa,
+        MethodName::PeqaZeros,
+        MethodName::QaLora,
+        MethodName::QaHira,
+        MethodName::QaBLora,
+    ];
+    let retained = merging.map(|name| (name.name(), retention(name, &["exact", "bounded"])));
+    let rounded = [MethodName::Lora, MethodName::QBara];
+    let rounded = rounded.map(|name| (name.name(), retention(name, &["rounded"])));
+    let evidence = |of: &[(String, f64)]| {
+        of.iter()
+            .map(|(name, retention)| format!("{name}: {retention:.9}"))
+            .collect()
+    };
+    let [lora, q_bara] = [MethodName::Lora, MethodName::QBara].map(|name| &of(name).tuned.losses);
+    let claims = vec![
+        Claim::of(
+            "Adapters that stay on the grid are kept whole by their merge, within 1e-6",
+            "Xu et al. 2023, arXiv:2309.14717; Kim et al. 2023, arXiv:2305.14152",
+            retained
+                .iter()
+                .all(|(_, retention)| (retention - 1.0).abs() < 1e-6),
+            evidence(&retained),
+        ),
+        Claim::of(
+            "LoRA that is rounded again loses a part of what it learned",
+            "Xu et al. 2023, arXiv:2309.14717",
+            rounded.iter().all(|(_, retention)| *retention < 0.99),
+            evidence(&rounded),
+        ),
+        Claim::lower(
+            "At as many parameters Q-BaRA is better than LoRA",
+            "the published abstract of Q-BLoRA",
+            &[Pair {
+                name: "adapters beside their bases".into(),
+                lower: q_bara,
+                higher: lora,
+            }],
+        )?,
+    ];
+    Ok(Section {
+        title: "Merges".into(),
+        about: format!(
+            "Bases of {bits} bits in groups of {}, Q-BaRA's normal floats. {} steps each, at the default rate of the method. Retention is the part of the adapters' change of the logits that the merged model has; models are measured after they were saved and loaded again.",
+            lab.args.group_size(),
+            steps(lab),
+        ),
+        tables: vec![table],
+        claims,
+        dense,
+        bars,
+    })
+}
+
+fn steps(lab: &Lab) -> usize {
+    (lab.args.steps / SHARE).max(1)
+}
+
+fn cell(lab: &Lab, method: MethodName, bits: usize, name: &str) -> Result<Merged> {
+    let size = lab.args.group_size();
+    let quantizer = method.quantizer(bits, size, false, FormatName::QuantCore)?;
+    let mut base = lab.load()?;
+    lab.quantize(&mut base.model, &*quantizer)?;
+    let mut model = base.model.clone();
+    let seed = lab.args.seed[0];
+    let (adapters, n_trainable) = attach(lab, method, seed, &mut model)?;
+    let training = Training {
+        learning_rate: lab.default_rate(&*adapters),
+        seed,
+        steps: steps(lab),
+    };
+    let tuned = lab.tune(name, &mut model, n_trainable, training)?;
+    let dir = lab.scratch.join(name);
+    let measure = |model: &Model| lab.measure(model);
+    let probe = &lab.eval[0];
+    let forms = forms(&base, &model, &quantizer, probe, &dir, &lab.device, measure)?;
+    fs::remove_dir_all(&dir)?;
+    let kept = forms.into_iter().map(|form| Kept {
+        merge: form.merge,
+        retention: form.retention,
+        losses: form.kept,
+        n_bytes: form.n_bytes,
+    });
+    let kept = kept.collect();
+    Ok(Merged { tuned, kept })
+}
+
+/// Attaches adapters of the largest rank that the layers have, up to that of the options, and returns the
+/// number of their parameters.
+fn attach(
+    lab: &Lab,
+    method: MethodName,
+    seed: u64,
+    model: &mut Model,
+) -> Result<(Box<dyn Method>, usize)> {
+    let mut rank = lab.args.rank;
+    loop {
+        let adapters = method.method(rank, rank as f32, &Targets::All, seed, false);
+        match peft::attach(model, &*adapters) {
+            Ok(attached) => return Ok((adapters, attached.n_trainable)),
+            Err(Error::Rank { .. } | Error::Tiles { .. }) if rank > 1 => rank -= 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
