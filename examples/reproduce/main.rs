@@ -25,6 +25,7 @@ use quant_core::Rtn;
 use serde::{Deserialize, Serialize};
 
 use lab::Lab;
+use memory_use::Trained;
 use report::Section;
 
 /// Repeat the experiments of the papers with one model
@@ -34,6 +35,7 @@ use report::Section;
 #[derive(Parser)]
 #[command(
     version,
+    args_override_self = true,
     mut_arg("bits", |arg| arg.help(
         "Bits of a weight, several: all are quantized to, the least are tuned from Block-AP and initialized, the most are merged into [default: 4 3 2]"
     )),
@@ -92,6 +94,11 @@ struct Args {
     /// Directory of the run
     #[arg(long, value_name = "DIR", default_value = "reproduce")]
     out: PathBuf,
+    /// Measure the memory of one training in this process
+    #[arg(long, value_enum, hide = true)]
+    memory_of: Option<Trained>,
+    #[arg(long, hide = true, requires = "memory_of")]
+    checkpoint_blocks: bool,
 }
 
 /// An experiment.
@@ -147,6 +154,9 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     let lab = Lab::new(args, source, scratch.path(), device)?;
+    if let Some(trained) = args.memory_of {
+        return trained.print(&lab, args.checkpoint_blocks);
+    }
     let experiments = match &args.experiments[..] {
         [] => Experiment::value_variants(),
         given => given,

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::claim::{Claim, Pair};
 use crate::lab::{Lab, Losses, Quantized, Training, Tuned, unfrozen};
+use crate::memory_use::Trained;
 use crate::ptq::Name;
 use crate::report::{Bar, Section, Table, spread};
 
@@ -79,8 +80,8 @@ struct Compared {
     peqa: usize,
 }
 
-/// A way to deploy: its name, the training that made it, and what it takes.
-type Way<'a> = (&'static str, Option<Tuned>, &'a Deployed);
+/// A way to deploy: its name, the peak memory of its tuning, and what it takes.
+type Way<'a> = (&'static str, Option<u64>, &'a Deployed);
 
 impl Row {
     fn plain(title: &str, bits: Option<usize>, losses: &Losses) -> Self {
@@ -165,23 +166,18 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
     ));
 
     let deployments = lab.run.cell("deployments", || deploy(lab, widths[0]))?;
-    let tuned = |title: &str, bits: Option<usize>| {
-        let row = rows
-            .iter()
-            .find(|row| row.title == title && row.bits == bits);
-        row.and_then(|row| row.tuned.clone())
-    };
-    let widest = Some(widths[0]);
+    let peak = |trained: Trained| -> Result<Option<u64>> { Ok(trained.cell(lab, false)?.peak) };
+    let lora_peak = peak(Trained::Lora)?;
     let ways = [
-        ("full fine-tuning", tuned(FULL, None), &deployments.full),
-        ("PEFT", tuned(LORA, None), &deployments.peft),
-        ("PEFT, then PTQ", tuned(LORA, None), &deployments.peft_ptq),
+        (FULL, peak(Trained::Full)?, &deployments.full),
+        ("PEFT", lora_peak, &deployments.peft),
+        ("PEFT, then PTQ", lora_peak, &deployments.peft_ptq),
         (
             "PTQ, then PEFT",
-            tuned(QLORA, widest),
+            peak(Trained::Qlora)?,
             &deployments.ptq_peft,
         ),
-        ("PEQA", tuned(PEQA_ROW, widest), &deployments.peqa),
+        ("PEQA", peak(Trained::Peqa)?, &deployments.peqa),
     ];
     let mut claims = claims(&rows, &compared, &dense)?;
     let peqa_of_fewest = rows[compared[compared.len() - 1].peqa].mean();
@@ -322,7 +318,7 @@ fn efficient_qat(lab: &Lab, bits: usize) -> Result<Quantized> {
         .with_bits(bits)
         .with_group_size(lab.args.group_size().0);
     lab.based("block-ap", &rtn, |model| {
-        let method = loftq::ApiqBlock::new(1);
+        let method = loftq::BlockAp::new();
         loftq::init(model, &method, &rtn, &lab.calibration, |_| {})?;
         let dir = lab.run.model("block-ap");
         if dir.exists() {
@@ -481,8 +477,7 @@ fn deployment_table(ways: &[Way], bits: usize) -> Table {
         "tokens/s",
         "switch, ms",
     ]);
-    for (name, tuned, deployed) in ways {
-        let peak = tuned.as_ref().and_then(|tuned| tuned.peak_bytes);
+    for (name, peak, deployed) in ways {
         table.row([
             name.to_string(),
             peak.map_or("-".into(), |n| (n >> 20).to_string()),
@@ -558,8 +553,7 @@ fn of_deployment(ways: &[Way]) -> Claim {
     else {
         unreachable!("five ways");
     };
-    let peak = |of: &Option<Tuned>| of.as_ref().and_then(|tuned| tuned.peak_bytes);
-    let (full, peft, tuned) = (peak(full), peak(peft), peak(peqa));
+    let (full, peft, tuned) = (*full, *peft, *peqa);
     let mib = |n: Option<u64>| n.map_or("-".into(), |n| format!("{} MiB", n >> 20));
     let is_small =
         tuned.is_some() && tuned < peft && tuned < full && own.n_bytes <= peft_ptq.n_bytes;

@@ -101,7 +101,7 @@ pub(crate) fn write(lab: &Lab) -> Result<String> {
     };
     writeln!(
         text,
-        "Perplexities in nats' exponential over at most {} windows of {} tokens of each text, by the protocol of OPTQ. Tuned for {} steps of {} windows of {} tokens, at a rate that {} steps at each of four rates chose.{kinds} A difference is the mean over the same windows of both models, with its 95 % bootstrap interval.",
+        "Perplexities over at most {} windows of {} tokens of each text, in the protocol of OPTQ. Models are tuned for {} steps of {} windows of {} tokens, at a rate that {} steps at each of four rates chose.{kinds} A difference of losses is the mean over the same windows of both models, in nats, with its 95 % bootstrap interval.",
         args.eval_windows, args.seq_len, args.steps, args.batch, args.tune_len, args.search_steps,
     )?;
     let mut files = Vec::new();
