@@ -15,9 +15,9 @@ pub enum Error {
         /// The layer.
         path: String,
     },
-    /// A format without a range to learn.
+    /// A format without the uniform grid that a method learns.
     #[error(
-        "ApiQ learns the range of a uniform grid, which {format} does not have (layer `{path}`); quantize with `Rtn` or `Optq` with groups of consecutive inputs"
+        "the method learns a uniform grid, which {format} is not (layer `{path}`); quantize with `Rtn` or `Optq` with groups of consecutive inputs"
     )]
     NoRange {
         /// The layer.
@@ -48,6 +48,15 @@ impl Error {
             Self::Peft(peft::Error::Quant { path, source })
         }
     }
+}
+
+/// The error for a setting out of its range.
+pub(crate) fn refused_setting(setting: &'static str, value: f64, expected: &'static str) -> Error {
+    Error::Peft(peft::Error::Setting {
+        setting,
+        value: value.to_string(),
+        expected,
+    })
 }
 
 impl From<Error> for peft::Error {

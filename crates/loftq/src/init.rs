@@ -11,7 +11,7 @@ use quant_core::{Candidate, Gram, Needs, Quantizer};
 
 use crate::{Error, Layer, LayerMethod, Result, Start};
 
-/// A method that chooses the packed weights and the adapters of a model together.
+/// A method that chooses the packed weights and the adapters of a model together, or the packed weights alone.
 ///
 /// Most are run on one part of a model after the other ([`Initializer`]); the others on a whole model alone.
 /// The `Debug` form has all settings.
@@ -22,6 +22,11 @@ pub trait Initialization<M: Stages>: fmt::Debug {
     /// # Errors
     /// [`Error::WholeModel`] from a method that needs the whole model; otherwise as [`init`].
     fn check_parts(&self, layers: &[LayerShape], recipe: &dyn Recipe) -> Result<Needs>;
+
+    /// Whether it attaches adapters: true unless it says otherwise.
+    fn has_adapters(&self) -> bool {
+        true
+    }
 
     /// Initializes a part of a model that a calibration has reached.
     ///
@@ -96,6 +101,10 @@ impl<M: Stages, I: Initialization<M> + ?Sized> StageMethod<M> for Initializer<'_
 
     fn check(&self, layers: &[LayerShape]) -> peft::Result<Needs> {
         Ok(self.method.check_parts(layers, self.recipe)?)
+    }
+
+    fn has_adapters(&self) -> bool {
+        self.method.has_adapters()
     }
 
     fn run(
@@ -380,32 +389,49 @@ impl<'a, L: LayerMethod> Layers<'a, L> {
         plain: Tensor<2>,
         seconds: f64,
     ) -> Result<InitializedLayer> {
-        let path = layer.path;
-        let lora = self.is_target(path).then(|| self.method.lora());
-        let adapter = match (lora, start.factors) {
-            (None, _) => None,
-            (Some(lora), factors) => {
-                let layer = linear.with_weight(start.weight.clone());
-                Some(match factors {
-                    Some([a, b]) => Adapter::Lora(lora.init_at(path, &layer, a, b)?),
-                    None => lora.init(path, &layer)?,
-                })
-            }
-        };
-        linear.replace(path, start.weight, adapter)?;
-        let between = |found| LayerError::between(layer.weight.clone(), found, layer.gram);
-        Ok(InitializedLayer {
-            report: LayerReport {
-                path: path.into(),
-                format: linear.weight().format(),
-                error: between(linear.to_dense()),
-                n_bytes: linear.weight().n_bytes(),
-                seconds,
-                notes: start.notes,
-            },
-            rank: lora.map(Lora::rank),
-            before: between(plain),
+        let lora = self.is_target(layer.path).then(|| self.method.lora());
+        let start = Start {
             round: lora.map_or(0, |_| start.round),
-        })
+            ..start
+        };
+        place(linear, lora, layer, start, plain, seconds)
     }
+}
+
+/// Puts a start into its layer, with an adapter if there is a LoRA. `plain` is the weight quantized alone, for
+/// the report.
+pub(crate) fn place(
+    linear: &mut Linear,
+    lora: Option<&Lora>,
+    layer: &Layer<'_>,
+    start: Start,
+    plain: Tensor<2>,
+    seconds: f64,
+) -> Result<InitializedLayer> {
+    let path = layer.path;
+    let adapter = match (lora, start.factors) {
+        (None, _) => None,
+        (Some(lora), factors) => {
+            let layer = linear.with_weight(start.weight.clone());
+            Some(match factors {
+                Some([a, b]) => Adapter::Lora(lora.init_at(path, &layer, a, b)?),
+                None => lora.init(path, &layer)?,
+            })
+        }
+    };
+    linear.replace(path, start.weight, adapter)?;
+    let between = |found| LayerError::between(layer.weight.clone(), found, layer.gram);
+    Ok(InitializedLayer {
+        report: LayerReport {
+            path: path.into(),
+            format: linear.weight().format(),
+            error: between(linear.to_dense()),
+            n_bytes: linear.weight().n_bytes(),
+            seconds,
+            notes: start.notes,
+        },
+        rank: lora.map(Lora::rank),
+        before: between(plain),
+        round: start.round,
+    })
 }

@@ -1,4 +1,4 @@
-//! Initializations of adapters that compensate for the quantization error.
+//! Initializations of adapters, and of packed weights, that compensate for the quantization error.
 //!
 //! A low-rank adapter usually starts at zero, so that the quantized model starts with all of its
 //! rounding error. The methods of this crate choose the packed weight `Q` and the factors `A`, `B`
@@ -14,6 +14,7 @@
 //! | [`Qera`] | `‖X (W - Q - σ A B)‖` | in closed form, from the Gram; CLoQ with [`quant_core::Optq`] | arXiv:2410.06040 |
 //! | [`Apiq`] | `‖X' W - X (Q + σ A B)‖` | gradients, ranges of the grid too | arXiv:2402.05147 |
 //! | [`ApiqBlock`] | the error of a block's output | the same | arXiv:2402.05147 |
+//! | [`BlockAp`] | the error of a block's output, without an adapter | gradients of weights and grids through the rounding: EfficientQAT, with [`peft::Peqa`] on top | arXiv:2407.11062 |
 //! | [`Rilq`] | the error of the last hidden state, and the loss | gradients of all adapters together | arXiv:2412.01129 |
 //!
 //! [`init`] runs each of them over a model, with any quantizer of [`quant_core`], or another for each
@@ -49,8 +50,11 @@
 #![forbid(unsafe_code)]
 
 mod apiq;
+mod block_ap;
+mod blocks;
 mod error;
 mod factoring;
+mod fake_quant;
 mod init;
 mod layer;
 mod loftq;
@@ -62,6 +66,7 @@ mod rilq;
 mod svd;
 
 pub use apiq::{Apiq, ApiqBlock};
+pub use block_ap::BlockAp;
 pub use error::{Error, Result};
 pub use init::{Initialization, Initializer, init, sensitivities};
 pub use layer::{Layer, Start};

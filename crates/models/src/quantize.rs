@@ -57,6 +57,10 @@ impl<M: Stages, R: Recipe> StageMethod<M> for Quantization<'_, R> {
         Ok(needs.unwrap_or(Needs::Nothing))
     }
 
+    fn has_adapters(&self) -> bool {
+        false
+    }
+
     fn run(
         &self,
         part: &mut M,

@@ -29,6 +29,10 @@ use crate::{InitializedLayer, Linears, Recipe, Result, Stages, Streams, Weight};
 ///         Ok(self.0.needs())
 ///     }
 ///
+///     fn has_adapters(&self) -> bool {
+///         false
+///     }
+///
 ///     fn run(
 ///         &self,
 ///         part: &mut M,
@@ -61,6 +65,11 @@ pub trait StageMethod<M: Stages> {
     /// # Errors
     /// An error for a layer, a target or a setting that it refuses, or if it needs all of a model at a time.
     fn check(&self, layers: &[LayerShape]) -> Result<Needs>;
+
+    /// Whether it attaches adapters: true unless it says otherwise.
+    fn has_adapters(&self) -> bool {
+        true
+    }
 
     /// Runs it on a part that the calibration has reached, through all of its stages
     /// ([`Streams::next_stage`]), and returns the layers that it changed. `on_layer` is called with each of

@@ -2,8 +2,10 @@ use burn::tensor::Tensor;
 use peft::{Linear, Lora, Weight};
 use quant_core::{Format, Needs, Quantizer};
 
-use super::learned::{Learned, check_range, unless_zero};
+use super::learned::Learned;
 use super::learning::{Learning, settings};
+use crate::blocks::unless_zero;
+use crate::fake_quant::check_range;
 use crate::{Error, Layer, LayerMethod, Result, Start};
 
 /// Learns range and adapter of one layer after the other: ApiQ-lw.

@@ -2,9 +2,10 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::activation::sigmoid;
 use peft::{Adapter, Linear, Lora, Method};
-use quant_core::{Format, Grid, QuantTensor, Quantized};
+use quant_core::{QuantTensor, Quantized};
 
-use crate::{Error, Layer, Result, Start};
+use crate::fake_quant::{UniformGrid, straight_through};
+use crate::{Layer, Result, Start};
 
 /// The initial logits of the ranges.
 const START: f32 = 4.0;
@@ -21,8 +22,7 @@ pub(super) struct Learned {
     high: Tensor<3>,
     /// The lower ends; none on a symmetric grid.
     low: Option<Tensor<3>>,
-    format: Format,
-    dims: [usize; 2],
+    grid: UniformGrid,
     /// `σ`.
     scale: f32,
 }
@@ -47,28 +47,12 @@ impl Learned {
         linear: &Linear,
         quantized: &QuantTensor,
     ) -> Result<Self> {
-        let (path, format, dims) = (layer.path, quantized.format(), quantized.dims());
-        check_range(path, format)?;
-        if quantized.input_order().is_some() {
-            let path = path.into();
-            return Err(Error::NoRange { path, format });
-        }
-        let layout = quantized.layout();
-        let (n_groups, group_size) = (layout.n_groups(), layout.group_size());
-        let [d_in, d_out] = dims;
-        let weight = layer.weight.clone();
-        let missing = n_groups * group_size - d_in;
-        let weight = if missing == 0 {
-            weight
-        } else {
-            let zeros = Tensor::zeros([missing, d_out], &weight.device());
-            Tensor::cat(vec![weight, zeros], 0)
-        };
-        let max_code = max_code(format);
+        let path = layer.path;
+        let grid = UniformGrid::of(path, quantized)?;
         let scales = quantized.scales();
         let (high, low) = match quantized.zeros() {
             Some(zeros) => (
-                scales.clone() * (zeros.clone().neg() + max_code),
+                scales.clone() * (zeros.clone().neg() + grid.max_code),
                 Some(scales * zeros.neg()),
             ),
             None => (scales, None),
@@ -95,18 +79,17 @@ impl Learned {
                 low: low.as_ref().map(logits),
             },
             factors,
-            weight: weight.reshape([n_groups, group_size, d_out]),
+            weight: grid.grouped(layer.weight.clone()),
             high,
             low,
-            format,
-            dims,
+            grid,
             scale,
         })
     }
 
     /// Scales and zeros, `[n_groups, 1, d_out]`.
     fn grid(&self) -> (Tensor<3>, Option<Tensor<3>>) {
-        let max_code = max_code(self.format);
+        let max_code = self.grid.max_code;
         let kept = |logits: &Param<Tensor<3>>, end: &Tensor<3>| {
             // A factor of exactly one at the start.
             let whole = sigmoid(end.zeros_like() + START).autodiff();
@@ -127,14 +110,8 @@ impl Learned {
     /// The sum of the rounded weight and the adapter, differentiable in the learned parameters.
     pub(super) fn sum(&self) -> Tensor<2> {
         let (scales, zeros) = self.grid();
-        let max_code = max_code(self.format);
-        let zeros = zeros.unwrap_or_else(|| scales.ones_like() * ((max_code + 1.0) / 2.0));
-        let steps = self.weight.clone().autodiff() / scales.clone();
-        let codes = straight_through(steps, Tensor::round) + zeros.clone();
-        let weight = (codes.clamp(0.0, max_code) - zeros) * scales;
-        let [n_groups, group_size, d_out] = weight.dims();
-        let weight = weight.reshape([n_groups * group_size, d_out]);
-        let weight = weight.slice([0..self.dims[0], 0..d_out]);
+        let weight = self.weight.clone().autodiff();
+        let weight = self.grid.fake_quantized(weight, scales, zeros);
         match &self.factors {
             Some(Factors { a, b }) => weight + (a.val() * self.scale).matmul(b.val()),
             None => weight,
@@ -144,44 +121,11 @@ impl Learned {
     /// The packed weight and the factors.
     pub(super) fn finish(self, path: &str, round: usize) -> Result<Start> {
         let (scales, zeros) = self.grid();
-        let plain = |values: Tensor<3>| values.inner().squeeze_dim::<2>(1);
-        let [n_groups, group_size, d_out] = self.weight.dims();
-        let weight = self.weight.reshape([n_groups * group_size, d_out]);
-        let weight = weight.slice([0..self.dims[0], 0..d_out]);
-        let packed = QuantTensor::on_grid(weight, self.format, plain(scales), zeros.map(plain));
-        let packed = packed.map_err(Error::quant(path))?;
+        let packed = self.grid.packed(path, self.weight, scales, zeros)?;
         let factors = self.factors.map(|Factors { a, b }| {
             let (a, b) = (a.val().inner(), b.val().inner());
             [a * self.scale, b]
         });
         Ok(Start::packed(Quantized::from(packed), factors, round, 0.0))
     }
-}
-
-/// A denominator: the energy, or 1 for 0.
-pub(super) fn unless_zero(energy: f64) -> f32 {
-    match energy as f32 {
-        energy if energy > 0.0 => energy,
-        _ => 1.0,
-    }
-}
-
-pub(super) fn check_range(path: &str, format: Format) -> Result<()> {
-    match format.grid() {
-        Grid::Affine | Grid::Symmetric => Ok(()),
-        _ => Err(Error::NoRange {
-            path: path.into(),
-            format,
-        }),
-    }
-}
-
-fn max_code(format: Format) -> f32 {
-    ((1 << format.bits()) - 1) as f32
-}
-
-/// `f` of `values`, with the gradient of `values`.
-fn straight_through(values: Tensor<3>, f: impl Fn(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
-    let moved = f(values.clone().detach()) - values.clone().detach();
-    values + moved
 }

@@ -3,7 +3,8 @@ use burn::tensor::Gradients;
 use peft::Lora;
 
 use super::learned::Learned;
-use crate::{Error, Result};
+use crate::Result;
+use crate::error::refused_setting;
 
 /// The settings of both forms.
 #[derive(Clone, Debug)]
@@ -27,27 +28,19 @@ impl Learning {
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        let refuse = |setting, value: f64, expected| {
-            let value = value.to_string();
-            Err(Error::Peft(peft::Error::Setting {
-                setting,
-                value,
-                expected,
-            }))
-        };
         for (setting, rate) in [
             ("of_ranges", self.of_ranges),
             ("of_factors", self.of_factors),
         ] {
             if !(rate.is_finite() && rate > 0.0) {
-                return refuse(setting, rate, "a positive number");
+                return Err(refused_setting(setting, rate, "a positive number"));
             }
         }
         let decay = f64::from(self.weight_decay);
         if decay.is_finite() && decay >= 0.0 {
             Ok(())
         } else {
-            refuse("weight_decay", decay, "0 or more")
+            Err(refused_setting("weight_decay", decay, "0 or more"))
         }
     }
 

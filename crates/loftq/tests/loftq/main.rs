@@ -3,6 +3,7 @@
 //! Property tests run a number of cases in proportion to `PROPTEST_CASES`, which is 256 by default.
 
 mod apiq;
+mod block_ap;
 mod golden;
 mod init;
 mod layers;

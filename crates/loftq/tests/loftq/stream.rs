@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Distribution, Tensor};
 use loftq::{
-    Apiq, ApiqBlock, Initialization, InitializedLayer, Initializer, Loftq, LqLora, Pissa, Qera,
-    Rilq, init,
+    Apiq, ApiqBlock, BlockAp, Initialization, InitializedLayer, Initializer, Loftq, LqLora, Pissa,
+    Qera, Rilq, init,
 };
 use models::{
     CheckpointFormat, Config, Error, FloatType, GptqVersion, Model, OptConfig, Pretrained,
@@ -67,6 +67,11 @@ fn methods() -> Vec<Case> {
         (
             "apiq by block",
             Box::new(ApiqBlock::new(lora()).with_rounds(2)),
+            rtn(),
+        ),
+        (
+            "block-ap",
+            Box::new(BlockAp::new().with_learning_rates(2e-3, 2e-3)),
             rtn(),
         ),
     ]
@@ -153,8 +158,19 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     all.into_iter().map(inner).collect()
 }
 
+/// The directory of the model in an output.
+fn base(out: &Path) -> PathBuf {
+    let base = out.join("base");
+    if base.exists() { base } else { out.into() }
+}
+
 /// The files of an output by their paths in it.
 fn output(out: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    if base(out) == out {
+        let files = files(out).into_iter();
+        let named = files.map(|(path, bytes)| (path.file_name().unwrap().into(), bytes));
+        return named.collect();
+    }
     let parts = ["base", "adapter"].map(|name| files(&out.join(name)));
     assert_eq!(fs::read_dir(out).unwrap().count(), 2);
     parts.into_iter().flatten().collect()
@@ -203,10 +219,15 @@ fn check(
 ) {
     let mut lm = load(&dense.dir, &Device::flex()).unwrap();
     let expected = init(&mut lm.model, method, recipe, batches, |_| {}).unwrap();
-    let adapters = peft::detach(&mut lm.model).unwrap();
     let whole = dense.out("whole");
-    save_as(&lm, whole.join("base"), format).unwrap();
-    adapters.save_hf(whole.join("adapter"), &lm.model).unwrap();
+    let has_adapters = Initialization::<Model>::has_adapters(method);
+    if has_adapters {
+        let adapters = peft::detach(&mut lm.model).unwrap();
+        save_as(&lm, whole.join("base"), format).unwrap();
+        adapters.save_hf(whole.join("adapter"), &lm.model).unwrap();
+    } else {
+        save_as(&lm, &whole, format).unwrap();
+    }
 
     let out = dense.out("streamed");
     let (mut seen, mut blocks, mut n_written) = (Vec::new(), Vec::new(), 0);
@@ -223,17 +244,26 @@ fn check(
     assert_eq!(n_written, seen.len(), "{name}");
     assert_eq!(blocks, [0, 1], "{name}");
     assert_eq!(timeless(found), timeless(expected), "{name}");
-    assert!(
-        content(&out.join("base")) == content(&whole.join("base")),
-        "{name}"
-    );
-    assert!(
-        files(&out.join("adapter")) == files(&whole.join("adapter")),
-        "{name}"
-    );
-    let mut lm = load_verified(out.join("base"), &Device::flex()).unwrap();
-    let adapters = peft::Adapters::open(out.join("adapter"), &lm.model).unwrap();
-    peft::activate(&mut lm.model, &adapters).unwrap();
+    let [(tensors, others), (expected_tensors, expected)] =
+        [&out, &whole].map(|dir| content(&base(dir)));
+    assert!(tensors == expected_tensors, "{name}");
+    let by_name = |files: BTreeMap<PathBuf, Vec<u8>>| -> BTreeMap<_, _> {
+        let files = files.into_iter();
+        files
+            .map(|(path, bytes)| (path.file_name().unwrap().to_owned(), bytes))
+            .collect()
+    };
+    assert!(by_name(others) == by_name(expected), "{name}");
+    let mut lm = load_verified(base(&out), &Device::flex()).unwrap();
+    assert_eq!(out.join("adapter").exists(), has_adapters, "{name}");
+    if has_adapters {
+        assert!(
+            files(&out.join("adapter")) == files(&whole.join("adapter")),
+            "{name}"
+        );
+        let adapters = peft::Adapters::open(out.join("adapter"), &lm.model).unwrap();
+        peft::activate(&mut lm.model, &adapters).unwrap();
+    }
     assert_eq!(
         fs::read_dir(dense.root.path()).unwrap().count(),
         4,
@@ -325,6 +355,10 @@ impl StageMethod<Window> for Stopping<'_> {
 
     fn check(&self, layers: &[LayerShape]) -> peft::Result<Needs> {
         StageMethod::<Window>::check(&self.method, layers)
+    }
+
+    fn has_adapters(&self) -> bool {
+        StageMethod::<Window>::has_adapters(&self.method)
     }
 
     fn run(
@@ -534,6 +568,7 @@ fn what_shapes_tell_is_refused_before_weights_are_read() {
     for method in [
         Box::new(Apiq::new(2)) as Box<dyn Method>,
         Box::new(ApiqBlock::new(2)),
+        Box::new(BlockAp::new()),
     ] {
         let error = refused(&*method, &nf, &batches);
         let no_range = matches!(of_method(&error), Some(loftq::Error::NoRange { .. }));
@@ -549,6 +584,7 @@ fn what_shapes_tell_is_refused_before_weights_are_read() {
         Box::new(Qera::new(2)) as Box<dyn Method>,
         Box::new(Apiq::new(2)),
         Box::new(ApiqBlock::new(2)),
+        Box::new(BlockAp::new()),
     ] {
         let error = refused(&*method, &rtn, &[]);
         assert!(

@@ -150,20 +150,21 @@ pub fn quantize_to(
     settings: &Streaming,
     mut on_step: impl FnMut(StreamStep),
 ) -> Result<Vec<LayerReport>> {
-    let place = Place::of_model(out)?;
     let method = Quantization(recipe);
-    let run = Run::new(dir.as_ref(), &method, calibration, settings)?;
-    let layers = stream(&run, place, &mut |step| {
+    let on_step = |step: StreamStep| {
         on_step(match step {
             StreamStep::Initialized(layer) => StreamStep::Quantized(&layer.report),
             step => step,
         });
-    })?;
+    };
+    let layers = initialize_to(dir, out, &method, calibration, settings, on_step)?;
     Ok(layers.into_iter().map(|layer| layer.report).collect())
 }
 
 /// Runs a method that chooses packed weights and adapters on the model of a directory, one block in memory
-/// at a time, and writes a new directory with the model in `base` and the adapters, for PEFT, in `adapter`.
+/// at a time, and writes a new directory with the model in `base` and the adapters, for PEFT, in `adapter`; or
+/// with the model alone, as [`quantize_to`] does, if the method attaches no adapters
+/// ([`StageMethod::has_adapters`]).
 ///
 /// The methods are those of `loftq`, as a `loftq::Initializer`. The result is that of [`load`](crate::load),
 /// `loftq::init`, [`peft::detach`], [`save_as`](crate::save_as) and [`peft::Adapters::save_hf`], bit for bit,
@@ -207,7 +208,7 @@ pub fn initialize_to(
     settings: &Streaming,
     mut on_step: impl FnMut(StreamStep),
 ) -> Result<Vec<InitializedLayer>> {
-    let place = Place::of_base_and_adapters(out)?;
+    let place = Place::open(out, method.has_adapters())?;
     let run = Run::new(dir.as_ref(), method, calibration, settings)?;
     stream(&run, place, &mut on_step)
 }

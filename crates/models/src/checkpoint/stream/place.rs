@@ -21,19 +21,11 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// The place of a model.
-    pub(super) fn of_model(out: impl AsRef<Path>) -> Result<Self> {
+    /// The place of a model, or of a base and its adapters.
+    pub(super) fn open(out: impl AsRef<Path>, has_adapters: bool) -> Result<Self> {
         Ok(Self {
             partial: Partial::open(out)?,
-            has_adapters: false,
-        })
-    }
-
-    /// The place of a base and its adapters.
-    pub(super) fn of_base_and_adapters(out: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self {
-            partial: Partial::open(out)?,
-            has_adapters: true,
+            has_adapters,
         })
     }
 

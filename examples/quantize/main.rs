@@ -5,12 +5,14 @@
 //! `cargo run --release --example quantize` does the first with the embedded model; `-- --help` lists the
 //! options for other models.
 
+mod methods;
+
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::tensor::Device;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use evaluate::perplexity;
 use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, ModelArgs, SeqLenArg, at_least};
 use examples::corpus::{self, Dialect};
@@ -21,8 +23,10 @@ use examples::texts::{self, evaluation_batch, n_windows};
 use examples::{interrupt, memory, println, stream, table};
 use models::{AllocationStep, Model, Plan, Streaming, Windows, quantize_within};
 use peft::{Batch, PerLayer};
-use quant_core::{DoubleQuant, GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
+use quant_core::Quantizer;
 use tensor_files::Output;
+
+use methods::{Method, Name};
 
 /// Quantize a model and measure the loss of perplexity
 ///
@@ -81,6 +85,12 @@ struct Args {
     cut: SeqLenArg,
     #[command(flatten)]
     eval_windows: EvalWindowsArg,
+    /// Passes of block-ap over the calibration for each block
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    rounds: usize,
+    /// Learning rates of block-ap: of scales and zero-points, and of weights [default: by the hidden size]
+    #[arg(long, value_name = "X", num_args = 2)]
+    lr: Vec<f64>,
     /// Seed of the choice of the calibration windows
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -96,86 +106,10 @@ struct Args {
     format: FormatName,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Name {
-    /// Round to nearest, over the range of each group
-    Rtn,
-    /// Round to nearest, over the range of least squared error
-    Clip,
-    /// Normal floats (NF4, NF3, NF2)
-    Nf,
-    /// FP4 of bitsandbytes
-    Fp4,
-    /// OPTQ (GPTQ) with static act-order: inputs in descending order, groups as they are
-    Optq,
-    /// OPTQ, inputs in their natural order
-    OptqNatural,
-    /// OPTQ, whole groups in descending order
-    OptqGroups,
-    /// OPTQ in natural order, over ranges of least squared error
-    OptqClip,
-    /// GPTAQ: OPTQ in natural order that corrects for the drift of the inputs
-    Gptaq,
-}
-
-impl Name {
-    fn title(self) -> &'static str {
-        match self {
-            Name::Rtn => "RTN",
-            Name::Clip => "RTN, clip search",
-            Name::Nf => "NF",
-            Name::Fp4 => "FP4",
-            Name::Optq => "OPTQ, act-order static",
-            Name::OptqNatural => "OPTQ, natural order",
-            Name::OptqGroups => "OPTQ, act-order by group",
-            Name::OptqClip => "OPTQ, natural order, clip search",
-            Name::Gptaq => "GPTAQ, natural order",
-        }
-    }
-
-    fn needs_calibration(self) -> bool {
-        !matches!(self, Name::Rtn | Name::Clip | Name::Nf | Name::Fp4)
-    }
-
-    fn quantizer(
-        self,
-        bits: usize,
-        GroupSize(group_size): GroupSize,
-        args: &Args,
-    ) -> Box<dyn Quantizer> {
-        let (symmetric, double) = (args.symmetric, args.double_quant.then(DoubleQuant::dynamic));
-        let rtn = Rtn::new().with_bits(bits).with_group_size(group_size);
-        // GPTQ checkpoints hold scales in f16.
-        let f16 = args.format.f16_scales();
-        let fractions = args.fractional_zeros || args.format.fractional_zeros();
-        let rtn = rtn.with_symmetric(symmetric).with_f16_scales(f16);
-        let rtn = rtn.with_fractional_zeros(fractions);
-        let nf = NormalFloat::new().with_bits(bits);
-        let optq = Optq::new().with_bits(bits).with_group_size(group_size);
-        let optq = optq.with_symmetric(symmetric).with_f16_scales(f16);
-        let optq = optq.with_fractional_zeros(fractions);
-        let natural = optq.with_order(Order::Natural);
-        match self {
-            Name::Rtn => Box::new(rtn),
-            Name::Clip => Box::new(rtn.with_range(GroupRange::Clipped)),
-            Name::Nf => Box::new(nf.with_block_size(group_size).with_double_quant(double)),
-            Name::Fp4 => {
-                let fp4 = NormalFloat::float4().with_bits(bits);
-                Box::new(fp4.with_block_size(group_size).with_double_quant(double))
-            }
-            Name::Optq => Box::new(optq.with_order(Order::Descending)),
-            Name::OptqNatural => Box::new(natural),
-            Name::OptqGroups => Box::new(optq.with_order(Order::DescendingByGroup)),
-            Name::OptqClip => Box::new(natural.with_range(GroupRange::Clipped)),
-            Name::Gptaq => Box::new(natural.with_drift(0.25)),
-        }
-    }
-}
-
 /// What is done with a model.
 enum Job {
-    /// It is quantized with one quantizer.
-    One(Box<dyn Quantizer>),
+    /// It is quantized in one way.
+    One(Method),
     /// Each layer is quantized with one of several, by bytes for all projections.
     Within(Vec<Box<dyn Quantizer>>, u64),
 }
@@ -185,12 +119,17 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<()> {
+    if args.quantizer.contains(&Name::BlockAp) && args.format.fractional_zeros() {
+        return Err(
+            "block-ap learns whole zero-points, and GGUF holds others; use another --format".into(),
+        );
+    }
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
     match (job(args, &source)?, &args.out) {
-        (Some((Job::One(quantizer), _)), Some(out)) if args.format != FormatName::Gguf => {
-            quantize_to(args, &quantizer, out, &source, &device)?;
+        (Some((Job::One(method), _)), Some(out)) if args.format != FormatName::Gguf => {
+            quantize_to(args, &method, out, &source, &device)?;
         }
         (Some(_), _) if args.resume => {
             return Err("--resume is for formats that are written block by block, not GGUF".into());
@@ -219,13 +158,13 @@ fn job(args: &Args, source: &Path) -> Result<Option<(Job, u64)>> {
             within(args, name, group_size, source).map(Some)
         }
         (&[name], &[group_size], &[bits]) => {
-            let quantizer = name.quantizer(bits, group_size, args);
-            let plan = checked_plan(args, &quantizer, source)?;
+            let plan = checked_plan(args, &name.quantizer(bits, group_size, args), source)?;
             if name.needs_calibration() {
                 args.require_calibration("this quantizer")?;
             }
             println!("{plan}\n");
-            Ok(Some((Job::One(quantizer), plan.n_bytes())))
+            let method = name.method(bits, group_size, args, &plan.config);
+            Ok(Some((Job::One(method), plan.n_bytes())))
         }
         _ if args.bits_per_weight.is_some() => {
             Err("--bits-per-weight takes one --quantizer and one --group-size".into())
@@ -257,6 +196,12 @@ fn checked_plan(args: &Args, recipe: &impl peft::Recipe, source: &Path) -> Resul
 /// Checks the widths and the budget of `--bits-per-weight`.
 fn within(args: &Args, name: Name, group_size: GroupSize, source: &Path) -> Result<(Job, u64)> {
     args.require_calibration("--bits-per-weight")?;
+    if name == Name::BlockAp {
+        return Err(
+            "--bits-per-weight is for quantizers that pack each layer by itself, not block-ap"
+                .into(),
+        );
+    }
     let average = args.bits_per_weight.unwrap_or_default();
     let mut bits = args.bits.or(&[2, 3, 4, 8]);
     bits.reverse();
@@ -336,25 +281,26 @@ impl Args {
 /// Quantizes from files to files, and evaluates.
 fn quantize_to(
     args: &Args,
-    quantizer: &dyn Quantizer,
+    method: &Method,
     out: &Path,
     source: &Path,
     device: &Device,
 ) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
-    let size = evaluation_batch(args.cut.seq_len);
+    let size = method.batch(args.cut.seq_len);
     let calibration = batches(calibration, size, device);
-    let plan = models::plan(source, &quantizer)?;
+    let plan = models::plan(source, &method.quantizer)?;
     let n_tokens = n_windows(&calibration) * args.cut.seq_len;
     let batch_tokens = n_tokens.min(size * args.cut.seq_len);
-    let peak = plan.memory(quantizer.needs(), None, n_tokens, batch_tokens);
-    println!("about {} MiB in memory at the peak\n", peak >> 20);
+    if let Some(peak) = method.memory(&plan, n_tokens, batch_tokens) {
+        println!("about {} MiB in memory at the peak\n", peak >> 20);
+    }
     let settings = Streaming::new(device)
         .with_format(args.format.format())
         .with_compute(args.model.dtype.float())
         .with_resume(args.resume);
     stream::through_blocks("quantizing", &plan, |on_step| {
-        models::quantize_to(source, out, &quantizer, &calibration, &settings, on_step)
+        method.quantize_to(source, out, &calibration, &settings, on_step)
     })?;
     println!("\nsaved to {}", out.display());
     if let Some(eval) = eval {
@@ -373,18 +319,21 @@ fn quantize(
     device: &Device,
 ) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
-    let size = evaluation_batch(args.cut.seq_len);
+    let size = match job {
+        Job::One(method) => method.batch(args.cut.seq_len),
+        Job::Within(..) => evaluation_batch(args.cut.seq_len),
+    };
     let calibration = batches(calibration, size, device);
     let mut lm = models::load_as(source, device, args.model.dtype.float())?;
     // Quantized, it is another model.
     lm.certificate = None;
     match job {
-        Job::One(quantizer) => {
+        Job::One(method) => {
             let n_layers = peft::Linears::linears(&lm.model).len();
             let bar = Bar::new("quantizing", n_layers, "layers")?;
-            models::quantize(&mut lm.model, quantizer, &calibration, |layer| {
-                println!("{}", stream::quantized(layer));
-                bar.step(&layer.path);
+            method.quantize(&mut lm.model, &calibration, |path, line| {
+                println!("{line}");
+                bar.step(path);
             })?;
         }
         Job::Within(quantizers, budget) => {
@@ -505,8 +454,12 @@ fn allocate(
 /// Compares the quantizers at every width and group size.
 fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
     let (calibration, eval) = windows(args, source)?;
+    let of = |method: &Method| {
+        let size = method.batch(args.cut.seq_len);
+        batches(calibration.clone(), size, device)
+    };
+    let mut n_calibrated = 0;
     let size = evaluation_batch(args.cut.seq_len);
-    let calibration = batches(calibration, size, device);
     let eval = eval.expect("checked to be given").batches(size, device);
     let widths = args.bits.or(&[4, 3, 2]);
     // A width that a quantizer does not have is a gap in the table; a table of gaps is refused.
@@ -533,11 +486,14 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
         for &name in &args.quantizer {
             let mut row = format!("| {bits} | {} ", name.title());
             for &group_size in &args.group_size {
-                let method = name.quantizer(bits, group_size, args);
-                let cell = match models::plan(source, &method) {
-                    Ok(_) => {
+                let quantizer = name.quantizer(bits, group_size, args);
+                let cell = match models::plan(source, &quantizer) {
+                    Ok(plan) => {
+                        let method = name.method(bits, group_size, args, &plan.config);
+                        let calibration = of(&method);
+                        n_calibrated = n_windows(&calibration);
                         let mut lm = models::load_as(source, device, args.model.dtype.float())?;
-                        models::quantize(&mut lm.model, &method, &calibration, |_| {})?;
+                        method.quantize(&mut lm.model, &calibration, |_, _| {})?;
                         format!("{:.4}", perplexity(&lm.model, &eval)?.value())
                     }
                     // The quantizer does not have this width, or a layer this group size.
@@ -565,7 +521,7 @@ fn compare(args: &Args, source: &Path, device: &Device) -> Result<()> {
         full.n_windows,
         full.seq_len,
         full.value(),
-        n_windows(&calibration),
+        n_calibrated,
         clock.elapsed().as_secs_f64(),
     );
     Ok(())
