@@ -32,6 +32,7 @@ pub(crate) struct Lab<'a> {
     /// The directory of the dense model.
     pub(crate) source: PathBuf,
     pub(crate) calibration: Vec<Batch>,
+    calibration_windows: Windows,
     train: Windows,
     pub(crate) eval: Vec<Batch>,
     drift: Vec<Batch>,
@@ -111,7 +112,7 @@ impl<'a> Lab<'a> {
             Ok(windows.batches(size, &device))
         };
         let calibration = cut(&train, args.seq_len, "--train")?.shuffled(0);
-        let calibration = calibration.take(args.samples).batches(size, &device);
+        let calibration_windows = calibration.take(args.samples);
         let setup = setup(args, &source, [Some(&train), Some(&eval), drift.as_ref()])?;
         Ok(Self {
             run: Run::open(&args.out, &setup)?,
@@ -119,11 +120,12 @@ impl<'a> Lab<'a> {
             eval: measured(&eval, "--eval")?,
             drift: drift.map_or(Ok(Vec::new()), |drift| measured(&drift, "--drift"))?,
             config: stored.config,
+            calibration: calibration_windows.batches(size, &device),
+            calibration_windows,
             args,
             scratch,
             device,
             source,
-            calibration,
         })
     }
 
@@ -138,6 +140,11 @@ impl<'a> Lab<'a> {
         // It is about to be changed.
         lm.certificate = None;
         Ok(lm)
+    }
+
+    /// The calibration in batches of so many windows.
+    pub(crate) fn calibration_by(&self, size: usize) -> Vec<Batch> {
+        self.calibration_windows.batches(size, &self.device)
     }
 
     /// Measures a model on both texts.

@@ -4,9 +4,11 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use examples::format::FormatName;
+use examples::initialization::block_ap;
 use examples::method::MethodName;
 use examples::outcome::{Result, weights_bytes};
 use examples::table::number;
+use examples::texts::fit_config;
 use models::{Generation, Model, Pretrained};
 use peft::{Adapters, OffGrid, Targets, TaskPack, Tasks};
 use quant_core::Rtn;
@@ -318,8 +320,8 @@ fn efficient_qat(lab: &Lab, bits: usize) -> Result<Quantized> {
         .with_bits(bits)
         .with_group_size(lab.args.group_size().0);
     lab.based("block-ap", &rtn, |model| {
-        let method = loftq::BlockAp::new();
-        loftq::init(model, &method, &rtn, &lab.calibration, |_| {})?;
+        let method = block_ap(bits, &lab.config);
+        loftq::init(model, &method, &rtn, &lab.calibration_by(2), |_| {})?;
         let dir = lab.run.model("block-ap");
         if dir.exists() {
             // Of a run that was stopped before it was measured.
@@ -385,6 +387,9 @@ fn deploy(lab: &Lab, bits: usize) -> Result<Deployments> {
     let ptq_peft = beside(&packed, n_packed, "adapters-packed")?;
     let mut tuned = packed.model.clone();
     peft::attach(&mut tuned, &*method(MethodName::Peqa, 0))?;
+    // Scales that were not moved are not in the pack.
+    let fit = fit_config(1e-3, 1, 0);
+    peft::fit(&mut tuned, &lab.batches(0, 1), &fit, |_, _| {})?;
     let (pack, _) = TaskPack::of(&tuned)?.rounded_to_f16()?;
     let of_pack = lab.scratch.join("scales");
     pack.save(&of_pack)?;

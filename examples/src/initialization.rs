@@ -1,7 +1,7 @@
 //! The initializations of adapters that the examples know, with their bases.
 
 use clap::ValueEnum;
-use loftq::{Apiq, ApiqBlock, Initialization, Loftq, LqLora, Pissa, Qera, Rilq, presets};
+use loftq::{Apiq, ApiqBlock, BlockAp, Initialization, Loftq, LqLora, Pissa, Qera, Rilq, presets};
 use models::{Config, Model, Window};
 use peft::{FitConfig, Lora};
 use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn};
@@ -181,6 +181,16 @@ impl InitName {
     pub fn is_calibrated(self) -> bool {
         !matches!(self, Self::Qlora | Self::Loftq | Self::Pissa)
     }
+}
+
+/// Block-AP at the rates for a model and a width: of scales and zero-points, and of weights.
+///
+/// A step moves a parameter by about its rate. Weights, and with them scales, are smaller in wider models, and
+/// weights are summed over more inputs: at width 4096 the rates are the published ones, which are for more steps.
+pub fn block_ap(bits: usize, config: &Config) -> BlockAp {
+    let wider = (4096.0 / config.hidden_size() as f64).max(1.0);
+    let of_weights = if bits == 2 { 2e-5 } else { 1e-5 };
+    BlockAp::new().with_learning_rates(1e-4 * wider.sqrt(), of_weights * wider)
 }
 
 /// LQ-LoRA, weighted by the Fisher information.

@@ -7,7 +7,10 @@ use loftq::{
     Apiq, ApiqBlock, Initialization, InitializedLayer, Loftq, LqLora, Pissa, Qera, Rilq, init,
 };
 use models::Model;
-use peft::{Adapter, Batch, Blocks, CausalLm, FitConfig, Linears, Lora, PerLayer, last_output};
+use peft::{
+    Adapter, Batch, Blocks, CausalLm, Evaluation, FitConfig, Linears, Lora, PerLayer, Schedule,
+    last_output,
+};
 use quant_core::Quantizer;
 
 use crate::llama::{batches, model, rtn};
@@ -163,6 +166,39 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
         };
         assert!(bits(&model) == bits(&again), "{name} is not deterministic");
     }
+}
+
+/// With held-out batches RILQ keeps the adapters that were best on them: of two rates, the higher one ends above
+/// what it had on the way.
+#[test]
+fn rilq_keeps_the_best_on_held_out_batches() {
+    let (dense, batches) = (model(), batches(5));
+    let (calibration, held_out) = batches.split_at(3);
+    let tuned = |evaluation: Option<Evaluation>| {
+        let fit = FitConfig::new().with_learning_rate(3e-2).with_steps(40);
+        let fit = fit.with_schedule(Schedule::Constant);
+        let rilq = Rilq::new(Lora::new(3)).with_cross_entropy(0.0);
+        let rilq = rilq.with_fit(fit.with_evaluation(evaluation));
+        let mut model = dense.clone();
+        init(&mut model, &rilq, &rtn(2), calibration, |_| {}).unwrap();
+        // Without the last token, which predicts none.
+        let hidden = |model: &Model, batch: &Batch| {
+            let hidden = model.norm(last_output(model, batch));
+            let [n, seq, width] = hidden.dims();
+            hidden.slice([0..n, 0..seq - 1, 0..width])
+        };
+        let errors = held_out.iter().map(|batch| {
+            let difference = hidden(&model, batch) - hidden(&dense, batch);
+            f64::from(difference.square().mean().into_scalar::<f32>())
+        });
+        errors.sum::<f64>()
+    };
+    let evaluation = Evaluation::new(held_out).with_every(1);
+    let best = tuned(Some(evaluation.clone().with_restore_best(true)));
+    let last = tuned(None);
+    assert!(best < 0.99 * last, "{best} of {last}");
+    // Watching alone changes nothing.
+    assert_eq!(tuned(Some(evaluation)), last);
 }
 
 /// Calibration on the inputs that packed layers give: the closed form serves the stream that it is in.
