@@ -13,13 +13,13 @@ use examples::arguments::{BitsArg, EvalWindowsArg, GroupSize, at_least};
 use examples::device::DeviceArg;
 use examples::embedded::EmbeddedArg;
 use examples::format::FormatName;
-use examples::forms::{Form, forms};
+use examples::forms::{Form, Forms};
 use examples::method::MethodName;
 use examples::outcome::{Result, exit, weights_bytes, write_files};
 use examples::table::{self, number};
 use examples::texts::{Cut, Perplexities, Source, Texts, fit_config};
 use examples::{interrupt, memory, println};
-use models::{Model, Pretrained};
+use models::{FloatType, Model, Pretrained};
 use peft::{Certificate, Method, Targets};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -252,10 +252,16 @@ fn tune(
     let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
     let rounded = texts.perplexities(&lm.model)?;
     let dir = scratch.join(format!("{bits}-{}", method.name()));
-    let measure = |model: &Model| texts.perplexities(model);
-    let probe = &texts.task[0];
-    let forms = forms(&lm, &adapted, &quantizer, probe, &dir, device, measure)
-        .map_err(|error| format!("{}: {error}", method.name()))?;
+    let forms = Forms {
+        base: &lm,
+        recipe: &quantizer,
+        probe: &texts.task[0],
+        dir: &dir,
+        device,
+        compute: FloatType::F32,
+    };
+    let forms = forms.of(&adapted, |model| texts.perplexities(model));
+    let forms = forms.map_err(|error| format!("{}: {error}", method.name()))?;
     let row = |form: Form<Perplexities>| Row {
         method: method.name(),
         format: quantizer.format().expect("checked at the start"),

@@ -41,9 +41,23 @@ impl FromStr for Rate {
 /// The steps at each rate.
 const STEPS: usize = 20;
 
+/// The batches that rates are compared on, at most.
+const HELD_OUT: usize = 8;
+
 /// Returns the rate around that of `fit` with the lowest loss after a short training.
+///
+/// The loss is that of the last training batches, which the short trainings leave out, so that the texts of the
+/// evaluation choose nothing.
 pub(crate) fn choose(model: &Model, texts: &Texts, fit: &FitConfig) -> Result<f64> {
-    let search = rate::search(model, &texts.train, fit, STEPS)?;
+    let n_held_out = HELD_OUT.min(texts.train.len() / 2);
+    if n_held_out == 0 {
+        return Err("--lr auto needs two training batches: take a smaller --batch".into());
+    }
+    let (train, held_out) = texts.train.split_at(texts.train.len() - n_held_out);
+    let search = rate::search(model, train, held_out, fit, STEPS)?;
+    if search.tried.iter().all(|tried| tried.loss.is_none()) {
+        return Err("every learning rate of --lr auto ends in a loss that is not finite".into());
+    }
     println!("{search}");
     Ok(search.rate)
 }

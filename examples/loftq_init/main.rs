@@ -18,7 +18,7 @@ use examples::arguments::{BitsArg, GroupSize, ModelArgs, TuneArgs, at_least};
 use examples::corpus::{self, Dialect};
 use examples::format::FormatName;
 use examples::initialization::{
-    GridName, InitName, InitPresetName, InitSettings, lq_lora, narrower,
+    GridName, InitName, InitPresetName, InitSettings, allocated, lq_lora, narrower,
 };
 use examples::outcome::{Result, exit, max_difference};
 use examples::progress::Bar;
@@ -29,7 +29,7 @@ use examples::{interrupt, println, table};
 use loftq::InitializedLayer;
 use models::{Config, Model, Plan, Windows};
 use peft::{Adapters, Batch, FitConfig, Lora, PerLayer, Recipe};
-use quant_core::{Quantizer, allocate};
+use quant_core::Quantizer;
 use tensor_files::Output;
 
 use saved::{Saved, save};
@@ -419,29 +419,15 @@ fn tune(
 /// Chooses bits and group size of each layer by LQ-LoRA's errors within the budget.
 fn chosen(args: &Args, average: f64, model: &Model, texts: &Texts) -> Result<PerLayer> {
     let widths = args.widths();
-    let quantizers: Vec<Box<dyn Quantizer>> = pairs(&widths, &args.group_size)
-        .map(|(&bits, &group_size)| {
-            InitName::LqLora.quantizer(args.grid, bits, group_size, args.format)
-        })
-        .collect();
+    let quantizers = pairs(&widths, &args.group_size).map(|(&bits, &size)| {
+        move || InitName::LqLora.quantizer(args.grid, bits, size, args.format)
+    });
+    let quantizers: Vec<_> = quantizers.collect();
     let method = lq_lora(args.lora(args.seed[0]));
-    let candidates: Vec<&dyn Quantizer> = quantizers.iter().map(Box::as_ref).collect();
-    let layers = loftq::sensitivities(model, &method, &candidates, &texts.calibration)?;
-    let n_weights: usize = (peft::Linears::linears(model).iter())
-        .map(|(_, linear)| linear.weight().dims().iter().product::<usize>())
-        .sum();
-    let budget = (average * n_weights as f64 / 8.0) as u64;
-    let costs: Vec<_> = layers.iter().map(|(_, costs)| costs.clone()).collect();
-    let allocation = allocate(&costs, budget)?;
-    let mut recipe = PerLayer::default();
-    for ((path, _), &choice) in layers.iter().zip(&allocation.choice) {
-        let (bits, group_size) = pairs(&widths, &args.group_size)
-            .nth(choice)
-            .expect("one of the candidates");
-        let quantizer = InitName::LqLora.quantizer(args.grid, *bits, *group_size, args.format);
-        recipe.0.insert(path.clone(), quantizer);
-    }
-    Ok(recipe)
+    let linears = peft::Linears::linears(model).into_iter();
+    let sizes = linears.map(|(_, linear)| linear.weight().dims().iter().product::<usize>());
+    let budget = (average * sizes.sum::<usize>() as f64 / 8.0) as u64;
+    allocated(model, &method, &quantizers, &texts.calibration, budget)
 }
 
 /// Compares the methods at every width and group size.
@@ -507,7 +493,7 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
                 let values = runs.iter().filter(|run| {
                     (run.method, run.bits, run.group_size) == (method, bits, group_size)
                 });
-                spread(&values.map(value).collect::<Vec<_>>())
+                table::spread(&values.map(value).collect::<Vec<_>>())
             };
             rows.push([
                 method.title().into(),
@@ -529,18 +515,4 @@ fn compare(args: &Args, stored: &Plan, device: &Device) -> Result<()> {
         clock.elapsed().as_secs_f64()
     );
     Ok(())
-}
-
-/// Formats the mean and the largest deviation from it.
-fn spread(values: &[f64]) -> String {
-    let mean = values.iter().sum::<f64>() / values.len() as f64;
-    let digits = if mean < 100.0 { 3 } else { 0 };
-    match values {
-        [_] => format!("{mean:.digits$}"),
-        _ => {
-            let far = values.iter().map(|value| (value - mean).abs());
-            let far = far.fold(0.0, f64::max);
-            format!("{mean:.digits$} ± {far:.digits$}")
-        }
-    }
 }

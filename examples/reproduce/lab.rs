@@ -1,57 +1,57 @@
 //! What the experiments have in common: the model, its texts, and how a model is measured and tuned.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use burn::module::{ModuleMapper, Param};
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Tensor};
-use evaluate::{Bootstrap, Estimate, window_losses};
+use evaluate::window_losses;
 use examples::corpus::{self, Dialect};
-use examples::memory;
-use examples::outcome::{Result, weights_bytes};
+use examples::format::FormatName;
+use examples::method::MethodName;
+use examples::outcome::Result;
 use examples::progress::Bar;
 use examples::rate::{self, Search};
-use examples::texts::{self, evaluation_batch, fit_config};
+use examples::texts::{self, evaluation_batch, fit_config, n_windows};
 use examples::training::Watch;
-use models::{Config, Model, Pretrained, Windows};
-use peft::{Batch, Method, Recipe};
+use examples::{interrupt, memory, println};
+use models::{Config, Model, Plan, Pretrained};
+use peft::{Batch, Method, Targets};
 use quant_core::{Needs, Quantizer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::Args;
+use crate::losses::{Losses, Windows};
 use crate::run_dir::Run;
+
+/// The batches of the training text that choose learning rates and the end of a training, at most.
+const HELD_OUT: usize = 4;
 
 /// A model and its texts, in a run.
 pub(crate) struct Lab<'a> {
     pub(crate) args: &'a Args,
     pub(crate) run: Run,
     pub(crate) config: Config,
-    pub(crate) scratch: &'a Path,
     pub(crate) device: Device,
     /// The directory of the dense model.
     pub(crate) source: PathBuf,
     pub(crate) calibration: Vec<Batch>,
-    calibration_windows: Windows,
-    train: Windows,
+    calibration_windows: models::Windows,
+    train: models::Windows,
+    /// The end of the training text, which nothing is trained or calibrated on.
+    held_out: models::Windows,
     pub(crate) eval: Vec<Batch>,
     drift: Vec<Batch>,
-}
-
-/// The mean loss of a token in nats, of each window of two texts.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Losses {
-    /// Of held-out text of the kind that is tuned on.
-    pub(crate) eval: Vec<f64>,
-    /// Of text of another kind; empty if there is none.
-    pub(crate) drift: Vec<f64>,
 }
 
 /// A quantized model.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Quantized {
     pub(crate) losses: Losses,
-    /// Bytes of its saved weights.
+    /// Bytes of its weights.
     pub(crate) n_bytes: u64,
     /// Seconds of quantizing.
     pub(crate) seconds: f64,
@@ -69,8 +69,6 @@ pub(crate) struct Tuned {
     pub(crate) n_tokens: usize,
     /// Seconds of tuning.
     pub(crate) seconds: f64,
-    /// Peak resident memory of tuning.
-    pub(crate) peak_bytes: Option<u64>,
 }
 
 /// How a model is tuned.
@@ -90,7 +88,7 @@ impl<'a> Lab<'a> {
     pub(crate) fn new(
         args: &'a Args,
         source: PathBuf,
-        scratch: &'a Path,
+        stored: Plan,
         device: Device,
     ) -> Result<Self> {
         let embedded = args.model.model.is_none();
@@ -103,7 +101,6 @@ impl<'a> Lab<'a> {
         let train = train.expect("checked to be given");
         let eval = text(&args.eval, Dialect::Plain, 50_000, 12)?.expect("checked to be given");
         let drift = text(&args.drift, Dialect::Old, 50_000, 13)?;
-        let stored = models::plan(&source, &peft::PerLayer::default())?;
         let cut =
             |text: &str, seq_len, option| texts::planned_windows(&stored, text, seq_len, option);
         let size = evaluation_batch(args.seq_len);
@@ -111,22 +108,54 @@ impl<'a> Lab<'a> {
             let windows = cut(text, args.seq_len, option)?.take(args.eval_windows);
             Ok(windows.batches(size, &device))
         };
-        let calibration = cut(&train, args.seq_len, "--train")?.shuffled(0);
-        let calibration_windows = calibration.take(args.samples);
+        let all = cut(&train, args.tune_len, "--train")?;
+        let n_train = all.len() - (HELD_OUT * args.batch).min(all.len() / 2);
+        let calibration = cut(&train, args.seq_len, "--train")?;
+        // Windows that end before those that are held out.
+        let n_calibration = n_train * args.tune_len / args.seq_len;
+        if n_train == all.len() || n_calibration == 0 {
+            return Err(
+                "the --train text: it is too short for a window, and one that is held out".into(),
+            );
+        }
+        let select =
+            |windows: &models::Windows, from, to| windows.select(&(from..to).collect::<Vec<_>>());
+        let calibration = select(&calibration, 0, n_calibration).shuffled(0);
+        let calibration = calibration.take(args.samples);
         let setup = setup(args, &source, [Some(&train), Some(&eval), drift.as_ref()])?;
+        let drift = match &drift {
+            Some(drift) => measured(drift, "--drift")?,
+            None => Vec::new(),
+        };
         Ok(Self {
-            run: Run::open(&args.out, &setup)?,
-            train: cut(&train, args.tune_len, "--train")?,
+            train: select(&all, 0, n_train),
+            held_out: select(&all, n_train, all.len()),
             eval: measured(&eval, "--eval")?,
-            drift: drift.map_or(Ok(Vec::new()), |drift| measured(&drift, "--drift"))?,
+            drift,
+            run: Run::open(&args.out, &setup)?,
             config: stored.config,
-            calibration: calibration_windows.batches(size, &device),
-            calibration_windows,
+            calibration: calibration.batches(size, &device),
+            calibration_windows: calibration,
             args,
-            scratch,
             device,
             source,
         })
+    }
+
+    /// The calibration in batches of so many windows.
+    pub(crate) fn calibration_by(&self, size: usize) -> Vec<Batch> {
+        self.calibration_windows.batches(size, &self.device)
+    }
+
+    /// The held-out batches of the training text.
+    pub(crate) fn held_out(&self) -> Vec<Batch> {
+        self.held_out.batches(self.args.batch, &self.device)
+    }
+
+    /// So many training batches in the order of a seed, or all if there are fewer.
+    pub(crate) fn batches(&self, seed: u64, n: usize) -> Vec<Batch> {
+        let windows = self.train.shuffled(seed).take(n * self.args.batch);
+        windows.batches(self.args.batch, &self.device)
     }
 
     /// Loads the dense model.
@@ -142,26 +171,35 @@ impl<'a> Lab<'a> {
         Ok(lm)
     }
 
-    /// The calibration in batches of so many windows.
-    pub(crate) fn calibration_by(&self, size: usize) -> Vec<Batch> {
-        self.calibration_windows.batches(size, &self.device)
-    }
-
     /// Measures a model on both texts.
     pub(crate) fn measure(&self, model: &Model) -> Result<Losses> {
         let bar = Bar::new("evaluating", self.eval.len() + self.drift.len(), "batches")?;
-        let losses = |batches: &[Batch]| -> Result<Vec<f64>> {
+        let losses = |batches: &[Batch]| -> Result<Windows> {
             let mut losses = Vec::new();
             for batch in batches {
-                losses.extend(window_losses(model, std::slice::from_ref(batch))?);
+                match window_losses(model, std::slice::from_ref(batch)) {
+                    Ok(of_batch) => losses.extend(of_batch),
+                    Err(evaluate::Error::NonFinite { .. }) => {
+                        return Ok(Windows::diverged(n_windows(batches)));
+                    }
+                    Err(error) => return Err(error.into()),
+                }
                 bar.step("");
             }
-            Ok(losses)
+            Ok(Windows(losses))
         };
         Ok(Losses {
             eval: losses(&self.eval)?,
             drift: losses(&self.drift)?,
         })
+    }
+
+    /// The losses of a model that diverged.
+    fn diverged(&self) -> Losses {
+        Losses {
+            eval: Windows::diverged(n_windows(&self.eval)),
+            drift: Windows::diverged(n_windows(&self.drift)),
+        }
     }
 
     /// The losses of the dense model.
@@ -183,16 +221,13 @@ impl<'a> Lab<'a> {
         Ok(())
     }
 
-    /// The cell of a quantizer.
-    pub(crate) fn quantized(&self, name: &str, quantizer: &dyn Quantizer) -> Result<Quantized> {
-        self.based(name, &quantizer, |model| self.quantize(model, quantizer))
-    }
-
-    /// The cell of another way to make a base in the formats of a recipe.
+    /// The cell of a base that `make` makes of the dense model, in the format of `quantizer`; saved as a model
+    /// if it is to be `kept`.
     pub(crate) fn based(
         &self,
         name: &str,
-        recipe: &dyn Recipe,
+        quantizer: &dyn Quantizer,
+        kept: Option<&Path>,
         make: impl FnOnce(&mut Model) -> Result<()>,
     ) -> Result<Quantized> {
         self.run.cell(name, || {
@@ -200,13 +235,40 @@ impl<'a> Lab<'a> {
             let mut lm = self.load()?;
             let start = Instant::now();
             make(&mut lm.model)?;
+            let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
+            if let Some(dir) = kept {
+                replace(&lm, dir)?;
+            }
             Ok(Quantized {
-                seconds: start.elapsed().as_secs_f64(),
-                peak_bytes: memory::peak_bytes(),
+                seconds,
+                peak_bytes,
                 losses: self.measure(&lm.model)?,
-                n_bytes: models::plan(&self.source, recipe)?.n_bytes(),
+                n_bytes: models::plan(&self.source, &quantizer)?.n_bytes(),
             })
         })
+    }
+
+    /// The directory of the quantized base of a method, which is made if it is not there.
+    pub(crate) fn base(&self, method: MethodName, bits: usize) -> Result<PathBuf> {
+        let size = self.args.group_size();
+        let quantizer = method.quantizer(bits, size, false, FormatName::QuantCore)?;
+        let grid = match quantizer.format()?.grid().is_codebook() {
+            true => "nf",
+            false => "affine",
+        };
+        let dir = self.run.model(&format!("{grid}-{bits}"));
+        if !dir.exists() {
+            let mut lm = self.load()?;
+            self.quantize(&mut lm.model, &*quantizer)?;
+            replace(&lm, &dir)?;
+        }
+        Ok(dir)
+    }
+
+    /// A method for all layers, of the rank of the options.
+    pub(crate) fn adapters(&self, method: MethodName, seed: u64) -> Box<dyn Method> {
+        let rank = self.args.rank;
+        method.method(rank, rank as f32, &Targets::All, seed, false)
     }
 
     /// The learning rate of a method, from trainings of a model that has its adapters.
@@ -217,10 +279,11 @@ impl<'a> Lab<'a> {
         model: impl FnOnce() -> Result<Model>,
     ) -> Result<Search> {
         self.run.cell(&format!("rate-{name}"), || {
-            let fit = fit_config(default, self.args.search_steps, 0);
-            let batches = self.batches(0, self.args.search_steps + 2 * 8);
-            let search = rate::search(&model()?, &batches, &fit, self.args.search_steps)?;
-            examples::println!("{name}: {search}");
+            let steps = self.args.search_steps;
+            let fit = fit_config(default, steps, 0);
+            let (train, held_out) = (self.batches(0, steps), self.held_out());
+            let search = rate::search(&model()?, &train, &held_out, &fit, steps)?;
+            println!("{name}: {search}");
             Ok(search)
         })
     }
@@ -241,49 +304,73 @@ impl<'a> Lab<'a> {
         let batches = self.batches(seed, steps);
         let fit = fit_config(learning_rate, steps, seed);
         let start = Instant::now();
-        memory::reset_peak();
         let mut watch = Watch::new(name.to_string(), steps, &batches, None)?;
-        peft::fit(model, &batches, &fit, |_, training| {
+        let fitted = peft::fit(model, &batches, &fit, |_, training| {
             watch.step(training.steps())
-        })?;
-        watch.finish("", &[])?;
-        let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
+        });
+        // A signal ends the training early.
+        interrupt::wait_if_ending();
+        let seconds = start.elapsed().as_secs_f64();
+        let losses = match fitted {
+            Ok(_) => {
+                watch.finish("", &[])?;
+                self.measure(model)?
+            }
+            Err(peft::Error::NonFinite { .. }) => self.diverged(),
+            Err(error) => return Err(error.into()),
+        };
+        let of_step = |step: usize| batches[step % batches.len()].tokens().dims();
+        let tokens = (0..steps).map(|step| of_step(step).iter().product::<usize>());
         Ok(Tuned {
-            losses: self.measure(model)?,
+            losses,
             learning_rate,
             n_trainable,
-            n_tokens: steps * self.args.batch * self.args.tune_len,
+            n_tokens: tokens.sum(),
             seconds,
-            peak_bytes,
         })
-    }
-
-    /// So many training batches in the order of a seed, or all if there are fewer.
-    pub(crate) fn batches(&self, seed: u64, n: usize) -> Vec<Batch> {
-        let windows = self.train.shuffled(seed).take(n * self.args.batch);
-        windows.batches(self.args.batch, &self.device)
     }
 
     /// The default learning rate of a method for the model.
     pub(crate) fn default_rate(&self, method: &dyn Method) -> f64 {
         method.learning_rate(self.config.hidden_size())
     }
+
+    /// Runs one cell for each of the seeds.
+    pub(crate) fn seeds<T: Serialize + serde::de::DeserializeOwned>(
+        &self,
+        name: &str,
+        of: impl Fn(u64) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let seeds = self.args.seeds().into_iter();
+        seeds
+            .map(|seed| self.run.cell(&format!("{name}-seed-{seed}"), || of(seed)))
+            .collect()
+    }
 }
 
-/// The settings that all cells of a run share, and what the model and the texts were.
+/// Saves a model in the place of what a run that was stopped may have left there.
+fn replace(lm: &Pretrained, dir: &Path) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir)?;
+    }
+    Ok(models::save(lm, dir)?)
+}
+
+/// The settings of a run, and what the model and the texts were.
 fn setup(args: &Args, source: &Path, texts: [Option<&String>; 3]) -> Result<Map<String, Value>> {
     let text = |text: Option<&String>| {
         text.map(|text| json!({"bytes": text.len(), "crc32c": crc32c::crc32c(text.as_bytes())}))
     };
     let [train, eval, drift] = texts.map(text);
+    let sizes = args.group_size.iter().map(ToString::to_string);
     let setup = json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "model": args.model.name(),
-        "model_bytes": weights_bytes(source)?,
+        "model": checksums(source)?,
         "train": train,
         "eval": eval,
         "drift": drift,
-        "group_size": args.group_size().to_string(),
+        "bits": args.widths(),
+        "group_size": sizes.collect::<Vec<_>>(),
         "seq_len": args.seq_len,
         "samples": args.samples,
         "eval_windows": args.eval_windows,
@@ -292,6 +379,7 @@ fn setup(args: &Args, source: &Path, texts: [Option<&String>; 3]) -> Result<Map<
         "steps": args.steps,
         "search_steps": args.search_steps,
         "rank": args.rank,
+        "seed": args.seeds(),
         "device": args.model.device.name,
         "dtype": args.model.dtype.name.name(),
     });
@@ -299,6 +387,27 @@ fn setup(args: &Args, source: &Path, texts: [Option<&String>; 3]) -> Result<Map<
         Value::Object(setup) => Ok(setup),
         _ => unreachable!("written as an object"),
     }
+}
+
+/// A checksum of each file of a model.
+fn checksums(dir: &Path) -> Result<BTreeMap<String, u32>> {
+    let mut checksums = BTreeMap::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if path.is_file() && !name.starts_with('.') {
+            let mut file = fs::File::open(&path)?;
+            let (mut sum, mut buffer) = (0, vec![0; 1 << 20]);
+            loop {
+                match std::io::Read::read(&mut file, &mut buffer)? {
+                    0 => break,
+                    n => sum = crc32c::crc32c_append(sum, &buffer[..n]),
+                }
+            }
+            checksums.insert(name.into_owned(), sum);
+        }
+    }
+    Ok(checksums)
 }
 
 /// Lets all parameters of a model train, in `f32`.
@@ -310,41 +419,5 @@ pub(crate) fn unfrozen(model: Model) -> Model {
             param.set_require_grad(true)
         }
     }
-    burn::module::Module::map(model, &mut Unfreeze)
-}
-
-impl Losses {
-    /// The window-wise mean of several.
-    pub(crate) fn mean(of: &[&Self]) -> Self {
-        let mean = |text: fn(&Self) -> &[f64]| {
-            let n_windows = text(of[0]).len();
-            let at = |at: usize| of.iter().map(|losses| text(losses)[at]).sum::<f64>();
-            (0..n_windows).map(|i| at(i) / of.len() as f64).collect()
-        };
-        Self {
-            eval: mean(|of| &of.eval),
-            drift: mean(|of| &of.drift),
-        }
-    }
-
-    /// The perplexity of the held-out text.
-    pub(crate) fn perplexity(&self) -> f64 {
-        mean(&self.eval).exp()
-    }
-
-    /// The perplexity of the other text.
-    pub(crate) fn drift(&self) -> Option<f64> {
-        (!self.drift.is_empty()).then(|| mean(&self.drift).exp())
-    }
-
-    /// How much higher the loss of held-out text is than another model's, with an interval over the windows.
-    pub(crate) fn above(&self, other: &Self) -> Result<Estimate> {
-        let differences = self.eval.iter().zip(&other.eval).map(|(a, b)| a - b);
-        let differences: Vec<f64> = differences.collect();
-        Ok(Bootstrap::new().with_resamples(10_000).mean(&differences)?)
-    }
-}
-
-fn mean(of: &[f64]) -> f64 {
-    of.iter().sum::<f64>() / of.len() as f64
+    model.map(&mut Unfreeze)
 }

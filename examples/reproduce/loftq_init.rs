@@ -1,21 +1,24 @@
 //! Initializations of adapters beside a base of few bits: what they start with, and what tuning makes of it.
 
+use std::slice;
 use std::time::Instant;
 
 use examples::format::FormatName;
-use examples::initialization::{GridName, InitMethod, InitName, narrower};
+use examples::initialization::{GridName, InitMethod, InitName, allocated, lq_lora, narrower};
 use examples::memory;
 use examples::outcome::Result;
+use examples::rate::Search;
 use loftq::{Loftq, Rilq};
 use models::Model;
 use peft::{Adapters, Evaluation, FitConfig, Lora, PerLayer, Recipe};
-use quant_core::{Quantizer, allocate};
+use quant_core::Quantizer;
 use serde::{Deserialize, Serialize};
 
 use crate::claim::{Claim, Pair};
-use crate::lab::{Lab, Losses, Training, Tuned};
-use crate::peqa::seeds;
-use crate::report::{Bar, Section, Table, mean, spread};
+use crate::lab::{Lab, Training, Tuned};
+use crate::losses::Losses;
+use crate::memory_use::mib;
+use crate::report::{self, Bar, Section, Table};
 
 const LOFTQ: &str = "Li et al. 2023, arXiv:2310.08659";
 
@@ -30,7 +33,7 @@ struct Start {
     is_allocated: bool,
 }
 
-/// A finished cell.
+/// What adapters start with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Found {
     losses: Losses,
@@ -51,12 +54,13 @@ impl Start {
     }
 
     fn key(self) -> String {
-        let budget = if self.is_allocated { "-allocated" } else { "" };
+        let name = self.name.name();
         let rounds = match self.name {
-            InitName::Loftq => format!("-t{}", self.rounds),
+            InitName::Loftq => format!("-{}-rounds", self.rounds),
             _ => String::new(),
         };
-        format!("init-{:?}{rounds}{budget}-r{}", self.name, self.rank).to_lowercase()
+        let allocated = if self.is_allocated { "-by-layer" } else { "" };
+        format!("{name}{rounds}{allocated}-rank-{}", self.rank)
     }
 
     fn title(self) -> String {
@@ -79,11 +83,15 @@ impl Start {
             name => name.method(lora, &lab.config),
         };
         let recipe: Box<dyn Recipe> = if self.is_allocated {
-            Box::new(allocated(self, lab, model)?)
+            Box::new(by_layer(self, lab, model)?)
         } else {
             Box::new(self.quantizer(lab, bits))
         };
-        let layers = loftq::init(model, &*method, &*recipe, &lab.calibration, |_| {})?;
+        let calibration = match self.name.is_calibrated() {
+            true => &lab.calibration[..],
+            false => &[],
+        };
+        let layers = loftq::init(model, &*method, &*recipe, calibration, |_| {})?;
         let errors = layers
             .iter()
             .map(|layer| layer.report.error.weight.relative);
@@ -101,10 +109,11 @@ impl Start {
             memory::reset_peak();
             let mut model = lab.load()?.model;
             let start = Instant::now();
-            let weight_error = self.run(lab, bits, 0, &mut model)?;
+            let weight_error = self.run(lab, bits, lab.args.seeds()[0], &mut model)?;
+            let (seconds, peak_bytes) = (start.elapsed().as_secs_f64(), memory::peak_bytes());
             Ok(Found {
-                seconds: start.elapsed().as_secs_f64(),
-                peak_bytes: memory::peak_bytes(),
+                seconds,
+                peak_bytes,
                 losses: lab.measure(&model)?,
                 weight_error,
             })
@@ -112,14 +121,14 @@ impl Start {
     }
 
     /// Tunes the adapters, at the rate that is best for this start.
-    fn tuned(self, lab: &Lab, bits: usize) -> Result<Vec<Tuned>> {
+    fn tuned(self, lab: &Lab, bits: usize) -> Result<(Vec<Tuned>, Search)> {
         let default = lab.default_rate(&Lora::new(self.rank));
         let search = lab.search(&self.key(), default, || {
             let mut model = lab.load()?.model;
             self.run(lab, bits, 0, &mut model)?;
             Ok(model)
         })?;
-        seeds(lab, &format!("{}-tuned", self.key()), |seed| {
+        let tuned = lab.seeds(&format!("{}-tuned", self.key()), |seed| {
             let mut model = lab.load()?.model;
             self.run(lab, bits, seed, &mut model)?;
             let adapters = Adapters::of(&model)?;
@@ -133,14 +142,16 @@ impl Start {
                 steps: lab.args.steps,
             };
             lab.tune(&self.key(), &mut model, n_trainable, training)
-        })
+        })?;
+        Ok((tuned, search))
     }
 }
 
 /// RILQ's tuning, which ends by the loss on held-out windows of the training text.
 fn stopped(lab: &Lab, seed: u64) -> FitConfig {
-    let held_out = lab.batches(seed + 1, 4);
-    let evaluation = Evaluation::new(held_out).with_every(10).with_patience(2);
+    let evaluation = Evaluation::new(lab.held_out())
+        .with_every(10)
+        .with_patience(2);
     FitConfig::new()
         .with_learning_rate(3e-3 * narrower(&lab.config))
         .with_steps(2 * lab.args.steps)
@@ -149,29 +160,23 @@ fn stopped(lab: &Lab, seed: u64) -> FitConfig {
 }
 
 /// The bits of each layer by LQ-LoRA's errors, of as many bytes as the mean of the two least widths.
-fn allocated(start: Start, lab: &Lab, model: &Model) -> Result<PerLayer> {
+fn by_layer(start: Start, lab: &Lab, model: &Model) -> Result<PerLayer> {
     let widths = lab.args.widths();
-    let candidates = widths.iter().map(|&bits| start.quantizer(lab, bits));
-    let candidates: Vec<Box<dyn Quantizer>> = candidates.collect();
-    let bytes = candidates.iter().rev().take(2).map(|quantizer| {
-        let plan = models::plan(&lab.source, quantizer)?;
+    let quantizers = widths
+        .iter()
+        .map(|&bits| move || start.quantizer(lab, bits));
+    let quantizers: Vec<_> = quantizers.collect();
+    let bytes = quantizers.iter().rev().take(2).map(|quantizer| {
+        let plan = models::plan(&lab.source, &quantizer())?;
         Ok(plan.layers.iter().map(|layer| layer.n_bytes).sum::<u64>())
     });
     let bytes: Vec<u64> = bytes.collect::<Result<_>>()?;
     let budget = bytes.iter().sum::<u64>() / bytes.len() as u64;
-    let candidates: Vec<&dyn Quantizer> = candidates.iter().map(Box::as_ref).collect();
-    let lora = Lora::new(start.rank).with_alpha(start.rank as f32);
-    let method = examples::initialization::lq_lora(lora);
-    let layers = loftq::sensitivities(model, &method, &candidates, &lab.calibration)?;
-    let costs: Vec<_> = layers.iter().map(|(_, costs)| costs.clone()).collect();
-    let choice = allocate(&costs, budget)?.choice;
-    let of_layers = layers
-        .iter()
-        .zip(choice)
-        .map(|((path, _), choice)| (path.clone(), start.quantizer(lab, widths[choice])));
-    Ok(PerLayer(of_layers.collect()))
+    let method = lq_lora(Lora::new(start.rank).with_alpha(start.rank as f32));
+    allocated(model, &method, &quantizers, &lab.calibration, budget)
 }
 
+/// Runs the experiment.
 pub(crate) fn run(lab: &Lab) -> Result<Section> {
     let dense = lab.dense()?;
     let (widths, rank) = (lab.args.widths(), lab.args.rank);
@@ -182,7 +187,13 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
     };
     let qlora = Start::new(InitName::Qlora, rank);
     let (loftq, cloq) = (rounds(5, rank), Start::new(InitName::Cloq, rank));
-    let (wide, thin) = (rounds(5, 4 * rank), rounds(5, (rank / 4).max(1)));
+    let linears = models::plan(&lab.source, &PerLayer::default())?.layers;
+    let most = linears
+        .iter()
+        .flat_map(|layer| layer.dims)
+        .min()
+        .unwrap_or(rank);
+    let (thin, wide) = (rounds(5, rank.div_ceil(4)), rounds(5, (4 * rank).min(most)));
     let starts = [
         qlora,
         rounds(1, rank),
@@ -208,9 +219,9 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
         let at = starts.iter().position(|of| *of == start);
         &found[at.expect("one of the starts")]
     };
-    let tuned = [qlora, loftq, cloq].map(|start| (start, start.tuned(lab, bits)));
-    let tuned = tuned.into_iter().map(|(start, tuned)| Ok((start, tuned?)));
-    let tuned: Vec<(Start, Vec<Tuned>)> = tuned.collect::<Result<_>>()?;
+    let tuned = [qlora, loftq, cloq].map(|start| Ok((start, start.tuned(lab, bits)?)));
+    let tuned: Vec<(Start, (Vec<Tuned>, Search))> = tuned.into_iter().collect::<Result<_>>()?;
+    let losses = |of: &[Tuned]| of.iter().map(|of| of.losses.clone()).collect::<Vec<_>>();
     let mut table = Table::new(&[
         "initialization",
         "rank",
@@ -219,47 +230,54 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
         "other text",
         "tuned: held out",
         "tuned: other text",
-        "seconds",
+        "trainable",
+        "tokens",
+        "rate",
+        "seconds of the start",
         "peak MiB",
     ]);
     let mut bars = Vec::new();
     for (start, found) in starts.iter().zip(&found) {
+        let before = slice::from_ref(&found.losses);
+        let [held_out, other] = report::cells(before);
+        bars.push(Bar::new(
+            format!("{}, rank {}", start.title(), start.rank),
+            before,
+        ));
         let tuned = tuned
             .iter()
             .find(|(of, _)| of == start)
             .map(|(_, tuned)| tuned);
-        let seeds: Vec<&Losses> = tuned.into_iter().flatten().map(|of| &of.losses).collect();
-        let after = Bar::new("", &seeds);
+        let after = tuned.map_or(Vec::new(), |(tuned, _)| losses(tuned));
+        let [tuned_held_out, tuned_other] = report::cells(&after);
+        if !after.is_empty() {
+            bars.push(Bar::new(format!("{}, tuned", start.title()), &after));
+        }
+        let of = |value: fn(&Tuned) -> usize| {
+            let first = tuned.and_then(|(tuned, _)| tuned.first());
+            first.map_or("-".into(), |tuned| value(tuned).to_string())
+        };
         table.row([
             start.title(),
             start.rank.to_string(),
             format!("{:.4}", found.weight_error),
-            spread(&[found.losses.perplexity()]),
-            spread(&found.losses.drift().into_iter().collect::<Vec<_>>()),
-            spread(&after.eval),
-            spread(&after.drift),
+            held_out,
+            other,
+            tuned_held_out,
+            tuned_other,
+            of(|tuned| tuned.n_trainable),
+            of(|tuned| tuned.n_tokens),
+            tuned.map_or("-".into(), |(_, search)| report::rate(search)),
             format!("{:.0}", found.seconds),
-            found
-                .peak_bytes
-                .map_or("-".into(), |n| (n >> 20).to_string()),
+            mib(found.peak_bytes),
         ]);
-        bars.push(Bar::new(
-            format!("{}, rank {}", start.title(), start.rank),
-            &[&found.losses],
-        ));
-        if mean(&after.eval).is_some() {
-            bars.push(Bar::new(format!("{}, tuned", start.title()), &seeds));
-        }
     }
+    let after: Vec<Vec<Losses>> = tuned.iter().map(|(_, (tuned, _))| losses(tuned)).collect();
     let pair = |name: &str, lower: Start, higher: Start| Pair {
         name: name.into(),
-        lower: &of(lower).losses,
-        higher: &of(higher).losses,
+        lower: slice::from_ref(&of(lower).losses),
+        higher: slice::from_ref(&of(higher).losses),
     };
-    let after: Vec<Losses> = tuned
-        .iter()
-        .map(|(_, of)| Losses::mean(&of.iter().map(|of| &of.losses).collect::<Vec<_>>()))
-        .collect();
     let tuned_pair = |name: &str, lower: usize, higher: usize| Pair {
         name: name.into(),
         lower: &after[lower],
@@ -269,7 +287,7 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
     let named = |name: InitName| Start::new(name, rank);
     let claims = vec![
         Claim::lower(
-            "LoftQ starts below QLoRA",
+            "LoftQ starts at a lower perplexity than QLoRA",
             LOFTQ,
             &[pair("before tuning", loftq, qlora)],
         )?,
@@ -281,19 +299,34 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
         Claim::of(
             "The error of LoftQ's weights falls with the rank, and is below QLoRA's",
             LOFTQ,
-            errors.is_sorted_by(|a, b| a > b),
+            errors.is_sorted_by(|a, b| a >= b) && errors[3] < errors[0],
             vec![format!(
                 "relative errors of QLoRA and of ranks {}, {rank}, {}: {errors:.4?}",
                 thin.rank, wide.rank
             )],
         ),
+        Claim::of(
+            "More rounds of LoftQ lower the error of the weights",
+            LOFTQ,
+            of(loftq).weight_error < of(rounds(1, rank)).weight_error,
+            vec![format!(
+                "relative errors of 1 and 5 rounds: {:.4}, {:.4}",
+                of(rounds(1, rank)).weight_error,
+                of(loftq).weight_error
+            )],
+        ),
         Claim::lower(
-            "QERA starts below LoftQ",
-            "Zhang et al. 2024, arXiv:2410.06040",
+            "LQ-LoRA starts at a lower perplexity than QLoRA",
+            "Guo et al. 2024, arXiv:2311.12023",
+            &[pair("before tuning", named(InitName::LqLora), qlora)],
+        )?,
+        Claim::lower(
+            "QERA starts at a lower perplexity than LoftQ",
+            "Zhang et al. 2025, arXiv:2410.06040",
             &[pair("before tuning", named(InitName::Qera), loftq)],
         )?,
         Claim::lower(
-            "CLoQ, QERA's factors after OPTQ, starts below QERA over RTN",
+            "CLoQ, QERA's factors after OPTQ, starts at a lower perplexity than QERA over RTN",
             "Deng et al. 2025, arXiv:2501.18475",
             &[pair("before tuning", cloq, named(InitName::Qera))],
         )?,
@@ -303,7 +336,7 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
             &[tuned_pair("after tuning", 2, 1)],
         )?,
         Claim::lower(
-            "ApiQ starts below LoftQ",
+            "ApiQ starts at a lower perplexity than LoftQ",
             "Liao et al. 2024, arXiv:2402.05147",
             &[
                 pair("layer-wise", named(InitName::Apiq), loftq),
@@ -311,7 +344,7 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
             ],
         )?,
         Claim::lower(
-            "RILQ starts below the initializations of one layer each",
+            "RILQ starts at a lower perplexity than methods that look at a layer or a block",
             "Lee et al. 2025, arXiv:2412.01129",
             &[
                 pair("LoftQ", named(InitName::Rilq), loftq),

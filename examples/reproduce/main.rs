@@ -5,8 +5,10 @@
 
 mod chart;
 mod claim;
+mod deploy;
 mod lab;
 mod loftq_init;
+mod losses;
 mod memory_use;
 mod merging;
 mod peqa;
@@ -14,14 +16,16 @@ mod ptq;
 mod report;
 mod run_dir;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use examples::arguments::{BitsArg, GroupSize, ModelArgs, at_least};
 use examples::outcome::{Result, exit};
 use examples::{interrupt, println};
-use quant_core::Rtn;
+use models::Plan;
+use peft::PerLayer;
 use serde::{Deserialize, Serialize};
 
 use lab::Lab;
@@ -37,7 +41,7 @@ use report::Section;
     version,
     args_override_self = true,
     mut_arg("bits", |arg| arg.help(
-        "Bits of a weight, several: all are quantized to, the least are tuned from Block-AP and initialized, the most are merged into [default: 4 3 2]"
+        "Bits of a weight, one or several of 4, 3 and 2: `peqa` takes Block-AP and `loftq` its base of the least, `merge` of the most [default: 4 3 2]"
     )),
     after_help = "\
 Example:
@@ -65,7 +69,7 @@ struct Args {
     #[arg(long, value_name = "N", value_delimiter = ',', num_args = 1.., default_values = ["32"])]
     group_size: Vec<GroupSize>,
     /// Tokens in a window to calibrate and to evaluate on
-    #[arg(long, value_name = "N", default_value = "128", value_parser = at_least::<2>)]
+    #[arg(long, value_name = "N", default_value = "128", value_parser = at_least::<32>)]
     seq_len: usize,
     /// Windows to calibrate on
     #[arg(long, value_name = "N", default_value = "32", value_parser = at_least::<1>)]
@@ -99,6 +103,8 @@ struct Args {
     memory_of: Option<Trained>,
     #[arg(long, hide = true, requires = "memory_of")]
     checkpoint_blocks: bool,
+    #[arg(long, hide = true, requires = "memory_of")]
+    memory_base: Option<PathBuf>,
 }
 
 /// An experiment.
@@ -148,19 +154,15 @@ fn run(args: &Args) -> Result<()> {
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;
     let source = args.model.dir(scratch.path())?;
-    for &bits in &args.widths() {
-        for size in &args.group_size {
-            models::plan(&source, &Rtn::new().with_bits(bits).with_group_size(size.0))?;
-        }
-    }
-    let lab = Lab::new(args, source, scratch.path(), device)?;
-    if let Some(trained) = args.memory_of {
-        return trained.print(&lab, args.checkpoint_blocks);
-    }
     let experiments = match &args.experiments[..] {
         [] => Experiment::value_variants(),
         given => given,
     };
+    let stored = check(args, experiments, &source, &device)?;
+    let lab = Lab::new(args, source, stored, device)?;
+    if let Some(trained) = args.memory_of {
+        return trained.print(&lab, args.checkpoint_blocks, args.memory_base.as_deref());
+    }
     for experiment in experiments {
         let section = experiment.run(&lab)?;
         lab.run.finish(*experiment, &section)?;
@@ -170,7 +172,36 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Checks before any work that every quantizer and every rank fits the layers of the model.
+fn check(args: &Args, experiments: &[Experiment], source: &Path, device: &Device) -> Result<Plan> {
+    for bits in args.widths() {
+        for &size in &args.group_size {
+            for name in ptq::NAMES {
+                models::plan(source, &name.quantizer(bits, size))?;
+            }
+        }
+    }
+    let (bits, size) = (args.widths()[0], args.group_size());
+    let base = models::plan(source, &ptq::Name::Rtn.quantizer(bits, size))?;
+    let most = base.layers.iter().flat_map(|layer| layer.dims).min();
+    if let Some(most) = most.filter(|most| args.rank > *most) {
+        return Err(format!("--rank {}: the least layer has room for {most}", args.rank).into());
+    }
+    if experiments.contains(&Experiment::Merge) {
+        merging::check(&base, device)?;
+    }
+    Ok(models::plan(source, &PerLayer::default())?)
+}
+
 impl Args {
+    /// The seeds, each once.
+    fn seeds(&self) -> Vec<u64> {
+        let mut seeds = self.seed.clone();
+        seeds.sort_unstable();
+        seeds.dedup();
+        seeds
+    }
+
     /// The widths, the widest first.
     fn widths(&self) -> Vec<usize> {
         self.bits.or(&[4, 3, 2])

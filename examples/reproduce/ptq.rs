@@ -1,5 +1,7 @@
 //! Quantizers: every one at every width and group size, with the same calibration.
 
+use std::slice;
+
 use examples::arguments::GroupSize;
 use examples::outcome::Result;
 use examples::table::number;
@@ -7,8 +9,9 @@ use quant_core::{GroupRange, NormalFloat, Optq, Order, Quantizer, Rtn};
 
 use crate::claim::{Claim, Pair};
 use crate::lab::{Lab, Quantized};
-use crate::report::{Bar, Section, Table};
+use crate::report::{self, Bar, Section, Table};
 
+/// A quantizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Name {
     Rtn,
@@ -19,7 +22,8 @@ pub(crate) enum Name {
     Gptaq,
 }
 
-const NAMES: [Name; 6] = [
+/// All quantizers.
+pub(crate) const NAMES: [Name; 6] = [
     Name::Rtn,
     Name::Clip,
     Name::Nf,
@@ -40,6 +44,7 @@ impl Name {
         }
     }
 
+    /// Its name in a table.
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Rtn => "RTN",
@@ -51,6 +56,7 @@ impl Name {
         }
     }
 
+    /// Returns the quantizer.
     pub(crate) fn quantizer(self, bits: usize, GroupSize(size): GroupSize) -> Box<dyn Quantizer> {
         let rtn = Rtn::new().with_bits(bits).with_group_size(size);
         let optq = Optq::new().with_bits(bits).with_group_size(size);
@@ -68,7 +74,10 @@ impl Name {
     /// Its cell.
     pub(crate) fn cell(self, lab: &Lab, bits: usize, size: GroupSize) -> Result<Quantized> {
         let name = format!("{}-{bits}-{size}", self.key());
-        lab.quantized(&name, &*self.quantizer(bits, size))
+        let quantizer = self.quantizer(bits, size);
+        lab.based(&name, &*quantizer, None, |model| {
+            lab.quantize(model, &*quantizer)
+        })
     }
 }
 
@@ -80,6 +89,7 @@ struct Cell {
     found: Quantized,
 }
 
+/// Runs the experiment.
 pub(crate) fn run(lab: &Lab) -> Result<Section> {
     let dense = lab.dense()?;
     let mut cells = Vec::new();
@@ -114,18 +124,20 @@ pub(crate) fn run(lab: &Lab) -> Result<Section> {
             seconds,
             peak_bytes,
         } = &cell.found;
+        let losses = slice::from_ref(losses);
+        let [held_out, other] = report::cells(losses);
         table.row([
             cell.bits.to_string(),
             cell.size.to_string(),
             cell.name.title().into(),
-            number(Some(losses.perplexity()), 3),
-            number(losses.drift(), 3),
+            held_out,
+            other,
             n_bytes.to_string(),
             format!("{seconds:.0}"),
             peak_bytes.map_or("-".into(), |n| (n >> 20).to_string()),
         ]);
         let label = format!("{} bits, {}: {}", cell.bits, cell.size, cell.name.title());
-        bars.push(Bar::new(label, &[losses]));
+        bars.push(Bar::new(label, losses));
     }
     Ok(Section {
         title: "Quantizers".into(),
@@ -157,8 +169,8 @@ fn claims(cells: &[Cell]) -> Result<Vec<Claim>> {
             let second = others.find(is_beside)?;
             Some(Pair {
                 name: format!("{} bits, group {}", first.bits, first.size),
-                lower: &first.found.losses,
-                higher: &second.found.losses,
+                lower: slice::from_ref(&first.found.losses),
+                higher: slice::from_ref(&second.found.losses),
             })
         });
         pairs.collect::<Vec<_>>()
@@ -172,11 +184,13 @@ fn claims(cells: &[Cell]) -> Result<Vec<Claim>> {
         for other in same {
             let pair = |name| Pair {
                 name,
-                lower: &cell.found.losses,
-                higher: &other.found.losses,
+                lower: slice::from_ref(&cell.found.losses),
+                higher: slice::from_ref(&other.found.losses),
             };
             let title = cell.name.title();
-            if cell.size == other.size && cell.bits == other.bits + 1 {
+            let between = |of: &Cell| other.bits < of.bits && of.bits < cell.bits;
+            let is_next = cell.bits > other.bits && !cells.iter().any(between);
+            if cell.size == other.size && is_next {
                 let (more, fewer) = (cell.bits, other.bits);
                 wider.push(pair(format!(
                     "{title}, group {}: {more} and {fewer} bits",

@@ -3,13 +3,27 @@
 use std::fmt::Write as _;
 
 use examples::outcome::Result;
+use examples::rate::Search;
+use examples::table::spread;
 use examples::{interrupt, table};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::chart;
 use crate::claim::{Claim, Verdict};
-use crate::lab::{Lab, Losses};
+use crate::lab::Lab;
+use crate::losses::Losses;
+
+/// What the numbers of all sections are.
+const INTRODUCTION: &str = "\
+Perplexities are those of windows of `seq_len` tokens in the protocol of OPTQ; *held out* is text of the kind that \
+is calibrated and tuned on, *other text* is of another kind. Models are tuned for `steps` steps of `batch` windows of \
+`tune_len` tokens, at the best of four learning rates by `search_steps` steps each, measured on windows that are \
+neither trained nor evaluated on; a section that does otherwise says so. Numbers of several seeds are the mean ± the \
+largest distance from it.\n\n\
+A claim that compares is *shown* if in each pair the first model's loss is below the second's: the number is the \
+first minus the second in nats for each token, as the mean over the same windows of both, with its 95 % bootstrap \
+interval, which must be below 0, as must be the difference for each seed.\n";
 
 /// The results of an experiment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -51,26 +65,39 @@ impl Table {
 
 impl Bar {
     /// A model, tuned with several seeds or not at all.
-    pub(crate) fn new(label: impl Into<String>, seeds: &[&Losses]) -> Self {
-        let drift = seeds.iter().filter_map(|losses| losses.drift());
+    pub(crate) fn new(label: impl Into<String>, seeds: &[Losses]) -> Self {
+        let (eval, drift) = perplexities(seeds);
+        let is_finite = |of: &f64| of.is_finite();
         Self {
             label: label.into(),
-            eval: seeds.iter().map(|losses| losses.perplexity()).collect(),
-            drift: drift.collect(),
+            eval: eval.into_iter().filter(is_finite).collect(),
+            drift: drift.into_iter().filter(is_finite).collect(),
         }
     }
 }
 
-/// The mean of perplexities, and half of their range if there are several.
-pub(crate) fn spread(of: &[f64]) -> String {
-    let Some(mean) = mean(of) else {
-        return "-".into();
+/// The perplexities of each seed on both texts.
+fn perplexities(seeds: &[Losses]) -> (Vec<f64>, Vec<f64>) {
+    let drift = seeds.iter().filter_map(Losses::drift).collect();
+    (seeds.iter().map(Losses::perplexity).collect(), drift)
+}
+
+/// The perplexities on both texts as cells of a table.
+pub(crate) fn cells(seeds: &[Losses]) -> [String; 2] {
+    let (eval, drift) = perplexities(seeds);
+    [eval, drift].map(|values| spread(&values))
+}
+
+/// A learning rate, with a mark if it is at an end of those that were tried.
+pub(crate) fn rate(search: &Search) -> String {
+    let tried = search.tried.iter().map(|tried| tried.rate);
+    let (least, most) = range(&tried.collect::<Vec<_>>());
+    let mark = if search.rate == least || search.rate == most {
+        " *"
+    } else {
+        ""
     };
-    let range = range(of);
-    match of.len() {
-        1 => format!("{mean:.3}"),
-        _ => format!("{mean:.3} ± {:.3}", (range.1 - range.0) / 2.0),
-    }
+    format!("{:.1e}{mark}", search.rate)
 }
 
 /// The mean; none of none.
@@ -93,17 +120,12 @@ pub(crate) fn range(of: &[f64]) -> (f64, f64) {
 /// If a section cannot be read, or a file not written.
 pub(crate) fn write(lab: &Lab) -> Result<String> {
     let sections = lab.run.sections()?;
-    let args = lab.args;
-    let mut text = format!("# The experiments with {}\n\n", args.model.name());
-    let kinds = match lab.args.seed.len() {
-        1 => String::new(),
-        n => format!(" Numbers of {n} seeds are their mean ± half of their range."),
-    };
-    writeln!(
-        text,
-        "Perplexities over at most {} windows of {} tokens of each text, in the protocol of OPTQ. Models are tuned for {} steps of {} windows of {} tokens, at a rate that {} steps at each of four rates chose.{kinds} A difference of losses is the mean over the same windows of both models, in nats, with its 95 % bootstrap interval.",
-        args.eval_windows, args.seq_len, args.steps, args.batch, args.tune_len, args.search_steps,
-    )?;
+    let mut text = format!("# The experiments with {}\n\n", lab.args.model.name());
+    writeln!(text, "{}", INTRODUCTION)?;
+    let setup = lab.run.setup()?;
+    for (name, value) in &setup {
+        writeln!(text, "* {name}: `{value}`")?;
+    }
     let mut files = Vec::new();
     for (experiment, section) in &sections {
         let name = format!("{}.svg", experiment.name());
@@ -118,7 +140,8 @@ pub(crate) fn write(lab: &Lab) -> Result<String> {
         text.push_str(&claims(&section.claims));
     }
     let json = json!({
-        "version": env!("CARGO_PKG_VERSION"),
+        "setup": setup,
+        "cells": lab.run.cells()?,
         "sections": sections.iter().map(|(of, section)| (of.name(), section)).collect::<Vec<_>>(),
     });
     files.push((

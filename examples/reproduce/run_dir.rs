@@ -1,5 +1,6 @@
 //! The directory of a run: its settings, its finished cells and the sections of the report.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -18,6 +19,7 @@ const SETUP: &str = "setup.json";
 const CELLS: &str = "cells";
 const SECTIONS: &str = "sections";
 const MODELS: &str = "models";
+const SCRATCH: &str = ".scratch";
 
 /// A run, which no other process changes meanwhile.
 pub(crate) struct Run {
@@ -56,14 +58,23 @@ impl Run {
                 .into());
             }
         } else {
-            if fs::read_dir(dir)?.count() > 1 {
-                return Err(of("has files that are not of a run; take another --out").into());
+            for entry in fs::read_dir(dir)? {
+                let name = entry?.file_name();
+                if !name.as_encoded_bytes().starts_with(b".") {
+                    return Err(of("has files that are not of a run; take another --out").into());
+                }
             }
             tensor_files::write_json(&path, setup)?;
         }
-        for part in [CELLS, SECTIONS, MODELS] {
+        let scratch = dir.join(SCRATCH);
+        if scratch.exists() {
+            // Of a run that was killed.
+            fs::remove_dir_all(&scratch)?;
+        }
+        for part in [CELLS, SECTIONS, MODELS, SCRATCH] {
             fs::create_dir_all(dir.join(part))?;
         }
+        interrupt::discard(&scratch);
         let dir = dir.into();
         Ok(Self { dir, _lock: lock })
     }
@@ -83,6 +94,9 @@ impl Run {
         }
         let start = Instant::now();
         let result = compute()?;
+        // A number that JSON does not have would make a file that is not read again.
+        let _: T = serde_json::from_value(serde_json::to_value(&result)?)
+            .map_err(|error| format!("{name}: {error}"))?;
         interrupt::uninterrupted(|| tensor_files::write_json(&path, &result))?;
         println!("{name}: {:.0} s", start.elapsed().as_secs_f64());
         // What the file holds, so that a run that was stopped reports the same numbers.
@@ -92,6 +106,35 @@ impl Run {
     /// The place of a model that several cells begin with.
     pub(crate) fn model(&self, name: &str) -> PathBuf {
         self.dir.join(MODELS).join(name)
+    }
+
+    /// The place of files that are removed at the end.
+    pub(crate) fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.join(SCRATCH).join(name)
+    }
+
+    /// The settings.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub(crate) fn setup(&self) -> Result<Map<String, Value>> {
+        Ok(tensor_files::read_json(&self.dir.join(SETUP))?)
+    }
+
+    /// The results of all finished cells.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub(crate) fn cells(&self) -> Result<BTreeMap<String, Value>> {
+        let mut cells = BTreeMap::new();
+        for entry in fs::read_dir(self.dir.join(CELLS))? {
+            let path = entry?.path();
+            let name = path.file_stem().unwrap_or_default().to_string_lossy();
+            if !name.starts_with('.') {
+                cells.insert(name.into_owned(), tensor_files::read_json(&path)?);
+            }
+        }
+        Ok(cells)
     }
 
     /// Keeps the section of an experiment whose cells are finished.
@@ -128,5 +171,12 @@ impl Run {
     /// If it cannot be written.
     pub(crate) fn write(&self, name: &str, text: &str) -> Result<()> {
         Ok(tensor_files::write(&self.dir.join(name), text.as_bytes())?)
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // What cannot be removed is removed by the next run.
+        let _ = fs::remove_dir_all(self.dir.join(SCRATCH));
     }
 }

@@ -1,13 +1,17 @@
 //! The initializations of adapters that the examples know, with their bases.
 
 use clap::ValueEnum;
-use loftq::{Apiq, ApiqBlock, BlockAp, Initialization, Loftq, LqLora, Pissa, Qera, Rilq, presets};
+use loftq::{
+    Apiq, ApiqBlock, BlockAp, Initialization, LayerMethod, Loftq, LqLora, Pissa, Qera, Rilq,
+    presets,
+};
 use models::{Config, Model, Window};
-use peft::{FitConfig, Lora};
-use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn};
+use peft::{Batch, CausalLm, FitConfig, Lora, PerLayer, Stages};
+use quant_core::{NormalFloat, Optq, Order, Quantizer, Rtn, allocate};
 
 use crate::arguments::GroupSize;
 use crate::format::FormatName;
+use crate::outcome::Result;
 
 /// An initialization of a model in memory, or of one block after the other.
 pub trait InitMethod: Initialization<Model> + Initialization<Window> {}
@@ -97,6 +101,12 @@ pub enum InitName {
 }
 
 impl InitName {
+    /// The name on the command line.
+    pub fn name(self) -> String {
+        let value = self.to_possible_value().expect("no method is hidden");
+        value.get_name().into()
+    }
+
     /// Its published name.
     pub fn title(self) -> &'static str {
         match self {
@@ -191,6 +201,27 @@ pub fn block_ap(bits: usize, config: &Config) -> BlockAp {
     let wider = (4096.0 / config.hidden_size() as f64).max(1.0);
     let of_weights = if bits == 2 { 2e-5 } else { 1e-5 };
     BlockAp::new().with_learning_rates(1e-4 * wider.sqrt(), of_weights * wider)
+}
+
+/// Chooses a quantizer for each layer by the errors of a method within a budget of bytes.
+///
+/// # Errors
+/// As [`loftq::sensitivities`] and [`quant_core::allocate`].
+pub fn allocated<M: CausalLm + Stages, L: LayerMethod>(
+    model: &M,
+    method: &L,
+    quantizers: &[impl Fn() -> Box<dyn Quantizer>],
+    calibration: &[Batch],
+    budget: u64,
+) -> Result<PerLayer> {
+    let candidates: Vec<Box<dyn Quantizer>> = quantizers.iter().map(|make| make()).collect();
+    let candidates: Vec<&dyn Quantizer> = candidates.iter().map(Box::as_ref).collect();
+    let layers = loftq::sensitivities(model, method, &candidates, calibration)?;
+    let costs: Vec<_> = layers.iter().map(|(_, costs)| costs.clone()).collect();
+    let choice = allocate(&costs, budget)?.choice;
+    let chosen = layers.into_iter().zip(choice);
+    let chosen = chosen.map(|((path, _), choice)| (path, quantizers[choice]()));
+    Ok(PerLayer(chosen.collect()))
 }
 
 /// LQ-LoRA, weighted by the Fisher information.

@@ -14,19 +14,16 @@ use crate::progress::Bar;
 /// Not more than three times the default: a rate that is best for few steps is too high for many.
 const FACTORS: [f64; 4] = [0.1, 0.3, 1.0, 3.0];
 
-/// The batches that they are compared on, at most.
-const HELD_OUT: usize = 8;
-
 /// The short trainings at several rates.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Search {
     /// The rates, each with the loss after its training.
     pub tried: Vec<Tried>,
-    /// The rate of the lowest loss.
+    /// The rate of the lowest loss, or the lowest rate if the training failed at all.
     pub rate: f64,
     /// The steps of each training.
     pub steps: usize,
-    /// The training batches whose loss it is, and which are left out of the trainings.
+    /// The held-out batches whose loss it is.
     pub n_held_out: usize,
 }
 
@@ -39,22 +36,17 @@ pub struct Tried {
     pub loss: Option<f64>,
 }
 
-/// Finds the rate around that of `fit` with the lowest loss after so many steps.
-///
-/// The loss is that of the last training batches, which the short trainings leave out, so that the texts of an
-/// evaluation choose nothing.
+/// Finds the rate around that of `fit` with the lowest loss on held-out batches after so many steps.
 ///
 /// # Errors
-/// If there are fewer than two batches, or no rate has a finite loss.
-pub fn search(model: &Model, train: &[Batch], fit: &FitConfig, steps: usize) -> Result<Search> {
-    let n_held_out = HELD_OUT.min(train.len() / 2);
-    if n_held_out == 0 {
-        return Err(
-            "a learning rate is chosen with two training batches at least: take a smaller --batch"
-                .into(),
-        );
-    }
-    let (train, held_out) = train.split_at(train.len() - n_held_out);
+/// As [`peft::fit`], but for losses that are not finite.
+pub fn search(
+    model: &Model,
+    train: &[Batch],
+    held_out: &[Batch],
+    fit: &FitConfig,
+    steps: usize,
+) -> Result<Search> {
     let bar = Bar::new("learning rates", FACTORS.len() * steps, "steps")?;
     let evaluation = Evaluation::new(held_out.to_vec()).with_every(steps);
     let fit = fit.clone().with_steps(steps).with_warmup_steps(1);
@@ -68,14 +60,13 @@ pub fn search(model: &Model, train: &[Batch], fit: &FitConfig, steps: usize) -> 
     }
     let losses = tried.iter().filter_map(|of| Some((of.rate, of.loss?)));
     let best = losses.min_by(|a, b| a.1.total_cmp(&b.1));
-    let Some((rate, _)) = best else {
-        return Err("every learning rate ends in a loss that is not finite".into());
-    };
+    // The lowest is the most careful one where all fail.
+    let rate = best.map_or(tried[0].rate, |(rate, _)| rate);
     Ok(Search {
         tried,
         rate,
         steps,
-        n_held_out,
+        n_held_out: held_out.len(),
     })
 }
 
@@ -94,7 +85,7 @@ impl fmt::Display for Search {
         let losses: Vec<String> = self.tried.iter().map(ToString::to_string).collect();
         write!(
             f,
-            "loss on {} training batches after {} steps without them, by learning rate: {}; taken: {:e}",
+            "loss on {} held-out batches after {} steps, by learning rate: {}; taken: {:e}",
             self.n_held_out,
             self.steps,
             losses.join(", "),

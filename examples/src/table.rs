@@ -31,3 +31,20 @@ pub fn markdown<R: AsRef<[String]>>(rows: &[R]) -> String {
 pub fn number(value: Option<f64>, digits: usize) -> String {
     value.map_or("-".into(), |value| format!("{value:.digits$}"))
 }
+
+/// The mean of numbers, and how far the farthest is from it if there are several; a dash for none.
+pub fn spread(values: &[f64]) -> String {
+    if values.is_empty() {
+        return "-".into();
+    }
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let digits = if mean < 100.0 { 3 } else { 0 };
+    match values {
+        [_] => format!("{mean:.digits$}"),
+        _ => {
+            let far = values.iter().map(|value| (value - mean).abs());
+            let far = far.fold(0.0, f64::max);
+            format!("{mean:.digits$} ± {far:.digits$}")
+        }
+    }
+}

@@ -113,13 +113,16 @@ fn runs_with_other_settings_are_refused() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("steps was 4, now it is 6"), "{said}");
+    let output = program(dir.path(), "merge --out run")
+        .args(["--bits", "3"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("bits was [3,2], now it is [3]"), "{said}");
     fs::create_dir(dir.path().join("mine")).unwrap();
     fs::write(dir.path().join("mine/notes.txt"), "").unwrap();
     refused("merge --out mine", &["not of a run", "--out"]);
     refused("merge --model here", &["--train"]);
-    // Widths and seeds are those of cells: more of them are added to a run.
-    let mut more = program(dir.path(), "merge --out run");
-    assert!(more.args(["--seed", "0", "1"]).status().unwrap().success());
 }
 
 /// Every experiment runs, and has its claims and its chart in the report.
