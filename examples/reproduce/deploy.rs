@@ -19,8 +19,8 @@ use crate::lab::Lab;
 use crate::memory_use::{self, Trained};
 use crate::report::Table;
 
-/// How often a time is measured; the median counts.
-const REPEATS: usize = 3;
+/// How often a time is measured; the shortest counts.
+const REPEATS: usize = 5;
 
 /// A way to deploy a tuned model.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -127,7 +127,7 @@ fn measure(lab: &Lab, packed: &Path) -> Result<Deployments> {
         n_bytes: n_dense,
         n_bytes_task: n_dense,
         tokens_per_second: decode(lab, &dense.model)?,
-        switch_ms: median(|| milliseconds(|| lab.load().map(drop)))?,
+        switch_ms: least(|| milliseconds(|| lab.load().map(drop)))?,
     };
     let peft = beside(lab, dense, n_dense)?;
     let lm = lab.load_from(packed)?;
@@ -136,7 +136,7 @@ fn measure(lab: &Lab, packed: &Path) -> Result<Deployments> {
         n_bytes: n_packed,
         n_bytes_task: n_packed,
         tokens_per_second: decode(lab, &lm.model)?,
-        switch_ms: median(|| milliseconds(|| lab.load_from(packed).map(drop)))?,
+        switch_ms: least(|| milliseconds(|| lab.load_from(packed).map(drop)))?,
     };
     let ptq_peft = beside(lab, lm.clone(), n_packed)?;
     let peqa = scales(lab, lm, n_packed)?;
@@ -164,7 +164,7 @@ fn beside(lab: &Lab, lm: Pretrained, n_base: u64) -> Result<Deployed> {
     let mut model = lm.model.clone();
     peft::activate(&mut model, &first)?;
     let mut to_second = true;
-    let switch_ms = median(|| {
+    let switch_ms = least(|| {
         let next = if to_second { &second } else { &first };
         to_second = !to_second;
         milliseconds(|| Ok(peft::activate(&mut model, next).map(drop)?))
@@ -197,7 +197,7 @@ fn scales(lab: &Lab, lm: Pretrained, n_base: u64) -> Result<Deployed> {
     let mut tasks = Tasks::new(lm)?;
     tasks.insert("task", pack)?;
     let mut to_task = true;
-    let switch_ms = median(|| {
+    let switch_ms = least(|| {
         let next = to_task.then_some("task");
         to_task = !to_task;
         milliseconds(|| Ok(tasks.activate(next)?))
@@ -212,11 +212,11 @@ fn scales(lab: &Lab, lm: Pretrained, n_base: u64) -> Result<Deployed> {
     })
 }
 
-fn median(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
+/// The least of several measurements.
+fn least(mut measure: impl FnMut() -> Result<f64>) -> Result<f64> {
     let values = (0..REPEATS).map(|_| measure());
-    let mut values = values.collect::<Result<Vec<_>>>()?;
-    values.sort_by(f64::total_cmp);
-    Ok(values[REPEATS / 2])
+    let values = values.collect::<Result<Vec<_>>>()?;
+    Ok(values.into_iter().fold(f64::INFINITY, f64::min))
 }
 
 fn milliseconds(run: impl FnOnce() -> Result<()>) -> Result<f64> {
@@ -234,14 +234,14 @@ fn decode(lab: &Lab, model: &Model) -> Result<f64> {
     let window = window.as_slice::<i64>().expect("converted to i64");
     let prompt = window[..PROMPT].iter().map(|&token| token as u32);
     let prompt: Vec<u32> = prompt.collect();
-    median(|| {
+    let seconds = least(|| {
         let (mut first, mut last) = (None, Instant::now());
         models::generate(model, &prompt, &Generation::new(NEW), |_| {
             last = Instant::now();
             first.get_or_insert(last);
             ControlFlow::Continue(())
         })?;
-        let seconds = first.map_or(0.0, |first| (last - first).as_secs_f64());
-        Ok((NEW - 1) as f64 / seconds)
-    })
+        Ok(first.map_or(0.0, |first| (last - first).as_secs_f64()))
+    })?;
+    Ok((NEW - 1) as f64 / seconds)
 }
