@@ -10,7 +10,7 @@ import torch
 D_IN, D_OUT, GROUP, BITS = 20, 6, 8, 2
 N_BATCHES, BATCH, ROUNDS = 4, 10, 3
 OF_GRIDS, OF_WEIGHTS = 1e-2, 1e-2
-SEED = 24
+SEED = 16
 MAX = 2**BITS - 1
 
 
