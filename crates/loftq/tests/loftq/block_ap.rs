@@ -7,9 +7,7 @@ use peft::{Batch, Blocks, CausalLm, FitConfig, Linears, Peqa, PerLayer, Weight};
 use quant_core::{NormalFloat, Optq, Order, Parts, Quantizer, Rtn, StoredGrid};
 
 use crate::llama::{batches, model, rtn};
-
-#[path = "../../../models/tests/fixtures/word_level.rs"]
-mod word_level;
+use crate::word_level;
 
 /// Rates for a model of this size and few steps.
 fn block_ap() -> BlockAp {
