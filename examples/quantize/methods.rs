@@ -4,6 +4,7 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use examples::arguments::GroupSize;
+use examples::initialization::block_ap;
 use examples::outcome::Result;
 use examples::stream;
 use examples::texts::evaluation_batch;
@@ -102,13 +103,13 @@ impl Name {
         config: &Config,
     ) -> Method {
         let training = (self == Name::BlockAp).then(|| {
-            let [of_grids, of_weights] = match args.lr[..] {
-                [of_grids, of_weights] => [of_grids, of_weights],
-                _ => default_rates(bits, config),
+            let block_ap = block_ap(bits, config);
+            let block_ap = match args.lr[..] {
+                [of_grids, of_weights] => block_ap.with_learning_rates(of_grids, of_weights),
+                _ => block_ap,
             };
-            BlockAp::new()
+            block_ap
                 .with_rounds(args.rounds)
-                .with_learning_rates(of_grids, of_weights)
                 .with_f16_scales(args.format.f16_scales())
         });
         Method {
@@ -116,16 +117,6 @@ impl Name {
             training,
         }
     }
-}
-
-/// The learning rates of Block-AP: of scales and zero-points, and of weights.
-///
-/// A step moves a parameter by about its rate. Weights, and with them scales, are smaller in wider models, and
-/// weights are summed over more inputs: at width 4096 the rates are the published ones, which are for more steps.
-fn default_rates(bits: usize, config: &Config) -> [f64; 2] {
-    let wider = (4096.0 / config.hidden_size() as f64).max(1.0);
-    let of_weights = if bits == 2 { 2e-5 } else { 1e-5 };
-    [1e-4 * wider.sqrt(), of_weights * wider]
 }
 
 /// A quantizer, and what trains the blocks that it packs.

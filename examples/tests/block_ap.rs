@@ -42,8 +42,11 @@ fn block_ap_is_nearest_to_the_dense_model_at_2_bits() {
         let block_ap = BlockAp::new().with_learning_rates(5e-4, 6e-4);
         let trained = initialized(&block_ap.with_rounds(4), &rtn);
         let all = format!("{dense} dense, {rounded} RTN, {optq} OPTQ, {apiq} ApiQ, {trained}");
-        eprintln!("{group_size}: {all}");
-        assert!(trained < optq && optq < rounded, "{group_size}: {all}");
-        assert!(trained < apiq, "{group_size}: {all}");
+        assert!(optq < rounded && apiq < optq, "{group_size}: {all}");
+        // Less than two thirds of the rise that ApiQ leaves.
+        assert!(
+            trained - dense < (apiq - dense) / 1.5,
+            "{group_size}: {all}"
+        );
     }
 }

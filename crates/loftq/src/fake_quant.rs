@@ -72,6 +72,9 @@ impl UniformGrid {
     ) -> Tensor<2> {
         let max_code = self.max_code;
         let zeros = zeros.unwrap_or_else(|| scales.ones_like() * ((max_code + 1.0) / 2.0));
+        // For each weight, so that its two gradients cancel within the range before they are summed: of what
+        // rounding would leave, AdamW makes steps of the full size.
+        let zeros = zeros.expand(weight.dims());
         let codes = straight_through(weight / scales.clone(), Tensor::round) + zeros.clone();
         self.rows((codes.clamp(0.0, max_code) - zeros) * scales)
     }
@@ -140,8 +143,16 @@ mod tests {
         let each = (0..weight.len()).map(|i| {
             let group = i / DIMS[1] / GROUP * DIMS[1] + i % DIMS[1];
             let (scale, zero) = (scales[group], rounding(zeros[group], at[2][group]));
-            let code = rounding(weight[i] / scale, at[0][i] / at[1][group]) + zero;
-            r[i] * (code.clamp(0.0, 3.0) - zero) * scale
+            let step = at[0][i] / at[1][group];
+            let code = rounding(weight[i] / scale, step) + zero;
+            // The ends of the range are within it.
+            let level = step.round_ties_even() + at[2][group].round_ties_even();
+            let code = if (0.0..=3.0).contains(&level) {
+                code
+            } else {
+                level.clamp(0.0, 3.0)
+            };
+            r[i] * (code - zero) * scale
         });
         each.sum()
     }

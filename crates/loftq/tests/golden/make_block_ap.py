@@ -10,7 +10,7 @@ import torch
 D_IN, D_OUT, GROUP, BITS = 20, 6, 8, 2
 N_BATCHES, BATCH, ROUNDS = 4, 10, 3
 OF_GRIDS, OF_WEIGHTS = 1e-2, 1e-2
-SEED = 12
+SEED = 16
 MAX = 2**BITS - 1
 
 
@@ -23,7 +23,11 @@ def fake_quant(weight, scales, zeros):
     zeros = through(zeros, zeros.round())
     zeros = through(zeros, zeros.clamp(0, MAX)).repeat_interleave(GROUP, 0)[:D_IN]
     steps = weight / scales
-    codes = (through(steps, steps.round()) + zeros).clamp(0, MAX)
+    codes = through(steps, steps.round()) + zeros
+    # The ends of the range have a gradient, as they had from `clamp` in the versions of PyTorch that the paper
+    # used, and have not in this one.
+    is_within = (codes >= 0) & (codes <= MAX)
+    codes = torch.where(is_within, codes, codes.detach().clamp(0, MAX))
     return (codes - zeros) * scales, codes
 
 

@@ -14,6 +14,8 @@ mod qera;
 mod refusals;
 mod stream;
 mod truncation;
+#[path = "../../../models/tests/fixtures/word_level.rs"]
+mod word_level;
 
 use proptest::prelude::ProptestConfig;
 

@@ -19,12 +19,10 @@ use peft::{Batch, LayerReport, LayerShape, Lora, PerLayer, Recipe, StageMethod, 
 use quant_core::{Needs, NormalFloat, Optq, Order, Quantizer, Rtn};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::llama;
+use crate::{llama, word_level};
 
 #[path = "../../../models/tests/fixtures/architectures.rs"]
 mod architectures;
-#[path = "../../../models/tests/fixtures/word_level.rs"]
-mod word_level;
 
 use architectures::{Sizes, architectures};
 
