@@ -77,7 +77,8 @@ fn a_killed_run_goes_on() {
     }
     killed.kill().unwrap();
     killed.wait().unwrap();
-    let first = fs::read(&cells(&place)[0]).unwrap();
+    let first = cells(&place).remove(0);
+    let before = fs::read(&first).unwrap();
     success(dir.path(), "ptq --out killed");
 
     let whole = cells(&dir.path().join("whole"));
@@ -86,7 +87,7 @@ fn a_killed_run_goes_on() {
         assert_eq!(killed.file_name(), whole.file_name());
         assert_eq!(measured(killed), measured(whole));
     }
-    assert_eq!(fs::read(&cells(&place)[0]).unwrap(), first);
+    assert_eq!(fs::read(&first).unwrap(), before);
     let report = |name| fs::read_to_string(place.join(name)).unwrap();
     let before = ["report.md", "report.json", "ptq.svg"].map(report);
     success(dir.path(), "ptq --out killed");
@@ -113,12 +114,6 @@ fn runs_with_other_settings_are_refused() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("steps was 4, now it is 6"), "{said}");
-    let output = program(dir.path(), "merge --out run")
-        .args(["--bits", "3"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("bits was [3,2], now it is [3]"), "{said}");
     fs::create_dir(dir.path().join("mine")).unwrap();
     fs::write(dir.path().join("mine/notes.txt"), "").unwrap();
     refused("merge --out mine", &["not of a run", "--out"]);
@@ -141,9 +136,18 @@ fn all_experiments_are_in_the_report() {
         assert!(!claims.is_empty());
         assert!(claims.iter().all(|claim| claim["evidence"][0].is_string()));
     }
-    // What holds at any size: adapters on the grid are kept whole by their merge.
-    let merge = &sections[3][1]["claims"][0];
-    assert_eq!(merge["verdict"], "shown", "{merge}");
+    // Adapters on the grid are kept whole by their merge, up to the rounding of a change that is this small.
+    let merge = &sections[3][1];
+    assert_eq!(merge["title"], "Merges");
+    for name in ["peqa", "peqa-zeros", "qa-lora", "qa-hira", "qa-blora"] {
+        let kept = &report["cells"][format!("merge-{name}")]["kept"];
+        assert_eq!(kept.as_array().unwrap().len(), 1, "{name}");
+        let retention = kept[0]["retention"].as_f64().unwrap();
+        assert!((retention - 1.0).abs() < 1e-4, "{name}: {retention}");
+    }
+    // Two windows are too few for a claim that compares models.
+    let claim = &sections[0][1]["claims"][0];
+    assert_eq!(claim["verdict"], "not-testable", "{claim}");
     let markdown = fs::read_to_string(dir.path().join("run/report.md")).unwrap();
     for name in ["ptq", "peqa", "loftq", "merge"] {
         assert!(markdown.contains(&format!("({name}.svg)")));

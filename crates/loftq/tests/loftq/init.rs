@@ -168,8 +168,7 @@ fn all_methods_bring_the_model_nearer_to_the_dense_one() {
     }
 }
 
-/// With held-out batches RILQ keeps the adapters that were best on them: of two rates, the higher one ends above
-/// what it had on the way.
+/// With held-out batches RILQ keeps the adapters that were best on them, where a high rate ends with worse ones.
 #[test]
 fn rilq_keeps_the_best_on_held_out_batches() {
     let (dense, batches) = (model(), batches(5));
