@@ -117,7 +117,7 @@ fn attention_keeps_no_scores() {
         (Mask::full(), plain),
     ] {
         let above = peak_of(|| {
-            let y = attention(q.clone(), k.clone(), v.clone(), mask, scores);
+            let y = attention(q.clone(), k.clone(), v.clone(), mask.clone(), scores);
             let grads = y.sum().backward();
             assert!([&q, &k, &v].iter().all(|t| t.grad(&grads).is_some()));
         });
