@@ -1,4 +1,4 @@
-//! Attention and the loss, forward and backward, without and with the soft caps of Gemma 2.
+//! Attention, causal and not, and the loss, forward and backward, without and with the soft caps of Gemma 2.
 //!
 //! `cargo bench --bench attention -- --noplot`. The sizes are those of a layer and of the head of
 //! SmolLM2-135M: nine heads of 64 over three of keys, hidden states of 576, 49,152 tokens.
@@ -7,7 +7,7 @@ use std::hint::black_box;
 
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use criterion::{Criterion, criterion_group, criterion_main};
-use kernels::{OutputHead, Scores, causal_attention, linear_cross_entropy};
+use kernels::{Mask, OutputHead, Scores, attention, linear_cross_entropy};
 
 const DIM: usize = 64;
 const HIDDEN: usize = 576;
@@ -17,7 +17,7 @@ fn normal<const D: usize>(dims: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::random(dims, Distribution::Normal(0.0, 1.0), device)
 }
 
-fn attention(criterion: &mut Criterion) {
+fn bench_attention(criterion: &mut Criterion) {
     let device = Device::flex();
     device.seed(0);
     let scale = Scores::new(1.0 / (DIM as f64).sqrt());
@@ -25,11 +25,17 @@ fn attention(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(format!("attention {seq_q} to {seq_k}"));
         let q = normal([1, seq_q, 9, DIM], &device);
         let [k, v] = [(); 2].map(|()| normal([1, seq_k, 3, DIM], &device));
-        for (name, scores) in [("plain", scale), ("capped", scale.with_softcap(50.0))] {
+        let capped = scale.with_softcap(50.0);
+        for (name, mask, scores) in [
+            ("causal", Mask::causal(), scale),
+            ("causal and capped", Mask::causal(), capped),
+            ("full", Mask::full(), scale),
+            ("full and capped", Mask::full(), capped),
+        ] {
             group.bench_function(format!("forward, {name}"), |b| {
                 b.iter(|| {
                     let (q, k, v) = (q.clone(), k.clone(), v.clone());
-                    black_box(causal_attention(q, k, v, None, scores))
+                    black_box(attention(q, k, v, mask.clone(), scores))
                 })
             });
             if seq_q == 1 {
@@ -38,7 +44,7 @@ fn attention(criterion: &mut Criterion) {
             group.bench_function(format!("forward and backward, {name}"), |b| {
                 b.iter(|| {
                     let [q, k, v] = [&q, &k, &v].map(|t| t.clone().autodiff().require_grad());
-                    let y = causal_attention(q.clone(), k, v, None, scores);
+                    let y = attention(q.clone(), k, v, mask.clone(), scores);
                     black_box(q.grad(&y.sum().backward()))
                 })
             });
@@ -46,7 +52,7 @@ fn attention(criterion: &mut Criterion) {
     }
 }
 
-fn loss(criterion: &mut Criterion) {
+fn bench_loss(criterion: &mut Criterion) {
     let device = Device::flex();
     device.seed(0);
     let rows = 512;
@@ -77,5 +83,5 @@ fn loss(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, attention, loss);
+criterion_group!(benches, bench_attention, bench_loss);
 criterion_main!(benches);

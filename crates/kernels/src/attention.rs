@@ -1,4 +1,4 @@
-//! Causal attention: an extension of burn's backends.
+//! Attention: an extension of burn's backends.
 
 use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
 use burn::tensor::{Int, Tensor};
@@ -9,13 +9,14 @@ mod autodiff;
 mod composed;
 #[cfg(feature = "flex")]
 mod flex;
+mod mask;
 mod scores;
-mod starts;
 #[cfg(all(test, feature = "flex"))]
 mod tests;
 
+pub use mask::Mask;
+use mask::{Bound, KeyRanges};
 pub use scores::Scores;
-use starts::Starts;
 
 /// Attention and its gradients, composed from burn's primitive operations unless overridden.
 ///
@@ -28,29 +29,29 @@ use starts::Starts;
     Fusion: cfg(feature = "cubecl")
 )]
 pub(crate) trait AttentionOps: Backend {
-    /// See [`causal_attention`].
+    /// See [`attention`].
     #[fusion(default)]
-    fn causal_attention(
+    fn masked_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        #[extension_type] starts: Starts<Self>,
+        #[extension_type] mask: KeyRanges<Self>,
         scores: Scores,
     ) -> FloatTensor<Self> {
-        Self::causal_attention_forward(q, k, v, starts, scores).0
+        Self::masked_attention_forward(q, k, v, mask, scores).0
     }
 
     /// The output, and the log-sum-exp of the scores of each query, `[batch, heads, seq_q]`, in `F32` where
     /// `q` is of 16 bits.
     #[fusion(default)]
-    fn causal_attention_forward(
+    fn masked_attention_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        #[extension_type] starts: Starts<Self>,
+        #[extension_type] mask: KeyRanges<Self>,
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed::forward::<Self>(q, k, v, starts, scores)
+        composed::forward::<Self>(q, k, v, mask, scores)
     }
 
     /// The gradients for `q`, `k` and `v`, from the inputs and results of the forward pass.
@@ -63,17 +64,17 @@ pub(crate) trait AttentionOps: Backend {
         reason = "inputs and results of the forward pass; not `expect`, because the macro copies this to functions that the lint accepts"
     )]
     #[fusion(default)]
-    fn causal_attention_backward(
+    fn masked_attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        #[extension_type] starts: Starts<Self>,
+        #[extension_type] mask: KeyRanges<Self>,
         y: FloatTensor<Self>,
         lse: FloatTensor<Self>,
         dy: FloatTensor<Self>,
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        composed::backward::<Self>(q, k, v, starts, y, lse, dy, scores)
+        composed::backward::<Self>(q, k, v, mask, y, lse, dy, scores)
     }
 }
 
@@ -83,14 +84,11 @@ impl AttentionOps for burn::backend::NdArray {}
 #[cfg(feature = "cubecl")]
 impl AttentionOps for burn_cubecl::CubeBackend {}
 
-/// Causal attention, `softmax(scale · q kᵀ) v`, differentiable in `q`, `k` and `v`.
+/// Attention, `softmax(scale · q kᵀ) v`, differentiable in `q`, `k` and `v`.
 ///
-/// `scores` is the scale, or [`Scores`] with a soft cap, which is applied before the mask.
-///
-/// The queries are the last `seq_q` of `seq_k` positions. Query `i` attends to the keys
-/// `starts[i] ..= seq_k - seq_q + i`, or `0 ..= seq_k - seq_q + i` without `starts`: packed segments and
-/// padding are separated by `starts`. Head `h` reads the keys and values of head
-/// `h / (heads / kv_heads)` (grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245).
+/// [`Mask`] says which keys each query attends to. `scores` is the scale, or [`Scores`] with a soft cap,
+/// which is applied before the mask. Head `h` reads the keys and values of head `h / (heads / kv_heads)`
+/// (grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245).
 ///
 /// On the CPU, no matrix of scores is stored, and backward computes the probabilities again (Dao 2023,
 /// arXiv:2307.08691).
@@ -98,32 +96,32 @@ impl AttentionOps for burn_cubecl::CubeBackend {}
 /// # Shapes
 /// - `q`: `[batch, seq_q, heads, dim]`
 /// - `k`, `v`: `[batch, seq_k, kv_heads, dim]`
-/// - `starts`: `[batch, seq_q]`, not negative; a start after the query's own position counts as that
-///   position
+/// - the bounds of the mask: `[batch, seq_q]`
 /// - result: `[batch, seq_q, heads, dim]`
 ///
 /// # Panics
-/// If the shapes are not these, `kv_heads` does not divide `heads`, there are fewer keys than queries,
-/// `heads` or `dim` is 0, the dtypes of `q`, `k` and `v` differ, or the scale is not positive; on the CPU also if a start is negative.
+/// If the shapes are not these, `kv_heads` does not divide `heads`, there are no keys or, under a causal
+/// mask, fewer keys than queries, `heads` or `dim` is 0, the dtypes of `q`, `k` and `v` differ, or the scale
+/// is not positive; on the CPU also if a bound of the mask is negative.
 ///
 /// # Examples
 /// ```
 /// use burn::tensor::{Device, Tensor};
-/// use kernels::causal_attention;
+/// use kernels::{Mask, attention};
 ///
 /// let device = Device::flex();
 /// // Two positions of one head of dimension 1. All scores are 0.
 /// let (q, k) = (Tensor::zeros([1, 2, 1, 1], &device), Tensor::zeros([1, 2, 1, 1], &device));
 /// let v = Tensor::<4>::from_data([[[[1.0]], [[3.0]]]], &device);
-/// let y = causal_attention(q, k, v, None, 1.0);
+/// let y = attention(q, k, v, Mask::causal(), 1.0);
 /// // The first position attends to itself, the second to both.
 /// assert_eq!(y.into_data().try_to_vec::<f32>().unwrap(), [1.0, 2.0]);
 /// ```
-pub fn causal_attention(
+pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
-    starts: Option<Tensor<2, Int>>,
+    mask: Mask,
     scores: impl Into<Scores>,
 ) -> Tensor<4> {
     let scores = scores.into();
@@ -135,19 +133,25 @@ pub fn causal_attention(
         kv_heads > 0 && heads.is_multiple_of(kv_heads),
         "{heads} heads are not a multiple of {kv_heads} heads of keys"
     );
-    assert!(seq_q <= seq_k, "{seq_q} queries, but {seq_k} keys");
+    let fewest = if mask.causal { seq_q } else { seq_q.min(1) };
+    assert!(fewest <= seq_k, "{seq_q} queries, but {seq_k} keys");
     assert!(heads * dim > 0, "{heads} heads of dimension {dim}");
     let scale = scores.scale;
     assert!(scale > 0.0, "a scale of {scale} is not positive");
     assert_same("k", k.dtype(), "q", q.dtype());
     assert_same("v", v.dtype(), "q", q.dtype());
-    let starts = match starts {
-        Some(starts) => {
-            assert_eq!(starts.dims(), [batch, seq_q], "the shape of the starts");
-            Starts::Each(starts.into_dispatch())
+    let bound = |name: &str, bounds: Option<Tensor<2, Int>>| match bounds {
+        Some(bounds) => {
+            assert_eq!(bounds.dims(), [batch, seq_q], "the shape of the {name}");
+            Bound::Each(bounds.into_dispatch())
         }
-        None => Starts::First,
+        None => Bound::Absent,
+    };
+    let mask = KeyRanges {
+        causal: mask.causal,
+        starts: bound("starts", mask.starts),
+        ends: bound("ends", mask.ends),
     };
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
-    Tensor::from_dispatch(Dispatch::causal_attention(q, k, v, starts, scores))
+    Tensor::from_dispatch(Dispatch::masked_attention(q, k, v, mask, scores))
 }

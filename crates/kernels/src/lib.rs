@@ -18,7 +18,8 @@
 //! | [`dequantize`] | the dense `w` |
 //! | [`matmul`] | `y = x · w` with a dense weight of any dtype |
 //! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | SwiGLU, RMSNorm and rotary position embeddings |
-//! | [`causal_attention`] | attention without a matrix of scores, for grouped queries and a KV cache |
+//! | [`attention`] | attention without a matrix of scores, for grouped queries and a KV cache |
+//! | [`Mask`] | the keys that each query attends to: causal or all, of packed documents or of padded texts |
 //! | [`Scores`] | the scale and the soft cap of its scores |
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
 //! | [`OutputHead`] | the weight, the bias and the soft cap of its logits |
@@ -108,7 +109,7 @@ mod threads;
 
 pub use activation::silu_mul;
 pub use arithmetic::{Arithmetic, UnsupportedArithmetic, arithmetic, set_arithmetic};
-pub use attention::{Scores, causal_attention};
+pub use attention::{Mask, Scores, attention};
 pub use encode::{
     ClipLoss, Feedback, Influence, ZeroPoint, clip_search, encode, grid_of_range, group_ranges,
     round_with_feedback, with_values,

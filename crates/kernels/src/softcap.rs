@@ -99,7 +99,7 @@ impl SoftcapOps for burn_cubecl::CubeBackend {}
 /// Bounds values smoothly, `cap · tanh(x / cap)`, differentiable in `x`.
 ///
 /// Gemma 2 caps its scores and logits (Gemma Team 2024, arXiv:2408.00118, section 2). The cap of scores
-/// is a part of [`causal_attention`](crate::causal_attention), and that of logits in a loss one of
+/// is a part of [`attention`](crate::attention()), and that of logits in a loss one of
 /// [`linear_cross_entropy`](crate::linear_cross_entropy); this is the cap of logits that are a result.
 /// Only the result is kept for backward.
 ///

@@ -4,7 +4,7 @@ mod counting;
 
 use burn::tensor::{DType, Device, Distribution, Int, Tensor, TensorData};
 use kernels::{
-    Layout, Levels, OutputHead, Precision, Scores, causal_attention, linear_cross_entropy, matmul,
+    Layout, Levels, Mask, OutputHead, Precision, Scores, attention, linear_cross_entropy, matmul,
     pack, quant_matmul,
 };
 
@@ -110,9 +110,14 @@ fn attention_keeps_no_scores() {
         let uniform = Distribution::Uniform(-1.0, 1.0);
         Tensor::<4>::random([1, 2048, 4, 8], uniform, &device).require_grad()
     });
-    for scores in [Scores::new(0.5), Scores::new(0.5).with_softcap(1.0)] {
+    let plain = Scores::new(0.5);
+    for (mask, scores) in [
+        (Mask::causal(), plain),
+        (Mask::causal(), plain.with_softcap(1.0)),
+        (Mask::full(), plain),
+    ] {
         let above = peak_of(|| {
-            let y = causal_attention(q.clone(), k.clone(), v.clone(), None, scores);
+            let y = attention(q.clone(), k.clone(), v.clone(), mask.clone(), scores);
             let grads = y.sum().backward();
             assert!([&q, &k, &v].iter().all(|t| t.grad(&grads).is_some()));
         });

@@ -41,6 +41,9 @@ impl Heads {
     /// # Shapes
     /// - `q`: `[batch, seq, heads, head_dim]`; `k`, `v`: `[batch, seq, kv_heads, head_dim]`
     /// - result: `[batch, seq, heads * head_dim]`
+    ///
+    /// # Panics
+    /// If there is a cache and the attention is not causal.
     pub(crate) fn attend(
         &self,
         q: Tensor<4>,
@@ -53,16 +56,20 @@ impl Heads {
         let rotate = |x| positions.rotate(self.reach, x);
         let (q, k) = (rotate(q), rotate(k));
         let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
+            Some(cache) => {
+                let causal = positions.are_causal(self.reach);
+                assert!(causal, "a KV cache, but tokens attend to later ones");
+                cache.append(k, v)
+            }
             None => (k, v),
         };
-        let starts = positions.starts(self.reach, batch);
-        let attended = kernels::causal_attention(q, k, v, starts, self.scores);
+        let mask = positions.mask(self.reach, batch);
+        let attended = kernels::attention(q, k, v, mask, self.scores);
         attended.reshape([batch, seq, heads * dim])
     }
 }
 
-/// Causal attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
+/// Attention with grouped queries (Ainslie et al. 2023, arXiv:2305.13245).
 #[derive(Module, Debug)]
 pub(crate) struct Attention {
     pub(crate) q_proj: Linear,

@@ -10,6 +10,8 @@ use crate::source::{HEAD, Random, Source, Vector, weight_name};
 use crate::{ConfigError, Result};
 
 #[cfg(test)]
+mod bidirectional;
+#[cfg(test)]
 mod golden;
 
 /// A causal language model of one of the architectures of [`Config`].

@@ -2,15 +2,25 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{Error, Result};
 
-/// The documents that sequences are made up of: a token attends to those of its own document up to itself.
+/// The documents that sequences are made up of: a token attends to those of its own document, up to itself
+/// if the attention is causal.
 ///
 /// Documents follow each other in a sequence. Each token of padding, before or after a document, is a
 /// document of its own, which no other token attends to.
 #[derive(Clone, Debug)]
 pub struct Spans {
     seq: usize,
-    starts: Option<Tensor<2, Int>>,
+    documents: Option<Documents>,
     device: Device,
+}
+
+/// The document of each token, `[batch, seq]`.
+#[derive(Clone, Debug)]
+struct Documents {
+    /// The index of its first token.
+    starts: Tensor<2, Int>,
+    /// The index after its last token.
+    ends: Tensor<2, Int>,
 }
 
 impl Spans {
@@ -18,7 +28,7 @@ impl Spans {
     pub fn whole(seq: usize, device: &Device) -> Self {
         Self {
             seq,
-            starts: None,
+            documents: None,
             device: device.clone(),
         }
     }
@@ -36,7 +46,13 @@ impl Spans {
     /// The index at which the document of each token begins, `[batch, seq]`; none if each sequence is
     /// one document.
     pub fn starts(&self) -> Option<Tensor<2, Int>> {
-        self.starts.clone()
+        Some(self.documents.as_ref()?.starts.clone())
+    }
+
+    /// The index at which the document of each token has ended, `[batch, seq]`: that after its last token.
+    /// None if each sequence is one document.
+    pub fn ends(&self) -> Option<Tensor<2, Int>> {
+        Some(self.documents.as_ref()?.ends.clone())
     }
 
     /// The position of each token in its document, `[batch, seq]`, or `[1, seq]` if each sequence is one
@@ -65,6 +81,8 @@ impl Spans {
 /// let is_text = [true, true, true, false, true, true, true, true];
 /// let batch = Batch::new(tokens.clone())?.with_padding(&is_text)?;
 /// assert_eq!(batch.n_targets(), 2 + 3);
+/// let ends: Vec<i64> = batch.spans().ends().unwrap().into_data().iter().collect();
+/// assert_eq!(ends, [3, 3, 3, 4, 4, 4, 4, 4]);
 /// assert!(Batch::new(tokens)?.with_targets(&[false; 8]).is_err());
 /// # Ok::<(), peft::Error>(())
 /// ```
@@ -105,7 +123,7 @@ impl Batch {
     pub fn with_starts(mut self, starts: &[usize]) -> Result<Self> {
         let [batch, seq] = self.tokens.dims();
         self.check_len("starts", starts.len())?;
-        if self.spans.starts.is_some() {
+        if self.spans.documents.is_some() {
             let problem = "the batch is cut into documents already".into();
             return Err(Error::Spans { problem });
         }
@@ -118,9 +136,15 @@ impl Batch {
                 }
             }
         }
-        let values: Vec<i64> = starts.iter().map(|&start| start as i64).collect();
-        let values = TensorData::new(values, [batch, seq]);
-        self.spans.starts = Some(Tensor::from_data(values, &self.tokens.device()));
+        let ends = starts.chunks_exact(seq).flat_map(ends);
+        let tensor = |bounds: Vec<i64>| {
+            let bounds = TensorData::new(bounds, [batch, seq]);
+            Tensor::from_data(bounds, &self.tokens.device())
+        };
+        self.spans.documents = Some(Documents {
+            starts: tensor(starts.iter().map(|&start| start as i64).collect()),
+            ends: tensor(ends.map(|end| end as i64).collect()),
+        });
         self.keep_targets(|token| starts[token] != token % seq)
     }
 
@@ -271,7 +295,10 @@ impl Batch {
         let one = Self {
             tokens: self.tokens().narrow(0, at, 1),
             spans: Spans {
-                starts: self.spans.starts().map(|starts| starts.narrow(0, at, 1)),
+                documents: self.spans.documents.as_ref().map(|all| Documents {
+                    starts: all.starts.clone().narrow(0, at, 1),
+                    ends: all.ends.clone().narrow(0, at, 1),
+                }),
                 ..self.spans.clone()
             },
             is_text: self.is_text.as_ref().map(|marks| part(marks, seq)),
@@ -346,6 +373,16 @@ impl Batch {
             None => batch * (seq - 1),
         }
     }
+}
+
+/// The index at which the document of each token of a sequence has ended.
+fn ends(starts: &[usize]) -> Vec<usize> {
+    let documents = starts.chunk_by(|a, b| a == b);
+    let ends = documents.scan(0, |end, document| {
+        *end += document.len();
+        Some(vec![*end; document.len()])
+    });
+    ends.flatten().collect()
 }
 
 /// The index at which the document of each mark begins, and the number of documents.

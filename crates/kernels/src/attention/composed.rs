@@ -5,11 +5,14 @@
 
 use std::ops::Range;
 
-use burn::backend::{Backend, TensorMetadata, get_device_settings, tensor::FloatTensor};
-use burn::tensor::Shape;
+use burn::backend::{
+    Backend, TensorMetadata, get_device_settings,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{BoolDType, Shape};
 
 use super::Scores;
-use super::starts::Starts;
+use super::mask::{Bound, KeyRanges};
 use crate::dtype::{cast, widened};
 use crate::softcap::times_slope;
 
@@ -92,10 +95,7 @@ impl Sizes {
     }
 
     /// The scores with `-inf` where a key is masked.
-    fn masked<B: Backend>(&self, scores: FloatTensor<B>, starts: Starts<B>) -> FloatTensor<B> {
-        if self.seq_q == 1 && matches!(starts, Starts::First) {
-            return scores;
-        }
+    fn masked<B: Backend>(&self, scores: FloatTensor<B>, mask: KeyRanges<B>) -> FloatTensor<B> {
         let device = scores.device();
         let settings = get_device_settings::<B>(&device);
         let positions = |range: Range<usize>, shape| {
@@ -103,29 +103,46 @@ impl Sizes {
             let positions = B::int_arange(range, &device, settings.int_dtype);
             B::int_reshape(positions, Shape::new(shape))
         };
-        let keys = positions(0..self.seq_k, [1, 1, 1, self.seq_k]);
-        let queries = positions(self.seq_k - self.seq_q..self.seq_k, [1, 1, self.seq_q, 1]);
-        let later = B::int_greater(keys.clone(), queries.clone(), settings.bool_dtype);
-        let hide = |scores, hidden| {
-            let hidden = B::bool_expand(hidden, self.of_scores());
-            B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into())
+        let of_queries = |bounds| {
+            let bounds = B::int_cast(bounds, settings.int_dtype);
+            B::int_reshape(bounds, Shape::new([self.batch, 1, self.seq_q, 1]))
         };
-        let scores = hide(scores, later);
-        match starts {
-            Starts::First => scores,
-            Starts::Each(starts) => {
-                let starts = B::int_cast(starts, settings.int_dtype);
-                let shape = Shape::new([self.batch, 1, self.seq_q, 1]);
-                let starts = B::int_reshape(starts, shape);
-                // A query always attends to its own position, so that no row is empty.
-                let own = B::int_lower(keys.clone(), queries, settings.bool_dtype);
-                let own = B::bool_expand(own, self.of_scores());
-                let hidden = B::int_lower(keys, starts, settings.bool_dtype);
-                let hidden = B::bool_expand(hidden, self.of_scores());
-                hide(scores, B::bool_and(hidden, own))
-            }
+        let below = |a: IntTensor<B>, b: IntTensor<B>| {
+            let is_below = B::int_lower(a, b, settings.bool_dtype);
+            B::bool_expand(is_below, self.of_scores())
+        };
+        let hide = |scores, hidden| B::float_mask_fill(scores, hidden, f32::NEG_INFINITY.into());
+        let keys = positions(0..self.seq_k, [1, 1, 1, self.seq_k]);
+        // The last key of each query; none if it is that of all keys.
+        let mut last = (mask.causal && self.seq_q != 1)
+            .then(|| positions(self.seq_k - self.seq_q..self.seq_k, [1, 1, self.seq_q, 1]));
+        if let Bound::Each(ends) = mask.ends {
+            let ends = B::int_sub_scalar(of_queries(ends), 1.into());
+            let ends = B::int_clamp(ends, 0.into(), (self.seq_k as i64 - 1).into());
+            last = Some(match last {
+                Some(last) => lesser::<B>(ends, last, settings.bool_dtype),
+                None => ends,
+            });
         }
+        let scores = match &last {
+            Some(last) => hide(scores, below(last.clone(), keys.clone())),
+            None => scores,
+        };
+        let Bound::Each(starts) = mask.starts else {
+            return scores;
+        };
+        let last = last.unwrap_or_else(|| positions(self.seq_k - 1..self.seq_k, [1, 1, 1, 1]));
+        // A query always attends to its last key, so that no row is empty.
+        let hidden = B::bool_and(below(keys.clone(), of_queries(starts)), below(keys, last));
+        hide(scores, hidden)
     }
+}
+
+/// The lesser of two numbers: `[batch, 1, seq_q, 1]`, and one for all sequences.
+fn lesser<B: Backend>(a: IntTensor<B>, b: IntTensor<B>, bool_dtype: BoolDType) -> IntTensor<B> {
+    let b = B::int_expand(b, a.shape());
+    let is_less = B::int_lower(b.clone(), a.clone(), bool_dtype);
+    B::int_mask_where(a, is_less, b)
 }
 
 /// The output and the log-sum-exps.
@@ -133,12 +150,12 @@ pub(super) fn forward<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
-    starts: Starts<B>,
+    mask: KeyRanges<B>,
     scores: Scores,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (sizes, dtype) = (Sizes::of::<B>(&q, &k), q.dtype());
     let (q, k) = (sizes.stack::<B>(q), sizes.by_head::<B>(k));
-    let scores = sizes.masked::<B>(sizes.scores::<B>(q, k, scores), starts);
+    let scores = sizes.masked::<B>(sizes.scores::<B>(q, k, scores), mask);
     let most = B::float_max_dim(scores.clone(), 3);
     let p = B::float_exp(B::float_sub(scores, most.clone()));
     let sum = B::float_sum_dim(p.clone(), 3);
@@ -158,7 +175,7 @@ pub(super) fn backward<B: Backend>(
     q: FloatTensor<B>,
     k: FloatTensor<B>,
     v: FloatTensor<B>,
-    starts: Starts<B>,
+    mask: KeyRanges<B>,
     y: FloatTensor<B>,
     lse: FloatTensor<B>,
     dy: FloatTensor<B>,
@@ -174,7 +191,7 @@ pub(super) fn backward<B: Backend>(
     let Scores { scale, softcap } = scores;
     let scores = sizes.scores::<B>(q.clone(), k.clone(), scores);
     let slope = softcap.map(|cap| cap.slope::<B>(scores.clone()));
-    let scores = sizes.masked::<B>(scores, starts);
+    let scores = sizes.masked::<B>(scores, mask);
     let of_lse = Shape::new([sizes.batch, sizes.heads, sizes.seq_q, 1]);
     let p = B::float_exp(B::float_sub(scores, B::float_reshape(lse, of_lse)));
     let stacked = |t| B::float_reshape(t, sizes.stacked(sizes.seq_k));

@@ -5,10 +5,12 @@
 //! threads. The queries of a block are the lanes of vectors, so that maxima and sums over keys need no
 //! reduction across lanes.
 
+use std::ops::Range;
+
 use burn::backend::{DType, Flex, TensorMetadata, flex::FlexTensor, tensor::FloatTensor};
 use rayon::prelude::*;
 
-use super::starts::Starts;
+use super::mask::{Bound, KeyRanges};
 use super::{AttentionOps, Scores, composed};
 use crate::dense::multiply_add;
 use crate::host::{all_native, contiguous, floats, integers, rounded, tensor, widened};
@@ -24,19 +26,19 @@ mod block;
 use block::{Block, KEYS, Lanes, QUERIES, gradient, softmax};
 
 impl AttentionOps for Flex {
-    fn causal_attention_forward(
+    fn masked_attention_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        starts: Starts<Self>,
+        mask: KeyRanges<Self>,
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         if !all_native([&q, &k, &v]) {
-            return composed::forward::<Self>(q, k, v, starts, scores);
+            return composed::forward::<Self>(q, k, v, mask, scores);
         }
         let dtype = q.dtype();
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
-        let call = Call::new(&q, &k, &v, starts, scores);
+        let call = Call::new(&q, &k, &v, mask, scores);
         let (y, lse) = match call.seq_q {
             1 => call.one_query(),
             _ => call.forward(),
@@ -45,23 +47,23 @@ impl AttentionOps for Flex {
         (rounded(tensor(y, q.shape()), dtype), tensor(lse, of_lse))
     }
 
-    fn causal_attention_backward(
+    fn masked_attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        starts: Starts<Self>,
+        mask: KeyRanges<Self>,
         y: FloatTensor<Self>,
         lse: FloatTensor<Self>,
         dy: FloatTensor<Self>,
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         if !all_native([&q, &k, &v, &y, &lse, &dy]) {
-            return composed::backward::<Self>(q, k, v, starts, y, lse, dy, scores);
+            return composed::backward::<Self>(q, k, v, mask, y, lse, dy, scores);
         }
         let dtype = q.dtype();
         let (q, k, v) = (whole_heads(q), whole_heads(k), whole_heads(v));
         let (y, dy, lse) = (whole_heads(y), whole_heads(dy), contiguous(lse));
-        let call = Call::new(&q, &k, &v, starts, scores);
+        let call = Call::new(&q, &k, &v, mask, scores);
         let [dq, dk, dv] = call.backward(&Heads::of(&y), &Heads::of(&dy), floats(&lse));
         let gradient = |d, of: &FlexTensor| rounded(tensor(d, of.shape()), dtype);
         (gradient(dq, &q), gradient(dk, &k), gradient(dv, &v))
@@ -151,8 +153,11 @@ struct Call<'a> {
     q: Heads<'a>,
     k: Heads<'a>,
     v: Heads<'a>,
-    /// The first key that each query of each sequence attends to; `None` for the first of the sequence.
+    causal: bool,
+    /// The first key that each query of each sequence attends to; `None` for the first of all.
     starts: Option<Vec<usize>>,
+    /// The key after the last one; `None` for [`Call::end_of_all`].
+    ends: Option<Vec<usize>>,
     scale: f32,
     softcap: Option<Softcap>,
     batch: usize,
@@ -168,25 +173,18 @@ impl<'a> Call<'a> {
         q: &'a FlexTensor,
         k: &'a FlexTensor,
         v: &'a FlexTensor,
-        starts: Starts<Flex>,
+        mask: KeyRanges<Flex>,
         scores: Scores,
     ) -> Self {
         let [batch, seq_q, heads, dim] = q.shape().dims();
         let [_, seq_k, kv_heads, _] = k.shape().dims();
-        let starts = match starts {
-            Starts::First => None,
-            Starts::Each(starts) => {
-                let own = (0..batch * seq_q).map(|at| seq_k - seq_q + at % seq_q);
-                let starts = integers(starts).into_iter().zip(own);
-                // A query always attends to its own position.
-                Some(starts.map(|(start, own)| start.min(own)).collect())
-            }
-        };
-        Self {
+        let mut call = Self {
             q: Heads::of(q),
             k: Heads::of(k),
             v: Heads::of(v),
-            starts,
+            causal: mask.causal,
+            starts: None,
+            ends: None,
             scale: scores.scale as f32,
             softcap: scores.softcap,
             batch,
@@ -195,7 +193,19 @@ impl<'a> Call<'a> {
             heads,
             kv_heads,
             dim,
+        };
+        // No range of keys is empty.
+        if let Bound::Each(ends) = mask.ends {
+            let ends = integers(ends).into_iter().enumerate();
+            let ends = ends.map(|(at, end)| end.clamp(1, call.end_of_all(at % seq_q)));
+            call.ends = Some(ends.collect());
         }
+        if let Bound::Each(starts) = mask.starts {
+            let starts = integers(starts).into_iter().enumerate();
+            let last = |at| call.keys(at / seq_q, at % seq_q).end - 1;
+            call.starts = Some(starts.map(|(at, start)| start.min(last(at))).collect());
+        }
+        call
     }
 
     /// The head of the keys that a head of queries reads.
@@ -203,30 +213,53 @@ impl<'a> Call<'a> {
         head / (self.heads / self.kv_heads)
     }
 
-    /// The first key that query `at` of a sequence attends to.
-    fn start(&self, batch: usize, at: usize) -> usize {
-        let starts = self.starts.as_ref();
-        starts.map_or(0, |starts| starts[batch * self.seq_q + at])
+    /// The key after the last one that query `at` of every sequence may attend to.
+    fn end_of_all(&self, at: usize) -> usize {
+        if self.causal {
+            self.seq_k - self.seq_q + at + 1
+        } else {
+            self.seq_k
+        }
+    }
+
+    /// The keys that query `at` of a sequence attends to.
+    fn keys(&self, batch: usize, at: usize) -> Range<usize> {
+        let of = |bounds: &Vec<usize>| bounds[batch * self.seq_q + at];
+        let end = self.ends.as_ref().map(of);
+        self.starts.as_ref().map_or(0, of)..end.unwrap_or_else(|| self.end_of_all(at))
     }
 
     /// The blocks of keys for the block of queries from `queries` on.
     fn blocks(&self, batch: usize, queries: usize) -> impl Iterator<Item = Block> {
         let n_queries = QUERIES.min(self.seq_q - queries);
-        let visible = self.seq_k - self.seq_q + queries + 1;
-        let end = visible + n_queries - 1;
-        let starts = self.starts.as_ref().map(|_| {
-            let last = n_queries - 1;
-            std::array::from_fn(|i| self.start(batch, queries + i.min(last)))
-        });
-        let first = starts.map_or(0, |starts| starts.into_iter().min().unwrap_or(0));
-        (first..end).step_by(KEYS).map(move |keys| Block {
-            n_queries,
-            keys,
-            n_keys: KEYS.min(end - keys),
-            visible,
-            // Keys after the last start are visible to all of the queries.
-            starts: starts.filter(|starts| starts.iter().any(|&start| start > keys)),
-            is_first: keys == first,
+        let last = n_queries - 1;
+        let of_queries = |bounds: &Vec<usize>| -> [usize; QUERIES] {
+            let bounds = &bounds[batch * self.seq_q + queries..][..n_queries];
+            std::array::from_fn(|i| bounds[i.min(last)])
+        };
+        let (starts, ends) = (
+            self.starts.as_ref().map(of_queries),
+            self.ends.as_ref().map(of_queries),
+        );
+        let first = starts.and_then(|starts| starts.into_iter().min());
+        let end = ends.and_then(|ends| ends.into_iter().max());
+        let (first, end) = (
+            first.unwrap_or(0),
+            end.unwrap_or_else(|| self.end_of_all(queries + last)),
+        );
+        let visible = self.end_of_all(queries);
+        (first..end).step_by(KEYS).map(move |keys| {
+            let n_keys = KEYS.min(end - keys);
+            Block {
+                n_queries,
+                keys,
+                n_keys,
+                visible,
+                // Keys after the last start, and before the first end, are visible to all of the queries.
+                starts: starts.filter(|starts| starts.iter().any(|&start| start > keys)),
+                ends: ends.filter(|ends| ends.iter().any(|&end| end < keys + n_keys)),
+                is_first: keys == first,
+            }
         })
     }
 
@@ -456,8 +489,8 @@ fn attend_body<I: Isa>(
     y: &mut [f32],
     lse: &mut [f32],
 ) {
-    let (start, group) = (call.start(batch, 0), call.heads / call.kv_heads);
-    let n_keys = call.seq_k - start;
+    let (keys, group) = (call.keys(batch, 0), call.heads / call.kv_heads);
+    let (start, n_keys) = (keys.start, keys.len());
     let scores = &mut scores[..lse.len() * n_keys];
     for j in 0..n_keys {
         for head in 0..lse.len() {

@@ -1,11 +1,14 @@
 //! Comparison with `f64` and with the composed operations, and through autodiff.
 
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use proptest::prelude::*;
 
-use super::starts::Starts;
-use super::{AttentionOps, Scores, causal_attention, composed};
+use super::mask::{Bound, KeyRanges};
+use super::{AttentionOps, Mask, Scores, attention, composed};
 use crate::testing::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -16,25 +19,86 @@ struct Sizes {
     kv_heads: usize,
     group: usize,
     dim: usize,
-    /// Tokens in a segment of the first sequence, one more in each later one; 0 for a single segment.
+    causal: bool,
+    /// Tokens in a segment of the first sequence, one more in each later one; 0 without starts.
     segment: usize,
+    /// Whether there are ends: those of segments, or unordered ones without segments.
+    ends: bool,
 }
 
+/// Without other bounds.
+const CAUSAL: Sizes = Sizes {
+    batch: 1,
+    seq_q: 1,
+    seq_k: 1,
+    kv_heads: 1,
+    group: 1,
+    dim: 1,
+    causal: true,
+    segment: 0,
+    ends: false,
+};
+
 impl Sizes {
-    /// The first key that a query attends to.
-    fn start(&self, batch: usize, query: usize) -> usize {
-        let own = self.seq_k - self.seq_q + query;
-        match self.segment {
-            0 => 0,
-            segment => own - own % (segment + batch),
+    /// The position of a query among the keys; some are after all keys if attention is not causal.
+    fn own(&self, query: usize) -> usize {
+        match self.causal {
+            true => self.seq_k - self.seq_q + query,
+            false => query % (self.seq_k + 3),
         }
     }
 
-    fn starts(&self) -> Option<Tensor<2, Int>> {
-        let of = |batch| (0..self.seq_q).map(move |query| self.start(batch, query) as i64);
-        let starts: Vec<i64> = (0..self.batch).flat_map(of).collect();
-        let starts = TensorData::new(starts, [self.batch, self.seq_q]);
-        (self.segment > 0).then(|| Tensor::from_data(starts, &Device::flex()))
+    /// The start and the end of a query, of which some are after the last key, or 0.
+    fn bounds(&self, batch: usize, query: usize) -> [usize; 2] {
+        let own = self.own(query);
+        match self.segment {
+            0 => [0, 7 * own % (self.seq_k + 3)],
+            segment => {
+                let len = segment + batch;
+                [own - own % len, own - own % len + len]
+            }
+        }
+    }
+
+    /// The keys that a query attends to.
+    fn keys(&self, batch: usize, query: usize) -> Range<usize> {
+        let [start, end] = self.bounds(batch, query);
+        let most = match self.causal {
+            true => self.own(query) + 1,
+            false => self.seq_k,
+        };
+        let end = if self.ends { end.clamp(1, most) } else { most };
+        start.min(end - 1)..end
+    }
+
+    fn mask(&self) -> Mask {
+        let bounds = |side: usize| {
+            let of =
+                |batch| (0..self.seq_q).map(move |query| self.bounds(batch, query)[side] as i64);
+            let bounds: Vec<i64> = (0..self.batch).flat_map(of).collect();
+            let bounds = TensorData::new(bounds, [self.batch, self.seq_q]);
+            Tensor::<2, Int>::from_data(bounds, &Device::flex())
+        };
+        let mask = if self.causal {
+            Mask::causal()
+        } else {
+            Mask::full()
+        };
+        mask.with_starts((self.segment > 0).then(|| bounds(0)))
+            .with_ends(self.ends.then(|| bounds(1)))
+    }
+
+    fn key_ranges(&self) -> KeyRanges<Flex> {
+        let bound = |bounds: Option<Tensor<2, Int>>| match bounds {
+            Some(bounds) => Bound::Each(bounds.try_into_primitive::<Flex>().unwrap()),
+            None => Bound::Absent,
+        };
+        let mask = self.mask();
+        KeyRanges {
+            causal: mask.causal,
+            starts: bound(mask.starts),
+            ends: bound(mask.ends),
+        }
     }
 
     fn of_queries(&self) -> [usize; 4] {
@@ -43,13 +107,6 @@ impl Sizes {
 
     fn of_keys(&self) -> [usize; 4] {
         [self.batch, self.seq_k, self.kv_heads, self.dim]
-    }
-
-    fn primitive_starts(&self) -> Starts<Flex> {
-        match self.starts() {
-            Some(starts) => Starts::Each(starts.try_into_primitive::<Flex>().unwrap()),
-            None => Starts::First,
-        }
     }
 
     fn scale(&self) -> f64 {
@@ -80,9 +137,8 @@ impl Sizes {
             );
             let row = ((b * self.seq_q + i) * heads + h) * dim;
             let key = |j: usize| ((b * self.seq_k + j) * self.kv_heads + h / self.group) * dim;
-            let first = self.start(b, i);
-            let n = self.seq_k - self.seq_q + i + 1;
-            let exp: Vec<f64> = (first..n)
+            let keys = self.keys(b, i);
+            let exp: Vec<f64> = (keys.clone())
                 .map(|j| (0..dim).map(|d| q[row + d] * k[key(j) + d]).sum::<f64>())
                 .map(|product| match cap {
                     Some(cap) => cap * (product * scale / cap).tanh(),
@@ -93,8 +149,8 @@ impl Sizes {
             let sum: f64 = exp.iter().sum();
             lse.push(sum.ln());
             for d in 0..dim {
-                y[row + d] = (first..n)
-                    .map(|j| exp[j - first] / sum * v[key(j) + d])
+                y[row + d] = (keys.clone().zip(&exp))
+                    .map(|(j, exp)| exp / sum * v[key(j) + d])
                     .sum();
             }
         }
@@ -109,15 +165,19 @@ fn sizes(
 ) -> impl Strategy<Value = Sizes> {
     let segment = prop::sample::select(vec![0, 1, 2, 50, 131]);
     let heads = (1..4usize, 1..4usize);
-    (1..4usize, seq_q, more_keys, heads, dim, segment).prop_map(
-        |(batch, seq_q, more_keys, (kv_heads, group), dim, segment)| Sizes {
+    let mask = (any::<bool>(), segment, any::<bool>());
+    (1..4usize, seq_q, more_keys, heads, dim, mask).prop_map(
+        |(batch, seq_q, more_keys, (kv_heads, group), dim, (causal, segment, ends))| Sizes {
             batch,
             seq_q,
-            seq_k: seq_q + more_keys,
+            // Two keys at least: many queries of a single one have gradients of 0 by cancellation alone.
+            seq_k: if causal { seq_q } else { 2 } + more_keys,
             kv_heads,
             group,
             dim,
-            segment,
+            causal,
+            segment: if causal { segment } else { 2 * segment },
+            ends,
         },
     )
 }
@@ -130,6 +190,20 @@ fn large() -> impl Strategy<Value = Sizes> {
         prop::sample::select(vec![0, 3, 128, 190]),
         2..73usize,
     )
+}
+
+/// The sizes without and with causality, each without and with a cap.
+fn each_way(sizes: Sizes) -> [(Sizes, Option<f64>); 4] {
+    let full = Sizes {
+        causal: false,
+        ..sizes
+    };
+    [
+        (sizes, None),
+        (sizes, Some(0.25)),
+        (full, None),
+        (full, Some(0.25)),
+    ]
 }
 
 /// From a cap that most scores reach to none.
@@ -163,22 +237,21 @@ fn as_views([q, k, v, dy]: [Tensor<4>; 4]) -> [Tensor<4>; 4] {
 fn native(sizes: &Sizes, t: &[Tensor<4>; 4], scores: impl Into<Scores>) -> Vec<Vec<f32>> {
     let scores = scores.into();
     let [q, k, v, dy] = t.each_ref().map(primitive);
-    let starts = sizes.primitive_starts();
+    let mask = sizes.key_ranges();
     let (y, lse) =
-        Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), starts.clone(), scores);
+        Flex::masked_attention_forward(q.clone(), k.clone(), v.clone(), mask.clone(), scores);
     let (y_, lse_) = (y.clone(), lse.clone());
-    let (dq, dk, dv) = Flex::causal_attention_backward(q, k, v, starts, y_, lse_, dy, scores);
+    let (dq, dk, dv) = Flex::masked_attention_backward(q, k, v, mask, y_, lse_, dy, scores);
     [y, lse, dq, dk, dv].map(primitive_values).to_vec()
 }
 
 fn by_composition(sizes: &Sizes, t: &[Tensor<4>; 4], scores: impl Into<Scores>) -> Vec<Vec<f32>> {
     let scores = scores.into();
     let [q, k, v, dy] = t.each_ref().map(primitive);
-    let starts = sizes.primitive_starts();
-    let (y, lse) =
-        composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), starts.clone(), scores);
+    let mask = sizes.key_ranges();
+    let (y, lse) = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), mask.clone(), scores);
     let (y_, lse_) = (y.clone(), lse.clone());
-    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, starts, y_, lse_, dy, scores);
+    let (dq, dk, dv) = composed::backward::<Flex>(q, k, v, mask, y_, lse_, dy, scores);
     [y, lse, dq, dk, dv].map(primitive_values).to_vec()
 }
 
@@ -247,7 +320,7 @@ proptest! {
         let expected = native(&sizes, &t, scores);
         let [q, k, v, dy] = t;
         let (q, k, v) = (leaf(&q), leaf(&k), leaf(&v));
-        let y = causal_attention(q.clone(), k.clone(), v.clone(), sizes.starts(), scores);
+        let y = attention(q.clone(), k.clone(), v.clone(), sizes.mask(), scores);
         let grads = (y * dy.autodiff()).sum().backward();
         for (leaf, expected) in [q, k, v].iter().zip(&expected[2..]) {
             prop_assert_eq!(bits(&values(&leaf.grad(&grads).unwrap())), bits(expected));
@@ -255,38 +328,71 @@ proptest! {
     }
 }
 
-/// Later positions change no bit of a query's output, and its own does.
+/// Keys outside of a query's range change no bit of its output, and the first and the last in it do.
 #[test]
-fn later_positions_are_masked() {
-    let sizes = Sizes {
+fn other_keys_are_masked() {
+    let decoder = Sizes {
         batch: 2,
         seq_q: 140,
         seq_k: 150,
         kv_heads: 2,
         group: 2,
         dim: 12,
-        segment: 0,
+        ..CAUSAL
     };
-    let [q, k, v, _] = tensors(&sizes, 8);
-    let at = 100;
-    let own = sizes.seq_k - sizes.seq_q + at;
-    let change = |t: &Tensor<4>, from: usize| {
-        let n = sizes.seq_k - from;
-        Tensor::cat(
-            vec![
-                t.clone().narrow(1, 0, from),
-                t.clone().narrow(1, from, n) * 3.0,
-            ],
-            1,
-        )
+    let segments = Sizes {
+        causal: false,
+        segment: 37,
+        ends: true,
+        ..decoder
     };
-    let query = |k, v| {
-        let y = causal_attention(q.clone(), k, v, sizes.starts(), sizes.scale());
-        bits(&values(&y.narrow(1, at, 1)))
+    for sizes in [decoder, segments] {
+        let [q, k, v, _] = tensors(&sizes, 8);
+        let (at, all) = (100, 0..sizes.seq_k);
+        let keys = sizes.keys(0, at);
+        let change = |t: &Tensor<4>, keys: Range<usize>| {
+            let changed = t.clone().slice_dim(1, keys.clone()) * 3.0;
+            t.clone().slice_assign([0..2, keys, 0..2, 0..12], changed)
+        };
+        let query = |k, v| {
+            let y = attention(q.clone(), k, v, sizes.mask(), sizes.scale());
+            bits(&values(&y.narrow(0, 0, 1).narrow(1, at, 1)))
+        };
+        let y = query(k.clone(), v.clone());
+        for others in [all.start..keys.start, keys.end..all.end] {
+            if !others.is_empty() {
+                assert_eq!(query(change(&k, others.clone()), change(&v, others)), y);
+            }
+        }
+        for own in [keys.start, keys.end - 1] {
+            assert_ne!(query(k.clone(), change(&v, own..own + 1)), y);
+        }
+    }
+}
+
+#[test]
+fn queries_have_keys() {
+    let run = |seq_q, seq_k, mask| {
+        let of_keys = Tensor::<4>::ones([1, seq_k, 1, 2], &Device::flex());
+        let q = Tensor::<4>::ones([1, seq_q, 1, 2], &Device::flex());
+        attention(q, of_keys.clone(), of_keys, mask, 1.0).dims()
     };
-    let y = query(k.clone(), v.clone());
-    assert_eq!(query(change(&k, own + 1), change(&v, own + 1)), y);
-    assert_ne!(query(k.clone(), change(&v, own)), y);
+    assert_eq!(run(3, 1, Mask::full()), [1, 3, 1, 2]);
+    let bound = Tensor::<2, Int>::ones([1, 2], &Device::flex());
+    for (seq_k, mask, message) in [
+        (2, Mask::causal(), "3 queries, but 2 keys"),
+        (0, Mask::full(), "3 queries, but 0 keys"),
+        (
+            3,
+            Mask::full().with_starts(bound.clone()),
+            "the shape of the starts",
+        ),
+        (3, Mask::full().with_ends(bound), "the shape of the ends"),
+    ] {
+        let refused = catch_unwind(AssertUnwindSafe(|| run(3, seq_k, mask))).unwrap_err();
+        let found = refused.downcast_ref::<String>().unwrap();
+        assert!(found.contains(message), "{found}");
+    }
 }
 
 /// A single query after cached keys gives the output of the last query of the whole sequence.
@@ -299,11 +405,11 @@ fn decoding_agrees_with_a_whole_sequence() {
         kv_heads: 2,
         group: 3,
         dim: 40,
-        segment: 0,
+        ..CAUSAL
     };
     let [q, k, v, _] = tensors(&sizes, 9);
-    for cap in [None, Some(0.25)] {
-        let run = |q| causal_attention(q, k.clone(), v.clone(), sizes.starts(), sizes.scores(cap));
+    for (sizes, cap) in each_way(sizes) {
+        let run = |q| attention(q, k.clone(), v.clone(), sizes.mask(), sizes.scores(cap));
         let expected = doubles(&values(&run(q.clone()).narrow(1, 299, 1)));
         let one = run(q.clone().narrow(1, 299, 1));
         assert_close(&values(&one), &expected, 2e-6);
@@ -320,7 +426,7 @@ fn large_scores_do_not_overflow() {
         kv_heads: 1,
         group: 1,
         dim: 8,
-        segment: 0,
+        ..CAUSAL
     };
     let [q, k, v, dy] = tensors(&sizes, 10);
     let t = [(q * 20.0).round(), (k * 20.0).round(), v, dy];
@@ -353,21 +459,25 @@ fn caps_are_approached() {
         kv_heads: 1,
         group: 2,
         dim: 8,
-        segment: 0,
+        ..CAUSAL
     };
     let t = tensors(&sizes, 12);
-    let uncapped = native(&sizes, &t, sizes.scale());
-    let high = native(&sizes, &t, sizes.scores(Some(1e6)));
-    for (found, expected) in high.iter().zip(&uncapped) {
-        assert_close(found, &doubles(expected), 1e-5);
-    }
-    // The mean of the values up to the query.
-    let low = native(&sizes, &t, sizes.scores(Some(1e-9)));
     let v = values(&t[2]);
-    for (i, y) in low[0].chunks_exact(8).enumerate() {
-        let n = i / 2 + 1;
-        let means = (0..8).map(|d| (0..n).map(|j| f64::from(v[j * 8 + d])).sum::<f64>() / n as f64);
-        assert_close(y, &means.collect::<Vec<_>>(), 1e-6);
+    for causal in [true, false] {
+        let sizes = Sizes { causal, ..sizes };
+        let uncapped = native(&sizes, &t, sizes.scale());
+        let high = native(&sizes, &t, sizes.scores(Some(1e6)));
+        for (found, expected) in high.iter().zip(&uncapped) {
+            assert_close(found, &doubles(expected), 1e-5);
+        }
+        // The mean of the values of the query's keys.
+        let low = native(&sizes, &t, sizes.scores(Some(1e-9)));
+        for (i, y) in low[0].chunks_exact(8).enumerate() {
+            let n = sizes.keys(0, i / 2).len();
+            let sum = |d| (0..n).map(|j| f64::from(v[j * 8 + d])).sum::<f64>();
+            let means: Vec<f64> = (0..8).map(|d| sum(d) / n as f64).collect();
+            assert_close(y, &means, 1e-6);
+        }
     }
 }
 
@@ -380,14 +490,14 @@ fn other_dtypes_take_the_composed_operations() {
         kv_heads: 2,
         group: 2,
         dim: 3,
-        segment: 0,
+        ..CAUSAL
     };
     let t = tensors(&sizes, 7);
-    for cap in [None, Some(0.25)] {
+    for (sizes, cap) in each_way(sizes) {
         let [q, k, v, dy] = t.each_ref().map(|t| doubles(&values(t)));
         let leaves = [&t[0], &t[1], &t[2]].map(|t| leaf(&wide(t)));
         let [tq, tk, tv] = leaves.clone();
-        let y = causal_attention(tq, tk, tv, sizes.starts(), sizes.scores(cap));
+        let y = attention(tq, tk, tv, sizes.mask(), sizes.scores(cap));
         let grads = (y.clone() * wide(&t[3]).autodiff()).sum().backward();
         let expected = sizes.reference(&q, &k, &v, cap, sizes.scale()).0;
         assert_close(&wide_values(y.inner()), &expected, 1e-14);
@@ -417,9 +527,11 @@ fn the_number_of_threads_changes_no_bit() {
             group: 2,
             dim: 20,
             segment: 40,
+            ends: true,
+            ..CAUSAL
         };
         let t = tensors(&sizes, 11);
-        for cap in [None, Some(0.25)] {
+        for (sizes, cap) in each_way(sizes) {
             assert_same_on_any_threads(|| native(&sizes, &t, sizes.scores(cap)));
         }
     }
@@ -430,35 +542,52 @@ fn the_number_of_threads_changes_no_bit() {
 #[test]
 fn probabilities_are_wide_in_16_bits() {
     let mut random = Random::new(4);
-    let capped = Scores::new(0.5).with_softcap(0.5);
-    let all = [Scores::new(0.5), capped].map(|of| [(DType::BF16, of), (DType::F16, of)]);
-    for (dtype, scores) in all.into_iter().flatten() {
+    let scores = [Scores::new(0.5), Scores::new(0.5).with_softcap(0.5)];
+    let masks = [true, false].map(|causal| Sizes {
+        seq_q: 3,
+        seq_k: 700,
+        kv_heads: 1,
+        group: 2,
+        dim: 8,
+        causal,
+        ..CAUSAL
+    });
+    let all = masks
+        .into_iter()
+        .flat_map(|sizes| scores.map(|scores| (sizes, scores)));
+    let all = all.flat_map(|case| [DType::BF16, DType::F16].map(|dtype| (case, dtype)));
+    for ((sizes, scores), dtype) in all {
         let mut half = |shape: [usize; 4]| random.tensor::<4>(shape).cast(dtype);
-        let (q, k) = (half([1, 3, 2, 8]), half([1, 700, 1, 8]));
-        let (v, dy) = (half([1, 700, 1, 8]) + 1.0, half([1, 3, 2, 8]));
-        let in_f64 = |t: &Tensor<4>| primitive(&wide(t));
-        let first = || Starts::First;
-        let (y, lse) =
-            composed::forward::<Flex>(in_f64(&q), in_f64(&k), in_f64(&v), first(), scores);
+        let (q, k) = (half(sizes.of_queries()), half(sizes.of_keys()));
+        let (v, dy) = (half(sizes.of_keys()) + 1.0, half(sizes.of_queries()));
+        let mask = || sizes.key_ranges();
+        let [wide_q, wide_k, wide_v, wide_dy] = [&q, &k, &v, &dy].map(|t| primitive(&wide(t)));
+        let (y, lse) = composed::forward::<Flex>(
+            wide_q.clone(),
+            wide_k.clone(),
+            wide_v.clone(),
+            mask(),
+            scores,
+        );
         let expected = composed::backward::<Flex>(
-            in_f64(&q),
-            in_f64(&k),
-            in_f64(&v),
-            first(),
+            wide_q,
+            wide_k,
+            wide_v,
+            mask(),
             y.clone(),
             lse.clone(),
-            in_f64(&dy),
+            wide_dy,
             scores,
         );
         let [q, k, v, dy] = [&q, &k, &v, &dy].map(primitive);
         let native =
-            Flex::causal_attention_forward(q.clone(), k.clone(), v.clone(), first(), scores);
-        let others = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), first(), scores);
-        let of_native = Flex::causal_attention_backward(
+            Flex::masked_attention_forward(q.clone(), k.clone(), v.clone(), mask(), scores);
+        let others = composed::forward::<Flex>(q.clone(), k.clone(), v.clone(), mask(), scores);
+        let of_native = Flex::masked_attention_backward(
             q.clone(),
             k.clone(),
             v.clone(),
-            first(),
+            mask(),
             native.0.clone(),
             native.1.clone(),
             dy.clone(),
@@ -468,7 +597,7 @@ fn probabilities_are_wide_in_16_bits() {
             q,
             k,
             v,
-            first(),
+            mask(),
             others.0.clone(),
             others.1.clone(),
             dy,

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{DType, Device, Int, Tensor};
 use kernels::{
-    Layout, Levels, Precision, add_low_rank, causal_attention, dequantize, linear_cross_entropy,
+    Layout, Levels, Mask, Precision, add_low_rank, attention, dequantize, linear_cross_entropy,
     matmul, pack, quant_matmul, rms_norm, rotate_half, silu_mul,
 };
 
@@ -70,17 +70,19 @@ fn the_tables_of_a_rotation_are_of_x_or_f32() {
 
 #[test]
 fn queries_keys_and_values_have_one_dtype() {
-    let run = |q, k, v| {
-        let [q, k, v] = [q, k, v].map(|dtype| ones([1, 2, 1, 4], dtype));
-        causal_attention(q, k, v, None, 1.0)
-    };
-    let (bf16, f32) = (DType::BF16, DType::F32);
-    refused("mixed dtypes: k is BF16, but q is F32", || {
-        run(f32, bf16, f32)
-    });
-    refused("mixed dtypes: v is F32, but q is BF16", || {
-        run(bf16, bf16, f32)
-    });
+    for mask in [Mask::causal(), Mask::full()] {
+        let run = |q, k, v| {
+            let [q, k, v] = [q, k, v].map(|dtype| ones([1, 2, 1, 4], dtype));
+            attention(q, k, v, mask.clone(), 1.0)
+        };
+        let (bf16, f32) = (DType::BF16, DType::F32);
+        refused("mixed dtypes: k is BF16, but q is F32", || {
+            run(f32, bf16, f32)
+        });
+        refused("mixed dtypes: v is F32, but q is BF16", || {
+            run(bf16, bf16, f32)
+        });
+    }
 }
 
 #[test]

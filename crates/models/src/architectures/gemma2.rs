@@ -202,6 +202,7 @@ impl Architecture for Gemma2Config {
             window: (self.llama.sliding_window)
                 .filter(|_| self.llama.attention(layer, has_window).has_window),
             rotary: Some(self.llama.rotary()),
+            ..Reach::default()
         }
     }
 }

@@ -217,6 +217,7 @@ impl Architecture for Gemma3Config {
         Reach {
             window: self.llama.sliding_window.filter(|_| has_window),
             rotary: Some(rotary),
+            ..Reach::default()
         }
     }
 }

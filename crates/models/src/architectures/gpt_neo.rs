@@ -259,7 +259,7 @@ impl Architecture for GptNeoConfig {
     fn reach(&self, layer: usize) -> Reach {
         Reach {
             window: self.slides(layer).then_some(self.window_size),
-            rotary: None,
+            ..Reach::default()
         }
     }
 }

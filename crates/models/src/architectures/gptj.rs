@@ -187,8 +187,8 @@ impl Architecture for GptJConfig {
             max_positions: self.n_positions,
         };
         Reach {
-            window: None,
             rotary: Some(rotary),
+            ..Reach::default()
         }
     }
 }

@@ -409,6 +409,7 @@ impl Architecture for LlamaConfig {
         Reach {
             window: self.sliding_window.filter(|_| attention.has_window),
             rotary: attention.has_rope.then(|| self.rotary()),
+            ..Reach::default()
         }
     }
 }

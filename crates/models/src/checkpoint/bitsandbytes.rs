@@ -23,7 +23,6 @@ use quant_core::{
     DoubleQuant, DoubleScales, Format, Grid, Layout, Parts, QuantTensor, ScaleLevels, Scales,
     scale_levels,
 };
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use tensor_files::{FloatType, LazyTensor};
 
@@ -34,6 +33,10 @@ use super::tensors::{Stored, Tensors};
 use crate::Result;
 use crate::settings::Settings;
 use crate::source::HEAD;
+
+mod state;
+
+use state::{State, gcd};
 
 pub(super) const METHOD: &str = "bitsandbytes";
 
@@ -58,66 +61,6 @@ pub(super) struct Bitsandbytes {
     storage: Option<&'static str>,
     /// The modules that readers must leave dense, if they would not by themselves.
     dense: Option<Vec<String>>,
-}
-
-/// `quant_state`, without the tensors.
-struct StateFields {
-    quant_type: String,
-    blocksize: usize,
-    shape: Vec<usize>,
-    nested_blocksize: Option<usize>,
-    nested_dtype: Option<String>,
-    nested_offset: Option<f64>,
-}
-
-impl StateFields {
-    fn parse(text: &[u8]) -> Result<Self, String> {
-        let json: Map<String, Value> =
-            serde_json::from_slice(text).map_err(|error| format!("cannot be read: {error}"))?;
-        Ok(Self {
-            quant_type: field(&json, "quant_type")?,
-            blocksize: field(&json, "blocksize")?,
-            shape: field(&json, "shape")?,
-            nested_blocksize: field(&json, "nested_blocksize")?,
-            nested_dtype: field(&json, "nested_dtype")?,
-            nested_offset: field(&json, "nested_offset")?,
-        })
-    }
-}
-
-fn field<T: DeserializeOwned>(json: &Map<String, Value>, key: &str) -> Result<T, String> {
-    let value = json.get(key).unwrap_or(&Value::Null);
-    let read = serde_json::from_value(value.clone());
-    read.map_err(|_| format!("has the {key} {value}, which cannot be read"))
-}
-
-/// The settings of a layer.
-struct State {
-    grid: Grid,
-    blocksize: usize,
-    /// The size of the blocks of double-quantized scales, and their offset.
-    nested: Option<(usize, f64)>,
-}
-
-impl State {
-    /// The groups of a weight of `d_in` inputs that are in one block.
-    fn repeated(&self, d_in: usize) -> usize {
-        self.blocksize / gcd(d_in, self.blocksize)
-    }
-
-    /// The format of the weight of the layer at `path`.
-    fn format(&self, path: &str, d_in: usize) -> Result<Format> {
-        let group_size = gcd(d_in, self.blocksize);
-        let format = Format::new(4, Some(group_size), self.grid);
-        let format = format.and_then(|format| match self.nested {
-            None => Ok(format),
-            Some((nested_block, _)) => format.with_double_quant(DoubleQuant {
-                levels: ScaleLevels::Dynamic,
-                block_size: nested_block * self.repeated(d_in),
-            }),
-        });
-        format.map_err(quant_error(path))
-    }
 }
 
 impl Bitsandbytes {
@@ -333,13 +276,6 @@ fn is_constant<T: PartialEq>(values: &[T], n: usize) -> bool {
     blocks.all(|block| block.iter().all(|value| *value == block[0]))
 }
 
-fn gcd(a: usize, b: usize) -> usize {
-    match b {
-        0 => a,
-        _ => gcd(b, a % b),
-    }
-}
-
 fn levels(layout: &Layout) -> Vec<f32> {
     (0..16).map(|code| layout.level(code)).collect()
 }
@@ -355,54 +291,6 @@ fn check_levels(tensors: &mut Tensors, name: &str, expected: &[f32]) -> Result<(
     let (found, expected) = (found[at], expected[at]);
     let problem = format!("level {at} is {found}; that of bitsandbytes is {expected}");
     Err(tensors.refuse(name, problem))
-}
-
-/// Reads the settings of a layer, `[d_in, d_out]`, from the tensor that has them.
-fn state(tensors: &mut Tensors, name: &str, [d_in, d_out]: [usize; 2]) -> Result<State> {
-    let text = tensors.text(name)?;
-    let state = StateFields::parse(&text).and_then(|fields| {
-        let type_of_name = |quant_type: &str| name.ends_with(&format!("__{quant_type}"));
-        let known = TYPES
-            .into_iter()
-            .find(|(known, _)| *known == fields.quant_type);
-        let Some((_, grid)) = known.filter(|(known, _)| type_of_name(known)) else {
-            return Err(format!("has the quant_type `{}`", fields.quant_type));
-        };
-        let blocksize = fields.blocksize;
-        if !BLOCKS.contains(&blocksize) {
-            return Err(format!(
-                "has the blocksize {blocksize}; it must be 32, 64, .. 4096"
-            ));
-        }
-        if fields.shape != [d_out, d_in] {
-            let (found, expected) = (&fields.shape, [d_out, d_in]);
-            return Err(format!(
-                "has the shape {found:?}, the configuration asks for {expected:?}"
-            ));
-        }
-        let nested = match (fields.nested_blocksize, fields.nested_offset) {
-            (None, None) => None,
-            (Some(size), Some(offset)) => Some((size, offset)),
-            _ => return Err("has one of nested_blocksize and nested_offset alone".into()),
-        };
-        if let Some((size, _)) = nested
-            && (size == 0 || size.checked_mul(blocksize).is_none())
-        {
-            return Err(format!("has the nested_blocksize {size}"));
-        }
-        let dtype = fields.nested_dtype.as_deref();
-        if let Some(dtype) = dtype.filter(|&dtype| dtype != "float32") {
-            return Err(format!(
-                "has the nested_dtype `{dtype}`; supported: float32"
-            ));
-        }
-        Ok(State {
-            grid,
-            blocksize,
-            nested,
-        })
-    });
-    state.map_err(|problem| tensors.refuse(name, problem))
 }
 
 /// See [`LayerFormat::packed_tensor`], which needs no configuration in this format.
@@ -425,7 +313,7 @@ impl LayerFormat for Bitsandbytes {
         let Some(state_name) = self.packed_tensor(tensors, path) else {
             return Ok(None);
         };
-        let state = state(tensors, &state_name, dims)?;
+        let state = State::read(tensors, &state_name, dims)?;
         state.format(path, dims[0]).map(Some)
     }
 
@@ -442,7 +330,7 @@ impl LayerFormat for Bitsandbytes {
         let quant = quant_error(path);
         let [d_in, d_out] = dims;
         let name = |part: &str| format!("{path}.weight{part}");
-        let state = state(tensors, &state_name, dims)?;
+        let state = State::read(tensors, &state_name, dims)?;
         let format = state.format(path, d_in)?;
         let repeated = state.repeated(d_in);
         let layout = format.layout(dims).map_err(&quant)?;
@@ -624,10 +512,5 @@ mod tests {
         ] {
             assert_eq!(python_float(value), text);
         }
-    }
-
-    #[test]
-    fn divisors_are_the_greatest() {
-        assert_eq!([gcd(160, 64), gcd(64, 4096), gcd(7, 64)], [32, 64, 1]);
     }
 }

@@ -101,7 +101,7 @@ fn shared() -> Vec<PathBuf> {
 }
 
 /// A tensor of 64-bit integers with two dimensions.
-fn integers(reference: &Path, name: &str) -> (Vec<i64>, [usize; 2]) {
+pub(super) fn integers(reference: &Path, name: &str) -> (Vec<i64>, [usize; 2]) {
     let bytes = std::fs::read(reference).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let ids = file.tensor(name).unwrap();
@@ -110,12 +110,12 @@ fn integers(reference: &Path, name: &str) -> (Vec<i64>, [usize; 2]) {
     (values.collect(), [ids.shape()[0], ids.shape()[1]])
 }
 
-fn tokens(reference: &Path) -> Tensor<2, Int> {
+pub(super) fn tokens(reference: &Path) -> Tensor<2, Int> {
     let (ids, dims) = integers(reference, "input_ids");
     Tensor::from_data(TensorData::new(ids, dims), &Device::flex())
 }
 
-fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
+pub(super) fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     found
         .iter()
@@ -124,12 +124,12 @@ fn largest_difference(found: &[f32], expected: &[f32]) -> f32 {
         .fold(0.0, f32::max)
 }
 
-fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
+pub(super) fn values<const D: usize>(t: Tensor<D>) -> Vec<f32> {
     t.into_data().try_into_vec().unwrap()
 }
 
 /// Makes all parameters trainable, in `F32`.
-struct Unfreeze;
+pub(super) struct Unfreeze;
 
 impl ModuleMapper for Unfreeze {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -140,7 +140,7 @@ impl ModuleMapper for Unfreeze {
 }
 
 /// The output of the last block.
-fn output(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Tensor<3> {
+pub(super) fn output(model: &Model, tokens: Tensor<2, Int>, positions: &Positions) -> Tensor<3> {
     let x = model.embed(tokens, positions);
     (0..model.n_blocks()).fold(x, |x, block| model.block(block, x, positions))
 }
@@ -221,19 +221,26 @@ fn check_logits_losses_and_gradients(directories: &[PathBuf]) {
             let (expected, []) = reference.floats::<0>("loss").unwrap();
             let found = loss.clone().inner().into_scalar::<f32>();
             assert!((found - expected[0]).abs() <= 1e-5 * expected[0]);
-            check_gradients(&model, &loss, dir, &mut reference);
+            check_gradients(&model, &loss, "grad.", &mut reference);
         }
     }
 }
 
-fn check_gradients(model: &Model, loss: &Tensor<1>, dir: &Path, reference: &mut TensorFile) {
+/// Compares the gradients of the parameters that have one in the file, under `prefix`, and those of the first
+/// block at least.
+pub(super) fn check_gradients(
+    model: &Model,
+    loss: &Tensor<1>,
+    prefix: &str,
+    reference: &mut TensorFile,
+) {
     let gradients = loss.backward();
     let found = gradients_by_name(model, &gradients);
     let names = reference.names();
-    let names = names.iter().filter(|name| name.starts_with("grad."));
+    let names = names.iter().filter(|name| name.starts_with(prefix));
     let mut checked = 0;
     for name in names {
-        let found = &found[name.trim_start_matches("grad.")];
+        let found = &found[&name[prefix.len()..]];
         let expected = match reference.floats::<2>(name) {
             Ok((values, _)) => values,
             Err(_) => reference.floats::<1>(name).unwrap().0,
@@ -247,12 +254,11 @@ fn check_gradients(model: &Model, loss: &Tensor<1>, dir: &Path, reference: &mut 
         } else {
             largest_difference(found, &expected) / scale
         };
-        assert!(off <= 1e-3, "{}: {name} differs by {off}", dir.display());
+        assert!(off <= 1e-3, "{name} differs by {off}");
         checked += 1;
     }
-    // The parameters of the first block at least.
     let of_block = model.layers[0].linears().len() + model.layers[0].norms().len();
-    assert!(checked >= of_block, "{}: {checked}", dir.display());
+    assert!(checked >= of_block, "{checked} gradients under {prefix}");
 }
 
 /// Gradients by the names of Hugging Face's files, as they lie there.

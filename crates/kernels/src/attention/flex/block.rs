@@ -18,10 +18,13 @@ pub(super) struct Block {
     pub(super) n_queries: usize,
     pub(super) keys: usize,
     pub(super) n_keys: usize,
-    /// The number of keys up to the position of the first query of the block, that included.
+    /// The number of keys up to the position of the first query of the block, that included; of all keys
+    /// if attention is not causal.
     pub(super) visible: usize,
     /// The first key that each query attends to, if it is after the first of the block for some.
     pub(super) starts: Option<[usize; QUERIES]>,
+    /// The key after the last one that each query attends to, if it is in the block for some.
+    pub(super) ends: Option<[usize; QUERIES]>,
     /// Whether no query of the block attends to an earlier key.
     pub(super) is_first: bool,
 }
@@ -33,6 +36,21 @@ impl Block {
         (self.keys + j + 1)
             .saturating_sub(self.visible)
             .min(QUERIES)
+    }
+
+    /// Calls `hide` with each query that does not attend to key `j` of the block.
+    #[inline(always)]
+    fn hide(&self, j: usize, mut hide: impl FnMut(usize)) {
+        let key = self.keys + j;
+        (0..self.masked(j)).for_each(&mut hide);
+        if let Some(starts) = &self.starts {
+            (0..QUERIES)
+                .filter(|&i| starts[i] > key)
+                .for_each(&mut hide);
+        }
+        if let Some(ends) = &self.ends {
+            (0..QUERIES).filter(|&i| ends[i] <= key).for_each(&mut hide);
+        }
     }
 }
 
@@ -60,14 +78,7 @@ fn softmax_body<I: Isa>(
     let before = *most;
     let mut largest = before;
     for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
-        scores[..block.masked(j)].fill(f32::NEG_INFINITY);
-        if let Some(starts) = &block.starts {
-            for i in 0..QUERIES {
-                if starts[i] > block.keys + j {
-                    scores[i] = f32::NEG_INFINITY;
-                }
-            }
-        }
+        block.hide(j, |i| scores[i] = f32::NEG_INFINITY);
         for i in 0..QUERIES {
             largest[i] = math::larger(scores[i], largest[i]);
         }
@@ -135,15 +146,6 @@ fn gradient_by(
             p[i] = math::exp(p[i] - lse[i]);
             dp[i] = p[i] * (dp[i] - delta[i]) * slope;
         }
-        let masked = block.masked(j);
-        p[..masked].fill(0.0);
-        dp[..masked].fill(0.0);
-        if let Some(starts) = &block.starts {
-            for i in 0..QUERIES {
-                if starts[i] > block.keys + j {
-                    (p[i], dp[i]) = (0.0, 0.0);
-                }
-            }
-        }
+        block.hide(j, |i| (p[i], dp[i]) = (0.0, 0.0));
     }
 }

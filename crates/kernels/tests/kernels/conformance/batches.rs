@@ -2,29 +2,29 @@
 //! sizes that fill the tiles of a device's product or leave some of them incomplete.
 
 use burn::tensor::{Int, Tensor};
-use kernels::{add_low_rank, causal_attention, linear_cross_entropy};
+use kernels::{Mask, add_low_rank, attention, linear_cross_entropy};
 
 use super::on::{Kind, On};
 use super::step::{Case, check};
 
 pub(super) fn conform(on: &On) {
-    let cases: [Case; 9] = [
+    let cases: [Case; 10] = [
         (
             "attention of several texts",
             &[[3, 64, 2, 32], [3, 64, 2, 32], [3, 64, 2, 32]],
-            |t| attention(t[0].clone(), t[1].clone(), t[2].clone()),
+            |t| causal(t[0].clone(), t[1].clone(), t[2].clone()),
         ),
         (
             "attention of grouped queries",
             &[[3, 40, 6, 16], [3, 45, 2, 16], [3, 45, 2, 16]],
-            |t| attention(t[0].clone(), t[1].clone(), t[2].clone()),
+            |t| causal(t[0].clone(), t[1].clone(), t[2].clone()),
         ),
         (
             "attention of the parts of one projection",
             &[[3, 33, 8, 16]],
             |t| {
                 let heads = |from: usize, to| t[0].clone().narrow(2, from, to);
-                attention(heads(0, 4), heads(4, 2), heads(6, 2))
+                causal(heads(0, 4), heads(4, 2), heads(6, 2))
             },
         ),
         (
@@ -32,7 +32,7 @@ pub(super) fn conform(on: &On) {
             &[[3, 4, 33, 16], [3, 2, 33, 16], [3, 2, 33, 16]],
             |t| {
                 let [q, k, v] = [0, 1, 2].map(|at: usize| t[at].clone().swap_dims(1, 2));
-                attention(q, k, v)
+                causal(q, k, v)
             },
         ),
         (
@@ -40,7 +40,15 @@ pub(super) fn conform(on: &On) {
             &[[3, 7, 4, 16], [1, 9, 4, 16], [1, 9, 4, 16]],
             |t| {
                 let [k, v] = [1, 2].map(|at: usize| t[at].clone().expand([3, 9, 4, 16]));
-                attention(t[0].clone(), k, v)
+                causal(t[0].clone(), k, v)
+            },
+        ),
+        (
+            "attention of grouped queries to fewer keys",
+            &[[3, 45, 6, 16], [3, 40, 2, 16], [3, 40, 2, 16]],
+            |t| {
+                let [q, k, v] = [0, 1, 2].map(|at: usize| t[at].clone());
+                attention(q, k, v, Mask::full(), 0.25)
             },
         ),
         // More rows than a slab of logits has, on every device.
@@ -84,7 +92,7 @@ pub(super) fn conform(on: &On) {
             (
                 "attention in a training step",
                 &[[4, 256, 12, 64], [4, 256, 12, 64], [4, 256, 12, 64]],
-                |t| attention(t[0].clone(), t[1].clone(), t[2].clone()),
+                |t| causal(t[0].clone(), t[1].clone(), t[2].clone()),
             ),
             (
                 "low-rank factors in a training step",
@@ -106,8 +114,8 @@ pub(super) fn conform(on: &On) {
     }
 }
 
-fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
-    causal_attention(q, k, v, None, 0.25)
+fn causal(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
+    attention(q, k, v, Mask::causal(), 0.25)
 }
 
 /// `x w + (x a) b / 2` with `[d_in, rank, d_out]`; the rows of `x` are of several texts.

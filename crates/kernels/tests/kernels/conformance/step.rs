@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{
-    OutputHead, Scores, causal_attention, linear_cross_entropy, matmul, rms_norm, rotate_half,
+    Mask, OutputHead, Scores, attention, linear_cross_entropy, matmul, rms_norm, rotate_half,
     silu_mul, softcap,
 };
 
@@ -17,8 +17,24 @@ pub(super) type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
 /// The name of an operation, the shapes of its leaves, and the operation.
 pub(super) type Case<'a> = (&'a str, &'a [[usize; 4]], Operation);
 
+/// Queries, keys and values: seven queries after two cached keys.
+const TWO_CACHED: [[usize; 4]; 3] = [[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]];
+
+/// Seven queries of four keys.
+const FEW_KEYS: [[usize; 4]; 3] = [[2, 7, 4, 8], [2, 4, 2, 8], [2, 4, 2, 8]];
+
+fn attend(t: &[Tensor<4>], mask: Mask, scores: impl Into<Scores>) -> Tensor<4> {
+    attention(t[0].clone(), t[1].clone(), t[2].clone(), mask, scores)
+}
+
+/// The same bounds for both sequences.
+fn bounds(t: &[Tensor<4>], bounds: &[i64]) -> Tensor<2, Int> {
+    let data = TensorData::new(bounds.repeat(2), [2, bounds.len()]);
+    Tensor::from_data(data, &t[0].device().inner())
+}
+
 pub(super) fn conform(on: &On) {
-    let all: [Case; 12] = [
+    let all: [Case; 16] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
@@ -35,23 +51,28 @@ pub(super) fn conform(on: &On) {
             rotate_half(t[0].clone(), table(f32::cos), table(f32::sin))
         }),
         // Two heads share the keys of one, after two cached keys.
-        (
-            "causal_attention",
-            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
-            |t| causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), None, 0.35),
-        ),
-        // Packed segments of three tokens.
-        (
-            "causal_attention over segments",
-            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
-            |t| {
-                // The last start is after its query, which attends to its own position.
-                let starts = [0i64, 3, 3, 3, 6, 6, 9].repeat(2);
-                let starts = TensorData::new(starts, [2, 7]);
-                let starts = Tensor::from_data(starts, &t[0].device().inner());
-                causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), Some(starts), 0.35)
-            },
-        ),
+        ("causal attention", &TWO_CACHED, |t| {
+            attend(t, Mask::causal(), 0.35)
+        }),
+        // Packed segments of three tokens. The last start is after its query, which attends to its own
+        // position.
+        ("causal attention over segments", &TWO_CACHED, |t| {
+            let mask = Mask::causal().with_starts(bounds(t, &[0, 3, 3, 3, 6, 6, 9]));
+            attend(t, mask, 0.35)
+        }),
+        ("attention to all keys", &TWO_CACHED, |t| {
+            attend(t, Mask::full(), 0.35)
+        }),
+        ("attention of more queries than keys", &FEW_KEYS, |t| {
+            attend(t, Mask::full(), 0.35)
+        }),
+        // Some bounds are after the last key, and one end is before its start.
+        ("attention to ranges of keys", &FEW_KEYS, |t| {
+            let mask = Mask::full()
+                .with_starts(bounds(t, &[0, 0, 2, 2, 4, 3, 9]))
+                .with_ends(bounds(t, &[2, 1, 4, 3, 9, 0, 5]));
+            attend(t, mask, 0.35)
+        }),
         ("matmul", &[[2, 3, 5, 36], [1, 1, 36, 33]], |t| {
             matmul(t[0].clone(), t[1].clone().reshape([36, 33]))
         }),
@@ -83,14 +104,13 @@ pub(super) fn conform(on: &On) {
                 linear_cross_entropy(x, head, targets).reshape([1, 1, 1, 6])
             },
         ),
-        (
-            "causal_attention with a soft cap",
-            &[[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]],
-            |t| {
-                let scores = Scores::new(0.35).with_softcap(0.5);
-                causal_attention(t[0].clone(), t[1].clone(), t[2].clone(), None, scores)
-            },
-        ),
+        ("causal attention with a soft cap", &TWO_CACHED, |t| {
+            attend(t, Mask::causal(), Scores::new(0.35).with_softcap(0.5))
+        }),
+        ("attention of ranges with a soft cap", &FEW_KEYS, |t| {
+            let mask = Mask::full().with_ends(bounds(t, &[4, 3, 2, 1, 4, 4, 2]));
+            attend(t, mask, Scores::new(0.35).with_softcap(0.5))
+        }),
         // Up to 50 times the cap, where quotients of exponentials overflow.
         ("softcap", &[[2, 3, 5, 7]], |t| {
             softcap(t[0].clone() * 100.0, 2.0)
