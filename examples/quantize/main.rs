@@ -85,9 +85,9 @@ struct Args {
     cut: SeqLenArg,
     #[command(flatten)]
     eval_windows: EvalWindowsArg,
-    /// Passes of block-ap over the calibration for each block
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    rounds: usize,
+    /// Passes of block-ap over the calibration for each block [default: 2]
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
     /// Learning rates of block-ap: of scales and zero-points, and of weights [default: by the hidden size]
     #[arg(long, value_name = "X", num_args = 2)]
     lr: Vec<f64>,
@@ -123,6 +123,13 @@ fn run(args: &Args) -> Result<()> {
         return Err(
             "block-ap learns whole zero-points, and GGUF holds others; use another --format".into(),
         );
+    }
+    let is_set = args.rounds.is_some() || !args.lr.is_empty();
+    if is_set && !args.quantizer.contains(&Name::BlockAp) {
+        return Err("--rounds and --lr are for --quantizer block-ap".into());
+    }
+    if ![0, 2].contains(&args.lr.len()) {
+        return Err("--lr takes two rates, once".into());
     }
     let device = args.model.device.open();
     let scratch = interrupt::scratch()?;

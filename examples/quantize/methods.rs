@@ -108,9 +108,11 @@ impl Name {
                 [of_grids, of_weights] => block_ap.with_learning_rates(of_grids, of_weights),
                 _ => block_ap,
             };
-            block_ap
-                .with_rounds(args.rounds)
-                .with_f16_scales(args.format.f16_scales())
+            let block_ap = match args.rounds {
+                Some(rounds) => block_ap.with_rounds(rounds),
+                None => block_ap,
+            };
+            block_ap.with_f16_scales(args.format.f16_scales())
         });
         Method {
             quantizer: self.quantizer(bits, group_size, args),

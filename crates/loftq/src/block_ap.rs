@@ -15,9 +15,9 @@ use quant_core::{Gram, Needs, Quantized};
 use self::trained::{Rates, Trained};
 use crate::blocks::{self, BlockMethod};
 use crate::error::refused_setting;
-use crate::fake_quant::check_range;
+use crate::fake_quant::check_ranges;
 use crate::init::place;
-use crate::{Error, Initialization, Layer, Result, Start};
+use crate::{Initialization, Layer, Result, Start};
 
 /// Trains the weights, the scales and the zero-points of all layers of a block together: Block-AP of
 /// EfficientQAT. It attaches no adapters; the result is a packed model as a quantizer makes it.
@@ -45,8 +45,8 @@ use crate::{Error, Initialization, Layer, Result, Start};
 ///
 /// In memory are, for all of the calibration, the activations before and in a block through packed and through
 /// dense layers, and the outputs of the dense block; the dense weights of the block, and, in `f32`, the trained
-/// ones with their gradients and two moments, 16 bytes for each weight, beside what the block keeps of one
-/// batch for the backward pass.
+/// ones with their gradients and two moments, 16 bytes for each weight, and some 12 of its rounding, beside what
+/// the block keeps of one batch for the backward pass; and the Gram and the drift of a stage.
 ///
 /// # Examples
 /// ```no_run
@@ -125,16 +125,13 @@ impl BlockAp {
 impl<M: Stages> Initialization<M> for BlockAp {
     fn check_parts(&self, layers: &[LayerShape], recipe: &dyn Recipe) -> Result<Needs> {
         self.check()?;
+        check_ranges(layers, recipe)?;
+        let quantizers = layers
+            .iter()
+            .filter_map(|layer| recipe.quantizer(&layer.path));
+        let needs = quantizers.map(|quantizer| quantizer.needs());
         // The output of the dense block is that for its own inputs.
-        let mut needs = Needs::Drift;
-        for LayerShape { path, .. } in layers {
-            if let Some(quantizer) = recipe.quantizer(path) {
-                let format = quantizer.format().map_err(Error::quant(path))?;
-                check_range(path, format)?;
-                needs = needs.max(quantizer.needs());
-            }
-        }
-        Ok(needs)
+        Ok(needs.fold(Needs::Drift, Needs::max))
     }
 
     fn has_adapters(&self) -> bool {

@@ -188,13 +188,13 @@ struct Block<'a, M> {
 }
 
 impl<M: Stages> Block<'_, M> {
-    /// The squared error of the output for one batch, with this weight of each layer that is learned.
-    fn error<L>(
+    /// How far the output for one batch is from the target, with this weight of each layer that is learned.
+    fn difference<L>(
         &self,
         at: usize,
         learners: &[Learner<L>],
         weight: impl Fn(&Learner<L>) -> Tensor<2>,
-    ) -> Tensor<1> {
+    ) -> Tensor<2> {
         let mut part = self.part.clone();
         for (path, linear) in part.linears_mut() {
             if let Some(learner) = learners.iter().find(|learner| learner.path == path) {
@@ -211,14 +211,13 @@ impl<M: Stages> Block<'_, M> {
         let through = |state, stage| part.advance(stage, state);
         let output = self.stages.clone().fold(input, through);
         let difference = output.residual - self.targets[at].clone().autodiff();
-        let difference = self.calibration[at].of_text(difference).cast(DType::F32);
-        difference.square().sum()
+        self.calibration[at].of_text(difference).cast(DType::F32)
     }
 
     /// The squared error for all batches.
     fn total<L>(&self, learners: &[Learner<L>], weight: impl Fn(&Learner<L>) -> Tensor<2>) -> f64 {
-        let errors = (0..self.inputs.len()).map(|at| self.error(at, learners, &weight));
-        let errors = errors.map(|error| f64::from(error.inner().into_scalar::<f32>()));
+        let differences = (0..self.inputs.len()).map(|at| self.difference(at, learners, &weight));
+        let errors = differences.map(|difference| sum_of_squares(difference.inner()));
         errors.sum()
     }
 }
@@ -246,8 +245,8 @@ fn learn<M: Stages, L: LearnedLayer>(
     }
     let n_steps = rounds * n_batches;
     for step in 0..n_steps {
-        let error = block.error(step % n_batches, learners, |of| of.learned.weight());
-        let mut gradients = (error * scale).backward();
+        let difference = block.difference(step % n_batches, learners, |of| of.learned.weight());
+        let mut gradients = (difference.square().sum() * scale).backward();
         for learner in learners.iter_mut() {
             let done = step as f64 / n_steps as f64;
             learner.learned.step(&mut gradients, done);

@@ -1,6 +1,7 @@
 //! Weights on uniform grids that are differentiable in their scales and zero-points.
 
 use burn::tensor::Tensor;
+use peft::{LayerShape, Recipe};
 use quant_core::{Format, Grid, QuantTensor};
 
 use crate::{Error, Result};
@@ -103,6 +104,17 @@ pub(crate) fn check_range(path: &str, format: Format) -> Result<()> {
             format,
         }),
     }
+}
+
+/// Checks that the formats of all layers that a recipe quantizes have the range of a uniform grid.
+pub(crate) fn check_ranges(layers: &[LayerShape], recipe: &dyn Recipe) -> Result<()> {
+    for LayerShape { path, .. } in layers {
+        if let Some(quantizer) = recipe.quantizer(path) {
+            let format = quantizer.format().map_err(Error::quant(path))?;
+            check_range(path, format)?;
+        }
+    }
+    Ok(())
 }
 
 /// `f` of `values`, with the gradient of `values`.

@@ -125,7 +125,8 @@ impl<M: Stages, I: Initialization<M> + ?Sized> StageMethod<M> for Initializer<'_
 /// through packed weights and adapters, as [`models::quantize`] does it. Without `calibration` nothing is
 /// run, for methods that look at weights alone; with it the errors of outputs are reported too.
 ///
-/// A target that the recipe leaves dense gets a fresh adapter, which adds nothing; PiSSA splits its
+/// A method without adapters, such as [`BlockAp`](crate::BlockAp), packs alone, and leaves dense what the recipe
+/// leaves dense. Otherwise a target that the recipe leaves dense gets a fresh adapter, which adds nothing; PiSSA splits its
 /// weight. `on_layer` is called after each layer.
 ///
 /// # Errors

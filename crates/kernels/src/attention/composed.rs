@@ -96,6 +96,10 @@ impl Sizes {
 
     /// The scores with `-inf` where a key is masked.
     fn masked<B: Backend>(&self, scores: FloatTensor<B>, mask: KeyRanges<B>) -> FloatTensor<B> {
+        let is_bounded = !matches!((&mask.starts, &mask.ends), (Bound::Absent, Bound::Absent));
+        if !is_bounded && (!mask.causal || self.seq_q == 1) {
+            return scores;
+        }
         let device = scores.device();
         let settings = get_device_settings::<B>(&device);
         let positions = |range: Range<usize>, shape| {

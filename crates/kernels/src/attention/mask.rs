@@ -6,8 +6,8 @@ use burn::tensor::{Int, Tensor};
 /// The keys that each query attends to: a range of them.
 ///
 /// Query `i` attends to the keys `starts[i] .. ends[i]`, from the first key and to the last one by
-/// default. Under a causal mask, queries are the last `seq_q` of `seq_k` positions, and no range ends
-/// after the query's own position, `seq_k - seq_q + i`.
+/// default. Under a causal mask, queries are the last `seq_q` of `seq_k` positions, and no range goes
+/// beyond the query's own position, `seq_k - seq_q + i`, which is the last that it may have.
 ///
 /// Packed documents and padding are separated by both bounds, or under a causal mask by `starts` alone.
 ///

@@ -9,9 +9,9 @@ use super::layer_wise::Apiq;
 use super::learned::Learned;
 use super::learning::{Learning, settings};
 use crate::blocks::{self, BlockMethod, LearnedLayer};
-use crate::fake_quant::check_range;
+use crate::fake_quant::check_ranges;
 use crate::init::{Layers, check_layers};
-use crate::{Error, Initialization, Layer, Result, Start};
+use crate::{Initialization, Layer, Result, Start};
 
 /// Learns the ranges and adapters of all layers of a block together: ApiQ-bw.
 ///
@@ -39,12 +39,7 @@ impl ApiqBlock {
 
 impl<M: Stages> Initialization<M> for ApiqBlock {
     fn check_parts(&self, layers: &[LayerShape], recipe: &dyn Recipe) -> Result<Needs> {
-        for LayerShape { path, .. } in layers {
-            if let Some(quantizer) = recipe.quantizer(path) {
-                let format = quantizer.format().map_err(Error::quant(path))?;
-                check_range(path, format)?;
-            }
-        }
+        check_ranges(layers, recipe)?;
         check_layers(&self.layer_wise(), layers, recipe)
     }
 

@@ -13,6 +13,8 @@ use crate::{Layer, Result, Start};
 const FINAL_RATIO: f64 = 1.0 / 20.0;
 /// Scales stay within this factor of the first ones.
 const SCALE_RANGE: f64 = 100.0;
+/// The least positive number of `f16`, 2⁻²⁴.
+const LEAST_F16: f32 = 5.960_464_5e-8;
 
 /// The learning rates of the first step.
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +91,7 @@ impl Trained {
         self.grids = Grids {
             scales: bounded(scales, |scales| {
                 let least = first.clone() / SCALE_RANGE;
+                let least = least.clamp_min(if self.f16_scales { LEAST_F16 } else { 0.0 });
                 let most = first.clone() * SCALE_RANGE;
                 scales.max_pair(least).min_pair(most)
             }),

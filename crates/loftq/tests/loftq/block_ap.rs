@@ -124,6 +124,7 @@ fn a_rate_of_zero_leaves_its_parameters() {
             pairs.any(|(plain, found)| part(plain) != part(found))
         };
         assert_eq!(differs(|of| format!("{:?}", of.scales)), of_grids > 0.0);
+        assert_eq!(differs(|of| format!("{:?}", of.zeros)), of_grids > 0.0);
         assert!(differs(|of| format!("{:?}", of.words)));
     }
 }
@@ -152,8 +153,14 @@ fn the_model_is_an_ordinary_packed_one() {
             let in_f16 = StoredGrid::new().with_f16_scales(true);
             assert_eq!(in_f16.holds(weight), f16_scales, "{path}");
         }
-        let (again, _) = trained(&method, &quantizer, &calibration);
-        assert_eq!(parts(&model), parts(&again));
+        for n_threads in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads);
+            let again = pool
+                .build()
+                .unwrap()
+                .install(|| trained(&method, &quantizer, &calibration).0);
+            assert_eq!(parts(&model), parts(&again));
+        }
 
         let lm = Pretrained::new(model, &tokenizer).unwrap();
         let out = dir.path().join(format!("{f16_scales}"));

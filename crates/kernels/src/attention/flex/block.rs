@@ -38,6 +38,13 @@ impl Block {
             .min(QUERIES)
     }
 
+    /// Whether a query of the block does not attend to some of its keys.
+    #[inline(always)]
+    fn hides(&self) -> bool {
+        let is_diagonal = self.keys + self.n_keys > self.visible;
+        is_diagonal || self.starts.is_some() || self.ends.is_some()
+    }
+
     /// Calls `hide` with each query that does not attend to key `j` of the block.
     #[inline(always)]
     fn hide(&self, j: usize, mut hide: impl FnMut(usize)) {
@@ -77,8 +84,11 @@ fn softmax_body<I: Isa>(
 ) {
     let before = *most;
     let mut largest = before;
+    let hides = block.hides();
     for (j, scores) in scores[..block.n_keys].iter_mut().enumerate() {
-        block.hide(j, |i| scores[i] = f32::NEG_INFINITY);
+        if hides {
+            block.hide(j, |i| scores[i] = f32::NEG_INFINITY);
+        }
         for i in 0..QUERIES {
             largest[i] = math::larger(scores[i], largest[i]);
         }
@@ -139,6 +149,7 @@ fn gradient_by(
     scores: &mut [Lanes],
     dp: &mut [Lanes],
 ) {
+    let hides = block.hides();
     let rows = scores[..block.n_keys].iter_mut().zip(dp);
     for (j, (p, dp)) in rows.enumerate() {
         for i in 0..QUERIES {
@@ -146,6 +157,8 @@ fn gradient_by(
             p[i] = math::exp(p[i] - lse[i]);
             dp[i] = p[i] * (dp[i] - delta[i]) * slope;
         }
-        block.hide(j, |i| (p[i], dp[i]) = (0.0, 0.0));
+        if hides {
+            block.hide(j, |i| (p[i], dp[i]) = (0.0, 0.0));
+        }
     }
 }
