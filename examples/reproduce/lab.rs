@@ -381,6 +381,7 @@ fn setup(args: &Args, source: &Path, texts: [Option<&String>; 3]) -> Result<Map<
         "rank": args.rank,
         "seed": args.seeds(),
         "device": args.model.device.name,
+        "arithmetic": args.model.device.arithmetic.map(|of| of.to_string()),
         "dtype": args.model.dtype.name.name(),
     });
     match setup {

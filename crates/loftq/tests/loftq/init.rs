@@ -174,7 +174,7 @@ fn rilq_keeps_the_best_on_held_out_batches() {
     let (dense, batches) = (model(), batches(5));
     let (calibration, held_out) = batches.split_at(3);
     let tuned = |evaluation: Option<Evaluation>| {
-        let fit = FitConfig::new().with_learning_rate(3e-2).with_steps(40);
+        let fit = FitConfig::new().with_learning_rate(0.1).with_steps(40);
         let fit = fit.with_schedule(Schedule::Constant);
         let rilq = Rilq::new(Lora::new(3)).with_cross_entropy(0.0);
         let rilq = rilq.with_fit(fit.with_evaluation(evaluation));
