@@ -273,3 +273,27 @@ pub fn fit_config(learning_rate: f64, steps: usize, seed: u64) -> FitConfig {
         .with_warmup_steps(steps / 20)
         .with_seed(seed)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_are_the_texts_of_records() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c4.jsonl");
+        let good = "{\"text\": \"One.\\nTwo.\"}\n{\"url\": \"x\", \"text\": \"Three.\"}\n";
+        std::fs::write(&path, good).unwrap();
+        assert_eq!(read(&path).unwrap(), "One.\nTwo.\n\nThree.");
+        std::fs::write(&path, "{\"text\": \"One.\"}\n{\"texts\": \"Two.\"}\n").unwrap();
+        let error = read(&path).unwrap_err().to_string();
+        assert!(
+            error.contains("c4.jsonl") && error.contains("line 2"),
+            "{error}"
+        );
+        // Any other file is a text, whatever is in it.
+        let path = dir.path().join("c4.txt");
+        std::fs::write(&path, good).unwrap();
+        assert_eq!(read(&path).unwrap(), good);
+    }
+}
