@@ -1,17 +1,18 @@
-//! Greedy decoding of 64 tokens after a prompt of 128, compared with the ceilings of the machine: with a
-//! LLaMA of 109.5 million parameters and an OPT of the shape of opt-125m, whose projections have 4 bits in
-//! groups of 128. The head is first the tied embedding in `f32`, then packed as the projections are.
+//! Greedy decoding of 64 tokens after a prompt of 128, compared with the ceilings of the machine: by default
+//! with a LLaMA of 109.5 million parameters and an OPT of the shape of opt-125m, whose projections have 4 bits
+//! in groups of 128. The head is first the tied embedding, then packed as the projections are.
 //!
-//! `cargo bench --bench decode`, with the features of other devices also `-- --device cuda`.
+//! `cargo bench --bench decode`, with the features of other devices also `-- --device cuda --dtype bf16`.
 
 #![expect(clippy::print_stdout, reason = "a program reports its results")]
 
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use benches::{Ceilings, cpu_seconds, llama, opt, packed_bytes};
+use benches::{Ceilings, Shape, cpu_seconds, packed_bytes, with_embedding_in};
 use clap::Parser;
 use examples::device::DeviceArg;
+use examples::dtype::DtypeArg;
 use examples::memory;
 use models::{Generation, Model};
 use quant_core::{Quantizer, Rtn};
@@ -22,29 +23,41 @@ const NEW: usize = 64;
 /// Measure greedy decoding
 #[derive(Parser)]
 struct Args {
+    /// Models to measure
+    #[arg(
+        long = "model",
+        value_enum,
+        value_delimiter = ',',
+        value_name = "NAME,..",
+        default_value = "110m,opt"
+    )]
+    models: Vec<Shape>,
     #[command(flatten)]
     device: DeviceArg,
+    #[command(flatten)]
+    dtype: DtypeArg,
     /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let device = Args::parse().device.open();
+    let args = Args::parse();
+    let device = args.device.open();
     println!("{}", Ceilings::measure(&device));
     let rtn = Rtn::new().with_bits(4).with_group_size(128);
-    for name in ["LLaMA", "OPT"] {
-        let mut model = match name {
-            "LLaMA" => llama(&device),
-            _ => opt(&device),
-        };
+    let (name, dtype) = (args.dtype.name.name(), args.dtype.name.dtype());
+    for shape in args.models {
+        let mut model = shape.init(&device);
         models::quantize(&mut model, &rtn, &[], |_| {})?;
+        let model = with_embedding_in(model, dtype);
+        let mut model = model.with_compute(args.dtype.float())?;
         let config = model.config();
         let dims = [config.hidden_size(), config.vocab_size()];
-        let title = format!("{name}, head in f32");
-        decode(&title, &model, 4 * (dims[0] * dims[1]) as u64)?;
+        let title = format!("{shape:?}, head in {name}");
+        decode(&title, &model, (dtype.size() * dims[0] * dims[1]) as u64)?;
         models::quantize_head(&mut model, &rtn)?;
-        let title = format!("{name}, head in 4 bits");
+        let title = format!("{shape:?}, head in 4 bits");
         decode(&title, &model, rtn.format()?.n_bytes(dims)?)?;
     }
     Ok(())

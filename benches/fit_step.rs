@@ -10,7 +10,7 @@
 
 use std::time::Instant;
 
-use benches::{Ceilings, Shape, cpu_seconds, packed_bytes};
+use benches::{Ceilings, Shape, cpu_seconds, packed_bytes, with_embedding_in};
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Distribution, Tensor};
 use clap::Parser;
@@ -134,6 +134,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         if args.fast {
             peft::set_precision(&mut model, Precision::Fast);
         }
+        let model = with_embedding_in(model, args.dtype.name.dtype());
         let model = model.with_compute(args.dtype.float())?;
         measure(mode.name, model, n_trainable, &args)?;
     }

@@ -1,7 +1,7 @@
 //! Products with a packed weight on a device, in microseconds by the number of rows, beside the device's
-//! dense product in `f32`: a series of products is given to the device together.
+//! dense product: a series of products is given to the device together.
 //!
-//! `cargo bench --bench products --features cuda -- --device cuda`
+//! `cargo bench --bench products --features cuda -- --device cuda --dtype bf16`
 
 #![expect(clippy::print_stdout, reason = "a program reports its results")]
 
@@ -9,6 +9,7 @@ use benches::{Ceilings, seconds_each, weight};
 use burn::tensor::{Distribution, Tensor};
 use clap::Parser;
 use examples::device::DeviceArg;
+use examples::dtype::DtypeArg;
 use quant_core::{NormalFloat, Quantizer, Rtn};
 
 /// Measure products with packed weights
@@ -30,6 +31,8 @@ struct Args {
     series: usize,
     #[command(flatten)]
     device: DeviceArg,
+    #[command(flatten)]
+    dtype: DtypeArg,
     /// Passed by cargo
     #[arg(long, hide = true)]
     bench: bool,
@@ -43,17 +46,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let packed = |quantizer: &dyn Quantizer| quantizer.quantize(dense.clone(), None);
     let g128 = packed(&Rtn::new().with_bits(4).with_group_size(128))?.weight;
     let nf4 = packed(&NormalFloat::new())?.weight;
-    println!("weight {0} x {0} on {1}, us", args.width, args.device.name);
+    let dtype = args.dtype.name.name();
     println!(
-        "| rows | 4 bits g128 | NF4 | unpacked f32 | 4 bits, GB/s of codes | 4 bits, TFLOP/s |"
+        "weight {0} x {0} on {1}, {dtype}, us",
+        args.width, args.device.name
     );
+    println!("| rows | 4 bits g128 | NF4 | dense | 4 bits, GB/s of codes | 4 bits, TFLOP/s |");
+    let dense = dense.cast(args.dtype.name.dtype());
     println!("|---:|---:|---:|---:|---:|---:|");
     for rows in args.rows {
         let x = Tensor::<2>::random([rows, args.width], Distribution::Normal(0.0, 1.0), &device);
+        let x = x.cast(args.dtype.name.dtype());
         let time = |run: &dyn Fn() -> Tensor<2>| seconds_each(&device, args.series, run);
         let of_g128 = time(&|| g128.matmul(x.clone()));
         let of_nf4 = time(&|| nf4.matmul(x.clone()));
-        let of_dense = time(&|| x.clone().matmul(dense.clone()));
+        let of_dense = time(&|| kernels::matmul(x.clone(), dense.clone()));
         let values = (args.width * args.width) as f64;
         println!(
             "| {rows} | {:.1} | {:.1} | {:.1} | {:.0} | {:.1} |",

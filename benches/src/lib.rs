@@ -7,7 +7,7 @@ use std::fmt;
 use std::hint::black_box;
 use std::time::Instant;
 
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Distribution, Tensor};
 use clap::ValueEnum;
 use models::{LlamaConfig, Model, OptConfig};
@@ -69,6 +69,36 @@ pub fn opt(device: &Device) -> Model {
     Model::init(OptConfig::default(), 0, device).no_grad()
 }
 
+/// Stores the embedding, and with it a tied head, in a dtype, as that of a model from a file of it is.
+pub fn with_embedding_in(model: Model, dtype: DType) -> Model {
+    model.map(&mut EmbeddingIn {
+        dtype,
+        path: Vec::new(),
+    })
+}
+
+struct EmbeddingIn {
+    dtype: DType,
+    path: Vec<String>,
+}
+
+impl ModuleMapper for EmbeddingIn {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match self.path.iter().any(|name| name == "embed_tokens") {
+            true => param.map(|tensor| tensor.cast(self.dtype)),
+            false => param,
+        }
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+}
+
 /// The bytes of the packed projections.
 pub fn packed_bytes(model: &Model) -> usize {
     let linears = model.linears().into_iter();
@@ -120,7 +150,7 @@ impl Ceilings {
         let products = supported.map(|&dtype| {
             let options = (device, dtype);
             let x = Tensor::<2>::random([width; 2], Distribution::Normal(0.0, 1.0), options);
-            let each = seconds_each(device, 10, || x.clone().matmul(x.clone()));
+            let each = seconds_each(device, 10, || kernels::matmul(x.clone(), x.clone()));
             (dtype, 2.0 * (width as f64).powi(3) / each)
         });
         Self {

@@ -1,5 +1,6 @@
 //! The type of float that a program computes in.
 
+use burn::tensor::DType;
 use clap::{Args, ValueEnum};
 use models::FloatType;
 
@@ -40,6 +41,15 @@ impl DtypeName {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+        }
+    }
+
+    /// The dtype of tensors.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
         }
     }
 }

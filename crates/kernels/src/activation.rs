@@ -14,6 +14,8 @@ use burn::tensor::Tensor;
 
 use crate::dtype::{assert_same, cast, widened};
 
+#[cfg(feature = "cubecl")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(all(test, feature = "flex"))]
@@ -29,7 +31,7 @@ mod tests;
 )]
 pub(crate) trait GateOps: Backend {
     /// `silu(gate) * up`.
-    #[fusion(default)]
+    #[fusion(dtype = gate, shape = gate)]
     fn silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         composed::silu_mul::<Self>(gate, up)
     }
@@ -37,7 +39,7 @@ pub(crate) trait GateOps: Backend {
     /// The gradients of [`GateOps::silu_mul`] for `gate` and `up`.
     ///
     /// With `s = sigmoid(gate)`: `dgate = dy up s (1 + gate (1 - s))`, `dup = dy gate s`.
-    #[fusion(default)]
+    #[fusion(meta = |gate, up, _dy| (gate.clone(), up.clone()))]
     fn silu_mul_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -49,9 +51,6 @@ pub(crate) trait GateOps: Backend {
 
 #[cfg(feature = "ndarray")]
 impl GateOps for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl GateOps for burn_cubecl::CubeBackend {}
 
 /// The product `silu(gate) * up`, differentiable in both.
 ///

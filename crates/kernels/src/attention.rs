@@ -2,11 +2,19 @@
 
 use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
 use burn::tensor::{Int, Tensor};
+#[cfg(feature = "cubecl")]
+use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use crate::dtype::assert_same;
+#[cfg(feature = "cubecl")]
+use crate::dtype::widened_dtype;
 
 mod autodiff;
 mod composed;
+#[cfg(feature = "cubecl")]
+mod cube;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(feature = "flex")]
 mod flex;
 mod mask;
@@ -43,7 +51,7 @@ pub(crate) trait AttentionOps: Backend {
 
     /// The output, and the log-sum-exp of the scores of each query, `[batch, heads, seq_q]`, in `F32` where
     /// `q` is of 16 bits.
-    #[fusion(default)]
+    #[fusion(meta = |q, _k, _v, _mask, _scores| (q.clone(), of_queries(q)))]
     fn masked_attention_forward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -63,7 +71,7 @@ pub(crate) trait AttentionOps: Backend {
         clippy::too_many_arguments,
         reason = "inputs and results of the forward pass; not `expect`, because the macro copies this to functions that the lint accepts"
     )]
-    #[fusion(default)]
+    #[fusion(meta = |q, k, v, _mask, _y, _lse, _dy, _scores| (q.clone(), k.clone(), v.clone()))]
     fn masked_attention_backward(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -80,9 +88,6 @@ pub(crate) trait AttentionOps: Backend {
 
 #[cfg(feature = "ndarray")]
 impl AttentionOps for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl AttentionOps for burn_cubecl::CubeBackend {}
 
 /// Attention, `softmax(scale · q kᵀ) v`, differentiable in `q`, `k` and `v`.
 ///
@@ -154,4 +159,11 @@ pub fn attention(
     };
     let (q, k, v) = (q.into_dispatch(), k.into_dispatch(), v.into_dispatch());
     Tensor::from_dispatch(Dispatch::masked_attention(q, k, v, mask, scores))
+}
+
+/// What there is one of for each query of each head, in `F32` where `q` is of 16 bits.
+#[cfg(feature = "cubecl")]
+fn of_queries(q: &TensorSpec) -> TensorSpec {
+    let [batch, seq_q, heads, _] = q.shape.dims();
+    TensorSpec::new(Shape::new([batch, heads, seq_q]), widened_dtype(q.dtype))
 }

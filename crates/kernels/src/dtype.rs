@@ -38,8 +38,14 @@ pub(crate) fn cast<B: Backend>(t: FloatTensor<B>, dtype: DType) -> FloatTensor<B
 
 /// The tensor in a dtype whose sums are accurate: `F32`, or its own if that is not of 16 bits.
 pub(crate) fn widened<B: Backend>(t: FloatTensor<B>) -> FloatTensor<B> {
-    match t.dtype() {
-        DType::F16 | DType::BF16 => cast::<B>(t, DType::F32),
-        _ => t,
+    let dtype = widened_dtype(t.dtype());
+    cast::<B>(t, dtype)
+}
+
+/// The dtype of [`widened`].
+pub(crate) fn widened_dtype(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        _ => dtype,
     }
 }

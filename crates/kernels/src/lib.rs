@@ -78,6 +78,10 @@ mod arithmetic;
 #[cfg(feature = "flex")]
 mod at_rest;
 mod attention;
+#[cfg(feature = "cubecl")]
+mod cube;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(feature = "flex")]
 mod dense;
 mod dtype;

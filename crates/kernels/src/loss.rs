@@ -1,13 +1,17 @@
 //! The loss of a language model from its hidden states: an extension of burn's backends.
 
 use burn::backend::{
-    Backend, Dispatch, backend_extension,
+    Dispatch, backend_extension,
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{Int, Tensor};
+#[cfg(feature = "cubecl")]
+use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 mod autodiff;
 mod composed;
+#[cfg(feature = "cubecl")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 mod head;
@@ -16,6 +20,10 @@ mod tests;
 
 pub use head::OutputHead;
 use head::{Bias, Head};
+
+#[cfg(feature = "cubecl")]
+use crate::dtype::widened_dtype;
+use crate::matmul::MatmulOps;
 
 /// The loss and its gradients, composed from burn's primitive operations unless overridden.
 ///
@@ -30,7 +38,7 @@ use head::{Bias, Head};
     Cube: cfg(feature = "cubecl"),
     Fusion: cfg(feature = "cubecl")
 )]
-pub(crate) trait LossOps: Backend {
+pub(crate) trait LossOps: MatmulOps {
     /// See [`linear_cross_entropy`].
     #[fusion(default)]
     fn linear_cross_entropy(
@@ -42,7 +50,7 @@ pub(crate) trait LossOps: Backend {
     }
 
     /// The loss and the log-sum-exp of the logits of each row, `[rows]` each.
-    #[fusion(default)]
+    #[fusion(meta = |x, _head, _targets| (of_rows(x), of_rows(x)))]
     fn linear_cross_entropy_forward(
         x: FloatTensor<Self>,
         #[extension_type] head: Head<Self>,
@@ -55,7 +63,7 @@ pub(crate) trait LossOps: Backend {
     /// [`LossOps::linear_cross_entropy_forward`], and the gradient of each row's loss for its `x`.
     ///
     /// The gradient, `d · weightᵀ`: `[rows, hidden]`, in the dtype of `x`, comes from the same logits.
-    #[fusion(default)]
+    #[fusion(meta = |x, _head, _targets| (of_rows(x), of_rows(x), x.clone()))]
     fn linear_cross_entropy_with_dx(
         x: FloatTensor<Self>,
         #[extension_type] head: Head<Self>,
@@ -67,7 +75,7 @@ pub(crate) trait LossOps: Backend {
 
     /// The gradients for the weight of the head, `xᵀ · (d dnll)`, and for its bias, the sum of `d dnll`
     /// over the rows, if it has one; each in its dtype.
-    #[fusion(default)]
+    #[fusion(meta = |_x, head, _targets, _lse, _dnll| (head.weight.clone(), head.bias.clone()))]
     fn linear_cross_entropy_dhead(
         x: FloatTensor<Self>,
         #[extension_type] head: Head<Self>,
@@ -81,9 +89,6 @@ pub(crate) trait LossOps: Backend {
 
 #[cfg(feature = "ndarray")]
 impl LossOps for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl LossOps for burn_cubecl::CubeBackend {}
 
 /// The cross-entropy of each target under `softmax(logits)`, differentiable in `x` and the head.
 ///
@@ -141,4 +146,10 @@ pub fn linear_cross_entropy(
     };
     let (x, targets) = (x.into_dispatch(), targets.into_dispatch());
     Tensor::from_dispatch(Dispatch::linear_cross_entropy(x, head, targets))
+}
+
+/// What there is one of for each row of `x`, in `F32` where `x` is of 16 bits.
+#[cfg(feature = "cubecl")]
+fn of_rows(x: &TensorSpec) -> TensorSpec {
+    TensorSpec::new(Shape::new([x.shape[0]]), widened_dtype(x.dtype))
 }

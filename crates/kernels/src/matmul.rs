@@ -11,9 +11,17 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 use burn::tensor::{DType, Tensor};
+#[cfg(feature = "cubecl")]
+use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use crate::dtype::cast;
+#[cfg(feature = "cubecl")]
+pub(crate) use cube::product;
 
+#[cfg(feature = "cubecl")]
+mod cube;
+#[cfg(feature = "cuda")]
+mod cuda;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(all(test, feature = "flex"))]
@@ -30,21 +38,21 @@ mod tests;
 )]
 pub(crate) trait MatmulOps: Backend {
     /// `x · weight`, `[rows, d_out]`, in the dtype of `x`.
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = Shape::new([x[0], weight[1]]))]
     fn dense_matmul(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let weight = cast::<Self>(weight, x.dtype());
         Self::float_matmul(x, weight)
     }
 
     /// The gradient for `x`, `dy · weightᵀ`: `[rows, d_in]`, in the dtype of `dy`.
-    #[fusion(default)]
+    #[fusion(dtype = dy, shape = Shape::new([dy[0], weight[0]]))]
     fn dense_matmul_dx(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let weight = cast::<Self>(weight, dy.dtype());
         Self::float_matmul(dy, Self::float_transpose(weight))
     }
 
     /// The gradient for the weight, `xᵀ · dy`: `[d_in, d_out]`, in the dtype of the weight.
-    #[fusion(default)]
+    #[fusion(meta = |x, dy, dtype| TensorSpec::new(Shape::new([x.shape[1], dy.shape[1]]), *dtype))]
     fn dense_matmul_dweight(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
@@ -57,9 +65,6 @@ pub(crate) trait MatmulOps: Backend {
 
 #[cfg(feature = "ndarray")]
 impl MatmulOps for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl MatmulOps for burn_cubecl::CubeBackend {}
 
 /// Multiplies by a dense weight at rest: `x · weight`, differentiable in both.
 ///

@@ -14,6 +14,8 @@ use burn::tensor::{DType, Shape, Tensor};
 
 use crate::dtype::{assert_same_or_f32, cast, widened};
 
+#[cfg(feature = "cubecl")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(all(test, feature = "flex"))]
@@ -31,13 +33,13 @@ mod tests;
 )]
 pub(crate) trait NormOps: Backend {
     /// `x r weight`, `[rows, d]`.
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
         composed::rms_norm::<Self>(x, weight, eps)
     }
 
     /// The gradient for `x`, `r (weight dy - x r² mean(x weight dy))`: `[rows, d]`.
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rms_norm_dx(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -62,9 +64,6 @@ pub(crate) trait NormOps: Backend {
 
 #[cfg(feature = "ndarray")]
 impl NormOps for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl NormOps for burn_cubecl::CubeBackend {}
 
 /// Root mean square normalization, differentiable in `x` and `weight`.
 ///

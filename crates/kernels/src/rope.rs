@@ -14,6 +14,8 @@ use burn::tensor::{Shape, Slice, Tensor};
 
 use crate::dtype::{assert_same, assert_same_or_f32, cast, widened};
 
+#[cfg(feature = "cubecl")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(all(test, feature = "flex"))]
@@ -31,7 +33,7 @@ mod tests;
 )]
 pub(crate) trait RopeOps: Backend {
     /// See [`rotate_half`].
-    #[fusion(default)]
+    #[fusion(dtype = x, shape = x)]
     fn rotate_half(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -39,13 +41,20 @@ pub(crate) trait RopeOps: Backend {
     ) -> FloatTensor<Self> {
         composed::rotate_half::<Self>(x, cos, sin)
     }
+
+    /// The gradient of [`RopeOps::rotate_half`] for `x`, the transpose of the rotation.
+    #[fusion(dtype = dy, shape = dy)]
+    fn rotate_half_dx(
+        dy: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        Self::rotate_half(dy, cos, composed::transposed::<Self>(sin))
+    }
 }
 
 #[cfg(feature = "ndarray")]
 impl RopeOps for burn::backend::NdArray {}
-
-#[cfg(feature = "cubecl")]
-impl RopeOps for burn_cubecl::CubeBackend {}
 
 /// Applies rotary position embeddings, differentiable in `x`.
 ///
@@ -141,8 +150,7 @@ impl<B: RopeOps> Backward<B, 1> for RotateHalf {
         let dy = grads.consume::<B>(&ops.node);
         let (cos, sin) = ops.state;
         if let [Some(parent)] = ops.parents {
-            let dx = B::rotate_half(dy, cos, composed::transposed::<B>(sin));
-            grads.register::<B>(parent.id, dx);
+            grads.register::<B>(parent.id, B::rotate_half_dx(dy, cos, sin));
         }
     }
 }

@@ -39,6 +39,11 @@ impl Softcap {
         Self(cap)
     }
 
+    #[cfg(feature = "cubecl")]
+    pub(crate) fn value(self) -> f64 {
+        self.0
+    }
+
     /// `cap · tanh(x / cap)` of values in `F32` or wider.
     pub(crate) fn apply<B: Backend>(self, x: FloatTensor<B>) -> FloatTensor<B> {
         let share = B::float_div_scalar(x, self.0.into());

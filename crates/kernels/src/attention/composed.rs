@@ -17,17 +17,17 @@ use crate::dtype::{cast, widened};
 use crate::softcap::times_slope;
 
 /// The sizes of a call.
-struct Sizes {
-    batch: usize,
-    seq_q: usize,
-    seq_k: usize,
-    heads: usize,
-    kv_heads: usize,
-    dim: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    pub(super) seq_q: usize,
+    pub(super) seq_k: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) dim: usize,
 }
 
 impl Sizes {
-    fn of<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Self {
+    pub(super) fn of<B: Backend>(q: &FloatTensor<B>, k: &FloatTensor<B>) -> Self {
         let [batch, seq_q, heads, dim] = q.shape().dims();
         let [_, seq_k, kv_heads, _] = k.shape().dims();
         Self {
@@ -43,12 +43,12 @@ impl Sizes {
     /// Makes the query heads that share a key head rows of one product.
     ///
     /// From `[batch, seq_q, heads, dim]` to `[batch * kv_heads, heads / kv_heads * seq_q, dim]`.
-    fn stack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+    pub(super) fn stack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
         B::float_reshape(B::float_swap_dims(t, 1, 2), self.stacked(self.dim))
     }
 
     /// The inverse of [`Sizes::stack`].
-    fn unstack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+    pub(super) fn unstack<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
         let shape = Shape::new([self.batch, self.heads, self.seq_q, self.dim]);
         B::float_swap_dims(B::float_reshape(t, shape), 1, 2)
     }
@@ -61,13 +61,13 @@ impl Sizes {
     /// Makes the keys, or the values, of each head the factor of one product.
     ///
     /// From `[batch, seq_k, kv_heads, dim]` to `[batch * kv_heads, seq_k, dim]`.
-    fn by_head<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+    pub(super) fn by_head<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
         let shape = Shape::new([self.batch * self.kv_heads, self.seq_k, self.dim]);
         B::float_reshape(B::float_swap_dims(t, 1, 2), shape)
     }
 
     /// The inverse of [`Sizes::by_head`].
-    fn by_position<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
+    pub(super) fn by_position<B: Backend>(&self, t: FloatTensor<B>) -> FloatTensor<B> {
         let shape = Shape::new([self.batch, self.kv_heads, self.seq_k, self.dim]);
         B::float_swap_dims(B::float_reshape(t, shape), 1, 2)
     }

@@ -97,7 +97,7 @@ pub(super) fn dhead<B: Backend>(
 }
 
 /// The ranges of rows whose logits are computed at a time.
-fn chunks<B: Backend>(x: &FloatTensor<B>, head: &FloatTensor<B>) -> Vec<Range<usize>> {
+pub(super) fn chunks<B: Backend>(x: &FloatTensor<B>, head: &FloatTensor<B>) -> Vec<Range<usize>> {
     let (rows, vocab) = (x.shape()[0], head.shape()[1]);
     let size = (SLICE / vocab.max(1)).max(least_rows::<B>());
     let starts = (0..rows).step_by(size);
@@ -113,7 +113,7 @@ fn least_rows<B: Backend>() -> usize {
     1
 }
 
-fn rows_of<B: Backend>(x: &FloatTensor<B>, rows: &Range<usize>) -> FloatTensor<B> {
+pub(super) fn rows_of<B: Backend>(x: &FloatTensor<B>, rows: &Range<usize>) -> FloatTensor<B> {
     B::float_slice(x.clone(), &[Slice::from(rows.clone()), Slice::full()])
 }
 

@@ -8,22 +8,23 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::backend::{DType, TensorMetadata, ops::FloatTensorOps, tensor::FloatTensor};
 use burn::tensor::Shape;
-use burn_cubecl::{
-    CubeBackend, CubeDevice, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype,
-    tensor::CubeTensor,
-};
+use burn_cubecl::{CubeBackend, CubeDevice, tensor::CubeTensor};
 use cubecl::prelude::*;
 
 use super::packed::{Packed, Zeros};
 use super::{QuantOps, composed};
+use crate::cube::{
+    self, MAX_CUBES, UNITS, address_type, buffer, contiguous, elem, is_supported, sum_of_splits,
+};
 use crate::dtype::cast;
 use crate::layout::{Layout, Levels, TABLE, TILE};
+use crate::matmul::product;
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod kernels;
 
-use kernels::{
-    Run, SizesLaunch, UNITS, dgrid_kernel, few_rows_kernel, sum_splits_kernel, unpack_kernel,
-};
+use kernels::{Run, SizesLaunch, dgrid_kernel, few_rows_kernel, unpack_kernel};
 
 /// The largest number of rows of `x` that are multiplied without a dense weight.
 const FEW_ROWS: usize = 16;
@@ -34,8 +35,6 @@ const ROWS: usize = 8;
 const RUNS: usize = 4;
 /// The number of cubes that fill a large device; more would only add partial sums.
 const CUBES: usize = 1024;
-/// The largest extent of a grid of cubes that every device supports.
-const MAX_CUBES: usize = u16::MAX as usize;
 
 /// A packed weight as the arguments of the kernels.
 struct Native {
@@ -76,9 +75,9 @@ impl Native {
             Levels::Unsigned | Levels::Centered => None,
         };
         Some(Self {
-            words: into_contiguous(w.words.clone()),
-            scales: into_contiguous(w.scales.clone()),
-            zeros: zeros.map(|zeros| into_contiguous(zeros.clone())),
+            words: contiguous(w.words.clone()),
+            scales: contiguous(w.scales.clone()),
+            zeros: zeros.map(|zeros| contiguous(zeros.clone())),
             table,
             layout,
             width: if layout.d_out().is_multiple_of(4) {
@@ -118,19 +117,19 @@ impl Native {
     }
 
     fn empty(&self, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
-        let (client, device) = (self.scales.client.clone(), self.scales.device.clone());
-        empty_device_contiguous_dtype(client, device, shape.into(), dtype)
+        cube::empty(&self.scales, shape, dtype)
     }
 
     fn address_type(&self, others: &[&CubeTensor]) -> AddressType {
-        let tensors = [&self.words, &self.scales];
-        let types = tensors.iter().chain(others);
-        let types = types.map(|t| t.required_address_type());
-        types.max().unwrap_or_default()
+        address_type(others).max(address_type(&[&self.words, &self.scales]))
     }
 
     /// The dense weight, `[d_in, d_out]`, in a dtype.
     fn unpack(self, dtype: DType) -> CubeTensor {
+        #[cfg(feature = "cuda")]
+        if let Some(weight) = cuda::unpack(&self, dtype) {
+            return weight;
+        }
         let layout = self.layout;
         let weight = self.empty([layout.d_in(), layout.d_out()], dtype);
         let n_runs = layout.d_in().div_ceil(self.run().codes);
@@ -145,11 +144,11 @@ impl Native {
                 dim,
                 self.address_type(&[&weight]),
                 self.width,
-                self.words.clone().into_buffer_arg(),
-                self.scales.clone().into_buffer_arg(),
-                buffer(&self.zeros).into(),
-                buffer(&self.table).into(),
-                weight.clone().into_buffer_arg(),
+                buffer(&self.words),
+                buffer(&self.scales),
+                self.zeros.as_ref().map(buffer).into(),
+                self.table.as_ref().map(buffer).into(),
+                buffer(&weight),
                 self.sizes(),
                 self.run(),
                 [elem(self.dtype()), elem(dtype)],
@@ -160,6 +159,10 @@ impl Native {
 
     /// `x · w`, `[rows, d_out]`, for 1 to [`FEW_ROWS`] rows of any dtype that is supported.
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = cuda::few_rows(&self, &x) {
+            return y;
+        }
         let layout = self.layout;
         let rows = x.meta.shape()[0];
         let n_runs = layout.d_in().div_ceil(self.run().codes);
@@ -182,12 +185,12 @@ impl Native {
                 dim,
                 self.address_type(&[&x, &splits]),
                 self.width,
-                x.clone().into_buffer_arg(),
-                self.words.clone().into_buffer_arg(),
-                self.scales.clone().into_buffer_arg(),
-                buffer(&self.zeros).into(),
-                buffer(&self.table).into(),
-                splits.clone().into_buffer_arg(),
+                buffer(&x),
+                buffer(&self.words),
+                buffer(&self.scales),
+                self.zeros.as_ref().map(buffer).into(),
+                self.table.as_ref().map(buffer).into(),
+                buffer(&splits),
                 self.sizes(),
                 rows,
                 runs_per_split,
@@ -199,27 +202,15 @@ impl Native {
         if n_splits == 1 {
             return splits;
         }
-        let y = self.empty([rows, layout.d_out()], x.dtype);
-        let n = rows * layout.d_out();
-        // SAFETY: the kernel checks its position against the length of `y`, and `splits` is `n_splits`
-        // times as long.
-        unsafe {
-            sum_splits_kernel::launch_unchecked(
-                &y.client,
-                CubeCount::Static(n.div_ceil(UNITS) as u32, 1, 1),
-                CubeDim::new_1d(UNITS as u32),
-                self.address_type(&[&splits]),
-                splits.into_buffer_arg(),
-                y.clone().into_buffer_arg(),
-                n_splits,
-                elem(x.dtype),
-            );
-        }
-        y
+        sum_of_splits(splits, [rows, layout.d_out()], x.dtype)
     }
 
     /// The gradients of scales and zeros, `[n_groups, d_out]` each, from `p = xᵀ · dy` in their dtype.
     fn dgrid(self, p: CubeTensor) -> (CubeTensor, CubeTensor) {
+        #[cfg(feature = "cuda")]
+        if let Some(gradients) = cuda::dgrid(&self, &p) {
+            return gradients;
+        }
         let layout = self.layout;
         let grid = || self.empty(layout.grid_shape(), self.dtype());
         let (dscales, dzeros) = (grid(), grid());
@@ -234,13 +225,13 @@ impl Native {
                 self.cube_dim(n_runs),
                 self.address_type(&[&p]),
                 self.width,
-                p.clone().into_buffer_arg(),
-                self.words.clone().into_buffer_arg(),
-                self.scales.clone().into_buffer_arg(),
-                buffer(&self.zeros).into(),
-                buffer(&self.table).into(),
-                dscales.clone().into_buffer_arg(),
-                dzeros.clone().into_buffer_arg(),
+                buffer(&p),
+                buffer(&self.words),
+                buffer(&self.scales),
+                self.zeros.as_ref().map(buffer).into(),
+                self.table.as_ref().map(buffer).into(),
+                buffer(&dscales),
+                buffer(&dzeros),
                 self.sizes(),
                 self.run(),
                 elem(self.dtype()),
@@ -272,19 +263,6 @@ fn on_device(table: &[f32; TABLE], like: &CubeTensor) -> CubeTensor {
     uploaded
 }
 
-fn buffer(tensor: &Option<CubeTensor>) -> Option<BufferArg> {
-    Some(tensor.clone()?.into_buffer_arg())
-}
-
-fn elem(dtype: DType) -> ElemType {
-    burn::backend::cubecl::dtype_to_elem_type(dtype)
-}
-
-/// Whether the kernels read and write floats of this dtype.
-fn is_supported(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
-}
-
 /// The dense weight in a dtype, without another one in between where the kernels support it.
 fn unpack_as(w: Packed<CubeBackend>, dtype: DType) -> CubeTensor {
     match Native::new(&w).filter(|_| is_supported(dtype)) {
@@ -304,15 +282,15 @@ impl QuantOps for CubeBackend {
             && is_supported(x.dtype)
             && let Some(native) = Native::new(&w)
         {
-            return native.few_rows(into_contiguous(x));
+            return native.few_rows(contiguous(x));
         }
-        let weight = unpack_as(w, x.dtype);
-        Self::float_matmul(x, weight)
+        let dtype = x.dtype;
+        product(x, unpack_as(w, dtype), dtype)
     }
 
     fn quant_matmul_dx(dy: FloatTensor<Self>, w: Packed<Self>) -> FloatTensor<Self> {
-        let weight = unpack_as(w, dy.dtype);
-        Self::float_matmul(dy, Self::float_transpose(weight))
+        let dtype = dy.dtype;
+        product(dy, Self::float_transpose(unpack_as(w, dtype)), dtype)
     }
 
     fn quant_matmul_dgrid(
@@ -322,9 +300,8 @@ impl QuantOps for CubeBackend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         match Native::new(&w) {
             Some(native) => {
-                let [dy, x] = [dy, x].map(|t| cast::<Self>(t, native.dtype()));
-                let p = Self::float_matmul(Self::float_transpose(x), dy);
-                native.dgrid(into_contiguous(p))
+                let p = product(Self::float_transpose(x), dy, native.dtype());
+                native.dgrid(contiguous(p))
             }
             None => composed::dgrid(dy, x, w),
         }

@@ -65,16 +65,15 @@ fn rocm() {
 
 fn conform(device: Device, kind: Kind) {
     assert!(device.supports_dtype(DType::F32), "a device without f32");
+    let mut failures = Vec::new();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         if device.supports_dtype(dtype) {
-            let on = On {
-                device: device.clone(),
-                dtype,
-                kind,
-            };
+            let on = On::new(device.clone(), dtype, kind);
             quant_matmul::conform(&on);
             step::conform(&on);
             batches::conform(&on);
+            failures.extend(on.into_failures());
         }
     }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
 }

@@ -6,10 +6,8 @@
 
 use cubecl::prelude::*;
 
+use crate::cube::UNITS;
 use crate::layout::{Layout, TILE};
-
-/// The number of units in a cube, which every device supports.
-pub(super) const UNITS: usize = 256;
 
 /// The codes between two boundaries of words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -251,25 +249,6 @@ fn sum_of_column<C: Size>(shared: &Shared<[Vector<f32, C>]>) -> Vector<f32, C> {
         total += shared[(k * CUBE_DIM_X + UNIT_POS_X) as usize];
     }
     total
-}
-
-/// Writes the sum of `n_splits` partial results.
-#[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn sum_splits_kernel<O: Float>(
-    splits: &[f32],
-    y: &mut [O],
-    n_splits: usize,
-    #[define(O)] _dtype: ElemType,
-) {
-    let at = ABSOLUTE_POS;
-    if at >= y.len() {
-        terminate!();
-    }
-    let mut total = splits[at];
-    for k in 1..n_splits {
-        total += splits[k * y.len() + at];
-    }
-    y[at] = O::cast_from(total);
 }
 
 /// Writes the gradients of scales and zeros from `p = xᵀ · dy`; a cube owns a group.

@@ -2,13 +2,43 @@
 //! sizes that fill the tiles of a device's product or leave some of them incomplete.
 
 use burn::tensor::{Int, Tensor};
-use kernels::{Mask, add_low_rank, attention, linear_cross_entropy};
+use kernels::{Mask, add_low_rank, attention, linear_cross_entropy, matmul};
 
 use super::on::{Kind, On};
 use super::step::{Case, check};
 
 pub(super) fn conform(on: &On) {
-    let cases: [Case; 10] = [
+    let cases: [Case; 15] = [
+        // Sizes that fill the tiles of a product and leave others incomplete, and rows that are not
+        // aligned to loads of 16 bytes.
+        (
+            "matmul over several tiles",
+            &[[1, 1, 200, 160], [1, 1, 160, 264]],
+            |t| product(t),
+        ),
+        (
+            "matmul of rows that are not aligned",
+            &[[1, 1, 131, 45], [1, 1, 45, 75]],
+            |t| product(t),
+        ),
+        (
+            "matmul to few columns over many inputs",
+            &[[1, 1, 70, 1500], [1, 1, 1500, 4]],
+            |t| product(t),
+        ),
+        (
+            "matmul of few rows",
+            &[[1, 1, 3, 640], [1, 1, 640, 136]],
+            |t| product(t),
+        ),
+        (
+            "matmul with a transposed weight",
+            &[[1, 1, 72, 130], [1, 1, 144, 130]],
+            |t| {
+                let weight = t[1].clone().reshape([144, 130]).transpose();
+                matmul(t[0].clone(), weight)
+            },
+        ),
         (
             "attention of several texts",
             &[[3, 64, 2, 32], [3, 64, 2, 32], [3, 64, 2, 32]],
@@ -114,6 +144,11 @@ pub(super) fn conform(on: &On) {
     }
 }
 
+fn product(t: &[Tensor<4>]) -> Tensor<4> {
+    let [_, _, d_in, d_out] = t[1].dims();
+    matmul(t[0].clone(), t[1].clone().reshape([d_in, d_out]))
+}
+
 fn causal(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
     attention(q, k, v, Mask::causal(), 0.25)
 }
@@ -123,8 +158,8 @@ fn beside_weight(t: &[Tensor<4>], [d_in, rank, d_out]: [usize; 3]) -> Tensor<4> 
     let [_, batch, seq, _] = t[0].dims();
     let matrix = |at: usize, shape: [usize; 2]| t[at].clone().reshape(shape);
     let x = matrix(0, [batch * seq, d_in]);
-    let low = x.clone().matmul(matrix(1, [d_in, rank])) * 0.5;
-    let y = x.matmul(matrix(3, [d_in, d_out])) + low.matmul(matrix(2, [rank, d_out]));
+    let low = matmul(x.clone(), matrix(1, [d_in, rank])) * 0.5;
+    let y = matmul(x, matrix(3, [d_in, d_out])) + matmul(low, matrix(2, [rank, d_out]));
     y.reshape([1, batch, seq, d_out])
 }
 

@@ -1,5 +1,8 @@
 //! A device and a dtype, and the comparison of tensors on it with sums in `f64`.
 
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 /// The kind of a device.
@@ -22,9 +25,34 @@ pub(super) struct On {
     pub(super) device: Device,
     pub(super) dtype: DType,
     pub(super) kind: Kind,
+    failures: RefCell<Vec<String>>,
 }
 
 impl On {
+    pub(super) fn new(device: Device, dtype: DType, kind: Kind) -> Self {
+        Self {
+            device,
+            dtype,
+            kind,
+            failures: RefCell::default(),
+        }
+    }
+
+    /// Runs a case, whose failure is kept: a device is seldom at hand, and one run shows all that fail.
+    pub(super) fn case(&self, name: &str, run: impl FnOnce()) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
+            let message = panic.downcast_ref::<String>().map(String::as_str);
+            let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+            let message = message.unwrap_or("a panic without a message");
+            let failure = format!("{name} in {:?}: {message}", self.dtype);
+            self.failures.borrow_mut().push(failure);
+        }
+    }
+
+    pub(super) fn into_failures(self) -> Vec<String> {
+        self.failures.into_inner()
+    }
+
     /// The unit roundoff of the dtype, or the error of a long sum in `f32` where that is larger.
     fn roundoff(&self) -> f64 {
         match self.dtype {

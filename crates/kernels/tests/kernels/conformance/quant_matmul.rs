@@ -45,9 +45,12 @@ pub(super) fn conform(on: &On) {
         for (n, (d_in, d_out, group_size, rows)) in SHAPES.into_iter().enumerate() {
             let layout = Layout::new(d_in, d_out, bits, group_size, levels);
             let case = Case::new(on, layout, zeros, rows, (10 * k + n) as u64);
-            case.check(on, on.dtype);
-            if on.dtype != DType::F32 {
-                case.check(on, DType::F32);
+            let of_grids = match on.dtype {
+                DType::F32 => vec![DType::F32],
+                dtype => vec![dtype, DType::F32],
+            };
+            for of_grid in of_grids {
+                on.case("the packed product", || case.check(on, of_grid));
             }
         }
     }

@@ -1,8 +1,6 @@
 //! The other operations of a training step: values and gradients, compared with those of the composed
 //! operations on the CPU in `F64`.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{
     Mask, OutputHead, Scores, attention, linear_cross_entropy, matmul, rms_norm, rotate_half,
@@ -134,29 +132,30 @@ pub(super) fn conform(on: &On) {
 /// Asserts that the results and gradients of the operations are those on the CPU in `F64`.
 pub(super) fn check(on: &On, cases: &[Case]) {
     for (at, &(name, shapes, operation)) in cases.iter().enumerate() {
-        let mut uniform = Uniform::new(at as u64 + 1);
-        let inputs: Vec<Vec<f32>> = shapes
+        on.case(name, || check_case(on, at as u64 + 1, shapes, operation));
+    }
+}
+
+fn check_case(on: &On, seed: u64, shapes: &[[usize; 4]], operation: Operation) {
+    let mut uniform = Uniform::new(seed);
+    let inputs: Vec<Vec<f32>> = shapes
+        .iter()
+        .map(|shape| on.rounded(uniform.vec(shape.iter().product(), -1.0, 1.0)))
+        .collect();
+    let run = |device: &Device, dtype| results(device, dtype, &inputs, shapes, operation);
+    let expected = run(&Device::flex(), DType::F64);
+    let found = run(&on.device, on.dtype);
+    for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert_eq!(found.len(), expected.len());
+        let largest = expected
             .iter()
-            .map(|shape| on.rounded(uniform.vec(shape.iter().product(), -1.0, 1.0)))
-            .collect();
-        let run = |device: &Device, dtype| results(device, dtype, &inputs, shapes, operation);
-        let expected = run(&Device::flex(), DType::F64);
-        // A device that fails says so when it is read, and not which operation failed.
-        let found = catch_unwind(AssertUnwindSafe(|| run(&on.device, on.dtype)));
-        let found = found.unwrap_or_else(|_| panic!("{name} fails in {:?}", on.dtype));
-        for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            assert_eq!(found.len(), expected.len());
-            let largest = expected
-                .iter()
-                .fold(0.0f64, |most, value| most.max(value.abs()));
-            for (found, expected) in found.iter().zip(expected) {
-                let error = (found - expected).abs();
-                assert!(
-                    error <= 2.0 * on.product_bound() * largest,
-                    "{name}, part {part} in {:?}: {found} for {expected}, the largest {largest}",
-                    on.dtype,
-                );
-            }
+            .fold(0.0f64, |most, value| most.max(value.abs()));
+        for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
+            let error = (found - expected).abs();
+            assert!(
+                error <= 2.0 * on.product_bound() * largest,
+                "part {part}: {found} for {expected} at {at}, the largest {largest}",
+            );
         }
     }
 }
