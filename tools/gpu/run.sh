@@ -7,7 +7,7 @@
 #
 # Each step has a time limit and a log in OUT, `gpu-results` by default; the exit status is the number
 # of steps that failed. TORCH is a Python program that measures PyTorch in the same run. It is called
-# as `TORCH products 4096 4096` and as `TORCH fit 110m lora 4 256`.
+# as `TORCH products 4096 4096`, `TORCH fit 1b lora 4 1024` and `TORCH fit 1b qlora 4 1024`.
 set -uo pipefail
 out="$(realpath -m "${1:-gpu-results}")"
 torch="${2:+$(realpath "$2")}"
@@ -65,7 +65,10 @@ env "${preload[@]}" timeout 150 ./adapt --device flex "${steps[@]}" --out "$out/
     >"$out/adapt-flex.log" 2>&1 &
 on_cpu=$!
 
-step conformance 100 ./kernels cuda
+# Each test compiles its kernels in a process of its own.
+conformance="./kernels --list | sed -n 's/^\(conformance::cuda::.*\): test$/\1/p' \
+    | xargs -P $(nproc) -n 1 ./kernels --exact"
+step conformance 120 bash -o pipefail -c "$conformance"
 step adapt-f32 60 ./adapt --device cuda "${steps[@]}" --out "$out/adapt-f32"
 dtypes=(f32)
 if ./adapt --help 2>&1 | grep -q -- --dtype; then
@@ -86,19 +89,22 @@ done
 
 # One step of training, every access of memory checked.
 sanitizer="$(command -v compute-sanitizer || echo "$CUDA_PATH/bin/compute-sanitizer")"
-one_step=(./fit_step --device cuda --modes lora-g128 --batch 4 --seq-len 256 --steps 0)
+one_step=(./fit_step --device cuda --dtype bf16 --modes lora-g128 --batch 4 --seq-len 256 --steps 0)
 memcheck=("$sanitizer" --tool memcheck --error-exitcode 9)
 if ! step memcheck 90 "${memcheck[@]}" "${one_step[@]}"; then
     # Which operation it is: conformance names it.
-    step memcheck-conformance 120 "${memcheck[@]}" ./kernels cuda
+    step memcheck-conformance 120 "${memcheck[@]}" ./kernels conformance::cuda::batches
 fi
 
-step products 40 ./products --device cuda
-step fit-110m 40 ./fit_step --device cuda --modes lora-g128,qlora-nf4,peqa-g128
-step decode 30 ./decode --device cuda
+step products 40 ./products --device cuda --dtype bf16
+large=(--device cuda --dtype bf16 --model 1b --batch 4 --seq-len 1024 --steps 8)
+step fit-1b 90 ./fit_step "${large[@]}" --modes lora-g128,qlora-nf4,peqa-g128
+step fit-1b-checkpointed 40 ./fit_step "${large[@]}" --modes lora-g128 --checkpoint-blocks
+step decode 60 ./decode --device cuda --dtype bf16 --model 110m,1b
 if [[ -n "$torch" ]]; then
     step torch-products 40 python3 "$torch" products 4096 4096
-    step torch-fit-110m 40 python3 "$torch" fit 110m lora 4 256
+    step torch-fit-1b-lora 40 python3 "$torch" fit 1b lora 4 1024
+    step torch-fit-1b-qlora 40 python3 "$torch" fit 1b qlora 4 1024
 fi
 
 printf '\n%s seconds\n' "$SECONDS"

@@ -6,7 +6,7 @@
 //! static, of at most 48 KiB, because CubeCL gives a program that it did not make no other.
 
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::ir::{ElemType, UIntKind, metadata::Info};
+use cubecl::ir::{ElemType, UIntKind, attributes::BufferIOAttr, metadata::Info};
 use cubecl::prelude::*;
 use cubecl::server::{KernelArguments, MetadataBindingInfo};
 use cubecl::{CubeKernel, PrecompiledSource};
@@ -92,23 +92,37 @@ pub(crate) fn multiprocessors(tensor: &CubeTensor) -> usize {
 }
 
 impl Program {
-    /// Launches the kernel on a grid of blocks, with pointers to the tensors, and numbers.
+    /// Launches the kernel on a grid of blocks, with pointers to what it reads, pointers to what it writes,
+    /// and numbers.
     ///
     /// # Safety
     /// The kernel accesses the tensors within their sizes.
-    pub(crate) unsafe fn launch(self, grid: [usize; 3], tensors: &[&CubeTensor], numbers: Numbers) {
+    pub(crate) unsafe fn launch(
+        self,
+        grid: [usize; 3],
+        reads: &[&CubeTensor],
+        writes: &[&CubeTensor],
+        numbers: Numbers,
+    ) {
         let data = numbers.words();
         // All are a parameter of the kernel, and none are metadata in a buffer.
         let info = MetadataBindingInfo {
             dynamic_metadata_offset: data.len(),
             data,
         };
-        let buffers = tensors.iter().map(|tensor| tensor.handle.clone().binding());
-        let arguments = KernelArguments::new()
-            .with_buffers(buffers.collect())
-            .with_info(info);
+        let mut arguments = KernelArguments::new().with_info(info);
+        // If the kernel is not launched, what it would have written is lost, and not what it reads.
+        let access = [
+            (reads, BufferIOAttr::ReadOnly),
+            (writes, BufferIOAttr::WriteOnly),
+        ];
+        for (tensors, access) in access {
+            for tensor in tensors {
+                arguments = arguments.with_buffer_io(tensor.handle.clone().binding(), access);
+            }
+        }
         let [x, y, z] = grid.map(|n| u32::try_from(n).expect("a grid of 32 bits"));
-        let client = tensors[0].client.clone();
+        let client = writes[0].client.clone();
         client.launch(Box::new(self), CubeCount::Static(x, y, z), arguments);
     }
 

@@ -24,14 +24,15 @@
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
 //! | [`OutputHead`] | the weight, the bias and the soft cap of its logits |
 //! | [`softcap`] | `cap · tanh(x / cap)` |
+//! | [`adamw`] | a step of AdamW |
 //! | [`group_ranges`], [`clip_search`] | the ranges of groups, from which grids are made |
 //! | [`encode`] | the codes nearest to a weight on a grid |
 //! | [`add_gram`] | `sum + xᵀ · x`, which OPTQ learns from |
 //! | [`round_with_feedback`] | codes with feedback of their errors: the inner loop of OPTQ |
 //!
 //! The operations have default implementations in burn's primitive operations, which run on every
-//! backend. Native implementations replace them: of all operations on the CPU backend `flex`, and of
-//! the packed product on the devices of CubeCL (CUDA, ROCm, wgpu).
+//! backend. Native implementations replace them, on the CPU backend `flex` and on the devices of CubeCL
+//! (CUDA, ROCm, wgpu).
 //!
 //! Backward unpacks the weight again, so no dense weight outlives its product. Scores of attention and
 //! logits are computed again too, or not needed.
@@ -42,7 +43,9 @@
 //! mixed dtypes are a panic.
 //!
 //! A backend is enabled by the feature of its name on this crate, or on a crate that forwards it. The
-//! operations panic on a backend that burn has enabled and this crate has not.
+//! operations panic on a backend that burn has enabled and this crate has not. The feature `fusion` is for
+//! a burn whose operations are fused on the devices of CubeCL; what a step consists of has kernels of its
+//! own here, and takes less time without.
 //!
 //! # Examples
 //! A weight is quantized to 4 bits and multiplied:
@@ -74,6 +77,7 @@
 )]
 
 mod activation;
+mod adamw;
 mod arithmetic;
 #[cfg(feature = "flex")]
 mod at_rest;
@@ -112,6 +116,7 @@ mod testing;
 mod threads;
 
 pub use activation::silu_mul;
+pub use adamw::{AdamwStep, adamw};
 pub use arithmetic::{Arithmetic, UnsupportedArithmetic, arithmetic, set_arithmetic};
 pub use attention::{Mask, Scores, attention};
 pub use encode::{

@@ -253,8 +253,8 @@ fn range_of_keys<I: Int>(
     #[comptime]
     match ends {
         ComptimeOption::Some(ends) => {
-            let end = usize::cast_from(ends[bound]);
-            let of_end = select(end > 0, end, 1) - 1;
+            let end = ends[bound];
+            let of_end = select(end > I::new(0), usize::cast_from(end), 1) - 1;
             last = select(of_end < last, of_end, last);
         }
         ComptimeOption::None => {}
@@ -264,7 +264,8 @@ fn range_of_keys<I: Int>(
     match starts {
         // A query always attends to its last key.
         ComptimeOption::Some(starts) => {
-            let start = usize::cast_from(starts[bound]);
+            let start = starts[bound];
+            let start = select(start > I::new(0), usize::cast_from(start), 0);
             first = select(start < last, start, last);
         }
         ComptimeOption::None => {}

@@ -44,6 +44,10 @@ impl Inputs {
         if !is_16_bits || !supports_dim || n_queries == 0 || ![q, k, v].into_iter().all(fits) {
             return None;
         }
+        let [q, k, v] = [q, k, v].map(rows_of);
+        if ![&q, &k, &v].into_iter().all(|t| is_aligned(t, 0)) {
+            return None;
+        }
         let bound = |bound: &Bound<CubeBackend>| match bound {
             Bound::Each(bounds) => {
                 let bounds = CubeBackend::int_cast(bounds.clone(), DType::I32.into());
@@ -53,9 +57,9 @@ impl Inputs {
         };
         Some(Self {
             sizes,
-            q: rows_of(q),
-            k: rows_of(k),
-            v: rows_of(v),
+            q,
+            k,
+            v,
             is_causal: mask.causal,
             starts: bound(&mask.starts),
             ends: bound(&mask.ends),
@@ -135,14 +139,15 @@ impl Inputs {
             &[("ROW_TILES", tiles)],
         );
         let [starts, ends] = self.bounds();
-        let tensors = [&self.q, &self.k, &self.v, starts, ends, &y, &lse];
+        let reads = [&self.q, &self.k, &self.v, starts, ends];
         let blocks = sizes.seq_q.div_ceil(ROWS * tiles * warps);
         // SAFETY: the kernel checks positions against the sizes, which with the strides are those of the
         // tensors.
         unsafe {
             program.launch(
                 [sizes.batch * sizes.heads, blocks, 1],
-                &tensors,
+                &reads,
+                &[&y, &lse],
                 self.numbers(),
             )
         }
@@ -173,15 +178,14 @@ impl Inputs {
             WARPS,
             &[],
         );
-        let tensors = [
-            &self.q, &self.k, &self.v, starts, ends, &y, &lse, &dy, &delta, &dq,
-        ];
+        let reads = [&self.q, &self.k, &self.v, starts, ends, &y, &lse, &dy];
         let blocks = sizes.seq_q.div_ceil(ROWS * WARPS);
         // SAFETY: as for the output.
         unsafe {
             of_queries.launch(
                 [sizes.batch * sizes.heads, blocks, 1],
-                &tensors,
+                &reads,
+                &[&delta, &dq],
                 self.numbers(),
             )
         }
@@ -195,15 +199,14 @@ impl Inputs {
             WARPS,
             &[],
         );
-        let tensors = [
-            &self.q, &self.k, &self.v, starts, ends, &lse, &delta, &dy, &dk, &dv,
-        ];
+        let reads = [&self.q, &self.k, &self.v, starts, ends, &lse, &delta, &dy];
         let blocks = sizes.seq_k.div_ceil(ROWS * WARPS);
         // SAFETY: as for the output; `delta` was written by the kernel before.
         unsafe {
             of_keys.launch(
                 [sizes.batch * sizes.kv_heads, blocks, 1],
-                &tensors,
+                &reads,
+                &[&dk, &dv],
                 self.numbers(),
             )
         }

@@ -153,7 +153,10 @@ fn forward(
             dx.push(CubeBackend::dense_matmul_dx(slopes, head.weight.clone()));
         }
     }
-    let dx = with_dx.then(|| CubeBackend::float_cat(dx, 0));
+    let dx = with_dx.then(|| match dx.len() {
+        1 => dx.swap_remove(0),
+        _ => CubeBackend::float_cat(dx, 0),
+    });
     (nll, lse, dx)
 }
 
@@ -183,7 +186,9 @@ impl LossOps for CubeBackend {
         lse: FloatTensor<Self>,
         dnll: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, Bias<Self>) {
-        if !is_native(&x, &head) || [lse.dtype, dnll.dtype] != [DType::F32; 2] {
+        // The gradient of a bias is a sum in `f32` of what the kernels would round to the dtype of `x`.
+        let is_exact = x.dtype == DType::F32 || matches!(head.bias, Bias::Absent);
+        if !is_exact || !is_native(&x, &head) || [lse.dtype, dnll.dtype] != [DType::F32; 2] {
             return composed::dhead::<Self>(x, head, targets, lse, dnll);
         }
         let dtype = head.weight.dtype;
@@ -206,7 +211,7 @@ impl LossOps for CubeBackend {
             };
             let d = slab.slopes(Some(&dnll));
             if let Some(sum) = dbias {
-                let part = Self::float_sum_dim(widened::<Self>(d.clone()), 0);
+                let part = Self::float_sum_dim(d.clone(), 0);
                 let part = Self::float_reshape(part, sum.meta.shape().clone());
                 dbias = Some(Self::float_add(sum, part));
             }

@@ -3,7 +3,7 @@
 use burn::backend::DType;
 use burn_cubecl::tensor::CubeTensor;
 
-use crate::cube::{contiguous, empty, sum_of_splits};
+use crate::cube::{contiguous, empty, is_supported, sum_of_splits};
 use crate::cuda::{Numbers, Program, fits, is_aligned, multiprocessors};
 
 /// The programs, of which the device has one: with the products by groups of warps of compute capability 9.0,
@@ -120,6 +120,7 @@ pub(super) fn product(a: &CubeTensor, b: &CubeTensor, dtype: DType) -> Option<Cu
     let [m, k] = a.meta.shape().dims();
     let n = b.meta.shape()[1];
     let is_16_bits = matches!(a.dtype, DType::BF16 | DType::F16) && b.dtype == a.dtype;
+    let is_16_bits = is_16_bits && is_supported(dtype);
     if !is_16_bits || m * k * n == 0 || !fits(a) || !fits(b) {
         return None;
     }
@@ -128,12 +129,8 @@ pub(super) fn product(a: &CubeTensor, b: &CubeTensor, dtype: DType) -> Option<Cu
     let inputs = tiling.inputs_of_split([m, k, n], multiprocessors);
     let splits = k.div_ceil(inputs);
     // Sums of parts are rounded once, together.
-    let is_wide = dtype == DType::F32 || splits > 1;
-    let c = empty(
-        a,
-        [splits * m, n],
-        if is_wide { DType::F32 } else { a.dtype },
-    );
+    let is_wide = dtype != a.dtype || splits > 1;
+    let c = empty(a, [splits * m, n], if is_wide { DType::F32 } else { dtype });
     let (a, b) = (Factor::new(a), Factor::new(b));
     let element = if a.tensor.dtype == DType::BF16 {
         "BF16"
@@ -180,10 +177,10 @@ pub(super) fn product(a: &CubeTensor, b: &CubeTensor, dtype: DType) -> Option<Cu
     // or written.
     unsafe {
         let grid = [tiling.tiles(m, n), 1, splits];
-        program.launch(grid, &[&a.tensor, &b.tensor, &c], numbers);
+        program.launch(grid, &[&a.tensor, &b.tensor], &[&c], numbers);
     }
-    if splits == 1 {
-        return Some(c);
-    }
-    Some(sum_of_splits(c, [m, n], dtype))
+    Some(match c.dtype == dtype && splits == 1 {
+        true => c,
+        false => sum_of_splits(c, [m, n], dtype),
+    })
 }

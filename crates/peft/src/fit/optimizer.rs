@@ -4,11 +4,9 @@ use std::collections::BTreeMap;
 
 use burn::module::ParamId;
 use burn::optim::Optimizer as _;
-use burn::optim::{
-    AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, GradientsParams, Lion, LionConfig,
-    LionState,
-};
+use burn::optim::{GradientsParams, Lion, LionConfig, LionState};
 use burn::tensor::Tensor;
+use kernels::{AdamwStep, adamw};
 use quant_core::{BlockCodes, DynamicMap};
 use tensor_files::{FloatType, LazyTensor, TensorFile};
 
@@ -36,6 +34,14 @@ struct Rule {
 enum Update {
     AdamW(AdamW),
     Lion(Lion),
+}
+
+/// The settings of AdamW.
+struct AdamW {
+    weight_decay: f32,
+    beta_1: f32,
+    beta_2: f32,
+    epsilon: f32,
 }
 
 /// What an optimizer remembers of one parameter.
@@ -212,14 +218,12 @@ impl Update {
     fn new(config: &FitConfig, weight_decay: f64) -> Self {
         let [beta_1, beta_2] = [config.beta_1, config.beta_2].map(|beta| beta as f32);
         match config.optimizer {
-            Kind::AdamW | Kind::AdamW8bit => {
-                let adamw = AdamWConfig::new()
-                    .with_weight_decay(weight_decay as f32)
-                    .with_beta_1(beta_1)
-                    .with_beta_2(beta_2)
-                    .with_epsilon(config.epsilon as f32);
-                Self::AdamW(adamw.build())
-            }
+            Kind::AdamW | Kind::AdamW8bit => Self::AdamW(AdamW {
+                weight_decay: weight_decay as f32,
+                beta_1,
+                beta_2,
+                epsilon: config.epsilon as f32,
+            }),
             Kind::Lion => {
                 let lion = LionConfig::new()
                     .with_weight_decay(weight_decay as f32)
@@ -241,20 +245,20 @@ impl Update {
     ) -> (Tensor<1>, Vec<Tensor<1>>) {
         let mut moments = moments.into_iter().flatten();
         match self {
-            Self::AdamW(adamw) => {
+            Self::AdamW(settings) => {
+                let zeros = || value.zeros_like();
                 let moments = moments.next().zip(moments.next());
-                let state = moments.map(|(moment_1, moment_2)| {
-                    AdamWState::new(AdaptiveMomentumState {
-                        time,
-                        moment_1,
-                        moment_2,
-                        max_moment_2: None,
-                    })
-                });
-                let (value, state) = adamw.step(rate, value, gradient, state);
-                let moments =
-                    state.map(|AdamWState { momentum }| vec![momentum.moment_1, momentum.moment_2]);
-                (value, moments.unwrap_or_default())
+                let (moment_1, moment_2) = moments.unwrap_or_else(|| (zeros(), zeros()));
+                let step = AdamwStep {
+                    learning_rate: rate,
+                    kept: 1.0 - rate * f64::from(settings.weight_decay),
+                    beta_1: settings.beta_1,
+                    beta_2: settings.beta_2,
+                    epsilon: settings.epsilon,
+                    time: time as i32 + 1,
+                };
+                let (value, moments) = adamw(value, gradient, [moment_1, moment_2], step);
+                (value, moments.into())
             }
             Self::Lion(lion) => {
                 let state = moments.next().map(LionState::new);
@@ -312,5 +316,38 @@ impl Change for Step<'_> {
         };
         optimizer.states.insert(path.into(), state);
         value.reshape(dims)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::optim::AdamWConfig;
+    use burn::tensor::{Device, Distribution};
+
+    use super::*;
+
+    /// The bits of burn's optimizer, whose operations are separate.
+    #[test]
+    fn a_step_of_adamw_is_that_of_burn() {
+        let device = Device::flex();
+        device.seed(3);
+        let random = || Tensor::<1>::random([301], Distribution::Normal(0.0, 1.0), &device);
+        let config = FitConfig::new().with_weight_decay(0.1);
+        let update = Update::new(&config, config.weight_decay);
+        let reference = AdamWConfig::new()
+            .with_weight_decay(config.weight_decay as f32)
+            .with_beta_1(config.beta_1 as f32)
+            .with_beta_2(config.beta_2 as f32)
+            .with_epsilon(config.epsilon as f32)
+            .build();
+        let (mut value, mut moments) = (random(), None);
+        let (mut expected, mut state) = (value.clone(), None);
+        for time in 0..5 {
+            let (rate, gradient) = (0.01 / (1.0 + time as f64), random());
+            let (next, after) = update.step(rate, value, gradient.clone(), time, moments);
+            (value, moments) = (next, Some(after));
+            (expected, state) = reference.step(rate, expected, gradient, state);
+            value.to_data().assert_eq(&expected.to_data(), true);
+        }
     }
 }

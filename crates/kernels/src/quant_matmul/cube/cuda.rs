@@ -68,10 +68,10 @@ fn optional(w: &Native) -> [&CubeTensor; 2] {
 /// The dense weight in a dtype.
 pub(super) fn unpack(w: &Native, dtype: DType) -> Option<CubeTensor> {
     let layout = w.layout;
-    let weight = w.empty([layout.d_in(), layout.d_out()], dtype);
-    if !w.is_aligned() || !fits(&weight) {
+    if !w.is_aligned() || !fits(&w.words) {
         return None;
     }
+    let weight = w.empty([layout.d_in(), layout.d_out()], dtype);
     // The columns of 16 bytes.
     let width = 16 / dtype.size();
     let mut macros = macros(w, dtype, are_in_groups(w, codes_of_run(w)));
@@ -92,10 +92,10 @@ pub(super) fn unpack(w: &Native, dtype: DType) -> Option<CubeTensor> {
         threads: THREADS as u32,
     };
     let [zeros, table] = optional(w);
-    let tensors = [&w.words, &w.scales, zeros, table, &weight];
+    let reads = [&w.words, &w.scales, zeros, table];
     let grid = [n_runs.div_ceil(runs_of_block), layout.n_tiles(), 1];
     // SAFETY: the kernel checks inputs and columns against the sizes, which are those of the tensors.
-    unsafe { program.launch(grid, &tensors, numbers(w, 0, 0)) }
+    unsafe { program.launch(grid, &reads, &[&weight], numbers(w, 0, 0)) }
     Some(weight)
 }
 
@@ -176,10 +176,10 @@ pub(super) fn few_rows(w: &Native, x: &CubeTensor) -> Option<CubeTensor> {
         threads: threads as u32,
     };
     let [zeros, table] = optional(w);
-    let tensors = [x, &w.words, &w.scales, zeros, table, &y];
+    let reads = [x, &w.words, &w.scales, zeros, table];
     let grid = [blocks, n_splits, rows.div_ceil(capacity)];
     // SAFETY: the kernel checks inputs, columns and rows against the sizes, which are those of the tensors.
-    unsafe { program.launch(grid, &tensors, numbers(w, rows, chunks_per_split)) }
+    unsafe { program.launch(grid, &reads, &[&y], numbers(w, rows, chunks_per_split)) }
     Some(match is_split {
         true => sum_of_splits(y, [rows, layout.d_out()], x.dtype),
         false => y,
@@ -206,10 +206,10 @@ pub(super) fn dgrid(w: &Native, p: &CubeTensor) -> Option<(CubeTensor, CubeTenso
         threads: THREADS as u32,
     };
     let [zeros, table] = optional(w);
-    let tensors = [p, &w.words, &w.scales, zeros, table, &dscales, &dzeros];
+    let reads = [p, &w.words, &w.scales, zeros, table];
     let blocks = [layout.n_groups(), layout.n_tiles(), 1];
     // SAFETY: the kernel checks inputs and columns against the sizes, which are those of the tensors.
-    unsafe { program.launch(blocks, &tensors, numbers(w, 0, 0)) }
+    unsafe { program.launch(blocks, &reads, &[&dscales, &dzeros], numbers(w, 0, 0)) }
     Some((dscales, dzeros))
 }
 

@@ -47,6 +47,8 @@ pub(super) fn conform(on: &On) {
             let case = Case::new(on, layout, zeros, rows, (10 * k + n) as u64);
             let of_grids = match on.dtype {
                 DType::F32 => vec![DType::F32],
+                // Values that are rounded to `BF16` are exact in `F16` too.
+                DType::BF16 => vec![DType::BF16, DType::F16, DType::F32],
                 dtype => vec![dtype, DType::F32],
             };
             for of_grid in of_grids {

@@ -3,8 +3,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{
-    Mask, OutputHead, Scores, attention, linear_cross_entropy, matmul, rms_norm, rotate_half,
-    silu_mul, softcap,
+    AdamwStep, Mask, OutputHead, Scores, adamw, attention, linear_cross_entropy, matmul, rms_norm,
+    rotate_half, silu_mul, softcap,
 };
 
 use super::on::{On, Uniform};
@@ -32,7 +32,7 @@ fn bounds(t: &[Tensor<4>], bounds: &[i64]) -> Tensor<2, Int> {
 }
 
 pub(super) fn conform(on: &On) {
-    let all: [Case; 16] = [
+    let all: [Case; 18] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
@@ -90,6 +90,40 @@ pub(super) fn conform(on: &On) {
                 matmul(t[0].clone(), weight)
             },
         ),
+        // The gradient of a weight is of its dtype, whatever that of `x`.
+        (
+            "matmul with a weight at rest in another dtype",
+            &[[2, 3, 5, 36], [1, 1, 36, 33]],
+            |t| {
+                let weight = t[1].clone().reshape([36, 33]);
+                let weight = match weight.dtype() {
+                    DType::BF16 => weight.cast(DType::F16),
+                    _ => weight,
+                };
+                matmul(t[0].clone(), weight)
+            },
+        ),
+        // Without a gradient of its own: what is compared is the parameter after two steps.
+        ("adamw", &[[1, 2, 3, 6]], |t| {
+            let [_, a, b, c] = t[0].dims();
+            let flat = t[0].clone().inner().reshape([a * b * c]);
+            let mut value = flat.clone();
+            let mut moments = [flat.zeros_like(), flat.zeros_like()];
+            for time in 1..=2 {
+                let step = AdamwStep {
+                    learning_rate: 0.01,
+                    kept: 0.99,
+                    beta_1: 0.9,
+                    beta_2: 0.99,
+                    epsilon: 1e-3,
+                    time,
+                };
+                let gradient = value.clone() * 0.5 + 0.25;
+                (value, moments) = adamw(value, gradient, moments, step);
+            }
+            let value = Tensor::from_inner(value.reshape([1, a, b, c]));
+            value + t[0].clone() * 0.0
+        }),
         (
             "linear_cross_entropy",
             &[[1, 1, 6, 20], [1, 1, 20, 70]],
