@@ -41,7 +41,8 @@ struct Info {
 DEVICE u32 lane() { return threadIdx.x % 32; }
 
 // The rows of a head of a tensor.
-template <typename T> DEVICE T* rows_of(T* tensor, const Strides& strides, u32 batch, u32 head) {
+template <typename T>
+DEVICE T* rows_of(T* tensor, const Strides& strides, u32 batch, u32 head) {
     return tensor + (u64)batch * strides.batch + (u64)head * strides.head;
 }
 
@@ -68,8 +69,12 @@ DEVICE Range range_of(const Info& info, const int* starts, const int* ends, u32 
 // The ranges of the queries of a warp: all keys that one of them attends to, and those that all attend to.
 struct Extent {
     Range some, all;
-    __device__ __forceinline__ bool meets(int first, int last) const { return first <= some.last && last >= some.first; }
-    __device__ __forceinline__ bool covers(int first, int last) const { return first >= all.first && last <= all.last; }
+    __device__ __forceinline__ bool meets(int first, int last) const {
+        return first <= some.last && last >= some.first;
+    }
+    __device__ __forceinline__ bool covers(int first, int last) const {
+        return first >= all.first && last <= all.last;
+    }
 };
 
 // The extent of one range of each lane.
@@ -78,13 +83,15 @@ DEVICE Extent extent_of(Range range) {
 }
 
 // Starts to copy ROWS rows from `first` on to a tile, by a block of THREADS; rows from `count` on are zeros.
-template <u32 ROWS, u32 THREADS> DEVICE void copy_tile(u32 tile, const u16* rows, u32 stride, u32 first, u32 count) {
+template <u32 ROWS, u32 THREADS>
+DEVICE void copy_tile(u32 tile, const u16* rows, u32 stride, u32 first, u32 count) {
     constexpr u32 CHUNKS = HEAD_DIM / 8;
 #pragma unroll
     for (u32 i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
         const u32 row = i / CHUNKS, column = i % CHUNKS * 8, position = first + row;
         const bool exists = position < count;
-        copy_async_16_at(tile + row * ROW_BYTES + 2 * column, rows + (exists ? (u64)position * stride : 0) + column, exists ? 16 : 0);
+        copy_async_16_at(tile + row * ROW_BYTES + 2 * column,
+                         rows + (exists ? (u64)position * stride : 0) + column, exists ? 16 : 0);
     }
 }
 
@@ -104,7 +111,8 @@ DEVICE void load_rows(u32 (&a)[DIM_STEPS][4], const u16* rows, u32 stride, u32 f
 }
 
 // Stores a warp's 16 rows, times a factor, from `first` on and before `count`.
-DEVICE void store_rows(u16* rows, u32 stride, u32 first, u32 count, const float (&d)[2 * DIM_STEPS][4], const float (&factors)[2]) {
+DEVICE void store_rows(u16* rows, u32 stride, u32 first, u32 count, const float (&d)[2 * DIM_STEPS][4],
+                       const float (&factors)[2]) {
     const bool is_odd = lane() % 2;
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
@@ -113,11 +121,11 @@ DEVICE void store_rows(u16* rows, u32 stride, u32 first, u32 count, const float 
         const float factor = factors[half];
 #pragma unroll
         for (u32 step = 0; step < DIM_STEPS; step++) {
-            const float(&l)[4] = d[2 * step], (&r)[4] = d[2 * step + 1];
+            const float (&l)[4] = d[2 * step], (&r)[4] = d[2 * step + 1];
             const u32 left = pack(l[2 * half] * factor, l[2 * half + 1] * factor);
             const u32 right = pack(r[2 * half] * factor, r[2 * half + 1] * factor);
-            // Even lanes take the neighbor's half of the left tile, odd ones that of the right tile: four lanes
-            // store 32 contiguous bytes.
+            // Even lanes take the neighbor's half of the left tile, odd ones that of the right tile: four
+            // lanes store 32 contiguous bytes.
             const float sent = __uint_as_float(is_odd ? left : right);
             const u32 received = __float_as_uint(shuffle_xor(sent, 1));
             const uint2 both = is_odd ? make_uint2(received, right) : make_uint2(left, received);
@@ -127,7 +135,8 @@ DEVICE void store_rows(u16* rows, u32 stride, u32 first, u32 count, const float 
 }
 
 // d = a bᵀ, with N rows of a tile as b.
-template <u32 M, u32 N> DEVICE void multiply_rows(float (&d)[M][N / 8][4], const u32 (&a)[M][DIM_STEPS][4], u32 tile) {
+template <u32 M, u32 N>
+DEVICE void multiply_rows(float (&d)[M][N / 8][4], const u32 (&a)[M][DIM_STEPS][4], u32 tile) {
     const u32 address = tile + (lane() / 16 * 8 + lane() % 8) * ROW_BYTES + lane() / 8 % 2 * 16;
 #pragma unroll
     for (u32 m = 0; m < M; m++)
@@ -150,7 +159,8 @@ template <u32 M, u32 N> DEVICE void multiply_rows(float (&d)[M][N / 8][4], const
 }
 
 // d += a b, with N rows of a tile as b.
-template <u32 M, u32 N> DEVICE void add_product(float (&d)[M][2 * DIM_STEPS][4], const u32 (&a)[M][N / 16][4], u32 tile) {
+template <u32 M, u32 N>
+DEVICE void add_product(float (&d)[M][2 * DIM_STEPS][4], const u32 (&a)[M][N / 16][4], u32 tile) {
     const u32 address = tile + lane() % 16 * ROW_BYTES + lane() / 16 * 16;
 #pragma unroll
     for (u32 step = 0; step < N / 16; step++)
@@ -167,15 +177,18 @@ template <u32 M, u32 N> DEVICE void add_product(float (&d)[M][2 * DIM_STEPS][4],
 }
 
 // A product's result of N columns as a left factor.
-template <u32 N> DEVICE void pack_factor(u32 (&a)[N / 16][4], const float (&d)[N / 8][4]) {
+template <u32 N>
+DEVICE void pack_factor(u32 (&a)[N / 16][4], const float (&d)[N / 8][4]) {
 #pragma unroll
     for (u32 step = 0; step < N / 16; step++)
 #pragma unroll
-        for (u32 i = 0; i < 4; i++) a[step][i] = pack(d[2 * step + i / 2][i % 2 * 2], d[2 * step + i / 2][i % 2 * 2 + 1]);
+        for (u32 i = 0; i < 4; i++)
+            a[step][i] = pack(d[2 * step + i / 2][i % 2 * 2], d[2 * step + i / 2][i % 2 * 2 + 1]);
 }
 
 // Sets what the 16 rows of a result have of keys, from `first` on, that are not in the ranges of the rows.
-template <u32 N> DEVICE void mask_rows(float (&d)[N / 8][4], const Range* ranges, int first, float value) {
+template <u32 N>
+DEVICE void mask_rows(float (&d)[N / 8][4], const Range* ranges, int first, float value) {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         const Range range = ranges[half * 8 + lane() / 4];

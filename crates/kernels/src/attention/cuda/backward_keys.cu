@@ -1,8 +1,8 @@
 // The gradients of attention for keys and values, after attention.cu; `delta` is from
 // backward_queries.cu.
 //
-// A block computes KEYS keys of a head, from all queries of all heads that read them. Products are transposed,
-// with keys as rows: pᵀ and dsᵀ are left factors as they are, dv = pᵀ dy and dk = scale dsᵀ q.
+// A block computes KEYS keys of a head, from all queries of all heads that read them. Products are
+// transposed, with keys as rows: pᵀ and dsᵀ are left factors as they are, dv = pᵀ dy and dk = scale dsᵀ q.
 //
 // Grid: (batch * kv_heads, seq_k / KEYS rounded up). Block: THREADS.
 
@@ -31,17 +31,19 @@ struct Queries {
     Extent extents[(QUERIES + 31) / 32];
 };
 
-// `starts` and `ends` are [batch, seq_q], if there are any; `dy`, `dk` and `dv` are contiguous, and `lse` and `delta` are
-// [batch, heads, seq_q].
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_keys(
-    const u16* q, const u16* k, const u16* v, const int* starts, const int* ends, const float* lse, const float* delta,
-    const u16* dy, u16* dk, u16* dv, const __grid_constant__ Info info) {
+// `starts` and `ends` are [batch, seq_q], if there are any; `dy`, `dk` and `dv` are contiguous, and `lse` and
+// `delta` are [batch, heads, seq_q].
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    attention_backward_keys(const u16* q, const u16* k, const u16* v, const int* starts, const int* ends,
+                            const float* lse, const float* delta, const u16* dy, u16* dk, u16* dv,
+                            const __grid_constant__ Info info) {
     static_assert(THREADS % QUERIES == 0, "each query of a tile has as many threads");
     static_assert(STEP <= 32 && QUERIES % STEP == 0, "a step has one extent");
     __shared__ __align__(16) u16 tiles[2][2][QUERIES * TILE_STRIDE];
     __shared__ Queries tile_queries[2];
 
-    const u32 batch = blockIdx.x / info.kv_heads, kv_head = blockIdx.x % info.kv_heads, warp = threadIdx.x / 32;
+    const u32 batch = blockIdx.x / info.kv_heads, kv_head = blockIdx.x % info.kv_heads,
+              warp = threadIdx.x / 32;
     const u32 group = info.heads / info.kv_heads, block_key = blockIdx.y * KEYS;
     const int first_key = block_key + warp * 16, last_key = first_key + 15;
     const Strides strides = contiguous(info.seq_q, info.heads);
@@ -52,16 +54,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
     // The next tile to copy: of which head of the group, from which query on.
     u32 next_head = kv_head * group, next_query = first_query;
     const u32 tile_count = group * ((info.seq_q - first_query + QUERIES - 1) / QUERIES);
-    const auto tile_of = [&](u32 tile, u32 of_dy) { return shared_address(tiles) + (tile % 2 * 2 + of_dy) * (QUERIES * ROW_BYTES); };
-    // What a thread loads of a query of the tile, to be stored when the loads are done; several threads may have
-    // the same query, and store the same.
+    const auto tile_of = [&](u32 tile, u32 of_dy) {
+        return shared_address(tiles) + (tile % 2 * 2 + of_dy) * (QUERIES * ROW_BYTES);
+    };
+    // What a thread loads of a query of the tile, to be stored when the loads are done; several threads may
+    // have the same query, and store the same.
     const u32 own_query = threadIdx.x % QUERIES;
     float next_lse, next_delta;
     Range next_range;
     const auto copy = [&](u32 tile) {
         if (tile < tile_count) {
-            copy_tile<QUERIES, THREADS>(tile_of(tile, 0), rows_of(q, info.q, batch, next_head), info.q.position, next_query, info.seq_q);
-            copy_tile<QUERIES, THREADS>(tile_of(tile, 1), rows_of(dy, strides, batch, next_head), strides.position, next_query, info.seq_q);
+            copy_tile<QUERIES, THREADS>(tile_of(tile, 0), rows_of(q, info.q, batch, next_head),
+                                        info.q.position, next_query, info.seq_q);
+            copy_tile<QUERIES, THREADS>(tile_of(tile, 1), rows_of(dy, strides, batch, next_head),
+                                        strides.position, next_query, info.seq_q);
             const u32 query = next_query + own_query;
             const u64 at = ((u64)batch * info.heads + next_head) * info.seq_q + query;
             next_lse = query < info.seq_q ? lse[at] * LOG2_E : 0;
@@ -108,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
         for (u32 step = 0; step < QUERIES; step += STEP) {
             const Extent extent = queries.extents[step / 32];
             if (!extent.meets(first_key, last_key)) continue;
-            const u32 step_q = tile_of(tile, 0) + step * ROW_BYTES, step_dy = tile_of(tile, 1) + step * ROW_BYTES;
+            const u32 step_q = tile_of(tile, 0) + step * ROW_BYTES,
+                      step_dy = tile_of(tile, 1) + step * ROW_BYTES;
             // Scores, then probabilities.
             float p[1][STEP / 8][4], ds[1][STEP / 8][4];
             multiply_rows<1, STEP>(p, keys, step_q);

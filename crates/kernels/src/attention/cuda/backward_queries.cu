@@ -42,11 +42,12 @@ DEVICE void deltas_of(float (&delta)[2], const u32 (&dy)[DIM_STEPS][4], const u3
     }
 }
 
-// `starts` and `ends` are [batch, seq_q], if there are any; `y`, `dy` and `dq` are contiguous, and `lse` and `delta` are
-// [batch, heads, seq_q].
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_queries(
-    const u16* q, const u16* k, const u16* v, const int* starts, const int* ends, const u16* y, const float* lse,
-    const u16* dy, float* delta, u16* dq, const __grid_constant__ Info info) {
+// `starts` and `ends` are [batch, seq_q], if there are any; `y`, `dy` and `dq` are contiguous, and `lse` and
+// `delta` are [batch, heads, seq_q].
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    attention_backward_queries(const u16* q, const u16* k, const u16* v, const int* starts, const int* ends,
+                               const u16* y, const float* lse, const u16* dy, float* delta, u16* dq,
+                               const __grid_constant__ Info info) {
     __shared__ __align__(16) u16 tiles[2][2][KEYS * TILE_STRIDE];
     __shared__ Range ranges[QUERIES];
     __shared__ Range warp_ranges[WARPS];
@@ -67,10 +68,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
     __syncthreads();
     Range block = warp_ranges[0];
 #pragma unroll
-    for (u32 w = 1; w < WARPS; w++) block = {min(block.first, warp_ranges[w].first), max(block.last, warp_ranges[w].last)};
+    for (u32 w = 1; w < WARPS; w++)
+        block = {min(block.first, warp_ranges[w].first), max(block.last, warp_ranges[w].last)};
 
     const u32 first_tile = block.first / KEYS, last_tile = block.last / KEYS;
-    const auto tile_of = [&](u32 tile, u32 of_values) { return shared_address(tiles) + (tile % 2 * 2 + of_values) * (KEYS * ROW_BYTES); };
+    const auto tile_of = [&](u32 tile, u32 of_values) {
+        return shared_address(tiles) + (tile % 2 * 2 + of_values) * (KEYS * ROW_BYTES);
+    };
     const auto copy = [&](u32 tile) {
         if (tile <= last_tile) {
             copy_tile<KEYS, THREADS>(tile_of(tile, 0), keys, info.k.position, tile * KEYS, info.seq_k);
@@ -115,7 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
         for (u32 step = 0; step < KEYS; step += STEP) {
             const int first = tile * KEYS + step, last = first + STEP - 1;
             if (!extent.meets(first, last)) continue;
-            const u32 step_keys = tile_of(tile, 0) + step * ROW_BYTES, step_values = tile_of(tile, 1) + step * ROW_BYTES;
+            const u32 step_keys = tile_of(tile, 0) + step * ROW_BYTES,
+                      step_values = tile_of(tile, 1) + step * ROW_BYTES;
             // Scores, then probabilities.
             float p[ROW_TILES][STEP / 8][4], ds[ROW_TILES][STEP / 8][4];
             multiply_rows<ROW_TILES, STEP>(p, queries, step_keys);
@@ -132,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
                         ds[m][n][i] -= deltas[m][i / 2];
                         if (SOFTCAP) ds[m][n][i] *= 1 - score * score;
                     }
-                if (!extent.covers(first, last)) mask_rows<STEP>(p[m], ranges + warp * WARP_ROWS + m * 16, first, 0);
+                if (!extent.covers(first, last))
+                    mask_rows<STEP>(p[m], ranges + warp * WARP_ROWS + m * 16, first, 0);
 #pragma unroll
                 for (u32 n = 0; n < STEP / 8; n++)
 #pragma unroll
@@ -146,5 +152,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
     const float scales[2] = {info.scale, info.scale};
 #pragma unroll
     for (u32 m = 0; m < ROW_TILES; m++)
-        store_rows(rows_of(dq, strides, batch, head), strides.position, first_query + 16 * m, info.seq_q, dqs[m], scales);
+        store_rows(rows_of(dq, strides, batch, head), strides.position, first_query + 16 * m, info.seq_q,
+                   dqs[m], scales);
 }

@@ -31,12 +31,14 @@ struct Softmax {
 };
 
 // Turns results of `score_of` into exponentials, and shrinks the output to their new base.
-DEVICE void update(Softmax& softmax, float (&scores)[KEYS / 8][4], float (&y)[2 * DIM_STEPS][4], float factor) {
+DEVICE void update(Softmax& softmax, float (&scores)[KEYS / 8][4], float (&y)[2 * DIM_STEPS][4],
+                   float factor) {
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         float most = softmax.most[half];
 #pragma unroll
-        for (u32 n = 0; n < KEYS / 8; n++) most = fmaxf(most, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+        for (u32 n = 0; n < KEYS / 8; n++)
+            most = fmaxf(most, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
         most = fmaxf(most, shuffle_xor(most, 1));
         most = fmaxf(most, shuffle_xor(most, 2));
         // Before a row's first key, all its exponentials are zero whatever the base.
@@ -60,9 +62,11 @@ DEVICE void update(Softmax& softmax, float (&scores)[KEYS / 8][4], float (&y)[2 
     }
 }
 
-// `starts` and `ends` are [batch, seq_q], if there are any; `y` is contiguous, and `lse` is [batch, heads, seq_q].
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
-    const u16* q, const u16* k, const u16* v, const int* starts, const int* ends, u16* y, float* lse, const __grid_constant__ Info info) {
+// `starts` and `ends` are [batch, seq_q], if there are any; `y` is contiguous, and `lse` is [batch, heads,
+// seq_q].
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    attention_forward(const u16* q, const u16* k, const u16* v, const int* starts, const int* ends, u16* y,
+                      float* lse, const __grid_constant__ Info info) {
     __shared__ __align__(16) u16 tiles[SLOTS][KEYS * TILE_STRIDE];
     __shared__ Range ranges[QUERIES];
     __shared__ Range warp_ranges[WARPS];
@@ -76,7 +80,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
 
     u32 queries[ROW_TILES][DIM_STEPS][4];
 #pragma unroll
-    for (u32 m = 0; m < ROW_TILES; m++) load_rows(queries[m], rows_of(q, info.q, batch, head), info.q.position, first_query + 16 * m, info.seq_q);
+    for (u32 m = 0; m < ROW_TILES; m++)
+        load_rows(queries[m], rows_of(q, info.q, batch, head), info.q.position, first_query + 16 * m,
+                  info.seq_q);
 
     const u32 row = lane() % WARP_ROWS;
     const Range own = range_of(info, starts, ends, batch, first_query + row);
@@ -86,7 +92,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     __syncthreads();
     Range block = warp_ranges[0];
 #pragma unroll
-    for (u32 w = 1; w < WARPS; w++) block = {min(block.first, warp_ranges[w].first), max(block.last, warp_ranges[w].last)};
+    for (u32 w = 1; w < WARPS; w++)
+        block = {min(block.first, warp_ranges[w].first), max(block.last, warp_ranges[w].last)};
 
     const u32 first_tile = block.first / KEYS, steps = 2 * (block.last / KEYS + 1 - first_tile);
     const u32 ring = shared_address(tiles);
@@ -95,8 +102,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
         const u32 first = (first_tile + step / 2) * KEYS;
         const u32 tile = tile_of(step);
         if (step < steps) {
-            if (step % 2 == 0) copy_tile<KEYS, THREADS>(tile, keys, info.k.position, first, info.seq_k);
-            else copy_tile<KEYS, THREADS>(tile, values, info.v.position, first, info.seq_k);
+            if (step % 2 == 0)
+                copy_tile<KEYS, THREADS>(tile, keys, info.k.position, first, info.seq_k);
+            else
+                copy_tile<KEYS, THREADS>(tile, values, info.v.position, first, info.seq_k);
         }
         copy_async_commit();
     };
@@ -136,7 +145,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
                 for (u32 n = 0; n < KEYS / 8; n++)
 #pragma unroll
                     for (u32 i = 0; i < 4; i++) scores[m][n][i] = score_of(info, scores[m][n][i]);
-                if (!extent.covers(first, last)) mask_rows<KEYS>(scores[m], ranges + warp * WARP_ROWS + m * 16, first, -INFINITE);
+                if (!extent.covers(first, last))
+                    mask_rows<KEYS>(scores[m], ranges + warp * WARP_ROWS + m * 16, first, -INFINITE);
                 update(softmax[m], scores[m], outputs[m], factor);
                 pack_factor<KEYS>(p[m], scores[m]);
             }
@@ -155,8 +165,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
             const u32 query = first_query + 16 * m + 8 * half + lane() / 4;
             shares[half] = 1 / sum;
             if (lane() % 4 == 0 && query < info.seq_q)
-                lse[(u64)blockIdx.x * info.seq_q + query] = (softmax[m].most[half] * factor + log2_fast(sum)) * LN_2;
+                lse[(u64)blockIdx.x * info.seq_q + query] =
+                    (softmax[m].most[half] * factor + log2_fast(sum)) * LN_2;
         }
-        store_rows(rows_of(y, strides, batch, head), strides.position, first_query + 16 * m, info.seq_q, outputs[m], shares);
+        store_rows(rows_of(y, strides, batch, head), strides.position, first_query + 16 * m, info.seq_q,
+                   outputs[m], shares);
     }
 }

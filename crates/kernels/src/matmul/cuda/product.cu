@@ -10,9 +10,10 @@
 #define mma mma_f16
 #endif
 
-// A lane's part of reading fragments of 16 of the span by 16 of k from tiles, in the order in which mma takes them: those
-// of A with their four 8x8 matrices rows first, those of B (two of 8 columns) k first.
-template <bool IS_A, bool ALONG_K, u32 SPAN> struct Reader {
+// A lane's part of reading fragments of 16 of the span by 16 of k from tiles, in the order in which mma takes
+// them: those of A with their four 8x8 matrices rows first, those of B (two of 8 columns) k first.
+template <bool IS_A, bool ALONG_K, u32 SPAN>
+struct Reader {
     typedef Tile<ALONG_K, SPAN> T;
     u32 first; // where this lane reads its row of the warp's first fragment
 
@@ -23,19 +24,23 @@ template <bool IS_A, bool ALONG_K, u32 SPAN> struct Reader {
         const u32 chunk = tile_rows_first ? lane / 16 : lane / 8 % 2;
         first = T::place(row + (ALONG_K ? warp_first : 0), chunk + (ALONG_K ? 0 : warp_first / 8));
     }
-    // Reads the fragment at of_span, from the warp's first, and step * 16. Both are known when compiled, and the bits of
-    // its chunk's number are not those of the lane's or the warp's: so xor adds, and is permuted as they are.
+    // Reads the fragment at of_span, from the warp's first, and step * 16. Both are known when compiled, and
+    // the bits of its chunk's number are not those of the lane's or the warp's: so xor adds, and is permuted
+    // as they are.
     __device__ __forceinline__ void read(u32 (&r)[4], u32 tile, u32 of_span, u32 step) const {
         const u32 row = ALONG_K ? of_span : step * 16;
         const u32 chunk = ALONG_K ? step * 2 : of_span / 8;
-        const u32 at = tile + (first ^ (chunk % T::LINE * 16)) + chunk / T::LINE * T::PANEL_BYTES + row * T::LINE * 16;
-        if (ALONG_K) load_matrices_at(r, at);
-        else load_matrices_transposed_at(r, at);
+        const u32 at =
+            tile + (first ^ (chunk % T::LINE * 16)) + chunk / T::LINE * T::PANEL_BYTES + row * T::LINE * 16;
+        if (ALONG_K)
+            load_matrices_at(r, at);
+        else
+            load_matrices_transposed_at(r, at);
     }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-product(const u16* a, const u16* b, Output* c, const __grid_constant__ Info info) {
+    product(const u16* a, const u16* b, Output* c, const __grid_constant__ Info info) {
     static_assert(THREADS == TILE_M / WARP_M * (TILE_N / WARP_N) * 32, "a warp for each part of the tile");
     static_assert(TILE_K % 32 == 0, "fragments alternate between two sets of registers, over slabs too");
     static_assert(STAGES >= 2, "one slab is copied while another is read");
@@ -57,7 +62,8 @@ product(const u16* a, const u16* b, Output* c, const __grid_constant__ Info info
 #pragma unroll
         for (u32 i = 0; i < FRAGMENTS_M; i++) reader_a.read(a_parts[set][i], tile_a, i * 16, step);
 #pragma unroll
-        for (u32 j = 0; j < FRAGMENTS_N / 2; j++) reader_b.read(b_parts[set][j], tile_a + TileA::BYTES, j * 16, step);
+        for (u32 j = 0; j < FRAGMENTS_N / 2; j++)
+            reader_b.read(b_parts[set][j], tile_a + TileA::BYTES, j * 16, step);
     };
 
     float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
@@ -75,7 +81,8 @@ product(const u16* a, const u16* b, Output* c, const __grid_constant__ Info info
         const u32 next_stage = stage + 1 == STAGES ? 0 : stage + 1;
 #pragma unroll
         for (u32 step = 0; step < STEPS; step++) {
-            // Reads the fragments of the next step, at the end those of the next slab (after the last one: unused ones).
+            // Reads the fragments of the next step, at the end those of the next slab (after the last one:
+            // unused ones).
             if (step + 1 < STEPS) {
                 read_step(stage, step + 1, (step + 1) % 2);
             } else {
@@ -96,6 +103,7 @@ product(const u16* a, const u16* b, Output* c, const __grid_constant__ Info info
 
     const u32 row = work.row + warp_m, column = work.column + warp_n;
     if (row >= info.m || column >= info.n) return;
-    store<16>(sums, c + ((u64)blockIdx.z * info.m + row) * info.ldc + column, info.ldc, info.m - row, info.n - column);
+    store<16>(sums, c + ((u64)blockIdx.z * info.m + row) * info.ldc + column, info.ldc, info.m - row,
+              info.n - column);
 }
 #endif

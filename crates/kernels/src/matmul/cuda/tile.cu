@@ -1,14 +1,13 @@
-// What the kernels of dense matrix products share: C[m, n] = A[m, k] · B[k, n] of 16-bit operands with 32-bit sums.
-// It follows shape.cu, and is followed by one kernel, in one source. Chosen by macros:
+// What the kernels of dense matrix products share: C[m, n] = A[m, k] · B[k, n] of 16-bit operands with 32-bit
+// sums. It follows shape.cu, and is followed by one kernel, in one source. Chosen by macros:
 //   BF16 or F16            the operands' type, and the output's unless
 //   OUTPUT_F32             the output is of f32;
 //   A_BY_COLUMNS           A is contiguous along m, not along k;
 //   B_BY_COLUMNS           B is contiguous along k, not along n;
-//   A_UNALIGNED            A is not 16-byte aligned or lda is not a multiple of 8 (loads of single elements instead);
-//   B_UNALIGNED            the same of B;
-//   STAGES                 slabs in shared memory;
-// Grid: x = ceil(m / TILE_M) * ceil(n / TILE_N), y = 1, z = splits of k: split z sums k from z * k_per_split and writes
-// the z-th m * ldc elements of C.
+//   A_UNALIGNED            A is not 16-byte aligned or lda is not a multiple of 8 (loads of single elements
+//   instead); B_UNALIGNED            the same of B; STAGES                 slabs in shared memory;
+// Grid: x = ceil(m / TILE_M) * ceil(n / TILE_N), y = 1, z = splits of k: split z sums k from z * k_per_split
+// and writes the z-th m * ldc elements of C.
 #ifdef A_BY_COLUMNS
 #define A_ALONG_K false
 #else
@@ -39,7 +38,8 @@ typedef float Output;
 #else
 typedef u16 Output;
 #endif
-// Whether lanes exchange elements of the output for stores of 16 bytes; pairs of f32 fill sectors of 32 bytes anyway.
+// Whether lanes exchange elements of the output for stores of 16 bytes; pairs of f32 fill sectors of 32 bytes
+// anyway.
 #if !defined(OUTPUT_F32) && WARP_N % 32 == 0
 #define WIDE_STORES
 #endif
@@ -84,18 +84,20 @@ DEVICE void copy_elements(u32 shared, const u16* source, u32 valid) {
     store_shared_16(shared, words[0], words[1], words[2], words[3]);
 }
 
-// A tile of one operand: SPAN rows of C (for A) or columns (for B), by TILE_K. Its rows are what is contiguous in
-// global memory: those of the span, along k, or one row for each of k, along the span.
-template <bool ALONG_K, u32 SPAN> struct Tile {
+// A tile of one operand: SPAN rows of C (for A) or columns (for B), by TILE_K. Its rows are what is
+// contiguous in global memory: those of the span, along k, or one row for each of k, along the span.
+template <bool ALONG_K, u32 SPAN>
+struct Tile {
     static constexpr u32 ROWS = ALONG_K ? SPAN : TILE_K;
-    static constexpr u32 CHUNKS = (ALONG_K ? TILE_K : SPAN) / 8;        // of 16 bytes, in a row
-    static constexpr u32 LINE = CHUNKS < 8 ? CHUNKS : 8;                // chunks of a row that lie together
-    static constexpr u32 PANEL_BYTES = ROWS * LINE * 16;                // a line of each row
+    static constexpr u32 CHUNKS = (ALONG_K ? TILE_K : SPAN) / 8; // of 16 bytes, in a row
+    static constexpr u32 LINE = CHUNKS < 8 ? CHUNKS : 8;         // chunks of a row that lie together
+    static constexpr u32 PANEL_BYTES = ROWS * LINE * 16;         // a line of each row
     static constexpr u32 BYTES = ROWS * CHUNKS * 16;
     static_assert(CHUNKS >= 2 && (CHUNKS & (CHUNKS - 1)) == 0, "chunks in a row: a power of two");
 
-    // The place of a chunk in bytes. The chunks of 8 successive rows, from one column of chunks, lie in different
-    // banks; those of a line are permuted among themselves. These are also the layouts that wgmma calls swizzled.
+    // The place of a chunk in bytes. The chunks of 8 successive rows, from one column of chunks, lie in
+    // different banks; those of a line are permuted among themselves. These are also the layouts that wgmma
+    // calls swizzled.
     static __device__ __forceinline__ u32 place(u32 row, u32 chunk) {
         return chunk / LINE * PANEL_BYTES + (row * LINE + (chunk % LINE ^ row / (8 / LINE) % LINE)) * 16;
     }
@@ -104,7 +106,8 @@ typedef Tile<A_ALONG_K, TILE_M> TileA;
 typedef Tile<B_ALONG_K, TILE_N> TileB;
 
 // A thread's part of the copying of one operand's slabs, in order, to shared memory.
-template <bool ALONG_K, bool ALIGNED, u32 SPAN> struct Copier {
+template <bool ALONG_K, bool ALIGNED, u32 SPAN>
+struct Copier {
     typedef Tile<ALONG_K, SPAN> T;
     static constexpr u32 ROWS_AT_ONCE = THREADS / T::CHUNKS;
     static_assert(THREADS % T::CHUNKS == 0, "each thread copies one column of chunks");
@@ -120,7 +123,8 @@ template <bool ALONG_K, bool ALIGNED, u32 SPAN> struct Copier {
         chunk = threadIdx.x % T::CHUNKS;
         span_left = span - first;
         stride = leading;
-        from = all + (u64)((ALONG_K ? first : k_first) + row) * stride + (ALONG_K ? k_first : first) + chunk * 8;
+        from =
+            all + (u64)((ALONG_K ? first : k_first) + row) * stride + (ALONG_K ? k_first : first) + chunk * 8;
     }
 
     // Copies the next slab, of which k_left are within the split, to `tile`; zeros beyond the edges.
@@ -128,22 +132,28 @@ template <bool ALONG_K, bool ALIGNED, u32 SPAN> struct Copier {
         const u32 rows_left = ALONG_K ? span_left : k_left;
         const u32 row_left = ALONG_K ? k_left : span_left; // elements of a row
         if (ALIGNED && rows_left >= T::ROWS && row_left >= T::CHUNKS * 8) {
-            // The usual case on its own: a number of bytes that is not a constant costs several instructions a copy.
-            for_each_row([&](const u16* source, u32 i) { copy_async_16_at(tile + T::place(row + i, chunk), source, 16); });
+            // The usual case on its own: a number of bytes that is not a constant costs several instructions
+            // a copy.
+            for_each_row([&](const u16* source, u32 i) {
+                copy_async_16_at(tile + T::place(row + i, chunk), source, 16);
+            });
         } else {
             const u32 count = row_left > chunk * 8 ? min(row_left - chunk * 8, 8u) : 0;
             for_each_row([&](const u16* source, u32 i) {
                 const u32 valid = row + i < rows_left ? count : 0;
                 const u32 target = tile + T::place(row + i, chunk);
-                if (ALIGNED) copy_async_16_at(target, source, valid * 2);
-                else copy_elements(target, source, valid);
+                if (ALIGNED)
+                    copy_async_16_at(target, source, valid * 2);
+                else
+                    copy_elements(target, source, valid);
             });
         }
         from += ALONG_K ? (u64)TILE_K : (u64)stride * TILE_K;
     }
 
     // Calls f(source, i) for this thread's chunk of each row row + i of the tile.
-    template <typename F> __device__ __forceinline__ void for_each_row(const F& f) const {
+    template <typename F>
+    __device__ __forceinline__ void for_each_row(const F& f) const {
         const u16* source = from;
 #pragma unroll
         for (u32 i = 0; i < T::ROWS; i += ROWS_AT_ONCE, source += (u64)stride * ROWS_AT_ONCE)
@@ -159,13 +169,15 @@ struct Slabs {
     u32 shared; // the first stage
     u32 k_left; // of the split, from the next slab
 
-    __device__ __forceinline__ void begin(const u16* all_a, const u16* all_b, u32 stages, const Work& work, const Info& info) {
+    __device__ __forceinline__ void begin(const u16* all_a, const u16* all_b, u32 stages, const Work& work,
+                                          const Info& info) {
         a.begin(all_a, info.lda, work.row, info.m, work.k_first);
         b.begin(all_b, info.ldb, work.column, info.n, work.k_first);
         shared = stages;
         k_left = work.k_count;
     }
-    // Copies the next slab, if there is one, to a stage; always one group of copies, so that their number tells the slab.
+    // Copies the next slab, if there is one, to a stage; always one group of copies, so that their number
+    // tells the slab.
     __device__ __forceinline__ void copy_next(u32 stage) {
         if (k_left > 0) {
             a.copy(shared + stage * STAGE_BYTES, k_left);
@@ -189,8 +201,10 @@ DEVICE void transpose_in_quad(u32 (&w)[4]) {
         for (u32 i = 0; i < 4; i++) {
             if (i & bit) continue;
             const u32 other = exchange(upper ? w[i] : w[i | bit], bit);
-            if (upper) w[i] = other;
-            else w[i | bit] = other;
+            if (upper)
+                w[i] = other;
+            else
+                w[i | bit] = other;
         }
     }
 }
@@ -216,10 +230,11 @@ DEVICE void store_pair(Output* to, float low, float high, u32 left, bool aligned
 }
 #endif
 
-// Writes a warp's part of C, ROWS fragments of 16 rows, ROW_STEP rows apart, by COLUMNS fragments of 8 columns: `to` is
-// the place of the first element, of which rows_left by columns_left are within C.
+// Writes a warp's part of C, ROWS fragments of 16 rows, ROW_STEP rows apart, by COLUMNS fragments of 8
+// columns: `to` is the place of the first element, of which rows_left by columns_left are within C.
 template <u32 ROW_STEP, u32 ROWS, u32 COLUMNS>
-DEVICE void store(const float (&sums)[ROWS][COLUMNS][4], Output* to, u32 ldc, u32 rows_left, u32 columns_left) {
+DEVICE void store(const float (&sums)[ROWS][COLUMNS][4], Output* to, u32 ldc, u32 rows_left,
+                  u32 columns_left) {
     const u32 lane = threadIdx.x % 32;
 #ifdef WIDE_STORES
     const bool aligned = ldc % 8 == 0 && (u64)to % 16 == 0;
@@ -231,12 +246,14 @@ DEVICE void store(const float (&sums)[ROWS][COLUMNS][4], Output* to, u32 ldc, u3
         const u32 row = i / 2 * ROW_STEP + i % 2 * 8 + lane / 4;
         Output* to_row = to + (u64)row * ldc;
 #ifdef WIDE_STORES
-        // Four lanes hold a row of a fragment, two elements each: exchanged over four fragments, each lane has 8 of one.
+        // Four lanes hold a row of a fragment, two elements each: exchanged over four fragments, each lane
+        // has 8 of one.
 #pragma unroll
         for (u32 j = 0; j < COLUMNS; j += 4) {
             u32 words[4];
 #pragma unroll
-            for (u32 q = 0; q < 4; q++) words[q] = pack(sums[i / 2][j + q][i % 2 * 2], sums[i / 2][j + q][i % 2 * 2 + 1]);
+            for (u32 q = 0; q < 4; q++)
+                words[q] = pack(sums[i / 2][j + q][i % 2 * 2], sums[i / 2][j + q][i % 2 * 2 + 1]);
             transpose_in_quad(words);
             const u32 column = (j + lane % 4) * 8;
             if (row >= rows_left || column >= columns_left) continue;

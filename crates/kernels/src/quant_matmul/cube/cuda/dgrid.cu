@@ -1,8 +1,8 @@
 // The gradients of scales and zeros, [n_groups, d_out], from p = xᵀ · dy, [d_in, d_out], in the floats of X:
 // dscales = sum of p * (level - zero), dzeros = -scale * (sum of p), over the inputs of a group.
 //
-// A block owns a group of the columns of a tile; its units of 16 threads, 4 columns each, take the runs of codes
-// in turn. Their sums are added at the end, in the order of the units.
+// A block owns a group of the columns of a tile; its units of 16 threads, 4 columns each, take the runs of
+// codes in turn. Their sums are added at the end, in the order of the units.
 //
 // Grid: [n_groups, n_tiles], THREADS threads. Macros beyond those of packed.cu: THREADS.
 
@@ -30,9 +30,10 @@ DEVICE void load_p(float (&v)[4], const XStored* row, u32 column, const Info& in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-dgrid(const XStored* __restrict__ p, const uint4* __restrict__ words, const GridStored* __restrict__ scales,
-      const GridStored* __restrict__ zeros, const float* __restrict__ table, GridStored* __restrict__ dscales,
-      GridStored* __restrict__ dzeros, const __grid_constant__ Info info) {
+    dgrid(const XStored* __restrict__ p, const uint4* __restrict__ words,
+          const GridStored* __restrict__ scales, const GridStored* __restrict__ zeros,
+          const float* __restrict__ table, GridStored* __restrict__ dscales, GridStored* __restrict__ dzeros,
+          const __grid_constant__ Info info) {
     __shared__ __align__(16) float of_levels[UNITS][TILE];
     __shared__ __align__(16) float of_products[UNITS][TILE];
 #if TABLE
@@ -53,7 +54,8 @@ dgrid(const XStored* __restrict__ p, const uint4* __restrict__ words, const Grid
     // Two groups both read a run that they share.
     for (u32 run = start / CODES + unit; run * CODES < end; run += UNITS) {
         Run r;
-        load_run(r, of_columns + (u64)run * (WORDS * TILE / 4), IN_GROUP ? WORDS : info.word_rows - run * WORDS);
+        load_run(r, of_columns + (u64)run * (WORDS * TILE / 4),
+                 IN_GROUP ? WORDS : info.word_rows - run * WORDS);
 #pragma unroll
         for (u32 part = 0; part < CODES; part += PART) {
             float v[PART][4];
@@ -70,14 +72,17 @@ dgrid(const XStored* __restrict__ p, const uint4* __restrict__ words, const Grid
             for (u32 k = 0; k < PART; k++) {
 #pragma unroll
                 for (u32 c = 0; c < 4; c++) {
-                    level_sums[c] = __fmaf_rn(v[k][c], level(r, part + k, c, levels, info.center) - zero[c], level_sums[c]);
+                    level_sums[c] = __fmaf_rn(v[k][c], level(r, part + k, c, levels, info.center) - zero[c],
+                                              level_sums[c]);
                     product_sums[c] += v[k][c];
                 }
             }
         }
     }
-    *(float4*)&of_levels[unit][4 * lane] = make_float4(level_sums[0], level_sums[1], level_sums[2], level_sums[3]);
-    *(float4*)&of_products[unit][4 * lane] = make_float4(product_sums[0], product_sums[1], product_sums[2], product_sums[3]);
+    *(float4*)&of_levels[unit][4 * lane] =
+        make_float4(level_sums[0], level_sums[1], level_sums[2], level_sums[3]);
+    *(float4*)&of_products[unit][4 * lane] =
+        make_float4(product_sums[0], product_sums[1], product_sums[2], product_sums[3]);
     __syncthreads();
     // The first threads add the sums with levels, the next ones those of products.
     u32 c = blockIdx.y * TILE + threadIdx.x % TILE;

@@ -21,7 +21,6 @@ constexpr u32 PART = CODES < 4 * PER_REGISTER || ROWS > 4 ? 2 * PER_REGISTER : 4
 // work for more rows.
 constexpr bool SCALES_SUMS = ROWS <= 2;
 
-
 #if IN_GROUP
 // Whether the values of x of a batch fit the registers, up to 32 of a thread, and are loaded with its words.
 constexpr bool X_AHEAD = BATCH * CHUNK * ROWS * sizeof(XStored) <= 128;
@@ -42,17 +41,19 @@ DEVICE void load_x(u32 (&raw)[PART / PER_REGISTER], const XStored* from) {
 }
 
 // Adds the products of the chunk from input `first` to `sums`.
-DEVICE void add_chunk(float (&sums)[4 * ROWS], const Run (&runs)[RUNS], const float (&scale)[4], const float (&zero)[4],
-                      XOfRun (&x)[RUNS], const XStored* (&of_rows)[ROWS], u32 first, const float* table, float center) {
+DEVICE void add_chunk(float (&sums)[4 * ROWS], const Run (&runs)[RUNS], const float (&scale)[4],
+                      const float (&zero)[4], XOfRun (&x)[RUNS], const XStored* (&of_rows)[ROWS], u32 first,
+                      const float* table, float center) {
     float of_levels[4 * ROWS] = {}, of_x[ROWS] = {};
 #pragma unroll
     for (u32 r = 0; r < RUNS; r++) {
 #pragma unroll
         for (u32 part = 0; part < CODES / PART; part++) {
-            u32 (&raw)[ROWS][PART / PER_REGISTER] = x[r].of[part];
+            u32(&raw)[ROWS][PART / PER_REGISTER] = x[r].of[part];
             if (!X_AHEAD) {
 #pragma unroll
-                for (u32 row = 0; row < ROWS; row++) load_x(raw[row], of_rows[row] + first + (r * CODES + part * PART));
+                for (u32 row = 0; row < ROWS; row++)
+                    load_x(raw[row], of_rows[row] + first + (r * CODES + part * PART));
             }
 #pragma unroll
             for (u32 k = 0; k < PART; k++) {
@@ -80,15 +81,17 @@ DEVICE void add_chunk(float (&sums)[4 * ROWS], const Run (&runs)[RUNS], const fl
         for (u32 row = 0; row < ROWS; row++) {
 #pragma unroll
             for (u32 c = 0; c < 4; c++) {
-                sums[4 * row + c] = __fmaf_rn(scale[c], __fmaf_rn(-zero[c], of_x[row], of_levels[4 * row + c]), sums[4 * row + c]);
+                sums[4 * row + c] = __fmaf_rn(
+                    scale[c], __fmaf_rn(-zero[c], of_x[row], of_levels[4 * row + c]), sums[4 * row + c]);
             }
         }
     }
 }
 #else
 // Adds the products of a run of codes that may lie in several groups, or end at d_in.
-DEVICE void add_run(float (&sums)[4 * ROWS], const Run& run, const GridStored* scales, const GridStored* zeros, u32 column,
-                    const XStored* (&x)[ROWS], u32 first, const float* table, const Info& info) {
+DEVICE void add_run(float (&sums)[4 * ROWS], const Run& run, const GridStored* scales,
+                    const GridStored* zeros, u32 column, const XStored* (&x)[ROWS], u32 first,
+                    const float* table, const Info& info) {
     u32 group = first / info.group_size, end = (group + 1) * info.group_size;
     float scale[4], zero[4];
     load_grid(scale, scales, group, column, info);
@@ -116,8 +119,10 @@ DEVICE void add_run(float (&sums)[4 * ROWS], const Run& run, const GridStored* s
 #endif
 
 // Adds the N sums in `v` over the units of a warp, from units OFFSET threads apart on. Each exchange between
-// threads halves the sums that a thread goes on with, those from `first`; writes them to `of_warp`, [ROWS, COLUMNS].
-template <u32 N, u32 OFFSET> DEVICE void share_sums(float* of_warp, const float (&v)[N], u32 first) {
+// threads halves the sums that a thread goes on with, those from `first`; writes them to `of_warp`, [ROWS,
+// COLUMNS].
+template <u32 N, u32 OFFSET>
+DEVICE void share_sums(float* of_warp, const float (&v)[N], u32 first) {
     if constexpr (OFFSET < LANES) {
 #pragma unroll
         for (u32 k = 0; k < N; k++) of_warp[(first + k) / 4 * COLUMNS + (first + k) % 4] = v[k];
@@ -138,9 +143,9 @@ template <u32 N, u32 OFFSET> DEVICE void share_sums(float* of_warp, const float 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 512 / THREADS : 1)
-few_rows(const XStored* __restrict__ x, const uint4* __restrict__ words, const GridStored* __restrict__ scales,
-         const GridStored* __restrict__ zeros, const float* __restrict__ table, Output* __restrict__ y,
-         const __grid_constant__ Info info) {
+    few_rows(const XStored* __restrict__ x, const uint4* __restrict__ words,
+             const GridStored* __restrict__ scales, const GridStored* __restrict__ zeros,
+             const float* __restrict__ table, Output* __restrict__ y, const __grid_constant__ Info info) {
     __shared__ float shared[WARPS * ROWS * COLUMNS];
 #if TABLE
     __shared__ float levels[16];
@@ -200,7 +205,8 @@ few_rows(const XStored* __restrict__ x, const uint4* __restrict__ words, const G
         for (u32 b = 0; b < BATCH; b++) {
             u32 of_batch = chunk + b * UNITS;
             if (of_batch >= last_chunk) break;
-            add_chunk(sums, runs[b], scale[b], zero[b], of_x[b], of_rows, of_batch * CHUNK, levels, info.center);
+            add_chunk(sums, runs[b], scale[b], zero[b], of_x[b], of_rows, of_batch * CHUNK, levels,
+                      info.center);
         }
 #else
         Run run;

@@ -12,20 +12,19 @@
 // Grid: [ceil(d_out / COLUMNS), n_splits, ceil(rows / ROWS)], THREADS threads. n_chunks = d_in / CHUNK,
 // CHUNK = RUNS * 4 * CODES; each split but the last has chunks_per_split of them.
 //
-// Macros beyond those of packed.cu: ROWS, COLUMNS (32 or 64), THREADS, RUNS, BATCH. X is F16 or BF16, IN_GROUP
-// is 1, TABLE 0; CHUNK divides d_in, and group_size unless there is one group.
+// Macros beyond those of packed.cu: ROWS, COLUMNS (32 or 64), THREADS, RUNS, BATCH. X is F16 or BF16,
+// IN_GROUP is 1, TABLE 0; CHUNK divides d_in, and group_size unless there is one group.
 
 constexpr u32 PARTS = COLUMNS / 32;
 constexpr u32 WARPS = THREADS / 32;
 constexpr u32 CHUNK = RUNS * 4 * CODES;
-// Codes become levels around 0, `code - HALF`, whatever the center: the sums are small where zeros are near the
-// middle, and lose little in the difference.
+// Codes become levels around 0, `code - HALF`, whatever the center: the sums are small where zeros are near
+// the middle, and lose little in the difference.
 constexpr u32 HALF = 1u << (BITS - 1);
 // The tiles of 8 rows.
 constexpr u32 ROW_TILES = (ROWS + 7) / 8;
 // The registers with a run of a row of x, two values in each.
 constexpr u32 X_REGISTERS = CODES / 2;
-
 
 #if X == F16
 constexpr u32 ONES = 0x3c003c00;
@@ -136,7 +135,8 @@ DEVICE void add_chunk(Sums& sums, const Run (&runs)[RUNS][PARTS], const float (&
 #pragma unroll
                 for (u32 k = 0; k < 4; k++) {
                     u32 c = 2 * t + k / 2;
-                    float sum = __fmaf_rn((float)HALF - center - zero[p][c], of_x[n][k % 2], of_levels[p][t][n][k]);
+                    float sum =
+                        __fmaf_rn((float)HALF - center - zero[p][c], of_x[n][k % 2], of_levels[p][t][n][k]);
                     sums[p][t][n][k] = __fmaf_rn(scale[p][c], sum, sums[p][t][n][k]);
                 }
             }
@@ -156,24 +156,25 @@ DEVICE void share_sums(float* shared, const Sums& sums) {
             if (row >= ROWS) continue;
 #pragma unroll
             for (u32 p = 0; p < PARTS; p++) {
-                *(float4*)(of_warp + row * COLUMNS + 32 * p + 4 * g) =
-                    make_float4(sums[p][0][n][k], sums[p][0][n][2 + k], sums[p][1][n][k], sums[p][1][n][2 + k]);
+                *(float4*)(of_warp + row * COLUMNS + 32 * p + 4 * g) = make_float4(
+                    sums[p][0][n][k], sums[p][0][n][2 + k], sums[p][1][n][k], sums[p][1][n][2 + k]);
             }
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 512 / THREADS : 1)
-few_rows_mma(const XStored* __restrict__ x, const uint4* __restrict__ words, const GridStored* __restrict__ scales,
-             const GridStored* __restrict__ zeros, const float* __restrict__ table, Output* __restrict__ y,
-         const __grid_constant__ Info info) {
+    few_rows_mma(const XStored* __restrict__ x, const uint4* __restrict__ words,
+                 const GridStored* __restrict__ scales, const GridStored* __restrict__ zeros,
+                 const float* __restrict__ table, Output* __restrict__ y, const __grid_constant__ Info info) {
     __shared__ __align__(16) float shared[WARPS * ROWS * COLUMNS];
     u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
     u32 column = blockIdx.x * COLUMNS + 4 * g;
     // The thread's runs are every fourth.
     const uint4* of_columns[PARTS];
 #pragma unroll
-    for (u32 p = 0; p < PARTS; p++) of_columns[p] = words_of(words, column + 32 * p, info) + q * (WORDS * TILE / 4);
+    for (u32 p = 0; p < PARTS; p++)
+        of_columns[p] = words_of(words, column + 32 * p, info) + q * (WORDS * TILE / 4);
     u32 row = blockIdx.z * ROWS + g;
     const XStored* of_row = x + (u64)row * info.d_in + q * CODES;
     u32 n_chunks = info.d_in / CHUNK;
@@ -207,7 +208,8 @@ few_rows_mma(const XStored* __restrict__ x, const uint4* __restrict__ words, con
             for (u32 n = 0; n < ROW_TILES; n++) {
                 const XStored* from = of_row + (u64)8 * n * info.d_in + of_batch * CHUNK;
 #pragma unroll
-                for (u32 r = 0; r < RUNS; r++) load_x(of_x[b][r][n], from + r * (4 * CODES), row + 8 * n < info.rows);
+                for (u32 r = 0; r < RUNS; r++)
+                    load_x(of_x[b][r][n], from + r * (4 * CODES), row + 8 * n < info.rows);
             }
             u32 group = of_batch * CHUNK / info.group_size;
 #pragma unroll

@@ -1,5 +1,5 @@
-// The end of a product with few rows: sums over the warps of a block. SPLIT is 1 if there are several splits of the
-// inputs, each with its own sums, [n_splits, rows, d_out] of f32, else 0.
+// The end of a product with few rows: sums over the warps of a block. SPLIT is 1 if there are several splits
+// of the inputs, each with its own sums, [n_splits, rows, d_out] of f32, else 0.
 
 #if SPLIT
 typedef float Output;
@@ -10,7 +10,8 @@ DEVICE Output output_of(float v) { return XFloat::store(v); }
 #endif
 
 // Writes y, or the sums of a split. `sums` are those of each warp, [N_WARPS, ROWS, WIDTH].
-template <u32 WIDTH, u32 N_WARPS> DEVICE void finish(const float* sums, Output* y, const Info& info) {
+template <u32 WIDTH, u32 N_WARPS>
+DEVICE void finish(const float* sums, Output* y, const Info& info) {
     constexpr u32 N = ROWS * WIDTH;
     const u32 first_column = blockIdx.x * WIDTH, first_row = blockIdx.z * ROWS;
     __syncthreads();

@@ -5,8 +5,8 @@
 //   X, GRID   the floats of x and y (of the dense weight) and of scales and zeros: F32, F16 or BF16
 //   ZEROS     1 if there are zeros, else 0
 //   TABLE     1 if levels are the entries of a table, else 0
-//   IN_GROUP  1 if d_in is a whole number of runs (chunks, see few_rows.cu) and each lies in one group, else 0
-//   ALIGNED   1 if d_out is a multiple of 4 (the rows of scales and zeros are then read in vectors), else 0
+//   IN_GROUP  1 if d_in is a whole number of runs (chunks, see few_rows.cu) and each lies in one group, else
+//   0 ALIGNED   1 if d_out is a multiple of 4 (the rows of scales and zeros are then read in vectors), else 0
 
 #define F32 0
 #define F16 1
@@ -26,21 +26,25 @@ constexpr u32 TILE = 64;
 constexpr u32 WORDS = BITS == 3 ? 3 : 1;
 constexpr u32 CODES = 32 * WORDS / BITS;
 constexpr u32 MASK = (1u << BITS) - 1;
-template <int KIND> struct Float;
-template <> struct Float<F32> {
+template <int KIND>
+struct Float;
+template <>
+struct Float<F32> {
     typedef float Stored;
     static DEVICE_MEMBER float load(float v) { return v; }
     static DEVICE_MEMBER float store(float v) { return v; }
     // Value k of a register's values.
     static DEVICE_MEMBER float part(u32 v, u32) { return __uint_as_float(v); }
 };
-template <> struct Float<F16> {
+template <>
+struct Float<F16> {
     typedef u16 Stored;
     static DEVICE_MEMBER float load(u16 v) { return float_of_f16(v); }
     static DEVICE_MEMBER u16 store(float v) { return f16_of(v); }
     static DEVICE_MEMBER float part(u32 v, u32 k) { return float_of_f16((u16)(k ? v >> 16 : v)); }
 };
-template <> struct Float<BF16> {
+template <>
+struct Float<BF16> {
     typedef u16 Stored;
     static DEVICE_MEMBER float load(u16 v) { return float_of_bf16(v); }
     static DEVICE_MEMBER u16 store(float v) { return bf16_of(v); }
@@ -79,7 +83,9 @@ DEVICE u32 bits_from(const Run& r, u32 k, u32 c) {
 
 #if TABLE
 // The level of code k (of column c), k known to the compiler; `center` is that of Info.
-DEVICE float level(const Run& r, u32 k, u32 c, const float* table, float) { return table[bits_from(r, k, c) & MASK]; }
+DEVICE float level(const Run& r, u32 k, u32 c, const float* table, float) {
+    return table[bits_from(r, k, c) & MASK];
+}
 #else
 // The bits of the code become those of the mantissa of a float, where they are if possible: a conversion of
 // integers has a fraction of the throughput.

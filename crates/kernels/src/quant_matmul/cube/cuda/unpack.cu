@@ -6,8 +6,8 @@
 // Grid: [ceil(n_runs / (RUNS * THREADS / LANES)), n_tiles], THREADS threads; n_runs = ceil(d_in / CODES).
 //
 // Macros beyond those of packed.cu: RUNS, THREADS. With IN_GROUP, RUNS * CODES divides d_in, and group_size
-// unless there is one group; without, RUNS is 1. WIDE is 1 if d_out is a multiple of the columns of a thread (8
-// for 16-bit floats, 4 for F32), so that rows of the result are written in vectors, else 0.
+// unless there is one group; without, RUNS is 1. WIDE is 1 if d_out is a multiple of the columns of a thread
+// (8 for 16-bit floats, 4 for F32), so that rows of the result are written in vectors, else 0.
 
 // The quarters of 4 columns that a thread has, and the threads of a tile.
 constexpr u32 QUADS = X == F32 ? 1 : 2;
@@ -19,11 +19,14 @@ DEVICE void store(XStored* row, const float (&w)[QUADS][4], u32 column, const In
 #if WIDE
     if (column >= info.d_out) return;
 #if X == F32
-    uint4 v = make_uint4(__float_as_uint(w[0][0]), __float_as_uint(w[0][1]), __float_as_uint(w[0][2]), __float_as_uint(w[0][3]));
+    uint4 v = make_uint4(__float_as_uint(w[0][0]), __float_as_uint(w[0][1]), __float_as_uint(w[0][2]),
+                         __float_as_uint(w[0][3]));
 #elif X == F16
-    uint4 v = make_uint4(pack_f16(w[0][0], w[0][1]), pack_f16(w[0][2], w[0][3]), pack_f16(w[1][0], w[1][1]), pack_f16(w[1][2], w[1][3]));
+    uint4 v = make_uint4(pack_f16(w[0][0], w[0][1]), pack_f16(w[0][2], w[0][3]), pack_f16(w[1][0], w[1][1]),
+                         pack_f16(w[1][2], w[1][3]));
 #else
-    uint4 v = make_uint4(pack_bf16(w[0][0], w[0][1]), pack_bf16(w[0][2], w[0][3]), pack_bf16(w[1][0], w[1][1]), pack_bf16(w[1][2], w[1][3]));
+    uint4 v = make_uint4(pack_bf16(w[0][0], w[0][1]), pack_bf16(w[0][2], w[0][3]),
+                         pack_bf16(w[1][0], w[1][1]), pack_bf16(w[1][2], w[1][3]));
 #endif
     *(uint4*)(row + column) = v;
 #else
@@ -38,8 +41,9 @@ DEVICE void store(XStored* row, const float (&w)[QUADS][4], u32 column, const In
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-unpack(const uint4* __restrict__ words, const GridStored* __restrict__ scales, const GridStored* __restrict__ zeros,
-       const float* __restrict__ table, XStored* __restrict__ weight, const __grid_constant__ Info info) {
+    unpack(const uint4* __restrict__ words, const GridStored* __restrict__ scales,
+           const GridStored* __restrict__ zeros, const float* __restrict__ table,
+           XStored* __restrict__ weight, const __grid_constant__ Info info) {
 #if TABLE
     __shared__ float levels[16];
     if (threadIdx.x < 16) levels[threadIdx.x] = table[threadIdx.x];
@@ -58,7 +62,8 @@ unpack(const uint4* __restrict__ words, const GridStored* __restrict__ scales, c
         const uint4* from = words_of(words, column + 4 * j, info) + (u64)run * (WORDS * TILE / 4);
 #pragma unroll
         for (u32 r = 0; r < RUNS; r++) {
-            load_run(runs[r][j], from + r * (WORDS * TILE / 4), IN_GROUP ? WORDS : info.word_rows - run * WORDS);
+            load_run(runs[r][j], from + r * (WORDS * TILE / 4),
+                     IN_GROUP ? WORDS : info.word_rows - run * WORDS);
         }
     }
     float scale[QUADS][4], zero[QUADS][4];
