@@ -66,9 +66,12 @@ env "${preload[@]}" timeout 150 ./adapt --device flex "${steps[@]}" --out "$out/
 on_cpu=$!
 
 # Each test compiles its kernels in a process of its own.
-conformance="./kernels --list | sed -n 's/^\(conformance::cuda::.*\): test$/\1/p' \
-    | xargs -P $(nproc) -n 1 ./kernels --exact"
-step conformance 120 bash -o pipefail -c "$conformance"
+mapfile -t tests < <(env "${preload[@]}" ./kernels --list | sed -n 's/^\(conformance::cuda::.*\): test$/\1/p')
+if ((${#tests[@]} == 0)); then
+    echo "no test of conformance on CUDA in ./kernels" >&2
+    exit 100
+fi
+step conformance 180 xargs -P "$(nproc)" -n 1 ./kernels --exact < <(printf '%s\n' "${tests[@]}")
 step adapt-f32 60 ./adapt --device cuda "${steps[@]}" --out "$out/adapt-f32"
 dtypes=(f32)
 if ./adapt --help 2>&1 | grep -q -- --dtype; then
@@ -93,7 +96,7 @@ one_step=(./fit_step --device cuda --dtype bf16 --modes lora-g128 --batch 4 --se
 memcheck=("$sanitizer" --tool memcheck --error-exitcode 9)
 if ! step memcheck 90 "${memcheck[@]}" "${one_step[@]}"; then
     # Which operation it is: conformance names it.
-    step memcheck-conformance 120 "${memcheck[@]}" ./kernels conformance::cuda::batches
+    step memcheck-conformance 180 "${memcheck[@]}" ./kernels conformance::cuda::step conformance::cuda::batches
 fi
 
 step products 40 ./products --device cuda --dtype bf16

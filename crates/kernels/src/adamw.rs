@@ -22,7 +22,7 @@ pub struct AdamwStep {
     pub beta_2: f32,
     /// What is added to the root of the mean of squares.
     pub epsilon: f32,
-    /// The steps with this one.
+    /// The number of steps, this one included.
     pub time: i32,
 }
 

@@ -24,7 +24,7 @@
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |
 //! | [`OutputHead`] | the weight, the bias and the soft cap of its logits |
 //! | [`softcap`] | `cap · tanh(x / cap)` |
-//! | [`adamw`] | a step of AdamW |
+//! | [`adamw`], [`AdamwStep`] | a step of AdamW, and its settings |
 //! | [`group_ranges`], [`clip_search`] | the ranges of groups, from which grids are made |
 //! | [`encode`] | the codes nearest to a weight on a grid |
 //! | [`add_gram`] | `sum + xᵀ · x`, which OPTQ learns from |
@@ -43,9 +43,9 @@
 //! mixed dtypes are a panic.
 //!
 //! A backend is enabled by the feature of its name on this crate, or on a crate that forwards it. The
-//! operations panic on a backend that burn has enabled and this crate has not. The feature `fusion` is for
-//! a burn whose operations are fused on the devices of CubeCL; what a step consists of has kernels of its
-//! own here, and takes less time without.
+//! operations panic on a backend that burn has enabled and this crate has not. The feature `fusion` is
+//! needed where another package enables burn's fusion of operations on devices of CubeCL, as burn does by
+//! default.
 //!
 //! # Examples
 //! A weight is quantized to 4 bits and multiplied:

@@ -1,7 +1,7 @@
 //! The loss of a language model from its hidden states: an extension of burn's backends.
 
 use burn::backend::{
-    Dispatch, backend_extension,
+    Backend, Dispatch, backend_extension,
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{Int, Tensor};
@@ -23,7 +23,6 @@ use head::{Bias, Head};
 
 #[cfg(feature = "fusion")]
 use crate::dtype::widened_dtype;
-use crate::matmul::MatmulOps;
 
 /// The loss and its gradients, composed from burn's primitive operations unless overridden.
 ///
@@ -38,7 +37,7 @@ use crate::matmul::MatmulOps;
     Cube: cfg(feature = "cubecl"),
     Fusion: cfg(feature = "fusion")
 )]
-pub(crate) trait LossOps: MatmulOps {
+pub(crate) trait LossOps: Backend {
     /// See [`linear_cross_entropy`].
     #[fusion(default)]
     fn linear_cross_entropy(

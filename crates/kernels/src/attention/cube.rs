@@ -2,7 +2,10 @@
 //! place, and another into gradients.
 
 use burn::backend::DType;
-use burn::backend::{ops::FloatTensorOps, tensor::FloatTensor};
+use burn::backend::{
+    ops::{FloatTensorOps, IntTensorOps},
+    tensor::FloatTensor,
+};
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::*;
 
@@ -33,7 +36,10 @@ struct Rows {
 impl Rows {
     fn new(sizes: Sizes, mask: KeyRanges<CubeBackend>, scores: Scores) -> Self {
         let bound = |bound| match bound {
-            Bound::Each(bounds) => Some(contiguous(bounds)),
+            Bound::Each(bounds) => {
+                let bounds = CubeBackend::int_cast(bounds, DType::I32.into());
+                Some(contiguous(bounds))
+            }
             Bound::Absent => None,
         };
         Self {
@@ -69,16 +75,6 @@ impl Rows {
         )
     }
 
-    /// The dtypes of the scores, and of the bounds.
-    fn dtypes(&self, scores: &CubeTensor) -> [ElemType; 2] {
-        let bounds = self.starts.as_ref().or(self.ends.as_ref());
-        [
-            scores.dtype,
-            bounds.map_or(DType::I32, |bounds| bounds.dtype),
-        ]
-        .map(elem)
-    }
-
     /// Turns products of queries and keys into probabilities, and returns the log-sum-exps.
     fn probabilities(&self, scores: &CubeTensor) -> CubeTensor {
         let sizes = &self.sizes;
@@ -98,7 +94,7 @@ impl Rows {
                 self.mask(),
                 self.is_causal,
                 self.scores.softcap.is_some(),
-                self.dtypes(scores),
+                elem(scores.dtype),
             );
         }
         lse
@@ -130,7 +126,7 @@ impl Rows {
                 self.mask(),
                 self.is_causal,
                 self.scores.softcap.is_some(),
-                self.dtypes(scores),
+                elem(scores.dtype),
             );
         }
     }
@@ -237,9 +233,9 @@ struct Mask {
 
 /// The first and the last key of a row.
 #[cube]
-fn range_of_keys<I: Int>(
-    starts: ComptimeOption<&[I]>,
-    ends: ComptimeOption<&[I]>,
+fn range_of_keys(
+    starts: ComptimeOption<&[i32]>,
+    ends: ComptimeOption<&[i32]>,
     row: usize,
     mask: &Mask,
     #[comptime] is_causal: bool,
@@ -254,7 +250,7 @@ fn range_of_keys<I: Int>(
     match ends {
         ComptimeOption::Some(ends) => {
             let end = ends[bound];
-            let of_end = select(end > I::new(0), usize::cast_from(end), 1) - 1;
+            let of_end = select(end > 0i32, usize::cast_from(end), 1) - 1;
             last = select(of_end < last, of_end, last);
         }
         ComptimeOption::None => {}
@@ -265,7 +261,7 @@ fn range_of_keys<I: Int>(
         // A query always attends to its last key.
         ComptimeOption::Some(starts) => {
             let start = starts[bound];
-            let start = select(start > I::new(0), usize::cast_from(start), 0);
+            let start = select(start > 0i32, usize::cast_from(start), 0);
             first = select(start < last, start, last);
         }
         ComptimeOption::None => {}
@@ -308,21 +304,21 @@ fn within<C: Size>(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn probabilities_kernel<S: Float, I: Int, C: Size>(
+fn probabilities_kernel<S: Float, C: Size>(
     scores: &mut [Vector<S, C>],
-    starts: ComptimeOption<&[I]>,
-    ends: ComptimeOption<&[I]>,
+    starts: ComptimeOption<&[i32]>,
+    ends: ComptimeOption<&[i32]>,
     lse: &mut [f32],
     mask: Mask,
     #[comptime] is_causal: bool,
     #[comptime] is_capped: bool,
-    #[define(S, I)] _dtypes: [ElemType; 2],
+    #[define(S)] _dtype: ElemType,
 ) {
     let row = row_of_cube();
     if row >= mask.rows {
         terminate!();
     }
-    let (first, last) = range_of_keys::<I>(starts, ends, row, &mask, is_causal);
+    let (first, last) = range_of_keys(starts, ends, row, &mask, is_causal);
     let columns = mask.keys / C::value();
     let begin = row * columns;
     // The largest score of a unit, and the sum of the exponentials of what is below it.
@@ -360,23 +356,23 @@ fn probabilities_kernel<S: Float, I: Int, C: Size>(
 }
 
 #[cube(launch_unchecked, address_type = "dynamic")]
-fn gradients_kernel<S: Float, I: Int, C: Size>(
+fn gradients_kernel<S: Float, C: Size>(
     scores: &mut [Vector<S, C>],
     dp: &mut [Vector<S, C>],
-    starts: ComptimeOption<&[I]>,
-    ends: ComptimeOption<&[I]>,
+    starts: ComptimeOption<&[i32]>,
+    ends: ComptimeOption<&[i32]>,
     lse: &[f32],
     delta: &[f32],
     mask: Mask,
     #[comptime] is_causal: bool,
     #[comptime] is_capped: bool,
-    #[define(S, I)] _dtypes: [ElemType; 2],
+    #[define(S)] _dtype: ElemType,
 ) {
     let row = row_of_cube();
     if row >= mask.rows {
         terminate!();
     }
-    let (first, last) = range_of_keys::<I>(starts, ends, row, &mask, is_causal);
+    let (first, last) = range_of_keys(starts, ends, row, &mask, is_causal);
     let columns = mask.keys / C::value();
     let begin = row * columns;
     let of_row = Vector::<f32, C>::new(lse[row]);

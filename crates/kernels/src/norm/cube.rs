@@ -1,6 +1,6 @@
 //! CUDA, ROCm and wgpu: a cube for each row, which is read twice, and sums in `f32`.
 
-use burn::backend::{DType, tensor::FloatTensor};
+use burn::backend::tensor::FloatTensor;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::cube::{
     sum_of_lanes, sum_of_units, units_for, width_of_rows,
 };
 
-/// `x` and `dy` in the order of their shape, if the kernels support the dtypes.
+/// The rows and columns of `x`, if the kernels support the dtypes.
 fn rows(x: &CubeTensor, weight: &CubeTensor) -> Option<[usize; 2]> {
     let [rows, d] = x.meta.shape().dims();
     let fits = is_supported(x.dtype) && is_supported(weight.dtype) && rows * d > 0;
@@ -78,15 +78,6 @@ impl NormOps for CubeBackend {
             );
         }
         dx
-    }
-
-    fn rms_norm_dweight(
-        x: FloatTensor<Self>,
-        dy: FloatTensor<Self>,
-        eps: f64,
-        dtype: DType,
-    ) -> FloatTensor<Self> {
-        composed::dweight::<Self>(x, dy, eps, dtype)
     }
 }
 

@@ -1,8 +1,8 @@
 //! CUDA, ROCm and wgpu.
 //!
 //! A product with few rows is bound by the memory bandwidth of the words: a kernel reads them once and
-//! makes no dense weight. With more rows, the weight is unpacked for the device's own product, which
-//! has its matrix units.
+//! makes no dense weight. With more rows, the weight is unpacked for a product of dense matrices, on the
+//! matrix units of the device.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -15,6 +15,7 @@ use super::packed::{Packed, Zeros};
 use super::{QuantOps, composed};
 use crate::cube::{
     self, MAX_CUBES, UNITS, address_type, buffer, contiguous, elem, is_supported, sum_of_splits,
+    width_of_rows,
 };
 use crate::dtype::cast;
 use crate::layout::{Layout, Levels, TABLE, TILE};
@@ -80,11 +81,7 @@ impl Native {
             zeros: zeros.map(|zeros| contiguous(zeros.clone())),
             table,
             layout,
-            width: if layout.d_out().is_multiple_of(4) {
-                4
-            } else {
-                1
-            },
+            width: width_of_rows(layout.d_out()),
         })
     }
 

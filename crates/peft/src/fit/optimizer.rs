@@ -329,10 +329,16 @@ mod tests {
     /// The bits of burn's optimizer, whose operations are separate.
     #[test]
     fn a_step_of_adamw_is_that_of_burn() {
+        for weight_decay in [0.0, 0.1] {
+            compare_with_burn(weight_decay);
+        }
+    }
+
+    fn compare_with_burn(weight_decay: f64) {
         let device = Device::flex();
         device.seed(3);
         let random = || Tensor::<1>::random([301], Distribution::Normal(0.0, 1.0), &device);
-        let config = FitConfig::new().with_weight_decay(0.1);
+        let config = FitConfig::new().with_weight_decay(weight_decay);
         let update = Update::new(&config, config.weight_decay);
         let reference = AdamWConfig::new()
             .with_weight_decay(config.weight_decay as f32)

@@ -4,22 +4,13 @@
 // A block computes KEYS keys of a head, from all queries of all heads that read them. Products are
 // transposed, with keys as rows: pᵀ and dsᵀ are left factors as they are, dv = pᵀ dy and dk = scale dsᵀ q.
 //
-// Grid: (batch * kv_heads, seq_k / KEYS rounded up). Block: THREADS.
+// Grid: (batch * kv_heads, seq_k / KEYS rounded up). Block: THREADS. Macro beyond those of attention.cu: WARPS.
 
-#ifndef WARPS
-#define WARPS 4
-#endif
 // Queries of a tile, and those of one step of computation.
-#ifndef QUERIES
 #define QUERIES (HEAD_DIM <= 64 ? 64 : HEAD_DIM <= 160 ? 32 : 16)
-#endif
-#ifndef STEP
 #define STEP (HEAD_DIM <= 64 ? 32 : 16)
-#endif
 // Blocks that are to fit on a multiprocessor: a bound of registers.
-#ifndef BLOCKS
 #define BLOCKS (8 / WARPS)
-#endif
 constexpr u32 THREADS = 32 * WARPS, KEYS = 16 * WARPS;
 
 // What a tile has of each query beside its rows.

@@ -4,26 +4,15 @@
 // A block computes QUERIES queries of a head. With the probabilities p = exp(s - lse) of the scores s, and
 // dp = dy vᵀ: delta = Σ dy y, ds = p (dp - delta), times 1 - tanh² if scores are capped, and dq = scale ds k.
 //
-// Grid: (batch * heads, seq_q / QUERIES rounded up). Block: THREADS.
+// Grid: (batch * heads, seq_q / QUERIES rounded up). Block: THREADS. Macro beyond those of attention.cu: WARPS.
 
 // Rows of a warp in 16s. With two of them, each load from shared memory is used twice.
-#ifndef ROW_TILES
 #define ROW_TILES 1
-#endif
-#ifndef WARPS
-#define WARPS 4
-#endif
 // Keys of a tile, and those of one step of computation.
-#ifndef KEYS
 #define KEYS (HEAD_DIM <= 80 ? 64 : HEAD_DIM <= 176 ? 32 : 16)
-#endif
-#ifndef STEP
 #define STEP (KEYS < 32 ? KEYS : 32)
-#endif
 // Blocks that are to fit on a multiprocessor: a bound of registers.
-#ifndef BLOCKS
 #define BLOCKS ((HEAD_DIM <= 64 ? 12 : 8) / WARPS)
-#endif
 constexpr u32 THREADS = 32 * WARPS, WARP_ROWS = 16 * ROW_TILES, QUERIES = WARPS * WARP_ROWS;
 
 // Σ dy y of the two rows of a lane, of which it has the elements of left factors.

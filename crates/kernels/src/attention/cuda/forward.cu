@@ -4,24 +4,15 @@
 // first those of the keys, then the values of the same positions, and so on.
 //
 // Grid: (batch * heads, seq_q / QUERIES rounded up). Block: THREADS.
+//
+// Macros beyond those of attention.cu: WARPS; ROW_TILES, the rows of a warp in 16s: with two of them, each load
+// from shared memory is used twice.
 
-// Rows of a warp in 16s. With two of them, each load from shared memory is used twice.
-#ifndef ROW_TILES
-#define ROW_TILES (HEAD_DIM <= 64 ? 2 : 1)
-#endif
-#ifndef WARPS
-#define WARPS (HEAD_DIM <= 64 || HEAD_DIM > 128 ? 4 : 8)
-#endif
-#ifndef KEYS
+// Keys of a tile, and the tiles of the ring.
 #define KEYS (HEAD_DIM <= 176 ? 64 : 32)
-#endif
-#ifndef SLOTS
 #define SLOTS (HEAD_DIM <= 80 ? 4 : HEAD_DIM <= 112 ? 3 : 2)
-#endif
 // Blocks that are to fit on a multiprocessor: a bound of registers.
-#ifndef BLOCKS
 #define BLOCKS (8 / WARPS)
-#endif
 constexpr u32 THREADS = 32 * WARPS, WARP_ROWS = 16 * ROW_TILES, QUERIES = WARPS * WARP_ROWS;
 
 // The running softmax of two rows of a lane.

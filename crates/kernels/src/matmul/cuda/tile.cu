@@ -4,8 +4,9 @@
 //   OUTPUT_F32             the output is of f32;
 //   A_BY_COLUMNS           A is contiguous along m, not along k;
 //   B_BY_COLUMNS           B is contiguous along k, not along n;
-//   A_UNALIGNED            A is not 16-byte aligned or lda is not a multiple of 8 (loads of single elements
-//   instead); B_UNALIGNED            the same of B; STAGES                 slabs in shared memory;
+//   A_UNALIGNED            A is not 16-byte aligned, or lda no multiple of 8: single elements are loaded;
+//   B_UNALIGNED            the same of B;
+//   STAGES                 slabs in shared memory.
 // Grid: x = ceil(m / TILE_M) * ceil(n / TILE_N), y = 1, z = splits of k: split z sums k from z * k_per_split
 // and writes the z-th m * ldc elements of C.
 #ifdef A_BY_COLUMNS

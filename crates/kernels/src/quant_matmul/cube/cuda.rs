@@ -6,7 +6,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::Native;
 use crate::cube::sum_of_splits;
 use crate::cuda::{Numbers, Program, fits, is_aligned, multiprocessors};
-use crate::layout::{Levels, TILE};
+use crate::layout::TILE;
 
 /// The threads of a block of the kernels that read a weight once.
 const THREADS: usize = 256;
@@ -14,11 +14,6 @@ const THREADS: usize = 256;
 const COLUMNS: usize = 32;
 /// The codes of a thread that its multiply-adds take at a time.
 const CODES_AT_A_TIME: usize = 32;
-
-/// The codes between two boundaries of words.
-fn codes_of_run(w: &Native) -> usize {
-    w.run().codes
-}
 
 /// Whether runs of some codes lie in one group each, and none is incomplete.
 fn are_in_groups(w: &Native, codes: usize) -> bool {
@@ -74,14 +69,14 @@ pub(super) fn unpack(w: &Native, dtype: DType) -> Option<CubeTensor> {
     let weight = w.empty([layout.d_in(), layout.d_out()], dtype);
     // The columns of 16 bytes.
     let width = 16 / dtype.size();
-    let mut macros = macros(w, dtype, are_in_groups(w, codes_of_run(w)));
+    let mut macros = macros(w, dtype, are_in_groups(w, w.run().codes));
     macros.extend([
         ("RUNS", 1),
         ("THREADS", THREADS),
         ("WIDE", usize::from(layout.d_out().is_multiple_of(width))),
     ]);
     let runs_of_block = THREADS / (TILE / width);
-    let n_runs = layout.d_in().div_ceil(codes_of_run(w));
+    let n_runs = layout.d_in().div_ceil(w.run().codes);
     let program = Program {
         kernel: "unpack",
         source: concat!(
@@ -102,9 +97,9 @@ pub(super) fn unpack(w: &Native, dtype: DType) -> Option<CubeTensor> {
 /// `x · w`, if the runs of codes lie in groups.
 pub(super) fn few_rows(w: &Native, x: &CubeTensor) -> Option<CubeTensor> {
     let layout = w.layout;
-    let codes = codes_of_run(w);
+    let codes = w.run().codes;
     // The matrix units round levels to 16 bits, which those of a table are not.
-    let is_16_bits = x.dtype != DType::F32 && layout.levels().is_whole();
+    let is_16_bits = x.dtype != DType::F32 && w.table.is_none();
     let of_units = [128, 64, 32, 16].into_iter().map(|n| n / (4 * codes));
     let of_units = of_units.filter(|&runs| runs > 0 && are_in_groups(w, runs * 4 * codes));
     let on_units = of_units.max().filter(|_| is_16_bits);
@@ -194,7 +189,7 @@ pub(super) fn dgrid(w: &Native, p: &CubeTensor) -> Option<(CubeTensor, CubeTenso
     let layout = w.layout;
     let grid = || w.empty(layout.grid_shape(), w.dtype());
     let (dscales, dzeros) = (grid(), grid());
-    let mut macros = macros(w, p.dtype, are_in_groups(w, codes_of_run(w)));
+    let mut macros = macros(w, p.dtype, are_in_groups(w, w.run().codes));
     macros.push(("THREADS", THREADS));
     let program = Program {
         kernel: "dgrid",
@@ -211,12 +206,6 @@ pub(super) fn dgrid(w: &Native, p: &CubeTensor) -> Option<(CubeTensor, CubeTenso
     // SAFETY: the kernel checks inputs and columns against the sizes, which are those of the tensors.
     unsafe { program.launch(blocks, &reads, &[&dscales, &dzeros], numbers(w, 0, 0)) }
     Some((dscales, dzeros))
-}
-
-impl Levels {
-    fn is_whole(self) -> bool {
-        !matches!(self, Levels::Table(_))
-    }
 }
 
 impl Native {

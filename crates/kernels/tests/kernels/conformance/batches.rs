@@ -118,7 +118,22 @@ pub(super) fn conform(on: &On) {
     check(on, &cases);
     // The sizes of a training step, which would take a software device minutes.
     if on.kind != Kind::Cube {
-        let cases: [Case; 3] = [
+        let cases: [Case; 6] = [
+            (
+                "attention of many queries",
+                &[[1, 520, 2, 64], [1, 520, 1, 64], [1, 520, 1, 64]],
+                |t| causal(t[0].clone(), t[1].clone(), t[2].clone()),
+            ),
+            (
+                "attention of wide heads",
+                &[[1, 520, 2, 128], [1, 520, 1, 128], [1, 520, 1, 128]],
+                |t| causal(t[0].clone(), t[1].clone(), t[2].clone()),
+            ),
+            (
+                "attention of the widest heads",
+                &[[1, 70, 2, 256], [1, 70, 1, 256], [1, 70, 1, 256]],
+                |t| causal(t[0].clone(), t[1].clone(), t[2].clone()),
+            ),
             (
                 "attention in a training step",
                 &[[4, 256, 12, 64], [4, 256, 12, 64], [4, 256, 12, 64]],

@@ -24,7 +24,7 @@ const CODES: [(usize, Levels, bool); 8] = [
 ];
 
 /// The inputs, the outputs, the group size and the rows. A device compiles kernels for each new size.
-const SHAPES: [(usize, usize, usize, usize); 6] = [
+const SHAPES: [(usize, usize, usize, usize); 9] = [
     // A shorter last group.
     (72, 68, 32, 1),
     // No size divides another, and the tile is incomplete.
@@ -36,12 +36,15 @@ const SHAPES: [(usize, usize, usize, usize); 6] = [
     // Inputs that are split over cubes, with groups that are aligned to runs and with others.
     (2100, 8, 128, 3),
     (1111, 5, 300, 3),
+    // Inputs in whole chunks of one group each, as the matrix units take them.
+    (512, 68, 128, 1),
+    (256, 36, 32, 5),
+    // The same, of so many inputs and so few outputs that several blocks share them.
+    (8192, 32, 128, 3),
 ];
 
 pub(super) fn conform(on: &On) {
-    // Half precision uses the same kernels, so every other format is enough.
-    let step = if on.dtype == DType::F32 { 1 } else { 2 };
-    for (k, (bits, levels, zeros)) in CODES.into_iter().enumerate().step_by(step) {
+    for (k, (bits, levels, zeros)) in CODES.into_iter().enumerate() {
         for (n, (d_in, d_out, group_size, rows)) in SHAPES.into_iter().enumerate() {
             let layout = Layout::new(d_in, d_out, bits, group_size, levels);
             let case = Case::new(on, layout, zeros, rows, (10 * k + n) as u64);

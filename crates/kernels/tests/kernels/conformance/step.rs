@@ -18,6 +18,9 @@ pub(super) type Case<'a> = (&'a str, &'a [[usize; 4]], Operation);
 /// Queries, keys and values: seven queries after two cached keys.
 const TWO_CACHED: [[usize; 4]; 3] = [[2, 7, 4, 8], [2, 9, 2, 8], [2, 9, 2, 8]];
 
+/// Queries, keys and values of more than a tile, with heads as the matrix units take them.
+const WIDE: [[usize; 4]; 3] = [[2, 70, 4, 16], [2, 75, 2, 16], [2, 75, 2, 16]];
+
 /// Seven queries of four keys.
 const FEW_KEYS: [[usize; 4]; 3] = [[2, 7, 4, 8], [2, 4, 2, 8], [2, 4, 2, 8]];
 
@@ -32,13 +35,28 @@ fn bounds(t: &[Tensor<4>], bounds: &[i64]) -> Tensor<2, Int> {
 }
 
 pub(super) fn conform(on: &On) {
-    let all: [Case; 18] = [
+    let all: [Case; 26] = [
         ("silu_mul", &[[2, 3, 5, 7], [2, 3, 5, 7]], |t| {
             silu_mul(t[0].clone(), t[1].clone())
         }),
+        (
+            "silu_mul of several cubes",
+            &[[2, 3, 41, 36], [2, 3, 41, 36]],
+            |t| silu_mul(t[0].clone(), t[1].clone()),
+        ),
         ("rms_norm", &[[2, 3, 5, 36], [1, 1, 1, 36]], |t| {
             rms_norm(t[0].clone(), t[1].clone().reshape([36]), 1e-5)
         }),
+        (
+            "rms_norm of few values",
+            &[[2, 3, 5, 7], [1, 1, 1, 7]],
+            |t| rms_norm(t[0].clone(), t[1].clone().reshape([7]), 1e-5),
+        ),
+        (
+            "rms_norm of more values than units read at a time",
+            &[[1, 1, 3, 1100], [1, 1, 1, 1100]],
+            |t| rms_norm(t[0].clone(), t[1].clone().reshape([1100]), 1e-5),
+        ),
         ("rotate_half", &[[2, 6, 3, 8]], |t| {
             let (device, dtype) = (t[0].device().inner(), t[0].dtype());
             let table = |of: fn(f32) -> f32| {
@@ -48,6 +66,45 @@ pub(super) fn conform(on: &On) {
             };
             rotate_half(t[0].clone(), table(f32::cos), table(f32::sin))
         }),
+        ("rotate_half of several cubes", &[[2, 40, 5, 6]], |t| {
+            let (device, dtype) = (t[0].device().inner(), t[0].dtype());
+            let table = |of: fn(f32) -> f32| {
+                let values: Vec<f32> = (0..240).map(|at| of(at as f32 * 0.37)).collect();
+                let data = TensorData::new(values, [40, 6]).convert_dtype(dtype);
+                Tensor::<2>::from_data(data, (&device, dtype))
+            };
+            rotate_half(t[0].clone(), table(f32::cos), table(f32::sin))
+        }),
+        ("causal attention of more than a tile", &WIDE, |t| {
+            attend(t, Mask::causal(), 0.25)
+        }),
+        // Segments of 20 tokens.
+        (
+            "causal attention over segments of more than a tile",
+            &WIDE,
+            |t| {
+                let starts: Vec<i64> = (0..70).map(|query| (query + 5) / 20 * 20).collect();
+                attend(t, Mask::causal().with_starts(bounds(t, &starts)), 0.25)
+            },
+        ),
+        // Some ends are before their starts, and some bounds after the last key.
+        (
+            "attention of more than a tile to ranges of keys",
+            &WIDE,
+            |t| {
+                let starts: Vec<i64> = (0..70).map(|query| query * 37 % 90).collect();
+                let ends: Vec<i64> = (0..70).map(|query| query * 53 % 97).collect();
+                let mask = Mask::full()
+                    .with_starts(bounds(t, &starts))
+                    .with_ends(bounds(t, &ends));
+                attend(t, mask, 0.25)
+            },
+        ),
+        (
+            "causal attention of more than a tile with a soft cap",
+            &WIDE,
+            |t| attend(t, Mask::causal(), Scores::new(0.25).with_softcap(0.5)),
+        ),
         // Two heads share the keys of one, after two cached keys.
         ("causal attention", &TWO_CACHED, |t| {
             attend(t, Mask::causal(), 0.35)
@@ -104,15 +161,15 @@ pub(super) fn conform(on: &On) {
             },
         ),
         // Without a gradient of its own: what is compared is the parameter after two steps.
-        ("adamw", &[[1, 2, 3, 6]], |t| {
+        ("adamw", &[[1, 2, 3, 1000]], |t| {
             let [_, a, b, c] = t[0].dims();
             let flat = t[0].clone().inner().reshape([a * b * c]);
             let mut value = flat.clone();
             let mut moments = [flat.zeros_like(), flat.zeros_like()];
             for time in 1..=2 {
                 let step = AdamwStep {
-                    learning_rate: 0.01,
-                    kept: 0.99,
+                    learning_rate: 0.5,
+                    kept: 0.5,
                     beta_1: 0.9,
                     beta_2: 0.99,
                     epsilon: 1e-3,

@@ -7,8 +7,8 @@
 // Grid: [ceil(d_out / COLUMNS), n_splits, ceil(rows / ROWS)], THREADS threads. n_chunks = ceil(d_in / CHUNK),
 // CHUNK = RUNS * CODES; each split but the last has chunks_per_split of them.
 //
-// Macros beyond those of packed.cu: ROWS, LANES (4, 8 or 16), THREADS, RUNS, BATCH. With IN_GROUP, CHUNK
-// divides d_in, and group_size unless there is one group; without, RUNS and BATCH are 1.
+// Macros beyond those of packed.cu: ROWS, LANES (4, 8 or 16), THREADS, RUNS, BATCH, SPLIT. IN_GROUP is 1: CHUNK
+// divides d_in, and group_size unless there is one group.
 
 constexpr u32 COLUMNS = 4 * LANES;
 constexpr u32 WARPS = THREADS / 32;
@@ -21,7 +21,6 @@ constexpr u32 PART = CODES < 4 * PER_REGISTER || ROWS > 4 ? 2 * PER_REGISTER : 4
 // work for more rows.
 constexpr bool SCALES_SUMS = ROWS <= 2;
 
-#if IN_GROUP
 // Whether the values of x of a batch fit the registers, up to 32 of a thread, and are loaded with its words.
 constexpr bool X_AHEAD = BATCH * CHUNK * ROWS * sizeof(XStored) <= 128;
 
@@ -87,36 +86,6 @@ DEVICE void add_chunk(float (&sums)[4 * ROWS], const Run (&runs)[RUNS], const fl
         }
     }
 }
-#else
-// Adds the products of a run of codes that may lie in several groups, or end at d_in.
-DEVICE void add_run(float (&sums)[4 * ROWS], const Run& run, const GridStored* scales,
-                    const GridStored* zeros, u32 column, const XStored* (&x)[ROWS], u32 first,
-                    const float* table, const Info& info) {
-    u32 group = first / info.group_size, end = (group + 1) * info.group_size;
-    float scale[4], zero[4];
-    load_grid(scale, scales, group, column, info);
-    load_zeros(zero, zeros, group, column, info);
-#pragma unroll
-    for (u32 k = 0; k < CODES; k++) {
-        u32 i = first + k;
-        if (i >= info.d_in) break;
-        if (i == end) {
-            group++, end += info.group_size;
-            load_grid(scale, scales, group, column, info);
-            load_zeros(zero, zeros, group, column, info);
-        }
-        float w[4];
-#pragma unroll
-        for (u32 c = 0; c < 4; c++) w[c] = (level(run, k, c, table, info.center) - zero[c]) * scale[c];
-#pragma unroll
-        for (u32 row = 0; row < ROWS; row++) {
-            float v = XFloat::load(x[row][i]);
-#pragma unroll
-            for (u32 c = 0; c < 4; c++) sums[4 * row + c] = __fmaf_rn(v, w[c], sums[4 * row + c]);
-        }
-    }
-}
-#endif
 
 // Adds the N sums in `v` over the units of a warp, from units OFFSET threads apart on. Each exchange between
 // threads halves the sums that a thread goes on with, those from `first`; writes them to `of_warp`, [ROWS,
@@ -171,7 +140,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 512 / THRE
     __syncthreads();
 #endif
     for (u32 chunk = first_chunk + unit; chunk < last_chunk; chunk += BATCH * UNITS) {
-#if IN_GROUP
         Run runs[BATCH][RUNS];
         XOfRun of_x[BATCH][RUNS];
         float scale[BATCH][4], zero[BATCH][4];
@@ -208,11 +176,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS < 512 ? 512 / THRE
             add_chunk(sums, runs[b], scale[b], zero[b], of_x[b], of_rows, of_batch * CHUNK, levels,
                       info.center);
         }
-#else
-        Run run;
-        load_run(run, of_columns + (u64)chunk * (WORDS * TILE / 4), info.word_rows - chunk * WORDS);
-        add_run(sums, run, scales, zeros, column, of_rows, chunk * CODES, levels, info);
-#endif
     }
     share_sums<4 * ROWS, 16>(shared + threadIdx.x / 32 * ROWS * COLUMNS + 4 * lane, sums, 0);
     finish<COLUMNS, WARPS>(shared, y, info);

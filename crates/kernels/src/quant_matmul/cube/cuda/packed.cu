@@ -5,8 +5,8 @@
 //   X, GRID   the floats of x and y (of the dense weight) and of scales and zeros: F32, F16 or BF16
 //   ZEROS     1 if there are zeros, else 0
 //   TABLE     1 if levels are the entries of a table, else 0
-//   IN_GROUP  1 if d_in is a whole number of runs (chunks, see few_rows.cu) and each lies in one group, else
-//   0 ALIGNED   1 if d_out is a multiple of 4 (the rows of scales and zeros are then read in vectors), else 0
+//   IN_GROUP  1 if d_in is a whole number of runs (chunks, see few_rows.cu), each in one group, else 0
+//   ALIGNED   1 if d_out is a multiple of 4 (the rows of scales and zeros are then read in vectors), else 0
 
 #define F32 0
 #define F16 1
