@@ -163,7 +163,12 @@ pub(super) fn conform(on: &On) {
         // Without a gradient of its own: what is compared is the parameter after two steps.
         ("adamw", &[[1, 2, 3, 1000]], |t| {
             let [_, a, b, c] = t[0].dims();
-            let flat = t[0].clone().inner().reshape([a * b * c]);
+            // What trains is `F32`; the reference stays in its own dtype.
+            let leaf = match t[0].dtype() {
+                DType::F64 => t[0].clone(),
+                _ => t[0].clone().cast(DType::F32),
+            };
+            let flat = leaf.clone().inner().reshape([a * b * c]);
             let mut value = flat.clone();
             let mut moments = [flat.zeros_like(), flat.zeros_like()];
             for time in 1..=2 {
@@ -179,7 +184,7 @@ pub(super) fn conform(on: &On) {
                 (value, moments) = adamw(value, gradient, moments, step);
             }
             let value = Tensor::from_inner(value.reshape([1, a, b, c]));
-            value + t[0].clone() * 0.0
+            value + leaf * 0.0
         }),
         (
             "linear_cross_entropy",
