@@ -27,7 +27,7 @@ mod tests;
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "fusion")
+    Fusion: cfg(feature = "cubecl")
 )]
 pub(crate) trait GateOps: Backend {
     /// `silu(gate) * up`.
