@@ -307,9 +307,9 @@ impl Args {
     }
 
     /// The largest difference of a logit of the merged and of the tuned model, relative to the largest
-    /// logit, for a merge that rounds nothing. Zero on the CPU for an exact merge. On other devices the
-    /// adapter's operations are fused into other kernels, which round differently, unless
-    /// `BURN_FUSION_MAX_EXPLORATIONS=0` is set.
+    /// logit, for a merge that rounds nothing. Zero on the CPU for an exact merge. On other devices, with
+    /// the feature `fusion`, the adapter's operations are fused into other kernels, which round differently,
+    /// unless `BURN_FUSION_MAX_EXPLORATIONS=0` is set.
     fn tolerated_difference(&self, certificate: &Certificate) -> f32 {
         let of_device = match self.model.device.name.as_str() {
             "flex" if certificate.is_exact() => return 0.0,

@@ -39,7 +39,7 @@ impl AdamwStep {
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "cubecl")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait AdamwOps: Backend {
     /// The parameter, the mean of gradients and the mean of their squares after the step.

@@ -2,11 +2,11 @@
 
 use burn::backend::{Backend, Dispatch, backend_extension, tensor::FloatTensor};
 use burn::tensor::{Int, Tensor};
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use crate::dtype::assert_same;
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 use crate::dtype::widened_dtype;
 
 mod autodiff;
@@ -34,7 +34,7 @@ pub use scores::Scores;
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "cubecl")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait AttentionOps: Backend {
     /// See [`attention`].
@@ -162,7 +162,7 @@ pub fn attention(
 }
 
 /// What there is one of for each query of each head, in `F32` where `q` is of 16 bits.
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 fn of_queries(q: &TensorSpec) -> TensorSpec {
     let [batch, seq_q, heads, _] = q.shape.dims();
     TensorSpec::new(Shape::new([batch, heads, seq_q]), widened_dtype(q.dtype))

@@ -43,7 +43,9 @@
 //! mixed dtypes are a panic.
 //!
 //! A backend is enabled by the feature of its name on this crate, or on a crate that forwards it. The
-//! operations panic on a backend that burn has enabled and this crate has not.
+//! operations panic on a backend that burn has enabled and this crate has not. The feature `fusion` is
+//! needed where another package enables burn's fusion of operations on devices of CubeCL, as burn does by
+//! default.
 //!
 //! # Examples
 //! A weight is quantized to 4 bits and multiplied:

@@ -5,7 +5,7 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{Int, Tensor};
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 mod autodiff;
@@ -21,7 +21,7 @@ mod tests;
 pub use head::OutputHead;
 use head::{Bias, Head};
 
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 use crate::dtype::widened_dtype;
 
 /// The loss and its gradients, composed from burn's primitive operations unless overridden.
@@ -35,7 +35,7 @@ use crate::dtype::widened_dtype;
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "cubecl")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait LossOps: Backend {
     /// See [`linear_cross_entropy`].
@@ -148,7 +148,7 @@ pub fn linear_cross_entropy(
 }
 
 /// What there is one of for each row of `x`, in `F32` where `x` is of 16 bits.
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 fn of_rows(x: &TensorSpec) -> TensorSpec {
     TensorSpec::new(Shape::new([x.shape[0]]), widened_dtype(x.dtype))
 }

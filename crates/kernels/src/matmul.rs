@@ -11,7 +11,7 @@ use burn::backend::{
     tensor::FloatTensor,
 };
 use burn::tensor::{DType, Tensor};
-#[cfg(feature = "cubecl")]
+#[cfg(feature = "fusion")]
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use crate::dtype::cast;
@@ -34,7 +34,7 @@ mod tests;
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "cubecl")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait MatmulOps: Backend {
     /// `x · weight`, `[rows, d_out]`, in the dtype of `x`.

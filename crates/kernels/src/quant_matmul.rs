@@ -33,7 +33,7 @@ use packed::{Packed, Zeros};
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "cubecl")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait QuantOps: Backend {
     /// The dense weight, `[d_in, d_out]`.

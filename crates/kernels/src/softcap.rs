@@ -75,7 +75,7 @@ pub(crate) fn times_slope<B: Backend>(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(feature = "cubecl"),
-    Fusion: cfg(feature = "cubecl")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait SoftcapOps: Backend {
     /// See [`softcap`].

@@ -75,7 +75,7 @@ impl Mask {
 
 /// A [`Mask`] of a backend.
 #[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub(crate) struct KeyRanges<B: Backend> {
     pub(super) causal: bool,
     #[extension_type]
@@ -86,7 +86,7 @@ pub(crate) struct KeyRanges<B: Backend> {
 
 /// The bounds of ranges of keys on one side. (burn's extensions take no `Option` of a tensor.)
 #[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub(crate) enum Bound<B: Backend> {
     /// Those of all keys.
     Absent,

@@ -69,7 +69,7 @@ impl From<Tensor<2>> for OutputHead {
 
 /// An [`OutputHead`] of a backend.
 #[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub(crate) struct Head<B: Backend> {
     /// `[hidden, vocab]`.
     pub(super) weight: FloatTensor<B>,
@@ -80,7 +80,7 @@ pub(crate) struct Head<B: Backend> {
 
 /// The bias of a head, or its gradient. (burn's extensions take no `Option` of a tensor.)
 #[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub(crate) enum Bias<B: Backend> {
     /// All are 0.
     Absent,

@@ -9,7 +9,7 @@ use crate::layout::Layout;
 
 /// A packed weight of a backend: `w = scales * (level(code) - zeros)`.
 #[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub(crate) struct Packed<B: Backend> {
     /// [`Layout::words_shape`], dtype `U32`.
     pub(super) words: IntTensor<B>,
@@ -38,7 +38,7 @@ pub enum Precision {
 
 /// The zeros of a packed weight. (burn's extensions take no `Option` of a tensor.)
 #[derive(ExtensionType, Clone, Debug)]
-#[extension_type(fusion: cfg(feature = "cubecl"))]
+#[extension_type(fusion: cfg(feature = "fusion"))]
 pub(crate) enum Zeros<B: Backend> {
     /// All zeros are 0.
     Absent,
