@@ -44,7 +44,7 @@ use quant_core::{Quantizer, Rtn};
 Examples:
   evaluate --model Llama-2-7b-hf --choices arc.jsonl --bits 4 3
   evaluate --model Llama-2-7b-loftq/base --adapters Llama-2-7b-loftq/adapter-tuned --text stories.txt
-  evaluate --model Llama-2-7b-hf --model Llama-2-7b-4bit-task --text stories.txt --seq-len 2048 \\
+  evaluate --model Llama-2-7b-hf --model Llama-2-7b-4bit-task/4-bit --text stories.txt --seq-len 2048 \\
            --separator '<|endoftext|>' --choices arc.jsonl --gsm8k test.jsonl --shots train.jsonl --out report"
 )]
 struct Args {

@@ -25,7 +25,7 @@ use quant_core::Rtn;
     after_help = "\
 Examples:
   generate \"Albena\" --max-new-tokens 60
-  generate --model Llama-2-7b-4bit-task --adapters other-task --temperature 0.8 --top-p 0.95 \"Once\"
+  generate --model Llama-2-7b-4bit-task/4-bit --adapters other-task --temperature 0.8 --top-p 0.95 \"Once\"
   generate --model Llama-2-7b-chat-hf --chat --bits 4 \"What is a quantizer?\""
 )]
 struct Args {

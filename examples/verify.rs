@@ -17,8 +17,8 @@ use peft::Certificate;
     version,
     after_help = "\
 Examples:
-  verify Llama-2-7b-4bit-task
-  verify Llama-2-7b-4bit-task --certificate kept/certificate.json
+  verify Llama-2-7b-4bit-task/4-bit
+  verify Llama-2-7b-4bit-task/4-bit --certificate kept/certificate.json
 
 The list of files and the certificate are not signed: sign SHA256SUMS, or keep the certificate elsewhere."
 )]

@@ -55,6 +55,14 @@ impl Losses {
     pub(crate) fn drift(&self) -> Option<f64> {
         (!self.drift.0.is_empty()).then(|| self.drift.mean().exp())
     }
+
+    /// The furthest that the loss of a window, of either text, is from another model's.
+    pub(crate) fn furthest(&self, other: &Self) -> f64 {
+        let windows = self.eval.0.iter().chain(&self.drift.0);
+        let others = other.eval.0.iter().chain(&other.drift.0);
+        let differences = windows.zip(others).map(|(a, b)| (a - b).abs());
+        differences.fold(0.0, f64::max)
+    }
 }
 
 /// The mean loss of held-out text, over seeds; infinite if one diverged.

@@ -6,7 +6,7 @@
 //!
 //! | item | purpose |
 //! |---|---|
-//! | [`read_records`] | reads JSON objects, one per line or in an array |
+//! | [`read_records`] | reads records: JSON, CSV, TSV and, with the feature `parquet`, Parquet |
 //! | [`Template`] | renders a record: [`Fields`] of your own, Alpaca, GSM8K, or a [`Chat`] template |
 //! | [`encode`] | tokenizes records within a [`Limit`] of tokens |
 //! | [`count_duplicates`] | counts the examples that two sets share |

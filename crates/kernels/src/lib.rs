@@ -1,5 +1,5 @@
 //! Differentiable products with packed low-bit weights and the other operations of a transformer
-//! block, for every burn backend.
+//! block, for burn's backends flex, ndarray and CubeCL (CUDA, ROCm, wgpu, Vulkan, Metal).
 //!
 //! A packed weight is a tensor of integer codes in `u32` words with one scale and, optionally, one
 //! zero for each group of inputs and each output:
@@ -43,9 +43,10 @@
 //! mixed dtypes are a panic.
 //!
 //! A backend is enabled by the feature of its name on this crate, or on a crate that forwards it. The
-//! operations panic on a backend that burn has enabled and this crate has not. The feature `fusion` is
-//! needed where another package enables burn's fusion of operations on devices of CubeCL, as burn does by
-//! default.
+//! operations panic on a backend that burn has enabled and this crate has not.
+//!
+//! burn's fusion of operations on devices of CubeCL is off. Where another package enables it, as burn does
+//! by default, enable the feature `fusion` too: this crate does not compile without.
 //!
 //! # Examples
 //! A weight is quantized to 4 bits and multiplied:

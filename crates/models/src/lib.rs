@@ -1,4 +1,5 @@
-//! Decoders to quantize, adapt, generate with and save: LLaMA and its relatives, and OPT.
+//! Decoders to quantize, adapt, generate with and save: LLaMA, Qwen3,
+//! Gemma, Phi-3, OLMo 2, GPT-Neo, GPT-J and OPT.
 //!
 //! | item | |
 //! |---|---|
