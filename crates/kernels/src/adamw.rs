@@ -66,7 +66,7 @@ impl<B: AdamwOps, C: CheckpointStrategy> AdamwOps for Autodiff<B, C> {}
 /// A step of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101): the parameter, the mean of gradients and
 /// the mean of their squares after it.
 ///
-/// On a device of CubeCL it is one kernel.
+/// On a device of CubeCL it is one kernel in `F32`.
 ///
 /// # Shapes
 /// All are `[n]`, of one dtype. The means are 0 before the first step.

@@ -18,7 +18,7 @@
 //! | [`dequantize`] | the dense `w` |
 //! | [`matmul`] | `y = x · w` with a dense weight of any dtype |
 //! | [`silu_mul`], [`rms_norm`], [`rotate_half`] | SwiGLU, RMSNorm and rotary position embeddings |
-//! | [`attention`] | attention without a matrix of scores, for grouped queries and a KV cache |
+//! | [`attention`] | attention for grouped queries and a KV cache, on the CPU without a matrix of scores |
 //! | [`Mask`] | the keys that each query attends to: causal or all, of packed documents or of padded texts |
 //! | [`Scores`] | the scale and the soft cap of its scores |
 //! | [`linear_cross_entropy`] | the loss from hidden states, without the logits of all rows |

@@ -16,7 +16,7 @@ use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
 use crate::dtype::cast;
 #[cfg(feature = "cubecl")]
-pub(crate) use cube::product;
+pub(crate) use cube::{device_product, product};
 
 #[cfg(feature = "cubecl")]
 mod cube;

@@ -67,10 +67,10 @@ impl Rope {
                 [half.clone(), half].concat()
             };
             let values: Vec<f32> = (0..seq).flat_map(row).collect();
-            Tensor::from_data(
-                TensorData::new(values, [seq, 2 * frequencies.len()]),
-                device,
-            )
+            // As one row: CubeCL pads rows on CUDA, and the kernel would copy padded tables in each layer.
+            let dim = 2 * frequencies.len();
+            let values = Tensor::<1>::from_data(TensorData::new(values, [seq * dim]), device);
+            values.reshape([seq, dim])
         };
         Self {
             cos: table(f32::cos),

@@ -74,7 +74,7 @@ impl Weight {
     pub(crate) fn device(&self) -> Device {
         match self {
             Weight::Dense(weight) => weight.val().device(),
-            Weight::Quant(weight) => weight.scales().device(),
+            Weight::Quant(weight) => weight.device(),
         }
     }
 

@@ -389,7 +389,7 @@ fn with_grids(path: &str, weight: &Weight, grids: &Grids) -> Result<QuantTensor>
             found: grids.dims.into(),
         });
     }
-    let device = weight.scales().device();
+    let device = weight.device();
     let tensor = |values: &Vec<f32>| {
         let values = TensorData::new(values.clone(), expected);
         Tensor::from_data(values, (&device, DType::F32))

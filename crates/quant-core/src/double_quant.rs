@@ -1,6 +1,7 @@
 //! Double quantization: the scales of a weight as codes.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
@@ -199,12 +200,14 @@ impl DoubleScaleParams {
         }
     }
 
+    pub(crate) fn device(&self) -> Device {
+        self.absmax.val().device()
+    }
+
     /// The scales, `[n_groups, d_out]`.
     pub(crate) fn dequantize(&self, [n_groups, d_out]: [usize; 2]) -> Tensor<2> {
         let n = self.n_scales;
-        let device = self.absmax.val().device();
-        let shifts =
-            Tensor::<1, Int>::from_data(TensorData::from([0u32, 8, 16, 24]), (&device, DType::U32));
+        let (shifts, table) = on_device(self.format.levels, &self.device());
         let n_words = n.div_ceil(4);
         let words = self.codes.val().reshape([n_words, 1]).expand([n_words, 4]);
         let codes = words
@@ -212,9 +215,6 @@ impl DoubleScaleParams {
             .bitwise_and_scalar(255)
             .reshape([4 * n_words])
             .narrow(0, 0, n);
-        let table = scale_levels(self.format.levels);
-        let n_levels = table.len();
-        let table = Tensor::<1>::from_data(TensorData::new(table, [n_levels]), &device);
         let levels = table.select(0, codes);
 
         let block = self.format.block_size;
@@ -225,6 +225,26 @@ impl DoubleScaleParams {
         let scales = levels * absmax + self.offset.val();
         scales.reshape([d_out, n_groups]).transpose()
     }
+}
+
+/// The shifts of the codes in a word, and the levels that codes stand for, on a device. They are uploaded once: each
+/// product uses them.
+fn on_device(levels: ScaleLevels, device: &Device) -> (Tensor<1, Int>, Tensor<1>) {
+    type Uploaded = (Device, ScaleLevels, Tensor<1, Int>, Tensor<1>);
+    static UPLOADED: Mutex<Vec<Uploaded>> = Mutex::new(Vec::new());
+
+    let mut uploaded = UPLOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut found = uploaded.iter();
+    if let Some((_, _, shifts, table)) = found.find(|(on, of, ..)| (on, *of) == (device, levels)) {
+        return (shifts.clone(), table.clone());
+    }
+    let shifts = TensorData::from([0u32, 8, 16, 24]);
+    let shifts = Tensor::from_data(shifts, (device, DType::U32));
+    let table = scale_levels(levels);
+    let n_levels = table.len();
+    let table = Tensor::from_data(TensorData::new(table, [n_levels]), (device, DType::F32));
+    uploaded.push((device.clone(), levels, shifts.clone(), table.clone()));
+    (shifts, table)
 }
 
 /// The levels that the codes of double-quantized scales stand for, in ascending order.

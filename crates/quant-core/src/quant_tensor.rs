@@ -244,6 +244,14 @@ impl QuantTensor {
         }
     }
 
+    /// The device of the weight.
+    pub fn device(&self) -> Device {
+        match &self.scales {
+            ScaleParams::Float(scales) => scales.val().device(),
+            ScaleParams::Double(double) => double.device(),
+        }
+    }
+
     /// The double-quantized scales, if the format has them.
     pub fn double_scales(&self) -> Option<&DoubleScaleParams> {
         match &self.scales {

@@ -150,7 +150,7 @@ impl QuantTensor {
             return Ok(self);
         }
         let d_out = self.layout().d_out();
-        let (shape, device) = (self.layout().grid_shape(), self.scales().device());
+        let (shape, device) = (self.layout().grid_shape(), self.device());
         let tensor = |values: Vec<f32>| {
             Tensor::from_data(TensorData::new(values, shape), (&device, DType::F32))
         };

@@ -28,8 +28,10 @@ pub(crate) fn frozen_floats<const D: usize>(
     shape: [usize; D],
     device: &Device,
 ) -> Param<Tensor<D>> {
-    let values = TensorData::new(values, shape);
-    frozen(Tensor::from_data(values, (device, DType::F32)))
+    // Uploaded as one row: CubeCL pads rows on CUDA, and kernels would copy a padded grid for each product.
+    let values = TensorData::new(values, [shape.iter().product::<usize>()]);
+    let values = Tensor::<1>::from_data(values, (device, DType::F32));
+    frozen(values.reshape(shape))
 }
 
 /// A parameter of `u32`.

@@ -18,6 +18,7 @@ use crate::cube::{
     UNITS, address_type, buffer, contiguous, cube_for_each, elem, empty, is_supported,
     max_of_units, row_of_cube, sum_of_lanes, sum_of_units, units_for, width_of_rows,
 };
+use crate::matmul::device_product;
 
 /// Whether the kernels support the dtype, and there is something to compute.
 fn is_native(q: &CubeTensor, sizes: &Sizes) -> bool {
@@ -33,21 +34,29 @@ struct Rows {
     scores: Scores,
 }
 
+/// The bounds of the keys of queries in `i32`. What is outside of the keys means the same as their ends.
+pub(super) fn bounds(bound: Bound<CubeBackend>, seq_k: usize) -> Option<CubeTensor> {
+    let Bound::Each(bounds) = bound else {
+        return None;
+    };
+    let bounds = match bounds.dtype {
+        DType::I32 => bounds,
+        _ => {
+            let within = CubeBackend::int_clamp(bounds, 0.into(), (seq_k as i64).into());
+            CubeBackend::int_cast(within, DType::I32.into())
+        }
+    };
+    Some(contiguous(bounds))
+}
+
 impl Rows {
     fn new(sizes: Sizes, mask: KeyRanges<CubeBackend>, scores: Scores) -> Self {
-        let bound = |bound| match bound {
-            Bound::Each(bounds) => {
-                let bounds = CubeBackend::int_cast(bounds, DType::I32.into());
-                Some(contiguous(bounds))
-            }
-            Bound::Absent => None,
-        };
         Self {
-            sizes,
             is_causal: mask.causal,
-            starts: bound(mask.starts),
-            ends: bound(mask.ends),
+            starts: bounds(mask.starts, sizes.seq_k),
+            ends: bounds(mask.ends, sizes.seq_k),
             scores,
+            sizes,
         }
     }
 
@@ -175,9 +184,9 @@ impl AttentionOps for CubeBackend {
         let rows = Rows::new(sizes, mask, scores);
         let sizes = &rows.sizes;
         let (q, k) = (sizes.stack::<Self>(q), sizes.by_head::<Self>(k));
-        let p = contiguous(Self::float_matmul(q, Self::float_transpose(k)));
+        let p = device_product(q, Self::float_transpose(k));
         let lse = rows.probabilities(&p);
-        let y = Self::float_matmul(p, sizes.by_head::<Self>(v));
+        let y = device_product(p, sizes.by_head::<Self>(v));
         (sizes.unstack::<Self>(y), lse)
     }
 
@@ -204,14 +213,13 @@ impl AttentionOps for CubeBackend {
         let [q, y, dy] = [q, y, dy].map(|t| contiguous(sizes.stack::<Self>(t)));
         let (k, v) = (sizes.by_head::<Self>(k), sizes.by_head::<Self>(v));
         let delta = rows.delta(&dy, &y);
-        let p = Self::float_matmul(q.clone(), Self::float_transpose(k.clone()));
-        let ds = Self::float_matmul(dy.clone(), Self::float_transpose(v));
-        let (p, ds) = (contiguous(p), contiguous(ds));
+        let p = device_product(q.clone(), Self::float_transpose(k.clone()));
+        let ds = device_product(dy.clone(), Self::float_transpose(v));
         rows.gradients(&p, &ds, &contiguous(lse), &delta);
-        let dk = Self::float_matmul(Self::float_transpose(ds.clone()), q);
-        let dv = Self::float_matmul(Self::float_transpose(p), dy);
+        let dk = device_product(Self::float_transpose(ds.clone()), q);
+        let dv = device_product(Self::float_transpose(p), dy);
         (
-            sizes.unstack::<Self>(Self::float_matmul(ds, k)),
+            sizes.unstack::<Self>(device_product(ds, k)),
             sizes.by_position::<Self>(dk),
             sizes.by_position::<Self>(dv),
         )

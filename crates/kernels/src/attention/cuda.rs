@@ -1,13 +1,13 @@
 //! CUDA: attention in 16 bits without a matrix of scores, with sums in `f32` (Dao 2023, arXiv:2307.08691).
 
 use burn::backend::DType;
-use burn::backend::ops::IntTensorOps;
 use burn::tensor::Shape;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 
 use super::Scores;
 use super::composed::Sizes;
-use super::mask::{Bound, KeyRanges};
+use super::cube::bounds;
+use super::mask::KeyRanges;
 use crate::cube::{contiguous, empty};
 use crate::cuda::{Numbers, Program, fits, is_aligned};
 
@@ -48,22 +48,15 @@ impl Inputs {
         if ![&q, &k, &v].into_iter().all(|t| is_aligned(t, 0)) {
             return None;
         }
-        let bound = |bound: &Bound<CubeBackend>| match bound {
-            Bound::Each(bounds) => {
-                let bounds = CubeBackend::int_cast(bounds.clone(), DType::I32.into());
-                Some(contiguous(bounds))
-            }
-            Bound::Absent => None,
-        };
         Some(Self {
-            sizes,
             q,
             k,
             v,
             is_causal: mask.causal,
-            starts: bound(&mask.starts),
-            ends: bound(&mask.ends),
+            starts: bounds(mask.starts.clone(), sizes.seq_k),
+            ends: bounds(mask.ends.clone(), sizes.seq_k),
             scores,
+            sizes,
         })
     }
 

@@ -15,7 +15,7 @@ use crate::cube::{
     UNITS, address_type, buffer, contiguous, cube_for_each, elem, empty, is_supported,
     max_of_units, row_of_cube, sum_of_lanes, sum_of_units, units_for, width_of_rows,
 };
-use crate::dtype::{cast, widened};
+use crate::dtype::cast;
 use crate::matmul::MatmulOps;
 
 /// The logits of some rows with what turns them into losses and gradients.
@@ -196,7 +196,7 @@ impl LossOps for CubeBackend {
         let (bias, cap) = of_head(&head);
         let [targets, lse, dnll] = [targets, lse, dnll].map(contiguous);
         let zeros = |shape| Self::float_zeros(shape, &x.device, DType::F32.into());
-        let mut dweight = zeros(head.weight.meta.shape().clone());
+        let mut dweight = None;
         let mut dbias = bias.as_ref().map(|bias| zeros(bias.meta.shape().clone()));
         for rows in composed::chunks::<Self>(&x, &head.weight) {
             let x = composed::rows_of::<Self>(&x, &rows);
@@ -215,9 +215,13 @@ impl LossOps for CubeBackend {
                 let part = Self::float_reshape(part, sum.meta.shape().clone());
                 dbias = Some(Self::float_add(sum, part));
             }
-            let part = Self::dense_matmul_dweight(x, d.clone(), d.dtype);
-            dweight = Self::float_add(dweight, widened::<Self>(part));
+            let part = Self::dense_matmul_dweight(x, d, DType::F32);
+            dweight = Some(match dweight {
+                None => part,
+                Some(sum) => Self::float_add(sum, part),
+            });
         }
+        let dweight = dweight.unwrap_or_else(|| zeros(head.weight.meta.shape().clone()));
         let dbias = match (dbias, head.bias) {
             (Some(dbias), Bias::Each(bias)) => Bias::Each(cast::<Self>(dbias, bias.dtype)),
             _ => Bias::Absent,

@@ -2,21 +2,41 @@
 
 use burn::backend::DType;
 use burn::backend::{ops::FloatTensorOps, tensor::FloatTensor};
-use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use burn_cubecl::{
+    CubeBackend,
+    kernel::matmul::{MatmulStrategy, matmul},
+    tensor::CubeTensor,
+};
 
 use super::MatmulOps;
 #[cfg(feature = "cuda")]
 use super::cuda;
+use crate::cube::empty;
 use crate::dtype::cast;
 
 /// The product of two matrices of one dtype, in a dtype: with kernels of this crate where a device has them.
+/// Where it is of another dtype than they are, its sums are rounded once.
 pub(crate) fn product(a: CubeTensor, b: CubeTensor, dtype: DType) -> CubeTensor {
     #[cfg(feature = "cuda")]
     if let Some(product) = cuda::product(&a, &b, dtype) {
         return product;
     }
-    let [a, b] = [a, b].map(|t| cast::<CubeBackend>(t, dtype));
-    CubeBackend::float_matmul(a, b)
+    if a.dtype == dtype {
+        return device_product(a, b);
+    }
+    let [a, b] = [a, b].map(|t| cast::<CubeBackend>(t, DType::F32));
+    cast::<CubeBackend>(device_product(a, b), dtype)
+}
+
+/// The products of matrices, `[.., m, k]` and `[.., k, n]`, of one dtype, with CubeCL's kernels. The rows of the
+/// result are not padded as CubeCL pads them on CUDA: what reads it would copy it first.
+pub(crate) fn device_product(a: CubeTensor, b: CubeTensor) -> CubeTensor {
+    let mut shape = a.meta.shape().clone();
+    let last = shape.num_dims() - 1;
+    shape[last] = b.meta.shape()[last];
+    let (product, dtype) = (empty(&a, shape, a.dtype), a.dtype);
+    let product = matmul(a, b, Some(product), MatmulStrategy::default(), dtype);
+    product.expect("one of CubeCL's kernels multiplies any matrices")
 }
 
 impl MatmulOps for CubeBackend {

@@ -1,7 +1,7 @@
 //! CUDA, ROCm and wgpu.
 //!
-//! A product with few rows is bound by the memory bandwidth of the words: a kernel reads them once and
-//! makes no dense weight. With more rows, the weight is unpacked for a product of dense matrices, on the
+//! A product with few rows is bound by the memory bandwidth of the words: a kernel reads them as few times as
+//! it can, and makes no dense weight. With more rows, the weight is unpacked for a product of dense matrices, on the
 //! matrix units of the device.
 
 use std::sync::{Mutex, PoisonError};
@@ -202,7 +202,7 @@ impl Native {
         sum_of_splits(splits, [rows, layout.d_out()], x.dtype)
     }
 
-    /// The gradients of scales and zeros, `[n_groups, d_out]` each, from `p = xᵀ · dy` in their dtype.
+    /// The gradients of scales and zeros, `[n_groups, d_out]` each, from `p = xᵀ · dy`.
     fn dgrid(self, p: CubeTensor) -> (CubeTensor, CubeTensor) {
         #[cfg(feature = "cuda")]
         if let Some(gradients) = cuda::dgrid(&self, &p) {
@@ -231,7 +231,7 @@ impl Native {
                 buffer(&dzeros),
                 self.sizes(),
                 self.run(),
-                elem(self.dtype()),
+                [elem(p.dtype), elem(self.dtype())],
             );
         }
         (dscales, dzeros)
@@ -297,7 +297,7 @@ impl QuantOps for CubeBackend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         match Native::new(&w) {
             Some(native) => {
-                let p = product(Self::float_transpose(x), dy, native.dtype());
+                let p = product(Self::float_transpose(x), dy, DType::F32);
                 native.dgrid(contiguous(p))
             }
             None => composed::dgrid(dy, x, w),

@@ -253,8 +253,8 @@ fn sum_of_column<C: Size>(shared: &Shared<[Vector<f32, C>]>) -> Vector<f32, C> {
 
 /// Writes the gradients of scales and zeros from `p = xᵀ · dy`; a cube owns a group.
 #[cube(launch_unchecked, address_type = "dynamic")]
-pub(super) fn dgrid_kernel<F: Float, C: Size>(
-    p: &[Vector<F, C>],
+pub(super) fn dgrid_kernel<P: Float, F: Float, C: Size>(
+    p: &[Vector<P, C>],
     words: &[Vector<u32, C>],
     scales: &[Vector<F, C>],
     zeros: ComptimeOption<&[Vector<F, C>]>,
@@ -263,7 +263,7 @@ pub(super) fn dgrid_kernel<F: Float, C: Size>(
     dzeros: &mut [Vector<F, C>],
     sizes: Sizes,
     #[comptime] of: Run,
-    #[define(F)] _dtype: ElemType,
+    #[define(P, F)] _dtypes: [ElemType; 2],
 ) {
     let own = (CUBE_POS_Y * CUBE_DIM_X + UNIT_POS_X) as usize;
     let column = select(own < sizes.columns, own, sizes.columns - 1);
