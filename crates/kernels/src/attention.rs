@@ -95,7 +95,8 @@ impl AttentionOps for burn::backend::NdArray {}
 /// which is applied before the mask. Head `h` reads the keys and values of head `h / (heads / kv_heads)`
 /// (grouped-query attention: Ainslie et al. 2023, arXiv:2305.13245).
 ///
-/// On the CPU, and on CUDA in 16 bits for heads of 16, 32, .. 256 dimensions (from compute capability 8.0 on), no matrix of scores is stored, and backward computes the probabilities again (Dao 2023,
+/// On the CPU, and on CUDA in 16 bits for heads of 16, 32, .. 256 dimensions (from compute capability 8.0
+/// on), no matrix of scores is stored, and backward computes the probabilities again (Dao 2023,
 /// arXiv:2307.08691).
 ///
 /// # Shapes

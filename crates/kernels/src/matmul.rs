@@ -14,7 +14,7 @@ use burn::tensor::{DType, Tensor};
 #[cfg(feature = "fusion")]
 use burn::{backend::fusion::custom::TensorSpec, tensor::Shape};
 
-use crate::dtype::cast;
+use crate::dtype::{cast, widened};
 #[cfg(feature = "cubecl")]
 pub(crate) use cube::{device_product, product};
 
@@ -58,8 +58,8 @@ pub(crate) trait MatmulOps: Backend {
         dy: FloatTensor<Self>,
         dtype: DType,
     ) -> FloatTensor<Self> {
-        let (x, dy) = (cast::<Self>(x, dtype), cast::<Self>(dy, dtype));
-        Self::float_matmul(Self::float_transpose(x), dy)
+        let (x, dy) = (widened::<Self>(x), widened::<Self>(dy));
+        cast::<Self>(Self::float_matmul(Self::float_transpose(x), dy), dtype)
     }
 }
 

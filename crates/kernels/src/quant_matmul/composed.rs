@@ -8,7 +8,7 @@ use burn::tensor::{Shape, Slice, TensorData};
 
 use super::QuantOps;
 use super::packed::{Packed, Zeros};
-use crate::dtype::cast;
+use crate::dtype::{cast, widened};
 use crate::layout::{Layout, Levels, TILE};
 
 /// The dense weight, `[d_in, d_out]`.
@@ -38,8 +38,8 @@ pub(super) fn dgrid<B: Backend>(
 ) -> (FloatTensor<B>, FloatTensor<B>) {
     let (layout, scales) = (w.layout, w.scales.clone());
     let group = group_of_input::<B>(&w);
-    let [dy, x] = [dy, x].map(|t| cast::<B>(t, scales.dtype()));
-    let p = B::float_matmul(B::float_transpose(x), dy);
+    let [dy, x] = [dy, x].map(widened::<B>);
+    let p = cast::<B>(B::float_matmul(B::float_transpose(x), dy), scales.dtype());
     let dscales = sum_groups::<B>(B::float_mul(p.clone(), offsets(w, group)), &layout);
     let dzeros = B::float_neg(B::float_mul(scales, sum_groups::<B>(p, &layout)));
     (dscales, dzeros)

@@ -7,7 +7,7 @@ use kernels::{
     rotate_half, silu_mul, softcap,
 };
 
-use super::on::{On, Uniform};
+use super::on::{Kind, On, Uniform, values};
 
 /// From leaves to a result; constants are made on the device of the leaves.
 pub(super) type Operation = fn(&[Tensor<4>]) -> Tensor<4>;
@@ -223,6 +223,25 @@ pub(super) fn conform(on: &On) {
         ),
     ];
     check(on, &all);
+    if on.dtype == DType::F16 && on.kind != Kind::CubeWithTf32 {
+        on.case("the gradient of a weight", || {
+            a_gradient_is_rounded_once(on)
+        });
+    }
+}
+
+/// The gradient of a weight in fewer bits than `x` is summed in those of `x`: in `F16`, the values of `x` are the
+/// same, and their difference is lost.
+fn a_gradient_is_rounded_once(on: &On) {
+    let column = |values: [f32; 2]| {
+        let data = TensorData::new(values.to_vec(), [2, 1]);
+        Tensor::<2>::from_data(data, (&on.device, DType::F32)).autodiff()
+    };
+    let weight = on.tensor(&[0.5], [1, 1]).autodiff().require_grad();
+    let y = matmul(column([1.0 + 1.0 / 4096.0, 1.0]), weight.clone());
+    let gradients = (y * column([4096.0, -4096.0])).sum().backward();
+    let found = values(weight.grad(&gradients).expect("a gradient"));
+    assert_eq!(found, [1.0]);
 }
 
 /// Asserts that the results and gradients of the operations are those on the CPU in `F64`.
