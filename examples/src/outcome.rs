@@ -1,11 +1,14 @@
 //! The result of a program: files, logits, and how it ends.
 
+use std::any::Any;
 use std::error::Error;
 use std::ffi::OsString;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use models::{CheckpointError, CheckpointFormat, Pretrained};
+use peft::failed_allocation;
 use tensor_files::Output;
 
 use crate::{console, interrupt};
@@ -13,9 +16,11 @@ use crate::{console, interrupt};
 /// A result of an example.
 pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// Runs a program, prints its error with all causes, and returns its exit code.
+/// Runs a program, prints its error with all causes, and returns its exit code. A device that runs out of memory,
+/// which burn reports by a panic wherever a tensor is read, is an error.
 pub fn exit(run: impl FnOnce() -> Result<()>) -> ExitCode {
-    let ended = interrupt::watch().map_err(Into::into).and_then(|()| run());
+    let ended = interrupt::watch().map_err(Into::into);
+    let ended = ended.and_then(|()| of_device(run));
     interrupt::wait_if_ending();
     let printed = match console::failure() {
         Some(error) => Err(format!("the standard output is incomplete: {error}").into()),
@@ -28,6 +33,31 @@ pub fn exit(run: impl FnOnce() -> Result<()>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs with a panic for want of memory on a device as an error.
+fn of_device(run: impl FnOnce() -> Result<()>) -> Result<()> {
+    let print = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        if message(panic.payload()).is_none_or(|text| failed_allocation(text).is_none()) {
+            print(panic);
+        }
+    }));
+    panic::catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
+        match message(&*panic).and_then(failed_allocation) {
+            Some(n_bytes) => Err(format!(
+                "the device has no memory for {n_bytes} more bytes; take smaller batches or shorter windows, or compute in 16 bits (--dtype)"
+            )
+            .into()),
+            None => panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// The message of a panic.
+fn message(panic: &dyn Any) -> Option<&str> {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
 }
 
 /// The message of an error and of its causes.
@@ -144,4 +174,19 @@ pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
         }
     });
     differences.fold(0.0, f32::max)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_memory_is_an_error() {
+        let error = of_device(|| panic!("failed: out of device memory allocating {} bytes", 4096));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("no memory for 4096 more bytes"), "{error}");
+        assert!(of_device(|| Ok(())).is_ok());
+        let other = panic::catch_unwind(|| of_device(|| panic!("another")));
+        assert_eq!(message(&*other.unwrap_err()), Some("another"));
+    }
 }

@@ -461,21 +461,32 @@ impl Error {
     /// A failure of a device, which burn reports as text when a tensor is read.
     pub(crate) fn of_device(reason: impl std::fmt::Display, step: usize) -> Self {
         let reason = reason.to_string();
-        // CubeCL's two errors of an allocation.
-        let asked = [
-            "out of device memory allocating ",
-            "can't allocate buffer of size: ",
-        ];
-        let n_bytes = asked.into_iter().find_map(|words| {
-            let (_, rest) = reason.split_once(words)?;
-            let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-            digits.parse().ok()
-        });
-        match n_bytes {
+        match failed_allocation(&reason) {
             Some(n_bytes) => Self::OutOfMemory { n_bytes, step },
             None => Self::Device { reason, step },
         }
     }
+}
+
+/// The bytes of an allocation that a device had no memory for, from the text with which burn reports a failure when a
+/// tensor is read; `None` for another failure.
+///
+/// # Examples
+/// ```
+/// let report = "An IO error happened\nCaused by:\n  out of device memory allocating 4096 bytes";
+/// assert_eq!(peft::failed_allocation(report), Some(4096));
+/// ```
+pub fn failed_allocation(report: &str) -> Option<u64> {
+    // CubeCL's two errors of an allocation.
+    let asked = [
+        "out of device memory allocating ",
+        "can't allocate buffer of size: ",
+    ];
+    asked.into_iter().find_map(|words| {
+        let (_, rest) = report.split_once(words)?;
+        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        digits.parse().ok()
+    })
 }
 
 #[cfg(test)]

@@ -108,7 +108,7 @@ pub use calibration::{Stage, Stages, State, Streams};
 pub use causal_lm::{CausalLm, Head, HeadWeight, nll_of_output, token_nll};
 pub use certificate::{Certificate, MergedLayer, Probe};
 pub use checkpoints::Checkpoints;
-pub use error::{Error, Result};
+pub use error::{Error, Result, failed_allocation};
 pub use evaluation::{BestEvaluation, Evaluation};
 pub use fingerprint::{Fingerprint, Identity};
 pub use fisher::{Fisher, FisherRoots};
