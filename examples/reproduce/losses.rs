@@ -56,11 +56,15 @@ impl Losses {
         (!self.drift.0.is_empty()).then(|| self.drift.mean().exp())
     }
 
-    /// The furthest that the loss of a window, of either text, is from another model's.
+    /// The furthest that the loss of a window, of either text, is from another model's; infinite if one diverged.
     pub(crate) fn furthest(&self, other: &Self) -> f64 {
         let windows = self.eval.0.iter().chain(&self.drift.0);
         let others = other.eval.0.iter().chain(&other.drift.0);
-        let differences = windows.zip(others).map(|(a, b)| (a - b).abs());
+        let differences = windows.zip(others).map(|(a, b)| match (a - b).abs() {
+            // Of models that diverged.
+            difference if difference.is_nan() => f64::INFINITY,
+            difference => difference,
+        });
         differences.fold(0.0, f64::max)
     }
 }

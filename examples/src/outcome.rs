@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::thread;
 
 use models::{CheckpointError, CheckpointFormat, Pretrained};
 use peft::failed_allocation;
@@ -20,6 +21,14 @@ pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
 /// which burn reports by a panic wherever a tensor is read, is an error.
 pub fn exit(run: impl FnOnce() -> Result<()>) -> ExitCode {
     let ended = interrupt::watch().map_err(Into::into);
+    let runs_on = thread::current().id();
+    let print = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        let is_told = thread::current().id() == runs_on && of_memory(panic.payload()).is_some();
+        if !is_told {
+            print(panic);
+        }
+    }));
     let ended = ended.and_then(|()| of_device(run));
     interrupt::wait_if_ending();
     let printed = match console::failure() {
@@ -37,27 +46,22 @@ pub fn exit(run: impl FnOnce() -> Result<()>) -> ExitCode {
 
 /// Runs with a panic for want of memory on a device as an error.
 fn of_device(run: impl FnOnce() -> Result<()>) -> Result<()> {
-    let print = panic::take_hook();
-    panic::set_hook(Box::new(move |panic| {
-        if message(panic.payload()).is_none_or(|text| failed_allocation(text).is_none()) {
-            print(panic);
-        }
-    }));
-    panic::catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
-        match message(&*panic).and_then(failed_allocation) {
-            Some(n_bytes) => Err(format!(
-                "the device has no memory for {n_bytes} more bytes; take smaller batches or shorter windows, or compute in 16 bits (--dtype)"
-            )
-            .into()),
-            None => panic::resume_unwind(panic),
-        }
+    let ended = panic::catch_unwind(AssertUnwindSafe(run));
+    ended.unwrap_or_else(|panic| match of_memory(&*panic) {
+        Some(n_bytes) => Err(format!(
+            "the device has no memory for {n_bytes} more bytes; take smaller batches or shorter texts, or \
+             compute in 16 bits"
+        )
+        .into()),
+        None => panic::resume_unwind(panic),
     })
 }
 
-/// The message of a panic.
-fn message(panic: &dyn Any) -> Option<&str> {
+/// The bytes that a device had no memory for, if that is what a panic says.
+fn of_memory(panic: &dyn Any) -> Option<u64> {
     let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied())
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    failed_allocation(text?)
 }
 
 /// The message of an error and of its causes.
@@ -187,6 +191,6 @@ mod tests {
         assert!(error.contains("no memory for 4096 more bytes"), "{error}");
         assert!(of_device(|| Ok(())).is_ok());
         let other = panic::catch_unwind(|| of_device(|| panic!("another")));
-        assert_eq!(message(&*other.unwrap_err()), Some("another"));
+        assert_eq!(other.unwrap_err().downcast_ref(), Some(&"another"));
     }
 }

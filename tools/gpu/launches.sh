@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Counts the launches of each kernel of a program that `tools/cuda-build.sh` built, on a machine without a
 # GPU: the driver in `launches` executes nothing. Times that the program prints are those of the CPU alone,
-# and results are zeros.
+# and its other results mean nothing.
 #
 #   tools/gpu/launches.sh DIR/PROGRAM [ARGUMENT..]
 #
@@ -14,6 +14,9 @@ fi
 sources="$(dirname "$(realpath "$0")")/launches"
 program="$(realpath "$1")"
 shift
+if [[ ! -e "$program" && -e "$program.xz" ]]; then
+    xz --decompress --keep "$program.xz" && chmod +x "$program"
+fi
 toolkit="$(mktemp -d)"
 trap 'rm -r "$toolkit"' EXIT
 # CubeCL looks for headers before it compiles.

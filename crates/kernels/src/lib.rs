@@ -46,7 +46,7 @@
 //! operations panic on a backend that burn has enabled and this crate has not.
 //!
 //! burn's fusion of operations on devices of CubeCL is off. Where another package enables it, as burn does
-//! by default, enable the feature `fusion` too: this crate does not compile without.
+//! by default, enable the feature `fusion` too: with a backend of CubeCL, this crate does not compile without.
 //!
 //! # Examples
 //! A weight is quantized to 4 bits and multiplied:

@@ -94,10 +94,10 @@ impl LossOps for burn::backend::NdArray {}
 /// The logits are `x · head`; an [`OutputHead`] may have a bias and a soft cap, too.
 ///
 /// It is the negative log-likelihood in nats. At most 16 MiB of logits are in memory at a time, or one
-/// row; on a device of CubeCL, or 1024 rows, so that the head is read less often. The gradient of `x`, if it is needed, is computed together with the loss, and backward
-/// multiplies it by the gradient of the loss; that of the head computes the logits again. The weight
-/// may be a transposed embedding, which is not copied on the CPU, and of another dtype than `x`: see
-/// [`matmul`](crate::matmul).
+/// row; on a device of CubeCL, or 1024 rows, so that the head is read less often. The gradient of `x`, if
+/// it is needed, is computed together with the loss, and backward multiplies it by the gradient of the
+/// loss; that of the head computes the logits again. The weight may be a transposed embedding, which is
+/// not copied on the CPU, and of another dtype than `x`: see [`matmul`](crate::matmul).
 ///
 /// # Shapes
 /// - `x`: `[rows, hidden]`

@@ -19,7 +19,7 @@ use quant_core::{Optq, Quantizer, Rtn};
 mod word_level;
 
 const HIDDEN: usize = 64;
-/// As many that the input of a block is large beside burn's handles of the block's tensors, of half a KiB each.
+/// So many that the input of a block is large beside burn's handles of the block's tensors, of half a KiB each.
 const N: usize = 64;
 const SEQ: usize = 64;
 

@@ -220,7 +220,10 @@ macro_rules! adapters {
         /// The trainable part of an adapted layer.
         ///
         /// The list is closed: see [`Method`].
-        #[allow(clippy::large_enum_variant, reason = "a handle of burn has another size with other backends; a layer has one")]
+        #[allow(
+            clippy::large_enum_variant,
+            reason = "a handle of burn has another size with other backends; a layer has one"
+        )]
         #[derive(Module, Debug)]
         pub enum Adapter {
             $($(#[$doc])* $name($adapter),)*

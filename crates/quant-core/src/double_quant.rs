@@ -228,11 +228,13 @@ impl DoubleScaleParams {
 }
 
 /// The shifts of the codes in a word, and the levels that codes stand for, on a device. They are uploaded once: each
-/// product uses them.
+/// product uses them. They are constants, also to a model that trains.
 fn on_device(levels: ScaleLevels, device: &Device) -> (Tensor<1, Int>, Tensor<1>) {
     type Uploaded = (Device, ScaleLevels, Tensor<1, Int>, Tensor<1>);
     static UPLOADED: Mutex<Vec<Uploaded>> = Mutex::new(Vec::new());
 
+    // Devices are equal with autodiff and without.
+    let device = &device.clone().without_autodiff();
     let mut uploaded = UPLOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let mut found = uploaded.iter();
     if let Some((_, _, shifts, table)) = found.find(|(on, of, ..)| (on, *of) == (device, levels)) {

@@ -1,6 +1,6 @@
 // A CUDA driver that executes nothing. It counts the launches of each kernel, so that what a program asks of a
 // GPU, and the time that the CPU takes to ask for it, can be measured on a machine without one. By its attributes
-// the GPU is an H200. Its memory is that of the host. What is read from it is 0, and values of up to 4 bytes are 1:
+// the GPU is an H200. Its memory is that of the host. What is read from it is 0, and the first byte of values of up to 4 bytes is 1:
 // a program that checks whether a loss is finite, or a token is in the vocabulary, goes on.
 #include <stdint.h>
 #include <stdio.h>

@@ -40,12 +40,12 @@ pub(super) fn bounds(bound: Bound<CubeBackend>, seq_k: usize) -> Option<CubeTens
         return None;
     };
     let bounds = match bounds.dtype {
-        DType::I32 => bounds,
-        _ => {
-            let within = CubeBackend::int_clamp(bounds, 0.into(), (seq_k as i64).into());
-            CubeBackend::int_cast(within, DType::I32.into())
+        DType::I64 | DType::U32 | DType::U64 => {
+            CubeBackend::int_clamp(bounds, 0.into(), (seq_k as i64).into())
         }
+        _ => bounds,
     };
+    let bounds = CubeBackend::int_cast(bounds, DType::I32.into());
     Some(contiguous(bounds))
 }
 

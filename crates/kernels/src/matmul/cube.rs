@@ -12,7 +12,7 @@ use super::MatmulOps;
 #[cfg(feature = "cuda")]
 use super::cuda;
 use crate::cube::empty;
-use crate::dtype::cast;
+use crate::dtype::{cast, widened};
 
 /// The product of two matrices of one dtype, in a dtype: with kernels of this crate where a device has them.
 /// Where it is of another dtype than they are, its sums are rounded once.
@@ -24,13 +24,14 @@ pub(crate) fn product(a: CubeTensor, b: CubeTensor, dtype: DType) -> CubeTensor 
     if a.dtype == dtype {
         return device_product(a, b);
     }
-    let [a, b] = [a, b].map(|t| cast::<CubeBackend>(t, DType::F32));
+    let [a, b] = [a, b].map(widened::<CubeBackend>);
     cast::<CubeBackend>(device_product(a, b), dtype)
 }
 
 /// The products of matrices, `[.., m, k]` and `[.., k, n]`, of one dtype, with CubeCL's kernels. The rows of the
 /// result are not padded as CubeCL pads them on CUDA: what reads it would copy it first.
 pub(crate) fn device_product(a: CubeTensor, b: CubeTensor) -> CubeTensor {
+    debug_assert_eq!(a.dtype, b.dtype, "the dtypes of the factors");
     let mut shape = a.meta.shape().clone();
     let last = shape.num_dims() - 1;
     shape[last] = b.meta.shape()[last];

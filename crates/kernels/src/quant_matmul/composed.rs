@@ -36,13 +36,23 @@ pub(super) fn dgrid<B: Backend>(
     x: FloatTensor<B>,
     w: Packed<B>,
 ) -> (FloatTensor<B>, FloatTensor<B>) {
-    let (layout, scales) = (w.layout, w.scales.clone());
+    let (layout, dtype) = (w.layout, w.scales.dtype());
     let group = group_of_input::<B>(&w);
+    let scales = widened::<B>(w.scales);
+    let zeros = match w.zeros {
+        Zeros::Each(zeros) => Zeros::Each(widened::<B>(zeros)),
+        Zeros::Absent => Zeros::Absent,
+    };
     let [dy, x] = [dy, x].map(widened::<B>);
     let p = cast::<B>(B::float_matmul(B::float_transpose(x), dy), scales.dtype());
+    let w = Packed {
+        scales: scales.clone(),
+        zeros,
+        ..w
+    };
     let dscales = sum_groups::<B>(B::float_mul(p.clone(), offsets(w, group)), &layout);
     let dzeros = B::float_neg(B::float_mul(scales, sum_groups::<B>(p, &layout)));
-    (dscales, dzeros)
+    (cast::<B>(dscales, dtype), cast::<B>(dzeros, dtype))
 }
 
 /// `level - zero`, `[d_in, d_out]`, in the dtype of the scales; `group` has the group of each input.

@@ -1,5 +1,6 @@
 //! Packed weights from parts and on given grids.
 
+use burn::module::Module;
 use burn::tensor::Device;
 use quant_core::{
     DoubleQuant, Error, Grid, NormalFloat, Parts, QuantTensor, Quantizer, Rtn, Scales,
@@ -141,6 +142,17 @@ fn double_quantized_scales_are_read_one_by_one() {
     assert_eq!(found.codes().len(), 4 * 7);
     assert_eq!(found.absmax(), expected.absmax);
     assert_eq!(found.offset(), expected.offset);
+}
+
+/// A weight that trains, and is asked for its scales first, leaves nothing of its device to others.
+#[test]
+fn double_quantized_scales_are_on_the_device_of_their_weight() {
+    let nf = NormalFloat::new().with_double_quant(DoubleQuant::dynamic());
+    let packed = nf.quantize(scattered([70, 7]), None).unwrap().weight;
+    let trains = packed.clone().train();
+    assert!(trains.scales().device().is_autodiff());
+    assert!(!packed.scales().device().is_autodiff());
+    assert!(!packed.device().is_autodiff());
 }
 
 /// A finite scale and a finite zero can make weights that are not.
