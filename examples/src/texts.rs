@@ -149,14 +149,21 @@ impl Texts {
         Ok(Perplexities { base, task })
     }
 
-    /// Returns the logits of the first two evaluation batches of the task.
+    /// Returns the logits of the first two evaluation batches of the task, or of the first alone if they are many:
+    /// several models' are in memory at a time.
     pub fn probe(&self, model: &impl CausalLm) -> Vec<f32> {
+        const MANY: usize = 1 << 24;
         let logits = |batch: &Batch| {
             let logits = model.forward_spans(batch.tokens(), batch.spans());
             let logits = logits.into_data().convert::<f32>();
             logits.try_into_vec::<f32>().expect("converted to f32")
         };
-        self.task.iter().take(2).flat_map(logits).collect()
+        let mut batches = self.task.iter().take(2);
+        let mut all = batches.next().map_or(Vec::new(), logits);
+        if all.len() < MANY {
+            batches.for_each(|batch| all.extend(logits(batch)));
+        }
+        all
     }
 }
 
